@@ -1,0 +1,7 @@
+"""`python -m trident_export`."""
+
+import sys
+
+from trident_export.cli import main
+
+sys.exit(main())

@@ -1,0 +1,88 @@
+"""`trident-export`: models.toml to a model repository.
+
+    export [MODEL]     export what is missing or out of date
+    configs [--check]  write config.pbtxt files, or say which are out of step
+    pin                write the hub's commit ids into models.toml
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trident_export import configs, install, models_file, pin
+from trident_export.disk import NoSpace
+from trident_export.fidelity import FidelityError
+from trident_export.sources import SourceError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders are removed
+    try:
+        status: int = options.run(options)
+    except (SourceError, FidelityError, NoSpace, ValueError, OSError) as error:
+        print(f"trident-export: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("trident-export: interrupted; what was installed before is untouched", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="trident-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="export what is missing or out of date")
+    export.add_argument("model", nargs="?", help="one model of models.toml (default: all but on-demand ones)")
+    export.set_defaults(run=_export)
+    check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
+    check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
+    check.set_defaults(run=_configs)
+    pinning = commands.add_parser("pin", help="write the hub's commit ids into models.toml")
+    pinning.set_defaults(run=_pin)
+    for command in (export, check, pinning):
+        command.add_argument("--models-file", type=Path, default=Path("models.toml"))
+    for command in (export, check):
+        command.add_argument("--repository", type=Path, default=Path("model_repository"))
+    export.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
+    return parser.parse_args(arguments)
+
+
+def _export(options: argparse.Namespace) -> int:
+    specs = models_file.select(models_file.load(options.models_file), options.model or None)
+    base = options.models_file.resolve().parent
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    exported = install.export(
+        specs, options.repository, base, options.cache or base / ".cache", install.print_progress
+    )
+    if options.model and not exported:
+        install.print_progress(f"{options.model} is up to date")
+    return 0
+
+
+def _configs(options: argparse.Namespace) -> int:
+    specs = models_file.load(options.models_file)
+    if not options.check:
+        for spec in specs:
+            configs.write(spec, options.repository)
+        return 0
+    problems = configs.drift(specs, options.repository)
+    for problem in problems:
+        print(f"{problem}: run trident-export configs", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _pin(options: argparse.Namespace) -> int:
+    commits = pin.pin(options.models_file, models_file.load(options.models_file))
+    for name, commit in commits.items():
+        print(f"{name} {commit}")
+    return 0

@@ -1,0 +1,177 @@
+"""config.pbtxt, built as protobuf from models.toml.
+
+The same config serves on Triton's native backends and on ours; see docs/architecture.md for the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from trident_export.models_file import EmbeddingLimits, GenerationLimits, ModelSpec
+
+HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
+
+
+def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
+    """The configs of every Triton model that a spec needs, by name."""
+    if isinstance(spec.limits, GenerationLimits):
+        configs = [_generator(spec.public_name(variant), spec.limits) for variant in spec.variants]
+    else:
+        configs = list(_embedding(spec, spec.limits))
+    return {config.name: config for config in configs}
+
+
+def to_text(config: pb.ModelConfig) -> str:
+    """A config as the text of its config.pbtxt."""
+    return HEADER + text_format.MessageToString(config)
+
+
+def write(spec: ModelSpec, repository: Path) -> None:
+    """Write the config.pbtxt of every part of a spec; a file that is right is left alone."""
+    for name, config in build(spec).items():
+        path = repository / name / "config.pbtxt"
+        text = to_text(config)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
+    """What is out of step between models.toml and a repository's configs, a sentence each."""
+    problems = []
+    expected = {name: config for spec in specs for name, config in build(spec).items()}
+    for name, config in expected.items():
+        path = repository / name / "config.pbtxt"
+        if not path.exists():
+            problems.append(f"{path} is missing")
+        elif path.read_text(encoding="utf-8") != to_text(config):
+            problems.append(f"{path} differs from models.toml")
+    for path in sorted(repository.glob("*/config.pbtxt")):
+        if path.parent.name not in expected:
+            problems.append(f"{path} belongs to no model of models.toml")
+    return problems
+
+
+def _tensor(
+    kind: type[pb.ModelInput] | type[pb.ModelOutput], name: str, data_type: str, dims: Iterable[int], **more: bool
+) -> pb.ModelInput | pb.ModelOutput:
+    return kind(name=name, data_type=pb.DataType.Value(f"TYPE_{data_type}"), dims=list(dims), **more)
+
+
+def _set_parameters(config: pb.ModelConfig, parameters: dict[str, object]) -> None:
+    for key, value in parameters.items():
+        config.parameters[key].string_value = str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _base(name: str, backend: str, max_batch_size: int) -> pb.ModelConfig:
+    config = pb.ModelConfig(name=name, max_batch_size=max_batch_size)
+    if backend == "ensemble":
+        config.platform = "ensemble"
+    else:
+        config.backend = backend
+        config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    return config
+
+
+# The optional inputs of a generator, with the names and types of Triton's TensorRT-LLM backend.
+GENERATION_OPTIONS = {
+    "max_tokens": "INT32",
+    "min_tokens": "INT32",
+    "temperature": "FP32",
+    "top_k": "INT32",
+    "top_p": "FP32",
+    "repetition_penalty": "FP32",
+    "presence_penalty": "FP32",
+    "frequency_penalty": "FP32",
+    "random_seed": "UINT64",
+    "stream": "BOOL",
+    "return_log_probs": "BOOL",
+    "exclude_input_in_output": "BOOL",
+}
+
+
+def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
+    # A batch of one, not none: TensorRT-LLM's clients send [1, 1], and Triton's generate endpoint either.
+    config = _base(name, "trident_generator", max_batch_size=1)
+    config.model_transaction_policy.decoupled = True
+    inputs = [("text_input", "STRING", [1]), ("messages", "STRING", [1])]
+    inputs += [(option, data_type, [1]) for option, data_type in GENERATION_OPTIONS.items()]
+    inputs.append(("stop_words", "STRING", [-1]))
+    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in inputs)
+    outputs = [
+        ("text_output", "STRING", [1]),
+        ("finish_reason", "STRING", [1]),
+        ("num_input_tokens", "INT32", [1]),
+        ("num_output_tokens", "INT32", [1]),
+        ("output_log_probs", "FP32", [-1]),
+    ]
+    config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
+    _set_parameters(config, asdict(limits))
+    return config
+
+
+_TEXT = ("text_input", "STRING", [1])
+_TOKENS = [("input_ids", "INT64", [-1]), ("attention_mask", "INT64", [-1])]
+
+
+def _embedding(spec: ModelSpec, limits: EmbeddingLimits) -> Iterable[pb.ModelConfig]:
+    hidden = ("last_hidden_state", "FP32", [-1, limits.dimensions])
+    answer = ("embedding", "FP32", [limits.dimensions])
+    batch = limits.max_batch_size
+
+    tokenizer = _base(f"{spec.name}_tokenizer", "trident_tokenizer", batch)
+    tokenizer.input.append(_tensor(pb.ModelInput, *_TEXT))
+    tokenizer.input.append(_tensor(pb.ModelInput, "truncate", "BOOL", [1], optional=True))
+    tokenizer.output.extend(_tensor(pb.ModelOutput, *item) for item in _TOKENS)
+    _set_parameters(
+        tokenizer,
+        {
+            "max_tokens": limits.max_tokens,
+            "max_bytes": limits.max_bytes,
+            "buckets": ",".join(map(str, limits.all_buckets)),
+            "truncate": limits.truncate,
+        },
+    )
+    tokenizer.dynamic_batching.SetInParent()
+    yield tokenizer
+
+    postprocess = _base(f"{spec.name}_postprocess", "trident_postprocess", batch)
+    postprocess.input.append(_tensor(pb.ModelInput, *hidden))
+    postprocess.input.append(_tensor(pb.ModelInput, *_TOKENS[1]))
+    postprocess.output.append(_tensor(pb.ModelOutput, *answer))
+    _set_parameters(postprocess, {"task": spec.task})
+    postprocess.dynamic_batching.SetInParent()
+    yield postprocess
+
+    for variant in spec.variants:
+        public = spec.public_name(variant)
+        model = _base(public.replace(spec.name, f"{spec.name}_model", 1), "onnxruntime", batch)
+        model.input.extend(_tensor(pb.ModelInput, *item) for item in _TOKENS)
+        model.output.append(_tensor(pb.ModelOutput, *hidden))
+        _set_parameters(model, {"intra_op_thread_count": limits.threads})
+        model.dynamic_batching.SetInParent()
+        yield model
+
+        ensemble = _base(public, "ensemble", batch)
+        ensemble.input.extend(tokenizer.input)
+        ensemble.output.extend(postprocess.output)
+        for part in (tokenizer, model, postprocess):
+            step = ensemble.ensemble_scheduling.step.add(model_name=part.name, model_version=-1)
+            for tensor in part.input:
+                step.input_map[tensor.name] = tensor.name
+            for tensor in part.output:
+                step.output_map[tensor.name] = tensor.name
+        yield ensemble
+
+
+def as_backend_json(config: pb.ModelConfig) -> dict[str, Any]:
+    """A config as Triton hands it to a backend."""
+    data = json_format.MessageToDict(config, preserving_proto_field_name=True)
+    data["max_batch_size"] = config.max_batch_size
+    return data

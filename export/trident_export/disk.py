@@ -1,0 +1,34 @@
+"""Room on the disk, asked for before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from trident_export import recipes
+
+
+class NoSpace(RuntimeError):
+    """The disk has too little room."""
+
+
+def needed(weights: int, variants: Iterable[str]) -> int:
+    """Bytes that an export writes at most: the traced graph, and each variant, for weights of this many bytes."""
+    # A tied output head is stored twice in a graph, and it is the largest matrix of a small model.
+    return int(weights * 1.3 * (1 + sum(recipes.RECIPES[variant].size for variant in variants))) + 2**26
+
+
+def require(folder: Path, weights: int, variants: Iterable[str]) -> None:
+    """Check the disk of `folder`.
+
+    Raises:
+        NoSpace: it has too little room for the export.
+    """
+    room = shutil.disk_usage(folder).free
+    wanted = needed(weights, variants)
+    if room < wanted:
+        raise NoSpace(
+            f"the export needs {wanted / 2**20:.0f} MiB in {folder}, and {room / 2**20:.0f} MiB are free: "
+            "make room, or choose another folder with REPOSITORY=..."
+        )

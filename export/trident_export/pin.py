@@ -1,0 +1,57 @@
+"""Commit ids for hub models: `trident-export pin` asks the hub and writes them into models.toml.
+
+An id is only ever written as the hub gave it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from trident_export.models_file import ModelSpec
+from trident_export.sources import SourceError
+
+
+def resolve(hub_id: str, revision: str = "") -> str:
+    """The commit id of a revision on the hub; of the default branch where none is given.
+
+    Raises:
+        SourceError: the hub can't be reached, or has no such model.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        commit = HfApi().model_info(hub_id, revision=revision or None).sha
+    except (HfHubHTTPError, OSError) as error:
+        raise SourceError(f"the Hugging Face hub did not give {hub_id}: {str(error).splitlines()[0]}") from None
+    if not commit:
+        raise SourceError(f"the Hugging Face hub gave no commit id for {hub_id}")
+    return commit
+
+
+def pin(path: Path, specs: list[ModelSpec], resolver: Callable[[str, str], str] = resolve) -> dict[str, str]:
+    """Write the commit id of every hub model's default branch into the models file; returns them by name.
+
+    Raises:
+        SourceError: an id can't be had; the file is left as it was.
+    """
+    commits = {spec.name: resolver(spec.source.hub, "") for spec in specs if spec.source.hub}
+    text = path.read_text(encoding="utf-8")
+    for spec in specs:
+        if spec.name in commits:
+            text = _with_revision(text, spec, commits[spec.name])
+    path.write_text(text, encoding="utf-8")
+    return commits
+
+
+def _with_revision(text: str, spec: ModelSpec, commit: str) -> str:
+    source = re.compile(
+        rf'(^\[{re.escape(spec.name)}\]$.*?^source = \{{ hub = "{re.escape(spec.source.hub)}")(, revision = "[^"]*")?',
+        re.MULTILINE | re.DOTALL,
+    )
+    changed, count = source.subn(rf'\1, revision = "{commit}"', text, count=1)
+    if not count:
+        raise SourceError(f"[{spec.name}]: write its source as one line, source = {{ hub = \"...\" }}, to pin it")
+    return changed

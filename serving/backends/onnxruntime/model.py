@@ -1,0 +1,39 @@
+"""Stand-in for Triton's C++ ONNX Runtime backend, where the server has none. See `trident_serving.onnx_backend`."""
+
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+from trident_serving import onnx_backend, triton_adapter
+
+
+class TritonPythonModel:
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config):
+        config = auto_complete_model_config.as_dict()
+        completion = onnx_backend.complete(triton_adapter.folder_to_complete(config), config)
+        if completion is not None:
+            auto_complete_model_config.set_max_batch_size(completion.max_batch_size)
+            for tensor in completion.inputs:
+                auto_complete_model_config.add_input(tensor)
+            for tensor in completion.outputs:
+                auto_complete_model_config.add_output(tensor)
+            if completion.dynamic_batching:
+                auto_complete_model_config.set_dynamic_batching()
+        return auto_complete_model_config
+
+    def initialize(self, args):
+        triton_adapter.setup(pb_utils)
+        folder = triton_adapter.version_folder(args)
+        self.model = onnx_backend.OnnxModel(Path(folder), triton_adapter.model_config(args))
+
+    def execute(self, requests):
+        responses = [None] * len(requests)
+        batch = []
+        for index, request in enumerate(requests):
+            try:
+                batch.append((index, self.model.prepare(triton_adapter.inputs(request))))
+            except Exception as error:
+                responses[index] = triton_adapter.response(pb_utils, error)
+        for (index, _), result in zip(batch, self.model.run([feeds for _, feeds in batch])):
+            responses[index] = triton_adapter.response(pb_utils, result)
+        return responses

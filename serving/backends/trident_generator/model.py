@@ -1,0 +1,57 @@
+"""Text generation with continuous batching: text in, text out. See `trident_serving.generation`."""
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from trident_serving import text, triton_adapter
+from trident_serving.generation.service import GenerationService, GenerationSettings
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        triton_adapter.setup(pb_utils)
+        config = triton_adapter.model_config(args)
+        settings = GenerationSettings.from_parameters(triton_adapter.parameters(config))
+        self.service = GenerationService(triton_adapter.version_folder(args), settings)
+        pb_utils.Logger.log_info(
+            f"{args['model_name']}: {settings.slots} slots of {settings.context} tokens, "
+            f"KV cache {self.service.cache_bytes / 2**20:.0f} MiB"
+        )
+
+    def execute(self, requests):
+        for request in requests:
+            channel = Channel(request.get_response_sender())
+            try:
+                self.service.submit(self.service.parse(triton_adapter.inputs(request)), channel)
+            except Exception as error:
+                channel.fail(error)
+
+    def finalize(self):
+        self.service.stop()
+
+
+class Channel:
+    """A `ResponseChannel` over Triton's response sender."""
+
+    def __init__(self, sender):
+        self.sender = sender
+
+    def is_cancelled(self):
+        return self.sender.is_cancelled()
+
+    def send(self, chunk):
+        reason = chunk.finish_reason
+        tensors = {
+            "text_output": text.encode_texts([chunk.text]),
+            "finish_reason": text.encode_texts([reason.value if reason else ""]),
+            "num_input_tokens": np.array([chunk.num_input_tokens], np.int32),
+            "num_output_tokens": np.array([chunk.num_output_tokens], np.int32),
+            "output_log_probs": np.array(chunk.log_probs, np.float32),
+        }
+        batch = {name: tensor[None] for name, tensor in tensors.items()}
+        self._send(triton_adapter.response(pb_utils, batch), final=reason is not None)
+
+    def fail(self, error):
+        self._send(triton_adapter.response(pb_utils, error), final=True)
+
+    def _send(self, response, *, final):
+        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)

@@ -1,0 +1,68 @@
+"""What an export leaves in a model repository, and how a reader knows that it is complete.
+
+Each exported model has a manifest, `<repository>/<name>/1/trident.json`, which the export writes last. A
+model without one was never exported, or its export was cut off: it is not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERSION = "1"
+MANIFEST = "trident.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One exported model.
+
+    Attributes:
+        name: the public name.
+        task: the transformers pipeline's name.
+        triton_models: every Triton model that belongs to it, parts and variants included.
+        public_models: those of them that a client calls, by variant; the default variant first.
+        fingerprint: digest of all that the export depended on.
+        fidelity: what the gate measured, by variant.
+    """
+
+    name: str
+    task: str
+    triton_models: list[str]
+    public_models: dict[str, str]
+    fingerprint: str
+    fidelity: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into a version folder."""
+        text = json.dumps(asdict(self), indent=2)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def manifest_path(repository: Path, name: str) -> Path:
+    """Where the manifest of a model lies."""
+    return repository / name / VERSION / MANIFEST
+
+
+def read_manifest(repository: Path, name: str) -> Manifest | None:
+    """The manifest of a model; None where the model is not (or not completely) exported."""
+    try:
+        return Manifest(**json.loads(manifest_path(repository, name).read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return None
+
+
+def read_manifests(repository: Path) -> list[Manifest]:
+    """Every completely exported model of a repository, by name."""
+    names = sorted(path.parent.parent.name for path in repository.glob(f"*/{VERSION}/{MANIFEST}"))
+    return [manifest for name in names if (manifest := read_manifest(repository, name)) is not None]
+
+
+def unexported(repository: Path) -> list[str]:
+    """Models that have a config and no artefacts: `make export MODEL=name` makes them."""
+    exported = {part for manifest in read_manifests(repository) for part in manifest.triton_models}
+    configured = {path.parent.name for path in repository.glob("*/config.pbtxt")}
+    return sorted(configured - exported)

@@ -1,0 +1,42 @@
+"""Tokens to text, piece by piece, never breaking a character.
+
+A token may end in the middle of a character (an emoji is four bytes), and some tokenizers drop a leading
+space. So a short window of tokens is decoded again each time, and its text is handed out only when it does
+not end in U+FFFD, the mark of an unfinished character. What remains at the end is handed out as it is.
+"""
+
+from __future__ import annotations
+
+from trident_serving.tokenization import Codec
+
+_UNFINISHED = "\ufffd"
+
+
+class Detokenizer:
+    """The text of one answer; the pieces joined equal `codec.decode` of all tokens."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        # Tokens before `_read` have been handed out; those from `_start` on give them their context.
+        self._start = 0
+        self._read = 0
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that became certain, often none."""
+        self._ids.append(token)
+        piece = self._pending()
+        if not piece or piece.endswith(_UNFINISHED):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return piece
+
+    def flush(self) -> str:
+        """The rest, unfinished characters included."""
+        piece = self._pending()
+        self._start = self._read = len(self._ids)
+        return piece
+
+    def _pending(self) -> str:
+        known = self._codec.decode(self._ids[self._start : self._read])
+        return self._codec.decode(self._ids[self._start :])[len(known) :]

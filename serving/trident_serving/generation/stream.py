@@ -1,0 +1,120 @@
+"""The text side of one request: tokens in on the engine's thread, chunks of text out on the sender's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from trident_serving.generation.detokenizer import Detokenizer
+from trident_serving.generation.engine import FinishReason
+from trident_serving.generation.request import GenerationRequest
+from trident_serving.generation.stopping import StopStrings
+from trident_serving.tokenization import Codec
+
+
+@dataclass
+class Chunk:
+    """What one response carries; `finish_reason` is set in the last one alone."""
+
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    num_input_tokens: int = 0
+    num_output_tokens: int = 0
+    log_probs: list[float] = field(default_factory=list)
+
+
+class ResponseChannel(Protocol):
+    """Where responses go; called on the sender's thread alone."""
+
+    def send(self, chunk: Chunk) -> None:
+        """Send one response; the one with a `finish_reason` is the last."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Send an error as the last response."""
+        ...
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone or has cancelled the request."""
+        ...
+
+
+class TextStream:
+    """Implements the engine's `Consumer`; tokens that wait for the sender go out together.
+
+    Args:
+        notify: called, on the engine's thread, when there is something to send.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        codec: Codec,
+        eos_token_ids: frozenset[int],
+        channel: ResponseChannel,
+        notify: Callable[[TextStream], None],
+    ) -> None:
+        self.channel = channel
+        self.cancelled = False
+        self._streaming = request.stream
+        self._num_input_tokens = len(request.prompt_ids)
+        self._eos_token_ids = eos_token_ids
+        self._detokenizer = Detokenizer(codec)
+        self._stop_strings = StopStrings(request.stop_words)
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._text = request.prompt if request.include_prompt else ""
+        self._log_probs: list[float] = []
+        self._num_output_tokens = 0
+        self._reason: FinishReason | None = None
+        self._error: Exception | None = None
+
+    def accept(self, token: int, log_prob: float | None) -> bool:
+        """See `Consumer.accept`."""
+        piece = "" if token in self._eos_token_ids else self._detokenizer.push(token)
+        text, stopped = self._stop_strings.push(piece)
+        with self._lock:
+            self._text += text
+            self._num_output_tokens += 1
+            if log_prob is not None:
+                self._log_probs.append(log_prob)
+            ready = self._streaming and bool(self._text) and not stopped
+        if ready:
+            self._notify(self)
+        return stopped
+
+    def finish(self, reason: FinishReason) -> None:
+        """See `Consumer.finish`."""
+        text, stopped = self._stop_strings.push(self._detokenizer.flush())
+        rest = text if stopped else text + self._stop_strings.flush()
+        with self._lock:
+            self._text += rest
+            self._reason = FinishReason.STOP if stopped else reason
+        self._notify(self)
+
+    def fail(self, error: Exception) -> None:
+        """See `Consumer.fail`."""
+        with self._lock:
+            self._error = error
+        self._notify(self)
+
+    def send_pending(self) -> bool:
+        """Send what waits, on the sender's thread; True when that was the last response."""
+        with self._lock:
+            if self._error is None and self._reason is None and not self._text:
+                return False  # another notification has already taken it along
+            error, chunk = self._error, self._take()
+        if error is not None:
+            self.channel.fail(error)
+            return True
+        self.channel.send(chunk)
+        return chunk.finish_reason is not None
+
+    def _take(self) -> Chunk:
+        chunk = Chunk(
+            self._text, self._reason, self._num_input_tokens, self._num_output_tokens, self._log_probs
+        )
+        self._text, self._log_probs = "", []
+        return chunk

@@ -1,0 +1,69 @@
+"""What must hold before a server starts; each failure is one sentence with what to do."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import socket
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+SUPPORTED_PYTHON = ((3, 11), (3, 12))
+
+
+class StartError(RuntimeError):
+    """The server can't start; the message says why and what to do."""
+
+
+def check_python(version: tuple[int, int] = sys.version_info[:2]) -> None:
+    """The interpreter must be one that the pinned packages and the server's stub support."""
+    if version not in SUPPORTED_PYTHON:
+        supported = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_PYTHON)
+        raise StartError(
+            f"Python {version[0]}.{version[1]} is not supported: use {supported} (make PYTHON=python3.11 ...)"
+        )
+
+
+def check_numpy(version: str | None = None) -> None:
+    """numpy 2 makes this server's Python backend send tensors without bytes."""
+    found = version or importlib.metadata.version("numpy")
+    if int(found.split(".")[0]) >= 2:
+        raise StartError(
+            f"numpy {found} makes tritonserver send empty tensors without an error: install 'numpy<2'"
+        )
+
+
+def libpython_folder(folder: str | None = None, name: str | None = None) -> Path | None:
+    """The folder of the shared libpython that the stub loads; None where the loader finds it by itself."""
+    folder = folder if folder is not None else sysconfig.get_config_var("LIBDIR")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = name or f"libpython{version}.so.1.0"
+    if folder and (Path(folder) / name).exists():
+        return Path(folder)
+    if ctypes.util.find_library(name.removeprefix("lib").split(".so")[0]):
+        return None
+    raise StartError(
+        f"{name} was not found in {folder} nor by the loader: install it (Debian and Ubuntu: apt install "
+        f"libpython{version}; pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared pyenv install)"
+    )
+
+
+def check_ports(host: str, ports: Mapping[str, int]) -> None:
+    """The ports must be free, and different from each other."""
+    for name, port in ports.items():
+        others = [other for other, number in ports.items() if number == port and other != name]
+        if others:
+            raise StartError(f"{name} and {others[0]} can't both be {port}")
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise StartError(
+                    f"port {port} on {host} can't be used ({error.strerror}): stop what listens there, or "
+                    f"choose another with {name}=..."
+                ) from None
+            except OverflowError:
+                raise StartError(f"{name}={port} is no port: choose one from 1 to 65535") from None

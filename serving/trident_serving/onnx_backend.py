@@ -1,0 +1,380 @@
+"""What Triton's C++ ONNX Runtime backend does with a model, for the stand-in that serves where it is missing.
+
+The config's meaning is the native backend's (triton-inference-server/onnxruntime_backend, README and
+src/onnxruntime.cc): automatic completion, session parameters, the checks of inputs and outputs. What the
+native backend would accept and this one can't do is refused when the model loads. Knows nothing of Triton's
+Python API; configs are the parsed JSON that Triton hands to a backend.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from trident_serving.text import decode_texts, encode_texts
+
+logger = logging.getLogger(__name__)
+
+Config = Mapping[str, Any]
+Tensors = dict[str, NDArray[Any]]
+
+DEFAULT_MAX_BATCH_SIZE = 4
+
+# ONNX Runtime's name of a tensor type -> Triton's; the types that the two share.
+TRITON_TYPES = {
+    "tensor(bool)": "TYPE_BOOL",
+    "tensor(uint8)": "TYPE_UINT8",
+    "tensor(uint16)": "TYPE_UINT16",
+    "tensor(uint32)": "TYPE_UINT32",
+    "tensor(uint64)": "TYPE_UINT64",
+    "tensor(int8)": "TYPE_INT8",
+    "tensor(int16)": "TYPE_INT16",
+    "tensor(int32)": "TYPE_INT32",
+    "tensor(int64)": "TYPE_INT64",
+    "tensor(float16)": "TYPE_FP16",
+    "tensor(float)": "TYPE_FP32",
+    "tensor(double)": "TYPE_FP64",
+    "tensor(string)": "TYPE_STRING",
+}
+
+_GRAPH_LEVELS = {
+    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+_BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
+_PARAMETERS = (
+    "intra_op_thread_count",
+    "inter_op_thread_count",
+    "execution_mode",
+    "enable_mem_arena",
+    "enable_mem_pattern",
+    "share_session_between_instances",
+    "session.use_device_allocator_for_initializers",
+    _SHRINKAGE,
+)
+# Options of the CUDA provider that the native backend ignores on a CPU.
+_CUDA_PARAMETERS = (
+    "cudnn_conv_algo_search",
+    "gpu_mem_limit",
+    "arena_extend_strategy",
+    "do_copy_in_default_stream",
+)
+
+
+class LoadError(ValueError):
+    """The model can't be served as its config says."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a graph: its name, Triton's type name, and its shape with -1 for any."""
+
+    name: str
+    data_type: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, node: Any) -> TensorInfo:
+        """Read it from ONNX Runtime's description."""
+        if node.type not in TRITON_TYPES:
+            raise LoadError(f"tensor {node.name!r} has the type {node.type}, which Triton does not have")
+        shape = tuple(size if isinstance(size, int) else -1 for size in node.shape)
+        return cls(node.name, TRITON_TYPES[node.type], shape)
+
+
+class OnnxModel:
+    """One session and the checked config that it serves.
+
+    Args:
+        folder: the version folder, which holds the model file.
+        config: the model's config as Triton hands it to a backend.
+
+    Raises:
+        LoadError: a file is missing, the graph is broken, or graph and config disagree.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._session, self._run_options = open_session(folder, config)
+        self._inputs = {info.name: info for info in map(TensorInfo.of, self._session.get_inputs())}
+        self._overridable = {
+            info.name: info for info in map(TensorInfo.of, self._session.get_overridable_initializers())
+        }
+        self._outputs = {info.name: info for info in map(TensorInfo.of, self._session.get_outputs())}
+        self._max_batch_size = int(config.get("max_batch_size", 0))
+        self._reshapes = _input_reshapes(config)
+        self._output_dims = {output["name"]: _dims(output) for output in config.get("output", [])}
+        self.output_names = list(self._output_dims)
+        self._check_inputs(config)
+        self._check_outputs(config)
+
+    def prepare(self, request: Mapping[str, NDArray[Any]]) -> Tensors:
+        """One request's tensors as ONNX Runtime takes them.
+
+        Args:
+            request: tensors by input name; BYTES tensors hold bytes.
+
+        Raises:
+            InvalidRequest: a text is not UTF-8, which ONNX strings are.
+        """
+        return {name: self._to_onnx(name, tensor) for name, tensor in request.items()}
+
+    def run(self, requests: Sequence[Tensors], wanted: Sequence[str] | None = None) -> list[Tensors | Exception]:
+        """Run prepared requests of the same shapes, as one batch where the model batches.
+
+        Args:
+            wanted: outputs to compute; all of the config's where None.
+
+        Returns:
+            For each request its tensors by output name, or what went wrong with it alone.
+        """
+        names = list(wanted if wanted is not None else self.output_names)
+        if self._max_batch_size and len(requests) > 1:
+            try:
+                return list(self._run_joined(requests, names))
+            except Exception:  # one request's values may be at fault: the others must not suffer
+                logger.warning("a batch of %d requests failed, running them one by one", len(requests))
+        results: list[Tensors | Exception] = []
+        for request in requests:
+            try:
+                results.append(self._run_one(request, names))
+            except Exception as error:
+                results.append(error)
+        return results
+
+    def _run_joined(self, requests: Sequence[Tensors], names: list[str]) -> list[Tensors]:
+        sizes = [next(iter(request.values())).shape[0] for request in requests]
+        joined = {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
+        outputs = self._run_one(joined, names)
+        for name, output in outputs.items():
+            if output.ndim == 0 or output.shape[0] != sum(sizes):
+                raise ValueError(f"output {name!r} has the shape {list(output.shape)} for a batch of {sum(sizes)}")
+        ends = np.cumsum(sizes)[:-1]
+        split = {name: np.split(output, ends) for name, output in outputs.items()}
+        return [{name: parts[row] for name, parts in split.items()} for row in range(len(requests))]
+
+    def _run_one(self, feeds: Tensors, names: list[str]) -> Tensors:
+        values = self._session.run(names, feeds, self._run_options)
+        outputs = zip(names, values, strict=True)
+        return {name: self._from_onnx(name, np.asarray(value)) for name, value in outputs}
+
+    def _to_onnx(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+        shape = self._reshapes.get(name)
+        if shape is not None:
+            batch = tensor.shape[:1] if self._max_batch_size else ()
+            tensor = tensor.reshape((*batch, *shape))
+        info = self._inputs.get(name) or self._overridable[name]
+        if not info.shape and self._max_batch_size == 0:
+            tensor = tensor.reshape(())
+        if tensor.dtype == np.object_:
+            return np.array(decode_texts(tensor, name), dtype=np.object_).reshape(tensor.shape)
+        return tensor
+
+    def _from_onnx(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
+        if value.dtype.kind in "OU":
+            value = encode_texts(str(text) for text in value.reshape(-1)).reshape(value.shape)
+        batch = value.shape[:1] if self._max_batch_size else ()
+        dims = self._output_dims.get(name, ())
+        if len(batch) + len(dims) != value.ndim:  # a scalar, or a config with a reshape
+            value = value.reshape((*batch, *dims))
+        return value
+
+    def _check_inputs(self, config: Config) -> None:
+        inputs = config.get("input", [])
+        required = [item for item in inputs if not item.get("optional")]
+        if len(required) != len(self._inputs):
+            raise LoadError(
+                f"the config has {len(required)} required inputs ({_names(required)}), "
+                f"the graph has {len(self._inputs)} ({', '.join(self._inputs)})"
+            )
+        for item in inputs:
+            name = item["name"]
+            if item.get("optional") and self._max_batch_size:
+                raise LoadError(f"optional input {name!r} is not supported for models that support batching")
+            if item.get("allow_ragged_batch"):
+                raise LoadError(f"input {name!r}: allow_ragged_batch is not supported by this backend")
+            known = {**self._inputs, **(self._overridable if item.get("optional") else {})}
+            if name not in known:
+                raise LoadError(f"the graph has no input {name!r}; its inputs are {', '.join(known)}")
+            self._check_tensor(item, known[name], exact=False)
+
+    def _check_outputs(self, config: Config) -> None:
+        for item in config.get("output", []):
+            name = item["name"]
+            if name not in self._outputs:
+                raise LoadError(f"the graph has no output {name!r}; its outputs are {', '.join(self._outputs)}")
+            self._check_tensor(item, self._outputs[name], exact=True)
+
+    def _check_tensor(self, item: Config, info: TensorInfo, *, exact: bool) -> None:
+        if item["data_type"] != info.data_type:
+            raise LoadError(
+                f"tensor {info.name!r} is {item['data_type']} in the config and {info.data_type} in the graph"
+            )
+        dims = _onnx_dims(item)
+        if not info.shape:
+            if any(size != 1 for size in dims):
+                raise LoadError(f"tensor {info.name!r} is a scalar, its dims must be 1, found {list(dims)}")
+            return
+        if self._max_batch_size and info.shape[0] != -1:
+            raise LoadError(
+                f"tensor {info.name!r} has the fixed first dimension {info.shape[0]}, so max_batch_size must be 0"
+            )
+        full = (-1, *dims) if self._max_batch_size else dims
+        agrees = len(full) == len(info.shape) and all(
+            found == size or (size == -1 and not exact) for found, size in zip(full, info.shape, strict=True)
+        )
+        if not agrees:
+            raise LoadError(
+                f"tensor {info.name!r} has the shape {list(info.shape)} in the graph and {list(full)} in the config"
+            )
+
+
+def open_session(folder: Path, config: Config) -> tuple[ort.InferenceSession, ort.RunOptions | None]:
+    """The session of the model file that the config names, with the config's options.
+
+    Raises:
+        LoadError: the file is missing or broken, or an option is unknown here.
+    """
+    path = folder / (config.get("default_model_filename") or "model.onnx")
+    if path.is_dir():
+        path = path / "model.onnx"
+    if not path.is_file():
+        raise LoadError(f"there is no {path.name} in {folder}")
+    parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+    options = session_options(config, parameters)
+    for library in config.get("model_operations", {}).get("op_library_filename", []):
+        options.register_custom_ops_library(library)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a type of its own for each status code
+        raise LoadError(f"ONNX Runtime can't load {path}: {error}") from None
+    run_options = None
+    if _SHRINKAGE in parameters:
+        run_options = ort.RunOptions()
+        run_options.add_run_config_entry(_SHRINKAGE, parameters[_SHRINKAGE])
+    return session, run_options
+
+
+def session_options(config: Config, parameters: Mapping[str, str]) -> ort.SessionOptions:
+    """ONNX Runtime's options for a config.
+
+    Raises:
+        LoadError: an option is unknown, has no valid value, or can't be honoured here.
+    """
+    unknown = sorted(set(parameters) - set(_PARAMETERS) - set(_CUDA_PARAMETERS))
+    if unknown:
+        raise LoadError(f"unknown parameters {', '.join(unknown)}; known are {', '.join(_PARAMETERS)}")
+    for group in config.get("instance_group", []):
+        if group.get("kind") == "KIND_GPU":
+            raise LoadError("instance_group asks for KIND_GPU; this backend runs on the CPU: use KIND_CPU")
+    optimization = config.get("optimization", {})
+    for kind, accelerators in optimization.get("execution_accelerators", {}).items():
+        if kind == "cpu_execution_accelerator" and accelerators:
+            raise LoadError(f"unknown Execution Accelerator {accelerators[0]['name']!r} is requested")
+    options = ort.SessionOptions()
+    level = int(optimization.get("graph", {}).get("level", 0))
+    options.graph_optimization_level = _GRAPH_LEVELS.get(level, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    options.intra_op_num_threads = _integer(parameters, "intra_op_thread_count", 0)
+    options.inter_op_num_threads = _integer(parameters, "inter_op_thread_count", 0)
+    mode = _integer(parameters, "execution_mode", 0)
+    if mode not in (0, 1):
+        raise LoadError(f"execution_mode must be 0 (sequential) or 1 (parallel), found {mode}")
+    options.execution_mode = ort.ExecutionMode.ORT_PARALLEL if mode else ort.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_cpu_mem_arena = _boolean(parameters, "enable_mem_arena", True)
+    options.enable_mem_pattern = _boolean(parameters, "enable_mem_pattern", True)
+    # Each instance is a process here, so a session can't be shared; the answers are the same without.
+    _boolean(parameters, "share_session_between_instances", False)
+    key = "session.use_device_allocator_for_initializers"
+    if key in parameters:
+        options.add_session_config_entry(key, parameters[key])
+    # Several models share few cores: a session that spins between runs slows the others down.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What automatic completion adds to a config."""
+
+    max_batch_size: int
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    dynamic_batching: bool
+
+
+def complete(folder: Path, config: Config, default_max_batch_size: int = DEFAULT_MAX_BATCH_SIZE) -> Completion | None:
+    """What the native backend would complete in a config; None where inputs and outputs are all given.
+
+    Raises:
+        LoadError: the model can't be opened, or can't batch although the config says so.
+    """
+    if config.get("input") and config.get("output"):
+        return None
+    session, _ = open_session(folder, config)
+    inputs = [TensorInfo.of(node) for node in session.get_inputs()]
+    outputs = [TensorInfo.of(node) for node in session.get_outputs()]
+    batches = all(info.shape and info.shape[0] == -1 for info in (*inputs, *outputs))
+    max_batch_size = int(config.get("max_batch_size", 0))
+    if max_batch_size and not batches:
+        raise LoadError(
+            f"max_batch_size is {max_batch_size}, but not every tensor of the graph has a variable first dimension"
+        )
+    if batches and not max_batch_size:
+        max_batch_size = default_max_batch_size
+    scheduled = "sequence_batching" in config or "dynamic_batching" in config
+    return Completion(
+        max_batch_size=max_batch_size,
+        inputs=[] if config.get("input") else [_completed(info, max_batch_size) for info in inputs],
+        outputs=[] if config.get("output") else [_completed(info, max_batch_size) for info in outputs],
+        dynamic_batching=max_batch_size > 1 and not scheduled,
+    )
+
+
+def _completed(info: TensorInfo, max_batch_size: int) -> dict[str, Any]:
+    dims = list(info.shape[1:] if max_batch_size else info.shape)
+    item: dict[str, Any] = {"name": info.name, "data_type": info.data_type, "dims": dims or [1]}
+    if not dims and max_batch_size:
+        item["reshape"] = {"shape": []}
+    return item
+
+
+def _dims(item: Config) -> tuple[int, ...]:
+    return tuple(int(size) for size in item["dims"])
+
+
+def _onnx_dims(item: Config) -> tuple[int, ...]:
+    reshape = item.get("reshape")
+    return tuple(int(size) for size in reshape.get("shape", [])) if reshape is not None else _dims(item)
+
+
+def _input_reshapes(config: Config) -> dict[str, tuple[int, ...]]:
+    return {item["name"]: _onnx_dims(item) for item in config.get("input", []) if item.get("reshape") is not None}
+
+
+def _names(items: Sequence[Config]) -> str:
+    return ", ".join(item["name"] for item in items) or "none"
+
+
+def _integer(parameters: Mapping[str, str], name: str, default: int) -> int:
+    text = parameters.get(name, str(default))
+    if not text.lstrip("-").isdecimal():
+        raise LoadError(f"parameter {name!r} must be an integer, found {text!r}")
+    return max(int(text), 0) if name.endswith("thread_count") else int(text)
+
+
+def _boolean(parameters: Mapping[str, str], name: str, default: bool) -> bool:
+    text = parameters.get(name)
+    if text is None:
+        return default
+    if text.lower() not in _BOOLEANS:
+        raise LoadError(f"parameter {name!r} must be 0 or 1, found {text!r}")
+    return _BOOLEANS[text.lower()]

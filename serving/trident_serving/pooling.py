@@ -1,0 +1,71 @@
+"""Sentence embeddings from token embeddings, as sentence-transformers computes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+class Pooling(str, Enum):
+    """How the vectors of a text's tokens become one."""
+
+    MEAN = "mean"
+    CLS = "cls"
+    LAST_TOKEN = "lasttoken"
+    MAX = "max"
+
+
+@dataclass(frozen=True)
+class PoolingSettings:
+    """How a model's embeddings are made; `pooling.json` in the version folder, which the export writes."""
+
+    pooling: Pooling
+    normalize: bool
+
+    @classmethod
+    def load(cls, folder: Path) -> PoolingSettings:
+        """Read `folder/pooling.json`."""
+        settings = json.loads((folder / "pooling.json").read_text(encoding="utf-8"))
+        return cls(Pooling(settings["pooling"]), bool(settings["normalize"]))
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/pooling.json`."""
+        settings = {"pooling": self.pooling.value, "normalize": self.normalize}
+        (folder / "pooling.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def pool(hidden: Floats, attention_mask: NDArray[np.int64], pooling: Pooling) -> Floats:
+    """One vector a text.
+
+    Args:
+        hidden: token embeddings, float32 [texts, tokens, dimensions].
+        attention_mask: 1 for tokens and 0 for padding, [texts, tokens]; each row holds a 1.
+
+    Returns:
+        float32 [texts, dimensions].
+    """
+    mask = attention_mask.astype(np.float32)[:, :, None]
+    if pooling is Pooling.MEAN:
+        total: Floats = np.matmul(mask.transpose(0, 2, 1), hidden)[:, 0] / mask.sum(axis=1)
+        return total
+    if pooling is Pooling.CLS:
+        return hidden[np.arange(len(hidden)), attention_mask.argmax(axis=1)]
+    if pooling is Pooling.LAST_TOKEN:
+        last = attention_mask.shape[1] - 1 - attention_mask[:, ::-1].argmax(axis=1)
+        return hidden[np.arange(len(hidden)), last]
+    largest: Floats = np.where(mask > 0, hidden, -np.inf).max(axis=1)
+    return largest
+
+
+def normalize(vectors: Floats) -> Floats:
+    """Vectors of length 1, float32 [texts, dimensions]; a zero vector stays as it is (torch's eps, 1e-12)."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: Floats = vectors / np.maximum(norms, 1e-12)
+    return scaled

@@ -1,0 +1,47 @@
+"""Text in and out of Triton's BYTES tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trident_serving.errors import InvalidRequest
+
+
+def decode_utf8(value: object, field: str) -> str:
+    """One element of a BYTES tensor as text.
+
+    Raises:
+        InvalidRequest: the bytes are not UTF-8; the message gives the offset of the first bad byte.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        raise InvalidRequest(f"{field} must hold bytes, found {type(value).__name__}")
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"{field} is not UTF-8: byte {value[error.start]:#04x} at offset {error.start} of {len(value)}"
+        ) from None
+
+
+def decode_texts(tensor: NDArray[np.object_], field: str, max_bytes: int | None = None) -> list[str]:
+    """Every element of a BYTES tensor as text, in row order.
+
+    Raises:
+        InvalidRequest: an element is not UTF-8, or is longer than `max_bytes` bytes.
+    """
+    elements = tensor.reshape(-1).tolist()
+    names = [field if len(elements) == 1 else f"{field}[{row}]" for row in range(len(elements))]
+    for name, element in zip(names, elements, strict=True):
+        if max_bytes is not None and len(element) > max_bytes:
+            raise InvalidRequest(f"{name} has {len(element)} bytes, the limit is {max_bytes} bytes")
+    return [decode_utf8(element, name) for name, element in zip(names, elements, strict=True)]
+
+
+def encode_texts(texts: Iterable[str]) -> NDArray[np.object_]:
+    """Texts as a one-dimensional BYTES tensor."""
+    return np.array([text.encode("utf-8") for text in texts], dtype=np.object_)

@@ -1,0 +1,104 @@
+"""The little that every adapter in `serving/backends` needs between Triton's Python API and the runtime.
+
+`pb_utils` exists in Triton's processes alone, so the adapters hand it in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trident_serving.errors import InvalidRequest, Overloaded, ServingError
+
+
+def setup(pb_utils: Any) -> None:
+    """Send Python's log records to Triton's log, and refuse a numpy that loses the bytes of every tensor.
+
+    Raises:
+        RuntimeError: numpy is version 2 or later.
+    """
+    if int(np.__version__.split(".")[0]) >= 2:
+        raise RuntimeError(f"numpy {np.__version__} makes this server send empty tensors: install 'numpy<2'")
+    root = logging.getLogger()
+    root.handlers = [_TritonLog(pb_utils.Logger)]
+    root.setLevel(logging.INFO)
+
+
+class _TritonLog(logging.Handler):
+    def __init__(self, triton_logger: Any) -> None:
+        super().__init__()
+        self._triton = triton_logger
+        self.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write = self._triton.log_error if record.levelno >= logging.ERROR else (
+            self._triton.log_warn if record.levelno >= logging.WARNING else self._triton.log_info
+        )
+        write(self.format(record))
+
+
+def version_folder(args: Mapping[str, str]) -> Path:
+    """The folder of the version that is being loaded, from the arguments of `initialize`."""
+    return Path(args["model_repository"]) / args["model_version"]
+
+
+def model_config(args: Mapping[str, str]) -> dict[str, Any]:
+    """The model's config, from the arguments of `initialize`."""
+    config: dict[str, Any] = json.loads(args["model_config"])
+    return config
+
+
+def parameters(config: Mapping[str, Any]) -> dict[str, str]:
+    """The config's `parameters` as plain texts."""
+    return {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+
+
+def inputs(request: Any) -> dict[str, NDArray[Any]]:
+    """The request's tensors by name."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def error(pb_utils: Any, exception: Exception) -> Any:
+    """The exception as Triton's error: the code says whether to repair the request, to retry, or to report it."""
+    codes = pb_utils.TritonError
+    if isinstance(exception, InvalidRequest):
+        return codes(str(exception), codes.INVALID_ARG)
+    if isinstance(exception, Overloaded):
+        return codes(str(exception), codes.UNAVAILABLE)
+    return codes(f"{type(exception).__name__}: {exception}", codes.INTERNAL)
+
+
+def response(pb_utils: Any, result: Mapping[str, NDArray[Any]] | Exception) -> Any:
+    """A response with these tensors, or with this error."""
+    if isinstance(result, Exception):
+        return pb_utils.InferenceResponse(error=error(pb_utils, result))
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, tensor) for name, tensor in result.items()])
+
+
+def answer(
+    pb_utils: Any, serve: Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]], request: Any
+) -> Any:
+    """The response to one request; an exception becomes its error and concerns nobody else."""
+    try:
+        return response(pb_utils, serve(inputs(request)))
+    except Exception as exception:
+        if not isinstance(exception, ServingError):
+            logging.getLogger(__name__).exception("a request failed")
+        return response(pb_utils, exception)
+
+
+def folder_to_complete(config: Mapping[str, Any]) -> Path:
+    """The version folder of the model whose config is being completed.
+
+    Triton completes a config before it tells the backend where the model lies; the command line of the
+    backend's process does say so.
+    """
+    command = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    print(command)
+    raise LookupError(str(command))
