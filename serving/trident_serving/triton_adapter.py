@@ -93,12 +93,14 @@ def answer(
         return response(pb_utils, exception)
 
 
-def folder_to_complete(config: Mapping[str, Any]) -> Path:
+def folder_to_complete(command_line: bytes | None = None) -> Path:
     """The version folder of the model whose config is being completed.
 
     Triton completes a config before it tells the backend where the model lies; the command line of the
-    backend's process does say so.
+    backend's own process, which Triton wrote, does say so: its first argument is the model's file.
     """
-    command = Path("/proc/self/cmdline").read_bytes().split(b"\0")
-    print(command)
-    raise LookupError(str(command))
+    command = command_line if command_line is not None else Path("/proc/self/cmdline").read_bytes()
+    arguments = command.decode().split("\0")
+    if len(arguments) < 2 or not Path(arguments[1]).is_absolute():
+        raise RuntimeError("this server does not tell where the model lies: give inputs and outputs in config.pbtxt")
+    return Path(arguments[1]).parent

@@ -10,7 +10,7 @@ class TritonPythonModel:
     @staticmethod
     def auto_complete_config(auto_complete_model_config):
         config = auto_complete_model_config.as_dict()
-        completion = onnx_backend.complete(triton_adapter.folder_to_complete(config), config)
+        completion = onnx_backend.complete(triton_adapter.folder_to_complete(), config)
         if completion is not None:
             auto_complete_model_config.set_max_batch_size(completion.max_batch_size)
             for tensor in completion.inputs:

@@ -1,4 +1,4 @@
-"""One backend folder for the server: its own backends, linked, and ours.
+"""One backend folder for the server: its own backends and ours.
 
 A Python-based backend may carry any name, so `onnxruntime` is our stand-in where the server has no native
 one, and the same config.pbtxt is served in both places.
@@ -6,31 +6,50 @@ one, and the same config.pbtxt is served in both places.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from trident_serving.launcher.installation import Installation
+from trident_serving.launcher.preflight import StartError
 
 OUR_BACKENDS = Path(__file__).parents[2] / "backends"
 STAND_IN = "onnxruntime"
 
 
-def assemble(folder: Path, installation: Installation, ours: Path = OUR_BACKENDS) -> Path:
-    """Fill an empty folder with links; returns it.
+def missing(installation: Installation, ours: Path = OUR_BACKENDS) -> list[Path]:
+    """Our backends that the installation does not have, the stand-in only where there is no native one."""
+    folders = sorted(path.parent for path in ours.glob("*/model.py"))
+    return [
+        folder
+        for folder in folders
+        if not (installation.backends / folder.name).exists()
+        and not (folder.name == STAND_IN and installation.has_native_onnxruntime)
+    ]
 
-    The stub is linked, not copied: it finds its libraries by a path relative to itself.
+
+def prepare(folder: Path, installation: Installation) -> Path:
+    """The backend folder to start with: the installation's own where ours are in it (a container image has
+    them there), else `folder`, which is filled.
+
+    Raises:
+        StartError: the installation has native backends beside Python's, which can't be moved.
     """
-    for backend in sorted(installation.backends.iterdir()):
-        if backend.is_dir() and backend.name != "python":
-            (folder / backend.name).symlink_to(backend)
-    python = folder / "python"
-    python.mkdir()
-    for file in sorted((installation.backends / "python").iterdir()):
-        if file.name != installation.stub.name:
-            (python / file.name).symlink_to(file)
-    (python / installation.stub.name).symlink_to(installation.stub)
-    for backend in sorted(ours.iterdir()):
-        if (backend / "model.py").exists() and not (
-            backend.name == STAND_IN and installation.has_native_onnxruntime
-        ):
-            (folder / backend.name).symlink_to(backend)
+    ours = missing(installation)
+    if not ours:
+        return installation.backends
+    others = sorted(path.name for path in installation.backends.iterdir() if path.is_dir() and path.name != "python")
+    if others:
+        raise StartError(
+            f"{installation.backends} lacks {', '.join(path.name for path in ours)}: copy them there from "
+            f"{OUR_BACKENDS}, as deploy/Dockerfile does"
+        )
+    # The server refuses a library that is a link out of the folder, so files are copied; but the stub finds
+    # its libraries by a path relative to itself, so that one is linked.
+    shutil.copytree(
+        installation.backends / "python", folder / "python", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (folder / "python" / installation.stub.name).unlink(missing_ok=True)
+    (folder / "python" / installation.stub.name).symlink_to(installation.stub)
+    for backend in ours:
+        shutil.copytree(backend, folder / backend.name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder

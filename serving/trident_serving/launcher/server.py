@@ -72,7 +72,7 @@ class Server:
         if not options.models:
             raise StartError(f"{options.repository} holds no exported model: run make export")
         self._folder = tempfile.TemporaryDirectory(prefix="trident-")
-        backends = backend_folder.assemble(Path(self._folder.name), installation)
+        backends = backend_folder.prepare(Path(self._folder.name), installation)
         command = _command(installation, options, backends, known_flags(installation, environment))
         self.process = subprocess.Popen(
             command,

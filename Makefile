@@ -1,0 +1,69 @@
+# Every job a person runs; `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODELS_FILE ?= models.toml
+REPOSITORY ?= model_repository
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+MODEL ?=
+PYTEST_ARGS ?=
+SETUP := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup serve export test check format quality bench load up down clean
+.DEFAULT_GOAL := help
+
+help: ## list the jobs
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(SETUP) ## create .venv with the pinned packages
+
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"trident: Python {v[0]}.{v[1]} is not supported: use 3.11 or 3.12 (make PYTHON=python3.11 ...)")'
+	@echo "trident: installing the pinned packages into $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
+	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+	@exec $(BIN)/python -m trident_serving --repository $(REPOSITORY) \
+		--http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
+export: $(SETUP) ## export models: make export [MODEL=name]
+	@$(BIN)/python -m trident_export export $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+
+test: $(SETUP) ## run every test, against a real server on free ports
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(SETUP) ## lint, types, configs in step with models.toml, deployment files
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m trident_export configs --check --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+	@$(BIN)/python deploy/validate.py
+
+format: $(SETUP) ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+quality: $(SETUP) ## what each variant gets wrong -> reports/quality.json
+	@$(BIN)/python -m trident_export quality --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+
+bench: $(SETUP) ## side by side with Hugging Face in one run -> reports/bench.md
+	@$(BIN)/python benchmarks/bench.py --repository $(REPOSITORY)
+
+load: $(SETUP) ## perf_analyzer against minilm and smollm2 -> reports/load.md
+	@$(BIN)/python benchmarks/load.py --repository $(REPOSITORY)
+
+up: ## start the production stack with docker compose
+	docker compose up --build --detach --wait
+
+down: ## stop the production stack
+	docker compose down
+
+clean: ## remove exported artefacts, caches and reports; keep .venv
+	rm -rf .cache reports $(REPOSITORY)/.trident $(REPOSITORY)/*/[0-9]*

@@ -1,0 +1,247 @@
+"""The client: one gRPC channel, a method for each task. Safe to use from several threads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from trident_client import _wire
+from trident_client._errors import InvalidRequestError, UnavailableError, translated
+from trident_client._types import Generation, GenerationChunk, Health, Message, ModelStatus
+
+# Errors of a stream as gRPC status codes, not as texts inside a message.
+_STREAM_METADATA = (("triton_grpc_error", "true"),)
+_CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+
+
+@dataclass(frozen=True)
+class _Option:
+    dtype: type[Any]
+
+
+_GENERATION_OPTIONS = {
+    "max_tokens": _Option(np.int32),
+    "min_tokens": _Option(np.int32),
+    "temperature": _Option(np.float32),
+    "top_k": _Option(np.int32),
+    "top_p": _Option(np.float32),
+    "repetition_penalty": _Option(np.float32),
+    "presence_penalty": _Option(np.float32),
+    "frequency_penalty": _Option(np.float32),
+    "random_seed": _Option(np.uint64),
+    "return_log_probs": _Option(np.bool_),
+}
+
+
+class Client:
+    """Calls a Trident server.
+
+    Args:
+        url: host and port of the server's gRPC endpoint.
+        timeout: seconds that a call may take where it names none; None waits as long as it takes.
+    """
+
+    def __init__(self, url: str = "localhost:8001", *, timeout: float | None = None) -> None:
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def generate(
+        self, prompt: str, *, model: str = "smollm2", timeout: float | None = None, **options: Any
+    ) -> Generation:
+        """The continuation of a prompt.
+
+        Args:
+            options: `max_tokens`, `min_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`,
+                `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `random_seed`, `stop_words`
+                (a list of texts), `return_log_probs`.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+        """
+        return _joined(self._chunks("text_input", prompt, model, timeout, {**options, "stream": False}))
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        model: str = "smollm2",
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Iterator[GenerationChunk]:
+        """The same, piece by piece; a list of messages is a chat. Closing the iterator cancels the request.
+
+        Args:
+            options: those of `generate`.
+
+        Raises:
+            TridentError: see its subclasses; raised while iterating.
+            TypeError: an option is unknown.
+        """
+        field, text = ("text_input", prompt) if isinstance(prompt, str) else ("messages", json.dumps(list(prompt)))
+        return self._chunks(field, text, model, timeout, {**options, "stream": True})
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        model: str = "smollm2",
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The assistant's next turn, through the model's chat template; a text is one message of the user.
+
+        Args:
+            options: those of `generate`.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = json.dumps(list(messages))
+        return _joined(self._chunks("messages", text, model, timeout, {**options, "stream": False}))
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str = "minilm",
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> NDArray[np.float32]:
+        """Embeddings, float32 [texts, dimensions]; [dimensions] for a single text.
+
+        Args:
+            truncate: whether to cut texts that are longer than the model takes; None leaves it to the server,
+                which refuses them unless its models.toml says otherwise.
+            batch_size: texts in one request, at most the model's `max_batch_size`.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        if isinstance(texts, str):
+            single: NDArray[np.float32] = self.embed(
+                [texts], model=model, truncate=truncate, batch_size=batch_size, timeout=timeout
+            )[0]
+            return single
+        requests = []
+        for start in range(0, len(texts), batch_size):
+            batch = list(texts[start : start + batch_size])
+            inputs: dict[str, NDArray[Any]] = {"text_input": _wire.texts(batch)[:, None]}
+            if truncate is not None:
+                inputs["truncate"] = np.full((len(batch), 1), truncate)
+            requests.append(_wire.build_request(model, inputs))
+        with translated():
+            calls = [self._stub.ModelInfer.future(request, timeout=self._deadline(timeout)) for request in requests]
+            parts = [_wire.parse_response(call.result())["embedding"] for call in calls]
+        return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+
+    def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
+        """The models that the server has loaded or tried to load, by name.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        with translated():
+            index = self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=self._deadline(timeout))
+        statuses = [ModelStatus(model.name, model.version, model.state, model.reason) for model in index.models if model.state]
+        return sorted(statuses, key=lambda status: status.name)
+
+    def health(self, *, timeout: float | None = None) -> Health:
+        """Whether the server answers; no error where it can't be reached."""
+        try:
+            with translated():
+                live = self._stub.ServerLive(pb.ServerLiveRequest(), timeout=self._deadline(timeout)).live
+                ready = self._stub.ServerReady(pb.ServerReadyRequest(), timeout=self._deadline(timeout)).ready
+        except UnavailableError:
+            return Health(live=False, ready=False)
+        return Health(live=live, ready=ready)
+
+    def _deadline(self, timeout: float | None) -> float | None:
+        return self._timeout if timeout is None else timeout
+
+    def _chunks(
+        self, field: str, text: str, model: str, timeout: float | None, options: dict[str, Any]
+    ) -> Iterator[GenerationChunk]:
+        inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None]}
+        inputs["stream"] = np.array([[options.pop("stream")]])
+        stop_words = options.pop("stop_words", None)
+        if stop_words:
+            inputs["stop_words"] = _wire.texts(list(stop_words))[None]
+        for name, value in options.items():
+            if name not in _GENERATION_OPTIONS:
+                known = ", ".join([*_GENERATION_OPTIONS, "stop_words"])
+                raise TypeError(f"unknown option {name!r}; known are {known}")
+            if value is not None:
+                inputs[name] = np.array([[value]], dtype=_GENERATION_OPTIONS[name].dtype)
+        request = _wire.build_request(model, inputs)
+        return self._receive(request, self._deadline(timeout))
+
+    def _receive(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[GenerationChunk]:
+        with translated():
+            call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout, metadata=_STREAM_METADATA)
+            try:
+                for response in call:
+                    if response.error_message:
+                        self._raise_refusal(request.model_name, response.error_message)
+                    yield _chunk(_wire.parse_response(response.infer_response))
+            finally:
+                call.cancel()
+
+    def _raise_refusal(self, model: str, message: str) -> NoReturn:
+        """What Triton itself refuses on a stream comes as a text without a status code: ask for the code.
+
+        Raises:
+            NotFoundError: there is no such model.
+            InvalidRequestError: there is one, and it does not take this request.
+        """
+        with translated():
+            self._stub.ModelMetadata(pb.ModelMetadataRequest(name=model))
+        raise InvalidRequestError(message)
+
+
+def _chunk(outputs: dict[str, NDArray[Any]]) -> GenerationChunk:
+    return GenerationChunk(
+        text=outputs["text_output"].item().decode("utf-8"),
+        finish_reason=outputs["finish_reason"].item().decode("utf-8"),
+        num_input_tokens=int(outputs["num_input_tokens"].item()),
+        num_output_tokens=int(outputs["num_output_tokens"].item()),
+        log_probs=tuple(outputs["output_log_probs"].reshape(-1).tolist()),
+    )
+
+
+def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
+    pieces = list(chunks)
+    last = pieces[-1]
+    return Generation(
+        text="".join(piece.text for piece in pieces),
+        finish_reason=last.finish_reason,
+        num_input_tokens=last.num_input_tokens,
+        num_output_tokens=last.num_output_tokens,
+        log_probs=tuple(value for piece in pieces for value in piece.log_probs),
+    )

@@ -1,0 +1,64 @@
+"""What a call can raise.
+
+    TridentError
+    ├── InvalidRequestError     the request can never succeed: its message names field, value and limit
+    ├── NotFoundError           there is no such model on the server
+    ├── UnavailableError        the server can't be reached, is draining, or has no room: try again later
+    ├── DeadlineExceededError   the answer took longer than `timeout`
+    ├── CancelledError          the call was cancelled
+    └── ServerError             anything else: a defect of the server
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+
+class TridentError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidRequestError(TridentError):
+    """The server refuses the request; the message says why."""
+
+
+class NotFoundError(TridentError):
+    """There is no such model on the server."""
+
+
+class UnavailableError(TridentError):
+    """The server can't be reached or has no room now."""
+
+
+class DeadlineExceededError(TridentError):
+    """The answer took longer than the call's timeout."""
+
+
+class CancelledError(TridentError):
+    """The call was cancelled before its answer was complete."""
+
+
+class ServerError(TridentError):
+    """The server failed."""
+
+
+_BY_CODE: dict[grpc.StatusCode, type[TridentError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.CANCELLED: CancelledError,
+}
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise gRPC's errors as this package's, by status code."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        kind = _BY_CODE.get(error.code(), ServerError)
+        raise kind(error.details() or error.code().name) from error

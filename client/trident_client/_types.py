@@ -1,0 +1,66 @@
+"""What calls take and return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation; roles are the chat template's, usually `system`, `user`, `assistant`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A piece of an answer.
+
+    Attributes:
+        text: the text that is new.
+        finish_reason: "stop", "length" or "cancelled" in the last chunk, "" before.
+        num_input_tokens: tokens of the prompt.
+        num_output_tokens: tokens generated so far.
+        log_probs: log-probabilities of the new tokens, where they were asked for.
+    """
+
+    text: str
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    log_probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A complete answer; the attributes are those of `GenerationChunk`, for all of it."""
+
+    text: str
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    log_probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """A model that the server knows.
+
+    Attributes:
+        state: Triton's word, "READY" when it answers.
+        reason: why it does not, where it does not.
+    """
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether the server is up, and whether every model is loaded."""
+
+    live: bool
+    ready: bool

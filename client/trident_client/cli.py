@@ -1,0 +1,159 @@
+"""`trident`: the client on the command line.
+
+Text comes from the arguments, from --file, or from standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trident_client import Client, TridentError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        with Client(options.url, timeout=options.timeout) as client:
+            status: int = options.run(client, options)
+    except TridentError as error:
+        print(f"trident: {error}", file=sys.stderr)
+        return 1
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: that is no error
+            return 0
+        print(f"trident: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trident", description="Talk to a Trident server.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.add_argument("--url", default="localhost:8001", help="gRPC endpoint (default %(default)s)")
+        command.add_argument("--timeout", type=float, help="seconds that the call may take")
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(run=run)
+        return command
+
+    generate = add("generate", _generate, "continue a text, streamed to the terminal")
+    chat = add("chat", _chat, "answer a message through the model's chat template, streamed to the terminal")
+    chat.add_argument("--system", help="the system message")
+    embed = add("embed", _embed, "embed texts: one an argument, or one a line of --file or standard input")
+    embed.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
+    for command, model in ((generate, "smollm2"), (chat, "smollm2"), (embed, "minilm")):
+        command.add_argument("--model", default=model, help="default %(default)s")
+        command.add_argument("--file", type=Path, help="read the text from a file")
+        command.add_argument("text", nargs="*", help="the text; standard input where there is none")
+    for command in (generate, chat):
+        command.add_argument("--max-tokens", type=int)
+        command.add_argument("--min-tokens", type=int)
+        command.add_argument("--temperature", type=float, help="0, the default, always takes the likeliest token")
+        command.add_argument("--top-k", type=int)
+        command.add_argument("--top-p", type=float)
+        command.add_argument("--repetition-penalty", type=float)
+        command.add_argument("--presence-penalty", type=float)
+        command.add_argument("--frequency-penalty", type=float)
+        command.add_argument("--random-seed", type=int)
+        command.add_argument("--stop", action="append", dest="stop_words", help="may be given several times")
+    add("models", _models, "list the server's models")
+    add("health", _health, "say whether the server is ready; the exit status says it too")
+    return parser
+
+
+_OPTIONS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "random_seed",
+    "stop_words",
+)
+
+
+def _text(options: argparse.Namespace) -> str:
+    if options.text and options.file:
+        raise ValueError("give the text as arguments or with --file, not both")
+    if options.text:
+        return " ".join(options.text)
+    if options.file:
+        text: str = options.file.read_text(encoding="utf-8")
+        return text
+    return sys.stdin.buffer.read().decode("utf-8")
+
+
+def _generate(client: Client, options: argparse.Namespace) -> int:
+    return _print_stream(client, options, _text(options))
+
+
+def _chat(client: Client, options: argparse.Namespace) -> int:
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    return _print_stream(client, options, [*messages, {"role": "user", "content": _text(options)}])
+
+
+def _print_stream(client: Client, options: argparse.Namespace, prompt: Any) -> int:
+    chosen = {name: getattr(options, name) for name in _OPTIONS}
+    chunks = []
+    for chunk in client.stream(prompt, model=options.model, **chosen):
+        chunks.append(chunk)
+        if not options.json:
+            print(chunk.text, end="", flush=True)
+    if options.json:
+        result = dataclasses.asdict(chunks[-1]) | {"text": "".join(chunk.text for chunk in chunks)}
+        del result["log_probs"]
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print()
+    return 0
+
+
+def _embed(client: Client, options: argparse.Namespace) -> int:
+    texts = options.text or [line for line in _text(options).splitlines() if line]
+    vectors = client.embed(texts, model=options.model, truncate=options.truncate)
+    if options.json:
+        print(json.dumps([{"text": text, "embedding": row.tolist()} for text, row in zip(texts, vectors, strict=True)]))
+        return 0
+    for text, row in zip(texts, vectors, strict=True):
+        head = ", ".join(f"{value:+.4f}" for value in row[:6])
+        print(f"[{head}, ...] {len(row)} numbers  {text[:60]}")
+    return 0
+
+
+def _models(client: Client, options: argparse.Namespace) -> int:
+    statuses = client.models()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(status) for status in statuses]))
+        return 0
+    for status in statuses:
+        print(f"{status.name:<28} {status.version:>3}  {status.state} {status.reason}".rstrip())
+    return 0
+
+
+def _health(client: Client, options: argparse.Namespace) -> int:
+    health = client.health()
+    if options.json:
+        print(json.dumps(dataclasses.asdict(health)))
+    else:
+        print("ready" if health.ready else "live, not ready" if health.live else "not reachable")
+    return 0 if health.ready else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
