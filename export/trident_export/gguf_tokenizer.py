@@ -55,7 +55,12 @@ def save(path: Path, folder: Path) -> None:
     tokenizer: Tokenizer = loaded.backend_tokenizer
     special = _special_tokens(tokenizer, fields)
     repair(tokenizer, special.get("bos_token") if fields.get("tokenizer.ggml.add_bos_token", False) else None)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **special,
+    )
     fast.chat_template = fields.get("tokenizer.chat_template")
     fast.save_pretrained(str(folder))
     _write_generation_config(folder, fields)

@@ -107,8 +107,9 @@ def _from_hub(source: Source, progress: Progress) -> Path:
 
 def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
     stat = path.stat()
-    key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache / "sources" / f"{path.stem}-{key}"
+    converter = Path(__file__).with_name("gguf_tokenizer.py").read_text(encoding="utf-8")
+    key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {converter}".encode()).hexdigest()
+    folder = cache / "sources" / f"{path.stem}-{key[:16]}"
     if folder.exists():
         return folder
     progress(f"dequantizing {path.name}")

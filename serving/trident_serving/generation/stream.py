@@ -103,8 +103,9 @@ class TextStream:
     def send_pending(self) -> bool:
         """Send what waits, on the sender's thread; True when that was the last response."""
         with self._lock:
-            if self._error is None and self._reason is None and not self._text:
-                return False  # another notification has already taken it along
+            ended = self._error is not None or self._reason is not None
+            if not ended and not (self._streaming and self._text):
+                return False  # nothing yet, or another notification has already taken it along
             error, chunk = self._error, self._take()
         if error is not None:
             self.channel.fail(error)

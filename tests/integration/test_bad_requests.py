@@ -1,0 +1,202 @@
+"""Requests that must be refused, each with a helpful sentence, while a neighbour is being served unharmed."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from tests.conftest import RunningServer
+from trident_client import Client, InvalidRequestError, NotFoundError, _wire
+
+
+@pytest.fixture
+def neighbour(client: Client) -> Iterator[None]:
+    """A stream that runs while the bad request is made, and must end as it does alone."""
+    alone = client.generate("The capital of France is", max_tokens=40).text
+    stream = client.stream("The capital of France is", max_tokens=40)
+    text = next(stream).text
+    yield
+    text += "".join(chunk.text for chunk in stream)
+    assert text == alone
+
+
+def raw_stream(server: RunningServer, request: pb.ModelInferRequest) -> tuple[grpc.StatusCode | None, str]:
+    """The status of one request on a stream: TensorRT-LLM's way to call a decoupled model."""
+    with grpc.insecure_channel(server.grpc_url) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        call = stub.ModelStreamInfer(iter([request]), metadata=(("triton_grpc_error", "true"),), timeout=60)
+        try:
+            messages = [response.error_message for response in call]
+        except grpc.RpcError as error:
+            return error.code(), error.details()
+    return None, "".join(messages)
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.usefixtures("neighbour")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, found 0"),
+        ({"max_tokens": -5}, "max_tokens must be at least 1, found -5"),
+        ({"max_tokens": 2**31 - 1}, "max_tokens is 2147483647, but the prompt's 1 tokens leave room for 2047"),
+        ({"temperature": float("nan")}, "temperature must be between 0 and 100, found nan"),
+        ({"temperature": float("inf")}, "temperature must be between 0 and 100, found inf"),
+        ({"temperature": -1.0}, "temperature must be between 0 and 100, found -1.0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, found 0.0"),
+        ({"top_p": 2.0}, "top_p must be above 0 and at most 1, found 2.0"),
+        ({"top_k": -1}, "top_k must be 0 (off) or more, found -1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"presence_penalty": 3.0}, "presence_penalty must be between -2 and 2, found 3.0"),
+        ({"min_tokens": 9, "max_tokens": 4}, "min_tokens must be between 0 and max_tokens (4), found 9"),
+        ({"stop_words": ["x"] * 33}, "stop_words holds 33 texts, the limit is 32"),
+    ],
+)
+def test_options_out_of_range(client: Client, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        client.generate("Hello", **options)
+    assert message in str(error.value)
+
+
+@pytest.mark.usefixtures("neighbour")
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "text_input is empty"),
+        ("word " * 2100, "text_input has 2101 tokens, the model's context of 2048 allows 2047"),
+        ("x" * 2**20, "text_input has 1048576 bytes, at least"),
+    ],
+)
+def test_prompts_that_do_not_fit(client: Client, prompt: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        client.generate(prompt)
+    assert message in str(error.value)
+
+
+@pytest.mark.usefixtures("neighbour")
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "give exactly one of text_input and messages, found neither"),
+        (
+            {"text_input": [b"a"], "messages": [b"[]"]},
+            "give exactly one of text_input and messages, found text_input and messages",
+        ),
+        ({"text_input": [b"caf\xe9 au lait"]}, "text_input is not UTF-8: byte 0xe9 at offset 3 of 12"),
+        ({"messages": [b"hello"]}, "messages is not JSON"),
+        ({"messages": [b"[]"]}, "messages must be a JSON list like"),
+        ({"messages": [b'{"role": "user"}']}, "messages must be a JSON list like"),
+        ({"messages": [b"[1]"]}, "messages[0] must be an object, found int"),
+        ({"messages": [b'[{"role": "user"}]']}, "messages[0] needs the text 'content', found None"),
+        ({"messages": [b'[{"role": "user", "content": 5}]']}, "messages[0] needs the text 'content', found 5"),
+        ({"messages": [b'[{"role": "user", "content": "\\ud83d"}]']}, "messages[0].content holds half of"),
+        ({"messages": [b"[" * 100_000]}, "messages is nested too deeply"),
+    ],
+)
+def test_malformed_prompts(server: RunningServer, inputs: dict[str, list[bytes]], message: str) -> None:
+    tensors = {name: np.array([values], dtype=np.object_) for name, values in inputs.items()}
+    tensors["max_tokens"] = np.array([[4]], np.int32)
+    code, details = raw_stream(server, _wire.build_request("smollm2", tensors))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in details
+
+
+@pytest.mark.usefixtures("neighbour")
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"text_input": np.array([[b"a"]], np.object_), "max_tokens": np.array([[1.0]], np.float32)},
+        {"text_input": np.array([[1]], np.int32)},
+        {"text_input": np.array([[b"a", b"b"]], np.object_)},
+        {"text_input": np.array([[b"a"], [b"b"]], np.object_)},
+        {"text_input": np.array([b"a"], np.object_)[0:0].reshape(1, 0)},
+    ],
+    ids=["dtype of an option", "dtype of the prompt", "two prompts in a row", "two rows", "no prompt in a row"],
+)
+def test_wrong_dtype_and_shape(server: RunningServer, tensors: dict[str, Any]) -> None:
+    code, details = raw_stream(server, _wire.build_request("smollm2", tensors))
+    # What Triton itself refuses comes as a message on the stream, what our backend refuses as a status.
+    assert code in (None, grpc.StatusCode.INVALID_ARGUMENT)
+    assert details
+    with pytest.raises(InvalidRequestError), Client(server.grpc_url) as client:
+        list(client._receive(_wire.build_request("smollm2", tensors), 60))
+
+
+def test_http_answers_400(server: RunningServer) -> None:
+    url = f"{server.http_url}/v2/models/smollm2/generate"
+    assert post(url, {"text_input": "a", "max_tokens": -1}) == (
+        400,
+        '{"error":"max_tokens must be at least 1, found -1"}',
+    )
+    assert post(url, {"text_input": "a", "messages": "[]"})[0] == 400
+
+
+def test_unknown_model(client: Client) -> None:
+    with pytest.raises(NotFoundError, match="nope"):
+        client.generate("Hello", model="nope")
+    with pytest.raises(NotFoundError, match="nope"):
+        client.embed("Hello", model="nope")
+
+
+def test_the_wrong_kind_of_model(client: Client) -> None:
+    with pytest.raises(InvalidRequestError):
+        client.generate("Hello", model="minilm")
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_nul_is_a_character_like_others(client: Client) -> None:
+    assert client.generate("a\0b", max_tokens=3).num_input_tokens == 3
+    assert client.embed("a\0b").shape == (384,)
+
+
+@pytest.mark.usefixtures("neighbour")
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([""], "text_input is empty: '' holds no token"),
+        (["fine", "   "], "text_input[1] is empty: '   ' holds no token"),
+        (["word " * 300], "text_input has 302 tokens, the model takes 256"),
+        (["fine", "word " * 300, "fine"], "text_input[1] has 302 tokens, the model takes 256"),
+        (["x" * 2**20], "text_input has 1048576 bytes, the limit is 262144 bytes"),
+    ],
+)
+def test_texts_that_can_not_be_embedded(client: Client, texts: list[str], message: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        client.embed(texts)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"text_input": np.array([[b"\xff\xfe"]], np.object_)}, "text_input is not UTF-8: byte 0xff at offset 0"),
+        ({"text_input": np.array([[1.0]], np.float32)}, "FP32"),
+        ({"text_input": np.array([[b"a", b"b"]], np.object_)}, "shape"),
+        ({"text_input": np.array([[b"a"]] * 33, np.object_)}, "batch-size must be <= 32"),
+        ({}, "text_input"),
+    ],
+    ids=["UTF-8", "dtype", "shape", "batch", "missing"],
+)
+def test_malformed_embedding_requests(server: RunningServer, tensors: dict[str, Any], message: str) -> None:
+    with grpc.insecure_channel(server.grpc_url) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as error:
+            stub.ModelInfer(_wire.build_request("minilm", tensors), timeout=60)
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in error.value.details()
