@@ -28,9 +28,15 @@ def build_request(model: str, inputs: Arrays) -> pb.ModelInferRequest:
     request = pb.ModelInferRequest(model_name=model)
     for name, array in inputs.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
-        raw = serialize_byte_tensor(array).item() if array.dtype == np.object_ else array.tobytes()
-        request.raw_input_contents.append(raw)
+        request.raw_input_contents.append(_to_bytes(array))
     return request
+
+
+def _to_bytes(array: NDArray[Any]) -> bytes:
+    if array.dtype != np.object_:
+        return array.tobytes()
+    raw: bytes = serialize_byte_tensor(array).item() if array.size else b""
+    return raw
 
 
 def parse_response(response: pb.ModelInferResponse) -> dict[str, NDArray[Any]]:

@@ -13,9 +13,9 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_export.models_file import EmbeddingLimits, GenerationLimits, ModelSpec
+from trident_serving.artefacts import CONFIG_HEADER
 
-HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
+from trident_export.models_file import EmbeddingLimits, GenerationLimits, ModelSpec
 
 
 def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
@@ -29,7 +29,7 @@ def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
 
 def to_text(config: pb.ModelConfig) -> str:
     """A config as the text of its config.pbtxt."""
-    return HEADER + text_format.MessageToString(config)
+    return CONFIG_HEADER + text_format.MessageToString(config)
 
 
 def write(spec: ModelSpec, repository: Path) -> None:
@@ -53,7 +53,7 @@ def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
         elif path.read_text(encoding="utf-8") != to_text(config):
             problems.append(f"{path} differs from models.toml")
     for path in sorted(repository.glob("*/config.pbtxt")):
-        if path.parent.name not in expected:
+        if path.parent.name not in expected and path.read_text(encoding="utf-8").startswith(CONFIG_HEADER):
             problems.append(f"{path} belongs to no model of models.toml")
     return problems
 

@@ -14,6 +14,7 @@ from typing import Any
 
 VERSION = "1"
 MANIFEST = "trident.json"
+CONFIG_HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,30 @@ def read_manifests(repository: Path) -> list[Manifest]:
 
 
 def unexported(repository: Path) -> list[str]:
-    """Models that have a config and no artefacts: `make export MODEL=name` makes them."""
-    exported = {part for manifest in read_manifests(repository) for part in manifest.triton_models}
-    configured = {path.parent.name for path in repository.glob("*/config.pbtxt")}
-    return sorted(configured - exported)
+    """Public names of models that have a config and no artefacts: `make export MODEL=name` makes them."""
+    exported = {manifest.name for manifest in read_manifests(repository)}
+    configured = {path.parent.name for path in repository.glob("*/config.pbtxt") if _is_ours(path)}
+    return sorted(name for name in configured - exported if "_" not in name)  # the others are parts and variants
+
+
+def plain_models(repository: Path) -> list[str]:
+    """Models that somebody else put into the repository: they have a version folder and no config of ours."""
+    return sorted(
+        path.name
+        for path in repository.iterdir()
+        if any(version.name.isdecimal() and version.is_dir() for version in path.glob("*"))
+        and not _is_ours(path / "config.pbtxt")
+    )
+
+
+def loadable(repository: Path) -> list[str]:
+    """Every Triton model that can be loaded: the parts of complete exports, and plain models."""
+    parts = {model for manifest in read_manifests(repository) for model in manifest.triton_models}
+    return sorted(parts | set(plain_models(repository)))
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        return config.read_text(encoding="utf-8").startswith(CONFIG_HEADER)
+    except (FileNotFoundError, NotADirectoryError):
+        return False

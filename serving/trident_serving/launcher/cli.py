@@ -22,13 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
+    if not options.repository.is_dir():
+        print(f"trident: there is no model repository {options.repository}: run make export", file=sys.stderr)
+        return 1
     manifests = artefacts.read_manifests(options.repository)
     try:
         server = Server(
             installation.find(),
             ServerOptions(
                 repository=options.repository.resolve(),
-                models=tuple(sorted({model for manifest in manifests for model in manifest.triton_models})),
+                models=tuple(artefacts.loadable(options.repository)),
                 host=options.host,
                 http_port=options.http_port,
                 grpc_port=options.grpc_port,
@@ -77,10 +80,10 @@ def _announce(server: Server, manifests: Sequence[Manifest], stopping: threading
             print(f"trident: {error}", file=sys.stderr, flush=True)
             server.process.terminate()
         return
-    print(welcome(server.options, manifests, artefacts.unexported(server.options.repository)), flush=True)
+    print(welcome(server.options, manifests), flush=True)
 
 
-def welcome(options: ServerOptions, manifests: Sequence[Manifest], missing: Sequence[str]) -> str:
+def welcome(options: ServerOptions, manifests: Sequence[Manifest]) -> str:
     """What `make serve` prints when every model is ready."""
     lines = ["", "Trident is ready.", ""]
     for manifest in manifests:
@@ -88,7 +91,9 @@ def welcome(options: ServerOptions, manifests: Sequence[Manifest], missing: Sequ
         models = [f"{manifest.public_models[default]} ({default})"]
         models += [manifest.public_models[variant] for variant in others]
         lines.append(f"  {manifest.task:<20} {', '.join(models)}")
-    if missing:
+    if plain := artefacts.plain_models(options.repository):
+        lines.append(f"  {'plain models':<20} {', '.join(plain)}")
+    if missing := artefacts.unexported(options.repository):
         lines.append(f"  not exported: {', '.join(missing)} (make export MODEL=name)")
     lines += [
         "",

@@ -1,0 +1,187 @@
+"""`python -m trident_serving`: what it starts, what it stops, and what it refuses to start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from tests.conftest import RunningServer, free_ports, run_export, start_server, stop_server
+from trident_client import Client
+
+
+def children(pid: int) -> dict[int, str]:
+    """Every process below `pid`, with its command line."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+            parents[int(status.parent.name)] = int(fields[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found: dict[int, str] = {}
+    wanted = {pid}
+    while wanted:
+        wanted = {child for child, parent in parents.items() if parent in wanted} - set(found)
+        for child in wanted:
+            found[child] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those of the processes that still run."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    return [pid for pid in pids if runs(pid)]
+
+
+@pytest.fixture(scope="module")
+def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("launcher")
+    entry = tiny_models.causal_entry(tiny_models.make_causal(root / "llama", "llama"))
+    (root / "models.toml").write_text(tiny_models.models_toml({"tiny": entry}))
+    repository = root / "repository"
+    done = run_export("export", "--models-file", str(root / "models.toml"), "--repository", str(repository))
+    assert done.returncode == 0, done.stderr
+    return repository
+
+
+def test_the_serving_path_has_neither_torch_nor_transformers(server: RunningServer, client: Client) -> None:
+    client.generate("Hello", max_tokens=1)
+    client.embed("Hello")
+    processes = children(server.launcher.pid)
+    stubs = [pid for pid, command in processes.items() if "triton_python_backend_stub" in command]
+    assert len(stubs) >= 6
+    for pid in [server.launcher.pid, *processes]:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert "/torch/" not in maps, processes.get(pid)
+        assert "libtorch" not in maps
+    assert any("onnxruntime" in Path(f"/proc/{pid}/maps").read_text() for pid in stubs)
+    code = (
+        "import sys, trident_serving.generation.service, trident_serving.onnx_backend, trident_serving.encoding,"
+        " trident_serving.postprocessing, trident_serving.launcher.cli;"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'trident_export'}))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_the_welcome_names_models_ports_and_commands(server: RunningServer) -> None:
+    log = server.log.read_text()
+    assert "Trident is ready." in log
+    for line in (
+        "minilm (fp32), minilm_int8",
+        "smollm2 (int8), smollm2_fp32",
+        "not exported: gpt2 ",
+        f"gRPC     127.0.0.1:{server.grpc_port}",
+        "trident generate",
+        "trident embed",
+        "curl -s",
+    ):
+        assert line in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: Path, number: int) -> None:
+    server = start_server(tiny_repository, tmp_path / "log")
+    pids = list(children(server.launcher.pid))
+    assert len(pids) >= 2
+    results: list[str] = []
+    with Client(server.grpc_url, timeout=60) as client:
+        request = {"model": "tiny", "max_tokens": 100}
+        expected = client.generate("A", **request).text
+        stream = client.stream("A", **request)
+        first = next(stream).text
+        server.launcher.send_signal(number)
+        reader = threading.Thread(target=lambda: results.append(first + "".join(c.text for c in stream)))
+        reader.start()
+        assert server.launcher.wait(60) == 0
+        reader.join()
+    assert results == [expected]  # the request in flight was answered to its end
+    assert alive(pids) == []
+    assert "draining" in server.log.read_text()
+
+
+def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path) -> None:
+    server = start_server(tiny_repository, tmp_path / "log")
+    pids = list(children(server.launcher.pid))
+    os.kill(server.launcher.pid, signal.SIGKILL)
+    server.launcher.wait()
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline and alive(pids):
+        time.sleep(0.2)
+    assert alive(pids) == []
+
+
+def test_a_second_server_beside_the_first(tiny_repository: Path, tmp_path: Path) -> None:
+    servers = [start_server(tiny_repository, tmp_path / name) for name in ("one", "two")]
+    try:
+        answers = []
+        for server in servers:
+            with Client(server.grpc_url, timeout=60) as client:
+                answers.append(client.generate("A", model="tiny", max_tokens=8).text)
+        assert answers[0] == answers[1]
+    finally:
+        for server in servers:
+            stop_server(server)
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trident_serving", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_taken_port(tiny_repository: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = launch("--repository", str(tiny_repository), "--http-port", str(port))
+    assert done.returncode == 1
+    assert f"port {port} on 127.0.0.1 can't be used (Address already in use)" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_same_port_twice(tiny_repository: Path) -> None:
+    port = str(free_ports(1)[0])
+    done = launch("--repository", str(tiny_repository), "--http-port", port, "--grpc-port", port)
+    assert done.returncode == 1
+    assert f"HTTP_PORT and GRPC_PORT can't both be {port}" in done.stderr
+
+
+def test_an_empty_or_missing_repository(tmp_path: Path) -> None:
+    ports = [str(port) for port in free_ports(3)]
+    options = ["--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2]]
+    done = launch("--repository", str(tmp_path), *options)
+    assert done.returncode == 1
+    assert "holds no exported model: run make export" in done.stderr
+    done = launch("--repository", str(tmp_path / "none"), *options)
+    assert done.returncode == 1
+    assert "there is no model repository" in done.stderr
+
+
+def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "repository"
+    shutil.copytree(tiny_repository, broken)
+    (broken / "tiny/1/model.onnx").write_bytes(b"no graph")
+    ports = [str(port) for port in free_ports(3)]
+    done = launch(
+        *("--repository", str(broken), "--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2])
+    )
+    assert done.returncode == 1
+    assert "tiny" in done.stderr
+    assert "tritonserver ended" in done.stderr
