@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +41,17 @@ class EncodingSettings:
         Raises:
             ValueError: one is missing or malformed.
         """
-        try:
-            settings = cls(
-                max_tokens=int(parameters["max_tokens"]),
-                max_bytes=int(parameters["max_bytes"]),
-                buckets=tuple(int(length) for length in parameters["buckets"].split(",")),
-                truncate={"true": True, "false": False}[parameters["truncate"]],
-            )
-        except KeyError as error:
-            raise ValueError(f"parameter {error} is missing or not one of its values") from None
+        missing = [field.name for field in fields(cls) if field.name not in parameters]
+        if missing:
+            raise ValueError(f"parameters {', '.join(missing)} are missing")
+        if parameters["truncate"] not in ("true", "false"):
+            raise ValueError(f"parameter truncate must be true or false, found {parameters['truncate']!r}")
+        settings = cls(
+            max_tokens=int(parameters["max_tokens"]),
+            max_bytes=int(parameters["max_bytes"]),
+            buckets=tuple(int(length) for length in parameters["buckets"].split(",")),
+            truncate=parameters["truncate"] == "true",
+        )
         if list(settings.buckets) != sorted(set(settings.buckets)) or settings.buckets[-1] != settings.max_tokens:
             raise ValueError(
                 f"buckets must rise to max_tokens ({settings.max_tokens}), found {parameters['buckets']}"

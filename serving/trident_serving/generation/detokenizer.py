@@ -3,6 +3,10 @@
 A token may end in the middle of a character (an emoji is four bytes), and some tokenizers drop a leading
 space. So a short window of tokens is decoded again each time, and its text is handed out only when it does
 not end in U+FFFD, the mark of an unfinished character. What remains at the end is handed out as it is.
+
+Streamed or not, an answer's text is made here, so both are the same. It equals the tokenizer's decoding of
+all tokens at once, but for byte-fallback tokenizers on invalid UTF-8, which they spoil back to the start of
+the run of bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ _UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """The text of one answer; the pieces joined equal `codec.decode` of all tokens."""
+    """The text of one answer."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec

@@ -1,0 +1,105 @@
+"""models.toml, the committed configs and the exported graphs say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from tests.conftest import ROOT, run_export
+from trident_export import configs, models_file
+from trident_serving.onnx_backend import TensorInfo
+
+REPOSITORY = ROOT / "model_repository"
+SPECS = models_file.load(ROOT / "models.toml")
+CONFIGS = {name: config for spec in SPECS for name, config in configs.build(spec).items()}
+ENSEMBLES = [name for name, config in CONFIGS.items() if config.platform == "ensemble"]
+
+
+def test_the_committed_configs_are_in_step() -> None:
+    assert configs.drift(SPECS, REPOSITORY) == []
+
+
+def test_drift_is_seen(tmp_path: Path) -> None:
+    for spec in SPECS:
+        configs.write(spec, tmp_path)
+    assert configs.drift(SPECS, tmp_path) == []
+    changed = tmp_path / "smollm2/config.pbtxt"
+    changed.write_text(changed.read_text().replace("2048", "4096"))
+    (tmp_path / "minilm/config.pbtxt").unlink()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.pbtxt").write_text('backend: "onnxruntime"\n')
+    problems = configs.drift([spec for spec in SPECS if spec.name != "gpt2"], tmp_path)
+    assert len(problems) == 4
+    for part in ("smollm2/config.pbtxt differs", "minilm/config.pbtxt is missing", "gpt2/config.pbtxt belongs to no"):
+        assert any(part in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_survive_a_round_trip(name: str) -> None:
+    text = (REPOSITORY / name / "config.pbtxt").read_text()
+    assert text_format.Parse(text, pb.ModelConfig()) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_every_ensemble_tensor_has_a_producer_of_the_same_type(name: str) -> None:
+    ensemble = CONFIGS[name]
+    made = {tensor.name: (tensor.data_type, tuple(tensor.dims)) for tensor in ensemble.input}
+    for step in ensemble.ensemble_scheduling.step:
+        part = CONFIGS[step.model_name]
+        assert part.max_batch_size == ensemble.max_batch_size
+        inputs = {tensor.name: tensor for tensor in part.input}
+        assert set(step.input_map) == set(inputs)
+        for inner, outer in step.input_map.items():
+            assert made[outer] == (inputs[inner].data_type, tuple(inputs[inner].dims))
+        outputs = {tensor.name: tensor for tensor in part.output}
+        for inner, outer in step.output_map.items():
+            made[outer] = (outputs[inner].data_type, tuple(outputs[inner].dims))
+    for tensor in ensemble.output:
+        assert made[tensor.name] == (tensor.data_type, tuple(tensor.dims))
+
+
+@pytest.mark.parametrize("name", ["minilm_model", "minilm_model_int8"])
+def test_graphs_equal_their_configs(default_repository: Path, name: str) -> None:
+    session = ort.InferenceSession(str(default_repository / name / "1/model.onnx"))
+    config = CONFIGS[name]
+    for tensors, nodes in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        expected = {
+            TensorInfo(tensor.name, pb.DataType.Name(tensor.data_type), (-1, *tensor.dims)) for tensor in tensors
+        }
+        assert {TensorInfo.of(node) for node in nodes} == expected
+
+
+@pytest.mark.parametrize("name", ["smollm2", "smollm2_fp32"])
+def test_decoder_graphs_have_the_engines_inputs(default_repository: Path, name: str) -> None:
+    session = ort.InferenceSession(str(default_repository / name / "1/model.onnx"))
+    inputs = {node.name: node for node in session.get_inputs()}
+    past = [input_name for input_name in inputs if input_name.startswith("past_key_values.")]
+    assert set(inputs) - set(past) == {
+        "input_ids",
+        "position_ids",
+        "seqlens_k",
+        "total_sequence_length",
+        "logits_positions",
+    }
+    assert len(past) == 60
+    outputs = {node.name: node for node in session.get_outputs()}
+    for input_name in past:
+        present = outputs[input_name.replace("past_key_values", "present")]
+        assert present.shape[1] == inputs[input_name].shape[1] == 3
+        assert present.shape[3] == inputs[input_name].shape[3] == 64
+
+
+def test_the_command_finds_drift(tmp_path: Path) -> None:
+    assert run_export("configs", "--check").returncode == 0
+    done = run_export("configs", "--check", "--repository", str(tmp_path))
+    assert done.returncode == 1
+    assert "smollm2/config.pbtxt is missing: run trident-export configs" in done.stderr
+    done = run_export("configs", "--models-file", str(tmp_path / "none.toml"))
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"trident-export: there is no models file {tmp_path / 'none.toml'}\n",
+    )

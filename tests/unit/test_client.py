@@ -1,0 +1,293 @@
+"""The client against an in-process gRPC server that is built on the real service definition."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+import trident_client
+from tests.conftest import free_ports
+from trident_client import (
+    CancelledError,
+    Client,
+    DeadlineExceededError,
+    Generation,
+    Health,
+    InvalidRequestError,
+    ModelStatus,
+    NotFoundError,
+    ServerError,
+    UnavailableError,
+    _wire,
+    cli,
+)
+
+
+class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers with the words of the prompt; some prompts make it fail."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.cancelled = threading.Event()
+
+    def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        metadata = dict(context.invocation_metadata())
+        assert metadata["triton_grpc_error"] == "true"
+        request = next(requests)
+        tensors = decode(request)
+        self.requests.append(tensors)
+        text = tensors.get("text_input", tensors.get("messages")).item().decode()
+        if request.model_name == "unknown":
+            yield pb.ModelStreamInferResponse(error_message="no such model")
+            return
+        if text == "refuse":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "top_p must be above 0")
+        if text == "refused by triton":
+            yield pb.ModelStreamInferResponse(error_message="unexpected shape")
+            return
+        if text == "endless":
+            context.add_callback(self.cancelled.set)
+            while context.is_active():
+                yield chunk("more ", "", 1)
+                time.sleep(0.01)
+            return
+        words = text.split(" ")
+        pieces = [f"{word} " for word in words] if tensors["stream"].item() else [" ".join(words)]
+        for index, piece in enumerate(pieces):
+            yield chunk(piece, "stop" if index == len(pieces) - 1 else "", index + 1, [-0.5])
+
+    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        tensors = decode(request)
+        self.requests.append(tensors)
+        texts = [text.decode() for text in tensors["text_input"].reshape(-1)]
+        codes = {"slow": None, "full": grpc.StatusCode.UNAVAILABLE, "broken": grpc.StatusCode.INTERNAL}
+        if texts[0] == "slow":
+            time.sleep(1)
+        elif texts[0] in codes:
+            context.abort(codes[texts[0]], texts[0])
+        vectors = np.array([[len(text), 1.0] for text in texts], np.float32)
+        return response({"embedding": vectors})
+
+    def ModelMetadata(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        if request.name == "unknown":
+            context.abort(grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'unknown' is not found")
+        return pb.ModelMetadataResponse(name=request.name)
+
+    def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        index = pb.RepositoryIndexResponse()
+        index.models.add(name="b", version="1", state="READY")
+        index.models.add(name="a", version="1", state="UNAVAILABLE", reason="broken")
+        index.models.add(name=".trident")
+        return index
+
+    def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        return pb.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        return pb.ServerReadyResponse(ready=False)
+
+
+def decode(request: Any) -> dict[str, Any]:
+    outputs = [
+        pb.ModelInferResponse.InferOutputTensor(name=t.name, datatype=t.datatype, shape=t.shape)
+        for t in request.inputs
+    ]
+    return _wire.parse_response(
+        pb.ModelInferResponse(outputs=outputs, raw_output_contents=request.raw_input_contents)
+    )
+
+
+def response(tensors: dict[str, Any]) -> Any:
+    request = _wire.build_request("m", tensors)
+    answer = pb.ModelInferResponse(model_name="m", raw_output_contents=request.raw_input_contents)
+    for tensor in request.inputs:
+        answer.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    return answer
+
+
+def chunk(text: str, reason: str, count: int, log_probs: list[float] | None = None) -> Any:
+    tensors = {
+        "text_output": _wire.texts([text])[None],
+        "finish_reason": _wire.texts([reason])[None],
+        "num_input_tokens": np.array([[7]], np.int32),
+        "num_output_tokens": np.array([[count]], np.int32),
+        "output_log_probs": np.array([log_probs or []], np.float32),
+    }
+    return pb.ModelStreamInferResponse(infer_response=response(tensors))
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[str, Service]]:
+    service = Service()
+    server = grpc.server(ThreadPoolExecutor(8))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}", service
+    server.stop(0).wait()
+
+
+@pytest.fixture
+def connected(served: tuple[str, Service]) -> Iterator[Client]:
+    with Client(served[0]) as client:
+        yield client
+
+
+def test_exported_names() -> None:
+    assert trident_client.__all__ == sorted(trident_client.__all__)
+    assert set(trident_client.__all__) == {
+        "CancelledError",
+        "Client",
+        "DeadlineExceededError",
+        "Generation",
+        "GenerationChunk",
+        "Health",
+        "InvalidRequestError",
+        "Message",
+        "ModelStatus",
+        "NotFoundError",
+        "ServerError",
+        "TridentError",
+        "UnavailableError",
+    }
+
+
+def test_generate(connected: Client, served: tuple[str, Service]) -> None:
+    answer = connected.generate("one two", max_tokens=5, temperature=0.5, random_seed=2**63, stop_words=["x", "é"])
+    assert answer == Generation("one two", "stop", 7, 1, (-0.5,))
+    sent = served[1].requests[-1]
+    assert sent["max_tokens"].dtype == np.int32
+    assert sent["random_seed"].item() == 2**63
+    assert sent["temperature"].shape == (1, 1)
+    assert sent["stop_words"].tolist() == [[b"x", "é".encode()]]
+    assert not sent["stream"].item()
+    assert "top_p" not in sent
+
+
+def test_unknown_options_are_not_dropped(connected: Client) -> None:
+    with pytest.raises(TypeError, match="unknown option 'max_token'; known are max_tokens, min_tokens"):
+        connected.generate("x", max_token=5)
+    with pytest.raises(TypeError, match="unknown option"):
+        connected.stream("x", beams=5)
+
+
+def test_stream(connected: Client) -> None:
+    chunks = list(connected.stream("one two three"))
+    assert [chunk.text for chunk in chunks] == ["one ", "two ", "three "]
+    assert [chunk.finish_reason for chunk in chunks] == ["", "", "stop"]
+
+
+def test_chat(connected: Client, served: tuple[str, Service]) -> None:
+    connected.chat("hi é")
+    assert json.loads(served[1].requests[-1]["messages"].item()) == [{"role": "user", "content": "hi é"}]
+    messages: list[trident_client.Message] = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    connected.chat(messages)
+    assert json.loads(served[1].requests[-1]["messages"].item()) == messages
+    list(connected.stream(messages))
+    assert json.loads(served[1].requests[-1]["messages"].item()) == messages
+
+
+def test_closing_a_stream_cancels_it(connected: Client, served: tuple[str, Service]) -> None:
+    stream = connected.stream("endless")
+    assert next(stream).text == "more "
+    stream.close()  # type: ignore[attr-defined]
+    assert served[1].cancelled.wait(5)
+
+
+def test_embed(connected: Client, served: tuple[str, Service]) -> None:
+    np.testing.assert_array_equal(connected.embed(["a", "bb", "ccc"], batch_size=2), [[1, 1], [2, 1], [3, 1]])
+    assert sorted(len(request["text_input"]) for request in served[1].requests) == [1, 2]
+    np.testing.assert_array_equal(connected.embed("four", truncate=True), [4, 1])
+    assert served[1].requests[-1]["truncate"].tolist() == [[True]]
+    assert connected.embed([]).shape == (0, 0)
+
+
+def test_models_and_health(connected: Client) -> None:
+    assert connected.models() == [
+        ModelStatus("a", "1", "UNAVAILABLE", "broken"),
+        ModelStatus("b", "1", "READY", ""),
+    ]
+    assert connected.health() == Health(live=True, ready=False)
+
+
+def test_errors_by_status_code(connected: Client) -> None:
+    with pytest.raises(InvalidRequestError, match="top_p must be above 0"):
+        connected.generate("refuse")
+    with pytest.raises(InvalidRequestError, match="unexpected shape"):
+        connected.generate("refused by triton")
+    with pytest.raises(NotFoundError, match="unknown model"):
+        connected.generate("x", model="unknown")
+    with pytest.raises(UnavailableError, match="full"):
+        connected.embed("full")
+    with pytest.raises(ServerError, match="broken"):
+        connected.embed("broken")
+    with pytest.raises(DeadlineExceededError):
+        connected.embed("slow", timeout=0.1)
+    with pytest.raises(DeadlineExceededError):
+        list(connected.stream("endless", timeout=0.1))
+    stream = connected.stream("endless")
+    next(stream)
+    connected.close()
+    with pytest.raises(CancelledError):
+        list(stream)
+
+
+def test_a_server_that_is_not_there() -> None:
+    with Client(f"127.0.0.1:{free_ports(1)[0]}") as client:
+        with pytest.raises(UnavailableError):
+            client.generate("x")
+        assert client.health() == Health(live=False, ready=False)
+
+
+def run(capsys: pytest.CaptureFixture[str], url: str, *arguments: str) -> tuple[int, str, str]:
+    status = cli.main([arguments[0], "--url", url, *arguments[1:]])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_command_line(
+    served: tuple[str, Service], capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, service = served
+    assert run(capsys, url, "generate", "one", "two") == (0, "one two \n", "")
+    assert run(capsys, url, "generate", "--stop", "x", "--max-tokens", "3", "a")[0] == 0
+    assert service.requests[-1]["stop_words"].tolist() == [[b"x"]]
+    (tmp_path / "text").write_text("from a file")
+    assert run(capsys, url, "generate", "--file", str(tmp_path / "text"))[1] == "from a file \n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("stdin é".encode())))
+    assert run(capsys, url, "generate")[1] == "stdin é \n"
+    status, out, _ = run(capsys, url, "generate", "--json", "one two")
+    assert (status, json.loads(out)) == (
+        0,
+        {"text": "one two ", "finish_reason": "stop", "num_input_tokens": 7, "num_output_tokens": 2},
+    )
+    assert "content" in run(capsys, url, "chat", "--system", "be kind", "hello")[1]
+    assert json.loads(run(capsys, url, "embed", "--json", "a", "bb")[1]) == [
+        {"text": "a", "embedding": [1.0, 1.0]},
+        {"text": "bb", "embedding": [2.0, 1.0]},
+    ]
+    assert run(capsys, url, "models")[1].splitlines()[1].split() == ["b", "1", "READY"]
+    assert run(capsys, url, "health") == (1, "live, not ready\n", "")
+
+
+def test_command_line_errors(served: tuple[str, Service], capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    url, _ = served
+    assert run(capsys, url, "generate", "refuse") == (1, "", "trident: top_p must be above 0\n")
+    assert run(capsys, url, "generate", "--file", str(tmp_path / "none"))[0] == 2
+    assert run(capsys, url, "generate", "--file", str(tmp_path / "none"), "text")[0] == 2
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert run(capsys, url, "generate", "--file", str(tmp_path / "latin"))[0] == 2
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--temprature", "1", "x"])

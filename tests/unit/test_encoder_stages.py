@@ -1,0 +1,102 @@
+"""Tokenizer stage and pooling, without a model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from trident_serving.encoding import EncodingSettings, TextEncoder
+from trident_serving.errors import InvalidRequest
+from trident_serving.pooling import Pooling, normalize, pool
+from trident_serving.text import decode_texts, encode_texts
+
+
+def encoder(truncate: bool = False) -> TextEncoder:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c"]
+    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    return TextEncoder(tokenizer, EncodingSettings(max_tokens=8, max_bytes=100, buckets=(4, 8), truncate=truncate))
+
+
+def test_batches_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
+    ids, mask = encoder().encode(["a b"])
+    np.testing.assert_array_equal(ids, [[2, 4, 5, 3]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 1]])
+    ids, mask = encoder().encode(["A", "a b c"])
+    np.testing.assert_array_equal(ids, [[2, 4, 3, 0, 0, 0, 0, 0], [2, 4, 5, 6, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(mask.sum(axis=1), [3, 5])
+
+
+def test_too_long_is_an_error_or_is_cut_before_the_closing_token() -> None:
+    long = "a b c a b c a"
+    with pytest.raises(InvalidRequest, match="text_input has 9 tokens, the model takes 8"):
+        encoder().encode([long])
+    with pytest.raises(InvalidRequest, match=r"text_input\[1\] has 9 tokens"):
+        encoder(truncate=True).encode(["a", long], truncate=False)
+    for ids, _ in (encoder().encode([long], truncate=True), encoder(truncate=True).encode([long])):
+        np.testing.assert_array_equal(ids, [[2, 4, 5, 6, 4, 5, 6, 3]])
+
+
+def test_a_text_without_a_token() -> None:
+    with pytest.raises(InvalidRequest, match="text_input is empty"):
+        encoder().encode([" "])
+
+
+@pytest.mark.parametrize("buckets", ["8,4", "4,4,8", "4", "4,x"])
+def test_buckets_must_rise_to_the_longest(buckets: str) -> None:
+    with pytest.raises(ValueError, match="buckets|invalid literal"):
+        EncodingSettings.from_parameters(
+            {"max_tokens": "8", "max_bytes": "9", "buckets": buckets, "truncate": "false"}
+        )
+
+
+def test_settings_from_a_config() -> None:
+    parameters = {"max_tokens": "8", "max_bytes": "9", "buckets": "4,8", "truncate": "true"}
+    assert EncodingSettings.from_parameters(parameters) == EncodingSettings(8, 9, (4, 8), True)
+    with pytest.raises(ValueError, match="truncate"):
+        EncodingSettings.from_parameters(parameters | {"truncate": "yes"})
+
+
+HIDDEN = np.array([[[1, 2], [3, -4], [9, 9]], [[5, 6], [7, 8], [-1, 0]]], np.float32)
+MASK = np.array([[1, 1, 0], [1, 1, 1]], np.int64)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        (Pooling.MEAN, [[2, -1], [11 / 3, 14 / 3]]),
+        (Pooling.CLS, [[1, 2], [5, 6]]),
+        (Pooling.LAST_TOKEN, [[3, -4], [-1, 0]]),
+        (Pooling.MAX, [[3, 2], [7, 8]]),
+    ],
+)
+def test_pooling_leaves_padding_out(pooling: Pooling, expected: list[list[float]]) -> None:
+    np.testing.assert_allclose(pool(HIDDEN, MASK, pooling), expected, rtol=1e-6)
+
+
+def test_pooling_with_padding_on_the_left() -> None:
+    mask = np.array([[0, 1, 1]], np.int64)
+    np.testing.assert_array_equal(pool(HIDDEN[:1], mask, Pooling.CLS), [[3, -4]])
+    np.testing.assert_array_equal(pool(HIDDEN[:1], mask, Pooling.LAST_TOKEN), [[9, 9]])
+
+
+def test_normalize_equals_torch() -> None:
+    vectors = np.array([[3, 4], [0, 0], [1e-20, 0]], np.float32)
+    expected = torch.nn.functional.normalize(torch.tensor(vectors), dim=1).numpy()
+    np.testing.assert_allclose(normalize(vectors), expected, atol=1e-7)
+
+
+def test_texts_of_tensors() -> None:
+    tensor = encode_texts(["a", "中"]).reshape(2, 1)
+    assert decode_texts(tensor, "text") == ["a", "中"]
+    with pytest.raises(InvalidRequest, match=r"text\[1\] is not UTF-8: byte 0xff at offset 1 of 2"):
+        decode_texts(np.array([b"a", b"b\xff"], np.object_), "text")
+    with pytest.raises(InvalidRequest, match=r"text\[1\] has 3 bytes, the limit is 2 bytes"):
+        decode_texts(tensor, "text", max_bytes=2)

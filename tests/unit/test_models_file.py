@@ -1,0 +1,158 @@
+"""models.toml: what it may say, and how it complains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trident_export import models_file, pin
+from trident_export.models_file import EmbeddingLimits, GenerationLimits, ModelsFileError
+from trident_export.sources import SourceError
+
+GOOD: dict[str, Any] = {
+    "task": "text-generation",
+    "source": {"hub": "openai-community/gpt2"},
+    "variants": ["int8", "fp32"],
+    "limits": {"context": 64},
+}
+EMBEDDING: dict[str, Any] = {
+    "task": "feature-extraction",
+    "source": {"path": "x"},
+    "variants": ["fp32"],
+    "limits": {"dimensions": 8, "max_tokens": 100, "buckets": [32, 64]},
+}
+
+
+def test_a_good_table() -> None:
+    spec = models_file.parse("gpt2", GOOD)
+    assert spec.default_variant == "int8"
+    assert spec.limits == GenerationLimits(context=64)
+    assert [spec.public_name(variant) for variant in spec.variants] == ["gpt2", "gpt2_fp32"]
+    embedding = models_file.parse("e", EMBEDDING)
+    assert isinstance(embedding.limits, EmbeddingLimits)
+    assert embedding.limits.all_buckets == (32, 64, 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variant": ["fp32"]}, "unknown key variant; known are task, source, variants"),
+        ({"task": "text-generator"}, "task 'text-generator' is not one of text-generation, feature-extraction"),
+        ({"variants": []}, "variants must be different ones of fp32"),
+        ({"variants": ["fp32", "fp32"]}, "variants must be different ones"),
+        ({"variants": ["int3"]}, "found ('int3',)"),
+        ({"default_variant": "int4"}, "default_variant 'int4' is not one of variants int8, fp32"),
+        ({"source": {}}, "source must be { hub, revision }, { path } or { package, path }"),
+        ({"source": {"hub": "a", "path": "b"}}, "source must be"),
+        ({"source": {"hub": 1}}, "source.hub must be str, found 1"),
+        ({"source": {"url": "a"}}, "unknown key url; known are hub, revision, package, path"),
+        ({"source": {"package": "a>=1", "path": "b"}}, "must pin a version"),
+        ({"limits": {"contxt": 3}}, "unknown key contxt; known are context, slots"),
+        ({"limits": {"slots": 0}}, "limits.slots must be a positive integer, found 0"),
+        ({"limits": {"slots": True}}, "limits.slots must be a positive integer, found True"),
+        ({"on_demand": "yes"}, "on_demand must be bool"),
+        ({"gates": {"int4": {}}}, "unknown key int4; known are int8, fp32"),
+    ],
+)
+def test_what_is_impossible(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelsFileError) as error:
+        models_file.parse("gpt2", GOOD | change)
+    assert "[gpt2]" in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, "dimensions is missing"),
+        ({"dimensions": 8, "buckets": [64, 32]}, "buckets must rise"),
+        ({"dimensions": 8, "max_tokens": 50, "buckets": [64]}, "buckets must rise to max_tokens (50)"),
+        ({"dimensions": 8, "truncate": 1}, "truncate must be bool"),
+    ],
+)
+def test_impossible_limits_of_embeddings(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelsFileError) as error:
+        models_file.parse("e", EMBEDDING | {"limits": limits})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["task", "source", "variants", "limits"])
+def test_missing_keys(missing: str) -> None:
+    with pytest.raises(ModelsFileError, match=f"{missing} is missing"):
+        models_file.parse("gpt2", {key: value for key, value in GOOD.items() if key != missing})
+
+
+@pytest.mark.parametrize("name", ["GPT2", "a_b", "a/b", ""])
+def test_names(name: str) -> None:
+    with pytest.raises(ModelsFileError, match="lower-case"):
+        models_file.parse(name, GOOD)
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    with pytest.raises(ModelsFileError, match="there is no models file"):
+        models_file.load(path)
+    path.write_text("[a")
+    with pytest.raises(ModelsFileError, match="is not TOML"):
+        models_file.load(path)
+    path.write_text(
+        '[gpt2]\ntask = "text-generation"\nsource = { hub = "a/b" }\nvariants = ["fp32"]\nlimits = {}\n'
+        'on_demand = true\n[other]\ntask = "text-generation"\nsource = { path = "p" }\nvariants = ["fp32"]\n'
+        "limits = {}\n"
+    )
+    specs = models_file.load(path)
+    assert [spec.name for spec in models_file.select(specs, None)] == ["other"]
+    assert [spec.name for spec in models_file.select(specs, "gpt2")] == ["gpt2"]
+    with pytest.raises(ModelsFileError, match="there is no model 'nope'; known are gpt2, other"):
+        models_file.select(specs, "nope")
+
+
+PINNED = """# a comment that stays
+[one]
+task = "text-generation"
+source = { hub = "a/one" }
+variants = ["fp32"]
+limits = {}
+
+[two]
+task = "text-generation"
+source = { hub = "a/two", revision = "old" }
+variants = ["fp32"]
+limits = {}
+
+[local]
+task = "text-generation"
+source = { path = "p" }
+variants = ["fp32"]
+limits = {}
+"""
+
+
+def test_pin_writes_the_ids_that_the_hub_gives(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(PINNED)
+    commits = {"a/one": "1" * 40, "a/two": "2" * 40}
+    found = pin.pin(path, models_file.load(path), lambda hub, revision: commits[hub])
+    assert found == {"one": "1" * 40, "two": "2" * 40}
+    specs = {spec.name: spec.source for spec in models_file.load(path)}
+    assert specs["one"].revision == "1" * 40
+    assert specs["two"].revision == "2" * 40
+    assert path.read_text() == PINNED.replace('"a/one" }', f'"a/one", revision = "{"1" * 40}" }}').replace(
+        '"old"', f'"{"2" * 40}"'
+    )
+
+
+def test_pin_changes_nothing_where_an_id_can_not_be_had(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(PINNED)
+
+    def resolver(hub: str, revision: str) -> str:
+        if hub == "a/two":
+            raise SourceError("no such model")
+        return "1" * 40
+
+    with pytest.raises(SourceError):
+        pin.pin(path, models_file.load(path), resolver)
+    assert path.read_text() == PINNED

@@ -1,0 +1,130 @@
+"""The sampler against the transformers logits processors of the same names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from trident_serving.errors import InvalidRequest
+from trident_serving.generation.sampling import Sampler, SamplingParams, log_probability, next_token_distribution
+
+RANDOM = np.random.default_rng(0)
+LOGITS = (RANDOM.standard_normal(200) * 3).astype(np.float32)
+
+
+def transformers_distribution(*warpers: object) -> np.ndarray:
+    scores = torch.tensor(LOGITS)[None]
+    for warper in warpers:
+        scores = warper(torch.tensor([[0]]), scores)  # type: ignore[operator]
+    return scores.softmax(-1)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("options", "warpers"),
+    [
+        ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
+        ({"temperature": 1.0, "top_k": 5}, [TopKLogitsWarper(5)]),
+        ({"temperature": 1.0, "top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+        (
+            {"temperature": 1.5, "top_k": 20, "top_p": 0.5},
+            [TemperatureLogitsWarper(1.5), TopKLogitsWarper(20), TopPLogitsWarper(0.5)],
+        ),
+        ({"temperature": 1.0, "top_p": 0.01}, [TopPLogitsWarper(0.01)]),
+        ({"temperature": 1.0, "top_k": 1000}, []),
+    ],
+)
+def test_distributions_equal_transformers(options: dict[str, float], warpers: list[object]) -> None:
+    found = next_token_distribution(LOGITS, SamplingParams(max_tokens=1, **options))  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, transformers_distribution(*warpers), atol=1e-6)
+
+
+def test_draws_follow_the_distribution() -> None:
+    params = SamplingParams(max_tokens=1, temperature=1.0, top_k=4, seed=3)
+    sampler = Sampler(params, [], frozenset())
+    draws = np.bincount([sampler.choose(LOGITS) for _ in range(4000)], minlength=200) / 4000
+    np.testing.assert_allclose(draws, next_token_distribution(LOGITS, params), atol=0.03)
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    prompt = [3, 17, 17, 50]
+    sampler = Sampler(SamplingParams(max_tokens=9, repetition_penalty=1.8), prompt, frozenset())
+    chosen = [sampler.choose(LOGITS) for _ in range(6)]
+    ids = torch.tensor([prompt])
+    for token in chosen:
+        scores = RepetitionPenaltyLogitsProcessor(1.8)(ids, torch.tensor(LOGITS)[None].clone())
+        assert int(scores.argmax()) == token
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    assert len(set(chosen)) > 1
+
+
+def test_min_tokens_equals_transformers() -> None:
+    eos = int(LOGITS.argmax())
+    sampler = Sampler(SamplingParams(max_tokens=9, min_tokens=2), [1], frozenset([eos]))
+    chosen = [sampler.choose(LOGITS) for _ in range(3)]
+    processor = MinNewTokensLengthLogitsProcessor(1, 2, [eos])
+    expected = int(processor(torch.tensor([[1]]), torch.tensor(LOGITS)[None].clone()).argmax())
+    assert chosen == [expected, expected, eos]
+
+
+def test_presence_and_frequency_penalties_count_generated_tokens_alone() -> None:
+    logits = np.array([1.0, 0.95, 0.0], np.float32)
+    presence = Sampler(SamplingParams(max_tokens=9, presence_penalty=0.1), [0], frozenset())
+    assert [presence.choose(logits) for _ in range(3)] == [0, 1, 0]
+    frequency = Sampler(SamplingParams(max_tokens=9, frequency_penalty=0.04), [1], frozenset())
+    assert [frequency.choose(logits) for _ in range(4)] == [0, 0, 1, 0]
+
+
+def test_the_logits_are_left_as_they_are() -> None:
+    before = LOGITS.copy()
+    params = SamplingParams(
+        max_tokens=9, min_tokens=3, temperature=1.0, top_k=3, top_p=0.5, repetition_penalty=2.0, presence_penalty=1.0
+    )
+    sampler = Sampler(params, [1, 2], frozenset([0]))
+    for _ in range(4):
+        sampler.choose(LOGITS)
+    np.testing.assert_array_equal(LOGITS, before)
+
+
+def test_seeds() -> None:
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(max_tokens=9, temperature=2.0, seed=seed), [], frozenset())
+        return [sampler.choose(LOGITS) for _ in range(20)]
+
+    assert draw(5) == draw(5)
+    assert draw(5) != draw(6)
+    assert draw(None) != draw(None)
+    assert draw(2**64 - 1) == draw(2**64 - 1)
+
+
+def test_log_probability_equals_torch() -> None:
+    expected = torch.tensor(LOGITS).log_softmax(-1)
+    for token in (0, 7, int(LOGITS.argmax())):
+        assert log_probability(LOGITS, token) == pytest.approx(float(expected[token]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": 2, "min_tokens": 3},
+        {"max_tokens": 2, "min_tokens": -1},
+        {"max_tokens": 2, "temperature": -0.1},
+        {"max_tokens": 2, "temperature": float("nan")},
+        {"max_tokens": 2, "top_p": 0.0},
+        {"max_tokens": 2, "top_p": 1.1},
+        {"max_tokens": 2, "top_k": -1},
+        {"max_tokens": 2, "repetition_penalty": 0.0},
+        {"max_tokens": 2, "frequency_penalty": 2.1},
+    ],
+)
+def test_values_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(InvalidRequest, match="must be"):
+        SamplingParams(**options)  # type: ignore[arg-type]

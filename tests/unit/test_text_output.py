@@ -1,0 +1,178 @@
+"""Detokenizer, stop strings and the text side of a request, on real tokenizers and without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests import tiny_models
+from trident_serving.errors import Overloaded
+from trident_serving.generation.detokenizer import Detokenizer
+from trident_serving.generation.engine import FinishReason
+from trident_serving.generation.request import GenerationRequest
+from trident_serving.generation.sampling import SamplingParams
+from trident_serving.generation.stopping import StopStrings
+from trident_serving.generation.stream import Chunk, TextStream
+from trident_serving.tokenization import TextTokenizer
+
+BYTE_LEVEL = TextTokenizer(tiny_models.byte_level_tokenizer().backend_tokenizer)
+
+
+def sentencepiece_like() -> TextTokenizer:
+    """Metaspace and byte fallback, as Llama 2 and Mistral have them."""
+    words = ["▁", "▁the", "▁cat", "s", "a", "t", "c", "▁on", "e", "h", "o", "n"]
+    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    vocabulary |= {word: 257 + row for row, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return TextTokenizer(tokenizer)
+
+
+SENTENCEPIECE = sentencepiece_like()
+
+
+def streamed(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
+
+
+@given(st.text(max_size=60))
+def test_pieces_joined_equal_the_text(text: str) -> None:
+    pieces = streamed(BYTE_LEVEL, BYTE_LEVEL.encode(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+@pytest.mark.parametrize("text", ["😀🚀🐍", "中文，日本語", "مرحبا", "e\u0301a\u0308", "a\0b\r\n\t", "👩‍👩‍👧‍👦 x", "▁x▁"])
+def test_characters_are_never_cut(text: str) -> None:
+    pieces = streamed(BYTE_LEVEL, BYTE_LEVEL.encode(text))
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert len(BYTE_LEVEL.encode(text)) > 1
+
+
+@given(st.lists(st.integers(0, tiny_models.VOCABULARY - 1), max_size=40))
+def test_any_byte_level_tokens(ids: list[int]) -> None:
+    assert "".join(streamed(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
+
+
+@given(st.text("the cat sat 中😀é ", max_size=40))
+def test_sentencepiece_text(text: str) -> None:
+    """Invalid bytes are left out: that decoder spoils the whole run of bytes around them, seen in one piece."""
+    ids = SENTENCEPIECE.encode(text)
+    assert "".join(streamed(SENTENCEPIECE, ids)) == SENTENCEPIECE.decode(ids)
+
+
+def test_a_stop_string_is_found_across_pieces_and_not_shown() -> None:
+    stops = StopStrings(["STOP", "\n\n"])
+    assert [stops.push(piece) for piece in ["a ST", "A", "ST", "O"]] == [
+        ("a ", False),
+        ("STA", False),
+        ("", False),
+        ("", False),
+    ]
+    assert stops.push("P and more") == ("", True)
+    assert StopStrings(["STOP", "\n\n"]).push("x\n\ny STOP") == ("x", True)
+
+
+def test_what_was_held_back_is_shown_at_the_end() -> None:
+    stops = StopStrings(["STOP"])
+    assert stops.push("a STO") == ("a ", False)
+    assert stops.flush() == "STO"
+    assert stops.flush() == ""
+    assert StopStrings([]).push("text") == ("text", False)
+    assert StopStrings([""]).push("text") == ("text", False)
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_stopping_does_not_depend_on_the_pieces(text: str, words: list[str], data: st.DataObject) -> None:
+    found = [text.find(word) for word in words if word in text]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    stops = StopStrings(words)
+    shown, stopped = "", False
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        piece, stopped = stops.push(text[start:end])
+        shown += piece
+        if stopped:
+            break
+    if not found:
+        assert not stopped
+        assert shown + stops.flush() == text
+    else:
+        assert stopped
+        # Whichever stop string is complete first counts; nothing from it on is shown.
+        assert any(text[: text.find(word)] == shown for word in words if word in text)
+
+
+class Collected:
+    """A response channel that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.error: Exception | None = None
+
+    def send(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+    def is_cancelled(self) -> bool:
+        return False
+
+
+def stream_of(channel: Collected, **options: object) -> tuple[TextStream, list[TextStream]]:
+    request = GenerationRequest("prompt", (1, 2), SamplingParams(max_tokens=9), **options)  # type: ignore[arg-type]
+    notified: list[TextStream] = []
+    return TextStream(request, BYTE_LEVEL, frozenset([0]), channel, notified.append), notified
+
+
+def test_tokens_that_wait_leave_together() -> None:
+    channel = Collected()
+    stream, notified = stream_of(channel, stream=True, return_log_probs=True)
+    for token in BYTE_LEVEL.encode("two words"):
+        assert not stream.accept(token, -0.5)
+    assert notified
+    assert stream.send_pending() is False
+    assert stream.send_pending() is False  # nothing is left
+    assert [chunk.text for chunk in channel.chunks] == ["two words"]
+    assert channel.chunks[0].log_probs == [-0.5] * channel.chunks[0].num_output_tokens
+    stream.finish(FinishReason.LENGTH)
+    assert stream.send_pending() is True
+    assert (channel.chunks[-1].text, channel.chunks[-1].finish_reason) == ("", FinishReason.LENGTH)
+
+
+def test_without_streaming_there_is_one_response() -> None:
+    channel = Collected()
+    stream, notified = stream_of(channel, include_prompt=True)
+    for token in BYTE_LEVEL.encode(" answer"):
+        stream.accept(token, None)
+    assert notified == []
+    assert stream.send_pending() is False
+    stream.accept(0, None)  # the end of sequence is counted and not shown
+    stream.finish(FinishReason.STOP)
+    assert stream.send_pending() is True
+    assert [chunk.text for chunk in channel.chunks] == ["prompt answer"]
+    assert channel.chunks[0].num_output_tokens == len(BYTE_LEVEL.encode(" answer")) + 1
+
+
+def test_a_failure_is_the_last_response() -> None:
+    channel = Collected()
+    stream, _ = stream_of(channel, stream=True)
+    stream.accept(5, None)
+    stream.fail(Overloaded("no room"))
+    assert stream.send_pending() is True
+    assert isinstance(channel.error, Overloaded)
+    assert channel.chunks == []

@@ -1,0 +1,178 @@
+"""Tokenizer files, chat templates, GGUF repair, fidelity measures and the checks before a start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny_models
+from trident_export import fidelity, gguf_tokenizer
+from trident_export.fidelity import FidelityError
+from trident_serving import triton_adapter
+from trident_serving.errors import InvalidRequest
+from trident_serving.generation.service import GenerationSettings, read_eos_token_ids
+from trident_serving.launcher import preflight
+from trident_serving.launcher.installation import find
+from trident_serving.launcher.preflight import StartError
+from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
+
+TEMPLATE = """{% for message in messages %}
+{%- if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
+<|{{ message['role'] }}|>
+{{ message['content'] | trim }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def test_chat_template_equals_transformers() -> None:
+    tokenizer = tiny_models.byte_level_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    messages = [{"role": "system", "content": " be kind "}, {"role": "user", "content": "{{ 1 + 1 }} é"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ChatTemplate(TEMPLATE, {"eos_token": tiny_models.EOS}).render(messages) == expected
+
+
+def test_chat_template_that_refuses() -> None:
+    with pytest.raises(InvalidRequest, match="no tools here"):
+        ChatTemplate(TEMPLATE, {}).render([{"role": "tool", "content": "x"}])
+
+
+def test_chat_template_can_not_reach_the_machine() -> None:
+    with pytest.raises(InvalidRequest, match="refuses"):
+        ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}", {}).render([])
+
+
+def test_messages() -> None:
+    assert parse_messages('[{"role": "user", "content": "é", "name": "x"}]')[0]["content"] == "é"
+
+
+def test_no_token_stands_for_more_bytes_than_the_bound() -> None:
+    tokenizer = TextTokenizer(tiny_models.byte_level_tokenizer().backend_tokenizer)
+    bound = tokenizer.longest_token_bytes
+    assert bound is not None
+    for text in [*fidelity.texts(), " " * 500, "😀" * 50]:
+        assert len(tokenizer.encode(text)) * bound >= len(text.encode())
+
+
+def test_smollm2_tokenizer_equals_llama_cpp(smollm2_folder: Path) -> None:
+    """Ids that llama.cpp gives for the same file."""
+    expected = {
+        "Hello world": [19556, 905],
+        "  leading spaces": [216, 2899, 5600],
+        "emoji 😀 中文": [391, 33777, 40303, 218, 216, 28589, 29184],
+        "It's John's, don't\tworry": [1589, 506, 2322, 506, 28, 1326, 982, 197, 103, 31998],
+    }
+    tokenizer = TextTokenizer.load(smollm2_folder)
+    assert {text: tokenizer.encode(text) for text in expected} == expected
+    for text in [*expected, "a literal ▁ stays"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert read_eos_token_ids(smollm2_folder) == {2}
+
+
+def test_repair_adds_a_beginning_token_only_where_asked() -> None:
+    fast = tiny_models.byte_level_tokenizer()
+    gguf_tokenizer.repair(fast.backend_tokenizer, tiny_models.EOS)
+    with_token = TextTokenizer(fast.backend_tokenizer)
+    assert with_token.encode("a")[0] == 0
+    assert 0 not in with_token.encode("a", add_special_tokens=False)
+    gguf_tokenizer.repair(fast.backend_tokenizer, None)
+    assert 0 not in TextTokenizer(fast.backend_tokenizer).encode("a")
+    assert isinstance(fast, PreTrainedTokenizerFast)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(2, {2}), ([2, 5], {2, 5}), (None, set())])
+def test_end_of_sequence_ids(tmp_path: Path, value: object, expected: set[int]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert read_eos_token_ids(tmp_path) == expected
+
+
+def test_generation_settings() -> None:
+    parameters = dict.fromkeys(
+        ("context", "slots", "prefill_chunk", "max_waiting", "default_max_tokens", "threads"), "3"
+    )
+    assert GenerationSettings.from_parameters(parameters).context == 3
+    for bad in ("", "0", "-1", "x"):
+        with pytest.raises(ValueError, match="'slots' must be a positive integer"):
+            GenerationSettings.from_parameters(parameters | {"slots": bad})
+
+
+def test_divergence_equals_torch() -> None:
+    random = np.random.default_rng(0)
+    reference = [random.standard_normal((5, 30)).astype(np.float32), random.standard_normal((3, 30)).astype(np.float32)]
+    found = [logits + 0.3 * random.standard_normal(logits.shape).astype(np.float32) for logits in reference]
+    p, q = torch.tensor(np.concatenate(reference)), torch.tensor(np.concatenate(found))
+    expected = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    measured = fidelity.compare_logits(reference, found)
+    assert measured["kl"] == pytest.approx(float(expected), rel=1e-5)
+    assert measured["top1"] == float((p.argmax(-1) == q.argmax(-1)).float().mean())
+    assert measured["tokens"] == 8
+
+
+def test_worst_cosine_is_the_worst() -> None:
+    reference = np.eye(3, dtype=np.float32)
+    found = np.array([[1, 0, 0], [0.6, 0.8, 0], [0, 0, 2]], np.float32)
+    measured = fidelity.compare_embeddings(reference, found)
+    assert measured["worst_cosine"] == pytest.approx(0.8)
+    assert measured["max_difference"] == pytest.approx(1.0)
+
+
+def test_the_gate_says_by_how_much() -> None:
+    good = {"kl": 0.01, "top1": 0.95, "tokens": 9.0}
+    fidelity.check("text-generation", "int8", good)
+    with pytest.raises(FidelityError, match=r"kl is 0.03, must be at most 0.02; top1 is 0.5, must be at least 0.93"):
+        fidelity.check("text-generation", "int8", {"kl": 0.03, "top1": 0.5, "tokens": 9.0})
+    with pytest.raises(FidelityError, match="kl is nan"):
+        fidelity.check("text-generation", "int8", good | {"kl": float("nan")})
+    with pytest.raises(FidelityError, match="kl is 0.01, must be at most 0.005"):
+        fidelity.check("text-generation", "int8", good, {"kl": 0.005})
+    with pytest.raises(FidelityError, match="there is no measure bleu; measured are kl, top1, tokens"):
+        fidelity.check("text-generation", "int8", good, {"bleu": 1.0})
+
+
+def test_the_corpus() -> None:
+    texts = fidelity.texts()
+    assert len(texts) >= 20
+    assert sum(len(text.split()) for text in texts) > 800
+    assert any("道" in text for text in texts)
+    assert any("def " in text for text in texts)
+
+
+def test_preflight(tmp_path: Path) -> None:
+    preflight.check_python((3, 11))
+    with pytest.raises(StartError, match=r"Python 3.13 is not supported: use 3.11 or 3.12"):
+        preflight.check_python((3, 13))
+    preflight.check_numpy("1.26.4")
+    with pytest.raises(StartError, match=r"numpy 2.1.0 makes tritonserver send empty tensors"):
+        preflight.check_numpy("2.1.0")
+    (tmp_path / "libpython3.99.so.1.0").touch()
+    assert preflight.libpython_folder(str(tmp_path), "libpython3.99.so.1.0") == tmp_path
+    with pytest.raises(StartError, match=r"libpython3.98.so.1.0 was not found in .*apt install libpython"):
+        preflight.libpython_folder(str(tmp_path), "libpython3.98.so.1.0")
+
+
+def test_the_containers_server_comes_first(tmp_path: Path) -> None:
+    for file in ("bin/tritonserver", "backends/python/triton_python_backend_stub"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    installation = find(tmp_path)
+    assert installation.binary == tmp_path / "bin/tritonserver"
+    assert not installation.has_native_onnxruntime
+    (tmp_path / "backends/onnxruntime").mkdir()
+    (tmp_path / "backends/onnxruntime/libtriton_onnxruntime.so").touch()
+    assert installation.has_native_onnxruntime
+    (tmp_path / "backends/python/triton_python_backend_stub").unlink()
+    with pytest.raises(StartError, match="the Python backend's stub is missing"):
+        find(tmp_path)
+    assert "pytriton" in str(find(tmp_path / "nothing").binary)
+
+
+def test_the_folder_of_a_model_that_is_being_completed() -> None:
+    command = b"/stub\0/models/m/3/model.onnx\0shm\0"
+    assert triton_adapter.folder_to_complete(command) == Path("/models/m/3")
+    with pytest.raises(RuntimeError, match="give inputs and outputs in config"):
+        triton_adapter.folder_to_complete(b"/stub\0")
