@@ -108,6 +108,4 @@ def models_toml(entries: dict[str, str]) -> str:
 def causal_entry(path: Path, **limits: int) -> str:
     chosen = {"context": 128, "slots": 4, "prefill_chunk": 16, "default_max_tokens": 16, "threads": 1} | limits
     shown = ", ".join(f"{name} = {value}" for name, value in chosen.items())
-    return (
-        f'task = "text-generation"\nsource = {{ path = "{path}" }}\nvariants = ["fp32"]\nlimits = {{ {shown} }}\n'
-    )
+    return f'task = "text-generation"\nsource = {{ path = "{path}" }}\nvariants = ["fp32"]\nlimits = {{ {shown} }}\n'

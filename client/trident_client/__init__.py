@@ -1,9 +1,9 @@
 """A thin typed client for a Trident server.
 
-    from trident_client import Client
+from trident_client import Client
 
-    with Client("localhost:8001") as client:
-        print(client.generate("The capital of France is", max_tokens=8).text)
+with Client("localhost:8001") as client:
+    print(client.generate("The capital of France is", max_tokens=8).text)
 """
 
 from trident_client._client import Client

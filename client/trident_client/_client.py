@@ -169,7 +169,9 @@ class Client:
         """
         with translated():
             index = self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=self._deadline(timeout))
-        statuses = [ModelStatus(model.name, model.version, model.state, model.reason) for model in index.models if model.state]
+        statuses = [
+            ModelStatus(model.name, model.version, model.state, model.reason) for model in index.models if model.state
+        ]
         return sorted(statuses, key=lambda status: status.name)
 
     def health(self, *, timeout: float | None = None) -> Health:

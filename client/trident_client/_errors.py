@@ -1,12 +1,12 @@
 """What a call can raise.
 
-    TridentError
-    ├── InvalidRequestError     the request can never succeed: its message names field, value and limit
-    ├── NotFoundError           there is no such model on the server
-    ├── UnavailableError        the server can't be reached, is draining, or has no room: try again later
-    ├── DeadlineExceededError   the answer took longer than `timeout`
-    ├── CancelledError          the call was cancelled
-    └── ServerError             anything else: a defect of the server
+TridentError
+├── InvalidRequestError     the request can never succeed: its message names field, value and limit
+├── NotFoundError           there is no such model on the server
+├── UnavailableError        the server can't be reached, is draining, or has no room: try again later
+├── DeadlineExceededError   the answer took longer than `timeout`
+├── CancelledError          the call was cancelled
+└── ServerError             anything else: a defect of the server
 """
 
 from __future__ import annotations

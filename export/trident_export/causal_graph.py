@@ -189,9 +189,7 @@ class _CausalGraph(torch.nn.Module):
         if head is None:
             raise UnsupportedArchitecture(f"{type(self.model).__name__} has no output embedding")
         # Logits of the wanted positions alone: a prefill of 256 tokens needs one row of the head, not 256.
-        hook = head.register_forward_pre_hook(
-            lambda module, inputs: (inputs[0].index_select(1, logits_positions),)
-        )
+        hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].index_select(1, logits_positions),))
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, trace.attend)
         try:
             logits = self.model(

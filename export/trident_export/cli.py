@@ -1,8 +1,8 @@
 """`trident-export`: models.toml to a model repository.
 
-    export [MODEL]     export what is missing or out of date
-    configs [--check]  write config.pbtxt files, or say which are out of step
-    pin                write the hub's commit ids into models.toml
+export [MODEL]     export what is missing or out of date
+configs [--check]  write config.pbtxt files, or say which are out of step
+pin                write the hub's commit ids into models.toml
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ def _export(options: argparse.Namespace) -> int:
     base = options.models_file.resolve().parent
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    exported = install.export(
-        specs, options.repository, base, options.cache or base / ".cache", install.print_progress
-    )
+    exported = install.export(specs, options.repository, base, options.cache or base / ".cache", install.print_progress)
     if options.model and not exported:
         install.print_progress(f"{options.model} is up to date")
     return 0

@@ -13,9 +13,8 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_serving.artefacts import CONFIG_HEADER
-
 from trident_export.models_file import EmbeddingLimits, GenerationLimits, ModelSpec
+from trident_serving.artefacts import CONFIG_HEADER
 
 
 def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
@@ -29,7 +28,8 @@ def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
 
 def to_text(config: pb.ModelConfig) -> str:
     """A config as the text of its config.pbtxt."""
-    return CONFIG_HEADER + text_format.MessageToString(config)
+    text: str = text_format.MessageToString(config)
+    return CONFIG_HEADER + text
 
 
 def write(spec: ModelSpec, repository: Path) -> None:
@@ -172,6 +172,6 @@ def _embedding(spec: ModelSpec, limits: EmbeddingLimits) -> Iterable[pb.ModelCon
 
 def as_backend_json(config: pb.ModelConfig) -> dict[str, Any]:
     """A config as Triton hands it to a backend."""
-    data = json_format.MessageToDict(config, preserving_proto_field_name=True)
+    data: dict[str, Any] = json_format.MessageToDict(config, preserving_proto_field_name=True)
     data["max_batch_size"] = config.max_batch_size
     return data

@@ -51,7 +51,5 @@ def without_token_types(model: onnx.ModelProto) -> None:
     for node in list(model.graph.input):
         if node.name == "token_type_ids":
             model.graph.input.remove(node)
-            zeros = helper.make_node(
-                "Sub", ["input_ids", "input_ids"], ["token_type_ids"], name="zero_token_types"
-            )
+            zeros = helper.make_node("Sub", ["input_ids", "input_ids"], ["token_type_ids"], name="zero_token_types")
             model.graph.node.insert(0, zeros)

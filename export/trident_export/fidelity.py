@@ -79,9 +79,7 @@ def compare_embeddings(reference: Floats, found: Floats) -> dict[str, float]:
     }
 
 
-def check(
-    task: str, variant: str, measured: Mapping[str, float], overrides: Mapping[str, float] | None = None
-) -> None:
+def check(task: str, variant: str, measured: Mapping[str, float], overrides: Mapping[str, float] | None = None) -> None:
     """Refuse a variant that is beyond its thresholds; a measure that is not a number is beyond any.
 
     Args:

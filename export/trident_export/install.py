@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trident_serving.artefacts import VERSION, Manifest, manifest_path, read_manifest
-
 from trident_export import configs, sources, tasks
 from trident_export.models_file import ModelSpec
+from trident_serving.artefacts import VERSION, Manifest, manifest_path, read_manifest
 
 Progress = Callable[[str], None]
 
@@ -59,9 +58,7 @@ def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
     )
 
 
-def export(
-    specs: Sequence[ModelSpec], repository: Path, base: Path, cache: Path, progress: Progress
-) -> list[str]:
+def export(specs: Sequence[ModelSpec], repository: Path, base: Path, cache: Path, progress: Progress) -> list[str]:
     """Export what is missing or out of date; returns the names of the models that were exported.
 
     Args:

@@ -76,6 +76,10 @@ class EmbeddingLimits:
     truncate: bool = False
     threads: int = 2
 
+    def __post_init__(self) -> None:
+        if list(self.buckets) != sorted(set(self.buckets)) or max(self.buckets, default=0) > self.max_tokens:
+            raise ModelsFileError(f"buckets must rise to max_tokens ({self.max_tokens}) at most, found {self.buckets}")
+
     @property
     def all_buckets(self) -> tuple[int, ...]:
         """The buckets with `max_tokens` as the last."""
@@ -222,13 +226,10 @@ def _limits(where: str, kind: type[GenerationLimits] | type[EmbeddingLimits], ta
             values[key] = _typed(f"{where}.{key}", value, bool)
         else:
             values[key] = _positive(f"{where}.{key}", value)
-    limits = kind(**values)
-    if isinstance(limits, EmbeddingLimits):
-        if list(limits.buckets) != sorted(set(limits.buckets)) or max(limits.buckets, default=0) > limits.max_tokens:
-            raise ModelsFileError(
-                f"{where}.buckets must rise to max_tokens ({limits.max_tokens}) at most, found {limits.buckets}"
-            )
-    return limits
+    try:
+        return kind(**values)
+    except ModelsFileError as error:
+        raise ModelsFileError(f"{where}.{error}") from None
 
 
 def _check_keys(where: str, table: Mapping[str, Any], known: Any, required: Any = ()) -> None:

@@ -23,7 +23,7 @@ def resolve(hub_id: str, revision: str = "") -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        commit = HfApi().model_info(hub_id, revision=revision or None).sha
+        commit: str | None = HfApi().model_info(hub_id, revision=revision or None).sha
     except (HfHubHTTPError, OSError) as error:
         raise SourceError(f"the Hugging Face hub did not give {hub_id}: {str(error).splitlines()[0]}") from None
     if not commit:
@@ -53,5 +53,5 @@ def _with_revision(text: str, spec: ModelSpec, commit: str) -> str:
     )
     changed, count = source.subn(rf'\1, revision = "{commit}"', text, count=1)
     if not count:
-        raise SourceError(f"[{spec.name}]: write its source as one line, source = {{ hub = \"...\" }}, to pin it")
+        raise SourceError(f'[{spec.name}]: write its source as one line, source = {{ hub = "..." }}, to pin it')
     return changed

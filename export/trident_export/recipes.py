@@ -53,9 +53,7 @@ _HEAD = Blocks("lm_head|embed_out", bits=8, size=32, symmetric=True)
 
 RECIPES = {
     "fp32": Recipe((), 1.0),
-    "int8": Recipe(
-        (_HEAD, Blocks("attn|attention", 8, 16, symmetric=False), Blocks("", 8, 32, symmetric=False)), 0.6
-    ),
+    "int8": Recipe((_HEAD, Blocks("attn|attention", 8, 16, symmetric=False), Blocks("", 8, 32, symmetric=False)), 0.6),
     "int4": Recipe((_HEAD, Blocks("", 4, 32, symmetric=True)), 0.5),
 }
 

@@ -94,9 +94,7 @@ def _from_hub(source: Source, progress: Progress) -> Path:
 
     progress(f"fetching {source.hub} from the Hugging Face hub")
     try:
-        return Path(
-            snapshot_download(source.hub, revision=source.revision or None, allow_patterns=list(HUB_FILES))
-        )
+        return Path(snapshot_download(source.hub, revision=source.revision or None, allow_patterns=list(HUB_FILES)))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(

@@ -53,9 +53,7 @@ class EncodingSettings:
             truncate=parameters["truncate"] == "true",
         )
         if list(settings.buckets) != sorted(set(settings.buckets)) or settings.buckets[-1] != settings.max_tokens:
-            raise ValueError(
-                f"buckets must rise to max_tokens ({settings.max_tokens}), found {parameters['buckets']}"
-            )
+            raise ValueError(f"buckets must rise to max_tokens ({settings.max_tokens}), found {parameters['buckets']}")
         return settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 
-class Pooling(str, Enum):
+class Pooling(StrEnum):
     """How the vectors of a text's tokens become one."""
 
     MEAN = "mean"
@@ -56,10 +56,12 @@ def pool(hidden: Floats, attention_mask: NDArray[np.int64], pooling: Pooling) ->
         total: Floats = np.matmul(mask.transpose(0, 2, 1), hidden)[:, 0] / mask.sum(axis=1)
         return total
     if pooling is Pooling.CLS:
-        return hidden[np.arange(len(hidden)), attention_mask.argmax(axis=1)]
+        first: Floats = hidden[np.arange(len(hidden)), attention_mask.argmax(axis=1)]
+        return first
     if pooling is Pooling.LAST_TOKEN:
-        last = attention_mask.shape[1] - 1 - attention_mask[:, ::-1].argmax(axis=1)
-        return hidden[np.arange(len(hidden)), last]
+        ends = attention_mask.shape[1] - 1 - attention_mask[:, ::-1].argmax(axis=1)
+        last: Floats = hidden[np.arange(len(hidden)), ends]
+        return last
     largest: Floats = np.where(mask > 0, hidden, -np.inf).max(axis=1)
     return largest
 

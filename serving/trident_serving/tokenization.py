@@ -1,8 +1,8 @@
 """The model's own tokenizer and chat template, read from its Hugging Face files.
 
-    tokenizer.json            the tokenizer, as the `tokenizers` library writes it
-    tokenizer_config.json     special tokens by role (`bos_token`, `eos_token`)
-    chat_template.jinja       the chat template, where the model has one
+tokenizer.json            the tokenizer, as the `tokenizers` library writes it
+tokenizer_config.json     special tokens by role (`bos_token`, `eos_token`)
+chat_template.jinja       the chat template, where the model has one
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ class ChatTemplate:
     """A model's chat template: messages in, prompt text out."""
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -103,9 +101,7 @@ class ChatTemplate:
             InvalidRequest: the template refuses these messages.
         """
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=True, **self._special_tokens
-            )
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
         except TemplateError as error:
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from None
 

@@ -37,8 +37,10 @@ class _TritonLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        write = self._triton.log_error if record.levelno >= logging.ERROR else (
-            self._triton.log_warn if record.levelno >= logging.WARNING else self._triton.log_info
+        write = (
+            self._triton.log_error
+            if record.levelno >= logging.ERROR
+            else (self._triton.log_warn if record.levelno >= logging.WARNING else self._triton.log_info)
         )
         write(self.format(record))
 
@@ -81,9 +83,7 @@ def response(pb_utils: Any, result: Mapping[str, NDArray[Any]] | Exception) -> A
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, tensor) for name, tensor in result.items()])
 
 
-def answer(
-    pb_utils: Any, serve: Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]], request: Any
-) -> Any:
+def answer(pb_utils: Any, serve: Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]], request: Any) -> Any:
     """The response to one request; an exception becomes its error and concerns nobody else."""
     try:
         return response(pb_utils, serve(inputs(request)))

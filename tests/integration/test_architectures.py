@@ -92,9 +92,10 @@ def test_the_queue_is_bounded(tiny_server: RunningServer, folders: dict[str, Pat
     entry = tiny_models.causal_entry(folders["gpt2"], slots=1, max_waiting=2)
     (tmp_path / "models.toml").write_text(tiny_models.models_toml({"gpt2": entry}))
     repository = tmp_path / "repository"
-    assert run_export(
-        "export", "--models-file", str(tmp_path / "models.toml"), "--repository", str(repository)
-    ).returncode == 0
+    assert (
+        run_export("export", "--models-file", str(tmp_path / "models.toml"), "--repository", str(repository)).returncode
+        == 0
+    )
     assert json.loads((repository / "gpt2/1/trident.json").read_text())["fidelity"]["fp32"]["kl"] < 1e-4
     server = start_server(repository, tmp_path / "log")
     try:

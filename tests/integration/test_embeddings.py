@@ -44,9 +44,7 @@ def test_equal_to_hugging_face(client: Client, texts: list[str], hugging_face: N
     np.testing.assert_allclose(found, hugging_face, atol=1e-5, rtol=0)
 
 
-def test_int8_is_close_to_hugging_face(
-    client: Client, texts: list[str], hugging_face: NDArray[np.float32]
-) -> None:
+def test_int8_is_close_to_hugging_face(client: Client, texts: list[str], hugging_face: NDArray[np.float32]) -> None:
     found = client.embed(texts, model="minilm_int8", truncate=True)
     assert (found * hugging_face).sum(axis=1).min() > 0.99
     assert np.abs(found - hugging_face).max() > 1e-4  # it is another model than fp32

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -195,9 +194,7 @@ def test_a_damaged_generator_is_refused(
     assert not list((tmp_path / "repository/.trident").glob("staging-*"))
 
 
-def test_wrong_positions_are_refused(
-    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_positions_are_refused(tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that is right in prefill and wrong in decode: the gate runs both."""
     from trident_serving.generation.decoder import OnnxDecoder
 

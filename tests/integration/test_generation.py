@@ -107,9 +107,7 @@ def test_http_generate_stream(server: RunningServer, client: Client) -> None:
         lines = response.read().decode().splitlines()
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
     assert len(events) > 3
-    assert "".join(event["text_output"] for event in events) == client.generate(
-        "Once upon a time", max_tokens=10
-    ).text
+    assert "".join(event["text_output"] for event in events) == client.generate("Once upon a time", max_tokens=10).text
     assert events[-1]["finish_reason"] == "length"
 
 

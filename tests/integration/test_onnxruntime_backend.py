@@ -232,9 +232,7 @@ def test_text_that_is_not_utf8(stub: Any) -> None:
     assert "in_STRING is not UTF-8" in error.value.details()
 
 
-GOOD_IO = (
-    'input { name: "x" data_type: TYPE_FP32 dims: 3 }\noutput { name: "y" data_type: TYPE_FP32 dims: 3 }\n'
-)
+GOOD_IO = 'input { name: "x" data_type: TYPE_FP32 dims: 3 }\noutput { name: "y" data_type: TYPE_FP32 dims: 3 }\n'
 BAD_CONFIGS = {
     "broken graph": ("", "can't load"),
     "missing file": ('default_model_filename: "none.onnx"\n' + GOOD_IO, "none.onnx"),

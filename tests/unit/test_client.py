@@ -101,12 +101,9 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 def decode(request: Any) -> dict[str, Any]:
     outputs = [
-        pb.ModelInferResponse.InferOutputTensor(name=t.name, datatype=t.datatype, shape=t.shape)
-        for t in request.inputs
+        pb.ModelInferResponse.InferOutputTensor(name=t.name, datatype=t.datatype, shape=t.shape) for t in request.inputs
     ]
-    return _wire.parse_response(
-        pb.ModelInferResponse(outputs=outputs, raw_output_contents=request.raw_input_contents)
-    )
+    return _wire.parse_response(pb.ModelInferResponse(outputs=outputs, raw_output_contents=request.raw_input_contents))
 
 
 def response(tensors: dict[str, Any]) -> Any:

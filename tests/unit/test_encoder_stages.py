@@ -52,9 +52,7 @@ def test_a_text_without_a_token() -> None:
 @pytest.mark.parametrize("buckets", ["8,4", "4,4,8", "4", "4,x"])
 def test_buckets_must_rise_to_the_longest(buckets: str) -> None:
     with pytest.raises(ValueError, match="buckets|invalid literal"):
-        EncodingSettings.from_parameters(
-            {"max_tokens": "8", "max_bytes": "9", "buckets": buckets, "truncate": "false"}
-        )
+        EncodingSettings.from_parameters({"max_tokens": "8", "max_bytes": "9", "buckets": buckets, "truncate": "false"})
 
 
 def test_settings_from_a_config() -> None:

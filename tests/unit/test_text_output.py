@@ -55,7 +55,9 @@ def test_pieces_joined_equal_the_text(text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 
 
-@pytest.mark.parametrize("text", ["😀🚀🐍", "中文，日本語", "مرحبا", "e\u0301a\u0308", "a\0b\r\n\t", "👩‍👩‍👧‍👦 x", "▁x▁"])
+@pytest.mark.parametrize(
+    "text", ["😀🚀🐍", "中文，日本語", "مرحبا", "e\u0301a\u0308", "a\0b\r\n\t", "👩‍👩‍👧‍👦 x", "▁x▁"]
+)
 def test_characters_are_never_cut(text: str) -> None:
     pieces = streamed(BYTE_LEVEL, BYTE_LEVEL.encode(text))
     assert "".join(pieces) == text

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from trident_serving import encoding
-from trident_serving.artefacts import VERSION
-from trident_serving.onnx_backend import OnnxModel
-from trident_serving.pooling import Pooling, PoolingSettings, normalize, pool
 
 from trident_export import configs, disk, fidelity, recipes
 from trident_export.encoder_graph import export_encoder_graph
 from trident_export.models_file import EmbeddingLimits, ModelSpec
 from trident_export.tasks import Job, Measures
+from trident_serving import encoding
+from trident_serving.artefacts import VERSION
+from trident_serving.onnx_backend import OnnxModel
+from trident_serving.pooling import Pooling, PoolingSettings, normalize, pool
 
 _POOLING_MODES = {
     "pooling_mode_mean_tokens": Pooling.MEAN,
@@ -80,15 +80,15 @@ def check_limits(spec: ModelSpec, source: Path) -> None:
     assert isinstance(limits, EmbeddingLimits)
     config = AutoConfig.from_pretrained(source)
     if limits.dimensions != config.hidden_size:
-        raise ValueError(
-            f"[{spec.name}] limits.dimensions is {limits.dimensions}, the model's is {config.hidden_size}"
-        )
+        raise ValueError(f"[{spec.name}] limits.dimensions is {limits.dimensions}, the model's is {config.hidden_size}")
     longest = getattr(config, "max_position_embeddings", limits.max_tokens)
     file = source / "sentence_bert_config.json"
     if file.exists():
         longest = min(longest, json.loads(file.read_text()).get("max_seq_length") or longest)
     if limits.max_tokens > longest:
-        raise ValueError(f"[{spec.name}] limits.max_tokens is {limits.max_tokens}, the model's longest text is {longest}")
+        raise ValueError(
+            f"[{spec.name}] limits.max_tokens is {limits.max_tokens}, the model's longest text is {longest}"
+        )
 
 
 def save_tokenizer(source: Path, folder: Path) -> None:

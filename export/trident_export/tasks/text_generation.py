@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from trident_serving.artefacts import VERSION
-from trident_serving.generation.decoder import OnnxDecoder
-from trident_serving.tokenization import TextTokenizer
 
 from trident_export import disk, fidelity, recipes
 from trident_export.causal_graph import export_causal_graph
 from trident_export.models_file import GenerationLimits, ModelSpec
 from trident_export.tasks import Job, Measures
+from trident_serving.artefacts import VERSION
+from trident_serving.generation.decoder import OnnxDecoder
+from trident_serving.tokenization import TextTokenizer
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
 GATE_TEXTS = 12

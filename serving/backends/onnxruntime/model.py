@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
+
 from trident_serving import onnx_backend, triton_adapter
 
 

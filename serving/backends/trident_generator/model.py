@@ -2,6 +2,7 @@
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from trident_serving import text, triton_adapter
 from trident_serving.generation.service import GenerationService, GenerationSettings
 

@@ -1,6 +1,7 @@
 """Postprocess stage of an ensemble: a model's tensors in, the task's answer out. See `trident_serving.pooling`."""
 
 import triton_python_backend_utils as pb_utils
+
 from trident_serving import postprocessing, triton_adapter
 
 
@@ -8,9 +9,7 @@ class TritonPythonModel:
     def initialize(self, args):
         triton_adapter.setup(pb_utils)
         config = triton_adapter.model_config(args)
-        self.postprocess = postprocessing.create(
-            triton_adapter.parameters(config), triton_adapter.version_folder(args)
-        )
+        self.postprocess = postprocessing.create(triton_adapter.parameters(config), triton_adapter.version_folder(args))
 
     def execute(self, requests):
         return [triton_adapter.answer(pb_utils, self.postprocess, request) for request in requests]

@@ -1,6 +1,7 @@
 """Tokenizer stage of an ensemble: texts in, padded token ids out. See `trident_serving.encoding`."""
 
 import triton_python_backend_utils as pb_utils
+
 from trident_serving import encoding, text, triton_adapter
 
 

@@ -27,9 +27,7 @@ class Decoder(Protocol):
         """Rows that can run at once."""
         ...
 
-    def run(
-        self, first_row: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def run(self, first_row: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append `input_ids` [rows, tokens] after `starts` [rows] cached tokens of rows first_row and on.
 
         Returns:
@@ -51,11 +49,7 @@ class OnnxDecoder:
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = {node.name: node for node in self._session.get_inputs()}
         self.cache = KVCache(
-            {
-                name: (int(node.shape[1]), int(node.shape[3]))
-                for name, node in inputs.items()
-                if name.startswith(_PAST)
-            },
+            {name: (int(node.shape[1]), int(node.shape[3])) for name, node in inputs.items() if name.startswith(_PAST)},
             slots,
             capacity,
         )
@@ -70,9 +64,7 @@ class OnnxDecoder:
         """Rows that can run at once."""
         return self.cache.slots
 
-    def run(
-        self, first_row: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def run(self, first_row: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Decoder.run`."""
         rows = input_ids.shape[0]
         logits = self.run_positions(first_row, input_ids, starts, np.array([input_ids.shape[1] - 1]))

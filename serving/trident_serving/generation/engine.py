@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from trident_serving.generation.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why an answer ended."""
 
     STOP = "stop"

@@ -71,9 +71,7 @@ def _check(holds: bool, field: str, value: float, expected: str) -> None:
 class Sampler:
     """Chooses the tokens of one request, one call a token."""
 
-    def __init__(
-        self, params: SamplingParams, prompt_ids: Sequence[int], eos_token_ids: frozenset[int]
-    ) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], eos_token_ids: frozenset[int]) -> None:
         self._params = params
         self._eos_token_ids = sorted(eos_token_ids)
         self._seen = set(prompt_ids)
@@ -97,9 +95,7 @@ class Sampler:
             scores = scores.copy()
             seen = np.fromiter(self._seen, np.int64)
             values = scores[seen]
-            scores[seen] = np.where(
-                values < 0, values * params.repetition_penalty, values / params.repetition_penalty
-            )
+            scores[seen] = np.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
         if self._counts and (params.presence_penalty or params.frequency_penalty):
             scores = scores.copy()
             tokens = np.fromiter(self._counts.keys(), np.int64)
@@ -123,7 +119,7 @@ def next_token_distribution(scores: Logits, params: SamplingParams) -> NDArray[n
     if 0 < params.top_k < scaled.size:
         threshold = np.partition(scaled, -params.top_k)[-params.top_k]
         scaled[scaled < threshold] = -np.inf
-    probabilities = np.exp(scaled - scaled.max())
+    probabilities: NDArray[np.float64] = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
     if params.top_p < 1.0:
         order = np.argsort(-probabilities, kind="stable")

@@ -114,8 +114,6 @@ class TextStream:
         return chunk.finish_reason is not None
 
     def _take(self) -> Chunk:
-        chunk = Chunk(
-            self._text, self._reason, self._num_input_tokens, self._num_output_tokens, self._log_probs
-        )
+        chunk = Chunk(self._text, self._reason, self._num_input_tokens, self._num_output_tokens, self._log_probs)
         self._text, self._log_probs = "", []
         return chunk

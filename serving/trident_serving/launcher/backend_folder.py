@@ -45,9 +45,7 @@ def prepare(folder: Path, installation: Installation) -> Path:
         )
     # The server refuses a library that is a link out of the folder, so files are copied; but the stub finds
     # its libraries by a path relative to itself, so that one is linked.
-    shutil.copytree(
-        installation.backends / "python", folder / "python", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(installation.backends / "python", folder / "python", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "python" / installation.stub.name).unlink(missing_ok=True)
     (folder / "python" / installation.stub.name).symlink_to(installation.stub)
     for backend in ours:

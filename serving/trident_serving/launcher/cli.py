@@ -65,9 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument(
-        "--drain-seconds", type=int, default=30, help="how long requests in flight may take at the end"
-    )
+    parser.add_argument("--drain-seconds", type=int, default=30, help="how long requests in flight may take at the end")
     parser.add_argument("--verbose", action="store_true", help="let tritonserver log what it loads and does")
     return parser.parse_args(arguments)
 
@@ -114,10 +112,8 @@ def examples(options: ServerOptions, manifests: Sequence[Manifest]) -> list[str]
     commands = []
     if generator := names.get("text-generation"):
         commands.append(f'.venv/bin/trident generate{url} --model {generator} "The capital of France is"')
-        body = f'{{"text_input": "Once upon a time", "max_tokens": 40}}'
-        commands.append(
-            f"curl -s http://{options.host}:{options.http_port}/v2/models/{generator}/generate -d '{body}'"
-        )
+        body = '{"text_input": "Once upon a time", "max_tokens": 40}'
+        commands.append(f"curl -s http://{options.host}:{options.http_port}/v2/models/{generator}/generate -d '{body}'")
     if embedder := names.get("feature-extraction"):
         commands.append(f'.venv/bin/trident embed{url} --model {embedder} "A text to compare with others"')
     return commands

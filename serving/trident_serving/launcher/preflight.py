@@ -27,12 +27,10 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> None:
 
 
 def check_numpy(version: str | None = None) -> None:
-    """numpy 2 makes this server's Python backend send tensors without bytes."""
+    """Numpy 2 makes this server's Python backend send tensors without bytes."""
     found = version or importlib.metadata.version("numpy")
     if int(found.split(".")[0]) >= 2:
-        raise StartError(
-            f"numpy {found} makes tritonserver send empty tensors without an error: install 'numpy<2'"
-        )
+        raise StartError(f"numpy {found} makes tritonserver send empty tensors without an error: install 'numpy<2'")
 
 
 def libpython_folder(folder: str | None = None, name: str | None = None) -> Path | None:

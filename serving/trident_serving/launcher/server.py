@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -104,10 +103,9 @@ class Server:
                     f"tritonserver ended with status {self.process.returncode} while it loaded the models: "
                     "its messages above say why"
                 )
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                with urllib.request.urlopen(url, timeout=2) as response:
-                    if response.status == 200:
-                        return
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as response:
+                if response.status == 200:
+                    return
             time.sleep(0.1)
         raise StartError(f"the models were not ready within {self.options.ready_seconds:.0f} s")
 
@@ -150,9 +148,7 @@ def known_flags(installation: Installation, environment: dict[str, str]) -> froz
     return frozenset(word for word in words if word.startswith("--"))
 
 
-def _command(
-    installation: Installation, options: ServerOptions, backends: Path, flags: Iterable[str]
-) -> list[str]:
+def _command(installation: Installation, options: ServerOptions, backends: Path, flags: Iterable[str]) -> list[str]:
     wanted = {
         "--model-repository": str(options.repository),
         "--backend-directory": str(backends),
