@@ -54,10 +54,10 @@ quality: $(SETUP) ## what each variant gets wrong -> reports/quality.json
 	@$(BIN)/python -m trident_export quality --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 bench: $(SETUP) ## side by side with Hugging Face in one run -> reports/bench.md
-	@$(BIN)/python benchmarks/bench.py --repository $(REPOSITORY)
+	@$(BIN)/python -m benchmarks.bench --repository $(REPOSITORY)
 
 load: $(SETUP) ## perf_analyzer against minilm and smollm2 -> reports/load.md
-	@$(BIN)/python benchmarks/load.py --repository $(REPOSITORY)
+	@$(BIN)/python -m benchmarks.load --repository $(REPOSITORY)
 
 up: ## start the production stack with docker compose
 	docker compose up --build --detach --wait

@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny_models
-from tests.conftest import RunningServer, run_export, start_server, stop_server
+from tests.conftest import run_export
 from trident_client import Client, InvalidRequestError
+from trident_serving.launcher import local
+from trident_serving.launcher.local import LocalServer
 
 ARCHITECTURES = ("gpt2", "llama", "opt")
 PROMPTS = ["The quick brown fox jumps over the", "A", "emoji 😀 中文", "x = [1, 2, 3]\n" * 3, "Alice was"]
@@ -26,19 +28,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def tiny_server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def tiny_server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     root = tmp_path_factory.mktemp("tiny-server")
     entries = {name: tiny_models.causal_entry(folder) for name, folder in folders.items()}
     (root / "models.toml").write_text(tiny_models.models_toml(entries))
     done = run_export("export", "--models-file", str(root / "models.toml"), "--repository", str(root / "repository"))
     assert done.returncode == 0, done.stderr
-    running = start_server(root / "repository", root / "log")
+    running = local.start(root / "repository", root / "log")
     yield running
-    stop_server(running)
+    running.stop()
 
 
 @pytest.fixture
-def tiny_client(tiny_server: RunningServer) -> Iterator[Client]:
+def tiny_client(tiny_server: LocalServer) -> Iterator[Client]:
     with Client(tiny_server.grpc_url, timeout=60) as connected:
         yield connected
 
@@ -86,7 +88,7 @@ def test_a_model_without_a_chat_template_says_so(tiny_client: Client) -> None:
         tiny_client.chat("Hello", model="gpt2")
 
 
-def test_the_queue_is_bounded(tiny_server: RunningServer, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_queue_is_bounded(tiny_server: LocalServer, folders: dict[str, Path], tmp_path: Path) -> None:
     from trident_client import UnavailableError
 
     entry = tiny_models.causal_entry(folders["gpt2"], slots=1, max_waiting=2)
@@ -97,14 +99,14 @@ def test_the_queue_is_bounded(tiny_server: RunningServer, folders: dict[str, Pat
         == 0
     )
     assert json.loads((repository / "gpt2/1/trident.json").read_text())["fidelity"]["fp32"]["kl"] < 1e-4
-    server = start_server(repository, tmp_path / "log")
+    server = local.start(repository, tmp_path / "log")
     try:
         with Client(server.grpc_url, timeout=60) as client, ThreadPoolExecutor(40) as pool:
             options = {"model": "gpt2", "max_tokens": 100}
             expected = client.generate("A", **options).text
             results = list(pool.map(lambda _: outcome(client, options), range(40)))
     finally:
-        stop_server(server)
+        server.stop()
     refused = [result for result in results if isinstance(result, UnavailableError)]
     assert refused
     assert "2 requests wait for 1 slots" in str(refused[0])

@@ -14,8 +14,8 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from tests.conftest import RunningServer
 from trident_client import Client, InvalidRequestError, NotFoundError, _wire
+from trident_serving.launcher.local import LocalServer
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def neighbour(client: Client) -> Iterator[None]:
     assert text == alone
 
 
-def raw_stream(server: RunningServer, request: pb.ModelInferRequest) -> tuple[grpc.StatusCode | None, str]:
+def raw_stream(server: LocalServer, request: pb.ModelInferRequest) -> tuple[grpc.StatusCode | None, str]:
     """The status of one request on a stream: TensorRT-LLM's way to call a decoupled model."""
     with grpc.insecure_channel(server.grpc_url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -109,7 +109,7 @@ def test_prompts_that_do_not_fit(client: Client, prompt: str, message: str) -> N
         ({"messages": [b"[" * 100_000]}, "messages is nested too deeply"),
     ],
 )
-def test_malformed_prompts(server: RunningServer, inputs: dict[str, list[bytes]], message: str) -> None:
+def test_malformed_prompts(server: LocalServer, inputs: dict[str, list[bytes]], message: str) -> None:
     tensors = {name: np.array([values], dtype=np.object_) for name, values in inputs.items()}
     tensors["max_tokens"] = np.array([[4]], np.int32)
     code, details = raw_stream(server, _wire.build_request("smollm2", tensors))
@@ -129,7 +129,7 @@ def test_malformed_prompts(server: RunningServer, inputs: dict[str, list[bytes]]
     ],
     ids=["dtype of an option", "dtype of the prompt", "two prompts in a row", "two rows", "no prompt in a row"],
 )
-def test_wrong_dtype_and_shape(server: RunningServer, tensors: dict[str, Any]) -> None:
+def test_wrong_dtype_and_shape(server: LocalServer, tensors: dict[str, Any]) -> None:
     code, details = raw_stream(server, _wire.build_request("smollm2", tensors))
     # What Triton itself refuses comes as a message on the stream, what our backend refuses as a status.
     assert code in (None, grpc.StatusCode.INVALID_ARGUMENT)
@@ -138,7 +138,7 @@ def test_wrong_dtype_and_shape(server: RunningServer, tensors: dict[str, Any]) -
         list(client._receive(_wire.build_request("smollm2", tensors), 60))
 
 
-def test_http_answers_400(server: RunningServer) -> None:
+def test_http_answers_400(server: LocalServer) -> None:
     url = f"{server.http_url}/v2/models/smollm2/generate"
     assert post(url, {"text_input": "a", "max_tokens": -1}) == (
         400,
@@ -193,7 +193,7 @@ def test_texts_that_can_not_be_embedded(client: Client, texts: list[str], messag
     ],
     ids=["UTF-8", "dtype", "shape", "batch", "missing"],
 )
-def test_malformed_embedding_requests(server: RunningServer, tensors: dict[str, Any], message: str) -> None:
+def test_malformed_embedding_requests(server: LocalServer, tensors: dict[str, Any], message: str) -> None:
     with grpc.insecure_channel(server.grpc_url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError) as error:

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
-from tests.conftest import RunningServer
 from trident_client import Client, InvalidRequestError
 from trident_export import fidelity
+from trident_serving.launcher.local import LocalServer
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_int8_is_close_to_hugging_face(client: Client, texts: list[str], hugging
 
 
 def test_mixed_lengths_share_runs_and_keep_their_answers(
-    server: RunningServer, client: Client, texts: list[str], hugging_face: NDArray[np.float32]
+    server: LocalServer, client: Client, texts: list[str], hugging_face: NDArray[np.float32]
 ) -> None:
     """16 callers with one text a request: the dynamic batcher joins those of one bucket."""
     before = batch_counts(server, "minilm_model")
@@ -64,7 +64,7 @@ def test_mixed_lengths_share_runs_and_keep_their_answers(
     assert (after[0] - before[0]) / (after[1] - before[1]) > 1.5
 
 
-def batch_counts(server: RunningServer, model: str) -> tuple[float, float]:
+def batch_counts(server: LocalServer, model: str) -> tuple[float, float]:
     """Inferences and runs of a model so far."""
     with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
         metrics = response.read().decode()

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import RunningServer
 from trident_client import Client
+from trident_serving.launcher.local import LocalServer
 
 FP32 = "smollm2_fp32"
 NEW_TOKENS = 16
@@ -100,7 +100,7 @@ def test_stream_arrives_while_it_is_generated(client: Client) -> None:
     assert times[0] < times[-1] / 2
 
 
-def test_http_generate_stream(server: RunningServer, client: Client) -> None:
+def test_http_generate_stream(server: LocalServer, client: Client) -> None:
     body = json.dumps({"text_input": "Once upon a time", "max_tokens": 10, "stream": True}).encode()
     url = f"{server.http_url}/v2/models/smollm2/generate_stream"
     with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
@@ -153,7 +153,7 @@ def test_log_probs_equal_hugging_face(client: Client, smollm2_folder: Path) -> N
     assert answer.log_probs == pytest.approx(expected, abs=1e-4)
 
 
-def test_min_tokens_and_prompt_in_the_answer(client: Client, server: RunningServer) -> None:
+def test_min_tokens_and_prompt_in_the_answer(client: Client, server: LocalServer) -> None:
     short = client.chat("What is the capital of France?")
     longer = client.chat("What is the capital of France?", min_tokens=short.num_output_tokens + 5, max_tokens=40)
     assert longer.num_output_tokens >= short.num_output_tokens + 5

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_models
-from tests.conftest import RunningServer, free_ports, run_export, start_server, stop_server
+from tests.conftest import run_export
 from trident_client import Client
+from trident_serving.launcher import local
+from trident_serving.launcher.local import LocalServer
 
 
 def children(pid: int) -> dict[int, str]:
@@ -59,7 +61,7 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repository
 
 
-def test_the_serving_path_has_neither_torch_nor_transformers(server: RunningServer, client: Client) -> None:
+def test_the_serving_path_has_neither_torch_nor_transformers(server: LocalServer, client: Client) -> None:
     client.generate("Hello", max_tokens=1)
     client.embed("Hello")
     processes = children(server.launcher.pid)
@@ -78,7 +80,7 @@ def test_the_serving_path_has_neither_torch_nor_transformers(server: RunningServ
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_the_welcome_names_models_ports_and_commands(server: RunningServer) -> None:
+def test_the_welcome_names_models_ports_and_commands(server: LocalServer) -> None:
     log = server.log.read_text()
     assert "Trident is ready." in log
     for line in (
@@ -95,7 +97,7 @@ def test_the_welcome_names_models_ports_and_commands(server: RunningServer) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: Path, number: int) -> None:
-    server = start_server(tiny_repository, tmp_path / "log")
+    server = local.start(tiny_repository, tmp_path / "log")
     pids = list(children(server.launcher.pid))
     assert len(pids) >= 2
     results: list[str] = []
@@ -115,7 +117,7 @@ def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: P
 
 
 def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path) -> None:
-    server = start_server(tiny_repository, tmp_path / "log")
+    server = local.start(tiny_repository, tmp_path / "log")
     pids = list(children(server.launcher.pid))
     os.kill(server.launcher.pid, signal.SIGKILL)
     server.launcher.wait()
@@ -126,7 +128,7 @@ def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path)
 
 
 def test_a_second_server_beside_the_first(tiny_repository: Path, tmp_path: Path) -> None:
-    servers = [start_server(tiny_repository, tmp_path / name) for name in ("one", "two")]
+    servers = [local.start(tiny_repository, tmp_path / name) for name in ("one", "two")]
     try:
         answers = []
         for server in servers:
@@ -135,7 +137,7 @@ def test_a_second_server_beside_the_first(tiny_repository: Path, tmp_path: Path)
         assert answers[0] == answers[1]
     finally:
         for server in servers:
-            stop_server(server)
+            server.stop()
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -155,14 +157,14 @@ def test_a_taken_port(tiny_repository: Path) -> None:
 
 
 def test_the_same_port_twice(tiny_repository: Path) -> None:
-    port = str(free_ports(1)[0])
+    port = str(local.free_ports(1)[0])
     done = launch("--repository", str(tiny_repository), "--http-port", port, "--grpc-port", port)
     assert done.returncode == 1
     assert f"HTTP_PORT and GRPC_PORT can't both be {port}" in done.stderr
 
 
 def test_an_empty_or_missing_repository(tmp_path: Path) -> None:
-    ports = [str(port) for port in free_ports(3)]
+    ports = [str(port) for port in local.free_ports(3)]
     options = ["--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2]]
     done = launch("--repository", str(tmp_path), *options)
     assert done.returncode == 1
@@ -178,7 +180,7 @@ def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_pa
     broken = tmp_path / "repository"
     shutil.copytree(tiny_repository, broken)
     (broken / "tiny/1/model.onnx").write_bytes(b"no graph")
-    ports = [str(port) for port in free_ports(3)]
+    ports = [str(port) for port in local.free_ports(3)]
     done = launch(
         *("--repository", str(broken), "--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2])
     )

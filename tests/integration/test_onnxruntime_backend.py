@@ -20,8 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from tests.conftest import RunningServer, start_server, stop_server
 from trident_client import _wire
+from trident_serving.launcher import local
+from trident_serving.launcher.local import LocalServer
 
 TYPES = {
     "BOOL": (TensorProto.BOOL, np.bool_),
@@ -140,16 +141,16 @@ def build_repository(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalServer, Path]]:
     root = tmp_path_factory.mktemp("plain")
     build_repository(root / "repository")
-    running = start_server(root / "repository", root / "log")
+    running = local.start(root / "repository", root / "log")
     yield running, root / "repository"
-    stop_server(running)
+    running.stop()
 
 
 @pytest.fixture
-def stub(plain_server: tuple[RunningServer, Path]) -> Iterator[Any]:
+def stub(plain_server: tuple[LocalServer, Path]) -> Iterator[Any]:
     with grpc.insecure_channel(plain_server[0].grpc_url) as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
@@ -276,7 +277,7 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_a_model_that_can_not_be_served_says_why(plain_server: tuple[RunningServer, Path], case: str) -> None:
+def test_a_model_that_can_not_be_served_says_why(plain_server: tuple[LocalServer, Path], case: str) -> None:
     server, repository = plain_server
     config, message = BAD_CONFIGS[case]
     folder = repository / "bad"
@@ -290,7 +291,7 @@ def test_a_model_that_can_not_be_served_says_why(plain_server: tuple[RunningServ
         shutil.rmtree(folder)
 
 
-def load_error(server: RunningServer, model: str) -> str:
+def load_error(server: LocalServer, model: str) -> str:
     request = urllib.request.Request(f"{server.http_url}/v2/repository/models/{model}/load", b"{}", method="POST")
     try:
         with urllib.request.urlopen(request, timeout=60):
@@ -301,7 +302,7 @@ def load_error(server: RunningServer, model: str) -> str:
         return message
 
 
-def test_a_model_can_be_added_to_a_running_server(plain_server: tuple[RunningServer, Path], stub: Any) -> None:
+def test_a_model_can_be_added_to_a_running_server(plain_server: tuple[LocalServer, Path], stub: Any) -> None:
     server, repository = plain_server
     times(repository / "added/1", 11.0)
     assert load_error(server, "added") == ""

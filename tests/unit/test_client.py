@@ -18,7 +18,6 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 import trident_client
-from tests.conftest import free_ports
 from trident_client import (
     CancelledError,
     Client,
@@ -33,6 +32,7 @@ from trident_client import (
     _wire,
     cli,
 )
+from trident_serving.launcher import local
 
 
 class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -242,7 +242,7 @@ def test_errors_by_status_code(connected: Client) -> None:
 
 
 def test_a_server_that_is_not_there() -> None:
-    with Client(f"127.0.0.1:{free_ports(1)[0]}") as client:
+    with Client(f"127.0.0.1:{local.free_ports(1)[0]}") as client:
         with pytest.raises(UnavailableError):
             client.generate("x")
         assert client.health() == Health(live=False, ready=False)

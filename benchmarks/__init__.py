@@ -1,0 +1,1 @@
+"""Measurements; what they print is what the documents may state."""

@@ -1,0 +1,93 @@
+"""A server of one's own on free ports of this machine, for tests and measurements."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trident_serving.launcher.preflight import StartError
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A launcher process whose server is ready.
+
+    Attributes:
+        launcher: the process of `python -m trident_serving`.
+        log: what it and tritonserver print.
+    """
+
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    launcher: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def grpc_url(self) -> str:
+        """Host and port, as the client takes them."""
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        """Beginning of the HTTP endpoint's addresses."""
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Address of the metrics."""
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
+
+    def stop(self) -> None:
+        """Drain and stop."""
+        self.launcher.terminate()
+        self.launcher.wait(60)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on now, all different."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def start(repository: Path, log: Path, ready_seconds: float = 120) -> LocalServer:
+    """Start a server on free ports and wait until it is ready; the caller stops it.
+
+    Raises:
+        StartError: it ended or was not ready in time; the message holds its log.
+    """
+    ports = free_ports(3)
+    command = [sys.executable, "-m", "trident_serving", "--repository", str(repository)]
+    for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
+        command += [flag, str(port)]
+    with log.open("w") as output:
+        launcher = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+    server = LocalServer(ports[0], ports[1], ports[2], launcher, log)
+    deadline = time.monotonic() + ready_seconds
+    while time.monotonic() < deadline and launcher.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.http_url}/v2/health/ready", timeout=2):
+            return server
+        time.sleep(0.1)
+    launcher.terminate()
+    launcher.wait(60)
+    raise StartError(f"the server was not ready within {ready_seconds:.0f} s:\n{log.read_text()}")
+
+
+@contextlib.contextmanager
+def running(repository: Path, log: Path) -> Iterator[LocalServer]:
+    """A server for the time of a `with` block."""
+    server = start(repository, log)
+    try:
+        yield server
+    finally:
+        server.stop()
