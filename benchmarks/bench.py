@@ -77,7 +77,10 @@ def generation(client: Client, folder: Path) -> Peers:
             return sum(pool.map(one, prompts))
 
     peers: Peers = {}
-    for group, prompts in (("generation, 1 stream, tokens/s", PROMPTS[:1]), ("generation, 8 streams, tokens/s", PROMPTS)):
+    for group, prompts in (
+        ("generation, 1 stream, tokens/s", PROMPTS[:1]),
+        ("generation, 8 streams, tokens/s", PROMPTS),
+    ):
         peers[f"{group} | transformers fp32"] = lambda prompts=prompts: hugging_face(prompts)
         peers[f"{group} | Trident fp32"] = lambda prompts=prompts: trident("smollm2_fp32", prompts)
         peers[f"{group} | Trident int8"] = lambda prompts=prompts: trident("smollm2", prompts)

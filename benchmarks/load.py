@@ -22,7 +22,8 @@ from benchmarks import perf_analyzer
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
-WORDS = "the server answers many short and long questions about models that it holds in memory every day".split()
+SENTENCE = "the server answers many short and long questions about models that it holds in memory every day"
+WORDS = SENTENCE.split()
 OUTPUT_TOKENS = 32
 
 

@@ -8,16 +8,18 @@ pin                write the hub's commit ids into models.toml
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trident_export import configs, install, models_file, pin
+from trident_export import configs, install, models_file, pin, sources, tasks
 from trident_export.disk import NoSpace
 from trident_export.fidelity import FidelityError
 from trident_export.sources import SourceError
+from trident_serving import artefacts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,28 +45,56 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     export = commands.add_parser("export", help="export what is missing or out of date")
     export.add_argument("model", nargs="?", help="one model of models.toml (default: all but on-demand ones)")
     export.set_defaults(run=_export)
+    quality = commands.add_parser("quality", help="measure every exported variant against Hugging Face")
+    quality.add_argument("--reports", type=Path, default=Path("reports"))
+    quality.set_defaults(run=_quality)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
     check.set_defaults(run=_configs)
     pinning = commands.add_parser("pin", help="write the hub's commit ids into models.toml")
     pinning.set_defaults(run=_pin)
-    for command in (export, check, pinning):
+    for command in (export, quality, check, pinning):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
-    for command in (export, check):
+    for command in (export, quality, check):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
-    export.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
+    for command in (export, quality):
+        command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
 
 
 def _export(options: argparse.Namespace) -> int:
     specs = models_file.select(models_file.load(options.models_file), options.model or None)
     base = options.models_file.resolve().parent
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    _quiet()
     exported = install.export(specs, options.repository, base, options.cache or base / ".cache", install.print_progress)
     if options.model and not exported:
         install.print_progress(f"{options.model} is up to date")
     return 0
+
+
+def _quality(options: argparse.Namespace) -> int:
+    base = options.models_file.resolve().parent
+    _quiet()
+    report: dict[str, dict[str, dict[str, float]]] = {}
+    for spec in models_file.load(options.models_file):
+        if artefacts.read_manifest(options.repository, spec.name) is None:
+            install.print_progress(f"{spec.name} is not exported: skipped")
+            continue
+        install.print_progress(f"{spec.name}: comparing with Hugging Face")
+        source = sources.fetch(spec, base, options.cache or base / ".cache", install.print_progress)
+        report[spec.name] = tasks.evaluate(spec, source, options.repository)
+        for variant, measured in report[spec.name].items():
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
+            print(f"{spec.public_name(variant):<20} {variant:<6} {shown}")
+    options.reports.mkdir(exist_ok=True)
+    (options.reports / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _quiet() -> None:
+    """No progress bars: they would fill a log."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _configs(options: argparse.Namespace) -> int:

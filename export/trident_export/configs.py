@@ -26,6 +26,11 @@ def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
     return {config.name: config for config in configs}
 
 
+def model_part(spec: ModelSpec, variant: str) -> str:
+    """The name of the Triton model that holds a variant's graph in an ensemble."""
+    return spec.public_name(variant).replace(spec.name, f"{spec.name}_model", 1)
+
+
 def to_text(config: pb.ModelConfig) -> str:
     """A config as the text of its config.pbtxt."""
     text: str = text_format.MessageToString(config)
@@ -151,7 +156,7 @@ def _embedding(spec: ModelSpec, limits: EmbeddingLimits) -> Iterable[pb.ModelCon
 
     for variant in spec.variants:
         public = spec.public_name(variant)
-        model = _base(public.replace(spec.name, f"{spec.name}_model", 1), "onnxruntime", batch)
+        model = _base(model_part(spec, variant), "onnxruntime", batch)
         model.input.extend(_tensor(pb.ModelInput, *item) for item in _TOKENS)
         model.output.append(_tensor(pb.ModelOutput, *hidden))
         _set_parameters(model, {"intra_op_thread_count": limits.threads})

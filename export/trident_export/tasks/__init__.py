@@ -1,6 +1,9 @@
 """How each task is exported: graph, variants, gate, and the files that its backends read.
 
-A task is a function `build(job)`, registered in `BUILDERS` under the transformers pipeline's name.
+A task is a module with two functions, registered in `MODULES` under the transformers pipeline's name:
+
+    build(job)                       write the version folders of every variant
+    evaluate(spec, source, root)     what each variant in `root` gets wrong, against Hugging Face in float32
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trident_export import fidelity
 from trident_export.models_file import ModelSpec
 
 
@@ -34,7 +38,7 @@ class Job:
 # Measures of each variant, by its name.
 Measures = dict[str, dict[str, float]]
 
-BUILDERS = {
+MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
     "feature-extraction": "trident_export.tasks.feature_extraction",
 }
@@ -47,7 +51,26 @@ def build(job: Job) -> Measures:
         FidelityError: a variant is refused.
         ValueError: models.toml and the model disagree.
     """
-    # Imported when needed: torch and transformers take ten seconds, and a fresh repository needs neither.
-    module: Any = importlib.import_module(BUILDERS[job.spec.task])
-    measures: Measures = module.build(job)
+    _module(job.spec).build(job)
+    job.progress("comparing with Hugging Face")
+    measures = evaluate(job.spec, job.source, job.staging)
+    for variant, measured in measures.items():
+        fidelity.check(job.spec.task, variant, measured, job.spec.gates.get(variant))
     return measures
+
+
+def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
+    """What each variant gets wrong.
+
+    Args:
+        spec: the model.
+        source: its Hugging Face folder.
+        root: holds the version folders, as `<root>/<triton model>/<version>`: a repository or a staging folder.
+    """
+    measures: Measures = _module(spec).evaluate(spec, source, root)
+    return measures
+
+
+def _module(spec: ModelSpec) -> Any:
+    # Imported when needed: torch and transformers take ten seconds, and a fresh repository needs neither.
+    return importlib.import_module(MODULES[spec.task])

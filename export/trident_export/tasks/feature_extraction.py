@@ -28,45 +28,45 @@ _POOLING_MODES = {
 }
 
 
-def build(job: Job) -> Measures:
-    """See `trident_export.tasks.build`."""
+def build(job: Job) -> None:
+    """See `trident_export.tasks`."""
     spec = job.spec
-    limits = spec.limits
-    assert isinstance(limits, EmbeddingLimits)
     check_limits(spec, job.source)
     weights = sum(file.stat().st_size for file in job.source.glob("*.safetensors"))
     disk.require(job.staging, weights, spec.variants)
-    tokenizer_folder = job.staging / f"{spec.name}_tokenizer" / VERSION
-    save_tokenizer(job.source, tokenizer_folder)
-    pooling = read_pooling(job.source)
+    save_tokenizer(job.source, job.staging / f"{spec.name}_tokenizer" / VERSION)
     postprocess_folder = job.staging / f"{spec.name}_postprocess" / VERSION
     postprocess_folder.mkdir(parents=True)
-    pooling.save(postprocess_folder)
+    read_pooling(job.source).save(postprocess_folder)
     graph = job.staging / "graph" / "model.onnx"
     graph.parent.mkdir()
     job.progress("tracing the graph")
     export_encoder_graph(job.source, graph)
-    job.progress("running Hugging Face on the gate's texts")
+    for variant in spec.variants:
+        job.progress(f"writing {variant}")
+        recipes.apply(variant, graph, job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx")
+        # An ensemble has no files, and Triton wants the folder.
+        (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True)
+    shutil.rmtree(graph.parent)
+
+
+def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
+    """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings`."""
+    limits = spec.limits
+    assert isinstance(limits, EmbeddingLimits)
     texts = fidelity.texts()
-    reference = reference_embeddings(job.source, texts, limits.max_tokens, pooling)
+    reference = reference_embeddings(source, texts, limits.max_tokens, read_pooling(source))
     encoder = encoding.TextEncoder.load(
-        tokenizer_folder,
+        root / f"{spec.name}_tokenizer" / VERSION,
         encoding.EncodingSettings(limits.max_tokens, limits.max_bytes, limits.all_buckets, truncate=True),
     )
+    pooling = PoolingSettings.load(root / f"{spec.name}_postprocess" / VERSION)
     built = configs.build(spec)
     measures: Measures = {}
     for variant in spec.variants:
-        public = spec.public_name(variant)
-        model_name = public.replace(spec.name, f"{spec.name}_model", 1)
-        folder = job.staging / model_name / VERSION
-        job.progress(f"{variant}: writing")
-        recipes.apply(variant, graph, folder / "model.onnx")
-        (job.staging / public / VERSION).mkdir(parents=True)  # an ensemble has no files, and needs the folder
-        job.progress(f"{variant}: comparing with Hugging Face")
-        model = OnnxModel(folder, configs.as_backend_json(built[model_name]))
+        part = configs.model_part(spec, variant)
+        model = OnnxModel(root / part / VERSION, configs.as_backend_json(built[part]))
         measures[variant] = measure(model, encoder, pooling, texts, reference)
-        fidelity.check(spec.task, variant, measures[variant], spec.gates.get(variant))
-    shutil.rmtree(graph.parent)
     return measures
 
 

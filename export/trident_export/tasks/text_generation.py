@@ -24,36 +24,42 @@ GATE_TOKENS = 64
 GATE_DECODED = 8
 
 
-def build(job: Job) -> Measures:
-    """See `trident_export.tasks.build`."""
+def build(job: Job) -> None:
+    """See `trident_export.tasks`."""
     spec = job.spec
-    assert isinstance(spec.limits, GenerationLimits)
     job.progress("loading the model")
-    model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32).eval()
+    model = load_model(job.source)
     check_context(spec, model)
     disk.require(job.staging, model.num_parameters() * 4, spec.variants)
     assets = job.staging / "assets"
     save_text_files(job.source, assets)
-    samples = sample_ids(TextTokenizer.load(assets), spec.limits.context, model.config.vocab_size)
-    job.progress("running Hugging Face on the gate's texts")
-    reference = reference_logits(model, samples)
     graph = job.staging / "graph" / "model.onnx"
     graph.parent.mkdir()
     job.progress("tracing the graph")
     export_causal_graph(model, graph)
-    del model
-    measures: Measures = {}
     for variant in spec.variants:
-        job.progress(f"{variant}: writing")
+        job.progress(f"writing {variant}")
         folder = job.staging / spec.public_name(variant) / VERSION
         recipes.apply(variant, graph, folder / "model.onnx")
         shutil.copytree(assets, folder, dirs_exist_ok=True)
-        job.progress(f"{variant}: comparing with Hugging Face")
-        measures[variant] = measure(folder, samples, reference)
-        fidelity.check(spec.task, variant, measures[variant], spec.gates.get(variant))
     shutil.rmtree(graph.parent)
     shutil.rmtree(assets)
-    return measures
+
+
+def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
+    """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`."""
+    assert isinstance(spec.limits, GenerationLimits)
+    folders = {variant: root / spec.public_name(variant) / VERSION for variant in spec.variants}
+    model = load_model(source)
+    tokenizer = TextTokenizer.load(folders[spec.default_variant])
+    samples = sample_ids(tokenizer, spec.limits.context, model.config.vocab_size)
+    reference = reference_logits(model, samples)
+    return {variant: measure(folder, samples, reference) for variant, folder in folders.items()}
+
+
+def load_model(source: Path) -> PreTrainedModel:
+    """The model in float32, in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
 
 def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
