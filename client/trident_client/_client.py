@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import numpy as np
@@ -15,11 +15,15 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from trident_client import _wire
-from trident_client._errors import InvalidRequestError, UnavailableError, translated
+from trident_client._errors import (
+    InvalidRequestError,
+    TridentError,
+    UnavailableError,
+    from_named_code,
+    translated,
+)
 from trident_client._types import Generation, GenerationChunk, Health, Message, ModelStatus
 
-# Errors of a stream as gRPC status codes, not as texts inside a message.
-_STREAM_METADATA = (("triton_grpc_error", "true"),)
 _CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
@@ -206,25 +210,29 @@ class Client:
 
     def _receive(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[GenerationChunk]:
         with translated():
-            call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout, metadata=_STREAM_METADATA)
+            call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
             try:
                 for response in call:
                     if response.error_message:
-                        self._raise_refusal(request.model_name, response.error_message)
+                        raise self._stream_error(request.model_name, response.error_message)
                     yield _chunk(_wire.parse_response(response.infer_response))
             finally:
                 call.cancel()
 
-    def _raise_refusal(self, model: str, message: str) -> NoReturn:
-        """What Triton itself refuses on a stream comes as a text without a status code: ask for the code.
+    def _stream_error(self, model: str, message: str) -> TridentError:
+        """What an error on a stream means: streams carry a message and no status code.
 
-        Raises:
-            NotFoundError: there is no such model.
-            InvalidRequestError: there is one, and it does not take this request.
+        Trident's generator names the code at the beginning. What Triton itself refuses has none: it is an
+        unknown model, for which the server is asked, or a request that does not fit the model.
         """
-        with translated():
-            self._stub.ModelMetadata(pb.ModelMetadataRequest(name=model))
-        raise InvalidRequestError(message)
+        if (error := from_named_code(message)) is not None:
+            return error
+        try:
+            with translated():
+                self._stub.ModelMetadata(pb.ModelMetadataRequest(name=model))
+        except TridentError as refusal:
+            return refusal
+        return InvalidRequestError(message)
 
 
 def _chunk(outputs: dict[str, NDArray[Any]]) -> GenerationChunk:

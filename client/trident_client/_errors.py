@@ -62,3 +62,12 @@ def translated() -> Iterator[None]:
     except grpc.RpcError as error:
         kind = _BY_CODE.get(error.code(), ServerError)
         raise kind(error.details() or error.code().name) from error
+
+
+def from_named_code(message: str) -> TridentError | None:
+    """The error of a message that begins with the name of a gRPC code, as "INVALID_ARGUMENT: ..."; else None."""
+    name, separator, text = message.partition(": ")
+    codes = {code.name: code for code in grpc.StatusCode}
+    if not separator or name not in codes:
+        return None
+    return _BY_CODE.get(codes[name], ServerError)(text)

@@ -66,14 +66,30 @@ def inputs(request: Any) -> dict[str, NDArray[Any]]:
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
 
 
-def error(pb_utils: Any, exception: Exception) -> Any:
-    """The exception as Triton's error: the code says whether to repair the request, to retry, or to report it."""
+def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> Any:
+    """The exception as Triton's error: the code says whether to repair the request, to retry, or to report it.
+
+    Args:
+        pb_utils: Triton's Python API.
+        exception: what went wrong.
+        name_code: begin the message with the code's gRPC name.
+    """
     codes = pb_utils.TritonError
+    code, name, message = codes.INTERNAL, "INTERNAL", f"{type(exception).__name__}: {exception}"
     if isinstance(exception, InvalidRequest):
-        return codes(str(exception), codes.INVALID_ARG)
-    if isinstance(exception, Overloaded):
-        return codes(str(exception), codes.UNAVAILABLE)
-    return codes(f"{type(exception).__name__}: {exception}", codes.INTERNAL)
+        code, name, message = codes.INVALID_ARG, "INVALID_ARGUMENT", str(exception)
+    elif isinstance(exception, Overloaded):
+        code, name, message = codes.UNAVAILABLE, "UNAVAILABLE", str(exception)
+    return codes(f"{name}: {message}" if name_code else message, code)
+
+
+def stream_error(pb_utils: Any, exception: Exception) -> Any:
+    """A response of a decoupled model with this error.
+
+    gRPC streams carry the message alone, so it begins with the code's name. (Triton has a header that turns
+    such errors into status codes; on this version it ends the server with a segmentation fault.)
+    """
+    return pb_utils.InferenceResponse(error=error(pb_utils, exception, name_code=True))
 
 
 def response(pb_utils: Any, result: Mapping[str, NDArray[Any]] | Exception) -> Any:

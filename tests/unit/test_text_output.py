@@ -154,6 +154,8 @@ def test_tokens_that_wait_leave_together() -> None:
     stream.finish(FinishReason.LENGTH)
     assert stream.send_pending() is True
     assert (channel.chunks[-1].text, channel.chunks[-1].finish_reason) == ("", FinishReason.LENGTH)
+    assert stream.send_pending() is False  # notifications that come late send nothing more
+    assert len(channel.chunks) == 2
 
 
 def test_without_streaming_there_is_one_response() -> None:

@@ -52,7 +52,7 @@ class Channel:
         self._send(triton_adapter.response(pb_utils, batch), final=reason is not None)
 
     def fail(self, error):
-        self._send(triton_adapter.response(pb_utils, error), final=True)
+        self._send(triton_adapter.stream_error(pb_utils, error), final=True)
 
     def _send(self, response, *, final):
         self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)

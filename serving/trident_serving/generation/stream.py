@@ -70,6 +70,7 @@ class TextStream:
         self._num_output_tokens = 0
         self._reason: FinishReason | None = None
         self._error: Exception | None = None
+        self._closed = False
 
     def accept(self, token: int, log_prob: float | None) -> bool:
         """See `Consumer.accept`."""
@@ -104,8 +105,9 @@ class TextStream:
         """Send what waits, on the sender's thread; True when that was the last response."""
         with self._lock:
             ended = self._error is not None or self._reason is not None
-            if not ended and not (self._streaming and self._text):
+            if self._closed or not (ended or (self._streaming and self._text)):
                 return False  # nothing yet, or another notification has already taken it along
+            self._closed = ended
             error, chunk = self._error, self._take()
         if error is not None:
             self.channel.fail(error)
