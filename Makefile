@@ -28,10 +28,12 @@ $(SETUP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+PORTS := --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
 serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
+	@$(BIN)/python -m trident_serving --check $(PORTS)
 	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
-	@exec $(BIN)/python -m trident_serving --repository $(REPOSITORY) \
-		--http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+	@exec $(BIN)/python -m trident_serving --repository $(REPOSITORY) $(PORTS)
 
 export: $(SETUP) ## export models: make export [MODEL=name]
 	@$(BIN)/python -m trident_export export $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)

@@ -71,7 +71,7 @@ class EmbeddingLimits:
     dimensions: int
     max_tokens: int = 256
     max_bytes: int = 262144
-    buckets: tuple[int, ...] = (16, 32, 64, 128)
+    buckets: tuple[int, ...] = (64, 128)
     max_batch_size: int = 32
     truncate: bool = False
     threads: int = 2

@@ -163,6 +163,19 @@ def test_the_same_port_twice(tiny_repository: Path) -> None:
     assert f"HTTP_PORT and GRPC_PORT can't both be {port}" in done.stderr
 
 
+def test_a_check_starts_nothing(tmp_path: Path) -> None:
+    ports = local.free_ports(3)
+    options = ["--http-port", str(ports[0]), "--grpc-port", str(ports[1]), "--metrics-port", str(ports[2])]
+    done = launch("--check", "--repository", str(tmp_path / "none"), *options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports[1]))
+        taken.listen()
+        done = launch("--check", *options)
+    assert done.returncode == 1
+    assert f"port {ports[1]} on 127.0.0.1 can't be used" in done.stderr
+
+
 def test_an_empty_or_missing_repository(tmp_path: Path) -> None:
     ports = [str(port) for port in local.free_ports(3)]
     options = ["--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2]]
@@ -171,7 +184,7 @@ def test_an_empty_or_missing_repository(tmp_path: Path) -> None:
     assert "holds no exported model: run make export" in done.stderr
     done = launch("--repository", str(tmp_path / "none"), *options)
     assert done.returncode == 1
-    assert "there is no model repository" in done.stderr
+    assert "holds no exported model: run make export" in done.stderr
 
 
 def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
 from trident_serving.launcher import installation
 from trident_serving.launcher.preflight import StartError
-from trident_serving.launcher.server import Server, ServerOptions
+from trident_serving.launcher.server import Server, ServerOptions, check_machine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,27 +22,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
-    if not options.repository.is_dir():
-        print(f"trident: there is no model repository {options.repository}: run make export", file=sys.stderr)
-        return 1
-    manifests = artefacts.read_manifests(options.repository)
+    server_options = ServerOptions(
+        repository=options.repository.resolve(),
+        models=tuple(artefacts.loadable(options.repository)) if options.repository.is_dir() else (),
+        host=options.host,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        drain_seconds=options.drain_seconds,
+        verbose=options.verbose,
+    )
     try:
-        server = Server(
-            installation.find(),
-            ServerOptions(
-                repository=options.repository.resolve(),
-                models=tuple(artefacts.loadable(options.repository)),
-                host=options.host,
-                http_port=options.http_port,
-                grpc_port=options.grpc_port,
-                metrics_port=options.metrics_port,
-                drain_seconds=options.drain_seconds,
-                verbose=options.verbose,
-            ),
-        )
+        found = installation.find()
+        if options.check:
+            check_machine(server_options)
+            return 0
+        server = Server(found, server_options)
     except StartError as error:
         print(f"trident: {error}", file=sys.stderr)
         return 1
+    manifests = artefacts.read_manifests(options.repository)
     with server:
         loading = threading.Thread(target=_announce, args=(server, manifests, stopping), daemon=True)
         loading.start()
@@ -66,6 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument("--drain-seconds", type=int, default=30, help="how long requests in flight may take at the end")
+    parser.add_argument("--check", action="store_true", help="start nothing, say whether a server could start here")
     parser.add_argument("--verbose", action="store_true", help="let tritonserver log what it loads and does")
     return parser.parse_args(arguments)
 

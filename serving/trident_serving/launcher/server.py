@@ -64,10 +64,7 @@ class Server:
 
     def __init__(self, installation: Installation, options: ServerOptions) -> None:
         self.options = options
-        preflight.check_python()
-        preflight.check_numpy()
-        environment = _environment(preflight.libpython_folder())
-        preflight.check_ports(options.host, options.ports)
+        environment = check_machine(options)
         if not options.models:
             raise StartError(f"{options.repository} holds no exported model: run make export")
         self._folder = tempfile.TemporaryDirectory(prefix="trident-")
@@ -122,6 +119,19 @@ class Server:
             self.process.wait()
         finally:
             self._folder.cleanup()
+
+
+def check_machine(options: ServerOptions) -> dict[str, str]:
+    """Check interpreter, packages, libpython and ports; returns the server's environment.
+
+    Raises:
+        StartError: something is missing.
+    """
+    preflight.check_python()
+    preflight.check_numpy()
+    environment = _environment(preflight.libpython_folder())
+    preflight.check_ports(options.host, options.ports)
+    return environment
 
 
 def _die_with_parent() -> None:
