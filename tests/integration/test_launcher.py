@@ -113,6 +113,7 @@ def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: P
         reader.join()
     assert results == [expected]  # the request in flight was answered to its end
     assert alive(pids) == []
+    assert list(Path("/dev/shm").glob(f"trident-{server.launcher.pid}-*")) == []
     assert "draining" in server.log.read_text()
 
 

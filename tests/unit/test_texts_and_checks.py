@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from trident_export.fidelity import FidelityError
 from trident_serving import triton_adapter
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.service import GenerationSettings, read_eos_token_ids
-from trident_serving.launcher import preflight
+from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
 from trident_serving.launcher.preflight import StartError
 from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
@@ -169,6 +171,16 @@ def test_the_containers_server_comes_first(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="the Python backend's stub is missing"):
         find(tmp_path)
     assert "pytriton" in str(find(tmp_path / "nothing").binary)
+
+
+def test_shared_memory_of_dead_launchers_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f"trident-{dead.pid}-80-x", f"trident-{os.getpid()}-80-y", f"trident-{os.getpid()}-90-z", "other"):
+        (tmp_path / name).touch()
+    server.remove_abandoned_shared_memory(tmp_path)
+    server.remove_shared_memory(f"trident-{os.getpid()}-80-", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"trident-{os.getpid()}-90-z", "other"}
 
 
 def test_the_folder_of_a_model_that_is_being_completed() -> None:

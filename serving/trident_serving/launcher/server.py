@@ -20,6 +20,7 @@ from trident_serving.launcher import backend_folder, preflight
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.preflight import StartError
 
+SHARED_MEMORY = Path("/dev/shm")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -69,7 +70,10 @@ class Server:
             raise StartError(f"{options.repository} holds no exported model: run make export")
         self._folder = tempfile.TemporaryDirectory(prefix="trident-")
         backends = backend_folder.prepare(Path(self._folder.name), installation)
-        command = _command(installation, options, backends, known_flags(installation, environment))
+        remove_abandoned_shared_memory()
+        self._shm_prefix = f"trident-{os.getpid()}-{options.http_port}-"
+        flags = known_flags(installation, environment)
+        command = _command(installation, options, backends, flags, self._shm_prefix)
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -119,6 +123,7 @@ class Server:
             self.process.wait()
         finally:
             self._folder.cleanup()
+            remove_shared_memory(self._shm_prefix)
 
 
 def check_machine(options: ServerOptions) -> dict[str, str]:
@@ -132,6 +137,20 @@ def check_machine(options: ServerOptions) -> dict[str, str]:
     environment = _environment(preflight.libpython_folder())
     preflight.check_ports(options.host, options.ports)
     return environment
+
+
+def remove_shared_memory(prefix: str, folder: Path = SHARED_MEMORY) -> None:
+    """Remove the regions of a server: a backend that did not end by itself leaves its own behind."""
+    for region in folder.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+def remove_abandoned_shared_memory(folder: Path = SHARED_MEMORY) -> None:
+    """Remove the regions of launchers that are no more: one that is killed outright can't do it."""
+    for region in folder.glob("trident-*"):
+        launcher = region.name.split("-")[1]
+        if launcher.isdecimal() and not Path("/proc", launcher).exists():
+            region.unlink(missing_ok=True)
 
 
 def _die_with_parent() -> None:
@@ -158,7 +177,9 @@ def known_flags(installation: Installation, environment: dict[str, str]) -> froz
     return frozenset(word for word in words if word.startswith("--"))
 
 
-def _command(installation: Installation, options: ServerOptions, backends: Path, flags: Iterable[str]) -> list[str]:
+def _command(
+    installation: Installation, options: ServerOptions, backends: Path, flags: Iterable[str], shm_prefix: str
+) -> list[str]:
     wanted = {
         "--model-repository": str(options.repository),
         "--backend-directory": str(backends),
@@ -173,7 +194,7 @@ def _command(installation: Installation, options: ServerOptions, backends: Path,
         "--log-info": str(options.verbose).lower(),
         "--cache-directory": str(installation.caches) if installation.caches else "",
         # Two servers on one machine must not share a region.
-        "--backend-config": f"python,shm-region-prefix-name=trident-{os.getpid()}-{options.http_port}",
+        "--backend-config": f"python,shm-region-prefix-name={shm_prefix}",
     }
     known = set(flags)
     command = [str(installation.binary)]
