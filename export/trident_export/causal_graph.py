@@ -73,17 +73,21 @@ class _GroupQueryAttention(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, query, key, value, past_key, past_value, seqlens_k, total, geometry, scale, window, softcap
     ):
-        return query.clone(), past_key.clone(), past_value.clone()
+        return query.transpose(1, 2).clone(), past_key.clone(), past_value.clone()
 
     @staticmethod
     def symbolic(  # type: ignore[no-untyped-def]
         g, query, key, value, past_key, past_value, seqlens_k, total, geometry, scale, window, softcap
     ):
+        # [batch, heads, sequence, head_dim] to [batch, sequence, heads x head_dim], by constants: torch would
+        # write a dozen nodes that compute the same shape at every run.
+        def merged(tensor):  # type: ignore[no-untyped-def]
+            moved = g.op("Transpose", tensor, perm_i=[0, 2, 1, 3])
+            return g.op("Reshape", moved, g.op("Constant", value_t=torch.tensor([0, 0, -1])))
+
         attention, present_key, present_value = g.op(
             "com.microsoft::GroupQueryAttention",
-            query,
-            key,
-            value,
+            *map(merged, (query, key, value)),
             past_key,
             past_value,
             seqlens_k,
@@ -95,7 +99,9 @@ class _GroupQueryAttention(torch.autograd.Function):
             softcap_f=softcap,
             outputs=3,
         )
-        attention.setType(query.type())
+        split = torch.tensor([0, 0, geometry.heads, -1])
+        attention = g.op("Reshape", attention, g.op("Constant", value_t=split))
+        attention.setType(query.type().with_sizes([None, None, geometry.heads, geometry.head_dim]))
         present_key.setType(past_key.type())
         present_value.setType(past_value.type())
         return attention, present_key, present_value
@@ -131,9 +137,9 @@ class _Trace:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         scale = scaling if scaling is not None else geometry.head_dim**-0.5
         output, present_key, present_value = _GroupQueryAttention.apply(  # type: ignore[no-untyped-call]
-            _merge_heads(query, geometry.heads * geometry.head_dim),
-            _merge_heads(key, geometry.kv_heads * geometry.head_dim),
-            _merge_heads(value, geometry.kv_heads * geometry.head_dim),
+            query,
+            key,
+            value,
             *self.past[layer],
             self.seqlens_k,
             self.total,
@@ -143,12 +149,7 @@ class _Trace:
             float(softcap or 0.0),
         )
         self.present[layer] = (present_key, present_value)
-        batch, sequence = query.shape[0], query.shape[2]
-        return output.reshape(batch, sequence, geometry.heads, geometry.head_dim), None
-
-
-def _merge_heads(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    return tensor.transpose(1, 2).reshape(tensor.shape[0], tensor.shape[2], width)
+        return output, None
 
 
 class _PassThroughCache(Cache):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from trident_export import disk, fidelity, recipes
+from trident_export import disk, fidelity, recipes, shape_folding
 from trident_export.causal_graph import export_causal_graph
 from trident_export.models_file import GenerationLimits, ModelSpec
 from trident_export.tasks import Job, Measures
@@ -37,6 +37,7 @@ def build(job: Job) -> None:
     graph.parent.mkdir()
     job.progress("tracing the graph")
     export_causal_graph(model, graph)
+    shape_folding.fold_file(graph)
     for variant in spec.variants:
         job.progress(f"writing {variant}")
         folder = job.staging / spec.public_name(variant) / VERSION
