@@ -3,6 +3,7 @@
 models_file     models.toml -> specs
 sources         a spec's source -> a Hugging Face folder
 causal_graph, encoder_graph     a model -> an ONNX graph
+shape_folding   shapes that never change -> constants
 recipes         a graph -> its variants: fp32, int8, ...
 fidelity        what a variant gets wrong, and the gate
 configs         specs -> config.pbtxt
