@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -27,22 +26,17 @@ from trident_client._types import Generation, GenerationChunk, Health, Message, 
 _CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
-@dataclass(frozen=True)
-class _Option:
-    dtype: type[Any]
-
-
-_GENERATION_OPTIONS = {
-    "max_tokens": _Option(np.int32),
-    "min_tokens": _Option(np.int32),
-    "temperature": _Option(np.float32),
-    "top_k": _Option(np.int32),
-    "top_p": _Option(np.float32),
-    "repetition_penalty": _Option(np.float32),
-    "presence_penalty": _Option(np.float32),
-    "frequency_penalty": _Option(np.float32),
-    "random_seed": _Option(np.uint64),
-    "return_log_probs": _Option(np.bool_),
+_GENERATION_OPTIONS: dict[str, type[np.generic]] = {
+    "max_tokens": np.int32,
+    "min_tokens": np.int32,
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+    "random_seed": np.uint64,
+    "return_log_probs": np.bool_,
 }
 
 
@@ -84,6 +78,7 @@ class Client:
         Raises:
             TridentError: see its subclasses.
             TypeError: an option is unknown.
+            ValueError: an option's number does not fit its type.
         """
         return _joined(self._chunks("text_input", prompt, model, timeout, {**options, "stream": False}))
 
@@ -204,7 +199,7 @@ class Client:
                 known = ", ".join([*_GENERATION_OPTIONS, "stop_words"])
                 raise TypeError(f"unknown option {name!r}; known are {known}")
             if value is not None:
-                inputs[name] = np.array([[value]], dtype=_GENERATION_OPTIONS[name].dtype)
+                inputs[name] = _wire.scalar(name, value, _GENERATION_OPTIONS[name])[None]
         request = _wire.build_request(model, inputs)
         return self._receive(request, self._deadline(timeout))
 

@@ -33,14 +33,8 @@ class GenerationChunk:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """A complete answer; the attributes are those of `GenerationChunk`, for all of it."""
-
-    text: str
-    finish_reason: str
-    num_input_tokens: int
-    num_output_tokens: int
-    log_probs: tuple[float, ...] = ()
+class Generation(GenerationChunk):
+    """A complete answer: one chunk that holds all of it."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,19 @@ def texts(values: list[str]) -> NDArray[np.object_]:
     return np.array([value.encode("utf-8") for value in values], dtype=np.object_)
 
 
+def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:
+    """One number as a tensor [1].
+
+    Raises:
+        ValueError: an integer does not fit the type; numpy would wrap it around.
+    """
+    if issubclass(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        if not limits.min <= value <= limits.max:
+            raise ValueError(f"{name} must be between {limits.min} and {limits.max}, found {value}")
+    return np.array([value], dtype=dtype)
+
+
 def build_request(model: str, inputs: Arrays) -> pb.ModelInferRequest:
     """A request with these tensors."""
     request = pb.ModelInferRequest(model_name=model)

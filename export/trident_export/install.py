@@ -15,15 +15,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from trident_export import configs, sources, tasks
 from trident_export.models_file import ModelSpec
+from trident_export.sources import Progress
 from trident_serving.artefacts import VERSION, Manifest, manifest_path, read_manifest
-
-Progress = Callable[[str], None]
 
 # What an artefact depends on beside its spec and source.
 _PACKAGES = ("onnx", "onnxruntime", "optimum", "optimum-onnx", "tokenizers", "torch", "transformers")
@@ -71,8 +70,8 @@ def export(specs: Sequence[ModelSpec], repository: Path, base: Path, cache: Path
     """
     exported = []
     for spec in specs:
-        configs.write(spec, repository)
         if is_current(spec, repository, base):
+            configs.write(spec, repository)  # a config that was changed or removed by hand
             continue
         with _locked(repository, progress):
             if is_current(spec, repository, base):
@@ -103,6 +102,8 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
             fidelity=dict(measures),
         )
         manifest_path(repository, spec.name).unlink(missing_ok=True)
+        # Not before: a refused export leaves the config of the model that is installed.
+        configs.write(spec, repository)
         for model in models:
             _replace(staging / model / VERSION, repository / model / VERSION, staging / "old" / model)
         # Written beside its place and renamed, so that it is never seen half.

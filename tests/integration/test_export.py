@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,17 @@ def test_limits_that_the_model_does_not_have(tiny: dict[str, Path], tmp_path: Pa
     assert "limits.context is 4096, the model was built for 128 positions" in done.stderr
 
 
+def test_a_tokenizer_of_another_model(tiny: dict[str, Path], smollm2_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny["llama"], tmp_path / "mixed")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(smollm2_folder / name, tmp_path / "mixed" / name)
+    done = export(
+        write_models_file(tmp_path, {"mixed": tiny_models.causal_entry(tmp_path / "mixed")}), tmp_path / "repository"
+    )
+    assert done.returncode == 1
+    assert "the model has 512: it is another model's" in done.stderr
+
+
 # Damage: what an exporter, a quantizer or a disk might do to a model. Each must be refused.
 
 
@@ -268,12 +280,14 @@ def test_a_refused_export_keeps_the_model_that_was_there(
     spec = models_file.parse("llama", _table(tiny["llama"]))
     repository = tmp_path / "repository"
     install.export([spec], repository, tmp_path, tmp_path, lambda message: None)
-    before = (repository / "llama/1/model.onnx").read_bytes()
+    files = ("llama/1/model.onnx", "llama/config.pbtxt")
+    before = [(repository / file).read_bytes() for file in files]
+    spec = models_file.parse("llama", _table(tiny["llama"]) | {"limits": {"context": 64}})
     monkeypatch.setattr(install, "exporter_version", lambda: "newer")
     monkeypatch.setattr(fidelity, "compare_logits", lambda *_: {"kl": float("nan"), "top1": 1.0})
     with pytest.raises(FidelityError, match="kl is nan"):
         install.export([spec], repository, tmp_path, tmp_path, lambda message: None)
-    assert (repository / "llama/1/model.onnx").read_bytes() == before
+    assert [(repository / file).read_bytes() for file in files] == before
     assert artefacts.loadable(repository) == ["llama"]
 
 

@@ -184,6 +184,13 @@ def test_unknown_options_are_not_dropped(connected: Client) -> None:
         connected.stream("x", beams=5)
 
 
+def test_numbers_that_do_not_fit_are_not_wrapped_around(connected: Client) -> None:
+    with pytest.raises(ValueError, match=r"max_tokens must be between -2147483648 and 2147483647, found 4294967301"):
+        connected.generate("x", max_tokens=2**32 + 5)
+    with pytest.raises(ValueError, match=r"random_seed must be between 0 and 18446744073709551615, found -1"):
+        connected.generate("x", random_seed=-1)
+
+
 def test_stream(connected: Client) -> None:
     chunks = list(connected.stream("one two three"))
     assert [chunk.text for chunk in chunks] == ["one ", "two ", "three "]

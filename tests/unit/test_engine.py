@@ -184,6 +184,22 @@ def test_a_failing_consumer_fails_alone() -> None:
     engine.stop()
 
 
+def test_a_consumer_that_can_not_finish_fails_alone() -> None:
+    class Broken(Collector):
+        def finish(self, reason: FinishReason) -> None:
+            raise RuntimeError("no end for this text")
+
+    engine = make(ListDecoder(2, seconds=0.001))
+    good, bad = Collector(), Broken()
+    engine.submit(Job([5, 6], SamplingParams(max_tokens=20, min_tokens=20), good))
+    engine.submit(Job([7], SamplingParams(max_tokens=3), bad))
+    assert bad.done.wait(10)
+    assert good.done.wait(10)
+    assert str(bad.error) == "no end for this text"
+    assert (len(good.tokens), good.error) == (20, None)
+    engine.stop()
+
+
 def test_a_full_queue_and_a_stopping_engine_refuse() -> None:
     engine = make(ListDecoder(1, seconds=0.01), max_waiting=1)
     consumers = [Collector() for _ in range(3)]

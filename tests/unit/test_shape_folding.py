@@ -70,7 +70,7 @@ def test_answers_are_the_same_for_every_shape(module: torch.nn.Module, changed: 
         assert count >= 3
         assert shapes == []
     else:
-        assert [n.op_type for n in folded.graph.node if n.op_type == "Reshape"].count("Reshape") >= 1
+        assert shape_folding.fold_reshapes(copy.deepcopy(model)) == 0
         assert shapes != []
     onnx.checker.check_model(folded)
     random = np.random.default_rng(0)

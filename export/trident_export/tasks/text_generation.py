@@ -101,10 +101,17 @@ def save_text_files(source: Path, folder: Path) -> None:
 
 
 def sample_ids(tokenizer: TextTokenizer, context: int, vocabulary: int) -> list[list[int]]:
-    """Token ids of the gate's texts, each at most GATE_TOKENS long."""
+    """Token ids of the gate's texts, each at most GATE_TOKENS long.
+
+    Raises:
+        ValueError: the tokenizer is not this model's.
+    """
     length = min(GATE_TOKENS, context)
     samples = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in fidelity.texts()]
-    samples = [[token % vocabulary for token in ids] for ids in samples if len(ids) >= length // 2]
+    largest = max((token for ids in samples for token in ids), default=0)
+    if largest >= vocabulary:
+        raise ValueError(f"the tokenizer gives the token {largest}, the model has {vocabulary}: it is another model's")
+    samples = [ids for ids in samples if len(ids) >= length // 2]
     if not samples:
         raise ValueError("the tokenizer gives too few tokens for the gate's texts: is it the model's own?")
     step = max(1, len(samples) // GATE_TEXTS)

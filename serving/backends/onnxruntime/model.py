@@ -1,7 +1,5 @@
 """Stand-in for Triton's C++ ONNX Runtime backend, where the server has none. See `trident_serving.onnx_backend`."""
 
-from pathlib import Path
-
 import triton_python_backend_utils as pb_utils
 
 from trident_serving import onnx_backend, triton_adapter
@@ -25,7 +23,7 @@ class TritonPythonModel:
     def initialize(self, args):
         triton_adapter.setup(pb_utils)
         folder = triton_adapter.version_folder(args)
-        self.model = onnx_backend.OnnxModel(Path(folder), triton_adapter.model_config(args))
+        self.model = onnx_backend.OnnxModel(folder, triton_adapter.model_config(args))
 
     def execute(self, requests):
         responses = [None] * len(requests)

@@ -1,4 +1,4 @@
-"""Postprocess stage of an ensemble: a model's tensors in, the task's answer out. See `trident_serving.pooling`."""
+"""Postprocess stage of an ensemble: the model's tensors in, the answer out. See `trident_serving.postprocessing`."""
 
 import triton_python_backend_utils as pb_utils
 

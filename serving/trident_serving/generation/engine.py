@@ -162,11 +162,10 @@ class Engine:
         running = chunk.sequence.payload
         ids = np.array([running.job.prompt_ids[chunk.start : chunk.end]], np.int64)
         logits = self._decoder.run(chunk.sequence.row, ids, np.array([chunk.start], np.int64))
-        first = logits[0].copy() if chunk.is_last else None
         with self._changed:
             self._scheduler.advance(chunk.sequence, chunk.end - chunk.start)
-        if first is not None:
-            self._take(chunk.sequence, first)
+        if chunk.is_last:
+            self._take(chunk.sequence, logits[0])
 
     def _decode(self, sequences: Sequence[_Sequence]) -> None:
         tokens = np.array([[s.payload.last_token] for s in sequences], np.int64)
@@ -203,7 +202,12 @@ class Engine:
 
     def _end(self, sequence: _Sequence, reason: FinishReason) -> None:
         self._remove(sequence)
-        sequence.payload.job.consumer.finish(reason)
+        consumer = sequence.payload.job.consumer
+        try:
+            consumer.finish(reason)
+        except Exception as error:
+            logger.exception("an answer could not be finished")
+            consumer.fail(error)
 
     def _remove(self, sequence: _Sequence) -> None:
         with self._changed:

@@ -69,8 +69,8 @@ class Outbox:
             done = stream.send_pending()
         except Exception:
             logger.exception("a response could not be sent")
-            stream.cancelled = True
-            done = False
+            stream.cancelled = True  # the engine ends it; nothing more can be sent
+            done = True
         if done:
             self.discard(stream)
 

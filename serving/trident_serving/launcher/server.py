@@ -65,6 +65,7 @@ class Server:
 
     def __init__(self, installation: Installation, options: ServerOptions) -> None:
         self.options = options
+        self._stopped = False
         environment = check_machine(options)
         if not options.models:
             raise StartError(f"{options.repository} holds no exported model: run make export")
@@ -111,7 +112,10 @@ class Server:
         raise StartError(f"the models were not ready within {self.options.ready_seconds:.0f} s")
 
     def stop(self) -> None:
-        """Drain and end every process of the server."""
+        """Drain and end every process of the server; a second call does nothing."""
+        if self._stopped:
+            return
+        self._stopped = True
         try:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
