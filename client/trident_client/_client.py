@@ -32,11 +32,14 @@ _GENERATION_OPTIONS: dict[str, type[np.generic]] = {
     "temperature": np.float32,
     "top_k": np.int32,
     "top_p": np.float32,
+    "min_p": np.float32,
     "repetition_penalty": np.float32,
     "presence_penalty": np.float32,
     "frequency_penalty": np.float32,
     "random_seed": np.uint64,
     "return_log_probs": np.bool_,
+    "top_logprobs": np.int32,
+    "prompt_lookup": np.bool_,
 }
 
 
@@ -71,9 +74,10 @@ class Client:
         """The continuation of a prompt.
 
         Args:
-            options: `max_tokens`, `min_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`,
+            options: `max_tokens`, `min_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `random_seed`, `stop_words`
-                (a list of texts), `return_log_probs`.
+                (a list of texts), `return_log_probs`, `top_logprobs` (how many), `prompt_lookup` (false: no drafts).
+            timeout: seconds; the server gives the request up by then too, even while it waits for a slot.
 
         Raises:
             TridentError: see its subclasses.
@@ -201,7 +205,10 @@ class Client:
             if value is not None:
                 inputs[name] = _wire.scalar(name, value, _GENERATION_OPTIONS[name])[None]
         request = _wire.build_request(model, inputs)
-        return self._receive(request, self._deadline(timeout))
+        deadline = self._deadline(timeout)
+        if deadline is not None:
+            request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)
+        return self._receive(request, deadline)
 
     def _receive(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[GenerationChunk]:
         with translated():
@@ -231,12 +238,15 @@ class Client:
 
 
 def _chunk(outputs: dict[str, NDArray[Any]]) -> GenerationChunk:
+    ids, log_probs = (outputs.get(f"output_top_{name}") for name in ("token_ids", "log_probs"))
+    top = [] if ids is None or log_probs is None else zip(ids[0].tolist(), log_probs[0].tolist(), strict=True)
     return GenerationChunk(
         text=outputs["text_output"].item().decode("utf-8"),
         finish_reason=outputs["finish_reason"].item().decode("utf-8"),
         num_input_tokens=int(outputs["num_input_tokens"].item()),
         num_output_tokens=int(outputs["num_output_tokens"].item()),
         log_probs=tuple(outputs["output_log_probs"].reshape(-1).tolist()),
+        top_log_probs=tuple(tuple(zip(*pair, strict=True)) for pair in top),
     )
 
 
@@ -249,4 +259,5 @@ def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
         num_input_tokens=last.num_input_tokens,
         num_output_tokens=last.num_output_tokens,
         log_probs=tuple(value for piece in pieces for value in piece.log_probs),
+        top_log_probs=tuple(value for piece in pieces for value in piece.top_log_probs),
     )

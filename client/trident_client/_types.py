@@ -23,6 +23,7 @@ class GenerationChunk:
         num_input_tokens: tokens of the prompt.
         num_output_tokens: tokens generated so far.
         log_probs: log-probabilities of the new tokens, where they were asked for.
+        top_log_probs: for each new token the likeliest tokens, as id and log-probability, where they were asked for.
     """
 
     text: str
@@ -30,6 +31,7 @@ class GenerationChunk:
     num_input_tokens: int
     num_output_tokens: int
     log_probs: tuple[float, ...] = ()
+    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, help="0, the default, always takes the likeliest token")
         command.add_argument("--top-k", type=int)
         command.add_argument("--top-p", type=float)
+        command.add_argument("--min-p", type=float)
         command.add_argument("--repetition-penalty", type=float)
         command.add_argument("--presence-penalty", type=float)
         command.add_argument("--frequency-penalty", type=float)
         command.add_argument("--random-seed", type=int)
+        command.add_argument("--no-prompt-lookup", action="store_false", dest="prompt_lookup", default=None)
         command.add_argument("--stop", action="append", dest="stop_words", help="may be given several times")
     add("models", _models, "list the server's models")
     add("health", _health, "say whether the server is ready; the exit status says it too")
@@ -80,11 +82,13 @@ _OPTIONS = (
     "temperature",
     "top_k",
     "top_p",
+    "min_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
     "random_seed",
     "stop_words",
+    "prompt_lookup",
 )
 
 
@@ -117,7 +121,7 @@ def _print_stream(client: Client, options: argparse.Namespace, prompt: Any) -> i
             print(chunk.text, end="", flush=True)
     if options.json:
         result = dataclasses.asdict(chunks[-1]) | {"text": "".join(chunk.text for chunk in chunks)}
-        del result["log_probs"]
+        del result["log_probs"], result["top_log_probs"]
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()

@@ -5,16 +5,26 @@ operator (com.microsoft), whose past and present tensors have the same shape. Bo
 buffer, the operator appends in place and every row of a batch has its own length: this is what
 continuous batching needs, and it makes one engine serve every architecture.
 
+The model runs on packed tokens: those of all rows stand one after another in a batch of one, so that no
+product is computed for padding. Around the operator alone they are spread over rows of the cache, with as
+many tokens for each row as it has: a prompt's chunk, one token, a draft that is verified, or none.
+
 The graph, for a model of L layers with H key-value heads of D numbers each:
 
-    input_ids              int64   [batch, sequence]
-    position_ids           int64   [batch, sequence]
-    seqlens_k              int32   [batch]   tokens in the row's cache after this run, minus one
-    total_sequence_length  int32   []        the largest of these counts
-    logits_positions       int64   [kept]    which positions of `sequence` get logits
-    past_key_values.<layer>.{key,value}   float32 [batch, H, capacity, D]
-    -> logits              float32 [batch, kept, vocabulary]
-    -> present.<layer>.{key,value}        float32 [batch, H, capacity, D]
+    input_ids              int64   [1, tokens]
+    position_ids           int64   [1, tokens]       where the architecture looks positions up
+    attention_tokens       int64   [rows, places, 2] which token stands in each place of a row: (0, token)
+    attention_places       int64   [1, tokens, 2]    where each token stands: (row, place)
+    query_seqlens          int32   [rows]            places of the row that count, from the first; 0: idle
+    seqlens_k              int32   [rows]            tokens in the row's cache after this run, minus one
+    total_sequence_length  int32   []                at least the largest of these counts
+    logits_tokens          int64   [kept]            which tokens get logits
+    past_key_values.<layer>.{key,value}   float32 [rows, H, capacity, D]
+    -> logits              float32 [1, kept, vocabulary]
+    -> present.<layer>.{key,value}        float32 [rows, H, capacity, D]
+
+Rotary embeddings are left to the operator where the model's own function turns out to compute the usual
+rotation, which is checked with numbers; elsewhere they are traced.
 
 This module traces; it does not load weights from a source, quantize, or check the result.
 Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQueryAttention.
@@ -27,12 +37,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trident_export import rotary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,40 +79,44 @@ class AttentionGeometry:
 
 
 class _GroupQueryAttention(torch.autograd.Function):
-    """Traced for its shapes, written to the graph as one operator."""
+    """Traced for its shapes, written to the graph as one operator between two gathers.
+
+    `query_seqlens` is written as the operator's last input: `decoder_passes` moves it to its place, behind
+    optional inputs that are absent here and that torch's exporter can't leave out.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, query, key, value, past_key, past_value, seqlens_k, total, geometry, scale, window, softcap
+        ctx, geometry, options, query, key, value, past_key, past_value, tokens, places, *others
     ):
         return query.transpose(1, 2).clone(), past_key.clone(), past_value.clone()
 
     @staticmethod
     def symbolic(  # type: ignore[no-untyped-def]
-        g, query, key, value, past_key, past_value, seqlens_k, total, geometry, scale, window, softcap
+        g, geometry, options, query, key, value, past_key, past_value, tokens, places, *others
     ):
-        # [batch, heads, sequence, head_dim] to [batch, sequence, heads x head_dim], by constants: torch would
-        # write a dozen nodes that compute the same shape at every run.
-        def merged(tensor):  # type: ignore[no-untyped-def]
-            moved = g.op("Transpose", tensor, perm_i=[0, 2, 1, 3])
-            return g.op("Reshape", moved, g.op("Constant", value_t=torch.tensor([0, 0, -1])))
+        def constant(*values: int):  # type: ignore[no-untyped-def]
+            return g.op("Constant", value_t=torch.tensor(values))
+
+        # [1, heads, tokens, head_dim] to [rows, places, heads x head_dim], by constants: torch would write a
+        # dozen nodes that compute the same shape at every run.
+        def spread(tensor):  # type: ignore[no-untyped-def]
+            merged = g.op("Reshape", g.op("Transpose", tensor, perm_i=[0, 2, 1, 3]), constant(0, 0, -1))
+            return g.op("GatherND", merged, tokens)
 
         attention, present_key, present_value = g.op(
             "com.microsoft::GroupQueryAttention",
-            *map(merged, (query, key, value)),
+            *map(spread, (query, key, value)),
             past_key,
             past_value,
-            seqlens_k,
-            total,
+            *others,
             num_heads_i=geometry.heads,
             kv_num_heads_i=geometry.kv_heads,
-            scale_f=scale,
-            local_window_size_i=window,
-            softcap_f=softcap,
             outputs=3,
+            **options,
         )
-        split = torch.tensor([0, 0, geometry.heads, -1])
-        attention = g.op("Reshape", attention, g.op("Constant", value_t=split))
+        packed = g.op("GatherND", attention, places)
+        attention = g.op("Reshape", packed, constant(0, 0, geometry.heads, -1))
         attention.setType(query.type().with_sizes([None, None, geometry.heads, geometry.head_dim]))
         present_key.setType(past_key.type())
         present_value.setType(past_value.type())
@@ -112,8 +128,8 @@ class _Trace:
     """What the attention function needs while one forward pass is traced."""
 
     geometry: AttentionGeometry
-    seqlens_k: torch.Tensor
-    total: torch.Tensor
+    batch: _Batch
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
     past: list[tuple[torch.Tensor, torch.Tensor]]
     present: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -129,27 +145,43 @@ class _Trace:
         softcap: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Transformers' attention interface: [batch, heads, sequence, head_dim] in, heads last but one out."""
+        """Transformers' attention interface: [1, heads, tokens, head_dim] in, heads last but one out."""
         for name in ("s_aux", "position_bias", "head_mask"):
             if options.get(name) is not None:
                 raise UnsupportedArchitecture(f"attention with {name!r} has no GroupQueryAttention form")
-        geometry = self.geometry
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        scale = scaling if scaling is not None else geometry.head_dim**-0.5
+        scale = scaling if scaling is not None else self.geometry.head_dim**-0.5
+        attributes = {
+            "scale_f": float(scale),
+            "local_window_size_i": int(sliding_window) if sliding_window else -1,
+            "softcap_f": float(softcap or 0.0),
+            "do_rotary_i": int(self.rotary is not None),
+        }
+        batch = self.batch
+        lengths = (batch.seqlens_k, batch.total, *(self.rotary or ()), batch.query_seqlens)
         output, present_key, present_value = _GroupQueryAttention.apply(  # type: ignore[no-untyped-call]
+            self.geometry,
+            attributes,
             query,
             key,
             value,
             *self.past[layer],
-            self.seqlens_k,
-            self.total,
-            geometry,
-            float(scale),
-            int(sliding_window) if sliding_window else -1,
-            float(softcap or 0.0),
+            batch.tokens,
+            batch.places,
+            *lengths,
         )
         self.present[layer] = (present_key, present_value)
         return output, None
+
+
+class _Batch(NamedTuple):
+    """The graph's inputs that say where tokens stand; see the module's docstring."""
+
+    tokens: torch.Tensor
+    places: torch.Tensor
+    query_seqlens: torch.Tensor
+    seqlens_k: torch.Tensor
+    total: torch.Tensor
 
 
 class _PassThroughCache(Cache):
@@ -171,26 +203,28 @@ class _PassThroughCache(Cache):
 class _CausalGraph(torch.nn.Module):
     """The model with flat tensors in and out, as ONNX wants it."""
 
-    def __init__(self, model: PreTrainedModel, geometry: AttentionGeometry) -> None:
+    def __init__(
+        self, model: PreTrainedModel, geometry: AttentionGeometry, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> None:
         super().__init__()
         self.model = model
         self.geometry = geometry
+        self.has_rotary = rotary is not None
+        if rotary is not None:
+            self.register_buffer("cos_cache", rotary[0])
+            self.register_buffer("sin_cache", rotary[1])
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        seqlens_k: torch.Tensor,
-        total: torch.Tensor,
-        logits_positions: torch.Tensor,
-        *past: torch.Tensor,
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *others: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        trace = _Trace(self.geometry, seqlens_k, total, list(zip(past[::2], past[1::2], strict=True)))
+        batch, logits_tokens, past = _Batch(*others[:5]), others[5], others[6:]
+        rotary = (self.cos_cache, self.sin_cache) if self.has_rotary else None
+        trace = _Trace(self.geometry, batch, rotary, list(zip(past[::2], past[1::2], strict=True)))  # type: ignore[arg-type]
         head = self.model.get_output_embeddings()
         if head is None:
             raise UnsupportedArchitecture(f"{type(self.model).__name__} has no output embedding")
-        # Logits of the wanted positions alone: a prefill of 256 tokens needs one row of the head, not 256.
-        hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].index_select(1, logits_positions),))
+        # Logits of the wanted tokens alone: a prefill of 256 tokens needs one row of the head, not 256.
+        hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].index_select(1, logits_tokens),))
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, trace.attend)
         try:
             logits = self.model(
@@ -222,42 +256,57 @@ def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def export_causal_graph(model: PreTrainedModel, path: Path) -> None:
+def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> None:
     """Write `model` (float32, in evaluation mode) to `path`; weights beyond 2 GB lie beside it.
+
+    Args:
+        positions: the largest capacity of a cache that the graph will be used with.
 
     Raises:
         UnsupportedArchitecture: the model does not attend through transformers' attention interface, or
             uses a kind of attention that the operator lacks.
     """
     geometry = AttentionGeometry.of(model.config)
-    batch, sequence, capacity = 2, 3, 16
-    kv_shape = (batch, geometry.kv_heads, capacity, geometry.head_dim)
+    rows, places, tokens, capacity = 2, 3, 5, 16
+    kv_shape = (rows, geometry.kv_heads, capacity, geometry.head_dim)
     arguments = (
-        torch.zeros(batch, sequence, dtype=torch.long),
-        torch.arange(sequence)[None].repeat(batch, 1),
-        torch.full((batch,), sequence - 1, dtype=torch.int32),
-        torch.tensor(sequence, dtype=torch.int32),
-        torch.tensor([1, 2]),
+        torch.zeros(1, tokens, dtype=torch.long),
+        torch.arange(tokens)[None],
+        torch.tensor([[[0, 0], [0, 1], [0, 2]], [[0, 3], [0, 4], [0, 4]]]),
+        torch.tensor([[[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]]),
+        torch.tensor([3, 2], dtype=torch.int32),
+        torch.tensor([2, 1], dtype=torch.int32),
+        torch.tensor(places, dtype=torch.int32),
+        torch.tensor([2, 4, 3]),
         *(torch.zeros(kv_shape) for _ in range(2 * geometry.layers)),
     )
-    inputs = ["input_ids", "position_ids", "seqlens_k", "total_sequence_length", "logits_positions"]
+    inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]
+    inputs += ["total_sequence_length", "logits_tokens"]
     outputs = ["logits"]
     axes: dict[str, dict[int, str]] = {
-        "input_ids": {0: "batch", 1: "sequence"},
-        "position_ids": {0: "batch", 1: "sequence"},
-        "seqlens_k": {0: "batch"},
-        "logits_positions": {0: "kept"},
-        "logits": {0: "batch", 1: "kept"},
+        "input_ids": {1: "tokens"},
+        "position_ids": {1: "tokens"},
+        "attention_tokens": {0: "rows", 1: "places"},
+        "attention_places": {1: "tokens"},
+        "query_seqlens": {0: "rows"},
+        "seqlens_k": {0: "rows"},
+        "logits_tokens": {0: "kept"},
+        "logits": {1: "kept"},
     }
     for layer in range(geometry.layers):
         for kind in ("key", "value"):
             inputs.append(f"past_key_values.{layer}.{kind}")
             outputs.append(f"present.{layer}.{kind}")
-            axes[inputs[-1]] = axes[outputs[-1]] = {0: "batch", 2: "capacity"}
-    with _attention_replaced(model), torch.inference_mode(), warnings.catch_warnings():
+            axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
+    with (
+        rotary.left_to_the_operator(model, geometry.head_dim, positions) as caches,
+        _attention_replaced(model),
+        torch.inference_mode(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # tracer warnings about constants: shapes are checked by the gate
         torch.onnx.export(
-            _CausalGraph(model, geometry).eval(),  # the exporter restores this mode on the model
+            _CausalGraph(model, geometry, caches).eval(),  # the exporter restores this mode on the model
             arguments,
             str(path),
             input_names=inputs,

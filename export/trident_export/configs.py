@@ -84,26 +84,32 @@ def _base(name: str, backend: str, max_batch_size: int) -> pb.ModelConfig:
     return config
 
 
-# The optional inputs of a generator, with the names and types of Triton's TensorRT-LLM backend.
+# The optional inputs of a generator, with the names and types of Triton's TensorRT-LLM backend where it has them;
+# `top_logprobs` is the OpenAI API's name.
 GENERATION_OPTIONS = {
     "max_tokens": "INT32",
     "min_tokens": "INT32",
     "temperature": "FP32",
     "top_k": "INT32",
     "top_p": "FP32",
+    "min_p": "FP32",
     "repetition_penalty": "FP32",
     "presence_penalty": "FP32",
     "frequency_penalty": "FP32",
     "random_seed": "UINT64",
     "stream": "BOOL",
     "return_log_probs": "BOOL",
+    "top_logprobs": "INT32",
     "exclude_input_in_output": "BOOL",
+    "prompt_lookup": "BOOL",
 }
 
 
 def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     # A batch of one, not none: TensorRT-LLM's clients send [1, 1], and Triton's generate endpoint either.
     config = _base(name, "trident_generator", max_batch_size=1)
+    if limits.device == "cuda":
+        config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
     config.model_transaction_policy.decoupled = True
     inputs = [("text_input", "STRING", [1]), ("messages", "STRING", [1])]
     inputs += [(option, data_type, [1]) for option, data_type in GENERATION_OPTIONS.items()]
@@ -115,6 +121,8 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
         ("num_input_tokens", "INT32", [1]),
         ("num_output_tokens", "INT32", [1]),
         ("output_log_probs", "FP32", [-1]),
+        ("output_top_token_ids", "INT32", [-1, -1]),
+        ("output_top_log_probs", "FP32", [-1, -1]),
     ]
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
     _set_parameters(config, asdict(limits))

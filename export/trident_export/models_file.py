@@ -8,7 +8,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("fp32", "int8", "int4")
+VARIANTS = ("fp32", "fp16", "int8", "int4")
+DEVICES = ("cpu", "cuda")
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.")
 
 
@@ -40,18 +41,32 @@ class GenerationLimits:
     Attributes:
         context: tokens of prompt and answer together.
         slots: answers that are generated at once.
+        kv_cache_mib: memory for keys and values; 0: what `slots` full contexts take.
         prefill_chunk: prompt tokens in one step at most.
         max_waiting: requests that may wait for a slot.
         default_max_tokens: length of an answer where the request names none.
+        prefix_reuse: whether prompts start behind what the cache already holds of them.
+        prompt_lookup: whether greedy answers may be drafted from their prompt.
         threads: ONNX Runtime's intra-op threads.
+        device: "cpu" or "cuda".
     """
 
     context: int = 1024
     slots: int = 8
-    prefill_chunk: int = 256
+    kv_cache_mib: int = 0
+    prefill_chunk: int = 128
     max_waiting: int = 128
     default_max_tokens: int = 256
+    prefix_reuse: bool = True
+    prompt_lookup: bool = True
     threads: int = 2
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ModelsFileError(f"device must be one of {', '.join(DEVICES)}, found {self.device!r}")
+        if self.context < 2:
+            raise ModelsFileError(f"context must be at least 2, a token and its successor, found {self.context}")
 
 
 @dataclass(frozen=True)
@@ -218,14 +233,18 @@ def _limits(where: str, kind: type[GenerationLimits] | type[EmbeddingLimits], ta
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
     required = [f.name for f in fields(kind) if f.default is MISSING]
     _check_keys(where, table, [f.name for f in fields(kind)], required=required)
+    kinds = {f.name: f.type for f in fields(kind)}
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key == "buckets":
-            values[key] = tuple(_positive(f"{where}.{key}", size) for size in _typed(f"{where}.{key}", value, list))
-        elif key == "truncate":
-            values[key] = _typed(f"{where}.{key}", value, bool)
+        here = f"{where}.{key}"
+        if kinds[key] == "tuple[int, ...]":
+            values[key] = tuple(_integer(here, size) for size in _typed(here, value, list))
+        elif kinds[key] == "bool":
+            values[key] = _typed(here, value, bool)
+        elif kinds[key] == "str":
+            values[key] = _typed(here, value, str)
         else:
-            values[key] = _positive(f"{where}.{key}", value)
+            values[key] = _integer(here, value, least=0 if key == "kv_cache_mib" else 1)
     try:
         return kind(**values)
     except ModelsFileError as error:
@@ -247,7 +266,8 @@ def _typed(where: str, value: Any, kind: type[Any]) -> Any:
     return value
 
 
-def _positive(where: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelsFileError(f"{where} must be a positive integer, found {value!r}")
+def _integer(where: str, value: Any, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer, {least} or more"
+        raise ModelsFileError(f"{where} must be {kind}, found {value!r}")
     return value

@@ -100,6 +100,15 @@ def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     """The shape of every tensor that inference finds, with 0 for sizes that it does not know."""
+    return {
+        name: [dim.dim_value for dim in tensor.shape.dim]
+        for name, tensor in infer_types(model).items()
+        if tensor.HasField("shape")
+    }
+
+
+def infer_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+    """Element type and shape of every tensor that inference finds."""
     light = onnx.ModelProto()
     light.CopyFrom(model)
     graph = light.graph
@@ -115,11 +124,7 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
             graph.value_info.append(helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, anything))
     inferred = shape_inference.infer_shapes(light).graph
     values = [*inferred.value_info, *inferred.input, *inferred.output]
-    return {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in values
-        if value.type.tensor_type.HasField("shape")
-    }
+    return {value.name: value.type.tensor_type for value in values}
 
 
 def _kept_shape(

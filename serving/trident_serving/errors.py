@@ -1,8 +1,9 @@
 """What can go wrong with a request, by what the caller should do about it.
 
     ServingError
-    ├── InvalidRequest   the request can never succeed: Triton's INVALID_ARGUMENT
-    └── Overloaded       it may succeed later: Triton's UNAVAILABLE
+    ├── InvalidRequest     the request can never succeed: Triton's INVALID_ARGUMENT
+    ├── Overloaded         it may succeed later: Triton's UNAVAILABLE
+    └── DeadlineExceeded   it took longer than its own `timeout`: gRPC's DEADLINE_EXCEEDED
 
 Anything else that is raised is a defect of the server: Triton's INTERNAL.
 """
@@ -20,3 +21,7 @@ class InvalidRequest(ServingError, ValueError):
 
 class Overloaded(ServingError):
     """The server has no room for the request now."""
+
+
+class DeadlineExceeded(ServingError):
+    """The request's own time is over; the message says where it was by then."""

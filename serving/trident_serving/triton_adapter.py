@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.errors import InvalidRequest, Overloaded, ServingError
+from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
 
 
 def setup(pb_utils: Any) -> None:
@@ -66,6 +66,28 @@ def inputs(request: Any) -> dict[str, NDArray[Any]]:
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
 
 
+def unloading(pb_utils: Any, name: str, version: str) -> Callable[[], bool]:
+    """A function that says whether the model is being unloaded; Triton tells the backend only when all is over.
+
+    While the whole server drains it is not: then requests in flight may end, and the question raises an error.
+    """
+
+    def asked() -> bool:
+        try:
+            return not pb_utils.is_model_ready(name, version)
+        except Exception:  # Triton's Python API raises types of its own
+            return False
+
+    return asked
+
+
+def timeout(request: Any) -> object:
+    """The request parameter `timeout`: gRPC hands it to Triton, the generate endpoint among other parameters."""
+    if request.timeout():
+        return request.timeout()
+    return json.loads(request.parameters() or "{}").get("timeout")
+
+
 def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> Any:
     """The exception as Triton's error: the code says whether to repair the request, to retry, or to report it.
 
@@ -80,6 +102,8 @@ def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> An
         code, name, message = codes.INVALID_ARG, "INVALID_ARGUMENT", str(exception)
     elif isinstance(exception, Overloaded):
         code, name, message = codes.UNAVAILABLE, "UNAVAILABLE", str(exception)
+    elif isinstance(exception, DeadlineExceeded):  # Triton has no code of that name
+        code, name, message = codes.UNAVAILABLE, "DEADLINE_EXCEEDED", str(exception)
     return codes(f"{name}: {message}" if name_code else message, code)
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trident_serving.errors import Overloaded
-from trident_serving.generation.engine import Engine, FinishReason, Job
-from trident_serving.generation.sampling import SamplingParams
-from trident_serving.generation.scheduler import RowMove
+from trident_serving.errors import DeadlineExceeded, Overloaded
+from trident_serving.generation.batch import RowTokens
+from trident_serving.generation.engine import Engine, EngineSettings, FinishReason, Job
+from trident_serving.generation.metrics import Recorder
+from trident_serving.generation.sampling import BrokenModel, SamplingParams, TokenLogProbs
+from trident_serving.generation.scheduler import Scheduler
 
 VOCABULARY = 97
 EOS = 0
@@ -32,30 +36,43 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 class ListDecoder:
-    """A `Decoder` whose cache is a list of tokens a row."""
+    """A `Decoder` whose cache is a list of tokens a row; positions that were released hold what is no token."""
 
-    def __init__(self, slots: int, seconds: float = 0.0) -> None:
-        self.slots = slots
-        self.rows: list[list[int]] = [[] for _ in range(slots)]
+    can_copy = True
+
+    def __init__(self, rows: int, seconds: float = 0.0) -> None:
+        self.rows: list[list[int]] = [[] for _ in range(rows)]
         self.seconds = seconds
         self.batches: list[int] = []
+        self.runs: list[int] = []  # tokens of each
         self.fail_on: int | None = None
+        self.nan_on: int | None = None
 
-    def run(self, first_row: int, input_ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    def run(self, items: Sequence[RowTokens]) -> np.ndarray:
         time.sleep(self.seconds)
-        if self.fail_on is not None and (input_ids == self.fail_on).any():
+        if self.fail_on is not None and any(self.fail_on in item.tokens for item in items):
             raise RuntimeError("the model failed")
-        self.batches.append(len(input_ids))
-        logits = np.zeros((len(input_ids), VOCABULARY), np.float32)
-        for index, (tokens, start) in enumerate(zip(input_ids.tolist(), starts.tolist(), strict=True)):
-            row = self.rows[first_row + index]
-            row[start:] = tokens
-            logits[index, next_token(row)] = 1.0
-        return logits
+        self.batches.append(len(items))
+        self.runs.append(sum(len(item.tokens) for item in items))
+        logits = []
+        for item in items:
+            row = self.rows[item.row]
+            assert len(row) >= item.start
+            assert -1 not in row[: item.start]
+            row[item.start :] = item.tokens
+            for end in range(len(row) - item.wanted + 1, len(row) + 1):
+                one = np.zeros(VOCABULARY, np.float32)
+                one[next_token(row[:end])] = 1.0
+                if self.nan_on is not None and self.nan_on in row[:end]:
+                    one[3] = np.nan
+                logits.append(one)
+        return np.array(logits, np.float32).reshape(len(logits), VOCABULARY)
 
-    def move(self, moves: list[RowMove]) -> None:
-        for move in moves:
-            self.rows[move.target] = self.rows[move.source][: move.length]
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.rows[target] = self.rows[source][:length]
+
+    def release(self, row: int, start: int) -> None:
+        self.rows[row][start:] = [-1] * len(self.rows[row][start:])
 
 
 class Collector:
@@ -69,7 +86,7 @@ class Collector:
         self.done = threading.Event()
         self._stop_after = stop_after
 
-    def accept(self, token: int, log_prob: float | None) -> bool:
+    def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
         self.tokens.append(token)
         return len(self.tokens) == self._stop_after
 
@@ -84,8 +101,11 @@ class Collector:
         self.done.set()
 
 
-def make(decoder: ListDecoder, max_waiting: int = 100, prefill_chunk: int = 4) -> Engine:
-    return Engine(decoder, eos_token_ids=frozenset([EOS]), prefill_chunk=prefill_chunk, max_waiting=max_waiting)
+def make(decoder: ListDecoder, **more: Any) -> Engine:
+    options: dict[str, Any] = {"cache_tokens": 10**7, "prefill_chunk": 4, "max_waiting": 100} | more
+    recorder = options.pop("recorder", None)
+    settings = EngineSettings(rows=len(decoder.rows), **options)
+    return Engine(decoder, settings, eos_token_ids=frozenset([EOS]), recorder=recorder)
 
 
 @settings(deadline=None, max_examples=40)
@@ -96,9 +116,13 @@ def make(decoder: ListDecoder, max_waiting: int = 100, prefill_chunk: int = 4) -
         max_size=12,
     ),
     st.integers(1, 4),
+    st.integers(24, 80),
 )
-def test_answers_do_not_depend_on_the_company(requests: list[tuple[list[int], int]], slots: int) -> None:
-    engine = make(ListDecoder(slots))
+def test_answers_do_not_depend_on_the_company(
+    requests: list[tuple[list[int], int]], slots: int, cache_tokens: int
+) -> None:
+    """With reuse of prefixes, drafts and scarce memory."""
+    engine = make(ListDecoder(slots), cache_tokens=cache_tokens)
     consumers = [Collector() for _ in requests]
     for (prompt, max_tokens), consumer in zip(requests, consumers, strict=True):
         engine.submit(Job(prompt, SamplingParams(max_tokens=max_tokens), consumer))
@@ -170,7 +194,7 @@ def test_a_failing_prompt_fails_alone() -> None:
 
 def test_a_failing_consumer_fails_alone() -> None:
     class Broken(Collector):
-        def accept(self, token: int, log_prob: float | None) -> bool:
+        def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
             raise RuntimeError("no text for this token")
 
     engine = make(ListDecoder(2, seconds=0.001))
@@ -206,7 +230,7 @@ def test_a_full_queue_and_a_stopping_engine_refuse() -> None:
     engine.submit(Job([5], SamplingParams(max_tokens=1000, min_tokens=1000), consumers[0]))
     time.sleep(0.05)
     engine.submit(Job([5], SamplingParams(max_tokens=3), consumers[1]))
-    with pytest.raises(Overloaded, match="the queue holds no more"):
+    with pytest.raises(Overloaded, match="the queue is full: 1 of 1 requests wait while 1 run"):
         engine.submit(Job([5], SamplingParams(max_tokens=3), consumers[2]))
     engine.stop()
     assert isinstance(consumers[0].error, Overloaded)
@@ -219,19 +243,157 @@ def test_log_probabilities_on_request() -> None:
     class WithLogProbs(Collector):
         def __init__(self) -> None:
             super().__init__()
-            self.log_probs: list[float | None] = []
+            self.log_probs: list[TokenLogProbs | None] = []
 
-        def accept(self, token: int, log_prob: float | None) -> bool:
-            self.log_probs.append(log_prob)
-            return super().accept(token, log_prob)
+        def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
+            self.log_probs.append(log_probs)
+            return super().accept(token, log_probs)
 
     engine = make(ListDecoder(1))
     asked, not_asked = WithLogProbs(), WithLogProbs()
-    engine.submit(Job([5], SamplingParams(max_tokens=2, min_tokens=2), asked, want_log_probs=True))
-    engine.submit(Job([5], SamplingParams(max_tokens=2, min_tokens=2), not_asked))
+    params = SamplingParams(max_tokens=2, min_tokens=2)
+    engine.submit(Job([5], params, asked, log_probs=True, top_log_probs=2))
+    engine.submit(Job([5], params, not_asked))
     assert asked.done.wait(10)
     assert not_asked.done.wait(10)
     certain = 1.0 - np.log(np.e + VOCABULARY - 1)  # logit 1 among zeros
-    assert asked.log_probs == pytest.approx([certain, certain])
+    for token, found in zip(asked.tokens, asked.log_probs, strict=True):
+        assert found is not None
+        assert found.chosen == pytest.approx(certain)
+        assert found.top[0] == (token, pytest.approx(certain))
+        assert found.top[1][1] == pytest.approx(certain - 1.0)
     assert not_asked.log_probs == [None, None]
     engine.stop()
+
+
+def test_broken_logits_fail_alone_and_are_not_reused() -> None:
+    decoder = ListDecoder(2, seconds=0.001)
+    decoder.nan_on = 42
+    engine = make(decoder)
+    good, bad, again = Collector(), Collector(), Collector()
+    engine.submit(Job([5, 6], SamplingParams(max_tokens=20, min_tokens=20), good))
+    engine.submit(Job([*range(60, 80), 42], SamplingParams(max_tokens=5), bad))
+    assert bad.done.wait(10)
+    assert isinstance(bad.error, BrokenModel)
+    decoder.nan_on = None
+    recorder = engine._recorder
+    recorder.drain()
+    engine.submit(Job([*range(60, 80), 43], SamplingParams(max_tokens=5), again))
+    assert good.done.wait(10)
+    assert again.done.wait(10)
+    assert len(good.tokens) == 20
+    assert again.tokens == expected([*range(60, 80), 43], 5)
+    assert recorder.drain().counters["prefix_hit_tokens"] == 0
+    engine.stop()
+
+
+def test_an_error_of_the_loop_fails_what_it_holds_and_the_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    engine = make(ListDecoder(2, seconds=0.001), recorder=recorder)
+    held, later = Collector(), Collector()
+    engine.submit(Job([5], SamplingParams(max_tokens=10**6, min_tokens=10**6), held))
+    while not held.tokens:
+        time.sleep(0.001)
+
+    def broken(self: Scheduler[Any]) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("the scheduler failed")
+
+    monkeypatch.setattr(Scheduler, "schedule", broken)
+    assert held.done.wait(10)
+    assert str(held.error) == "the scheduler failed"
+    engine.submit(Job([6], SamplingParams(max_tokens=3), later))
+    assert later.done.wait(10)
+    assert later.tokens == expected([6], 3)
+    assert recorder.drain().counters["loop_restarts"] == 1
+    engine.stop()
+
+
+def test_timeouts_while_running_and_while_waiting() -> None:
+    engine = make(ListDecoder(1, seconds=0.002))
+    running, waiting, later = Collector(), Collector(), Collector()
+    params = SamplingParams(max_tokens=10**6, min_tokens=10**6)
+    engine.submit(Job([5], params, running, seconds=0.2))
+    engine.submit(Job([6], params, waiting, seconds=0.05))
+    engine.submit(Job([7], SamplingParams(max_tokens=3), later, seconds=60))
+    assert waiting.done.wait(10)
+    assert not running.done.is_set()
+    assert isinstance(waiting.error, DeadlineExceeded)
+    assert "0.05 s was over while it waited" in str(waiting.error)
+    assert running.done.wait(10)
+    assert f"0.2 s was over after {len(running.tokens)} tokens" in str(running.error)
+    assert later.done.wait(10)
+    assert later.tokens == expected([7], 3)
+    engine.stop()
+
+
+def test_a_shared_beginning_is_run_once() -> None:
+    decoder, recorder = ListDecoder(3), Recorder()
+    engine = make(decoder, recorder=recorder, prefill_chunk=64)
+    system = list(range(20, 60))
+    for last in range(5):
+        consumer = Collector()
+        engine.submit(Job([*system, 70 + last], SamplingParams(max_tokens=3), consumer, prompt_lookup=False))
+        assert consumer.done.wait(10)
+        assert consumer.tokens == expected([*system, 70 + last], 3)
+    counters = recorder.drain().counters
+    assert counters["prompt_tokens"] == 5 * 41
+    assert counters["prefix_hit_tokens"] == 4 * 40
+    assert [run for run in decoder.runs if run > 1] == [41]  # the other prompts ran one token each
+    engine.stop()
+
+
+def repeating(sequence: list[int]) -> int:
+    """A model that copies: the token that followed the last pair, else 1 more."""
+    for end in range(len(sequence) - 1, 1, -1):
+        if sequence[end - 2 : end] == sequence[-2:]:
+            return sequence[end]
+    return sequence[-1] % (VOCABULARY - 1) + 1
+
+
+def test_drafts_save_runs_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.test_engine.next_token", repeating)
+    prompt = [*range(10, 40), 10, 11]
+    answers, runs = [], []
+    for lookup in (False, True):
+        decoder, consumer = ListDecoder(1), Collector()
+        engine = make(decoder)
+        engine.submit(Job(prompt, SamplingParams(max_tokens=25), consumer, prompt_lookup=lookup))
+        assert consumer.done.wait(10)
+        answers.append(consumer.tokens)
+        runs.append(len(decoder.runs))
+        engine.stop()
+    assert answers[0] == answers[1] == expected(prompt, 25)
+    assert runs[1] < runs[0] / 2
+
+
+def test_a_sampled_request_is_not_drafted() -> None:
+    recorder = Recorder()
+    engine = make(ListDecoder(1), recorder=recorder)
+    consumer = Collector()
+    engine.submit(Job([5, 6] * 9, SamplingParams(max_tokens=30, min_tokens=30, temperature=1.0, seed=1), consumer))
+    assert consumer.done.wait(10)
+    assert recorder.drain().counters["draft_tokens"] == 0
+    engine.stop()
+
+
+def test_what_is_counted() -> None:
+    recorder = Recorder()
+    engine = make(ListDecoder(2), recorder=recorder)
+    first, cancelled = Collector(), Collector()
+    cancelled.cancelled = True
+    engine.submit(Job([5, 6, 7], SamplingParams(max_tokens=4, min_tokens=4), first, prompt_lookup=False))
+    engine.submit(Job([5], SamplingParams(max_tokens=4), cancelled))
+    assert first.done.wait(10)
+    assert cancelled.done.wait(10)
+    engine.stop()
+    recorded = recorder.drain()
+    assert recorded.counters["prompt_tokens"] == 3
+    assert recorded.counters["generated_tokens"] == 4
+    assert recorded.counters["requests_cancelled"] == 1
+    sizes = {name: len(values) for name, values in recorded.histograms.items()}
+    assert sizes["time_to_first_token"] == sizes["queue_time"] == 1
+    assert sizes["inter_token_latency"] == sizes["batch_size"] == 3
+    assert sizes["request_duration"] == 2
+    assert recorded.gauges["requests_running"] == recorded.gauges["slots_used"] == 0
+    assert recorder.drain().counters == {}

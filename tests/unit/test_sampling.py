@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -14,7 +15,13 @@ from transformers import (
 )
 
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.sampling import Sampler, SamplingParams, log_probability, next_token_distribution
+from trident_serving.generation.sampling import (
+    BrokenModel,
+    Sampler,
+    SamplingParams,
+    candidates,
+    log_probabilities,
+)
 
 RANDOM = np.random.default_rng(0)
 LOGITS = (RANDOM.standard_normal(200) * 3).astype(np.float32)
@@ -25,6 +32,13 @@ def transformers_distribution(*warpers: object) -> np.ndarray:
     for warper in warpers:
         scores = warper(torch.tensor([[0]]), scores)  # type: ignore[operator]
     return scores.softmax(-1)[0].numpy()
+
+
+def distribution(options: dict[str, float], logits: np.ndarray = LOGITS) -> np.ndarray:
+    tokens, probabilities = candidates(logits, SamplingParams(max_tokens=1, **options))  # type: ignore[arg-type]
+    found = np.zeros(logits.size)
+    found[slice(None) if tokens is None else tokens] = probabilities / probabilities.sum()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -39,18 +53,31 @@ def transformers_distribution(*warpers: object) -> np.ndarray:
         ),
         ({"temperature": 1.0, "top_p": 0.01}, [TopPLogitsWarper(0.01)]),
         ({"temperature": 1.0, "top_k": 1000}, []),
+        ({"temperature": 1.0, "min_p": 0.05}, [MinPLogitsWarper(0.05)]),
+        ({"temperature": 1.0, "min_p": 1.0}, [MinPLogitsWarper(1.0)]),
+        (
+            {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.1},
+            [TemperatureLogitsWarper(2.0), TopKLogitsWarper(50), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1)],
+        ),
     ],
 )
 def test_distributions_equal_transformers(options: dict[str, float], warpers: list[object]) -> None:
-    found = next_token_distribution(LOGITS, SamplingParams(max_tokens=1, **options))  # type: ignore[arg-type]
-    np.testing.assert_allclose(found, transformers_distribution(*warpers), atol=1e-6)
+    np.testing.assert_allclose(distribution(options), transformers_distribution(*warpers), atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99, 0.999])
+def test_top_p_over_a_large_vocabulary_equals_transformers(top_p: float) -> None:
+    logits = (RANDOM.standard_normal(50_000) * 2).astype(np.float32)
+    expected = TopPLogitsWarper(top_p)(torch.tensor([[0]]), torch.tensor(logits, dtype=torch.float64)[None])
+    found = distribution({"temperature": 1.0, "top_p": top_p}, logits)
+    np.testing.assert_allclose(found, expected.softmax(-1)[0].numpy(), atol=1e-7)
 
 
 def test_draws_follow_the_distribution() -> None:
     params = SamplingParams(max_tokens=1, temperature=1.0, top_k=4, seed=3)
     sampler = Sampler(params, [], frozenset())
     draws = np.bincount([sampler.choose(LOGITS) for _ in range(4000)], minlength=200) / 4000
-    np.testing.assert_allclose(draws, next_token_distribution(LOGITS, params), atol=0.03)
+    np.testing.assert_allclose(draws, distribution({"temperature": 1.0, "top_k": 4}), atol=0.03)
 
 
 def test_repetition_penalty_equals_transformers() -> None:
@@ -104,10 +131,31 @@ def test_seeds() -> None:
     assert draw(2**64 - 1) == draw(2**64 - 1)
 
 
-def test_log_probability_equals_torch() -> None:
+def test_log_probabilities_equal_torch() -> None:
     expected = torch.tensor(LOGITS).log_softmax(-1)
+    values, tokens = expected.topk(5)
     for token in (0, 7, int(LOGITS.argmax())):
-        assert log_probability(LOGITS, token) == pytest.approx(float(expected[token]), abs=1e-5)
+        found = log_probabilities(LOGITS, token, 5)
+        assert found.chosen == pytest.approx(float(expected[token]), abs=1e-5)
+        assert [index for index, _ in found.top] == tokens.tolist()
+        assert [value for _, value in found.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert log_probabilities(LOGITS, 3, 0).top == ()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(value: float, temperature: float) -> None:
+    logits = LOGITS.copy()
+    logits[50] = value
+    with pytest.raises(BrokenModel):
+        Sampler(SamplingParams(max_tokens=1, temperature=temperature), [], frozenset()).choose(logits)
+
+
+def test_one_random_number_is_taken_for_each_token() -> None:
+    """So a seed gives the same answer with and without top-k, where both keep the same tokens."""
+    base = {"max_tokens": 9, "temperature": 0.1, "seed": 4}
+    plain, filtered = (Sampler(SamplingParams(**base, **more), [], frozenset()) for more in ({}, {"top_k": 150}))  # type: ignore[arg-type]
+    assert [plain.choose(LOGITS) for _ in range(30)] == [filtered.choose(LOGITS) for _ in range(30)]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +169,8 @@ def test_log_probability_equals_torch() -> None:
         {"max_tokens": 2, "top_p": 0.0},
         {"max_tokens": 2, "top_p": 1.1},
         {"max_tokens": 2, "top_k": -1},
+        {"max_tokens": 2, "min_p": -0.1},
+        {"max_tokens": 2, "min_p": 1.1},
         {"max_tokens": 2, "repetition_penalty": 0.0},
         {"max_tokens": 2, "frequency_penalty": 2.1},
     ],

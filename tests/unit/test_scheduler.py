@@ -1,4 +1,4 @@
-"""The scheduler with nothing but itself: rows stay dense, order is kept, nobody starves."""
+"""The scheduler with nothing but itself: chunks, order, nobody starves."""
 
 from __future__ import annotations
 
@@ -7,91 +7,143 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trident_serving.errors import Overloaded
-from trident_serving.generation.scheduler import RowMove, Scheduler, Sequence
+from trident_serving.generation.rows import RowPool
+from trident_serving.generation.scheduler import Scheduler, Sequence, Step
 
 
-def prefilled(scheduler: Scheduler[str], name: str, length: int = 3) -> Sequence[str]:
-    sequence = Sequence(name, length)
-    scheduler.add(sequence)
-    while sequence.row is None or sequence.cached < length:
-        step = scheduler.schedule()
-        assert step.prefill is not None
-        scheduler.advance(step.prefill.sequence, step.prefill.end - step.prefill.start)
-    return sequence
+def make(slots: int = 2, chunk: int = 8, max_waiting: int = 8, budget: int = 1000) -> Scheduler[str]:
+    return Scheduler(RowPool(slots, budget), chunk, max_waiting)
+
+
+def sequence(name: str, length: int, max_tokens: int = 10) -> Sequence[str]:
+    base = sum(map(ord, name)) * 1000
+    return Sequence(name, list(range(base, base + length)), max_tokens)
+
+
+def run(step: Step[str]) -> None:
+    """What the engine does: the cache grows by the chunks and by a token for each decoding sequence."""
+    for chunk in step.prefill:
+        chunk.sequence.cached = chunk.end
+    for decoding in step.decode:
+        decoding.cached = len(decoding.tokens)
+        decoding.tokens.append(1)
 
 
 def test_long_prompts_run_in_chunks_beside_the_running() -> None:
-    scheduler: Scheduler[str] = Scheduler(slots=2, prefill_chunk=4, max_waiting=8)
-    running = prefilled(scheduler, "running")
-    long = Sequence("long", 10)
+    scheduler = make(chunk=4)
+    running, long = sequence("running", 3), sequence("long", 10)
+    scheduler.add(running)
+    run(scheduler.schedule())
     scheduler.add(long)
     chunks = []
     for _ in range(3):
         step = scheduler.schedule()
         assert step.decode == (running,)
-        assert step.prefill is not None
-        chunks.append((step.prefill.start, step.prefill.end, step.prefill.is_last))
-        scheduler.advance(long, step.prefill.end - step.prefill.start)
+        chunks += [(chunk.start, chunk.end, chunk.is_last) for chunk in step.prefill]
+        run(step)
     assert chunks == [(0, 4, False), (4, 8, False), (8, 10, True)]
-    assert scheduler.schedule().decode == (running, long)
-    assert scheduler.schedule().prefill is None
+    step = scheduler.schedule()
+    assert (step.prefill, step.decode) == ((), (running, long))
+
+
+def test_short_prompts_share_a_step() -> None:
+    scheduler = make(slots=4, chunk=10)
+    sequences = [sequence(name, 4) for name in "abcd"]
+    for each in sequences:
+        scheduler.add(each)
+    first = scheduler.schedule()
+    assert [(chunk.sequence.payload, chunk.start, chunk.end) for chunk in first.prefill] == [
+        ("a", 0, 4),
+        ("b", 0, 4),
+        ("c", 0, 2),
+    ]
+    run(first)
+    second = scheduler.schedule()
+    assert [(chunk.sequence.payload, chunk.start, chunk.end) for chunk in second.prefill] == [("c", 2, 4), ("d", 0, 4)]
+    assert [decoding.payload for decoding in second.decode] == ["a", "b"]
 
 
 def test_first_come_first_served_and_only_as_many_as_there_are_slots() -> None:
-    scheduler: Scheduler[str] = Scheduler(slots=2, prefill_chunk=8, max_waiting=8)
-    one, two = prefilled(scheduler, "one"), prefilled(scheduler, "two")
-    three, four = Sequence("three", 3), Sequence("four", 3)
-    scheduler.add(three)
-    scheduler.add(four)
-    assert scheduler.schedule().prefill is None
+    scheduler = make(slots=2)
+    one, two, three, four = (sequence(name, 3) for name in ("one", "two", "three", "four"))
+    for each in (one, two, three, four):
+        scheduler.add(each)
+    run(scheduler.schedule())
+    assert scheduler.schedule().prefill == ()
     scheduler.remove(one)
     step = scheduler.schedule()
-    assert step.prefill is not None
-    assert step.prefill.sequence is three
+    assert [chunk.sequence for chunk in step.prefill] == [three]
     assert step.decode == (two,)
 
 
-def test_the_last_row_closes_the_hole_and_the_prefilling_row_follows() -> None:
-    scheduler: Scheduler[str] = Scheduler(slots=4, prefill_chunk=2, max_waiting=8)
-    first, second = prefilled(scheduler, "first"), prefilled(scheduler, "second", 5)
-    third = Sequence("third", 6)
-    scheduler.add(third)
+def test_nobody_overtakes_one_that_waits_for_memory() -> None:
+    scheduler = make(slots=4, budget=100)
+    small, large, tiny = sequence("small", 30, 30), sequence("large", 60, 20), sequence("tiny", 2, 2)
+    scheduler.add(small)
+    while not small.prefilled:
+        run(scheduler.schedule())
+    scheduler.add(large)
+    scheduler.add(tiny)
+    assert scheduler.schedule().prefill == ()
+    assert scheduler.waiting == 2
+    scheduler.remove(small)
     step = scheduler.schedule()
-    assert step.prefill is not None
-    scheduler.advance(third, 2)
-    assert (first.row, second.row, third.row) == (0, 1, 2)
-    assert scheduler.remove(first) == [RowMove(1, 0, 5), RowMove(2, 1, 2)]
-    assert (second.row, third.row) == (0, 1)
-    assert scheduler.remove(third) == []
-    assert scheduler.remove(second) == []
+    assert [chunk.sequence for chunk in step.prefill] == [large]
+
+
+def test_a_prompt_starts_behind_what_is_cached_of_it() -> None:
+    scheduler = make()
+    first = sequence("x", 20)
+    scheduler.add(first)
+    while not first.prefilled:
+        run(scheduler.schedule())
+    again = Sequence("again", [*first.tokens, 5, 6], 10)
+    scheduler.remove(first)
+    scheduler.add(again)
+    step = scheduler.schedule()
+    assert [(chunk.start, chunk.end) for chunk in step.prefill] == [(20, 22)]
+    assert step.placed[0][1].reused == 20
+
+
+def test_a_full_queue_refuses_with_its_size() -> None:
+    scheduler = make(slots=1, max_waiting=1)
+    scheduler.add(sequence("one", 1))
+    with pytest.raises(Overloaded, match="the queue is full: 1 of 1 requests wait while 0 run"):
+        scheduler.add(sequence("two", 1))
+
+
+def test_removal_of_one_that_waits() -> None:
+    scheduler = make(slots=1)
+    one, two = sequence("one", 1), sequence("two", 1)
+    scheduler.add(one)
+    run(scheduler.schedule())
+    scheduler.add(two)
+    scheduler.remove(two)
+    scheduler.remove(one)
     assert scheduler.idle
 
 
-def test_a_full_queue_refuses() -> None:
-    scheduler: Scheduler[str] = Scheduler(slots=1, prefill_chunk=2, max_waiting=1)
-    scheduler.add(Sequence("one", 1))
-    with pytest.raises(Overloaded, match="1 requests wait for 1 slots"):
-        scheduler.add(Sequence("two", 1))
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), max_size=60))
-def test_rows_are_dense_and_follow_the_moves(actions: list[tuple[int, int]]) -> None:
-    """A model of the cache: each row holds the name of its sequence, moves copy names."""
-    scheduler: Scheduler[int] = Scheduler(slots=3, prefill_chunk=5, max_waiting=100)
-    cache: dict[int, int] = {}
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), max_size=80), st.integers(1, 6))
+def test_everybody_is_served_in_order(actions: list[tuple[int, int]], chunk: int) -> None:
+    scheduler: Scheduler[int] = Scheduler(RowPool(3, 90), chunk, 1000)
+    waiting, placed = [], []
     for number, (action, length) in enumerate(actions):
         if action < 5:
-            scheduler.add(Sequence(number, length))
+            each = Sequence(number, [number * 50 + index for index in range(length)], 12)
+            scheduler.add(each)
+            waiting.append(each)
         elif action < 7 and scheduler.sequences:
-            for move in scheduler.remove(scheduler.sequences[length % len(scheduler.sequences)]):
-                cache[move.target] = cache[move.source]
+            gone = scheduler.sequences[length % len(scheduler.sequences)]
+            if gone in waiting:
+                waiting.remove(gone)
+            scheduler.remove(gone)
         step = scheduler.schedule()
-        if step.prefill is not None:
-            sequence = step.prefill.sequence
-            assert sequence.row == len(step.decode) < 3
-            cache[sequence.row] = sequence.payload
-            scheduler.advance(sequence, step.prefill.end - step.prefill.start)
-        assert [sequence.row for sequence in step.decode] == list(range(len(step.decode)))
-        assert [cache[row] for row in range(len(step.decode))] == [s.payload for s in step.decode]
-        for sequence in step.decode:
-            scheduler.advance(sequence, 1)
+        for each, _ in step.placed:
+            assert each is waiting.pop(0)
+            placed.append(each.payload)
+        rows = [each.row for each in scheduler.sequences if each.row is not None]
+        assert len(rows) == len(set(rows)) <= 3
+        assert sum(chunk.end - chunk.start for chunk in step.prefill) <= chunk
+        assert {each.payload for each in step.decode}.isdisjoint(c.sequence.payload for c in step.prefill)
+        run(step)  # type: ignore[arg-type]
+    assert placed == sorted(placed)

@@ -14,7 +14,7 @@ from trident_serving.errors import Overloaded
 from trident_serving.generation.detokenizer import Detokenizer
 from trident_serving.generation.engine import FinishReason
 from trident_serving.generation.request import GenerationRequest
-from trident_serving.generation.sampling import SamplingParams
+from trident_serving.generation.sampling import SamplingParams, TokenLogProbs
 from trident_serving.generation.stopping import StopStrings
 from trident_serving.generation.stream import Chunk, TextStream
 from trident_serving.tokenization import TextTokenizer
@@ -145,12 +145,12 @@ def test_tokens_that_wait_leave_together() -> None:
     channel = Collected()
     stream, notified = stream_of(channel, stream=True, return_log_probs=True)
     for token in BYTE_LEVEL.encode("two words"):
-        assert not stream.accept(token, -0.5)
+        assert not stream.accept(token, TokenLogProbs(-0.5))
     assert notified
     assert stream.send_pending() is False
     assert stream.send_pending() is False  # nothing is left
     assert [chunk.text for chunk in channel.chunks] == ["two words"]
-    assert channel.chunks[0].log_probs == [-0.5] * channel.chunks[0].num_output_tokens
+    assert channel.chunks[0].log_probs == [TokenLogProbs(-0.5)] * channel.chunks[0].num_output_tokens
     stream.finish(FinishReason.LENGTH)
     assert stream.send_pending() is True
     assert (channel.chunks[-1].text, channel.chunks[-1].finish_reason) == ("", FinishReason.LENGTH)

@@ -94,13 +94,21 @@ def test_end_of_sequence_ids(tmp_path: Path, value: object, expected: set[int]) 
 
 
 def test_generation_settings() -> None:
-    parameters = dict.fromkeys(
-        ("context", "slots", "prefill_chunk", "max_waiting", "default_max_tokens", "threads"), "3"
+    numbers = ("context", "slots", "prefill_chunk", "max_waiting", "default_max_tokens", "threads")
+    parameters = dict.fromkeys(numbers, "3")
+    parameters |= {"kv_cache_mib": "0", "prefix_reuse": "true", "prompt_lookup": "false", "device": "cpu"}
+    settings = GenerationSettings.from_parameters(parameters)
+    assert (settings.context, settings.kv_cache_mib, settings.prefix_reuse, settings.prompt_lookup) == (
+        3,
+        0,
+        True,
+        False,
     )
-    assert GenerationSettings.from_parameters(parameters).context == 3
     for bad in ("", "0", "-1", "x"):
         with pytest.raises(ValueError, match="'slots' must be a positive integer"):
             GenerationSettings.from_parameters(parameters | {"slots": bad})
+    with pytest.raises(ValueError, match="'prefix_reuse' must be true or false, found 'yes'"):
+        GenerationSettings.from_parameters(parameters | {"prefix_reuse": "yes"})
 
 
 def test_divergence_equals_torch() -> None:
@@ -124,15 +132,17 @@ def test_worst_cosine_is_the_worst() -> None:
 
 
 def test_the_gate_says_by_how_much() -> None:
-    good = {"kl": 0.01, "top1": 0.95, "tokens": 9.0}
+    good = {"kl": 0.01, "top1": 0.95, "tokens": 9.0, "batch_effect": 0.0}
     fidelity.check("text-generation", "int8", good)
     with pytest.raises(FidelityError, match=r"kl is 0.03, must be at most 0.02; top1 is 0.5, must be at least 0.93"):
-        fidelity.check("text-generation", "int8", {"kl": 0.03, "top1": 0.5, "tokens": 9.0})
+        fidelity.check("text-generation", "int8", good | {"kl": 0.03, "top1": 0.5})
+    with pytest.raises(FidelityError, match="batch_effect is 1e-06, must be at most 0"):
+        fidelity.check("text-generation", "int8", good | {"batch_effect": 1e-6})
     with pytest.raises(FidelityError, match="kl is nan"):
         fidelity.check("text-generation", "int8", good | {"kl": float("nan")})
     with pytest.raises(FidelityError, match="kl is 0.01, must be at most 0.005"):
         fidelity.check("text-generation", "int8", good, {"kl": 0.005})
-    with pytest.raises(FidelityError, match="there is no measure bleu; measured are kl, top1, tokens"):
+    with pytest.raises(FidelityError, match="there is no measure bleu; measured are kl, top1, tokens, batch_effect"):
         fidelity.check("text-generation", "int8", good, {"bleu": 1.0})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,22 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from trident_export import disk, fidelity, recipes, shape_folding
+from trident_export import decoder_passes, disk, fidelity, recipes, shape_folding
 from trident_export.causal_graph import export_causal_graph
 from trident_export.models_file import GenerationLimits, ModelSpec
 from trident_export.tasks import Job, Measures
 from trident_serving.artefacts import VERSION
+from trident_serving.generation.batch import RowTokens
 from trident_serving.generation.decoder import OnnxDecoder
+from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.tokenization import TextTokenizer
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
 GATE_TEXTS = 12
 GATE_TOKENS = 64
 GATE_DECODED = 8
+# Texts that it runs at once.
+GATE_ROWS = 4
 
 
 def build(job: Job) -> None:
@@ -36,8 +41,11 @@ def build(job: Job) -> None:
     graph = job.staging / "graph" / "model.onnx"
     graph.parent.mkdir()
     job.progress("tracing the graph")
-    export_causal_graph(model, graph)
+    assert isinstance(spec.limits, GenerationLimits)
+    # A row of the cache has room for the padding of the longest run behind its context.
+    export_causal_graph(model, graph, spec.limits.context + max(spec.limits.prefill_chunk, MAX_DRAFT + 1))
     shape_folding.fold_file(graph)
+    decoder_passes.optimize_file(graph)
     for variant in spec.variants:
         job.progress(f"writing {variant}")
         folder = job.staging / spec.public_name(variant) / VERSION
@@ -127,24 +135,35 @@ def reference_logits(model: PreTrainedModel, samples: list[list[int]]) -> list[N
 def measure(folder: Path, samples: list[list[int]], reference: list[NDArray[np.float32]]) -> dict[str, float]:
     """Compare the decoder in a version folder with Hugging Face; see `fidelity.compare_logits`.
 
-    Each text runs as it would be served: two prefill chunks, then single tokens, in a cache with other rows.
+    The texts run as they would be served, several at once: each in two chunks, then token by token, beside rows
+    that are somewhere else. `batch_effect` is the largest difference of a logit from a text that runs alone and whole.
     """
     longest = max(len(ids) for ids in samples)
-    decoder = OnnxDecoder(folder / "model.onnx", slots=2, capacity=longest + 1, threads=0)
-    found = [_served_logits(decoder, ids, row % 2) for row, ids in enumerate(samples)]
-    return fidelity.compare_logits(reference, found)
+    decoder = OnnxDecoder(folder / "model.onnx", rows=GATE_ROWS, context=longest, longest_run=longest, threads=0)
+    found: list[NDArray[np.float32]] = []
+    for start in range(0, len(samples), GATE_ROWS):
+        found += _served_logits(decoder, samples[start : start + GATE_ROWS])
+    effect = 0.0
+    for ids, served in zip(samples, found, strict=True):
+        alone = decoder.run([RowTokens(0, 0, ids, len(ids))])
+        effect = max(effect, float(np.abs(alone - served).max()))
+    return fidelity.compare_logits(reference, found) | {"batch_effect": effect}
 
 
-def _served_logits(decoder: OnnxDecoder, ids: list[int], row: int) -> NDArray[np.float32]:
-    decoded = min(GATE_DECODED, len(ids) - 2)
-    middle = (len(ids) - decoded) // 2
-    ends = [middle, len(ids) - decoded, *range(len(ids) - decoded + 1, len(ids) + 1)]
-    pieces = []
-    start = 0
-    for end in ends:
-        tokens = np.array([ids[start:end]], np.int64)
-        positions = np.arange(end - start)
-        logits = decoder.run_positions(row, tokens, np.array([start], np.int64), positions)
-        pieces.append(logits[0].copy())
-        start = end
-    return np.concatenate(pieces)
+def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArray[np.float32]]:
+    """Logits of texts that run together, a row each; float32 [tokens, vocabulary] for each text."""
+    pieces: list[list[RowTokens]] = []
+    for row, ids in enumerate(samples):
+        decoded = min(GATE_DECODED + row, len(ids) - 2)
+        middle = (len(ids) - decoded) // (2 + row)
+        bounds = [0, middle, *range(len(ids) - decoded, len(ids) + 1)]
+        pieces.append([RowTokens(row, a, ids[a:b], b - a) for a, b in pairwise(bounds) if a < b])
+    logits: list[list[NDArray[np.float32]]] = [[] for _ in samples]
+    for step in zip_longest(*pieces):
+        items = [item for item in step if item is not None]
+        result = decoder.run(items)
+        begin = 0
+        for item in items:
+            logits[item.row].append(result[begin : begin + item.wanted].copy())
+            begin += item.wanted
+    return [np.concatenate(parts) for parts in logits]

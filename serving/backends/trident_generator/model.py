@@ -5,6 +5,7 @@ import triton_python_backend_utils as pb_utils
 
 from trident_serving import text, triton_adapter
 from trident_serving.generation.service import GenerationService, GenerationSettings
+from trident_serving.triton_metrics import Publisher
 
 
 class TritonPythonModel:
@@ -12,22 +13,24 @@ class TritonPythonModel:
         triton_adapter.setup(pb_utils)
         config = triton_adapter.model_config(args)
         settings = GenerationSettings.from_parameters(triton_adapter.parameters(config))
-        self.service = GenerationService(triton_adapter.version_folder(args), settings)
-        pb_utils.Logger.log_info(
-            f"{args['model_name']}: {settings.slots} slots of {settings.context} tokens, "
-            f"KV cache {self.service.cache_bytes / 2**20:.0f} MiB"
-        )
+        name, version = args["model_name"], args["model_version"]
+        unloading = triton_adapter.unloading(pb_utils, name, version)
+        self.service = GenerationService(triton_adapter.version_folder(args), settings, unloading)
+        self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
+        pb_utils.Logger.log_info(f"{name}: {settings.slots} slots of {settings.context} tokens; {self.service.memory}")
 
     def execute(self, requests):
         for request in requests:
             channel = Channel(request.get_response_sender())
             try:
-                self.service.submit(self.service.parse(triton_adapter.inputs(request)), channel)
+                checked = self.service.parse(triton_adapter.inputs(request), triton_adapter.timeout(request))
+                self.service.submit(checked, channel)
             except Exception as error:
                 channel.fail(error)
 
     def finalize(self):
         self.service.stop()
+        self.publisher.stop()
 
 
 class Channel:
@@ -46,8 +49,12 @@ class Channel:
             "finish_reason": text.encode_texts([reason.value if reason else ""]),
             "num_input_tokens": np.array([chunk.num_input_tokens], np.int32),
             "num_output_tokens": np.array([chunk.num_output_tokens], np.int32),
-            "output_log_probs": np.array(chunk.log_probs, np.float32),
+            "output_log_probs": np.array([token.chosen for token in chunk.log_probs], np.float32),
+            "output_top_token_ids": np.array([[i for i, _ in token.top] for token in chunk.log_probs], np.int32),
+            "output_top_log_probs": np.array([[p for _, p in token.top] for token in chunk.log_probs], np.float32),
         }
+        if not any(token.top for token in chunk.log_probs):
+            del tensors["output_top_token_ids"], tensors["output_top_log_probs"]
         batch = {name: tensor[None] for name, tensor in tensors.items()}
         self._send(triton_adapter.response(pb_utils, batch), final=reason is not None)
 

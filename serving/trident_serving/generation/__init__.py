@@ -1,11 +1,15 @@
 """Continuous-batching text generation.
 
 request      tensors of a request -> a checked `GenerationRequest`
+rows         which row of the KV cache a sequence gets, and which part of its prompt is there already
 scheduler    which sequence does what in the next step: no tensors, no I/O
 kv_cache     the buffers that hold keys and values, one row a sequence
-decoder      one run of the ONNX graph
+batch        rows with different numbers of tokens as one packed run
+decoder      runs of the ONNX graph
 sampling     logits -> token
+drafting     tokens that may come next, from the sequence's own words
 engine       the loop: schedule, run, sample, hand out
+metrics      what the engine counts
 detokenizer  tokens -> text that never breaks a character
 stopping     stop strings, held back until they can't match
 stream       the text side of one request

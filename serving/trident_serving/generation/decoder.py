@@ -1,11 +1,11 @@
-"""One run of the decoder graph over rows of the KV cache.
+"""Runs of the decoder graph over rows of the KV cache.
 
-The graph is the one that `trident_export.causal_graph` writes; its inputs are described there. Rows of one
-run may have different lengths: `seqlens_k` gives each row's own.
+The graph is the one that `trident_export.causal_graph` writes; its inputs are described there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,99 +13,119 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from trident_serving.generation.batch import MIN_PLACES, PackedBatch, RowTokens, pack, split
 from trident_serving.generation.kv_cache import KVCache
-from trident_serving.generation.scheduler import RowMove
 
 _PAST = "past_key_values."
+Logits = NDArray[np.float32]
 
 
 class Decoder(Protocol):
     """What the engine asks of a model; tests put a few lines of Python here."""
 
     @property
-    def slots(self) -> int:
-        """Rows that can run at once."""
+    def can_copy(self) -> bool:
+        """Whether rows can be copied."""
         ...
 
-    def run(self, first_row: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append `input_ids` [rows, tokens] after `starts` [rows] cached tokens of rows first_row and on.
+    def run(self, items: Sequence[RowTokens]) -> Logits:
+        """Append tokens to rows.
 
         Returns:
-            Logits of each row's last token, float32 [rows, vocabulary]; valid until the next call.
+            Logits of the wanted tokens, item by item, float32 [wanted, vocabulary]; valid until the next call.
         """
         ...
 
-    def move(self, moves: list[RowMove]) -> None:
-        """Copy rows of the cache."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of a row."""
+        ...
+
+    def release(self, row: int, start: int) -> None:
+        """The row's positions from `start` on are not needed any more."""
         ...
 
 
 class OnnxDecoder:
-    """The decoder graph in an ONNX Runtime session, with its cache bound in place."""
+    """The decoder graph in an ONNX Runtime session, with its cache bound in place.
 
-    def __init__(self, path: Path, *, slots: int, capacity: int, threads: int) -> None:
+    Args:
+        path: the graph.
+        rows: of the cache.
+        context: positions of a row that hold tokens.
+        longest_run: tokens that one run appends to a row at most.
+        threads: ONNX Runtime's intra-op threads; 0: as many as there are cores.
+    """
+
+    can_copy = True
+
+    def __init__(self, path: Path, *, rows: int, context: int, longest_run: int, threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = {node.name: node for node in self._session.get_inputs()}
+        # The operator wants room for the padding of rows that share a run with longer ones.
         self.cache = KVCache(
             {name: (int(node.shape[1]), int(node.shape[3])) for name, node in inputs.items() if name.startswith(_PAST)},
-            slots,
-            capacity,
+            rows,
+            context + max(longest_run, MIN_PLACES),
         )
+        self.context = context
         # An architecture with rotary embeddings may leave `position_ids` unused, one without needs it.
-        self._inputs = inputs.keys()
+        self._inputs = [name for name in inputs if not name.startswith(_PAST)]
         logits = next(node for node in self._session.get_outputs() if node.name == "logits")
         self.vocabulary_size = int(logits.shape[2])
-        self._logits = np.empty((slots, self.vocabulary_size), np.float32)
+        self._logits = np.empty((rows, self.vocabulary_size), np.float32)
+        self._bindings: dict[tuple[int, int], Any] = {}
 
-    @property
-    def slots(self) -> int:
-        """Rows that can run at once."""
-        return self.cache.slots
-
-    def run(self, first_row: int, input_ids: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.float32]:
+    def run(self, items: Sequence[RowTokens]) -> Logits:
         """See `Decoder.run`."""
-        rows = input_ids.shape[0]
-        logits = self.run_positions(first_row, input_ids, starts, np.array([input_ids.shape[1] - 1]))
-        return logits.reshape(rows, self.vocabulary_size)
+        for item in items:
+            if item.start + len(item.tokens) > self.context:
+                raise ValueError(
+                    f"{item.start + len(item.tokens)} tokens of row {item.row} exceed the context of {self.context}"
+                )
+        wanted = sum(item.wanted for item in items)
+        if wanted > len(self._logits):
+            self._logits = np.empty((wanted, self.vocabulary_size), np.float32)
+        runs = split(items)
+        ends = np.cumsum([0, *(sum(item.wanted for item in run) for run in runs)])
+        for run, start, end in zip(runs, ends, ends[1:], strict=False):
+            self._run(pack(run), self._logits[start:end])
+        logits = self._logits[:wanted]
+        order = [item for run in runs for item in run]
+        if order == list(items):
+            return logits
+        starts = dict(zip((item.row for item in order), np.cumsum([0, *(item.wanted for item in order)]), strict=False))
+        return logits[[starts[item.row] + index for item in items for index in range(item.wanted)]]
 
-    def run_positions(
-        self,
-        first_row: int,
-        input_ids: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        positions: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """Like `run`, with the logits of chosen positions: float32 [rows, positions, vocabulary]."""
-        rows, tokens = input_ids.shape
-        ends = starts + tokens
-        if int(ends.max()) > self.cache.capacity:
-            raise ValueError(f"{int(ends.max())} tokens exceed the cache's {self.cache.capacity}")
-        feeds: dict[str, NDArray[Any]] = {
-            "input_ids": np.ascontiguousarray(input_ids, np.int64),
-            "position_ids": starts[:, None] + np.arange(tokens, dtype=np.int64),
-            "seqlens_k": (ends - 1).astype(np.int32),
-            "total_sequence_length": np.array(ends.max(), np.int32),
-            "logits_positions": np.ascontiguousarray(positions, np.int64),
-        }
-        shape = (rows, len(positions), self.vocabulary_size)
-        logits = self._logits[:rows].reshape(shape) if len(positions) == 1 else np.empty(shape, np.float32)
-        binding = self._session.io_binding()
-        for name, array in feeds.items():
-            if name in self._inputs:
-                _bind(binding.bind_input, name, array)
-        for name, buffer in self.cache.buffers.items():
-            view = buffer[first_row : first_row + rows]
-            _bind(binding.bind_input, name, view)
-            _bind(binding.bind_output, name.replace(_PAST, "present."), view)
-        _bind(binding.bind_output, "logits", logits)
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `Decoder.copy`."""
+        self.cache.copy(source, target, length)
+
+    def release(self, row: int, start: int) -> None:
+        """See `Decoder.release`."""
+        self.cache.release(row, start)
+
+    def _run(self, batch: PackedBatch, logits: Logits) -> None:
+        binding = self._binding(batch.first_row, batch.rows)
+        total = np.array(self.cache.capacity, np.int32)  # an upper bound is all that the operator wants
+        for name in self._inputs:
+            _bind(binding.bind_input, name, total if name == "total_sequence_length" else getattr(batch, name))
+        # Without logits nothing would be computed for a chunk inside a prompt but its keys and values.
+        _bind(binding.bind_output, "logits", logits.reshape(1, *logits.shape))
         self._session.run_with_iobinding(binding)
-        return logits
 
-    def move(self, moves: list[RowMove]) -> None:
-        """See `Decoder.move`."""
-        self.cache.move(moves)
+    def _binding(self, first_row: int, rows: int) -> Any:
+        """The binding of a window of the cache; made once, since 120 tensors take a while to bind."""
+        binding = self._bindings.get((first_row, rows))
+        if binding is None:
+            binding = self._session.io_binding()
+            for name, buffer in self.cache.buffers.items():
+                view = buffer[first_row : first_row + rows]
+                _bind(binding.bind_input, name, view)
+                _bind(binding.bind_output, name.replace(_PAST, "present."), view)
+            self._bindings[first_row, rows] = binding
+        return binding
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:

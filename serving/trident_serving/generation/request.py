@@ -20,6 +20,7 @@ from trident_serving.text import decode_texts
 from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
 
 MAX_STOP_WORDS = 32
+MAX_TOP_LOG_PROBS = 20
 Inputs = Mapping[str, NDArray[Any]]
 
 
@@ -30,7 +31,10 @@ class GenerationRequest:
     Attributes:
         prompt: the text that was tokenized, after the chat template.
         prompt_ids: its tokens, at least one.
+        top_log_probs: for how many of the likeliest tokens log-probabilities are returned at each position.
         include_prompt: whether the answer repeats the prompt's text.
+        prompt_lookup: whether drafts may be taken from the prompt.
+        timeout_seconds: the request fails once so much time is over; None: never.
     """
 
     prompt: str
@@ -39,7 +43,10 @@ class GenerationRequest:
     stop_words: tuple[str, ...] = ()
     stream: bool = False
     return_log_probs: bool = False
+    top_log_probs: int = 0
     include_prompt: bool = False
+    prompt_lookup: bool = True
+    timeout_seconds: float | None = None
 
 
 class RequestParser:
@@ -63,8 +70,11 @@ class RequestParser:
         self._context = context
         self._default_max_tokens = default_max_tokens
 
-    def parse(self, inputs: Inputs) -> GenerationRequest:
+    def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """Check the tensors of one request, each of them [1, n].
+
+        Args:
+            timeout: the request parameter of that name, in microseconds; None or 0 where there is none.
 
         Raises:
             InvalidRequest: a field is missing, malformed or out of range.
@@ -78,6 +88,7 @@ class RequestParser:
             temperature=float(_scalar(inputs, "temperature", 0.0)),
             top_k=int(_scalar(inputs, "top_k", 0)),
             top_p=float(_scalar(inputs, "top_p", 1.0)),
+            min_p=float(_scalar(inputs, "min_p", 0.0)),
             repetition_penalty=float(_scalar(inputs, "repetition_penalty", 1.0)),
             presence_penalty=float(_scalar(inputs, "presence_penalty", 0.0)),
             frequency_penalty=float(_scalar(inputs, "frequency_penalty", 0.0)),
@@ -88,14 +99,20 @@ class RequestParser:
                 f"max_tokens is {max_tokens}, but the prompt's {len(prompt_ids)} tokens leave room for {room} "
                 f"in the context of {self._context}"
             )
+        top_log_probs = int(_scalar(inputs, "top_logprobs", 0))
+        if not 0 <= top_log_probs <= MAX_TOP_LOG_PROBS:
+            raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOG_PROBS}, found {top_log_probs}")
         return GenerationRequest(
             prompt=prompt,
             prompt_ids=tuple(prompt_ids),
             sampling=sampling,
             stop_words=_stop_words(inputs),
             stream=bool(_scalar(inputs, "stream", False)),
-            return_log_probs=bool(_scalar(inputs, "return_log_probs", False)),
+            return_log_probs=bool(_scalar(inputs, "return_log_probs", False)) or top_log_probs > 0,
+            top_log_probs=top_log_probs,
             include_prompt=not bool(_scalar(inputs, "exclude_input_in_output", True)),
+            prompt_lookup=bool(_scalar(inputs, "prompt_lookup", True)),
+            timeout_seconds=_timeout_seconds(timeout),
         )
 
     def _prompt(self, inputs: Inputs) -> tuple[str, list[int]]:
@@ -131,6 +148,18 @@ class RequestParser:
                 f"{field} has {size} bytes, at least {-(-size // longest)} tokens, and the model's context "
                 f"is {self._context} tokens"
             )
+
+
+def _timeout_seconds(value: object) -> float | None:
+    """Triton's request parameter `timeout`, in microseconds; 0 means none there."""
+    if value is None:
+        return None
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if number is None and isinstance(value, str) and value.isdecimal():
+        number = int(value)
+    if number is None or not 0 <= number < 2**63:
+        raise InvalidRequest(f"timeout must be a number of microseconds, 0 (none) or more, found {value!r}")
+    return number / 1e6 if number else None
 
 
 def _scalar(inputs: Inputs, name: str, default: float | bool) -> Any:

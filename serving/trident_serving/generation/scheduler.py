@@ -1,9 +1,8 @@
 """Who does what in the next step of the engine: iteration-level batching over the rows of the KV cache.
 
-Pure bookkeeping: no tensors, no tokens, no I/O. The rows of the cache are kept dense, because the decoder
-runs on rows 0..n-1 without copying: decoding sequences hold the first rows, the one that is being
-prefilled holds the row after them, and when a sequence leaves, the last row moves into its place.
-Iteration-level scheduling: Orca (Yu et al., OSDI 2022).
+Pure bookkeeping: no tensors, no I/O. First come, first served: whoever waits longest is placed first, and nobody
+overtakes it while the memory that it needs is taken.
+Iteration-level scheduling: Orca (Yu et al., OSDI 2022). Chunked prefill: Sarathi (Agrawal et al., 2023).
 """
 
 from __future__ import annotations
@@ -13,27 +12,32 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from trident_serving.errors import Overloaded
+from trident_serving.generation.rows import Placement, RowPool
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class RowMove:
-    """Row `source` of the cache becomes row `target`; its first `length` positions matter."""
-
-    source: int
-    target: int
-    length: int
-
-
 class Sequence(Generic[T]):
-    """One request in the scheduler: how long it is, how much of it the cache holds, and where."""
+    """One request in the scheduler.
 
-    def __init__(self, payload: T, prompt_length: int) -> None:
+    Attributes:
+        tokens: the prompt and what was generated.
+        cached: how many of them the cache holds.
+        row: where, once it is placed.
+    """
+
+    def __init__(self, payload: T, prompt: list[int], max_tokens: int) -> None:
         self.payload = payload
-        self.prompt_length = prompt_length
+        self.tokens = prompt
+        self.prompt_length = len(prompt)
+        self.max_tokens = max_tokens
         self.cached = 0
         self.row: int | None = None
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the whole prompt has run."""
+        return self.cached >= self.prompt_length
 
 
 @dataclass(frozen=True)
@@ -52,39 +56,48 @@ class PrefillChunk(Generic[T]):
 
 @dataclass(frozen=True)
 class Step(Generic[T]):
-    """One iteration: at most one prefill chunk, and one token for every decoding sequence."""
+    """One iteration: new sequences, chunks of prompts, and a token for every decoding sequence."""
 
-    prefill: PrefillChunk[T] | None
+    placed: tuple[tuple[Sequence[T], Placement], ...]
+    prefill: tuple[PrefillChunk[T], ...]
     decode: tuple[Sequence[T], ...]
 
 
 class Scheduler(Generic[T]):
-    """First come, first served, over a fixed number of rows.
+    """First come, first served, over the rows of a cache.
 
     Args:
-        slots: rows of the cache, so sequences at once.
+        pool: the rows.
         prefill_chunk: prompt tokens in one step at most, which bounds how long running streams wait.
         max_waiting: sequences that may wait for a row.
     """
 
-    def __init__(self, slots: int, prefill_chunk: int, max_waiting: int) -> None:
-        self._slots = slots
+    def __init__(self, pool: RowPool, prefill_chunk: int, max_waiting: int) -> None:
+        self._pool = pool
         self._prefill_chunk = prefill_chunk
         self._max_waiting = max_waiting
         self._waiting: deque[Sequence[T]] = deque()
-        self._prefilling: Sequence[T] | None = None
-        self._decoding: list[Sequence[T]] = []
+        self._running: list[Sequence[T]] = []
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._prefilling or self._decoding)
+        return not (self._waiting or self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences with a row."""
+        return len(self._running)
 
     @property
     def sequences(self) -> list[Sequence[T]]:
         """Every sequence, running ones first."""
-        running = [*self._decoding, *([self._prefilling] if self._prefilling else [])]
-        return [*running, *self._waiting]
+        return [*self._running, *self._waiting]
 
     def add(self, sequence: Sequence[T]) -> None:
         """Queue a sequence.
@@ -94,53 +107,53 @@ class Scheduler(Generic[T]):
         """
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded(
-                f"{len(self._waiting)} requests wait for {self._slots} slots and the queue holds no more: "
-                "try again later"
+                f"the queue is full: {len(self._waiting)} of {self._max_waiting} requests wait while "
+                f"{len(self._running)} run; try again later"
             )
         self._waiting.append(sequence)
 
     def schedule(self) -> Step[T]:
-        """The next step; the caller runs it and reports with `advance` and `remove`."""
-        if self._prefilling is None and self._waiting and len(self._decoding) < self._slots:
-            self._prefilling = self._waiting.popleft()
-            self._prefilling.row = len(self._decoding)
-        chunk = None
-        if self._prefilling is not None:
-            start = self._prefilling.cached
-            end = min(start + self._prefill_chunk, self._prefilling.prompt_length)
-            chunk = PrefillChunk(self._prefilling, start, end)
-        return Step(chunk, tuple(self._decoding))
+        """The next step; the caller runs it, raises `cached` as it does, and reports ends with `remove`."""
+        decode = tuple(sequence for sequence in self._running if sequence.prefilled)
+        room = self._prefill_chunk
+        placed, chunks = [], []
+        for sequence in self._running:
+            if not sequence.prefilled and room:
+                chunks.append(self._chunk(sequence, room))
+                room -= chunks[-1].end - chunks[-1].start
+        while self._waiting and room:
+            placement = self._place(self._waiting[0])
+            if placement is None:
+                break
+            sequence = self._waiting.popleft()
+            self._running.append(sequence)
+            placed.append((sequence, placement))
+            chunks.append(self._chunk(sequence, room))
+            room -= chunks[-1].end - chunks[-1].start
+        return Step(tuple(placed), tuple(chunks), decode)
 
-    def advance(self, sequence: Sequence[T], tokens: int) -> None:
-        """The cache holds `tokens` more positions of the sequence."""
-        sequence.cached += tokens
-        if sequence is self._prefilling and sequence.cached >= sequence.prompt_length:
-            self._decoding.append(sequence)
-            self._prefilling = None
+    def remove(self, sequence: Sequence[T], *, trusted: bool = True) -> None:
+        """Forget a sequence.
 
-    def remove(self, sequence: Sequence[T]) -> list[RowMove]:
-        """Forget a sequence; the caller makes the moves in the cache, in order."""
-        if sequence is self._prefilling:
-            self._prefilling = None
-            sequence.row = None
-            return []
-        if sequence not in self._decoding:
+        Args:
+            trusted: whether what the cache holds of it may serve others.
+        """
+        if sequence.row is None:
             self._waiting.remove(sequence)
-            return []
-        moves = []
-        last = self._decoding.pop()
-        if last is not sequence:
-            hole = self._decoding.index(sequence)
-            self._decoding[hole] = last
-            moves.append(self._move(last, hole))
+            return
+        self._running.remove(sequence)
+        if trusted:
+            self._pool.leave(sequence.row)
+        else:
+            self._pool.forget(sequence.row)
         sequence.row = None
-        if self._prefilling is not None:
-            moves.append(self._move(self._prefilling, len(self._decoding)))
-        return moves
+
+    def _place(self, sequence: Sequence[T]) -> Placement | None:
+        placement = self._pool.place(sequence, sequence.prompt_length + sequence.max_tokens)
+        if placement is not None:
+            sequence.row, sequence.cached = placement.row, placement.reused
+        return placement
 
     @staticmethod
-    def _move(sequence: Sequence[T], target: int) -> RowMove:
-        assert sequence.row is not None
-        move = RowMove(sequence.row, target, sequence.cached)
-        sequence.row = target
-        return move
+    def _chunk(sequence: Sequence[T], room: int) -> PrefillChunk[T]:
+        return PrefillChunk(sequence, sequence.cached, min(sequence.cached + room, sequence.prompt_length))

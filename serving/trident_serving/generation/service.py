@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from trident_serving import memory
+from trident_serving.errors import Overloaded
+from trident_serving.generation.batch import RowTokens
 from trident_serving.generation.decoder import OnnxDecoder
-from trident_serving.generation.engine import Engine, Job
+from trident_serving.generation.drafting import MAX_DRAFT, StepCost
+from trident_serving.generation.engine import Engine, EngineSettings, Job
+from trident_serving.generation.metrics import Recorder
 from trident_serving.generation.outbox import Outbox
 from trident_serving.generation.request import GenerationRequest, Inputs, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.tokenization import ChatTemplate, TextTokenizer
+
+MEBIBYTE = 2**20
+
+
+class DoesNotFit(ValueError):
+    """The model's limits and this machine do not fit; the message gives the sum and says which limit to change."""
 
 
 @dataclass(frozen=True)
@@ -22,33 +35,127 @@ class GenerationSettings:
     Attributes:
         context: tokens of prompt and answer together.
         slots: answers that are generated at once.
+        kv_cache_mib: memory for keys and values; 0: what `slots` full contexts take.
         prefill_chunk: prompt tokens run in one step at most.
         max_waiting: requests that may wait for a slot.
         default_max_tokens: length of an answer where the request names none.
+        prefix_reuse: whether prompts start behind what the cache already holds of them.
+        prompt_lookup: whether greedy answers may be drafted from their prompt.
         threads: ONNX Runtime's intra-op threads.
+        device: `cpu` or `cuda`.
     """
 
     context: int
     slots: int
+    kv_cache_mib: int
     prefill_chunk: int
     max_waiting: int
     default_max_tokens: int
+    prefix_reuse: bool
+    prompt_lookup: bool
     threads: int
+    device: str
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> GenerationSettings:
         """Read the settings.
 
         Raises:
-            ValueError: one is missing or is no positive integer.
+            ValueError: one is missing or has no value of its kind.
         """
-        values = {}
+        values: dict[str, int | bool | str] = {}
         for field in fields(cls):
             text = parameters.get(field.name, "")
-            if not text.isdecimal() or int(text) < 1:
-                raise ValueError(f"parameter {field.name!r} must be a positive integer, found {text!r}")
-            values[field.name] = int(text)
-        return cls(**values)
+            if field.type == "bool":
+                if text not in ("true", "false"):
+                    raise ValueError(f"parameter {field.name!r} must be true or false, found {text!r}")
+                values[field.name] = text == "true"
+            elif field.type == "str":
+                values[field.name] = text
+            else:
+                least = 0 if field.name == "kv_cache_mib" else 1
+                if not text.isdecimal() or int(text) < least:
+                    kind = "an integer, 0 or more" if least == 0 else "a positive integer"
+                    raise ValueError(f"parameter {field.name!r} must be {kind}, found {text!r}")
+                values[field.name] = int(text)
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """What a model takes at most, in bytes.
+
+    Attributes:
+        weights: the files of the graph.
+        cache_tokens: tokens that the KV cache may hold.
+        bytes_per_token: of the KV cache.
+        logits: the buffer for the logits.
+    """
+
+    weights: int
+    cache_tokens: int
+    bytes_per_token: int
+    logits: int
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the KV cache, if it is full."""
+        return self.cache_tokens * self.bytes_per_token
+
+    def __str__(self) -> str:
+        parts = (self.weights, self.cache, self.logits)
+        weights, cache, logits, total = (f"{part / MEBIBYTE:.0f}" for part in (*parts, sum(parts)))
+        return (
+            f"{weights} MiB of weights + {cache} MiB of KV cache ({self.cache_tokens} tokens of "
+            f"{self.bytes_per_token} bytes) + {logits} MiB of logits = {total} MiB"
+        )
+
+
+def plan_memory(settings: GenerationSettings, decoder: OnnxDecoder, weights: int, available: int) -> MemoryNeeds:
+    """What the settings take on this machine, once the weights are loaded.
+
+    Raises:
+        DoesNotFit: the cache can't hold a single context, or the memory that is available can't hold the cache.
+    """
+    each = decoder.cache.bytes_per_token
+    tokens = settings.slots * settings.context
+    if settings.kv_cache_mib:
+        tokens = min(tokens, settings.kv_cache_mib * MEBIBYTE // each)
+    if tokens < settings.context:
+        raise DoesNotFit(
+            f"kv_cache_mib is {settings.kv_cache_mib}, but one context of {settings.context} tokens takes "
+            f"{settings.context * each / MEBIBYTE:.0f} MiB: raise kv_cache_mib or lower context"
+        )
+    needs = MemoryNeeds(weights, tokens, each, settings.slots * decoder.vocabulary_size * 4)
+    if needs.cache + needs.logits > available:
+        raise DoesNotFit(
+            f"{needs}, of which all but the weights must fit into the {available / MEBIBYTE:.0f} MiB that are "
+            "available: set kv_cache_mib, or lower slots or context"
+        )
+    return needs
+
+
+def measure_step_cost(decoder: OnnxDecoder, rows: int) -> StepCost:
+    """What steps take on this machine: one row, several rows, and one row with more tokens; seconds."""
+    rows = min(rows, 8)
+    tokens = min(8, decoder.context - 1)
+
+    def seconds(items: list[RowTokens]) -> float:
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            decoder.run(items)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    one = seconds([RowTokens(0, 0, [0])])
+    many = seconds([RowTokens(row, 0, [0]) for row in range(rows)])
+    longer = seconds([RowTokens(0, 0, [0] * tokens, tokens)])
+    for row in range(rows):
+        decoder.release(row, 0)
+    each_row = max((many - one) / max(rows - 1, 1), 0.0)
+    each_token = max((longer - one) / max(tokens - 1, 1), 0.02 * one)
+    return StepCost(max(one - each_row, 0.1 * one), each_row, each_token)
 
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
@@ -60,12 +167,23 @@ def read_eos_token_ids(folder: Path) -> frozenset[int]:
 
 
 class GenerationService:
-    """Parser, engine and sender of one model."""
+    """Parser, engine and sender of one model.
 
-    def __init__(self, folder: Path, settings: GenerationSettings) -> None:
+    Args:
+        folder: the model's artefacts.
+        unloading: asked while requests run; once it says yes, they fail.
+
+    Raises:
+        DoesNotFit: the settings take more memory than there is.
+    """
+
+    def __init__(
+        self, folder: Path, settings: GenerationSettings, unloading: Callable[[], bool] = lambda: False
+    ) -> None:
         tokenizer = TextTokenizer.load(folder)
         self._tokenizer = tokenizer
         self._eos_token_ids = read_eos_token_ids(folder)
+        self._unloading = unloading
         self._parser = RequestParser(
             tokenizer,
             ChatTemplate.load(folder),
@@ -73,20 +191,34 @@ class GenerationService:
             default_max_tokens=settings.default_max_tokens,
         )
         decoder = OnnxDecoder(
-            folder / "model.onnx", slots=settings.slots, capacity=settings.context, threads=settings.threads
+            folder / "model.onnx",
+            rows=settings.slots,
+            context=settings.context,
+            longest_run=max(settings.prefill_chunk, MAX_DRAFT + 1),
+            threads=settings.threads,
         )
-        self.cache_bytes = decoder.cache.nbytes
-        self._outbox = Outbox()
+        weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+        self.memory = plan_memory(settings, decoder, weights, memory.available_bytes())
+        self.recorder = Recorder()
+        self._outbox = Outbox(self._check_unloading)
         self._engine = Engine(
             decoder,
+            EngineSettings(
+                rows=settings.slots,
+                cache_tokens=self.memory.cache_tokens,
+                prefill_chunk=settings.prefill_chunk,
+                max_waiting=settings.max_waiting,
+                prefix_reuse=settings.prefix_reuse,
+                prompt_lookup=settings.prompt_lookup,
+            ),
             eos_token_ids=self._eos_token_ids,
-            prefill_chunk=settings.prefill_chunk,
-            max_waiting=settings.max_waiting,
+            cost=measure_step_cost(decoder, settings.slots),
+            recorder=self.recorder,
         )
 
-    def parse(self, inputs: Inputs) -> GenerationRequest:
+    def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """See `RequestParser.parse`."""
-        return self._parser.parse(inputs)
+        return self._parser.parse(inputs, timeout)
 
     def submit(self, request: GenerationRequest, channel: ResponseChannel) -> None:
         """Start a request; its responses go to the channel.
@@ -96,15 +228,27 @@ class GenerationService:
         """
         stream = TextStream(request, self._tokenizer, self._eos_token_ids, channel, self._outbox.notify)
         self._outbox.add(stream)
+        job = Job(
+            request.prompt_ids,
+            request.sampling,
+            stream,
+            log_probs=request.return_log_probs,
+            top_log_probs=request.top_log_probs,
+            prompt_lookup=request.prompt_lookup,
+            seconds=request.timeout_seconds,
+        )
         try:
-            self._engine.submit(
-                Job(request.prompt_ids, request.sampling, stream, want_log_probs=request.return_log_probs)
-            )
-        except Exception:
+            self._engine.submit(job)
+        except Overloaded:
             self._outbox.discard(stream)
+            self.recorder.count("requests_rejected")
             raise
 
     def stop(self) -> None:
         """End both threads; unfinished requests fail."""
         self._engine.stop()
         self._outbox.stop()
+
+    def _check_unloading(self) -> None:
+        if self._unloading():
+            self._engine.stop()

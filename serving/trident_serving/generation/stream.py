@@ -10,6 +10,7 @@ from typing import Protocol
 from trident_serving.generation.detokenizer import Detokenizer
 from trident_serving.generation.engine import FinishReason
 from trident_serving.generation.request import GenerationRequest
+from trident_serving.generation.sampling import TokenLogProbs
 from trident_serving.generation.stopping import StopStrings
 from trident_serving.tokenization import Codec
 
@@ -22,7 +23,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     num_input_tokens: int = 0
     num_output_tokens: int = 0
-    log_probs: list[float] = field(default_factory=list)
+    log_probs: list[TokenLogProbs] = field(default_factory=list)
 
 
 class ResponseChannel(Protocol):
@@ -58,6 +59,9 @@ class TextStream:
     ) -> None:
         self.channel = channel
         self.cancelled = False
+        # The sender's: when it sent last, and whether this stream waits for its next time.
+        self.last_sent = 0.0
+        self.paced = False
         self._streaming = request.stream
         self._num_input_tokens = len(request.prompt_ids)
         self._eos_token_ids = eos_token_ids
@@ -66,21 +70,26 @@ class TextStream:
         self._notify = notify
         self._lock = threading.Lock()
         self._text = request.prompt if request.include_prompt else ""
-        self._log_probs: list[float] = []
+        self._log_probs: list[TokenLogProbs] = []
         self._num_output_tokens = 0
         self._reason: FinishReason | None = None
         self._error: Exception | None = None
         self._closed = False
 
-    def accept(self, token: int, log_prob: float | None) -> bool:
+    @property
+    def urgent(self) -> bool:
+        """Whether what there is to send should not wait: the beginning of the answer, or its end."""
+        return self.last_sent == 0.0 or self._reason is not None or self._error is not None
+
+    def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
         """See `Consumer.accept`."""
         piece = "" if token in self._eos_token_ids else self._detokenizer.push(token)
         text, stopped = self._stop_strings.push(piece)
         with self._lock:
             self._text += text
             self._num_output_tokens += 1
-            if log_prob is not None:
-                self._log_probs.append(log_prob)
+            if log_probs is not None:
+                self._log_probs.append(log_probs)
             ready = self._streaming and bool(self._text) and not stopped
         if ready:
             self._notify(self)

@@ -1,0 +1,117 @@
+"""Prompt-lookup speculative decoding: drafts from the sequence's own words, and how many of them pay.
+
+A draft is what followed the last time that the latest tokens stood in the sequence (Saxena, "Prompt Lookup Decoding",
+2023). One run of the model verifies it, and a token that the model would not have chosen ends it, so answers are
+those without drafts; batches are invariant to the last bit here, so that this holds for every token.
+
+How long a draft may be follows from what was accepted before and what a token costs: see `allot`. A sequence whose
+drafts miss stops drafting for a while, twice as long each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_DRAFT = 12
+NGRAMS = (3, 2)  # how many of the latest tokens must be found, tried in this order
+MAX_PAUSE = 64
+EXPLORED = 0.35  # the chance of a first token about which nothing is known
+
+
+class PromptLookup:
+    """Finds the continuation of the latest tokens in the tokens before them.
+
+    Args:
+        tokens: of the sequence; the caller appends to them.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = tokens
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+
+    def draft(self, length: int) -> list[int]:
+        """Up to `length` tokens that may come next; none where the latest tokens are new."""
+        tokens = self._tokens
+        # The latest n-gram itself is indexed once it has a successor.
+        for end in range(self._indexed, len(tokens)):
+            for size in NGRAMS:
+                if end >= size:
+                    self._ends[tuple(tokens[end - size : end])] = end
+        self._indexed = len(tokens)
+        for size in NGRAMS:
+            found = self._ends.get(tuple(tokens[len(tokens) - size :])) if len(tokens) >= size else None
+            if found is not None:
+                period = len(tokens) - found  # a text that repeats itself goes on doing so
+                return [tokens[found + index % period] for index in range(length)]
+        return []
+
+
+class Acceptance:
+    """How likely the next draft token of one sequence is right, from how its drafts did before."""
+
+    def __init__(self) -> None:
+        self._right = EXPLORED
+        self._tried = 1.0
+        self._misses = 0
+        self._pause = 0
+
+    def chance(self) -> float:
+        """The chance of each token of a draft now; 0 while the sequence pauses. Call it once a step."""
+        if self._pause:
+            self._pause -= 1
+            return 0.0
+        if self._misses:
+            return EXPLORED
+        return self._right / self._tried
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """A draft of `drafted` tokens was verified."""
+        self._right = 0.8 * self._right + accepted
+        self._tried = 0.8 * self._tried + accepted + (accepted < drafted)
+        if accepted:
+            self._misses = 0
+        else:
+            self._misses += 1
+            self._pause = min(2**self._misses, MAX_PAUSE)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step takes, in any unit of time: `base`, and so much for each row and each draft token."""
+
+    base: float
+    row: float
+    token: float
+
+    def of(self, rows: int, drafted: int) -> float:
+        """The cost of a step."""
+        return self.base + rows * self.row + drafted * self.token
+
+
+def allot(chances: Sequence[float], limits: Sequence[int], rows: int, cost: StepCost) -> list[int]:
+    """Draft lengths that make the most tokens a second, if each draft token is right with its row's chance.
+
+    The n-th token of a draft counts if all before it are right too. The best next token of any row is added while
+    that raises the tokens that a step is expected to give, over what it takes.
+
+    Args:
+        chances: of each drafting row.
+        limits: longest draft of each.
+        rows: that decode in the step, drafting or not.
+    """
+    lengths = [0] * len(chances)
+    gains = list(chances)
+    expected, drafted = float(rows), 0
+    while gains:
+        best = max(range(len(gains)), key=lambda row: gains[row] if lengths[row] < limits[row] else 0.0)
+        if lengths[best] >= limits[best] or gains[best] <= 0.0:
+            break
+        if (expected + gains[best]) * cost.of(rows, drafted) <= expected * cost.of(rows, drafted + 1):
+            break
+        lengths[best] += 1
+        drafted += 1
+        expected += gains[best]
+        gains[best] *= chances[best]
+    return lengths

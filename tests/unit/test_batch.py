@@ -1,0 +1,115 @@
+"""Packed runs and the cache, with numpy alone."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trident_serving import memory
+from trident_serving.generation.batch import MAX_PLACES, RowTokens, pack, split
+from trident_serving.generation.kv_cache import KVCache
+
+
+def test_a_packed_run() -> None:
+    batch = pack([RowTokens(4, 10, [7, 8, 9], 2), RowTokens(2, 5, [6])])
+    assert (batch.first_row, batch.rows) == (2, 3)
+    assert batch.input_ids.tolist() == [[7, 8, 9, 6]]
+    assert batch.position_ids.tolist() == [[10, 11, 12, 5]]
+    # Row 3 is idle; row 2 has a second place for the sake of the sums, which repeats its token.
+    assert batch.attention_tokens[:, :, 1].tolist() == [[3, 3, 3], [0, 0, 0], [0, 1, 2]]
+    assert batch.query_seqlens.tolist() == [2, 0, 3]
+    assert batch.seqlens_k.tolist() == [6, 0, 12]
+    assert batch.attention_places.tolist() == [[[2, 0], [2, 1], [2, 2], [0, 0]]]
+    assert batch.logits_tokens.tolist() == [1, 2, 3]
+
+
+@given(
+    st.dictionaries(st.integers(0, 40), st.lists(st.integers(0, 9), min_size=1, max_size=300), min_size=1, max_size=12)
+)
+def test_every_token_stands_in_its_place(rows: dict[int, list[int]]) -> None:
+    items = [RowTokens(row, row * 3, tokens) for row, tokens in rows.items()]
+    runs = split(items)
+    assert sorted(item.row for run in runs for item in run) == sorted(rows)
+    for run in runs:
+        batch = pack(run)
+        places = batch.attention_tokens.shape[1]
+        assert len(run) == 1 or batch.rows * places <= MAX_PLACES
+        spread = batch.input_ids[0][batch.attention_tokens[..., 1]]  # [rows, places]
+        for item in run:
+            row = item.row - batch.first_row
+            assert spread[row, : len(item.tokens)].tolist() == item.tokens
+            assert batch.seqlens_k[row] + 1 == item.start + max(2, len(item.tokens))
+        packed = spread[batch.attention_places[0, :, 0], batch.attention_places[0, :, 1]]
+        np.testing.assert_array_equal(packed, batch.input_ids[0])
+
+
+def filled(rows: int = 3, capacity: int = 1024) -> KVCache:
+    cache = KVCache({"past_key_values.0.key": (2, 16), "past_key_values.0.value": (2, 16)}, rows, capacity)
+    for name, buffer in cache.buffers.items():
+        buffer[:] = np.random.default_rng(len(name)).standard_normal(buffer.shape)
+    return cache
+
+
+def test_copies_between_rows() -> None:
+    cache = filled()
+    before = {name: buffer.copy() for name, buffer in cache.buffers.items()}
+    cache.copy(source=2, target=0, length=100)
+    for name, buffer in cache.buffers.items():
+        np.testing.assert_array_equal(buffer[0, :, :100], before[name][2, :, :100])
+        np.testing.assert_array_equal(buffer[0, :, 100:], before[name][0, :, 100:])
+        np.testing.assert_array_equal(buffer[1:], before[name][1:])
+
+
+def test_bytes_per_token() -> None:
+    assert filled().bytes_per_token == 2 * 2 * 16 * 4
+
+
+def test_released_positions_are_gone_and_nothing_else() -> None:
+    """A page holds 64 positions here, so what is kept ends at a page."""
+    cache = filled()
+    before = {name: buffer.copy() for name, buffer in cache.buffers.items()}
+    cache.release(1, 128)
+    for name, buffer in cache.buffers.items():
+        np.testing.assert_array_equal(buffer[1, :, :128], before[name][1, :, :128])
+        assert not buffer[1, :, 128:].any()
+        np.testing.assert_array_equal(buffer[[0, 2]], before[name][[0, 2]])
+    cache.release(1)
+    assert not any(buffer[1].any() for buffer in cache.buffers.values())
+    for name, buffer in cache.buffers.items():
+        np.testing.assert_array_equal(buffer[[0, 2]], before[name][[0, 2]])
+
+
+def test_memory_is_taken_when_it_is_used_and_given_back() -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() // 2**20
+
+    start = resident()
+    cache = KVCache({"key": (4, 64)}, rows=8, capacity=16384)  # 128 MiB
+    assert resident() - start < 8
+    cache.buffers["key"][3] = 1.0
+    assert 12 < resident() - start < 24
+    cache.release(3, 8192)
+    assert 4 < resident() - start < 12
+    cache.release(3)
+    assert resident() - start < 4
+
+
+def test_available_memory(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    write("proc/meminfo", "MemTotal: 4000 kB\nMemAvailable:    3000 kB\n")
+    assert memory.available_bytes(tmp_path) == 3000 * 1024
+    write("sys/fs/cgroup/memory.max", "max\n")
+    write("sys/fs/cgroup/memory.current", "5\n")
+    assert memory.available_bytes(tmp_path) == 3000 * 1024
+    write("sys/fs/cgroup/memory.max", "1000000\n")
+    write("sys/fs/cgroup/memory.current", "400000\n")
+    assert memory.available_bytes(tmp_path) == 600_000
+    assert memory.available_bytes() > 2**20
