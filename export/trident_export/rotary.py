@@ -4,7 +4,7 @@ transformers' models rotate queries and keys with a function of their own module
 and sines that a rotary module computes from positions. Where that function turns out, with numbers, to rotate the two
 halves of the first numbers of each head (Su et al., RoFormer, 2021, in GPT-NeoX's layout), the operator does the same
 with `do_rotary`: then the function hands queries and keys on unchanged while the model is traced. Frequencies that
-depend on the length of the text can't be a table, and are traced.
+depend on the length of the text can't be a table, and are traced; so are heads of a size that the operator refuses.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FUNCTION = "apply_rotary_pos_emb"
+HEAD_MULTIPLE = 16  # of a head's size, which the operator wants if it rotates
 _VARIABLE = ("dynamic", "longrope")
 
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -34,7 +35,8 @@ def left_to_the_operator(model: PreTrainedModel, head_dim: int, positions: int) 
     """
     module = sys.modules[type(model).__module__]
     function = getattr(module, FUNCTION, None)
-    tables = _tables(model, positions) if function is not None else None
+    possible = function is not None and head_dim % HEAD_MULTIPLE == 0
+    tables = _tables(model, positions) if possible else None
     if function is None or tables is None or not _is_usual(function, head_dim, tables):
         yield None
         return

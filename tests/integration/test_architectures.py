@@ -109,7 +109,7 @@ def test_the_queue_is_bounded(tiny_server: LocalServer, folders: dict[str, Path]
         server.stop()
     refused = [result for result in results if isinstance(result, UnavailableError)]
     assert refused
-    assert "2 requests wait for 1 slots" in str(refused[0])
+    assert "the queue is full: 2 of 2 requests wait while 1 run" in str(refused[0])
     assert {result for result in results if isinstance(result, str)} == {expected}
 
 

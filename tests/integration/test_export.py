@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trident_export import fidelity, install, models_file, recipes, tasks
 from trident_export.fidelity import FidelityError
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
+from trident_serving.generation import batch
 
 
 def write_models_file(root: Path, entries: dict[str, str]) -> Path:
@@ -194,9 +196,9 @@ def test_a_damaged_generator_is_refused(
     """Damaged between the reference run and the tracing."""
     original = text_generation.export_causal_graph
 
-    def damaged(model: torch.nn.Module, path: Path) -> None:
+    def damaged(model: torch.nn.Module, path: Path, positions: int) -> None:
         damage(model)  # type: ignore[operator]
-        original(model, path)
+        original(model, path, positions)
 
     monkeypatch.setattr(text_generation, "export_causal_graph", damaged)
     spec = models_file.parse("llama", _table(tiny["llama"]))
@@ -210,14 +212,24 @@ def test_wrong_positions_are_refused(tiny: dict[str, Path], tmp_path: Path, monk
     """A graph that is right in prefill and wrong in decode: the gate runs both."""
     from trident_serving.generation.decoder import OnnxDecoder
 
-    original = OnnxDecoder.run_positions
+    original = OnnxDecoder.run
 
-    def shifted(self, first_row, input_ids, starts, positions):  # type: ignore[no-untyped-def]
-        return original(self, first_row, input_ids, starts + (1 if input_ids.shape[1] == 1 else 0), positions)
+    def shifted(self, items):  # type: ignore[no-untyped-def]
+        return original(self, [replace(item, start=item.start + (len(item.tokens) == 1)) for item in items])
 
-    monkeypatch.setattr(OnnxDecoder, "run_positions", shifted)
+    monkeypatch.setattr(OnnxDecoder, "run", shifted)
     spec = models_file.parse("llama", _table(tiny["llama"]))
     with pytest.raises(FidelityError, match="kl is"):
+        tasks.build(tasks.Job(spec, tiny["llama"], _made(tmp_path / "staging"), lambda message: None))
+
+
+def test_answers_that_depend_on_the_batch_are_refused(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a single place for a single token, the operator sums in another order than for several."""
+    monkeypatch.setattr(batch, "MIN_PLACES", 1)
+    spec = models_file.parse("llama", _table(tiny["llama"]))
+    with pytest.raises(FidelityError, match="computes: batch_effect is .*, must be at most 0"):
         tasks.build(tasks.Job(spec, tiny["llama"], _made(tmp_path / "staging"), lambda message: None))
 
 
@@ -305,7 +317,7 @@ def test_int4_recipe_runs_and_the_gate_knows_it(tiny: dict[str, Path], tmp_path:
 
     model = AutoModelForCausalLM.from_pretrained(tiny["gpt2"]).eval()
     graph = tmp_path / "graph.onnx"
-    text_generation.export_causal_graph(model, graph)
+    text_generation.export_causal_graph(model, graph, 128)
     for variant in ("int8", "int4"):
         recipes.apply(variant, graph, tmp_path / variant / "model.onnx")
         nodes = onnx.load(str(tmp_path / variant / "model.onnx"), load_external_data=False).graph.node
