@@ -71,9 +71,9 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_causal(folder: Path, architecture: str, seed: int = 0) -> Path:
+def make_causal(folder: Path, architecture: str, seed: int = 0, context: int = 128) -> Path:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(causal_config(architecture)).eval()
+    model = AutoModelForCausalLM.from_config(causal_config(architecture, context)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -215,7 +215,7 @@ def test_wrong_positions_are_refused(tiny: dict[str, Path], tmp_path: Path, monk
     original = OnnxDecoder.run
 
     def shifted(self, items):  # type: ignore[no-untyped-def]
-        return original(self, [replace(item, start=item.start + (len(item.tokens) == 1)) for item in items])
+        return original(self, [replace(item, start=item.start - (len(item.tokens) == 1)) for item in items])
 
     monkeypatch.setattr(OnnxDecoder, "run", shifted)
     spec = models_file.parse("llama", _table(tiny["llama"]))

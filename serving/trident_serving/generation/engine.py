@@ -214,13 +214,13 @@ class Engine:
         self._drop_cancelled_and_overdue()
         with self._changed:
             step = self._scheduler.schedule()
-        self._record_state()
         for sequence, placement in step.placed:
             self._place(sequence, placement)
         if step.prefill:
             self._prefill(step.prefill)
         if step.decode:
             self._decode(step.decode)
+        self._record_state()
 
     def _drop_cancelled_and_overdue(self) -> None:
         with self._changed:
