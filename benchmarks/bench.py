@@ -1,9 +1,7 @@
-"""`make bench`: Trident's server and Hugging Face transformers side by side, in one run on one machine.
+"""`make bench`: Trident's server beside its peers, in one run on one machine.
 
-The same prompts and texts, the same number of generated tokens; medians over interleaved rounds, so that a
-slow minute of the machine hits both. Hugging Face runs in this process with torch's default threads, one call
-at a time or as one padded batch; the server is called over gRPC with streaming, as clients do.
-Writes reports/bench.json and reports/bench.md.
+The same prompts and texts for all, medians over interleaved rounds, so that a slow minute of the machine hits
+everyone. Writes reports/bench.json, reports/bench.md and a plot, reports/bench.svg.
 """
 
 from __future__ import annotations
@@ -16,17 +14,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
+from benchmarks import generation
 from trident_client import Client
 from trident_export import fidelity, models_file, sources
 from trident_serving.launcher import local
 
-TOKENS = 48
-PROMPTS = [text[:200] for text in fidelity.texts()][:8]
 TEXTS = fidelity.texts()[:16]
 
 
@@ -37,16 +33,29 @@ def main() -> int:
     parser.add_argument("--models-file", type=Path, default=Path("models.toml"))
     parser.add_argument("--reports", type=Path, default=Path("reports"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("generation", "embeddings"), help="one part")
     options = parser.parse_args()
     options.reports.mkdir(exist_ok=True)
-    folders = {name: _folder(options.models_file, name) for name in ("smollm2", "minilm")}
+    folder = _folder(options.models_file, "minilm")
     with (
         local.running(options.repository, options.reports / "bench-server.log") as server,
         Client(server.grpc_url, timeout=600) as client,
     ):
-        peers = {**generation(client, folders["smollm2"]), **embeddings(client, folders["minilm"])}
-        figures = measure(peers, options.rounds)
-    table = as_table(figures)
+        texts = {} if options.only == "generation" else measure(embeddings(client, folder), options.rounds)
+        tokens = {}
+        if options.only != "embeddings":
+            tokens = generation.measure(
+                client,
+                options.models_file,
+                options.repository,
+                options.models_file.resolve().parent / ".cache",
+                options.rounds,
+            )
+    figures = {"embeddings": texts, "generation": tokens}
+    table = as_table(texts) if texts else ""
+    if tokens:
+        table = generation.as_table(tokens) + "\n" + table
+        generation.plot(tokens, options.reports / "bench.svg")
     (options.reports / "bench.json").write_text(json.dumps(figures, indent=2) + "\n")
     (options.reports / "bench.md").write_text(table)
     print(table)
@@ -55,36 +64,6 @@ def main() -> int:
 
 # What is measured: a name "group | peer", and a function that returns units of work done in one round.
 Peers = dict[str, Callable[[], int]]
-
-
-def generation(client: Client, folder: Path) -> Peers:
-    """Tokens generated for one prompt and for eight at once."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def hugging_face(prompts: list[str]) -> int:
-        batch = tokenizer(prompts, return_tensors="pt", padding=True)
-        lengths: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
-        out = model.generate(**batch, **lengths, do_sample=False, pad_token_id=2)
-        return int(out.shape[0]) * TOKENS
-
-    def trident(name: str, prompts: list[str]) -> int:
-        def one(prompt: str) -> int:
-            *_, last = client.stream(prompt, model=name, max_tokens=TOKENS, min_tokens=TOKENS)
-            return last.num_output_tokens
-
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return sum(pool.map(one, prompts))
-
-    peers: Peers = {}
-    for group, prompts in (
-        ("generation, 1 stream, tokens/s", PROMPTS[:1]),
-        ("generation, 8 streams, tokens/s", PROMPTS),
-    ):
-        peers[f"{group} | transformers fp32"] = lambda prompts=prompts: hugging_face(prompts)
-        peers[f"{group} | Trident fp32"] = lambda prompts=prompts: trident("smollm2_fp32", prompts)
-        peers[f"{group} | Trident int8"] = lambda prompts=prompts: trident("smollm2", prompts)
-    return peers
 
 
 def embeddings(client: Client, folder: Path) -> Peers:

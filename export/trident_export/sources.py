@@ -66,11 +66,16 @@ def _local(source: Source, base: Path) -> Path:
     return path
 
 
+def package_file(source: Source) -> Path:
+    """The file of a source that lies in an installed package."""
+    distribution = importlib.metadata.distribution(source.package.split("==")[0])
+    return Path(str(distribution.locate_file(source.path)))
+
+
 def _from_package(source: Source, progress: Progress) -> Path:
     name, version = source.package.split("==")
     try:
-        distribution = importlib.metadata.distribution(name)
-        installed = distribution.version
+        installed = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         installed = None
     if installed != version:
@@ -81,8 +86,7 @@ def _from_package(source: Source, progress: Progress) -> Path:
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             raise SourceError(f"package {source.package} can't be installed: {reason}")
-        distribution = importlib.metadata.distribution(name)
-    path = Path(str(distribution.locate_file(source.path)))
+    path = package_file(source)
     if not path.exists():
         raise SourceError(f"package {source.package} has no {source.path}")
     return path

@@ -1,0 +1,322 @@
+"""The generation part of `make bench`: throughput, latency and fidelity side by side, and what the engine's parts give.
+
+Throughput of decoding is that of the time in which every stream is running: from the last stream's first token to
+the first stream's end. Medians over interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.peers import (
+    Genai,
+    LlamaCpp,
+    Peer,
+    Times,
+    Transformers,
+    TridentEngine,
+    TridentServer,
+    genai_logits,
+    installed,
+    trident_logits,
+)
+from trident_client import Client
+from trident_export import fidelity, models_file, sources
+from trident_serving.tokenization import TextTokenizer
+
+MODEL = "smollm2"
+CONCURRENCY = (1, 4, 8, 16, 32)
+TOKENS = 48
+PREFILL_TOKENS = 512
+Figures = dict[str, Any]
+COPIES = 8  # of the texts, so that there are enough for all streams
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: rates in tokens a second, times in milliseconds."""
+
+    decode: float
+    first_token: float
+    gap_p50: float
+    gap_p99: float
+
+
+def summarize(times: Times) -> Measured:
+    """The figures of one run."""
+    begin, end = max(row[0] for row in times), min(row[-1] for row in times)
+    tokens = sum(begin < moment <= end for row in times for moment in row)
+    gaps = np.concatenate([np.diff(row) for row in times]) * 1e3
+    return Measured(
+        decode=tokens / (end - begin) if end > begin else 0.0,
+        first_token=1e3 * statistics.median(row[0] for row in times),
+        gap_p50=float(np.percentile(gaps, 50)),
+        gap_p99=float(np.percentile(gaps, 99)),
+    )
+
+
+def measure(client: Client, models: Path, repository: Path, cache: Path, rounds: int) -> Figures:
+    """Every peer at every concurrency, and the engine's parts."""
+    spec = models_file.select(models_file.load(models), MODEL)[0]
+    base = models.resolve().parent
+    source = sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr))
+    tokenizer = TextTokenizer.load(repository / MODEL / "1")
+    texts = [text[:240] for text in fidelity.texts() if len(text) > 200]
+    prompts = [tokenizer.encode(text) for text in texts]
+    prompts, texts = (prompts * COPIES)[: max(CONCURRENCY)], (texts * COPIES)[: max(CONCURRENCY)]
+    long = (tokenizer.encode("\n".join(fidelity.texts())) * 2)[:PREFILL_TOKENS]
+    known = {tuple(ids): text for ids, text in zip(prompts, texts, strict=True)}
+    known[tuple(long)] = tokenizer.decode(long)
+    peers, logits = make_peers(client, spec, source, repository, cache, known)
+    divergence = divergences(logits, peers, tokenizer)
+    runs: dict[str, dict[str, list[Measured]]] = {peer.name: {} for peer in peers}
+    prefill: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    for number in range(rounds + 1):  # the first one warms up
+        print(f"bench: generation, round {number} of {rounds}", file=sys.stderr)
+        for streams in CONCURRENCY:
+            for peer in peers:
+                found = summarize(peer.generate(prompts[:streams], TOKENS))
+                if number:
+                    runs[peer.name].setdefault(str(streams), []).append(found)
+        for peer in peers:
+            seconds = peer.generate([long], 2)[0][0]
+            if number:
+                prefill[peer.name].append(len(long) / seconds)
+    bandwidth = memory_bandwidth()
+    figures: Figures = {"bandwidth_bytes_per_second": bandwidth, "peers": {}}
+    for peer in peers:
+        size = bytes_of(peer.weights)
+        by_streams = {
+            streams: {key: statistics.median(getattr(run, key) for run in found) for key in asdict(found[0])}
+            for streams, found in runs[peer.name].items()
+        }
+        figures["peers"][peer.name] = {
+            "kl": divergence.get(peer.name),
+            "weights_bytes": size,
+            "prefill": statistics.median(prefill[peer.name]),
+            "bandwidth_share": by_streams["1"]["decode"] * size / bandwidth,
+            "streams": by_streams,
+        }
+    figures["parts"] = parts(client, rounds)
+    return figures
+
+
+def make_peers(
+    client: Client,
+    spec: models_file.ModelSpec,
+    source: Path,
+    repository: Path,
+    cache: Path,
+    texts: dict[tuple[int, ...], str],
+) -> tuple[list[Peer], dict[str, Callable[[Sequence[int]], NDArray[np.float32]]]]:
+    """The peers that are installed, and functions that give their logits."""
+    peers: list[Peer] = []
+    logits: dict[str, Callable[[Sequence[int]], NDArray[np.float32]]] = {}
+    for variant in spec.variants:
+        if variant == "fp32":
+            continue
+        model = spec.public_name(variant)
+        folder = repository / model / "1"
+        engine = TridentEngine(folder, variant)
+        server = TridentServer(client, model, variant, folder, texts)
+        peers += [server, engine]
+        logits[engine.name] = logits[server.name] = trident_logits(engine.decoder)
+    hugging_face = Transformers(source, pad=2)
+    peers.append(hugging_face)
+    logits[hugging_face.name] = lambda ids: hugging_face.model(torch.tensor([list(ids)])).logits[0].numpy()
+    if installed("onnxruntime_genai"):
+        folder = built_by_genai(source, cache)
+        genai = Genai(folder)
+        peers.append(genai)
+        logits[genai.name] = genai_logits(folder)
+    if installed("llama_cpp"):
+        file = sources.package_file(spec.source)
+        llama = LlamaCpp(file)
+        peers.append(llama)
+        logits[llama.name] = llama.logits
+    else:
+        print("bench: llama.cpp is left out; .venv/bin/pip install llama-cpp-python adds it", file=sys.stderr)
+    return peers, logits
+
+
+def built_by_genai(source: Path, cache: Path) -> Path:
+    """The int4 graph of onnxruntime-genai's model builder."""
+    folder = cache / "genai-int4"
+    if not (folder / "model.onnx").exists():
+        print("bench: building onnxruntime-genai's graph", file=sys.stderr)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(folder)]
+        command += ["-p", "int4", "-e", "cpu", "-c", str(cache / "genai")]
+        subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def divergences(
+    logits: dict[str, Callable[[Sequence[int]], NDArray[np.float32]]], peers: list[Peer], tokenizer: TextTokenizer
+) -> dict[str, float]:
+    """KL of each peer's next-token distributions against transformers in float32, in nats."""
+    samples = [tokenizer.encode(text)[:64] for text in fidelity.texts()][::2]
+    with torch.inference_mode():
+        reference = [logits["transformers fp32"](ids) for ids in samples]
+        return {
+            peer.name: fidelity.compare_logits(reference, [logits[peer.name](ids) for ids in samples])["kl"]
+            for peer in peers
+        }
+
+
+def parts(client: Client, rounds: int) -> Figures:
+    """What drafts and reuse of prefixes give, and how long running streams wait for a long prompt."""
+    article = "\n".join(text for text in fidelity.texts() if text.isascii())[:1500]
+    quote = [{"role": "user", "content": f"Repeat this text word for word:\n\n{article}"}]
+    story = "Write down everything that comes to your mind about rivers, trains and winter:"
+    system = "You are a careful assistant. " + article
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    def rate(prompt: Any, lookup: bool, number: int) -> float:
+        options: dict[str, Any] = {"max_tokens": 160, "min_tokens": 160, "prompt_lookup": lookup}
+        if isinstance(prompt, str):
+            prompt = f"{number} {prompt}"
+        stream = client.stream(prompt, model=MODEL, **options)
+        first = next(stream)
+        started, last = time.perf_counter(), first
+        for last in stream:  # noqa: B007
+            pass
+        return (last.num_output_tokens - first.num_output_tokens) / (time.perf_counter() - started)
+
+    def first_token(prompt: str) -> float:
+        started = time.perf_counter()
+        stream = client.stream(prompt, model=MODEL, max_tokens=2)
+        next(stream)
+        seconds = time.perf_counter() - started
+        stream.close()  # type: ignore[attr-defined]
+        return seconds
+
+    for number in range(rounds):
+        for name, prompt in (("quoting", quote), ("story", story)):
+            note(f"{name}, tokens/s without drafts", rate(prompt, False, number))
+            note(f"{name}, tokens/s with drafts", rate(prompt, True, number))
+        note("400-token beginning, new: first token, ms", 1e3 * first_token(f"{number} {system} What is a river?"))
+        note("the same, shared: first token, ms", 1e3 * first_token(f"{number} {system} Where do trains go?"))
+        alone, beside = gaps_beside_a_long_prompt(client, f"{number} {article}" * 4)
+        note("4 streams: longest gap, ms", alone)
+        note("4 streams beside a prompt of 1,800 tokens: longest gap, ms", beside)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def gaps_beside_a_long_prompt(client: Client, prompt: str) -> tuple[float, float]:
+    """The longest time between two responses of four streams, before and while a long prompt is run."""
+    moments: list[list[float]] = [[] for _ in range(4)]
+
+    def run(row: int) -> None:
+        for _ in client.stream(f"Count to a thousand, {row}:", model=MODEL, max_tokens=400, min_tokens=400):
+            moments[row].append(time.perf_counter())
+
+    threads = [threading.Thread(target=run, args=(row,)) for row in range(4)]
+    for thread in threads:
+        thread.start()
+    while not all(len(row) > 20 for row in moments):
+        time.sleep(0.01)
+    begin = time.perf_counter()
+    client.generate(prompt[:6800], model=MODEL, max_tokens=1)
+    end = time.perf_counter()
+    for thread in threads:
+        thread.join()
+
+    def longest(since: float, until: float) -> float:
+        return 1e3 * max(float(np.diff([m for m in row if since <= m <= until]).max()) for row in moments)
+
+    settled = max(row[10] for row in moments)
+    return longest(settled, begin), longest(begin, end)
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second that all cores read together."""
+    array = np.ones(50_000_000, np.float32)
+    halves = np.array_split(array, 2)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        threads = [threading.Thread(target=half.sum) for half in halves]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = min(best, time.perf_counter() - started)
+    return array.nbytes / best
+
+
+def bytes_of(weights: Path) -> int:
+    """The weights' size on disk."""
+    if weights.is_file():
+        return weights.stat().st_size
+    kinds = ("*.onnx", "*.data", "*.safetensors")
+    return sum(file.stat().st_size for kind in kinds for file in weights.glob(kind))
+
+
+def as_table(figures: Figures) -> str:
+    """The figures in Markdown; ratios are to llama.cpp, or to transformers where it is not installed."""
+    peers = figures["peers"]
+    base = next((name for name in peers if name.startswith("llama.cpp")), "transformers fp32")
+    lines = [
+        f"Ratios in brackets are to {base}. One prompt of {PREFILL_TOKENS} tokens; decoding of {TOKENS} tokens.",
+        "",
+    ]
+    heads = "".join(f" decode, {streams} streams |" for streams in CONCURRENCY)
+    lines += [f"| tokens/s | KL | weights MiB | bandwidth | prefill |{heads}"]
+    lines += ["|---|---:|---:|---:|---:|" + "---:|" * len(CONCURRENCY)]
+    for name, peer in peers.items():
+        cells = [f"{peer['kl']:.4f}", f"{peer['weights_bytes'] / 2**20:.0f}", f"{peer['bandwidth_share']:.0%}"]
+        cells.append(f"{peer['prefill']:.0f} ({peer['prefill'] / peers[base]['prefill']:.1f})")
+        for streams in map(str, CONCURRENCY):
+            rate, other = (peers[who]["streams"][streams]["decode"] for who in (name, base))
+            cells.append(f"{rate:.0f} ({rate / other:.2f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"| first token ms / gap p50 / gap p99 |{''.join(f' {s} streams |' for s in CONCURRENCY)}"]
+    lines += ["|---|" + "---:|" * len(CONCURRENCY)]
+    for name, peer in peers.items():
+        cells = [
+            f"{run['first_token']:.0f} / {run['gap_p50']:.0f} / {run['gap_p99']:.0f}"
+            for run in (peer["streams"][str(streams)] for streams in CONCURRENCY)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| parts of the engine, through the server | |", "|---|---:|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in figures["parts"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(figures: Figures, path: Path) -> None:
+    """Throughput of 16 streams against fidelity."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, peer in figures["peers"].items():
+        kl = max(peer["kl"], 1e-4)
+        axes.scatter(kl, peer["streams"]["16"]["decode"])
+        axes.annotate(
+            name, (kl, peer["streams"]["16"]["decode"]), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
+    axes.set_xscale("log")
+    axes.axvline(0.02, linewidth=0.8, linestyle="--", color="grey")
+    axes.set_xlabel("KL against float32, nats (float32 itself is drawn at 1e-4; the line is int8's gate)")
+    axes.set_ylabel("tokens/s, 16 streams")
+    axes.set_ylim(bottom=0)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
