@@ -199,6 +199,12 @@ def parse(name: str, table: object) -> ModelSpec:
     default = table.get("default_variant", variants[0])
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
+    limits = _limits(f"{where} limits", LIMITS[task], table["limits"])
+    if "fp16" in variants and getattr(limits, "device", "cpu") == "cpu":
+        raise ModelsFileError(
+            f'{where}: variant fp16 is for a GPU (text generation with limits.device = "cuda"): a CPU would compute '
+            "it in float32 and convert at every step"
+        )
     gates = table.get("gates", {})
     _check_keys(f"{where} gates", gates, variants)
     return ModelSpec(
@@ -207,7 +213,7 @@ def parse(name: str, table: object) -> ModelSpec:
         source=_source(f"{where} source", table["source"]),
         variants=variants,
         default_variant=default,
-        limits=_limits(f"{where} limits", LIMITS[task], table["limits"]),
+        limits=limits,
         on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
         gates=gates,
     )

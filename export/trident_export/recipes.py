@@ -43,16 +43,19 @@ class Recipe:
     Attributes:
         products: the matrix products that are quantized; those that nothing matches stay float32.
         size: the variant's bytes as a share of the float32 graph's, at most, for the check of the disk.
+        half: whether everything is float16 but for the inputs and outputs that are no cache.
     """
 
     products: tuple[Blocks, ...]
     size: float
+    half: bool = False
 
 
 _HEAD = Blocks("lm_head|embed_out", bits=8, size=32, symmetric=True)
 
 RECIPES = {
     "fp32": Recipe((), 1.0),
+    "fp16": Recipe((), 0.5, half=True),
     "int8": Recipe((_HEAD, Blocks("attn|attention", 8, 16, symmetric=False), Blocks("", 8, 32, symmetric=False)), 0.6),
     "int4": Recipe((_HEAD, Blocks("", 4, 32, symmetric=True)), 0.5),
 }
@@ -64,11 +67,22 @@ def apply(variant: str, graph: Path, target: Path) -> None:
     products = RECIPES[variant].products
     if products:
         model = quantize(model, products)
+    if RECIPES[variant].half:
+        model = to_half(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     data = target.with_name(target.name + ".data")
     onnx.save(model, str(target), save_as_external_data=True, location=data.name, size_threshold=1024)
     if data.exists():
         data.chmod(0o644)  # onnx makes it private to this user, and the server may be another
+
+
+def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in float16; logits and last hidden states stay float32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    kept = [output.name for output in model.graph.output if output.name in ("logits", "last_hidden_state")]
+    half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=kept, disable_shape_infer=True)
+    return half
 
 
 def quantize(model: onnx.ModelProto, products: tuple[Blocks, ...]) -> onnx.ModelProto:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from transformers import (
@@ -27,10 +28,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from trident_export import decoder_passes, rotary, shape_folding
+from trident_export import decoder_passes, recipes, rotary, shape_folding
 from trident_export.causal_graph import export_causal_graph
 from trident_serving.generation.batch import RowTokens
-from trident_serving.generation.decoder import OnnxDecoder
+from trident_serving.generation.decoder import DeviceMissing, OnnxDecoder
+from trident_serving.generation.service import DoesNotFit, GenerationSettings, plan_memory
 
 VOCABULARY = 128
 SHARED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -181,3 +183,57 @@ def test_a_rotation_of_another_kind_is_left_in_the_graph(
     with rotary.left_to_the_operator(model, 16, 64) as tables:
         assert tables is None
         assert module.apply_rotary_pos_emb is interleaved
+
+
+HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+@pytest.fixture(scope="module")
+def half(graphs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("half") / "model.onnx"
+    recipes.apply("fp16", graphs["llama"], path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA, reason="no GPU"))]
+)
+def test_half_precision(models: dict[str, Any], half: Path, device: str) -> None:
+    """The logits are up to 20, and float16 keeps 11 bits of every number on the way."""
+    decoder = OnnxDecoder(half, rows=3, context=48, longest_run=16, threads=1, device=device)
+    assert decoder.cache.dtype == np.float16
+    text = np.random.default_rng(1).integers(1, VOCABULARY, 20).tolist()
+    first = decoder.run([RowTokens(0, 0, text[:16], 16)]).copy()
+    rest = [decoder.run([RowTokens(0, start, text[start : start + 1])])[0].copy() for start in range(16, 20)]
+    with torch.inference_mode():
+        expected = models["llama"](torch.tensor([text])).logits[0].numpy()
+    np.testing.assert_allclose(np.concatenate([first, rest]), expected, atol=0.2)
+    assert first.dtype == np.float32
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this machine has the provider")
+def test_a_device_that_is_missing_is_named(half: Path) -> None:
+    with pytest.raises(DeviceMissing, match="device is 'cuda', but this onnxruntime .* install onnxruntime-gpu"):
+        OnnxDecoder(half, rows=2, context=32, longest_run=16, threads=1, device="cuda")
+
+
+def settings(**more: Any) -> GenerationSettings:
+    values: dict[str, Any] = {"context": 48, "slots": 4, "kv_cache_mib": 0, "prefill_chunk": 16, "max_waiting": 4}
+    values |= {"default_max_tokens": 8, "prefix_reuse": True, "prompt_lookup": True, "threads": 1, "device": "cpu"}
+    return GenerationSettings(**values | more)
+
+
+def test_memory_is_planned(graphs: dict[str, Path]) -> None:
+    decoder = OnnxDecoder(graphs["llama"], rows=4, context=48, longest_run=16, threads=1)
+    each = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, numbers, bytes
+    needs = plan_memory(settings(), decoder, weights=3 * 2**20, available=2**30)
+    assert (needs.bytes_per_token, needs.cache_tokens, needs.cache) == (each, 4 * 48, each * 4 * 48)
+    assert str(needs) == f"3 MiB of weights + 0 MiB of KV cache (192 tokens of {each} bytes) + 0 MiB of logits = 3 MiB"
+    long = OnnxDecoder(graphs["llama"], rows=64, context=32768, longest_run=16, threads=1)
+    wide = settings(slots=64, context=32768)
+    assert plan_memory(wide, long, 0, 2**31).cache == 2**30
+    assert plan_memory(settings(slots=64, context=32768, kv_cache_mib=32), long, 0, 2**31).cache_tokens == 65536
+    with pytest.raises(DoesNotFit, match=r"1024 MiB of KV cache .* the 512 MiB that are available: set kv_cache_mib"):
+        plan_memory(wide, long, 0, 2**29)
+    with pytest.raises(DoesNotFit, match="kv_cache_mib is 8, but one context of 32768 tokens takes 16 MiB"):
+        plan_memory(settings(slots=64, context=32768, kv_cache_mib=8), long, 0, 2**31)

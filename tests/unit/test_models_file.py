@@ -156,3 +156,26 @@ def test_pin_changes_nothing_where_an_id_can_not_be_had(tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         pin.pin(path, models_file.load(path), resolver)
     assert path.read_text() == PINNED
+
+
+def test_half_precision_is_for_a_gpu() -> None:
+    table = {"task": "text-generation", "source": {"path": "x"}, "variants": ["fp16"], "limits": {"device": "cuda"}}
+    assert models_file.parse("x", table).limits.device == "cuda"  # type: ignore[union-attr]
+    with pytest.raises(ModelsFileError, match=r"\[x\]: variant fp16 is for a GPU"):
+        models_file.parse("x", table | {"limits": {}})
+    with pytest.raises(ModelsFileError, match="device must be one of cpu, cuda, found 'tpu'"):
+        models_file.parse("x", table | {"limits": {"device": "tpu"}})
+
+
+def test_limits_of_the_engine() -> None:
+    table = {"task": "text-generation", "source": {"path": "x"}, "variants": ["fp32"]}
+    limits = models_file.parse("x", table | {"limits": {"kv_cache_mib": 0, "prompt_lookup": False}}).limits
+    assert (limits.kv_cache_mib, limits.prompt_lookup, limits.prefix_reuse) == (0, False, True)  # type: ignore[union-attr]
+    for bad, message in (
+        ({"kv_cache_mib": -1}, "kv_cache_mib must be an integer, 0 or more, found -1"),
+        ({"prefix_reuse": 1}, "prefix_reuse must be bool, found 1"),
+        ({"slots": 0}, "slots must be a positive integer, found 0"),
+        ({"context": 1}, "context must be at least 2"),
+    ):
+        with pytest.raises(ModelsFileError, match=message):
+            models_file.parse("x", table | {"limits": bad})

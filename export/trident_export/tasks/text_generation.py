@@ -7,6 +7,7 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -63,7 +64,13 @@ def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
     tokenizer = TextTokenizer.load(folders[spec.default_variant])
     samples = sample_ids(tokenizer, spec.limits.context, model.config.vocab_size)
     reference = reference_logits(model, samples)
-    return {variant: measure(folder, samples, reference) for variant, folder in folders.items()}
+    # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
+    device = spec.limits.device if _has(spec.limits.device) else "cpu"
+    return {variant: measure(folder, samples, reference, device) for variant, folder in folders.items()}
+
+
+def _has(device: str) -> bool:
+    return device == "cpu" or "CUDAExecutionProvider" in ort.get_available_providers()
 
 
 def load_model(source: Path) -> PreTrainedModel:
@@ -132,14 +139,18 @@ def reference_logits(model: PreTrainedModel, samples: list[list[int]]) -> list[N
         return [model(torch.tensor([ids])).logits[0].float().numpy() for ids in samples]
 
 
-def measure(folder: Path, samples: list[list[int]], reference: list[NDArray[np.float32]]) -> dict[str, float]:
+def measure(
+    folder: Path, samples: list[list[int]], reference: list[NDArray[np.float32]], device: str = "cpu"
+) -> dict[str, float]:
     """Compare the decoder in a version folder with Hugging Face; see `fidelity.compare_logits`.
 
     The texts run as they would be served, several at once: each in two chunks, then token by token, beside rows
     that are somewhere else. `batch_effect` is the largest difference of a logit from a text that runs alone and whole.
     """
     longest = max(len(ids) for ids in samples)
-    decoder = OnnxDecoder(folder / "model.onnx", rows=GATE_ROWS, context=longest, longest_run=longest, threads=0)
+    decoder = OnnxDecoder(
+        folder / "model.onnx", rows=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
+    )
     found: list[NDArray[np.float32]] = []
     for start in range(0, len(samples), GATE_ROWS):
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])

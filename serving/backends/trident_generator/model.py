@@ -15,7 +15,8 @@ class TritonPythonModel:
         settings = GenerationSettings.from_parameters(triton_adapter.parameters(config))
         name, version = args["model_name"], args["model_version"]
         unloading = triton_adapter.unloading(pb_utils, name, version)
-        self.service = GenerationService(triton_adapter.version_folder(args), settings, unloading)
+        device = int(args["model_instance_device_id"])
+        self.service = GenerationService(triton_adapter.version_folder(args), settings, unloading, device)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
         pb_utils.Logger.log_info(f"{name}: {settings.slots} slots of {settings.context} tokens; {self.service.memory}")
 

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from trident_serving.generation.batch import MIN_PLACES, PackedBatch, RowTokens, pack, split
-from trident_serving.generation.kv_cache import KVCache
+from trident_serving.generation.kv_cache import Cache, DeviceKVCache, KVCache
 
 _PAST = "past_key_values."
 Logits = NDArray[np.float32]
@@ -45,6 +45,34 @@ class Decoder(Protocol):
         ...
 
 
+class DeviceMissing(RuntimeError):
+    """The device that the configuration asks for is not there; the message says what is and what to install."""
+
+
+def open_session(path: Path, device: str, device_id: int, threads: int) -> ort.InferenceSession:
+    """A session on the CPU or on a GPU, never on another than the one that is asked for.
+
+    Raises:
+        DeviceMissing: this ONNX Runtime has no provider for it, or the provider found no GPU.
+    """
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    known = ort.get_available_providers()
+    if provider not in known:
+        raise DeviceMissing(
+            f"device is {device!r}, but this onnxruntime {ort.__version__} has {', '.join(known)} alone: install "
+            'onnxruntime-gpu in its place, or set device = "cpu" in models.toml'
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    chosen = (provider, {"device_id": device_id}) if device == "cuda" else provider
+    session = ort.InferenceSession(
+        str(path), options, providers=[chosen, "CPUExecutionProvider"][: 1 + (device != "cpu")]
+    )
+    if session.get_providers()[0] != provider:  # ONNX Runtime goes on without a provider that fails to start
+        raise DeviceMissing(f"device is {device!r}, but ONNX Runtime could not use it: is there a GPU, and its driver?")
+    return session
+
+
 class OnnxDecoder:
     """The decoder graph in an ONNX Runtime session, with its cache bound in place.
 
@@ -54,20 +82,35 @@ class OnnxDecoder:
         context: positions of a row that hold tokens.
         longest_run: tokens that one run appends to a row at most.
         threads: ONNX Runtime's intra-op threads; 0: as many as there are cores.
+        device: `cpu` or `cuda`; the cache lies there, and logits come from there for the wanted tokens alone.
+
+    Raises:
+        DeviceMissing: there is no such device here.
     """
 
-    can_copy = True
-
-    def __init__(self, path: Path, *, rows: int, context: int, longest_run: int, threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def __init__(
+        self,
+        path: Path,
+        *,
+        rows: int,
+        context: int,
+        longest_run: int,
+        threads: int,
+        device: str = "cpu",
+        device_id: int = 0,
+    ) -> None:
+        self._session = open_session(path, device, device_id, threads)
+        self._device_id = device_id
         inputs = {node.name: node for node in self._session.get_inputs()}
+        past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
+        shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
+        dtype = np.float16 if any(node.type == "tensor(float16)" for node in past.values()) else np.float32
         # The operator wants room for the padding of rows that share a run with longer ones.
-        self.cache = KVCache(
-            {name: (int(node.shape[1]), int(node.shape[3])) for name, node in inputs.items() if name.startswith(_PAST)},
-            rows,
-            context + max(longest_run, MIN_PLACES),
+        capacity = context + max(longest_run, MIN_PLACES)
+        self.cache: Cache = (
+            KVCache(shapes, rows, capacity, dtype)
+            if device == "cpu"
+            else DeviceKVCache(shapes, rows, capacity, dtype, device_id)
         )
         self.context = context
         # An architecture with rotary embeddings may leave `position_ids` unused, one without needs it.
@@ -76,6 +119,11 @@ class OnnxDecoder:
         self.vocabulary_size = int(logits.shape[2])
         self._logits = np.empty((rows, self.vocabulary_size), np.float32)
         self._bindings: dict[tuple[int, int], Any] = {}
+
+    @property
+    def can_copy(self) -> bool:
+        """See `Decoder.can_copy`."""
+        return self.cache.can_copy
 
     def run(self, items: Sequence[RowTokens]) -> Logits:
         """See `Decoder.run`."""
@@ -120,10 +168,11 @@ class OnnxDecoder:
         binding = self._bindings.get((first_row, rows))
         if binding is None:
             binding = self._session.io_binding()
-            for name, buffer in self.cache.buffers.items():
-                view = buffer[first_row : first_row + rows]
-                _bind(binding.bind_input, name, view)
-                _bind(binding.bind_output, name.replace(_PAST, "present."), view)
+            for name in self.cache.names:
+                shape, address = self.cache.window(name, first_row, rows)
+                place = (self.cache.device, self._device_id, self.cache.dtype.type, shape, address)
+                binding.bind_input(name, *place)
+                binding.bind_output(name.replace(_PAST, "present."), *place)
             self._bindings[first_row, rows] = binding
         return binding
 

@@ -9,16 +9,48 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
 
 PAGE = mmap.PAGESIZE
 
 
+class Cache(Protocol):
+    """What the decoder binds, and what the engine does to rows."""
+
+    can_copy: bool
+    device: str
+    capacity: int
+    dtype: np.dtype[Any]
+
+    @property
+    def names(self) -> list[str]:
+        """The graph's inputs."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one position of one row, in all tensors."""
+        ...
+
+    def window(self, name: str, first_row: int, rows: int) -> tuple[tuple[int, ...], int]:
+        """Shape and address of a tensor's rows."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of row `target` become those of row `source`."""
+        ...
+
+    def release(self, row: int, start: int = 0) -> None:
+        """The row's positions from `start` on are not needed any more."""
+        ...
+
+
 class KVCache:
-    """Buffers [rows, kv_heads, capacity, head_dim] by the name of the graph's input.
+    """In this machine's memory: buffers [rows, kv_heads, capacity, head_dim] by the name of the graph's input.
 
     Args:
         shapes: key-value heads and numbers per head of each tensor.
@@ -27,11 +59,14 @@ class KVCache:
         dtype: of the tensors, float32 or float16.
     """
 
+    can_copy = True
+    device = "cpu"
+
     def __init__(
         self, shapes: Mapping[str, tuple[int, int]], rows: int, capacity: int, dtype: DTypeLike = np.float32
     ) -> None:
-        self.rows = rows
         self.capacity = capacity
+        self.dtype = np.dtype(dtype)
         self._maps: dict[str, mmap.mmap] = {}
         self.buffers: dict[str, NDArray[Any]] = {}
         for name, (kv_heads, head_dim) in shapes.items():
@@ -43,12 +78,22 @@ class KVCache:
             self.buffers[name] = np.frombuffer(memory, dtype).reshape(shape)
 
     @property
+    def names(self) -> list[str]:
+        """See `Cache.names`."""
+        return list(self.buffers)
+
+    def window(self, name: str, first_row: int, rows: int) -> tuple[tuple[int, ...], int]:
+        """See `Cache.window`."""
+        view = self.buffers[name][first_row : first_row + rows]
+        return view.shape, view.ctypes.data
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes of one position of one row, in all tensors."""
+        """See `Cache.bytes_per_token`."""
         return sum(buffer[0, :, 0].nbytes for buffer in self.buffers.values())
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` positions of row `target` become those of row `source`."""
+        """See `Cache.copy`."""
         for buffer in self.buffers.values():
             buffer[target, :, :length] = buffer[source, :, :length]
 
@@ -64,3 +109,51 @@ class KVCache:
                 size = (first + length) // PAGE * PAGE - aligned
                 if size > 0:
                     self._maps[name].madvise(mmap.MADV_DONTNEED, aligned, size)
+
+
+class DeviceKVCache:
+    """On a GPU, taken as a whole when it is made; rows can't be copied there, so prefixes are reused in place.
+
+    Args:
+        device_id: which GPU.
+    """
+
+    can_copy = False
+    device = "cuda"
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], rows: int, capacity: int, dtype: DTypeLike, device_id: int = 0
+    ) -> None:
+        self.capacity = capacity
+        self.dtype = np.dtype(dtype)
+        self._values = {
+            name: ort.OrtValue.ortvalue_from_shape_and_type(
+                [rows, kv_heads, capacity, head_dim], dtype, self.device, device_id
+            )
+            for name, (kv_heads, head_dim) in shapes.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """See `Cache.names`."""
+        return list(self._values)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """See `Cache.bytes_per_token`."""
+        numbers: int = sum(shape[1] * shape[3] for shape in (value.shape() for value in self._values.values()))
+        return numbers * self.dtype.itemsize
+
+    def window(self, name: str, first_row: int, rows: int) -> tuple[tuple[int, ...], int]:
+        """See `Cache.window`."""
+        value = self._values[name]
+        shape = value.shape()
+        row_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
+        return (rows, *shape[1:]), value.data_ptr() + first_row * row_bytes
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Not possible; the engine does not ask for it where `can_copy` is false."""
+        raise NotImplementedError
+
+    def release(self, row: int, start: int = 0) -> None:
+        """Nothing to do: the memory was taken as a whole."""

@@ -127,6 +127,8 @@ def plan_memory(settings: GenerationSettings, decoder: OnnxDecoder, weights: int
             f"{settings.context * each / MEBIBYTE:.0f} MiB: raise kv_cache_mib or lower context"
         )
     needs = MemoryNeeds(weights, tokens, each, settings.slots * decoder.vocabulary_size * 4)
+    if decoder.cache.device != "cpu":
+        return needs  # a GPU's cache is taken when it is made, and fails there
     if needs.cache + needs.logits > available:
         raise DoesNotFit(
             f"{needs}, of which all but the weights must fit into the {available / MEBIBYTE:.0f} MiB that are "
@@ -172,13 +174,18 @@ class GenerationService:
     Args:
         folder: the model's artefacts.
         unloading: asked while requests run; once it says yes, they fail.
+        device_id: which GPU, where the device is one.
 
     Raises:
         DoesNotFit: the settings take more memory than there is.
     """
 
     def __init__(
-        self, folder: Path, settings: GenerationSettings, unloading: Callable[[], bool] = lambda: False
+        self,
+        folder: Path,
+        settings: GenerationSettings,
+        unloading: Callable[[], bool] = lambda: False,
+        device_id: int = 0,
     ) -> None:
         tokenizer = TextTokenizer.load(folder)
         self._tokenizer = tokenizer
@@ -196,6 +203,8 @@ class GenerationService:
             context=settings.context,
             longest_run=max(settings.prefill_chunk, MAX_DRAFT + 1),
             threads=settings.threads,
+            device=settings.device,
+            device_id=device_id,
         )
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
         self.memory = plan_memory(settings, decoder, weights, memory.available_bytes())
