@@ -55,7 +55,8 @@ format: $(SETUP) ## format the code
 quality: $(SETUP) ## what each variant gets wrong -> reports/quality.json
 	@$(BIN)/python -m trident_export quality --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
-bench: $(SETUP) ## side by side with Hugging Face in one run -> reports/bench.md
+bench: $(SETUP) ## side by side with its peers in one run -> reports/bench.md
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@$(BIN)/python -m benchmarks.bench --repository $(REPOSITORY)
 
 load: $(SETUP) ## perf_analyzer against minilm and smollm2 -> reports/load.md

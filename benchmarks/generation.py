@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -106,7 +107,7 @@ def measure(client: Client, models: Path, repository: Path, cache: Path, rounds:
             "kl": divergence.get(peer.name),
             "weights_bytes": size,
             "prefill": statistics.median(prefill[peer.name]),
-            "bandwidth_share": by_streams["1"]["decode"] * size / bandwidth,
+            "bandwidth_share": by_streams["1"]["decode"] * bytes_read(peer.weights) / bandwidth,
             "streams": by_streams,
         }
     figures["parts"] = parts(client, rounds)
@@ -265,6 +266,17 @@ def bytes_of(weights: Path) -> int:
         return weights.stat().st_size
     kinds = ("*.onnx", "*.data", "*.safetensors")
     return sum(file.stat().st_size for kind in kinds for file in weights.glob(kind))
+
+
+def bytes_read(weights: Path) -> int:
+    """Of them, what a token reads: all but a table of embeddings beside the head, of which it takes one row."""
+    size = bytes_of(weights)
+    if not (weights / "model.onnx").exists():
+        return size
+    graph = onnx.load(str(weights / "model.onnx"), load_external_data=False).graph
+    lookup = next(node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids")
+    table = next(tensor for tensor in graph.initializer if tensor.name == lookup.input[0])
+    return size - int(np.prod(table.dims)) * 4
 
 
 def as_table(figures: Figures) -> str:

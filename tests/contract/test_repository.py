@@ -78,12 +78,14 @@ def test_decoder_graphs_have_the_engines_inputs(default_repository: Path, name: 
     session = ort.InferenceSession(str(default_repository / name / "1/model.onnx"))
     inputs = {node.name: node for node in session.get_inputs()}
     past = [input_name for input_name in inputs if input_name.startswith("past_key_values.")]
-    assert set(inputs) - set(past) == {
+    assert set(inputs) - set(past) == {  # no position_ids: the attention operator rotates by itself
         "input_ids",
-        "position_ids",
+        "attention_tokens",
+        "attention_places",
+        "query_seqlens",
         "seqlens_k",
         "total_sequence_length",
-        "logits_positions",
+        "logits_tokens",
     }
     assert len(past) == 60
     outputs = {node.name: node for node in session.get_outputs()}

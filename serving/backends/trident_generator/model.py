@@ -1,5 +1,7 @@
 """Text generation with continuous batching: text in, text out. See `trident_serving.generation`."""
 
+import sys
+
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -18,7 +20,12 @@ class TritonPythonModel:
         device = int(args["model_instance_device_id"])
         self.service = GenerationService(triton_adapter.version_folder(args), settings, unloading, device)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
-        pb_utils.Logger.log_info(f"{name}: {settings.slots} slots of {settings.context} tokens; {self.service.memory}")
+        # Not through Triton's logger, whose level hides it: this is how one sees what limits cost.
+        print(
+            f"trident: {name}: {settings.slots} slots of {settings.context} tokens; {self.service.memory}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def execute(self, requests):
         for request in requests:
