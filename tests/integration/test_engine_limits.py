@@ -238,6 +238,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     server.stop()
 
 
+def test_the_memory_is_summed_up_at_load(tiny: LocalServer) -> None:
+    cache = r"8 MiB of KV cache \(16384 tokens of 512 bytes\)"
+    expected = rf"trident: llama: 4 slots of 4096 tokens; \d+ MiB of weights \+ {cache}"
+    assert re.search(expected, tiny.log.read_text())
+
+
 def stub_process(server: LocalServer) -> int:
     """The process of the first model's backend."""
     for entry in Path("/proc").iterdir():

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests import tiny_models
+from trident_export import fidelity
 from trident_serving.errors import Overloaded
 from trident_serving.generation.detokenizer import Detokenizer
 from trident_serving.generation.engine import FinishReason
@@ -43,6 +44,27 @@ def sentencepiece_like() -> TextTokenizer:
 SENTENCEPIECE = sentencepiece_like()
 
 
+def unigram() -> TextTokenizer:
+    """SentencePiece's other model, as T5 and XLM-R have it, trained on the gate's texts."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator([*fidelity.texts(), *SCRIPTS], trainer)
+    return TextTokenizer(tokenizer)
+
+
+SCRIPTS = [
+    "😀🚀 👩‍👩‍👧‍👦 🇫🇷",
+    "中文，日本語、한국어",
+    "مرحبا بالعالم العربي",
+    "e\u0301a\u0308 n\u0303 ก็",
+    "def f(x):\n\treturn {'a': x[0] ** 2}  # …\n",
+]
+TOKENIZERS = {"byte-level BPE": BYTE_LEVEL, "SentencePiece BPE": SENTENCEPIECE, "SentencePiece Unigram": unigram()}
+TEXTS = st.lists(st.one_of(st.sampled_from(SCRIPTS), st.text(max_size=12)), max_size=5).map(" ".join)
+
+
 def streamed(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[str]:
     detokenizer = Detokenizer(tokenizer)
     return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
@@ -63,6 +85,41 @@ def test_characters_are_never_cut(text: str) -> None:
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces)
     assert len(BYTE_LEVEL.encode(text)) > 1
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(
+    text=TEXTS,
+    words=st.lists(st.sampled_from(["中", "b", "العا", "\u0308 n", "return", "🚀 "]), max_size=2),
+    data=st.data(),
+)
+def test_chunks_joined_equal_the_answer_in_one_piece(
+    name: str, text: str, words: list[str], data: st.DataObject
+) -> None:
+    """Whenever the sender comes by, streams have the text of the unary answer, and never part of a stop word."""
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(text)
+    answers = []
+    for streaming in (False, True):
+        channel = Collected()
+        request = GenerationRequest("p", (1,), SamplingParams(max_tokens=9), stop_words=tuple(words), stream=streaming)
+        stream = TextStream(request, tokenizer, frozenset([-1]), channel, lambda _: None)
+        for token in ids:
+            if stream.accept(token, None):
+                break
+            if streaming and data.draw(st.booleans()):
+                stream.send_pending()
+        stream.finish(FinishReason.LENGTH)
+        assert stream.send_pending()
+        answers.append(("".join(chunk.text for chunk in channel.chunks), channel.chunks[-1].finish_reason))
+    assert answers[0] == answers[1]
+    whole = tokenizer.decode(ids)
+    if not any(word in whole for word in words):
+        # That decoder spoils the whole run of bytes around an invalid one, seen in one piece.
+        assert answers[0] == (whole, FinishReason.LENGTH) or "\ufffd" in whole
+    else:
+        assert whole.startswith(answers[0][0])
+        assert not any(word in answers[0][0] for word in words)
 
 
 @given(st.lists(st.integers(0, tiny_models.VOCABULARY - 1), max_size=40))
