@@ -179,18 +179,20 @@ def divergences(
 def parts(client: Client, rounds: int) -> Figures:
     """What drafts and reuse of prefixes give, and how long running streams wait for a long prompt."""
     article = "\n".join(text for text in fidelity.texts() if text.isascii())[:1500]
-    quote = [{"role": "user", "content": f"Repeat this text word for word:\n\n{article}"}]
-    story = "Write down everything that comes to your mind about rivers, trains and winter:"
+    tasks: dict[str, tuple[Any, dict[str, Any]]] = {
+        "quoting": (f"{article}\n\nThe same text once more:\n\n{article[:120]}", {}),
+        "summarizing": ([{"role": "user", "content": f"Summarize this text:\n\n{article}"}], {}),
+        # The penalty keeps a small model from repeating itself, so that drafts have nothing to find.
+        "new words": ("Write about rivers, trains and winter:", {"repetition_penalty": 1.5}),
+    }
     system = "You are a careful assistant. " + article
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
-    def rate(prompt: Any, lookup: bool, number: int) -> float:
-        options: dict[str, Any] = {"max_tokens": 160, "min_tokens": 160, "prompt_lookup": lookup}
-        if isinstance(prompt, str):
-            prompt = f"{number} {prompt}"
+    def rate(prompt: Any, options: dict[str, Any], lookup: bool) -> float:
+        options = {"max_tokens": 160, "min_tokens": 160, "prompt_lookup": lookup} | options
         stream = client.stream(prompt, model=MODEL, **options)
         first = next(stream)
         started, last = time.perf_counter(), first
@@ -207,9 +209,9 @@ def parts(client: Client, rounds: int) -> Figures:
         return seconds
 
     for number in range(rounds):
-        for name, prompt in (("quoting", quote), ("story", story)):
-            note(f"{name}, tokens/s without drafts", rate(prompt, False, number))
-            note(f"{name}, tokens/s with drafts", rate(prompt, True, number))
+        for name, (prompt, options) in tasks.items():
+            note(f"{name}, tokens/s without drafts", rate(prompt, options, lookup=False))
+            note(f"{name}, tokens/s with drafts", rate(prompt, options, lookup=True))
         note("400-token beginning, new: first token, ms", 1e3 * first_token(f"{number} {system} What is a river?"))
         note("the same, shared: first token, ms", 1e3 * first_token(f"{number} {system} Where do trains go?"))
         alone, beside = gaps_beside_a_long_prompt(client, f"{number} {article}" * 4)

@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -27,6 +28,37 @@ def neighbour(client: Client) -> Iterator[None]:
     yield
     text += "".join(chunk.text for chunk in stream)
     assert text == alone
+
+
+def test_bad_requests_beside_32_streams(client: Client) -> None:
+    """All slots are busy; what is wrong is refused at once, and nobody's answer changes."""
+    prompts = [f"{number}. The capital of" for number in range(32)]
+    alone = [client.generate(prompt, max_tokens=30).text for prompt in prompts]
+    bad: list[tuple[str, dict[str, Any]]] = [
+        ("", {}),
+        ("word " * 2100, {}),
+        ("x" * 2**20, {}),
+        ("Hello", {"max_tokens": 0}),
+        ("Hello", {"temperature": float("nan")}),
+        ("Hello", {"top_p": 2.0}),
+        ("Hello", {"stop_words": ["x"] * 33}),
+    ]
+
+    def refused(prompt: str, options: dict[str, Any]) -> str:
+        with pytest.raises(InvalidRequestError) as error:
+            client.generate(prompt, **options)
+        return str(error.value)
+
+    with ThreadPoolExecutor(48) as pool:
+        streams = [
+            pool.submit(lambda p: "".join(chunk.text for chunk in client.stream(p, max_tokens=30)), prompt)
+            for prompt in prompts
+        ]
+        messages = list(pool.map(lambda case: refused(*case), bad * 4))
+        assert [stream.result() for stream in streams] == alone
+    assert all(
+        "must" in message or "empty" in message or "limit" in message or "context" in message for message in messages
+    )
 
 
 def raw_stream(server: LocalServer, request: pb.ModelInferRequest) -> str:
