@@ -64,6 +64,8 @@ def open_session(path: Path, device: str, device_id: int, threads: int) -> ort.I
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads spin while a run lasts, and leave the cores to the sender and the server between two runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     chosen = (provider, {"device_id": device_id}) if device == "cuda" else provider
     session = ort.InferenceSession(
         str(path), options, providers=[chosen, "CPUExecutionProvider"][: 1 + (device != "cpu")]

@@ -23,13 +23,13 @@ WATCH_SECONDS = 0.05
 
 
 def pace(streams: int) -> float:
-    """Seconds between two responses of a stream, of so many: about 70 a second for one, fewer each for many."""
-    return max(0.014, 0.005 * streams)
+    """Seconds between two responses of a stream, of so many: 50 a second for one, fewer each for many."""
+    return max(0.02, 0.005 * streams)
 
 
 def poll_interval(streams: int) -> float:
     """Seconds between two questions for cancellations, about two steps of the engine with so many streams."""
-    return min(max(0.005, 0.003 * streams), 0.04)
+    return min(max(0.01, 0.003 * streams), 0.04)
 
 
 class Outbox:

@@ -91,7 +91,7 @@ class TextStream:
             if log_probs is not None:
                 self._log_probs.append(log_probs)
             ready = self._streaming and bool(self._text) and not stopped
-        if ready:
+        if ready and not self.paced:  # the sender comes by anyway
             self._notify(self)
         return stopped
 
