@@ -30,14 +30,15 @@ from onnxruntime.transformers.fusion_simplified_layernorm import (
 )
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from trident_export.shape_folding import infer_types
+from trident_export.shape_folding import fold_shapes, infer_types
 
 _QUERY_SEQLENS = 16  # position among the attention operator's inputs
 
 
 def optimize_file(path: Path) -> None:
-    """All passes on the graph of a file, which may have its weights beside it."""
+    """Constant shapes and all passes on the graph of a file, which may have its weights beside it."""
     model = onnx.load(str(path))
+    fold_shapes(model)
     optimize(model)
     data = path.with_name(path.name + ".optimized.data")
     large = model.ByteSize() > 2**31 - 2**20

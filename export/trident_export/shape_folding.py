@@ -9,7 +9,6 @@ Operator reference: ONNX, Reshape (allowzero=0).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,6 @@ from onnx import helper, numpy_helper, shape_inference
 
 KEPT = 2  # batch and sequence
 SMALL = 1024  # bytes of a constant that may be part of a shape
-
-
-def fold_file(path: Path) -> None:
-    """Both passes on the graph of a file, which may have its weights beside it."""
-    model = onnx.load(str(path))
-    fold_shapes(model)
-    data = path.with_name(path.name + ".folded.data")
-    large = model.ByteSize() > 2**31 - 2**20
-    onnx.save(model, str(path), save_as_external_data=large, location=data.name)
 
 
 def fold_shapes(model: onnx.ModelProto) -> int:

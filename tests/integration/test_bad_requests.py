@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
+from tests.conftest import post
 from trident_client import Client, InvalidRequestError, NotFoundError, _wire
 from trident_serving.launcher.local import LocalServer
 
@@ -66,14 +64,6 @@ def raw_stream(server: LocalServer, request: pb.ModelInferRequest) -> str:
     with grpc.insecure_channel(server.grpc_url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         return "".join(response.error_message for response in stub.ModelStreamInfer(iter([request]), timeout=60))
-
-
-def post(url: str, body: dict[str, Any]) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
 
 
 @pytest.mark.usefixtures("neighbour")

@@ -28,7 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from trident_export import decoder_passes, recipes, rotary, shape_folding
+from trident_export import decoder_passes, recipes, rotary
 from trident_export.causal_graph import export_causal_graph
 from trident_serving.generation.batch import RowTokens
 from trident_serving.generation.decoder import DeviceMissing, OnnxDecoder
@@ -103,7 +103,6 @@ def graphs(models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     for name, model in models.items():
         paths[name] = tmp_path_factory.mktemp("graph") / "model.onnx"
         export_causal_graph(model, paths[name], positions=64)
-        shape_folding.fold_file(paths[name])
         decoder_passes.optimize_file(paths[name])
     return paths
 

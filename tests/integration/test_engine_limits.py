@@ -19,7 +19,7 @@ import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 from tests import tiny_models
-from tests.conftest import run_export
+from tests.conftest import post, run_export
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, _wire
 from trident_export import fidelity
 from trident_serving.launcher import local
@@ -46,14 +46,6 @@ def eventually(check: Callable[[], bool], seconds: float = 10.0) -> None:
     while not check():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.05)
-
-
-def post(url: str, body: dict[str, object]) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
 
 
 def test_answers_in_random_company_equal_those_alone(client: Client) -> None:

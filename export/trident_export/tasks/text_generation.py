@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from trident_export import decoder_passes, disk, fidelity, recipes, shape_folding
+from trident_export import decoder_passes, disk, fidelity, recipes
 from trident_export.causal_graph import export_causal_graph
 from trident_export.models_file import GenerationLimits, ModelSpec
 from trident_export.tasks import Job, Measures
@@ -45,7 +45,6 @@ def build(job: Job) -> None:
     assert isinstance(spec.limits, GenerationLimits)
     # A row of the cache has room for the padding of the longest run behind its context.
     export_causal_graph(model, graph, spec.limits.context + max(spec.limits.prefill_chunk, MAX_DRAFT + 1))
-    shape_folding.fold_file(graph)
     decoder_passes.optimize_file(graph)
     for variant in spec.variants:
         job.progress(f"writing {variant}")
