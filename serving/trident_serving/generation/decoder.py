@@ -66,10 +66,10 @@ def open_session(path: Path, device: str, device_id: int, threads: int) -> ort.I
     options.intra_op_num_threads = threads
     # Threads spin while a run lasts, and leave the cores to the sender and the server between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    chosen = (provider, {"device_id": device_id}) if device == "cuda" else provider
-    session = ort.InferenceSession(
-        str(path), options, providers=[chosen, "CPUExecutionProvider"][: 1 + (device != "cpu")]
-    )
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        providers.insert(0, (provider, {"device_id": device_id}))
+    session = ort.InferenceSession(str(path), options, providers=providers)
     if session.get_providers()[0] != provider:  # ONNX Runtime goes on without a provider that fails to start
         raise DeviceMissing(f"device is {device!r}, but ONNX Runtime could not use it: is there a GPU, and its driver?")
     return session
@@ -161,7 +161,6 @@ class OnnxDecoder:
         total = np.array(self.cache.capacity, np.int32)  # an upper bound is all that the operator wants
         for name in self._inputs:
             _bind(binding.bind_input, name, total if name == "total_sequence_length" else getattr(batch, name))
-        # Without logits nothing would be computed for a chunk inside a prompt but its keys and values.
         _bind(binding.bind_output, "logits", logits.reshape(1, *logits.shape))
         self._session.run_with_iobinding(binding)
 

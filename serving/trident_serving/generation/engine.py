@@ -174,8 +174,7 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
 
     def _new_scheduler(self) -> Scheduler[_Running]:
         settings = self._settings
