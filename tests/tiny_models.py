@@ -5,16 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    BertTokenizerFast,
+    DebertaV2TokenizerFast,
+    DistilBertTokenizerFast,
     GPT2Config,
     LlamaConfig,
+    MPNetTokenizerFast,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    RobertaTokenizerFast,
+    XLMRobertaTokenizerFast,
 )
 
 from trident_export import fidelity
@@ -97,6 +104,127 @@ def make_encoder(folder: Path, source_tokenizer: Path, seed: int = 0) -> Path:
         max_position_embeddings=64,
     )
     AutoModel.from_config(config).eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def wordpiece_tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
+    """A trained WordPiece vocabulary in the real tokenizer class of a family."""
+    names = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]", "mask": "[MASK]"}
+    if kind == "mpnet":
+        names |= {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
+    trained = Tokenizer(models.WordPiece(unk_token=names["unk"]))
+    trained.normalizer = normalizers.BertNormalizer(lowercase=True)
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [names[role] for role in ("pad", "unk", "cls", "sep", "mask")]
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    trained.train_from_iterator(fidelity.texts(), trainer)
+    if kind == "mpnet":
+        return MPNetTokenizerFast(tokenizer_object=_with_pairs(trained, names["cls"], names["sep"]), unk_token="[UNK]")
+    wrapped = _with_pairs(trained, names["cls"], names["sep"])
+    return (DistilBertTokenizerFast if kind == "distilbert" else BertTokenizerFast)(tokenizer_object=wrapped)
+
+
+def _with_pairs(tokenizer: Tokenizer, cls: str, sep: str) -> Tokenizer:
+    ids = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1", special_tokens=ids
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def roberta_tokenizer(kind: str = "roberta") -> PreTrainedTokenizerFast:
+    """A trained byte-level vocabulary; ModernBERT's tokenizer is one with BERT's special tokens."""
+    bert = kind == "modernbert"
+    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"] if bert else ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator(fidelity.texts(), trainer)
+    cls, pad, sep, unk, mask = special
+    roles = {"cls_token": cls, "pad_token": pad, "sep_token": sep, "unk_token": unk, "mask_token": mask}
+    if bert:
+        trained.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}", special_tokens=[(cls, 0), (sep, 2)]
+        )
+        names = ["input_ids", "attention_mask"]
+        return PreTrainedTokenizerFast(tokenizer_object=trained, model_input_names=names, **roles)
+    trained.post_processor = processors.RobertaProcessing((sep, 2), (cls, 0), add_prefix_space=False)
+    return RobertaTokenizerFast(tokenizer_object=trained, bos_token=cls, eos_token=sep, **roles)
+
+
+def unigram_tokenizer(kind: str, extra: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """A trained SentencePiece Unigram vocabulary, as XLM-R's, DeBERTa-v2's and T5's are."""
+    special = {
+        "xlm-roberta": ["<s>", "<pad>", "</s>", "<unk>"],
+        "deberta-v2": ["[PAD]", "[CLS]", "[SEP]", "[UNK]"],
+    }[kind] + (extra or [])
+    unk = "[UNK]" if kind == "deberta-v2" else "<unk>"
+    trained = Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.NFKC()
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=VOCABULARY, special_tokens=special, unk_token=unk, show_progress=False)
+    trained.train_from_iterator(fidelity.texts(), trainer)
+    mask = "[MASK]" if kind == "deberta-v2" else "<mask>"
+    trained.add_special_tokens([mask])
+    if kind == "deberta-v2":
+        return DebertaV2TokenizerFast(tokenizer_object=_with_pairs(trained, "[CLS]", "[SEP]"))
+    trained.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return XLMRobertaTokenizerFast(tokenizer_object=trained)
+
+
+_TOKENIZERS = {
+    "bert": wordpiece_tokenizer,
+    "distilbert": wordpiece_tokenizer,
+    "mpnet": wordpiece_tokenizer,
+    "roberta": roberta_tokenizer,
+    "modernbert": roberta_tokenizer,
+    "xlm-roberta": unigram_tokenizer,
+    "deberta-v2": unigram_tokenizer,
+}
+
+
+def make_reader(folder: Path, family: str, head: type, seed: int = 0, positions: int = 130, **config: object) -> Path:
+    """An encoder of a family with random weights that make clear decisions, and a tokenizer of its class.
+
+    Args:
+        head: one of transformers' Auto classes.
+        config: more of its configuration, such as labels.
+    """
+    tokenizer = _TOKENIZERS[family](family)
+    sizes: dict[str, object] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": positions,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if family == "distilbert":
+        sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "max_position_embeddings": positions}
+    if family == "deberta-v2":  # as the published ones
+        sizes |= {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 16,
+            "share_att_key": True,
+        }
+        sizes |= {"norm_rel_ebd": "layer_norm", "position_biased_input": False, "max_relative_positions": -1}
+    torch.manual_seed(seed)
+    model = head.from_config(AutoConfig.for_model(family, vocab_size=len(tokenizer), **sizes, **config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

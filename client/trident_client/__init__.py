@@ -16,19 +16,35 @@ from trident_client._errors import (
     TridentError,
     UnavailableError,
 )
-from trident_client._types import Generation, GenerationChunk, Health, Message, ModelStatus
+from trident_client._types import (
+    Answer,
+    Entity,
+    Filling,
+    Generation,
+    GenerationChunk,
+    Health,
+    Label,
+    Message,
+    ModelStatus,
+    Ranked,
+)
 
 __all__ = [
+    "Answer",
     "CancelledError",
     "Client",
     "DeadlineExceededError",
+    "Entity",
+    "Filling",
     "Generation",
     "GenerationChunk",
     "Health",
     "InvalidRequestError",
+    "Label",
     "Message",
     "ModelStatus",
     "NotFoundError",
+    "Ranked",
     "ServerError",
     "TridentError",
     "UnavailableError",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import grpc
 import numpy as np
@@ -21,7 +21,20 @@ from trident_client._errors import (
     from_named_code,
     translated,
 )
-from trident_client._types import Generation, GenerationChunk, Health, Message, ModelStatus
+from trident_client._types import (
+    Answer,
+    Entity,
+    Filling,
+    Generation,
+    GenerationChunk,
+    Health,
+    Label,
+    Message,
+    ModelStatus,
+    Ranked,
+)
+
+_Record = TypeVar("_Record")
 
 _CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
@@ -133,6 +146,7 @@ class Client:
         texts: str | Sequence[str],
         *,
         model: str = "minilm",
+        prompt_name: str | None = None,
         truncate: bool | None = None,
         batch_size: int = 32,
         timeout: float | None = None,
@@ -140,6 +154,7 @@ class Client:
         """Embeddings, float32 [texts, dimensions]; [dimensions] for a single text.
 
         Args:
+            prompt_name: which of the model's prompts goes before each text, often "query" or "passage".
             truncate: whether to cut texts that are longer than the model takes; None leaves it to the server,
                 which refuses them unless its models.toml says otherwise.
             batch_size: texts in one request, at most the model's `max_batch_size`.
@@ -147,22 +162,204 @@ class Client:
         Raises:
             TridentError: see its subclasses.
         """
-        if isinstance(texts, str):
-            single: NDArray[np.float32] = self.embed(
-                [texts], model=model, truncate=truncate, batch_size=batch_size, timeout=timeout
-            )[0]
-            return single
+        batch = [texts] if isinstance(texts, str) else texts
+        options = {} if prompt_name is None else {"prompt_name": _wire.texts([prompt_name])}
+        parts = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
+        if not parts:
+            return np.empty((0, 0), np.float32)
+        vectors: NDArray[np.float32] = np.concatenate([part["embedding"] for part in parts])
+        single: NDArray[np.float32] = vectors[0]
+        return single if isinstance(texts, str) else vectors
+
+    @overload
+    def classify(self, texts: str, *, text_pairs: str | None = None, **options: Any) -> list[Label]: ...
+    @overload
+    def classify(
+        self, texts: Sequence[str], *, text_pairs: Sequence[str] | None = None, **options: Any
+    ) -> list[list[Label]]: ...
+    def classify(  # type: ignore[misc]  # the overloads leave the options to this one
+        self,
+        texts: str | Sequence[str],
+        *,
+        text_pairs: str | Sequence[str] | None = None,
+        model: str = "sst2",
+        top_k: int = 1,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """The likeliest classes of each text, the likeliest first; one list for a single text.
+
+        Args:
+            text_pairs: a second text for each, for models that compare two.
+            top_k: classes of each text, at most the model's.
+            truncate: see `embed`; `batch_size` too.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        columns = {"text_input": [texts] if isinstance(texts, str) else texts}
+        if text_pairs is not None:
+            columns["text_pair"] = [text_pairs] if isinstance(text_pairs, str) else text_pairs
+        options = {"top_k": np.array([top_k], np.int32)}
+        parts = self._rows(model, columns, truncate, batch_size, timeout, options)
+        labels = [_records(Label, row) for part in parts for row in _split(part, ("label", "score"))]
+        return labels[0] if isinstance(texts, str) else labels
+
+    @overload
+    def entities(self, texts: str, **options: Any) -> list[Entity]: ...
+    @overload
+    def entities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]: ...
+    def entities(  # type: ignore[misc]  # the overloads leave the options to this one
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str = "ner",
+        aggregation_strategy: str | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[Entity] | list[list[Entity]]:
+        """The entities of each text, in its order; one list for a single text.
+
+        Args:
+            aggregation_strategy: "none", "simple", "first", "average" or "max"; None leaves it to the server.
+            truncate: see `embed`; `batch_size` too.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        columns = {"text_input": [texts] if isinstance(texts, str) else texts}
+        options = {}
+        if aggregation_strategy is not None:
+            options["aggregation_strategy"] = _wire.texts([aggregation_strategy])
+        parts = self._rows(model, columns, truncate, batch_size, timeout, options)
+        names = ("entity", "score", "word", "start", "end")
+        found = [_records(Entity, row) for part in parts for row in _split(part, names)]
+        return found[0] if isinstance(texts, str) else found
+
+    @overload
+    def answer(self, question: str, context: str, *, top_k: int = 1, **options: Any) -> list[Answer]: ...
+    @overload
+    def answer(
+        self, question: Sequence[str], context: str | Sequence[str], *, top_k: int = 1, **options: Any
+    ) -> list[list[Answer]]: ...
+    def answer(  # type: ignore[misc]  # the overloads leave the options to this one
+        self,
+        question: str | Sequence[str],
+        context: str | Sequence[str],
+        *,
+        top_k: int = 1,
+        model: str = "squad",
+        max_answer_len: int | None = None,
+        handle_impossible_answer: bool | None = None,
+        timeout: float | None = None,
+    ) -> list[Answer] | list[list[Answer]]:
+        """The answers that a context holds, the best first; one list for a single question.
+
+        Args:
+            question: one, or several to be answered from one context or from one each.
+            top_k: answers to a question.
+            max_answer_len: tokens of an answer; None: 15.
+            handle_impossible_answer: whether "" may be an answer.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        inputs: dict[str, NDArray[Any]] = {
+            "question": _wire.texts([question] if isinstance(question, str) else list(question)),
+            "context": _wire.texts([context] if isinstance(context, str) else list(context)),
+            "top_k": np.array([top_k], np.int32),
+        }
+        if max_answer_len is not None:
+            inputs["max_answer_len"] = np.array([max_answer_len], np.int32)
+        if handle_impossible_answer is not None:
+            inputs["handle_impossible_answer"] = np.array([handle_impossible_answer])
+        (outputs,) = self._infer(model, [inputs], timeout)
+        shape = outputs["answer"].shape
+        outputs["no_answer_score"] = np.broadcast_to(outputs["no_answer_score"][:, None], shape)
+        names = ("answer", "score", "start", "end", "no_answer_score")
+        found = [_records(Answer, row) for row in _split(outputs, names)]
+        return found[0] if isinstance(question, str) else found
+
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        *,
+        model: str = "reranker",
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[Ranked]:
+        """The passages by how well they answer a query, the best first.
+
+        Args:
+            truncate: see `embed`; `batch_size` too.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        columns = {"query": [query] * len(passages), "text_input": passages}
+        parts = self._rows(model, columns, truncate, batch_size, timeout, {})
+        scores = [float(score) for part in parts for score in part["score"][:, 0]]
+        ranked = [Ranked(index, score) for index, score in enumerate(scores)]
+        return sorted(ranked, key=lambda passage: passage.score, reverse=True)
+
+    def fill_mask(
+        self, text: str, *, model: str = "fill-mask", top_k: int | None = None, timeout: float | None = None
+    ) -> list[list[Filling]]:
+        """The likeliest tokens for each gap of a text, the likeliest first.
+
+        Args:
+            text: with the model's mask token ("[MASK]", "<mask>") in place of a word.
+            top_k: tokens for a gap; None: 5.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        options = {} if top_k is None else {"top_k": np.array([top_k], np.int32)}
+        (outputs,) = self._rows(model, {"text_input": [text]}, None, 1, timeout, options)
+        gaps = {name: values[0] for name, values in outputs.items()}
+        return [_records(Filling, row) for row in _split(gaps, ("token_str", "score", "token", "sequence"))]
+
+    def _rows(
+        self,
+        model: str,
+        columns: Mapping[str, Sequence[str]],
+        truncate: bool | None,
+        batch_size: int,
+        timeout: float | None,
+        options: Mapping[str, NDArray[Any]],
+    ) -> list[dict[str, NDArray[Any]]]:
+        """Texts in requests of at most `batch_size` rows, sent at once; an option is repeated for each row."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"there must be as many of each, found {lengths}")
         requests = []
-        for start in range(0, len(texts), batch_size):
-            batch = list(texts[start : start + batch_size])
-            inputs: dict[str, NDArray[Any]] = {"text_input": _wire.texts(batch)[:, None]}
+        for start in range(0, max(lengths.values()), batch_size):
+            inputs: dict[str, NDArray[Any]] = {
+                name: _wire.texts(list(column[start : start + batch_size]))[:, None] for name, column in columns.items()
+            }
+            rows = len(next(iter(inputs.values())))
             if truncate is not None:
-                inputs["truncate"] = np.full((len(batch), 1), truncate)
-            requests.append(_wire.build_request(model, inputs))
+                inputs["truncate"] = np.full((rows, 1), truncate)
+            inputs |= {name: np.repeat(value[None], rows, axis=0) for name, value in options.items()}
+            requests.append(inputs)
+        return self._infer(model, requests, timeout)
+
+    def _infer(
+        self, model: str, requests: Sequence[Mapping[str, NDArray[Any]]], timeout: float | None
+    ) -> list[dict[str, NDArray[Any]]]:
+        deadline = self._deadline(timeout)
         with translated():
-            calls = [self._stub.ModelInfer.future(request, timeout=self._deadline(timeout)) for request in requests]
-            parts = [_wire.parse_response(call.result())["embedding"] for call in calls]
-        return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+            calls = [
+                self._stub.ModelInfer.future(_wire.build_request(model, inputs), timeout=deadline)
+                for inputs in requests
+            ]
+            return [_wire.parse_response(call.result()) for call in calls]
 
     def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """The models that the server has loaded or tried to load, by name.
@@ -248,6 +445,25 @@ def _chunk(outputs: dict[str, NDArray[Any]]) -> GenerationChunk:
         log_probs=tuple(outputs["output_log_probs"].reshape(-1).tolist()),
         top_log_probs=tuple(tuple(zip(*pair, strict=True)) for pair in top),
     )
+
+
+def _split(tensors: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[dict[str, list[Any]]]:
+    """Tensors [rows, columns] as a row each of plain lists."""
+    columns = {name: tensors[name].tolist() for name in names}
+    return [
+        {
+            name: [value.decode("utf-8") if isinstance(value, bytes) else value for value in rows[row]]
+            for name, rows in columns.items()
+        }
+        for row in range(len(tensors[names[0]]))
+    ]
+
+
+def _records(kind: type[_Record], row: Mapping[str, list[Any]]) -> list[_Record]:
+    """The records of one row; those whose `start` is -1 only fill it up."""
+    names = list(row)
+    records = [dict(zip(names, values, strict=True)) for values in zip(*row.values(), strict=True)]
+    return [kind(**record) for record in records if record.get("start") != -1]
 
 
 def _joined(chunks: Iterator[GenerationChunk]) -> Generation:

@@ -35,6 +35,59 @@ class GenerationChunk:
 
 
 @dataclass(frozen=True)
+class Label:
+    """A class of a text, with its score."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A piece of a text, [start, end) in characters, with its class; `word` is the tokenizer's form of it."""
+
+    entity: str
+    score: float
+    word: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A piece of the context, [start, end) in characters.
+
+    Attributes:
+        answer: its text; "" where the context does not answer the question.
+        no_answer_score: of the context not answering the question at all.
+    """
+
+    answer: str
+    score: float
+    start: int
+    end: int
+    no_answer_score: float
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A token for a gap, and the text with it."""
+
+    token_str: str
+    score: float
+    token: int
+    sequence: str
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A passage of a list, by its place in it, with its score."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True)
 class Generation(GenerationChunk):
     """A complete answer: one chunk that holds all of it."""
 

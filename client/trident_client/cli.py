@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,31 @@ def _parser() -> argparse.ArgumentParser:
     chat = add("chat", _chat, "answer a message through the model's chat template, streamed to the terminal")
     chat.add_argument("--system", help="the system message")
     embed = add("embed", _embed, "embed texts: one an argument, or one a line of --file or standard input")
-    embed.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
-    for command, model in ((generate, "smollm2"), (chat, "smollm2"), (embed, "minilm")):
+    embed.add_argument("--prompt-name", help="which of the model's prompts goes before each text")
+    classify = add("classify", _classify, "the likeliest classes of texts: one an argument, or one a line")
+    classify.add_argument("--top-k", type=int, default=1, help="classes of each text (default %(default)s)")
+    entities = add("entities", _entities, "the entities in texts: one an argument, or one a line")
+    entities.add_argument("--aggregation", choices=("none", "simple", "first", "average", "max"))
+    rank = add("rank", _rank, "passages by how well they answer --query: one an argument, or one a line")
+    rank.add_argument("--query", required=True)
+    answer = add("answer", _answer, "answer --question from a text")
+    answer.add_argument("--question", required=True)
+    answer.add_argument("--top-k", type=int, default=1, help="answers (default %(default)s)")
+    answer.add_argument("--may-be-none", action="store_true", default=None, help="the text may not hold the answer")
+    fill = add("fill-mask", _fill_mask, "the likeliest tokens for the gaps ([MASK], <mask>) of a text")
+    fill.add_argument("--top-k", type=int, help="tokens for a gap (default 5)")
+    for command in (embed, classify, entities, rank):
+        command.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
+    for command, model in (
+        (generate, "smollm2"),
+        (chat, "smollm2"),
+        (embed, "minilm"),
+        (classify, "sst2"),
+        (entities, "ner"),
+        (rank, "reranker"),
+        (answer, "squad"),
+        (fill, "fill-mask"),
+    ):
         command.add_argument("--model", default=model, help="default %(default)s")
         command.add_argument("--file", type=Path, help="read the text from a file")
         command.add_argument("text", nargs="*", help="the text; standard input where there is none")
@@ -128,15 +151,80 @@ def _print_stream(client: Client, options: argparse.Namespace, prompt: Any) -> i
     return 0
 
 
+def _lines(options: argparse.Namespace) -> list[str]:
+    return options.text or [line for line in _text(options).splitlines() if line]
+
+
 def _embed(client: Client, options: argparse.Namespace) -> int:
-    texts = options.text or [line for line in _text(options).splitlines() if line]
-    vectors = client.embed(texts, model=options.model, truncate=options.truncate)
+    texts = _lines(options)
+    vectors = client.embed(texts, model=options.model, prompt_name=options.prompt_name, truncate=options.truncate)
     if options.json:
         print(json.dumps([{"text": text, "embedding": row.tolist()} for text, row in zip(texts, vectors, strict=True)]))
         return 0
     for text, row in zip(texts, vectors, strict=True):
         head = ", ".join(f"{value:+.4f}" for value in row[:6])
         print(f"[{head}, ...] {len(row)} numbers  {text[:60]}")
+    return 0
+
+
+def _classify(client: Client, options: argparse.Namespace) -> int:
+    texts = _lines(options)
+    found = client.classify(texts, model=options.model, top_k=options.top_k, truncate=options.truncate)
+    return _print_records(options, texts, found, lambda item: f"{item.score:.4f}  {item.label}")
+
+
+def _entities(client: Client, options: argparse.Namespace) -> int:
+    texts = _lines(options)
+    found = client.entities(
+        texts, model=options.model, aggregation_strategy=options.aggregation, truncate=options.truncate
+    )
+    return _print_records(
+        options, texts, found, lambda item: f"{item.score:.4f}  {item.entity:<8} {item.start}-{item.end} {item.word}"
+    )
+
+
+def _rank(client: Client, options: argparse.Namespace) -> int:
+    texts = _lines(options)
+    found = client.rank(options.query, texts, model=options.model, truncate=options.truncate)
+    return _print_records(
+        options, [options.query], [found], lambda item: f"{item.score:.4f}  [{item.index}] {texts[item.index][:90]}"
+    )
+
+
+def _answer(client: Client, options: argparse.Namespace) -> int:
+    found = client.answer(
+        options.question,
+        _text(options),
+        model=options.model,
+        top_k=options.top_k,
+        handle_impossible_answer=options.may_be_none,
+    )
+    return _print_records(
+        options, [options.question], [found], lambda item: f"{item.score:.4f}  {item.start}-{item.end} {item.answer}"
+    )
+
+
+def _fill_mask(client: Client, options: argparse.Namespace) -> int:
+    text = _text(options)
+    found = client.fill_mask(text, model=options.model, top_k=options.top_k)
+    return _print_records(
+        options, [text] * len(found), found, lambda item: f"{item.score:.4f}  {item.token_str}: {item.sequence}"
+    )
+
+
+def _print_records(
+    options: argparse.Namespace, texts: Sequence[str], found: Sequence[Sequence[Any]], show: Callable[[Any], str]
+) -> int:
+    """A list of records for each text: as JSON, or a line each under the text where there are several."""
+    if options.json:
+        rows = [[dataclasses.asdict(item) for item in row] for row in found]
+        print(json.dumps(rows, ensure_ascii=False))
+        return 0
+    for text, row in zip(texts, found, strict=True):
+        if len(texts) > 1:
+            print(text[:90])
+        for item in row:
+            print(show(item))
     return 0
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_export.models_file import EmbeddingLimits, GenerationLimits, ModelSpec
+from trident_export import ensembles
+from trident_export.models_file import EncoderLimits, GenerationLimits, ModelSpec
 from trident_serving.artefacts import CONFIG_HEADER
 
 
@@ -22,7 +23,7 @@ def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
     if isinstance(spec.limits, GenerationLimits):
         configs = [_generator(spec.public_name(variant), spec.limits) for variant in spec.variants]
     else:
-        configs = list(_embedding(spec, spec.limits))
+        configs = list(_ensemble(spec, spec.limits))
     return {config.name: config for config in configs}
 
 
@@ -129,50 +130,29 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     return config
 
 
-_TEXT = ("text_input", "STRING", [1])
-_TOKENS = [("input_ids", "INT64", [-1]), ("attention_mask", "INT64", [-1])]
-
-
-def _embedding(spec: ModelSpec, limits: EmbeddingLimits) -> Iterable[pb.ModelConfig]:
-    hidden = ("last_hidden_state", "FP32", [-1, limits.dimensions])
-    answer = ("embedding", "FP32", [limits.dimensions])
+def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig]:
+    stages = ensembles.stages(spec.task, limits)
     batch = limits.max_batch_size
+    outer = batch if stages.batched else 0
 
-    tokenizer = _base(f"{spec.name}_tokenizer", "trident_tokenizer", batch)
-    tokenizer.input.append(_tensor(pb.ModelInput, *_TEXT))
-    tokenizer.input.append(_tensor(pb.ModelInput, "truncate", "BOOL", [1], optional=True))
-    tokenizer.output.extend(_tensor(pb.ModelOutput, *item) for item in _TOKENS)
-    _set_parameters(
-        tokenizer,
-        {
-            "max_tokens": limits.max_tokens,
-            "max_bytes": limits.max_bytes,
-            "buckets": ",".join(map(str, limits.all_buckets)),
-            "truncate": limits.truncate,
-        },
-    )
-    tokenizer.dynamic_batching.SetInParent()
+    tokenizer = _base(f"{spec.name}_tokenizer", "trident_tokenizer", outer)
+    _add_tensors(tokenizer, stages.texts, stages.tokenizer_options, stages.tokens)
+    _set_parameters(tokenizer, {"task": spec.task, **stages.tokenizer_parameters})
     yield tokenizer
 
-    postprocess = _base(f"{spec.name}_postprocess", "trident_postprocess", batch)
-    postprocess.input.append(_tensor(pb.ModelInput, *hidden))
-    postprocess.input.append(_tensor(pb.ModelInput, *_TOKENS[1]))
-    postprocess.output.append(_tensor(pb.ModelOutput, *answer))
-    _set_parameters(postprocess, {"task": spec.task})
-    postprocess.dynamic_batching.SetInParent()
+    postprocess = _base(f"{spec.name}_postprocess", "trident_postprocess", outer)
+    _add_tensors(postprocess, stages.read, stages.postprocess_options, stages.answers)
+    _set_parameters(postprocess, {"task": spec.task, **stages.postprocess_parameters})
     yield postprocess
 
     for variant in spec.variants:
-        public = spec.public_name(variant)
         model = _base(model_part(spec, variant), "onnxruntime", batch)
-        model.input.extend(_tensor(pb.ModelInput, *item) for item in _TOKENS)
-        model.output.append(_tensor(pb.ModelOutput, *hidden))
+        _add_tensors(model, stages.model_inputs, (), stages.model_outputs)
         _set_parameters(model, {"intra_op_thread_count": limits.threads})
-        model.dynamic_batching.SetInParent()
         yield model
 
-        ensemble = _base(public, "ensemble", batch)
-        ensemble.input.extend(tokenizer.input)
+        ensemble = _base(spec.public_name(variant), "ensemble", outer)
+        ensemble.input.extend([*tokenizer.input, *(tensor for tensor in postprocess.input if tensor.optional)])
         ensemble.output.extend(postprocess.output)
         for part in (tokenizer, model, postprocess):
             step = ensemble.ensemble_scheduling.step.add(model_name=part.name, model_version=-1)
@@ -181,6 +161,19 @@ def _embedding(spec: ModelSpec, limits: EmbeddingLimits) -> Iterable[pb.ModelCon
             for tensor in part.output:
                 step.output_map[tensor.name] = tensor.name
         yield ensemble
+
+
+def _add_tensors(
+    config: pb.ModelConfig,
+    inputs: Iterable[ensembles.Tensor],
+    optional: Iterable[ensembles.Tensor],
+    outputs: Iterable[ensembles.Tensor],
+) -> None:
+    config.input.extend(_tensor(pb.ModelInput, *item) for item in inputs)
+    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in optional)
+    config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
+    if config.max_batch_size:
+        config.dynamic_batching.SetInParent()
 
 
 def as_backend_json(config: pb.ModelConfig) -> dict[str, Any]:

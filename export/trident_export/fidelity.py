@@ -2,7 +2,7 @@
 
 Generation: the mean Kullback-Leibler divergence of the next-token distributions (nats), the share of positions with
 the same likeliest token, and the largest change of a logit by what else runs with it. Embeddings: the worst cosine
-and the largest difference of a number.
+and the largest difference of a number. Other encoders: the share of equal choices and the largest error of a score.
 Everything is run by the code that serves: the decoder with its in-place cache (prefill in two chunks, then
 one token at a time, several texts at once), the encoder's tokenizer stage and pooling.
 """
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating[Any]]
 
 # "at least" where the name is in this set, "at most" elsewhere.
-_MINIMUMS = frozenset({"top1", "worst_cosine"})
+_MINIMUMS = frozenset({"top1", "worst_cosine", "agreement"})
 
 GATES: dict[str, dict[str, dict[str, float]]] = {
     "text-generation": {
@@ -34,6 +34,14 @@ GATES: dict[str, dict[str, dict[str, float]]] = {
         "int4": {"worst_cosine": 0.95},
     },
 }
+
+
+for _task in ("text-classification", "token-classification", "question-answering", "text-ranking", "fill-mask"):
+    GATES[_task] = {
+        "fp32": {"agreement": 0.999, "score_error": 1e-4},
+        "int8": {"agreement": 0.95, "score_error": 0.15},
+        "int4": {"agreement": 0.85, "score_error": 0.5},
+    }
 
 
 class FidelityError(RuntimeError):
@@ -78,6 +86,28 @@ def compare_embeddings(reference: Floats, found: Floats) -> dict[str, float]:
         "worst_cosine": float(cosines.min()),
         "max_difference": float(np.abs(reference - found).max()),
         "texts": float(len(reference)),
+    }
+
+
+def compare_scores(reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
+    """`agreement`, the share of choices with the same best class, and `score_error`, the largest difference of a score.
+
+    Args:
+        reference: scores of each text, [choices, classes].
+        found: the same; NaN where a class was not named, which is not compared.
+    """
+    same, errors = [], []
+    for expected, actual in zip(reference, found, strict=True):
+        expected = expected[:, : actual.shape[1]]
+        # A tie within the float32 noise is no disagreement.
+        chosen = np.take_along_axis(expected, np.nanargmax(actual, axis=1)[:, None], axis=1)[:, 0]
+        same.append(chosen >= expected.max(axis=1) - 1e-6)
+        errors.append(float(np.nanmax(np.abs(expected - actual))))
+    choices = np.concatenate(same)
+    return {
+        "agreement": float(choices.mean()),
+        "score_error": max(errors),
+        "choices": float(choices.size),
     }
 
 

@@ -8,6 +8,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from trident_serving.entities import Aggregation
+
 VARIANTS = ("fp32", "fp16", "int8", "int4")
 DEVICES = ("cpu", "cuda")
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.")
@@ -70,12 +72,11 @@ class GenerationLimits:
 
 
 @dataclass(frozen=True)
-class EmbeddingLimits:
-    """Limits of an embedding model.
+class EncoderLimits:
+    """Limits of a model that reads whole texts at once.
 
     Attributes:
-        dimensions: numbers in an embedding.
-        max_tokens: the longest text, special tokens included.
+        max_tokens: the longest input, special tokens included.
         max_bytes: the longest text that is tokenized at all.
         buckets: lengths that batches are padded to; `max_tokens` is always the last.
         max_batch_size: texts in one run of the model.
@@ -83,7 +84,6 @@ class EmbeddingLimits:
         threads: ONNX Runtime's intra-op threads.
     """
 
-    dimensions: int
     max_tokens: int = 256
     max_bytes: int = 262144
     buckets: tuple[int, ...] = (64, 128)
@@ -101,10 +101,85 @@ class EmbeddingLimits:
         return (*(size for size in self.buckets if size < self.max_tokens), self.max_tokens)
 
 
-Limits = GenerationLimits | EmbeddingLimits
-LIMITS: dict[str, type[GenerationLimits] | type[EmbeddingLimits]] = {
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingLimits(EncoderLimits):
+    """Limits of an embedding model.
+
+    Attributes:
+        dimensions: numbers in an embedding.
+    """
+
+    dimensions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLimits(EncoderLimits):
+    """Limits of a classifier or a cross-encoder.
+
+    Attributes:
+        labels: numbers that the model gives for a text.
+    """
+
+    labels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntityLimits(LabelLimits):
+    """Limits of a token classifier.
+
+    Attributes:
+        aggregation: how tokens become entities where the request does not say.
+    """
+
+    aggregation: str = "simple"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aggregation not in list(Aggregation):
+            raise ModelsFileError(f"aggregation must be one of {', '.join(Aggregation)}, found {self.aggregation!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLimits(EncoderLimits):
+    """Limits of extractive question answering.
+
+    Attributes:
+        max_tokens: of a window over the context, question included.
+        stride: tokens that a window repeats of the one before.
+        max_batch_size: windows of one request.
+    """
+
+    max_tokens: int = 384
+    stride: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride > self.max_tokens // 2:
+            raise ModelsFileError(
+                f"stride must be at most half of max_tokens ({self.max_tokens // 2}), found {self.stride}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillMaskLimits(EncoderLimits):
+    """Limits of a masked language model.
+
+    Attributes:
+        top_k: tokens that a request can ask for.
+    """
+
+    top_k: int = 100
+
+
+Limits = GenerationLimits | EncoderLimits
+LIMITS: dict[str, type[GenerationLimits] | type[EncoderLimits]] = {
     "text-generation": GenerationLimits,
     "feature-extraction": EmbeddingLimits,
+    "text-classification": LabelLimits,
+    "token-classification": EntityLimits,
+    "question-answering": AnswerLimits,
+    "text-ranking": LabelLimits,
+    "fill-mask": FillMaskLimits,
 }
 
 
@@ -117,6 +192,7 @@ class ModelSpec:
         task: the transformers pipeline's name.
         variants: precisions to export; `default_variant` is served under the plain name.
         on_demand: exported by `make export MODEL=name` alone, not by `make serve`.
+        prompts: what goes before a text, by the name that a request gives; embeddings alone. None: the model's own.
         gates: thresholds by variant that replace the default ones (see `fidelity`).
     """
 
@@ -127,6 +203,7 @@ class ModelSpec:
     default_variant: str
     limits: Limits
     on_demand: bool = False
+    prompts: Mapping[str, str] | None = None
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def public_name(self, variant: str) -> str:
@@ -215,8 +292,19 @@ def parse(name: str, table: object) -> ModelSpec:
         default_variant=default,
         limits=limits,
         on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
+        prompts=_prompts(where, task, table.get("prompts")),
         gates=gates,
     )
+
+
+def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | None:
+    if table is None:
+        return None
+    if task != "feature-extraction":
+        raise ModelsFileError(f"{where}: prompts are for feature-extraction alone, the task is {task}")
+    if not isinstance(table, dict):
+        raise ModelsFileError(f"{where} prompts must be a table, found {table!r}")
+    return {name: _typed(f"{where} prompts.{name}", text, str) for name, text in table.items()}
 
 
 def _source(where: str, table: object) -> Source:
@@ -234,7 +322,7 @@ def _source(where: str, table: object) -> Source:
     return source
 
 
-def _limits(where: str, kind: type[GenerationLimits] | type[EmbeddingLimits], table: object) -> Limits:
+def _limits(where: str, kind: type[Limits], table: object) -> Limits:
     if not isinstance(table, dict):
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
     required = [f.name for f in fields(kind) if f.default is MISSING]

@@ -6,16 +6,23 @@ shape and Triton's dynamic batcher can join them.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from trident_serving.errors import InvalidRequest
+
+TOKENIZER = "tokenizer.json"
+_ROLES = "encoding.json"
+
+Tensors = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -57,64 +64,173 @@ class EncodingSettings:
         return settings
 
 
-class TextEncoder:
-    """A model's tokenizer with its limits."""
+@dataclass(frozen=True)
+class TokenRoles:
+    """What tokenizer.json does not say of a model's tokens; `encoding.json`, which the export writes.
+
+    Attributes:
+        unk_token_id: stands for what the vocabulary lacks; None where nothing does.
+        cls_token_id: begins a text; question answering reads "no answer" from it.
+        mask_token_id: the gap that a masked language model fills.
+        prompts: what goes before a text, by the name that a request gives ("query", "passage").
+    """
+
+    unk_token_id: int | None = None
+    cls_token_id: int | None = None
+    mask_token_id: int | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenRoles:
+        """Read `folder/encoding.json`."""
+        return cls(**json.loads((folder / _ROLES).read_text(encoding="utf-8")))
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/encoding.json`."""
+        (folder / _ROLES).write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read `folder/tokenizer.json`."""
+    return Tokenizer.from_file(str(folder / TOKENIZER))
+
+
+class Batcher:
+    """Encodings to padded tensors."""
 
     def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
-        self._settings = settings
-        self._tokenizer = tokenizer
+        self._buckets = settings.buckets
         padding = tokenizer.padding or {}
         self._pad_id = int(padding.get("pad_id", 0))
+        self._pad_type_id = int(padding.get("pad_type_id", 0))
+
+    def tensors(self, encodings: Sequence[Encoding]) -> Tensors:
+        """`input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket], padded on the right."""
+        longest = max(len(encoding.ids) for encoding in encodings)
+        shape = (len(encodings), self._buckets[bisect_left(self._buckets, longest)])
+        input_ids = np.full(shape, self._pad_id, np.int64)
+        attention_mask = np.zeros(shape, np.int64)
+        token_type_ids = np.full(shape, self._pad_type_id, np.int64)
+        for row, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            input_ids[row, :length] = encoding.ids
+            attention_mask[row, :length] = 1
+            token_type_ids[row, :length] = encoding.type_ids
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+
+
+class TextEncoder:
+    """A model's tokenizer with its limits, for texts and for pairs of texts.
+
+    Args:
+        field: the request's name of the (first) text.
+        pair_field: and of the second.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: EncodingSettings,
+        roles: TokenRoles | None = None,
+        *,
+        field: str = "text_input",
+        pair_field: str = "text_pair",
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._roles = roles or TokenRoles()
+        self._fields = (field, pair_field)
+        self._batcher = Batcher(tokenizer, settings)
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
     @classmethod
-    def load(cls, folder: Path, settings: EncodingSettings) -> TextEncoder:
-        """Read `folder/tokenizer.json`; its padding entry names the padding token."""
-        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), settings)
+    def load(
+        cls, folder: Path, settings: EncodingSettings, *, field: str = "text_input", pair_field: str = "text_pair"
+    ) -> TextEncoder:
+        """Read `tokenizer.json`, whose padding entry names the padding token, and `encoding.json`."""
+        return cls(load_tokenizer(folder), settings, TokenRoles.load(folder), field=field, pair_field=pair_field)
 
     def encode(
-        self, texts: Sequence[str], *, truncate: bool | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Input ids and attention mask, int64 [texts, bucket], padded on the right.
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        truncate: bool | None = None,
+        spans: bool = False,
+    ) -> Tensors:
+        """The model's inputs, padded on the right.
 
         Args:
+            pairs: the second text of each, where the model reads two.
             truncate: cut longer texts to `max_tokens`; None takes the model's setting.
+            spans: whether to say which characters a token stands for.
+
+        Returns:
+            `input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket]; with `spans` also `token_spans`,
+            int32 [texts, bucket, 2], the token's characters from start to end, -1 where it stands for none.
 
         Raises:
-            InvalidRequest: a text is longer than the model takes, or gives no token at all.
+            InvalidRequest: a text is longer than the model takes, or gives no token that the model knows.
         """
-        encodings: list[Encoding] = self._tokenizer.encode_batch(list(texts))
-        limit = self._settings.max_tokens
+        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        encodings: list[Encoding] = self._tokenizer.encode_batch(inputs)
         if self._settings.truncate if truncate is None else truncate:
-            encodings = [self._truncated(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+            encodings = [self._truncated(encoding, text) for encoding, text in zip(encodings, inputs, strict=True)]
         for row, encoding in enumerate(encodings):
-            field = "text_input" if len(texts) == 1 else f"text_input[{row}]"
-            if len(encoding.ids) > limit:
-                raise InvalidRequest(
-                    f"{field} has {len(encoding.ids)} tokens, the model takes {limit}: shorten it, or set "
-                    "truncate to use its beginning alone"
-                )
-            if sum(encoding.special_tokens_mask) == len(encoding.ids):
-                raise InvalidRequest(f"{field} is empty: {texts[row][:80]!r} holds no token")
-        width = self._bucket(max(len(encoding.ids) for encoding in encodings))
-        input_ids = np.full((len(encodings), width), self._pad_id, np.int64)
-        attention_mask = np.zeros((len(encodings), width), np.int64)
-        for row, encoding in enumerate(encodings):
-            input_ids[row, : len(encoding.ids)] = encoding.ids
-            attention_mask[row, : len(encoding.ids)] = 1
-        return input_ids, attention_mask
+            self._check(encoding, row, inputs)
+        tensors = self._batcher.tensors(encodings)
+        return tensors | {"token_spans": _spans(encodings, tensors["input_ids"].shape)} if spans else tensors
 
-    def _truncated(self, encoding: Encoding, text: str) -> Encoding:
+    def with_prompt(self, name: str, texts: Sequence[str]) -> list[str]:
+        """The texts behind the model's prompt of that name.
+
+        Raises:
+            InvalidRequest: the model has none of that name.
+        """
+        prompts = self._roles.prompts
+        if name not in prompts:
+            known = ", ".join(prompts) or "none"
+            raise InvalidRequest(f"prompt_name {name[:80]!r} is not known to this model; known: {known}")
+        return [prompts[name] + text for text in texts]
+
+    def _check(self, encoding: Encoding, row: int, inputs: Sequence[Any]) -> None:
+        single = isinstance(inputs[row], str)
+        names = [field if len(inputs) == 1 else f"{field}[{row}]" for field in self._fields]
+        limit = self._settings.max_tokens
+        if len(encoding.ids) > limit:
+            what, length = (names[0], f"has {len(encoding.ids)} tokens")
+            if not single:
+                what, length = f"{names[0]} and {names[1]}", f"have {len(encoding.ids)} tokens together"
+            raise InvalidRequest(
+                f"{what} {length}, the model takes {limit}: shorten it, or set truncate to use its beginning alone"
+            )
+        sequences = {sequence for sequence in encoding.sequence_ids if sequence is not None}
+        for index, name in enumerate(names[: 1 if single else 2]):
+            if index not in sequences:
+                text = inputs[row] if single else inputs[row][index]
+                raise InvalidRequest(f"{name} is empty: {text[:80]!r} holds no token")
+        unknown = self._roles.unk_token_id
+        special = encoding.special_tokens_mask
+        if unknown is not None and all(s or i == unknown for i, s in zip(encoding.ids, special, strict=True)):
+            raise InvalidRequest(f"{names[0]} holds no token that the model's vocabulary knows")
+
+    def _truncated(self, encoding: Encoding, text: Any) -> Encoding:
         if len(encoding.ids) <= self._settings.max_tokens:
             return encoding
         # Again, with the special tokens after the cut: the library's own truncation of a finished encoding
-        # would cut the closing token off.
+        # would cut the closing token off. Of a pair the longer text loses first, as in transformers.
         self._tokenizer.enable_truncation(self._settings.max_tokens)
         try:
-            return self._tokenizer.encode(text)
+            return self._tokenizer.encode(*([text] if isinstance(text, str) else text))
         finally:
             self._tokenizer.no_truncation()
 
-    def _bucket(self, length: int) -> int:
-        return self._settings.buckets[bisect_left(self._settings.buckets, length)]
+
+def _spans(encodings: Sequence[Encoding], shape: tuple[int, ...]) -> NDArray[np.int32]:
+    spans = np.full((*shape, 2), -1, np.int32)
+    for row, encoding in enumerate(encodings):
+        offsets = np.array(encoding.offsets, np.int32)
+        offsets[np.array(encoding.special_tokens_mask, bool)] = -1
+        spans[row, : len(offsets)] = offsets
+    return spans

@@ -241,8 +241,8 @@ def _made(path: Path) -> Path:
 def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     minilm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trident_export.tasks import feature_extraction
-    from trident_serving.pooling import Pooling
+    from trident_export.tasks import encoders
+    from trident_serving.pooling import Pooling, PoolingSettings
 
     table = {
         "task": "feature-extraction",
@@ -269,18 +269,13 @@ def test_a_damaged_encoder_and_wrong_pooling_are_refused(
         with pytest.raises(FidelityError, match="worst_cosine|max_difference"):
             install.export([spec], tmp_path / "one", tmp_path, tmp_path, lambda message: None)
 
-    def pooled_wrongly(hidden, mask, pooling):  # type: ignore[no-untyped-def]
-        return original_pool(hidden, mask, Pooling.CLS)
+    original_reader = encoders.reader
 
-    original_pool = feature_extraction.pool
-    original_reference = feature_extraction.reference_embeddings
+    def pooled_wrongly(spec: models_file.ModelSpec, folder: Path) -> encoders.Reader:
+        PoolingSettings(Pooling.CLS, normalize=True).save(folder)
+        return original_reader(spec, folder)
 
-    def reference(*arguments):  # type: ignore[no-untyped-def]
-        vectors = original_reference(*arguments)
-        monkeypatch.setattr(feature_extraction, "pool", pooled_wrongly)
-        return vectors
-
-    monkeypatch.setattr(feature_extraction, "reference_embeddings", reference)
+    monkeypatch.setattr(encoders, "reader", pooled_wrongly)
     with pytest.raises(FidelityError, match="worst_cosine"):
         install.export([spec], tmp_path / "two", tmp_path, tmp_path, lambda message: None)
     assert artefacts.loadable(tmp_path / "one") == artefacts.loadable(tmp_path / "two") == []

@@ -149,16 +149,21 @@ def connected(served: tuple[str, Service]) -> Iterator[Client]:
 def test_exported_names() -> None:
     assert trident_client.__all__ == sorted(trident_client.__all__)
     assert set(trident_client.__all__) == {
+        "Answer",
         "CancelledError",
         "Client",
         "DeadlineExceededError",
+        "Entity",
+        "Filling",
         "Generation",
         "GenerationChunk",
         "Health",
         "InvalidRequestError",
+        "Label",
         "Message",
         "ModelStatus",
         "NotFoundError",
+        "Ranked",
         "ServerError",
         "TridentError",
         "UnavailableError",

@@ -26,12 +26,17 @@ def encoder(truncate: bool = False) -> TextEncoder:
 
 
 def test_batches_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
-    ids, mask = encoder().encode(["a b"])
-    np.testing.assert_array_equal(ids, [[2, 4, 5, 3]])
-    np.testing.assert_array_equal(mask, [[1, 1, 1, 1]])
-    ids, mask = encoder().encode(["A", "a b c"])
-    np.testing.assert_array_equal(ids, [[2, 4, 3, 0, 0, 0, 0, 0], [2, 4, 5, 6, 3, 0, 0, 0]])
-    np.testing.assert_array_equal(mask.sum(axis=1), [3, 5])
+    tensors = encoder().encode(["a b"])
+    np.testing.assert_array_equal(tensors["input_ids"], [[2, 4, 5, 3]])
+    np.testing.assert_array_equal(tensors["attention_mask"], [[1, 1, 1, 1]])
+    tensors = encoder().encode(["A", "a b c"])
+    np.testing.assert_array_equal(tensors["input_ids"], [[2, 4, 3, 0, 0, 0, 0, 0], [2, 4, 5, 6, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(tensors["attention_mask"].sum(axis=1), [3, 5])
+
+
+def test_spans_are_characters_and_special_tokens_have_none() -> None:
+    spans = encoder().encode(["a  b"], spans=True)["token_spans"]
+    np.testing.assert_array_equal(spans, [[[-1, -1], [0, 1], [3, 4], [-1, -1]]])
 
 
 def test_too_long_is_an_error_or_is_cut_before_the_closing_token() -> None:
@@ -40,8 +45,8 @@ def test_too_long_is_an_error_or_is_cut_before_the_closing_token() -> None:
         encoder().encode([long])
     with pytest.raises(InvalidRequest, match=r"text_input\[1\] has 9 tokens"):
         encoder(truncate=True).encode(["a", long], truncate=False)
-    for ids, _ in (encoder().encode([long], truncate=True), encoder(truncate=True).encode([long])):
-        np.testing.assert_array_equal(ids, [[2, 4, 5, 6, 4, 5, 6, 3]])
+    for tensors in (encoder().encode([long], truncate=True), encoder(truncate=True).encode([long])):
+        np.testing.assert_array_equal(tensors["input_ids"], [[2, 4, 5, 6, 4, 5, 6, 3]])
 
 
 def test_a_text_without_a_token() -> None:

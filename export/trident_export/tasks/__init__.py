@@ -40,7 +40,17 @@ Measures = dict[str, dict[str, float]]
 
 MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
-    "feature-extraction": "trident_export.tasks.feature_extraction",
+    **dict.fromkeys(
+        (
+            "feature-extraction",
+            "text-classification",
+            "token-classification",
+            "question-answering",
+            "text-ranking",
+            "fill-mask",
+        ),
+        "trident_export.tasks.encoders",
+    ),
 }
 
 

@@ -1,25 +1,20 @@
-"""Tokenizer stage of an ensemble: texts in, padded token ids out. See `trident_serving.encoding`."""
+"""Tokenizer stage of an ensemble: texts in, padded token ids out. See `trident_serving.preprocessing`."""
 
 import triton_python_backend_utils as pb_utils
 
-from trident_serving import encoding, text, triton_adapter
+from trident_serving import preprocessing, triton_adapter
 
 
 class TritonPythonModel:
     def initialize(self, args):
         triton_adapter.setup(pb_utils)
         config = triton_adapter.model_config(args)
-        settings = encoding.EncodingSettings.from_parameters(triton_adapter.parameters(config))
-        self.max_bytes = settings.max_bytes
-        self.encoder = encoding.TextEncoder.load(triton_adapter.version_folder(args), settings)
+        self.preprocess = preprocessing.create(triton_adapter.parameters(config), triton_adapter.version_folder(args))
+        self.outputs = [output["name"] for output in config["output"]]
 
     def execute(self, requests):
         return [triton_adapter.answer(pb_utils, self.encode, request) for request in requests]
 
     def encode(self, inputs):
-        texts = text.decode_texts(inputs["text_input"], "text_input", self.max_bytes)
-        truncate = inputs.get("truncate")
-        input_ids, attention_mask = self.encoder.encode(
-            texts, truncate=None if truncate is None else bool(truncate.any())
-        )
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        tensors = self.preprocess(inputs)
+        return {name: tensors[name] for name in self.outputs}

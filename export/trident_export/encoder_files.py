@@ -1,0 +1,108 @@
+"""What an encoder's Hugging Face folder says beside its weights: tokenizer, token roles, prompts, pooling, labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from trident_serving.classification import Activation
+from trident_serving.encoding import TOKENIZER, TokenRoles
+from trident_serving.pooling import Pooling, PoolingSettings
+from trident_serving.postprocessing import LabelSettings
+
+_POOLING_MODES = {
+    "pooling_mode_mean_tokens": Pooling.MEAN,
+    "pooling_mode_cls_token": Pooling.CLS,
+    "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
+    "pooling_mode_max_tokens": Pooling.MAX,
+}
+_BEGINNING_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text")
+
+
+def save_tokenizer(source: Path, folder: Path) -> None:
+    """Write tokenizer.json with the padding token named in it, as the runtime reads it."""
+    folder.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.enable_padding(
+        pad_id=tokenizer.pad_token_id or 0,
+        pad_type_id=tokenizer.pad_token_type_id,
+        pad_token=tokenizer.pad_token or "[PAD]",
+    )
+    backend.save(str(folder / TOKENIZER))
+
+
+def read_roles(source: Path, prompts: Mapping[str, str] | None = None) -> TokenRoles:
+    """Token roles from the tokenizer; prompts from sentence-transformers' file where none are given."""
+    tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+    file = source / "config_sentence_transformers.json"
+    if prompts is None:
+        prompts = json.loads(file.read_text()).get("prompts") or {} if file.exists() else {}
+    return TokenRoles(tokenizer.unk_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, dict(prompts))
+
+
+def longest_input(source: Path, config: PretrainedConfig) -> int | None:
+    """Tokens that the model takes at most; None where nothing says."""
+    limits = []
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and positions > 0:
+        # These architectures count positions from behind the padding token's id.
+        limits.append(positions - config.pad_token_id - 1 if config.model_type in _BEGINNING_POSITIONS else positions)
+    file = source / "sentence_bert_config.json"
+    if file.exists():
+        limits.append(json.loads(file.read_text()).get("max_seq_length") or 0)
+    found = [limit for limit in limits if limit]
+    return min(found) if found else None
+
+
+def read_pooling(source: Path) -> PoolingSettings:
+    """Pooling and normalization from the model's sentence-transformers files; mean and normalized without them.
+
+    Raises:
+        ValueError: the model has a step that is not supported.
+    """
+    file = source / "modules.json"
+    if not file.exists():
+        return PoolingSettings(Pooling.MEAN, normalize=True)
+    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in json.loads(file.read_text())}
+    unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
+    if unknown:
+        raise ValueError(f"the model has the modules {', '.join(unknown)}, which are not supported")
+    settings = json.loads((source / modules["Pooling"] / "config.json").read_text())
+    active = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
+    if len(active) != 1 or active[0] not in _POOLING_MODES:
+        raise ValueError(f"the model pools by {active}; supported is one of {', '.join(_POOLING_MODES)}")
+    return PoolingSettings(_POOLING_MODES[active[0]], normalize="Normalize" in modules)
+
+
+def read_labels(source: Path, task: str) -> LabelSettings:
+    """Labels in the order of the logits, and the activation that transformers' pipeline (a cross-encoder of
+    sentence-transformers for text-ranking) applies.
+
+    Raises:
+        ValueError: a cross-encoder names an activation that is not supported.
+    """
+    config = AutoConfig.from_pretrained(source)
+    labels = tuple(config.id2label[index] for index in range(config.num_labels))
+    if task == "text-ranking":
+        return LabelSettings(labels, _ranking_activation(config))
+    if config.problem_type == "regression":
+        return LabelSettings(labels, Activation.NONE)
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return LabelSettings(labels, Activation.SIGMOID)
+    return LabelSettings(labels, Activation.SOFTMAX)
+
+
+def _ranking_activation(config: PretrainedConfig) -> Activation:
+    settings = getattr(config, "sentence_transformers", None) or {}
+    name = settings.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
+    if name is None:
+        return Activation.SIGMOID if config.num_labels == 1 else Activation.NONE
+    known = {"Identity": Activation.NONE, "Sigmoid": Activation.SIGMOID}
+    if name.rsplit(".", 1)[-1] not in known:
+        raise ValueError(f"the cross-encoder's activation {name!r} is not one of {', '.join(known)}")
+    return known[name.rsplit(".", 1)[-1]]
