@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,19 +12,31 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartTokenizerFast,
     BertConfig,
     BertTokenizerFast,
     DebertaV2TokenizerFast,
     DistilBertTokenizerFast,
     GPT2Config,
     LlamaConfig,
+    M2M100Tokenizer,
+    MarianTokenizer,
+    MBart50TokenizerFast,
+    MBartTokenizerFast,
     MPNetTokenizerFast,
+    NllbTokenizerFast,
     OPTConfig,
+    PegasusTokenizerFast,
     PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     RobertaTokenizerFast,
+    T5TokenizerFast,
     XLMRobertaTokenizerFast,
 )
+from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
 
 from trident_export import fidelity
 
@@ -224,6 +238,155 @@ def make_reader(folder: Path, family: str, head: type, seed: int = 0, positions:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+SEQ2SEQ = ("marian", "t5", "mt5", "bart", "mbart", "mbart50", "pegasus", "m2m100", "nllb")
+_SENTENCEPIECE_SPECIAL = {
+    "t5": ["<pad>", "</s>", "<unk>"],
+    "mt5": ["<pad>", "</s>", "<unk>"],
+    "pegasus": ["<pad>", "</s>", "<mask_1>", "<mask_2>", *(f"<unk_{i}>" for i in range(2, 103)), "<unk>"],
+    "mbart": ["<s>", "<pad>", "</s>", "<unk>"],
+    "mbart50": ["<s>", "<pad>", "</s>", "<unk>"],
+    "nllb": ["<s>", "<pad>", "</s>", "<unk>"],
+}
+
+
+def _seq2seq_tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
+    if family == "bart":
+        wrapped = roberta_tokenizer("roberta")
+        roles = {name: str(getattr(wrapped, name)) for name in ("cls_token", "pad_token", "sep_token", "unk_token")}
+        return BartTokenizerFast(tokenizer_object=wrapped.backend_tokenizer, bos_token="<s>", eos_token="</s>", **roles)
+    if family in ("marian", "m2m100"):
+        return _two_vocabularies(family, folder)
+    trained = Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.NFKC()
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=_SENTENCEPIECE_SPECIAL[family],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    trained.train_from_iterator(fidelity.texts(), trainer)
+    if family in ("t5", "mt5"):
+        trained.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        return T5TokenizerFast(tokenizer_object=trained, extra_ids=0)
+    if family == "pegasus":
+        trained.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        return PegasusTokenizerFast(tokenizer_object=trained)
+    kinds = {"mbart": MBartTokenizerFast, "mbart50": MBart50TokenizerFast, "nllb": NllbTokenizerFast}
+    codes = ("eng_Latn", "deu_Latn") if family == "nllb" else ("en_XX", "de_DE")
+    return kinds[family](tokenizer_object=trained, src_lang=codes[0], tgt_lang=codes[1])
+
+
+def _two_vocabularies(family: str, folder: Path) -> PreTrainedTokenizerBase:
+    """Marian's and M2M100's: SentencePiece files, and a vocabulary in another order."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(line for text in fidelity.texts() for line in text.splitlines()), encoding="utf-8")
+    kind = "unigram" if family == "marian" else "bpe"
+    names = ("source", "target") if family == "marian" else ("sentencepiece.bpe",)
+    for name in names:
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(corpus),
+            model_prefix=str(folder / name),
+            vocab_size=500,
+            model_type=kind,
+            character_coverage=0.98,
+            minloglevel=2,
+        )
+        (folder / f"{name}.model").rename(folder / (f"{name}.spm" if family == "marian" else f"{name}.model"))
+        (folder / f"{name}.vocab").unlink()
+    corpus.unlink()
+    processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(folder / ("source.spm" if family == "marian" else "sentencepiece.bpe.model"))
+    )
+    pieces = [processor.id_to_piece(index) for index in range(3, processor.get_piece_size())]
+    if family == "marian":
+        order = ["</s>", "<unk>", ">>deu<<", ">>fra<<", *sorted(pieces), "<pad>"]
+        (folder / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(order)}))
+        return MarianTokenizer(
+            str(folder / "source.spm"), str(folder / "target.spm"), str(folder / "vocab.json"), model_max_length=512
+        )
+    order = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pieces)]
+    (folder / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(order)}))
+    files = (str(folder / "vocab.json"), str(folder / "sentencepiece.bpe.model"))
+    codes = [f"__{code}__" for code in FAIRSEQ_LANGUAGE_CODES["m2m100"]]  # as the hub's files name them
+    return M2M100Tokenizer(*files, src_lang="en", tgt_lang="de", additional_special_tokens=codes)
+
+
+def _end_sometimes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Make the end token as likely as one that the model likes, so that answers end, some early, some late."""
+    batches = [tokenizer(text[:24], return_tensors="pt") for text in fidelity.texts()[:8]]
+
+    def answers() -> list[list[int]]:
+        with torch.no_grad():
+            return [
+                model.generate(**batch, max_new_tokens=20, do_sample=False, no_repeat_ngram_size=2)[0].tolist()
+                for batch in batches
+            ]
+
+    weight = model.get_output_embeddings().weight
+    liked = Counter(token for answer in answers() for token in answer[1:])
+    for scale in (1.01, 0.9, 1.1, 0.7, 1.3):
+        for token, _ in liked.most_common(16)[::-1]:
+            with torch.no_grad():
+                weight[tokenizer.eos_token_id] = scale * weight[token]
+            if len({len(answer) for answer in answers()}) >= 3:
+                return True
+    return False
+
+
+def make_seq2seq(folder: Path, family: str, seed: int = 0, **generation: object) -> Path:
+    """An encoder-decoder model of a family with random weights, and a tokenizer of its class.
+
+    Args:
+        generation: settings of its generation config.
+    """
+    tokenizer = _seq2seq_tokenizer(family, folder)
+    kind = {"mbart50": "mbart", "m2m100": "m2m_100", "nllb": "m2m_100"}.get(family, family)
+    size = max(tokenizer.lang_token_to_id.values()) + 9 if family == "m2m100" else len(tokenizer)
+    if family in ("t5", "mt5"):
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    else:
+        sizes = {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 128,
+            "decoder_start_token_id": tokenizer.pad_token_id if family in ("marian", "pegasus") else 2,
+        }
+    roles = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0}
+    config = AutoConfig.for_model(kind, vocab_size=size, **sizes, **roles)
+    for attempt in range(8):
+        torch.manual_seed(seed + 100 * attempt)
+        model = AutoModelForSeq2SeqLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(1.5 if family in ("t5", "mt5") else 6)
+        if _end_sometimes(model, tokenizer):
+            break
+    else:
+        raise RuntimeError(f"no weights of {family} make answers of different lengths")
+    if family not in ("t5", "mt5"):
+        generation = {"forced_eos_token_id": tokenizer.eos_token_id, **generation}
+    if family == "marian":
+        generation = {"bad_words_ids": [[tokenizer.pad_token_id]], **generation}
+    if family in ("mbart50", "m2m100", "nllb"):
+        german = {"mbart50": "de_DE", "m2m100": "__de__", "nllb": "deu_Latn"}[family]
+        generation = {"forced_bos_token_id": tokenizer.convert_tokens_to_ids(german), **generation}
+    model.generation_config.update(**generation)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -27,6 +27,7 @@ from trident_client._types import (
     Message,
     ModelStatus,
     Ranked,
+    Translation,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "NotFoundError",
     "Ranked",
     "ServerError",
+    "Translation",
     "TridentError",
     "UnavailableError",
 ]

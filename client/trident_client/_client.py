@@ -32,6 +32,7 @@ from trident_client._types import (
     Message,
     ModelStatus,
     Ranked,
+    Translation,
 )
 
 _Record = TypeVar("_Record")
@@ -54,6 +55,21 @@ _GENERATION_OPTIONS: dict[str, type[np.generic]] = {
     "top_logprobs": np.int32,
     "prompt_lookup": np.bool_,
 }
+
+
+_SEQ2SEQ_OPTIONS: dict[str, type[np.generic]] = {
+    **{
+        name: _GENERATION_OPTIONS[name]
+        for name in ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p")
+    },
+    "repetition_penalty": np.float32,
+    "random_seed": np.uint64,
+    "num_beams": np.int32,
+    "length_penalty": np.float32,
+    "early_stopping": np.bool_,
+    "no_repeat_ngram_size": np.int32,
+}
+_SEQ2SEQ_TEXTS = ("source_lang", "target_lang", "long_input")
 
 
 class Client:
@@ -323,6 +339,53 @@ class Client:
         gaps = {name: values[0] for name, values in outputs.items()}
         return [_records(Filling, row) for row in _split(gaps, ("token_str", "score", "token", "sequence"))]
 
+    @overload
+    def translate(self, texts: str, **options: Any) -> Translation: ...
+    @overload
+    def translate(self, texts: Sequence[str], **options: Any) -> list[Translation]: ...
+    def translate(
+        self, texts: str | Sequence[str], *, model: str = "translate", timeout: float | None = None, **options: Any
+    ) -> Translation | list[Translation]:
+        """Each text in another language; one answer for a single text. Many texts are sent at once.
+
+        Args:
+            options: `source_lang` and `target_lang` (codes of the model), `long_input` (what happens to a text that is
+                too long: "error", "truncate" or "window"), `max_tokens`, `min_tokens`, `num_beams`, `length_penalty`,
+                `early_stopping`, `no_repeat_ngram_size`, `repetition_penalty`, `temperature` (0 does not sample),
+                `top_k`, `top_p`, `min_p`, `random_seed`; what is left out is as the model's generation config says.
+            timeout: seconds; the server gives the request up by then too.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+            ValueError: an option's number does not fit its type.
+        """
+        inputs: dict[str, NDArray[Any]] = {}
+        for name, value in options.items():
+            if value is None:
+                continue
+            if name in _SEQ2SEQ_TEXTS:
+                inputs[name] = _wire.texts([value])[None]
+            elif name in _SEQ2SEQ_OPTIONS:
+                inputs[name] = _wire.scalar(name, value, _SEQ2SEQ_OPTIONS[name])[None]
+            else:
+                known = ", ".join([*_SEQ2SEQ_OPTIONS, *_SEQ2SEQ_TEXTS])
+                raise TypeError(f"unknown option {name!r}; known are {known}")
+        batch = [texts] if isinstance(texts, str) else texts
+        requests = [{"text_input": _wire.texts([text])[None], **inputs} for text in batch]
+        found = [_translation(outputs) for outputs in self._infer(model, requests, timeout)]
+        return found[0] if isinstance(texts, str) else found
+
+    @overload
+    def summarize(self, texts: str, **options: Any) -> Translation: ...
+    @overload
+    def summarize(self, texts: Sequence[str], **options: Any) -> list[Translation]: ...
+    def summarize(
+        self, texts: str | Sequence[str], *, model: str = "summarize", **options: Any
+    ) -> Translation | list[Translation]:
+        """Each text in short; see `translate`."""
+        return self.translate(texts, model=model, **options)
+
     def _rows(
         self,
         model: str,
@@ -355,11 +418,17 @@ class Client:
     ) -> list[dict[str, NDArray[Any]]]:
         deadline = self._deadline(timeout)
         with translated():
-            calls = [
-                self._stub.ModelInfer.future(_wire.build_request(model, inputs), timeout=deadline)
-                for inputs in requests
-            ]
-            return [_wire.parse_response(call.result()) for call in calls]
+            calls = []
+            for inputs in requests:
+                request = _wire.build_request(model, inputs)
+                if deadline is not None:
+                    request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)
+                calls.append(self._stub.ModelInfer.future(request, timeout=deadline))
+            try:
+                return [_wire.parse_response(call.result()) for call in calls]
+            finally:
+                for call in calls:
+                    call.cancel()
 
     def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """The models that the server has loaded or tried to load, by name.
@@ -464,6 +533,17 @@ def _records(kind: type[_Record], row: Mapping[str, list[Any]]) -> list[_Record]
     names = list(row)
     records = [dict(zip(names, values, strict=True)) for values in zip(*row.values(), strict=True)]
     return [kind(**record) for record in records if record.get("start") != -1]
+
+
+def _translation(outputs: Mapping[str, NDArray[Any]]) -> Translation:
+    return Translation(
+        text=outputs["text_output"].item().decode("utf-8"),
+        finish_reason=outputs["finish_reason"].item().decode("utf-8"),
+        num_input_tokens=int(outputs["num_input_tokens"].item()),
+        num_output_tokens=int(outputs["num_output_tokens"].item()),
+        log_probs=tuple(outputs["output_log_probs"].reshape(-1).tolist()),
+        scores=tuple(outputs["sequence_scores"].reshape(-1).tolist()) if "sequence_scores" in outputs else (),
+    )
 
 
 def _joined(chunks: Iterator[GenerationChunk]) -> Generation:

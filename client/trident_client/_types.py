@@ -80,6 +80,27 @@ class Filling:
 
 
 @dataclass(frozen=True)
+class Translation:
+    """The answer of a translation or summarization model.
+
+    Attributes:
+        text: the answer.
+        finish_reason: "stop", "length" where it was cut off at `max_tokens`, or "cancelled".
+        num_input_tokens: tokens of the source.
+        num_output_tokens: tokens generated.
+        log_probs: of each token.
+        scores: of each window of the source: the sum of the log-probabilities by the length penalty.
+    """
+
+    text: str
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    log_probs: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Ranked:
     """A passage of a list, by its place in it, with its score."""
 

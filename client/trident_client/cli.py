@@ -66,6 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--may-be-none", action="store_true", default=None, help="the text may not hold the answer")
     fill = add("fill-mask", _fill_mask, "the likeliest tokens for the gaps ([MASK], <mask>) of a text")
     fill.add_argument("--top-k", type=int, help="tokens for a gap (default 5)")
+    translate = add("translate", _translate, "translate a text")
+    summarize = add("summarize", _translate, "summarize a text")
+    for command in (translate, summarize):
+        command.add_argument("--source-lang", help="code of the text's language, where the model reads several")
+        command.add_argument("--target-lang", help="code of the answer's language, where the model writes several")
+        command.add_argument("--num-beams", type=int)
+        command.add_argument("--max-tokens", type=int)
+        command.add_argument("--temperature", type=float, help="0, the default, does not sample")
+        command.add_argument("--random-seed", type=int)
+        command.add_argument(
+            "--long-input", choices=("error", "truncate", "window"), help="what to do with a text that is too long"
+        )
     for command in (embed, classify, entities, rank):
         command.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
     for command, model in (
@@ -77,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         (rank, "reranker"),
         (answer, "squad"),
         (fill, "fill-mask"),
+        (translate, "translate"),
+        (summarize, "summarize"),
     ):
         command.add_argument("--model", default=model, help="default %(default)s")
         command.add_argument("--file", type=Path, help="read the text from a file")
@@ -210,6 +224,29 @@ def _fill_mask(client: Client, options: argparse.Namespace) -> int:
     return _print_records(
         options, [text] * len(found), found, lambda item: f"{item.score:.4f}  {item.token_str}: {item.sequence}"
     )
+
+
+_TRANSLATION_OPTIONS = (
+    "source_lang",
+    "target_lang",
+    "num_beams",
+    "max_tokens",
+    "temperature",
+    "random_seed",
+    "long_input",
+)
+
+
+def _translate(client: Client, options: argparse.Namespace) -> int:
+    chosen = {name: getattr(options, name) for name in _TRANSLATION_OPTIONS}
+    found = client.translate(_text(options), model=options.model, **chosen)
+    if options.json:
+        result = dataclasses.asdict(found)
+        del result["log_probs"]
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print(found.text)
+    return 0
 
 
 def _print_records(

@@ -14,7 +14,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import ensembles
-from trident_export.models_file import EncoderLimits, GenerationLimits, ModelSpec
+from trident_export.models_file import EncoderLimits, GenerationLimits, ModelSpec, Seq2SeqLimits
 from trident_serving.artefacts import CONFIG_HEADER
 
 
@@ -22,6 +22,8 @@ def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
     """The configs of every Triton model that a spec needs, by name."""
     if isinstance(spec.limits, GenerationLimits):
         configs = [_generator(spec.public_name(variant), spec.limits) for variant in spec.variants]
+    elif isinstance(spec.limits, Seq2SeqLimits):
+        configs = [_seq2seq(spec.public_name(variant), spec.limits) for variant in spec.variants]
     else:
         configs = list(_ensemble(spec, spec.limits))
     return {config.name: config for config in configs}
@@ -124,6 +126,43 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
         ("output_log_probs", "FP32", [-1]),
         ("output_top_token_ids", "INT32", [-1, -1]),
         ("output_top_log_probs", "FP32", [-1, -1]),
+    ]
+    config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
+    _set_parameters(config, asdict(limits))
+    return config
+
+
+# The optional inputs of translation and summarization; those of generation that mean the same, and transformers' names.
+SEQ2SEQ_OPTIONS = {
+    **{
+        name: GENERATION_OPTIONS[name]
+        for name in ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p")
+    },
+    "repetition_penalty": "FP32",
+    "random_seed": "UINT64",
+    "num_beams": "INT32",
+    "length_penalty": "FP32",
+    "early_stopping": "BOOL",
+    "no_repeat_ngram_size": "INT32",
+    "source_lang": "STRING",
+    "target_lang": "STRING",
+    "long_input": "STRING",
+}
+
+
+def _seq2seq(name: str, limits: Seq2SeqLimits) -> pb.ModelConfig:
+    # Not decoupled: one response, which every client and endpoint can take, and a request still can be cancelled.
+    config = _base(name, "trident_seq2seq", max_batch_size=1)
+    config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
+    options = [(option, data_type, [1]) for option, data_type in SEQ2SEQ_OPTIONS.items()]
+    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
+    outputs = [
+        ("text_output", "STRING", [1]),
+        ("finish_reason", "STRING", [1]),
+        ("num_input_tokens", "INT32", [1]),
+        ("num_output_tokens", "INT32", [1]),
+        ("output_log_probs", "FP32", [-1]),
+        ("sequence_scores", "FP32", [-1]),
     ]
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
     _set_parameters(config, asdict(limits))

@@ -53,6 +53,11 @@ def optimize(model: onnx.ModelProto) -> None:
     drop_reshape_pairs(graph)
     pack_attention(graph)
     join_products(graph)
+    fuse_norms(graph)
+
+
+def fuse_norms(graph: OnnxModel) -> None:
+    """ONNX Runtime's fusions of RMS norms, alone and with the addition before them."""
     FusionSimplifiedLayerNormalization(graph).apply()
     FusionSkipSimplifiedLayerNormalization(graph).apply()
     graph.prune_graph()

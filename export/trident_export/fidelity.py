@@ -36,6 +36,7 @@ GATES: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
+GATES["translation"] = GATES["summarization"] = GATES["text-generation"]
 for _task in ("text-classification", "token-classification", "question-answering", "text-ranking", "fill-mask"):
     GATES[_task] = {
         "fp32": {"agreement": 0.999, "score_error": 1e-4},

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from trident_serving.entities import Aggregation
+from trident_serving.seq2seq.source import LongInput
 
 VARIANTS = ("fp32", "fp16", "int8", "int4")
 DEVICES = ("cpu", "cuda")
+_SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.")
 
 
@@ -171,9 +173,46 @@ class FillMaskLimits(EncoderLimits):
     top_k: int = 100
 
 
-Limits = GenerationLimits | EncoderLimits
-LIMITS: dict[str, type[GenerationLimits] | type[EncoderLimits]] = {
+@dataclass(frozen=True)
+class Seq2SeqLimits:
+    """Limits of an encoder-decoder model.
+
+    Attributes:
+        max_source_tokens: the longest source, special tokens included.
+        max_target_tokens: the longest answer.
+        default_max_tokens: length of an answer where neither request nor generation config says.
+        slots: rows (beams) that decode at once.
+        max_beams: of one search.
+        max_windows: of one text, where it is read in windows.
+        max_waiting: texts that may wait for rows.
+        max_bytes: the longest text that is tokenized at all.
+        long_input: what happens to longer texts where the request does not say: "error", "truncate" or "window".
+        threads: ONNX Runtime's intra-op threads.
+    """
+
+    max_source_tokens: int = 512
+    max_target_tokens: int = 256
+    default_max_tokens: int = 128
+    slots: int = 32
+    max_beams: int = 8
+    max_windows: int = 16
+    max_waiting: int = 128
+    max_bytes: int = 262144
+    long_input: str = "error"
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.long_input not in list(LongInput):
+            raise ModelsFileError(f"long_input must be one of {', '.join(LongInput)}, found {self.long_input!r}")
+        if self.max_beams > self.slots:
+            raise ModelsFileError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
+
+
+Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits
+LIMITS: dict[str, type[GenerationLimits] | type[EncoderLimits] | type[Seq2SeqLimits]] = {
     "text-generation": GenerationLimits,
+    "translation": Seq2SeqLimits,
+    "summarization": Seq2SeqLimits,
     "feature-extraction": EmbeddingLimits,
     "text-classification": LabelLimits,
     "token-classification": EntityLimits,
@@ -193,6 +232,8 @@ class ModelSpec:
         variants: precisions to export; `default_variant` is served under the plain name.
         on_demand: exported by `make export MODEL=name` alone, not by `make serve`.
         prompts: what goes before a text, by the name that a request gives; embeddings alone. None: the model's own.
+        source_lang: of translation, where a request names none and the model reads several; `target_lang` too.
+        prefix: what goes before every source, as text; None: what the model's config says for the task.
         gates: thresholds by variant that replace the default ones (see `fidelity`).
     """
 
@@ -204,6 +245,9 @@ class ModelSpec:
     limits: Limits
     on_demand: bool = False
     prompts: Mapping[str, str] | None = None
+    source_lang: str = ""
+    target_lang: str = ""
+    prefix: str | None = None
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def public_name(self, variant: str) -> str:
@@ -293,8 +337,17 @@ def parse(name: str, table: object) -> ModelSpec:
         limits=limits,
         on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
         prompts=_prompts(where, task, table.get("prompts")),
+        **_source_words(where, task, table),
         gates=gates,
     )
+
+
+def _source_words(where: str, task: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """`source_lang`, `target_lang` and `prefix`, as far as a table has them."""
+    given = {key: _typed(f"{where}: {key}", table[key], str) for key in _SOURCE_WORDS if key in table}
+    if given and LIMITS[task] is not Seq2SeqLimits:
+        raise ModelsFileError(f"{where}: {', '.join(given)} is for translation and summarization, the task is {task}")
+    return given
 
 
 def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | None:

@@ -165,6 +165,7 @@ def test_exported_names() -> None:
         "NotFoundError",
         "Ranked",
         "ServerError",
+        "Translation",
         "TridentError",
         "UnavailableError",
     }

@@ -40,6 +40,8 @@ Measures = dict[str, dict[str, float]]
 
 MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
+    "translation": "trident_export.tasks.seq2seq",
+    "summarization": "trident_export.tasks.seq2seq",
     **dict.fromkeys(
         (
             "feature-extraction",

@@ -8,7 +8,7 @@ with `release`, so what is resident is what rows hold, not what they could hold.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,6 +96,11 @@ class KVCache:
         """See `Cache.copy`."""
         for buffer in self.buffers.values():
             buffer[target, :, :length] = buffer[source, :, :length]
+
+    def copy_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copy the first positions of several rows to others; no target is a source."""
+        for buffer in self.buffers.values():
+            buffer[list(targets), :, :length] = buffer[list(sources), :, :length]
 
     def release(self, row: int, start: int = 0) -> None:
         """Give the memory of the row's positions from `start` on back; they read as zeros then."""

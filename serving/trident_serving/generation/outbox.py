@@ -14,12 +14,46 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-
-from trident_serving.generation.stream import TextStream
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.05
+
+
+class Channel(Protocol):
+    """A client, as far as the outbox cares."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone."""
+        ...
+
+
+class Stream(Protocol):
+    """An answer that is sent in one or more responses.
+
+    Attributes:
+        cancelled: set by the outbox once the client has gone.
+        paced: whether it waits for its time; the outbox's own note, as `last_sent` is.
+    """
+
+    cancelled: bool
+    paced: bool
+    last_sent: float
+
+    @property
+    def channel(self) -> Channel:
+        """The client."""
+        ...
+
+    @property
+    def urgent(self) -> bool:
+        """Whether what there is to send goes out at once."""
+        ...
+
+    def send_pending(self) -> bool:
+        """Send what there is; returns whether that was the last."""
+        ...
 
 
 def pace(streams: int) -> float:
@@ -41,26 +75,26 @@ class Outbox:
 
     def __init__(self, watch: Callable[[], None] = lambda: None) -> None:
         self._watch = watch
-        self._ready: queue.SimpleQueue[TextStream | None] = queue.SimpleQueue()
-        self._open: set[TextStream] = set()
+        self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
+        self._open: set[Stream] = set()
         self._lock = threading.Lock()
         # Streams whose text waits for its time, the earliest first.
-        self._paced: deque[tuple[float, TextStream]] = deque()
+        self._paced: deque[tuple[float, Stream]] = deque()
         self._thread = threading.Thread(target=self._loop, name="outbox", daemon=True)
         self._thread.start()
 
-    def add(self, stream: TextStream) -> None:
+    def add(self, stream: Stream) -> None:
         """Watch a stream until its last response is sent."""
         with self._lock:
             self._open.add(stream)
         self.notify(stream)  # wakes the thread, which asks for cancellations from now on
 
-    def discard(self, stream: TextStream) -> None:
+    def discard(self, stream: Stream) -> None:
         """Forget a stream that was never started."""
         with self._lock:
             self._open.discard(stream)
 
-    def notify(self, stream: TextStream) -> None:
+    def notify(self, stream: Stream) -> None:
         """The stream has something to send."""
         self._ready.put(stream)
 
@@ -99,7 +133,7 @@ class Outbox:
         due = min(next_poll, self._paced[0][0]) if self._paced else next_poll
         return max(due - time.monotonic(), 0.0)
 
-    def _send_or_pace(self, stream: TextStream) -> None:
+    def _send_or_pace(self, stream: Stream) -> None:
         due = stream.last_sent + pace(len(self._open))
         if stream.urgent or due <= time.monotonic():
             self._send(stream)
@@ -108,7 +142,7 @@ class Outbox:
             # Later entries are due later, but for those of streams that ended meanwhile: close enough.
             self._paced.append((due, stream))
 
-    def _send(self, stream: TextStream) -> None:
+    def _send(self, stream: Stream) -> None:
         stream.paced = False
         stream.last_sent = time.monotonic()
         try:

@@ -81,17 +81,17 @@ class RequestParser:
         """
         prompt, prompt_ids = self._prompt(inputs)
         room = self._context - len(prompt_ids)
-        max_tokens = int(_scalar(inputs, "max_tokens", min(self._default_max_tokens, room)))
+        max_tokens = int(scalar(inputs, "max_tokens", min(self._default_max_tokens, room)))
         sampling = SamplingParams(
             max_tokens=max_tokens,
-            min_tokens=int(_scalar(inputs, "min_tokens", 0)),
-            temperature=float(_scalar(inputs, "temperature", 0.0)),
-            top_k=int(_scalar(inputs, "top_k", 0)),
-            top_p=float(_scalar(inputs, "top_p", 1.0)),
-            min_p=float(_scalar(inputs, "min_p", 0.0)),
-            repetition_penalty=float(_scalar(inputs, "repetition_penalty", 1.0)),
-            presence_penalty=float(_scalar(inputs, "presence_penalty", 0.0)),
-            frequency_penalty=float(_scalar(inputs, "frequency_penalty", 0.0)),
+            min_tokens=int(scalar(inputs, "min_tokens", 0)),
+            temperature=float(scalar(inputs, "temperature", 0.0)),
+            top_k=int(scalar(inputs, "top_k", 0)),
+            top_p=float(scalar(inputs, "top_p", 1.0)),
+            min_p=float(scalar(inputs, "min_p", 0.0)),
+            repetition_penalty=float(scalar(inputs, "repetition_penalty", 1.0)),
+            presence_penalty=float(scalar(inputs, "presence_penalty", 0.0)),
+            frequency_penalty=float(scalar(inputs, "frequency_penalty", 0.0)),
             seed=int(inputs["random_seed"].reshape(-1)[0]) if "random_seed" in inputs else None,
         )
         if max_tokens > room:
@@ -99,7 +99,7 @@ class RequestParser:
                 f"max_tokens is {max_tokens}, but the prompt's {len(prompt_ids)} tokens leave room for {room} "
                 f"in the context of {self._context}"
             )
-        top_log_probs = int(_scalar(inputs, "top_logprobs", 0))
+        top_log_probs = int(scalar(inputs, "top_logprobs", 0))
         if not 0 <= top_log_probs <= MAX_TOP_LOG_PROBS:
             raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOG_PROBS}, found {top_log_probs}")
         return GenerationRequest(
@@ -107,12 +107,12 @@ class RequestParser:
             prompt_ids=tuple(prompt_ids),
             sampling=sampling,
             stop_words=_stop_words(inputs),
-            stream=bool(_scalar(inputs, "stream", False)),
-            return_log_probs=bool(_scalar(inputs, "return_log_probs", False)) or top_log_probs > 0,
+            stream=bool(scalar(inputs, "stream", False)),
+            return_log_probs=bool(scalar(inputs, "return_log_probs", False)) or top_log_probs > 0,
             top_log_probs=top_log_probs,
-            include_prompt=not bool(_scalar(inputs, "exclude_input_in_output", True)),
-            prompt_lookup=bool(_scalar(inputs, "prompt_lookup", True)),
-            timeout_seconds=_timeout_seconds(timeout),
+            include_prompt=not bool(scalar(inputs, "exclude_input_in_output", True)),
+            prompt_lookup=bool(scalar(inputs, "prompt_lookup", True)),
+            timeout_seconds=timeout_seconds(timeout),
         )
 
     def _prompt(self, inputs: Inputs) -> tuple[str, list[int]]:
@@ -122,7 +122,7 @@ class RequestParser:
                 f"give exactly one of text_input and messages, found {' and '.join(given) or 'neither'}"
             )
         field = given[0]
-        prompt = _single_text(inputs, field)
+        prompt = single_text(inputs, field)
         self._check_bytes(prompt, field)
         if field == "messages":
             if self._chat_template is None:
@@ -150,7 +150,7 @@ class RequestParser:
             )
 
 
-def _timeout_seconds(value: object) -> float | None:
+def timeout_seconds(value: object) -> float | None:
     """Triton's request parameter `timeout`, in microseconds; 0 means none there."""
     if value is None:
         return None
@@ -162,7 +162,8 @@ def _timeout_seconds(value: object) -> float | None:
     return number / 1e6 if number else None
 
 
-def _scalar(inputs: Inputs, name: str, default: float | bool) -> Any:
+def scalar(inputs: Inputs, name: str, default: float | bool) -> Any:
+    """The one value of a tensor, or the default where it is missing."""
     tensor = inputs.get(name)
     if tensor is None:
         return default
@@ -171,7 +172,8 @@ def _scalar(inputs: Inputs, name: str, default: float | bool) -> Any:
     return tensor.reshape(-1)[0]
 
 
-def _single_text(inputs: Inputs, name: str) -> str:
+def single_text(inputs: Inputs, name: str) -> str:
+    """The one text of a BYTES tensor."""
     texts = decode_texts(inputs[name], name)
     if len(texts) != 1:
         raise InvalidRequest(f"{name} must hold one text, found {len(texts)}")

@@ -1,0 +1,173 @@
+"""Encoder-decoder models for translation and summarization: one folder a variant, which `trident_seq2seq` serves."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+
+from trident_export import disk, encoder_files, fidelity, recipes, seq2seq_files
+from trident_export.models_file import ModelSpec, Seq2SeqLimits
+from trident_export.seq2seq_graph import export_decoder, export_encoder
+from trident_export.tasks import Job, Measures
+from trident_serving.artefacts import VERSION
+from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
+from trident_serving.seq2seq.request import GenerationDefaults
+from trident_serving.seq2seq.source import LongInput, SourceText
+
+Floats = NDArray[np.float32]
+
+# Texts that the gate compares, tokens of their sources and answers, and texts that it runs at once.
+GATE_TEXTS = 12
+GATE_SOURCE = 48
+GATE_TOKENS = 24
+GATE_ROWS = 4
+
+
+def build(job: Job) -> None:
+    """See `trident_export.tasks`."""
+    spec = job.spec
+    limits = _limits(spec)
+    job.progress("loading the model")
+    model = load_model(job.source)
+    check_limits(spec, job.source, model)
+    disk.require(job.staging, model.num_parameters() * 4, spec.variants)
+    assets = job.staging / "assets"
+    seq2seq_files.save_text_files(spec, job.source, assets)
+    capacity = limits.max_target_tokens + len(GenerationDefaults.load(assets).prompt)
+    graphs = job.staging / "graph"
+    graphs.mkdir()
+    job.progress("tracing the graphs")
+    export_encoder(model, graphs / "encoder.onnx")
+    export_decoder(model, graphs / "decoder.onnx", capacity)
+    for variant in spec.variants:
+        job.progress(f"writing {variant}")
+        folder = job.staging / spec.public_name(variant) / VERSION
+        for name in ("encoder.onnx", "decoder.onnx"):
+            recipes.apply(variant, graphs / name, folder / name)
+        shutil.copytree(assets, folder, dirs_exist_ok=True)
+    shutil.rmtree(graphs)
+    shutil.rmtree(assets)
+
+
+def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
+    """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`."""
+    folders = {variant: root / spec.public_name(variant) / VERSION for variant in spec.variants}
+    model = load_model(source)
+    folder = folders[spec.default_variant]
+    samples = sample_sources(SourceText.load(folder, min(GATE_SOURCE, _limits(spec).max_source_tokens)))
+    prompt = GenerationDefaults.load(folder).prompt
+    targets = [answer_ids(model, ids, prompt) for ids in samples]
+    reference = reference_logits(model, samples, targets)
+    capacity = _limits(spec).max_target_tokens + len(prompt)
+    return {
+        variant: measure(folder, samples, targets, reference, capacity, _limits(spec).threads)
+        for variant, folder in folders.items()
+    }
+
+
+def load_model(source: Path) -> PreTrainedModel:
+    """The model in float32, in evaluation mode."""
+    return AutoModelForSeq2SeqLM.from_pretrained(source, dtype=torch.float32).eval()
+
+
+def check_limits(spec: ModelSpec, source: Path, model: PreTrainedModel) -> None:
+    """The limits of models.toml must be ones that the model was built for.
+
+    Raises:
+        ValueError: the source is longer than the encoder's positions.
+    """
+    longest = encoder_files.longest_input(source, model.config)
+    if longest is not None and _limits(spec).max_source_tokens > longest:
+        raise ValueError(
+            f"[{spec.name}] limits.max_source_tokens is {_limits(spec).max_source_tokens}, the model was built for "
+            f"{longest} positions"
+        )
+
+
+def sample_sources(source: SourceText) -> list[list[int]]:
+    """Source tokens of the gate's texts."""
+    texts = fidelity.texts()
+    step = max(1, len(texts) // GATE_TEXTS)
+    return [list(source.windows(text, LongInput.TRUNCATE)[0].ids) for text in texts[::step][:GATE_TEXTS]]
+
+
+def answer_ids(model: PreTrainedModel, source_ids: list[int], prompt: tuple[int, ...]) -> list[int]:
+    """The decoder's tokens that the gate goes through: start tokens, and Hugging Face's greedy answer."""
+    with torch.inference_mode():
+        given = model.generate(
+            torch.tensor([source_ids]),
+            decoder_input_ids=torch.tensor([prompt]),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=GATE_TOKENS,
+            min_length=0,
+            suppress_tokens=None,
+        )
+    ids: list[int] = given[0].tolist()
+    return ids[: len(prompt) + GATE_TOKENS - 1]
+
+
+def reference_logits(model: PreTrainedModel, samples: list[list[int]], targets: list[list[int]]) -> list[Floats]:
+    """Hugging Face's logits behind each token of the answers, float32 [tokens, vocabulary] for each text."""
+    with torch.inference_mode():
+        return [
+            model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([target])).logits[0].float().numpy()
+            for ids, target in zip(samples, targets, strict=True)
+        ]
+
+
+def measure(
+    folder: Path,
+    samples: list[list[int]],
+    targets: list[list[int]],
+    reference: list[Floats],
+    capacity: int,
+    threads: int = 0,
+) -> dict[str, float]:
+    """Compare the graphs in a version folder with Hugging Face; see `fidelity.compare_logits`.
+
+    The texts run as they would be served, several at once, each one step behind the other, as two beams that share
+    their text. `batch_effect` is the largest difference of a logit from a text that runs alone.
+    """
+    decoder = Seq2SeqDecoder(folder, rows=2 * GATE_ROWS, capacity=capacity, threads=threads)
+    found: list[Floats] = []
+    for start in range(0, len(samples), GATE_ROWS):
+        rows = slice(start, start + GATE_ROWS)
+        found += served_logits(decoder, samples[rows], targets[rows], beams=2)
+    effect = 0.0
+    for ids, target, served in zip(samples, targets, found, strict=True):
+        (alone,) = served_logits(decoder, [ids], [target], beams=1)
+        effect = max(effect, float(np.abs(alone - served).max()))
+    return fidelity.compare_logits(reference, found) | {"batch_effect": effect}
+
+
+def served_logits(
+    decoder: Seq2SeqDecoder, samples: list[list[int]], targets: list[list[int]], beams: int
+) -> list[Floats]:
+    """Logits of texts that run together, each one step behind the one before; float32 [tokens, vocabulary] each."""
+    for text, ids in enumerate(samples):
+        decoder.encode(text, ids)
+    logits: list[list[Floats]] = [[] for _ in samples]
+    steps = max(len(target) + text for text, target in enumerate(targets))
+    for step in range(steps):
+        rows = []
+        for text, target in enumerate(targets[: step + 1]):
+            place = min(step - text, len(target) - 1)  # one that is at its end repeats its last token
+            rows += [Row(text, target[place], place)] * beams
+        result = decoder.run(rows)
+        for text, target in enumerate(targets[: step + 1]):
+            if step - text < len(target):
+                logits[text].append(result[text * beams].copy())
+    for text in range(len(samples)):
+        decoder.remove(text)
+    return [np.stack(rows) for rows in logits]
+
+
+def _limits(spec: ModelSpec) -> Seq2SeqLimits:
+    assert isinstance(spec.limits, Seq2SeqLimits)
+    return spec.limits

@@ -1,0 +1,62 @@
+"""Translation and summarization with an encoder-decoder model: text in, text out. See `trident_serving.seq2seq`."""
+
+import sys
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from trident_serving import text, triton_adapter
+from trident_serving.seq2seq.service import Seq2SeqService, Seq2SeqSettings
+from trident_serving.triton_metrics import Publisher
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        triton_adapter.setup(pb_utils)
+        config = triton_adapter.model_config(args)
+        settings = Seq2SeqSettings.from_parameters(triton_adapter.parameters(config))
+        name, version = args["model_name"], args["model_version"]
+        unloading = triton_adapter.unloading(pb_utils, name, version)
+        self.service = Seq2SeqService(triton_adapter.version_folder(args), settings, unloading)
+        self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
+        print(f"trident: {name}: {settings.slots} slots; {self.service.memory}", file=sys.stderr, flush=True)
+
+    def execute(self, requests):
+        for request in requests:
+            channel = Channel(request.get_response_sender())
+            try:
+                checked = self.service.parse(triton_adapter.inputs(request), triton_adapter.timeout(request))
+                self.service.submit(checked, channel)
+            except Exception as error:
+                channel.fail(error)
+
+    def finalize(self):
+        self.service.stop()
+        self.publisher.stop()
+
+
+class Channel:
+    """A `ReplyChannel` over Triton's response sender."""
+
+    def __init__(self, sender):
+        self.sender = sender
+
+    def is_cancelled(self):
+        return self.sender.is_cancelled()
+
+    def send(self, reply):
+        tensors = {
+            "text_output": text.encode_texts([reply.text]),
+            "finish_reason": text.encode_texts([reply.finish_reason]),
+            "num_input_tokens": np.array([reply.num_input_tokens], np.int32),
+            "num_output_tokens": np.array([reply.num_output_tokens], np.int32),
+            "output_log_probs": np.array(reply.log_probs, np.float32),
+            "sequence_scores": np.array(reply.scores, np.float32),
+        }
+        self._send(triton_adapter.response(pb_utils, {name: tensor[None] for name, tensor in tensors.items()}))
+
+    def fail(self, error):
+        self._send(triton_adapter.response(pb_utils, error))
+
+    def _send(self, response):
+        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

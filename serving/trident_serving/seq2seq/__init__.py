@@ -1,0 +1,10 @@
+"""Encoder-decoder models: encode a text once, decode many rows together, search by beams.
+
+request     tensors -> checked requests
+source      text -> windows of source tokens; tokens -> text
+processors  what a generation config forbids or forces, on scores
+search      greedy, sampling and beam search for one text; no model
+decoder     the two graphs and their caches
+engine      the loop: admit, encode, decode, search
+service     all of it for one model's artefacts
+"""

@@ -1,0 +1,250 @@
+"""Everything that serves one encoder-decoder model from its artefact folder; the adapter only carries tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from trident_serving import memory
+from trident_serving.generation.metrics import Recorder
+from trident_serving.generation.outbox import Outbox
+from trident_serving.generation.request import Inputs
+from trident_serving.generation.service import MEBIBYTE, DoesNotFit
+from trident_serving.seq2seq.decoder import Seq2SeqDecoder
+from trident_serving.seq2seq.engine import Engine, Job
+from trident_serving.seq2seq.request import GenerationDefaults, RequestLimits, RequestParser, Seq2SeqRequest
+from trident_serving.seq2seq.search import Found
+from trident_serving.seq2seq.source import LongInput, SourceText
+
+
+@dataclass(frozen=True)
+class Seq2SeqSettings:
+    """The `parameters` of the model's config.pbtxt, which come from models.toml.
+
+    Attributes:
+        max_source_tokens: the longest source, special tokens included.
+        max_target_tokens: the longest answer.
+        default_max_tokens: length of an answer where neither request nor generation config says.
+        slots: rows (beams) that decode at once.
+        max_beams: of one search.
+        max_windows: of one text.
+        max_waiting: texts that may wait for rows.
+        max_bytes: the longest text that is tokenized at all.
+        long_input: what happens to longer texts where the request does not say.
+        threads: ONNX Runtime's intra-op threads.
+    """
+
+    max_source_tokens: int
+    max_target_tokens: int
+    default_max_tokens: int
+    slots: int
+    max_beams: int
+    max_windows: int
+    max_waiting: int
+    max_bytes: int
+    long_input: LongInput
+    threads: int
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> Seq2SeqSettings:
+        """Read the settings.
+
+        Raises:
+            ValueError: one is missing or has no value of its kind.
+        """
+        names = [name for name in cls.__annotations__ if name != "long_input"]
+        wrong = [name for name in names if not parameters.get(name, "").isdecimal() or int(parameters[name]) < 1]
+        if wrong:
+            raise ValueError(f"parameters {', '.join(wrong)} must be positive integers")
+        values = {name: int(parameters[name]) for name in names}
+        return cls(**values, long_input=LongInput(parameters.get("long_input", "")))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a request gets, once.
+
+    Attributes:
+        finish_reason: "stop", "length" where the answer to a window was cut off, or "cancelled".
+        log_probs: of all tokens.
+        scores: of each window's answer, see `Found`.
+    """
+
+    text: str
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    log_probs: tuple[float, ...]
+    scores: tuple[float, ...]
+
+
+class ReplyChannel(Protocol):
+    """Where a request's one response goes."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone."""
+        ...
+
+    def send(self, reply: Reply) -> None:
+        """Send the answer."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Send an error."""
+        ...
+
+
+class _Pending:
+    """One request whose windows are being answered; the outbox sends when all are."""
+
+    urgent = True
+    paced = False
+    last_sent = 0.0
+
+    def __init__(
+        self, request: Seq2SeqRequest, source: SourceText, channel: ReplyChannel, notify: Callable[[_Pending], None]
+    ) -> None:
+        self.channel = channel
+        self.cancelled = False
+        self._request = request
+        self._source = source
+        self._notify = notify
+        self._found: dict[int, Found] = {}
+        self._left = len(request.windows)
+        self._error: Exception | None = None
+
+    def window_done(self, index: int, found: Found | None, error: Exception | None) -> None:
+        """One window is answered, or was cancelled, or failed."""
+        self._left -= 1
+        if found is not None:
+            self._found[index] = found
+        if error is not None:
+            self._error = self._error or error
+            self.cancelled = True  # the others need not go on
+        if not self._left:
+            self._notify(self)
+
+    def send_pending(self) -> bool:
+        """Send the response, if it is time; returns whether all is said."""
+        if self._left:
+            return False
+        if self._error is not None:
+            self.channel.fail(self._error)
+        else:
+            self.channel.send(self._reply())
+        return True
+
+    def _reply(self) -> Reply:
+        windows = self._request.windows
+        found = [self._found[index] for index in sorted(self._found)]
+        complete = len(found) == len(windows)
+        text = "".join(
+            ("" if not index else window.separator) + self._source.decode(self._found[index].tokens)
+            for index, window in enumerate(windows)
+            if index in self._found
+        )
+        reason = "cancelled" if not complete else "stop" if all(item.stopped for item in found) else "length"
+        return Reply(
+            text=text if complete else "",
+            finish_reason=reason,
+            num_input_tokens=sum(len(window.ids) for window in windows),
+            num_output_tokens=sum(len(item.tokens) for item in found),
+            log_probs=tuple(value for item in found for value in item.log_probs),
+            scores=tuple(item.score for item in found),
+        )
+
+
+class _WindowConsumer:
+    def __init__(self, pending: _Pending, index: int) -> None:
+        self._pending = pending
+        self._index = index
+
+    @property
+    def cancelled(self) -> bool:
+        return self._pending.cancelled
+
+    def finish(self, found: Found | None) -> None:
+        self._pending.window_done(self._index, found, None)
+
+    def fail(self, error: Exception) -> None:
+        self._pending.window_done(self._index, None, error)
+
+
+class Seq2SeqService:
+    """Parser, engine and sender of one model.
+
+    Args:
+        folder: the model's artefacts.
+        unloading: asked while requests run; once it says yes, they fail.
+
+    Raises:
+        DoesNotFit: the caches take more memory than there is.
+    """
+
+    def __init__(self, folder: Path, settings: Seq2SeqSettings, unloading: Callable[[], bool] = lambda: False) -> None:
+        self._unloading = unloading
+        self._source = SourceText.load(folder, settings.max_source_tokens)
+        defaults = GenerationDefaults.load(folder)
+        limits = RequestLimits(
+            max_target_tokens=settings.max_target_tokens,
+            default_max_tokens=min(settings.default_max_tokens, settings.max_target_tokens),
+            max_beams=min(settings.max_beams, settings.slots),
+            max_windows=min(settings.max_windows, settings.max_waiting),
+            max_bytes=settings.max_bytes,
+            long_input=settings.long_input,
+        )
+        self._parser = RequestParser(self._source, defaults, limits)
+        capacity = settings.max_target_tokens + len(defaults.prompt)
+        decoder = Seq2SeqDecoder(folder, rows=settings.slots, capacity=capacity, threads=settings.threads)
+        own = settings.slots * capacity * decoder.bytes_per_token
+        cross = settings.slots * settings.max_source_tokens * decoder.bytes_per_token
+        self.memory = (
+            f"{own / MEBIBYTE:.0f} MiB of decoder cache + {cross / MEBIBYTE:.0f} MiB of encoded texts "
+            f"({decoder.bytes_per_token} bytes a token) at most"
+        )
+        available = memory.available_bytes()
+        if own + cross > available:
+            raise DoesNotFit(
+                f"{self.memory}, of which {available / MEBIBYTE:.0f} MiB are available: lower slots, "
+                "max_source_tokens or max_target_tokens"
+            )
+        self.recorder = Recorder()
+        self._outbox = Outbox(self._check_unloading)
+        self._engine = Engine(decoder, settings.max_waiting, self.recorder)
+
+    def parse(self, inputs: Inputs, timeout: object = None) -> Seq2SeqRequest:
+        """See `RequestParser.parse`."""
+        return self._parser.parse(inputs, timeout)
+
+    def submit(self, request: Seq2SeqRequest, channel: ReplyChannel) -> None:
+        """Start a request; its response goes to the channel.
+
+        Raises:
+            Overloaded: the queue is full; nothing is sent to the channel.
+        """
+        pending = _Pending(request, self._source, channel, self._outbox.notify)
+        seconds = request.timeout_seconds
+        deadline = None if seconds is None else time.monotonic() + seconds
+        jobs = [
+            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), deadline, seconds or 0.0)
+            for index, window in enumerate(request.windows)
+        ]
+        self._outbox.add(pending)
+        try:
+            self._engine.submit(jobs)
+        except Exception:
+            self._outbox.discard(pending)
+            self.recorder.count("requests_rejected")
+            raise
+
+    def stop(self) -> None:
+        """End both threads; unfinished requests fail."""
+        self._engine.stop()
+        self._outbox.stop()
+
+    def _check_unloading(self) -> None:
+        if self._unloading():
+            self._engine.stop()
