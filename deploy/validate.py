@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 TOOLS = Path(sys.executable).parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 OLDEST_IMAGE = (26, 8)  # earlier servers crash on a request of very many chunks
-BACKENDS = ("trident_generator", "trident_postprocess", "trident_seq2seq", "trident_tokenizer")
+BACKENDS = ("trident_generator", "trident_postprocess", "trident_seq2seq", "trident_template", "trident_tokenizer")
 
 
 def main() -> int:

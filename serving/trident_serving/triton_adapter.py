@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
+from trident_serving.generation.request import timeout_seconds as parse_timeout
 
 
 def setup(pb_utils: Any) -> None:
@@ -86,6 +87,11 @@ def timeout(request: Any) -> object:
     if request.timeout():
         return request.timeout()
     return json.loads(request.parameters() or "{}").get("timeout")
+
+
+def timeout_seconds(request: Any) -> float | None:
+    """The same in seconds; None where there is none."""
+    return parse_timeout(timeout(request))
 
 
 def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> Any:

@@ -39,7 +39,7 @@ def test_a_good_table() -> None:
     ("change", "message"),
     [
         ({"variant": ["fp32"]}, "unknown key variant; known are task, source, variants"),
-        ({"task": "text-generator"}, "task 'text-generator' is not one of text-generation, feature-extraction"),
+        ({"task": "text-generator"}, "task 'text-generator' is not one of text-generation, translation, summarization"),
         ({"variants": []}, "variants must be different ones of fp32"),
         ({"variants": ["fp32", "fp32"]}, "variants must be different ones"),
         ({"variants": ["int3"]}, "found ('int3',)"),

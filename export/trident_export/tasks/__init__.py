@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trident_export import fidelity
-from trident_export.models_file import ModelSpec
+from trident_export.models_file import ModelSpec, TemplateLimits
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Job:
 # Measures of each variant, by its name.
 Measures = dict[str, dict[str, float]]
 
+TEMPLATES = "trident_export.tasks.templates"
 MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
     "translation": "trident_export.tasks.seq2seq",
@@ -64,7 +65,8 @@ def build(job: Job) -> Measures:
         ValueError: models.toml and the model disagree.
     """
     _module(job.spec).build(job)
-    job.progress("comparing with Hugging Face")
+    if not isinstance(job.spec.limits, TemplateLimits):
+        job.progress("comparing with Hugging Face")
     measures = evaluate(job.spec, job.source, job.staging)
     for variant, measured in measures.items():
         fidelity.check(job.spec.task, variant, measured, job.spec.gates.get(variant))
@@ -85,4 +87,5 @@ def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
 
 def _module(spec: ModelSpec) -> Any:
     # Imported when needed: torch and transformers take ten seconds, and a fresh repository needs neither.
-    return importlib.import_module(MODULES[spec.task])
+    name = TEMPLATES if isinstance(spec.limits, TemplateLimits) else MODULES[spec.task]
+    return importlib.import_module(name)

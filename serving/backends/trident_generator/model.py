@@ -31,7 +31,12 @@ class TritonPythonModel:
         for request in requests:
             channel = Channel(request.get_response_sender())
             try:
-                checked = self.service.parse(triton_adapter.inputs(request), triton_adapter.timeout(request))
+                inputs = triton_adapter.inputs(request)
+                if "cancel_key" in inputs:
+                    self.service.cancel(text.decode_texts(inputs["cancel_key"], "cancel_key")[0])
+                    channel.end()
+                    continue
+                checked = self.service.parse(inputs, triton_adapter.timeout(request))
                 self.service.submit(checked, channel)
             except Exception as error:
                 channel.fail(error)
@@ -65,6 +70,9 @@ class Channel:
             del tensors["output_top_token_ids"], tensors["output_top_log_probs"]
         batch = {name: tensor[None] for name, tensor in tensors.items()}
         self._send(triton_adapter.response(pb_utils, batch), final=reason is not None)
+
+    def end(self):
+        self.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def fail(self, error):
         self._send(triton_adapter.stream_error(pb_utils, error), final=True)

@@ -35,6 +35,7 @@ class GenerationRequest:
         include_prompt: whether the answer repeats the prompt's text.
         prompt_lookup: whether drafts may be taken from the prompt.
         timeout_seconds: the request fails once so much time is over; None: never.
+        key: by which another model of the server may cancel it; "": by none.
     """
 
     prompt: str
@@ -47,6 +48,7 @@ class GenerationRequest:
     include_prompt: bool = False
     prompt_lookup: bool = True
     timeout_seconds: float | None = None
+    key: str = ""
 
 
 class RequestParser:
@@ -113,6 +115,7 @@ class RequestParser:
             include_prompt=not bool(scalar(inputs, "exclude_input_in_output", True)),
             prompt_lookup=bool(scalar(inputs, "prompt_lookup", True)),
             timeout_seconds=timeout_seconds(timeout),
+            key=single_text(inputs, "request_key") if "request_key" in inputs else "",
         )
 
     def _prompt(self, inputs: Inputs) -> tuple[str, list[int]]:

@@ -253,6 +253,10 @@ class GenerationService:
             self.recorder.count("requests_rejected")
             raise
 
+    def cancel(self, key: str) -> None:
+        """Cancel the requests with a key; for callers inside the server, whose own cancellation nobody passes on."""
+        self._outbox.cancel(key)
+
     def stop(self) -> None:
         """End both threads; unfinished requests fail."""
         self._engine.stop()

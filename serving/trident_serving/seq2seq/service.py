@@ -101,6 +101,7 @@ class _Pending:
     """One request whose windows are being answered; the outbox sends when all are."""
 
     urgent = True
+    key = ""
     paced = False
     last_sent = 0.0
 

@@ -1,0 +1,19 @@
+"""Tasks in front of a generator: nothing to convert, since the template is in the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trident_export.models_file import ModelSpec
+from trident_export.tasks import Job, Measures
+from trident_serving.artefacts import VERSION
+
+
+def build(job: Job) -> None:
+    """See `trident_export.tasks`: Triton wants the version folder."""
+    (job.staging / job.spec.name / VERSION).mkdir(parents=True)
+
+
+def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
+    """See `trident_export.tasks`: a template's answers have no reference, its generator has its gate."""
+    return {}

@@ -1,0 +1,216 @@
+"""Tasks for an instruction-tuned generator: a request's texts into a prompt, its answer into the task's tensors.
+
+The template is data: a Jinja text over the request's fields, one message of the user. The generator is another model of
+the same server, so its weights are there once, whatever is asked of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+
+from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
+from trident_serving.generation.request import scalar, single_text
+from trident_serving.text import decode_texts, encode_texts
+
+Tensors = Mapping[str, NDArray[Any]]
+
+# What a template of each task may use.
+FIELDS = {
+    "translation": ("text_input", "source_lang", "target_lang"),
+    "summarization": ("text_input",),
+    "question-answering": ("question", "context"),
+}
+_LANGUAGE = re.compile(r"[\w()' -]{1,40}")
+_ERRORS: dict[str, type[ServingError]] = {
+    "INVALID_ARGUMENT": InvalidRequest,
+    "UNAVAILABLE": Overloaded,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+}
+
+
+def compile_template(task: str, text: str) -> PromptTemplate:
+    """A template that is known to use the task's fields alone.
+
+    Raises:
+        ValueError: it is no Jinja template, or uses another name.
+    """
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+    try:
+        used = meta.find_undeclared_variables(environment.parse(text))
+    except TemplateError as error:
+        raise ValueError(f"template is no Jinja template: {error}") from None
+    unknown = sorted(used - set(FIELDS[task]))
+    needed = [name for name in FIELDS[task] if not name.endswith("_lang") and name not in used]
+    if unknown or needed:
+        found, known = ", ".join(sorted(used)) or "no field", ", ".join(FIELDS[task])
+        raise ValueError(f"template uses {found}; a template of {task} uses {known}")
+    return PromptTemplate(environment.from_string(text))
+
+
+class PromptTemplate:
+    """Fields in, prompt out."""
+
+    def __init__(self, template: Any) -> None:
+        self._template = template
+
+    def render(self, fields: Mapping[str, str]) -> str:
+        """The prompt."""
+        text: str = self._template.render(**fields)
+        return text
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One call of the generator.
+
+    Attributes:
+        text: the message of the user.
+        context: of question answering, where the answer is looked for.
+    """
+
+    text: str
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the generator gives."""
+
+    text: str
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    log_probs: tuple[float, ...]
+
+    @classmethod
+    def from_tensors(cls, tensors: Tensors) -> Completion:
+        """Read the generator's response."""
+        return cls(
+            text=tensors["text_output"].reshape(-1)[0].decode("utf-8"),
+            finish_reason=tensors["finish_reason"].reshape(-1)[0].decode("utf-8"),
+            num_input_tokens=int(tensors["num_input_tokens"].reshape(-1)[0]),
+            num_output_tokens=int(tensors["num_output_tokens"].reshape(-1)[0]),
+            log_probs=tuple(tensors["output_log_probs"].reshape(-1).tolist()),
+        )
+
+
+class TemplateTask:
+    """One task in front of a generator, from the `parameters` of its config.
+
+    Raises:
+        ValueError: a parameter is missing, or the template is not the task's.
+    """
+
+    def __init__(self, parameters: Mapping[str, str]) -> None:
+        missing = [name for name in ("task", "generator", "template", "max_tokens") if not parameters.get(name)]
+        if missing:
+            raise ValueError(f"parameters {', '.join(missing)} are missing")
+        self.task = parameters["task"]
+        self.generator = parameters["generator"]
+        self._template = compile_template(self.task, parameters["template"])
+        self._max_tokens = int(parameters["max_tokens"])
+        self._languages = {name: parameters.get(name, "") for name in ("source_lang", "target_lang")}
+
+    def prompts(self, inputs: Tensors) -> list[Prompt]:
+        """The generator's calls for a request: one, or one a question.
+
+        Raises:
+            InvalidRequest: a field is empty, or a language is no name of one.
+        """
+        if self.task == "question-answering":
+            questions, contexts = (decode_texts(inputs[name], name) for name in ("question", "context"))
+            if len(contexts) == 1:
+                contexts = contexts * len(questions)
+            if len(contexts) != len(questions) or not questions:
+                raise InvalidRequest(
+                    f"there are {len(questions)} questions and {len(contexts)} contexts: give one context, or one each"
+                )
+            return [
+                Prompt(self._render({"question": question, "context": context}), context)
+                for question, context in zip(questions, contexts, strict=True)
+            ]
+        return [Prompt(self._render({"text_input": single_text(inputs, "text_input"), **self._named(inputs)}))]
+
+    def generator_inputs(self, inputs: Tensors, prompt: Prompt) -> dict[str, NDArray[Any]]:
+        """The tensors of one call, [1, n] each; sampling options go through as they came."""
+        message = json.dumps([{"role": "user", "content": prompt.text}])
+        tensors: dict[str, NDArray[Any]] = {
+            "messages": encode_texts([message])[None],
+            "max_tokens": np.array([[int(scalar(inputs, "max_tokens", self._max_tokens))]], np.int32),
+            "return_log_probs": np.array([[True]]),
+        }
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "random_seed", "min_tokens"):
+            if name in inputs:
+                tensors[name] = inputs[name].reshape(1, -1)
+        return tensors
+
+    def answer(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> dict[str, NDArray[Any]]:
+        """The task's tensors, as its other models give them."""
+        if self.task == "question-answering":
+            return _answers(prompts, completions)
+        (only,) = completions
+        return {
+            "text_output": encode_texts([only.text.strip()])[None],
+            "finish_reason": encode_texts([only.finish_reason])[None],
+            "num_input_tokens": np.array([[only.num_input_tokens]], np.int32),
+            "num_output_tokens": np.array([[only.num_output_tokens]], np.int32),
+            "output_log_probs": np.array([only.log_probs], np.float32),
+        }
+
+    def _named(self, inputs: Tensors) -> dict[str, str]:
+        """Languages by name; a template that names none gets none."""
+        found = {}
+        for name, default in self._languages.items():
+            language = single_text(inputs, name) if name in inputs else default
+            if language and not _LANGUAGE.fullmatch(language):
+                raise InvalidRequest(f"{name} must be the name of a language, found {language[:80]!r}")
+            found[name] = language
+        return found
+
+    def _render(self, fields: dict[str, str]) -> str:
+        for name, value in fields.items():
+            if not name.endswith("_lang") and not value.strip():
+                raise InvalidRequest(f"{name} is empty")
+        return self._template.render(fields)
+
+
+def _answers(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> dict[str, NDArray[Any]]:
+    """[questions, 1] each. An answer that is a span of the context is told as one, another has the span 0 to 0."""
+    texts, starts, ends, scores = [], [], [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = completion.text.strip()
+        start = prompt.context.casefold().find(text.rstrip(".").casefold()) if text.rstrip(".") else -1
+        same_length = len(prompt.context.casefold()) == len(prompt.context)
+        end = start + len(text.rstrip("."))
+        if start < 0 or not same_length:
+            start = end = 0
+        texts.append(prompt.context[start:end] if end else text)
+        starts.append(start)
+        ends.append(end)
+        count = max(len(completion.log_probs), 1)
+        scores.append(math.exp(sum(completion.log_probs) / count))
+    return {
+        "answer": encode_texts(texts)[:, None],
+        "score": np.array(scores, np.float32)[:, None],
+        "start": np.array(starts, np.int32)[:, None],
+        "end": np.array(ends, np.int32)[:, None],
+        "no_answer_score": np.zeros(len(texts), np.float32),
+    }
+
+
+def error_from(message: str) -> Exception:
+    """The generator's error, whose message begins with the name of its code, as an error of this request."""
+    name, separator, text = message.partition(": ")
+    if separator and name in _ERRORS:
+        return _ERRORS[name](text.replace("messages has", "the text with its template has"))
+    return RuntimeError(message)
