@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     RobertaTokenizerFast,
     T5TokenizerFast,
     XLMRobertaTokenizerFast,
@@ -66,6 +67,16 @@ def causal_config(architecture: str, context: int = 128) -> PretrainedConfig:
             num_attention_heads=4,
             max_position_embeddings=context,
             word_embed_proj_dim=32,
+            **shared,
+        )
+    if architecture == "qwen2":
+        return Qwen2Config(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=context,
             **shared,
         )
     raise ValueError(architecture)
@@ -206,21 +217,30 @@ _TOKENIZERS = {
 }
 
 
-def make_reader(folder: Path, family: str, head: type, seed: int = 0, positions: int = 130, **config: object) -> Path:
+def make_reader(
+    folder: Path,
+    family: str,
+    head: type,
+    seed: int = 0,
+    positions: int = 130,
+    tokenizer: str | None = None,
+    **config: object,
+) -> Path:
     """An encoder of a family with random weights that make clear decisions, and a tokenizer of its class.
 
     Args:
         head: one of transformers' Auto classes.
+        tokenizer: the family whose tokenizer it has, where that is another.
         config: more of its configuration, such as labels.
     """
-    tokenizer = _TOKENIZERS[family](family)
+    words = _TOKENIZERS[tokenizer or family](tokenizer or family)
     sizes: dict[str, object] = {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "max_position_embeddings": positions,
-        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_id": words.pad_token_id,
     }
     if family == "distilbert":
         sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "max_position_embeddings": positions}
@@ -233,13 +253,13 @@ def make_reader(folder: Path, family: str, head: type, seed: int = 0, positions:
         }
         sizes |= {"norm_rel_ebd": "layer_norm", "position_biased_input": False, "max_relative_positions": -1}
     torch.manual_seed(seed)
-    model = head.from_config(AutoConfig.for_model(family, vocab_size=len(tokenizer), **sizes, **config)).eval()
+    model = head.from_config(AutoConfig.for_model(family, vocab_size=len(words), **sizes, **config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    words.save_pretrained(folder)
     return folder
 
 

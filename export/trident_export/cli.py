@@ -8,6 +8,7 @@ pin                write the hub's commit ids into models.toml
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -44,6 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="export what is missing or out of date")
     export.add_argument("model", nargs="?", help="one model of models.toml (default: all but on-demand ones)")
+    export.add_argument("--source", type=Path, help="a local copy of the model, in place of its source")
     export.set_defaults(run=_export)
     quality = commands.add_parser("quality", help="measure every exported variant against Hugging Face")
     quality.add_argument("--reports", type=Path, default=Path("reports"))
@@ -64,6 +66,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _export(options: argparse.Namespace) -> int:
     specs = models_file.select(models_file.load(options.models_file), options.model or None)
+    if options.source is not None:
+        if not options.model:
+            raise ValueError("--source is for one model: name it")
+        copy = models_file.Source(path=str(options.source.resolve()))
+        specs = [dataclasses.replace(spec, source=copy) for spec in specs]
     base = options.models_file.resolve().parent
     _quiet()
     exported = install.export(specs, options.repository, base, options.cache or base / ".cache", install.print_progress)

@@ -36,7 +36,7 @@ def save_text_files(spec: ModelSpec, source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     piece_ids = _save_tokenizers(tokenizer, folder)
     _source_settings(spec, source, tokenizer, piece_ids).save(folder)
-    read_defaults(source, spec.task).save(folder)
+    read_defaults(source, _task_params(spec, source)).save(folder)
 
 
 def _save_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
@@ -70,9 +70,10 @@ def _source_settings(
         for code in languages:
             tokenizer.src_lang = code
             surroundings[code] = (tuple(tokenizer.prefix_tokens), tuple(tokenizer.suffix_tokens))
+    pair = _language_pair(spec) in (getattr(AutoConfig.from_pretrained(source), "task_specific_params", None) or {})
     for field, known in (("source_lang", surroundings), ("target_lang", languages if style != "fixed" else {})):
         code = getattr(spec, field)
-        if code and code not in known:
+        if code and code not in known and not pair:
             raise ValueError(f"[{spec.name}] {field} is {code!r}, the model knows {', '.join(known) or 'no choice'}")
     prefix, suffix = ((), ()) if marks_source else _surroundings(tokenizer)
     source_lang = spec.source_lang
@@ -81,12 +82,12 @@ def _source_settings(
     return SourceSettings(
         prefix=prefix,
         suffix=suffix,
-        text_prefix=spec.prefix if spec.prefix is not None else _config_prefix(source, spec.task),
+        text_prefix=spec.prefix if spec.prefix is not None else _prefix(spec, source),
         source_surroundings=surroundings,
         languages=languages,
         target_style=style,
-        source_lang=source_lang,
-        target_lang=spec.target_lang,
+        source_lang=source_lang if marks_source else "",
+        target_lang=spec.target_lang if spec.target_lang in languages else "",
         piece_ids=piece_ids,
     )
 
@@ -121,35 +122,40 @@ def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], 
     raise ValueError(f"the tokenizer gives {whole} with special tokens and {inner} without")
 
 
-def _task_params(source: Path, task: str) -> dict[str, Any]:
+def _language_pair(spec: ModelSpec) -> str:
+    return f"translation_{spec.source_lang}_to_{spec.target_lang}"
+
+
+def _task_params(spec: ModelSpec, source: Path) -> dict[str, Any]:
+    """The config's settings for the task, as transformers' pipeline takes them; T5 has some for pairs of languages."""
     params = getattr(AutoConfig.from_pretrained(source), "task_specific_params", None) or {}
-    found: dict[str, Any] = params.get(task) or {}
+    found: dict[str, Any] = params.get(_language_pair(spec)) or params.get(spec.task) or {}
     return found
 
 
-def _config_prefix(source: Path, task: str) -> str:
+def _prefix(spec: ModelSpec, source: Path) -> str:
     config = AutoConfig.from_pretrained(source)
-    prefix: str = _task_params(source, task).get("prefix") or getattr(config, "prefix", None) or ""
+    prefix: str = _task_params(spec, source).get("prefix") or getattr(config, "prefix", None) or ""
     return prefix
 
 
-def generation_config(source: Path, task: str) -> GenerationConfig:
-    """The model's generation config with its settings for a task, as transformers' pipeline has them."""
+def generation_config(source: Path, params: dict[str, Any]) -> GenerationConfig:
+    """The model's generation config with its settings for a task."""
     if (source / "generation_config.json").exists():
         config = GenerationConfig.from_pretrained(source)
     else:  # older models keep these settings in their config
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
-    config.update(**{key: value for key, value in _task_params(source, task).items() if key != "prefix"})
+    config.update(**{key: value for key, value in params.items() if key != "prefix"})
     return config
 
 
-def read_defaults(source: Path, task: str) -> GenerationDefaults:
+def read_defaults(source: Path, params: dict[str, Any]) -> GenerationDefaults:
     """The generation config as the runtime reads it.
 
     Raises:
         ValueError: it asks for something that the search lacks.
     """
-    config = generation_config(source, task)
+    config = generation_config(source, params)
     for name, harmless in _UNKNOWN_SETTINGS.items():
         if getattr(config, name, None) not in harmless:
             raise ValueError(f"the generation config sets {name} to {getattr(config, name)!r}, which is not supported")
