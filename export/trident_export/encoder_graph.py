@@ -4,7 +4,7 @@ The graph that is left has the inputs `input_ids` and `attention_mask`, and for 
 `token_type_ids`, int64 [batch, sequence] each, whether or not the architecture has token types; where a task reads
 single texts, models with token types get zeros for them inside the graph. Its outputs, all float32 but for `top_ids`:
 
-    feature-extraction                     last_hidden_state [batch, sequence, hidden]
+    feature-extraction                     pooled [batch, hidden], one vector a text, not normalized
     text-classification, text-ranking      logits [batch, labels]
     token-classification                   logits [batch, sequence, labels]
     question-answering                     start_logits, end_logits [batch, sequence]
@@ -25,6 +25,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from trident_export.unpadding import unpad
+from trident_serving.pooling import Pooling
+
 INPUTS = ("input_ids", "attention_mask")
 TOKEN_TYPES = "token_type_ids"
 
@@ -33,7 +36,7 @@ _EXPORTED_AS = {"text-ranking": "text-classification"}
 
 
 def export_encoder_graph(
-    source: Path, path: Path, task: str, outputs: Sequence[str], *, pairs: bool, top_k: int
+    source: Path, path: Path, task: str, outputs: Sequence[str], *, pairs: bool, top_k: int, pooling: Pooling | None
 ) -> None:
     """Write the graph of the Hugging Face folder `source` to `path`, in float32.
 
@@ -42,6 +45,7 @@ def export_encoder_graph(
         outputs: names that the graph must have, as above.
         pairs: whether `token_type_ids` is an input.
         top_k: of fill-mask.
+        pooling: of feature-extraction: a vector a text is a hundredth of what the tokens' vectors are to hand on.
 
     Raises:
         ValueError: optimum gave a graph with other inputs or outputs.
@@ -68,6 +72,8 @@ def export_encoder_graph(
         without_token_types(model)
     if task == "fill-mask":
         with_top_logits(model, top_k)
+    if pooling is not None:
+        with_pooling(model, pooling)
     expected = [*INPUTS, *([TOKEN_TYPES] if pairs else [])]
     found = [node.name for node in model.graph.input]
     given = {node.name: node for node in model.graph.output}
@@ -75,6 +81,7 @@ def export_encoder_graph(
         raise ValueError(f"the graph has {found} -> {list(given)}; expected {expected} -> {list(outputs)}")
     del model.graph.output[:]
     model.graph.output.extend(given[name] for name in outputs)
+    unpad(model)
     onnx.save(model, str(path))
 
 
@@ -119,3 +126,46 @@ def with_top_logits(model: onnx.ModelProto, k: int) -> None:
             helper.make_tensor_value_info("log_normalizer", TensorProto.FLOAT, rows),
         ]
     )
+
+
+def with_pooling(model: onnx.ModelProto, pooling: Pooling) -> None:
+    """Add the output `pooled`; the numbers are those of `trident_serving.pooling.pool` for padding on the right."""
+    graph = model.graph
+    constants = {
+        "zero": np.array(0, np.int64),
+        "one": np.array([1], np.int64),
+        "two": np.array([2], np.int64),
+        "lowest": np.array(np.finfo(np.float32).min, np.float32),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, f"pooling/{name}") for name, value in constants.items())
+
+    def add(kind: str, inputs: list[str], output: str, **attributes: object) -> None:
+        graph.node.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+
+    hidden, mask = "last_hidden_state", "attention_mask"
+    if pooling is Pooling.CLS:
+        add("Gather", [hidden, "pooling/zero"], "pooled", axis=1)
+    elif pooling is Pooling.LAST_TOKEN:
+        add("ReduceSum", [mask, "pooling/one"], "pooling/lengths", keepdims=1)
+        add("Sub", ["pooling/lengths", "pooling/one"], "pooling/ends")
+        add("GatherND", [hidden, "pooling/ends"], "pooled", batch_dims=1)
+    elif pooling is Pooling.MAX:
+        add("Unsqueeze", [mask, "pooling/two"], "pooling/column")
+        add("Cast", ["pooling/column"], "pooling/real", to=TensorProto.BOOL)
+        add("Where", ["pooling/real", hidden, "pooling/lowest"], "pooling/kept")
+        _reduce_max(model, "pooling/kept", "pooled")
+    else:
+        add("Cast", [mask], "pooling/weights", to=TensorProto.FLOAT)
+        add("Unsqueeze", ["pooling/weights", "pooling/one"], "pooling/row")
+        add("MatMul", ["pooling/row", hidden], "pooling/sum")
+        add("Squeeze", ["pooling/sum", "pooling/one"], "pooling/total")
+        add("ReduceSum", ["pooling/weights", "pooling/one"], "pooling/count", keepdims=1)
+        add("Div", ["pooling/total", "pooling/count"], "pooled")
+    size = next(node for node in graph.output if node.name == hidden).type.tensor_type.shape.dim[2].dim_value
+    graph.output.append(helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["batch", size]))
+
+
+def _reduce_max(model: onnx.ModelProto, name: str, output: str) -> None:
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    inputs, attributes = ([name, "pooling/one"], {}) if opset >= 18 else ([name], {"axes": [1]})
+    model.graph.node.append(helper.make_node("ReduceMax", inputs, [output], output, keepdims=0, **attributes))

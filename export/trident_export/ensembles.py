@@ -79,13 +79,13 @@ def stages(task: str, limits: EncoderLimits) -> Stages:
     text: Tensor = ("text_input", "STRING", (1,))
     score: Tensor = ("score", "FP32", (-1,))
     if isinstance(limits, EmbeddingLimits):
-        hidden: Tensor = ("last_hidden_state", "FP32", (-1, limits.dimensions))
+        pooled: Tensor = ("pooled", "FP32", (limits.dimensions,))
         return Stages(
             texts=(text,),
             tokenizer_options=(_TRUNCATE, ("prompt_name", "STRING", (1,))),
             model_inputs=_SINGLE,
-            model_outputs=(hidden,),
-            read=(hidden, _ATTENTION_MASK),
+            model_outputs=(pooled,),
+            read=(pooled,),
             postprocess_options=(),
             answers=(("embedding", "FP32", (limits.dimensions,)),),
             tokenizer_parameters=encoding,

@@ -91,7 +91,7 @@ class EncoderLimits:
 
     max_tokens: int = 256
     max_bytes: int = 262144
-    buckets: tuple[int, ...] = (64, 128)
+    buckets: tuple[int, ...] = (128,)
     max_batch_size: int = 32
     truncate: bool = False
     threads: int = 2

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+
+from trident_export.row_quantization import quantize_rows
 
 ACCURACY_LEVEL = 4
 
@@ -43,11 +46,13 @@ class Recipe:
     Attributes:
         products: the matrix products that are quantized; those that nothing matches stay float32.
         size: the variant's bytes as a share of the float32 graph's, at most, for the check of the disk.
+        rows: whether products are in eight bits with a scale for each row (see `row_quantization`).
         half: whether everything is float16 but for the inputs and outputs that are no cache.
     """
 
     products: tuple[Blocks, ...]
     size: float
+    rows: bool = False
     half: bool = False
 
 
@@ -61,13 +66,19 @@ RECIPES = {
 }
 
 
-def apply(variant: str, graph: Path, target: Path) -> None:
+# Encoders work on many tokens at once, where blocks gain nothing over float32 (docs/decisions/0014).
+ENCODER_RECIPES = RECIPES | {"int8": Recipe((), 0.5, rows=True)}
+
+
+def apply(variant: str, graph: Path, target: Path, recipes: Mapping[str, Recipe] = RECIPES) -> None:
     """Write `target` (weights beside it as `<target>.data`) from the float32 graph at `graph`."""
     model = onnx.load(str(graph))
-    products = RECIPES[variant].products
-    if products:
-        model = quantize(model, products)
-    if RECIPES[variant].half:
+    recipe = recipes[variant]
+    if recipe.products:
+        model = quantize(model, recipe.products)
+    if recipe.rows:
+        quantize_rows(model, lambda name: True)
+    if recipe.half:
         model = to_half(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     data = target.with_name(target.name + ".data")

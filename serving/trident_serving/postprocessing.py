@@ -16,7 +16,7 @@ from trident_serving.classification import Activation, activate, best
 from trident_serving.encoding import TokenRoles, load_tokenizer
 from trident_serving.entities import Aggregation, Entity, EntityFinder
 from trident_serving.errors import InvalidRequest
-from trident_serving.pooling import PoolingSettings, normalize, pool
+from trident_serving.pooling import PoolingSettings, normalize
 from trident_serving.text import decode_texts, encode_texts
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -61,7 +61,7 @@ def _embedding(folder: Path, parameters: Mapping[str, str]) -> Postprocess:
     settings = PoolingSettings.load(folder)
 
     def postprocess(tensors: Tensors) -> Tensors:
-        vectors = pool(tensors["last_hidden_state"], tensors["attention_mask"], settings.pooling)
+        vectors = tensors["pooled"]
         return {"embedding": normalize(vectors) if settings.normalize else vectors}
 
     return postprocess

@@ -332,12 +332,12 @@ def test_a_damaged_model_is_refused(
     spec = models_file.parse(name, _tables(folder, make=False)[name])
     original = recipes.apply
 
-    def damaged(variant: str, graph: Path, target: Path) -> None:
+    def damaged(variant: str, graph: Path, target: Path, *more: Any) -> None:
         model = onnx.load(str(graph))
         tensor = next(t for t in model.graph.initializer if len(t.dims) == 2 and list(t.dims) == [32, 48])
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.03), tensor.name))
         onnx.save(model, str(graph))
-        original(variant, graph, target)
+        original(variant, graph, target, *more)
 
     monkeypatch.setattr(recipes, "apply", damaged)
     with pytest.raises(FidelityError, match="score_error|max_difference"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -241,8 +242,8 @@ def _made(path: Path) -> Path:
 def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     minilm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trident_export.tasks import encoders
-    from trident_serving.pooling import Pooling, PoolingSettings
+    from trident_export import encoder_graph
+    from trident_serving.pooling import Pooling
 
     table = {
         "task": "feature-extraction",
@@ -253,7 +254,7 @@ def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     spec = models_file.parse("minilm", table)
     original = recipes.apply
 
-    def damaged(variant: str, graph: Path, target: Path) -> None:
+    def damaged(variant: str, graph: Path, target: Path, *more: Any) -> None:
         import numpy as np
         import onnx
         from onnx import numpy_helper
@@ -262,20 +263,15 @@ def test_a_damaged_encoder_and_wrong_pooling_are_refused(
         tensor = max(model.graph.initializer, key=lambda t: int(np.prod(t.dims)) if "MatMul" in t.name else 0)
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.03), tensor.name))
         onnx.save(model, str(graph))
-        original(variant, graph, target)
+        original(variant, graph, target, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(recipes, "apply", damaged)
         with pytest.raises(FidelityError, match="worst_cosine|max_difference"):
             install.export([spec], tmp_path / "one", tmp_path, tmp_path, lambda message: None)
 
-    original_reader = encoders.reader
-
-    def pooled_wrongly(spec: models_file.ModelSpec, folder: Path) -> encoders.Reader:
-        PoolingSettings(Pooling.CLS, normalize=True).save(folder)
-        return original_reader(spec, folder)
-
-    monkeypatch.setattr(encoders, "reader", pooled_wrongly)
+    original_pooling = encoder_graph.with_pooling
+    monkeypatch.setattr(encoder_graph, "with_pooling", lambda model, pooling: original_pooling(model, Pooling.CLS))
     with pytest.raises(FidelityError, match="worst_cosine"):
         install.export([spec], tmp_path / "two", tmp_path, tmp_path, lambda message: None)
     assert artefacts.loadable(tmp_path / "one") == artefacts.loadable(tmp_path / "two") == []

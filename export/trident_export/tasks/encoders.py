@@ -69,10 +69,12 @@ def build(job: Job) -> None:
         [name for name, *_ in stages.model_outputs],
         pairs=TOKEN_TYPES in [name for name, *_ in stages.model_inputs],
         top_k=limits.top_k if isinstance(limits, FillMaskLimits) else 0,
+        pooling=encoder_files.read_pooling(job.source).pooling if spec.task == "feature-extraction" else None,
     )
     for variant in spec.variants:
         job.progress(f"writing {variant}")
-        recipes.apply(variant, graph, job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx")
+        path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
+        recipes.apply(variant, graph, path, recipes.ENCODER_RECIPES)
         # An ensemble has no files, and Triton wants the folder.
         (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True)
     shutil.rmtree(graph.parent)
@@ -195,7 +197,9 @@ def reader_from(spec: ModelSpec, source: Path) -> Reader:
 
 def _vector_reader(settings: PoolingSettings) -> Reader:
     def read(tensors: Mapping[str, NDArray[Any]]) -> list[Floats]:
-        vectors = pool(tensors["last_hidden_state"], tensors["attention_mask"], settings.pooling)
+        vectors = tensors.get("pooled")
+        if vectors is None:  # Hugging Face's side
+            vectors = pool(tensors["last_hidden_state"], tensors["attention_mask"], settings.pooling)
         return list(normalize(vectors) if settings.normalize else vectors)
 
     return read

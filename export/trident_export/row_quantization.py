@@ -1,0 +1,123 @@
+"""Products in eight bits with a scale for each row of the activation and each column of the weight.
+
+A row is a token, so an answer does not depend on who shares its batch. Activations are uint8 about 128. Weights are
+int8 of seven bits: the AVX2 kernels of machines without VNNI add pairs of products in sixteen bits, 2 x 255 x 63 fits
+and 2 x 255 x 127 does not, and a graph is served on other machines than it is exported on.
+Operator references: ONNX, QuantizeLinear (axis); onnxruntime docs/ContribOperators.md, MatMulIntegerToFloat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from trident_export.shape_folding import infer_types
+from trident_export.unpadding import is_packed
+
+_PREFIX = "rowwise"
+_WEIGHT_LARGEST = 63
+_ACTIVATION_LARGEST = 127
+
+
+def quantize_rows(model: onnx.ModelProto, chosen: Callable[[str], bool]) -> int:
+    """Quantize products of rows of activations, [rows, features], and a constant weight, in place; returns how many.
+
+    Args:
+        chosen: whether a product of this name is quantized. Those whose activation has another rank are left.
+    """
+    graph = model.graph
+    types = infer_types(model)
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    quantized: dict[str, tuple[str, str]] = {}  # activation -> its integers and its rows' scales
+    count = 0
+    for node in graph.node:
+        weight = weights.get(node.input[1]) if node.op_type == "MatMul" else None
+        if weight is None or len(weight.dims) != 2 or not _has_rows(node.input[0], types) or not chosen(node.name):
+            nodes.append(node)
+            continue
+        if not count:
+            _add_constants(graph)
+        if node.input[0] not in quantized:
+            quantized[node.input[0]] = (f"{_PREFIX}/{node.input[0]}/integers", f"{_PREFIX}/{node.input[0]}/scale")
+            nodes += _quantize_activation(node.input[0])
+        nodes += _product(graph, node, numpy_helper.to_array(weight), *quantized[node.input[0]])
+        count += 1
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _drop_unused(graph)
+    if count and "com.microsoft" not in [entry.domain for entry in model.opset_import]:
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return count
+
+
+def _has_rows(name: str, types: dict[str, onnx.TypeProto.Tensor]) -> bool:
+    if is_packed(name):
+        return True
+    found = types.get(name)
+    return found is not None and found.HasField("shape") and len(found.shape.dim) == 2
+
+
+def _add_constants(graph: onnx.GraphProto) -> None:
+    values = {
+        "largest": np.array(1.0 / _ACTIVATION_LARGEST, np.float32),
+        "least": np.array(1e-10, np.float32),  # a row of zeros has a scale too
+        "last": np.array([-1], np.int64),
+        "unit": np.array(1.0, np.float32),
+        "middle": np.array(128, np.uint8),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, f"{_PREFIX}/{name}") for name, value in values.items())
+
+
+def _quantize_activation(name: str) -> list[onnx.NodeProto]:
+    """[rows, features] to uint8 about 128 and float32 [rows, 1]."""
+    path = f"{_PREFIX}/{name}"
+
+    def node(kind: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
+        return helper.make_node(kind, inputs, [f"{path}/{output}"], name=f"{path}/{output}", **attributes)
+
+    return [
+        node("Abs", [name], "absolute"),
+        node("ReduceMax", [f"{path}/absolute", f"{_PREFIX}/last"], "peak", keepdims=1),
+        node("Mul", [f"{path}/peak", f"{_PREFIX}/largest"], "step"),
+        node("Max", [f"{path}/step", f"{_PREFIX}/least"], "scale"),
+        node("Reshape", [f"{path}/scale", f"{_PREFIX}/last"], "scales"),
+        node("Shape", [f"{path}/scales"], "rows"),
+        node("Expand", [f"{_PREFIX}/middle", f"{path}/rows"], "middles"),
+        node("QuantizeLinear", [name, f"{path}/scales", f"{path}/middles"], "integers", axis=0),
+    ]
+
+
+def _product(
+    graph: onnx.GraphProto, node: onnx.NodeProto, weight: NDArray[np.float32], integers: str, scale: str
+) -> list[onnx.NodeProto]:
+    path = f"{_PREFIX}/{node.name}"
+    steps = np.maximum(np.abs(weight).max(axis=0) / _WEIGHT_LARGEST, 1e-12).astype(np.float32)
+    rounded = np.clip(np.rint(weight / steps), -_WEIGHT_LARGEST, _WEIGHT_LARGEST).astype(np.int8)
+    graph.initializer.append(numpy_helper.from_array(rounded, f"{path}/weight"))
+    graph.initializer.append(numpy_helper.from_array(steps, f"{path}/steps"))
+
+    def made(kind: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
+        return helper.make_node(kind, inputs, [output], name=output, **attributes)
+
+    return [
+        # The operator knows one scale for all of the activation: the rows' own come behind it.
+        made(
+            "MatMulIntegerToFloat",
+            [integers, f"{path}/weight", f"{_PREFIX}/unit", f"{path}/steps", f"{_PREFIX}/middle"],
+            f"{path}/columns",
+            domain="com.microsoft",
+        ),
+        made("Mul", [f"{path}/columns", scale], node.output[0]),
+    ]
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

@@ -1,0 +1,134 @@
+"""Graph passes for encoders, on small graphs against numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from trident_export import encoder_graph, row_quantization, unpadding
+from trident_serving.pooling import Pooling, pool
+
+GENERATOR = np.random.default_rng(3)
+WIDTH = 16
+WEIGHTS = {
+    "words": GENERATOR.normal(size=(30, WIDTH)).astype(np.float32),
+    "first": GENERATOR.normal(size=(WIDTH, 24)).astype(np.float32),
+    "bias": GENERATOR.normal(size=24).astype(np.float32),
+    "second": GENERATOR.normal(size=(24, WIDTH)).astype(np.float32),
+}
+
+
+def graph() -> onnx.ModelProto:
+    """Embedding, two products with an activation and a residual, then something that mixes tokens."""
+    nodes = [
+        helper.make_node("Gather", ["words", "input_ids"], ["embedded"], name="embed"),
+        helper.make_node("MatMul", ["embedded", "first"], ["a"], name="first"),
+        helper.make_node("Add", ["bias", "a"], ["b"], name="bias"),
+        helper.make_node("Tanh", ["b"], ["c"], name="tanh"),
+        helper.make_node("MatMul", ["c", "second"], ["d"], name="second"),
+        helper.make_node("Add", ["d", "embedded"], ["last_hidden_state"], name="residual"),
+    ]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["b", "s"]) for n in ("input_ids", "attention_mask")]
+    output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["b", "s", WIDTH])
+    initializers = [numpy_helper.from_array(value, name) for name, value in WEIGHTS.items()]
+    made = helper.make_graph(nodes, "small", inputs, [output], initializers)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def run(model: onnx.ModelProto, feeds: dict[str, NDArray[Any]], output: str = "last_hidden_state") -> NDArray[Any]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    result: NDArray[Any] = session.run([output], {node.name: feeds[node.name] for node in session.get_inputs()})[0]
+    return result
+
+
+def batch() -> dict[str, NDArray[Any]]:
+    ids = GENERATOR.integers(0, 30, (3, 6)).astype(np.int64)
+    mask = np.array([[1, 1, 1, 1, 0, 0], [1] * 6, [1, 0, 0, 0, 0, 0]], np.int64)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_products_see_real_tokens_alone() -> None:
+    feeds = batch()
+    model = graph()
+    expected = run(model, feeds)
+    assert unpadding.unpad(model) == 5
+    found = run(model, feeds)
+    real = feeds["attention_mask"] > 0
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
+    # Behind a text its last token is repeated: nothing of another text shows.
+    np.testing.assert_array_equal(found[0, 4:], np.repeat(found[0, 3:4], 2, axis=0))
+    np.testing.assert_array_equal(found[2, 1:], np.repeat(found[2, :1], 5, axis=0))
+    product = next(node for node in model.graph.node if node.name == "first")
+    assert run_shape(model, product.input[0], feeds) == (11, WIDTH)
+
+
+def run_shape(model: onnx.ModelProto, name: str, feeds: dict[str, NDArray[Any]]) -> tuple[int, ...]:
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    shown.graph.output.append(helper.make_empty_tensor_value_info(name))
+    return run(shown, feeds, name).shape
+
+
+def test_a_weight_that_depends_on_no_token_is_left_alone() -> None:
+    """Embeddings of positions that go through a product are no tokens, whatever their rank."""
+    model = graph()
+    extra = [
+        helper.make_node("MatMul", ["positions", "first"], ["projected"], name="positions"),
+        helper.make_node("ReduceSum", ["projected"], ["sum"], name="sum"),
+    ]
+    model.graph.node.extend(extra)
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 9, WIDTH), np.float32), "positions"))
+    assert unpadding.unpad(model) == 5
+    assert next(node for node in model.graph.node if node.name == "positions").input[0] == "positions"
+
+
+def quantized(activation: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same sum in numpy."""
+    scale = np.maximum(np.abs(activation).max(axis=1, keepdims=True) / 127, 1e-10)
+    integers = np.clip(np.rint(activation / scale) + 128, 0, 255) - 128
+    steps = np.abs(weight).max(axis=0) / 63
+    result: NDArray[np.float32] = (integers @ np.rint(weight / steps)) * steps * scale
+    return result
+
+
+def test_row_quantization_is_what_numpy_says() -> None:
+    feeds = batch()
+    model = graph()
+    unpadding.unpad(model)
+    assert row_quantization.quantize_rows(model, lambda name: True) == 2
+    found = run(model, feeds)
+    real = feeds["attention_mask"] > 0
+    embedded = WEIGHTS["words"][feeds["input_ids"][real]]
+    hidden = np.tanh(quantized(embedded, WEIGHTS["first"]) + WEIGHTS["bias"])
+    expected = quantized(hidden, WEIGHTS["second"]) + embedded
+    np.testing.assert_allclose(found[real], expected, atol=2e-3 * np.abs(expected).max())
+    # Company changes nothing, to the last bit.
+    alone = {name: value[:1] for name, value in feeds.items()}
+    np.testing.assert_array_equal(run(model, alone)[0], found[0])
+
+
+def test_weights_of_seven_bits_never_saturate_sixteen() -> None:
+    model = graph()
+    unpadding.unpad(model)
+    row_quantization.quantize_rows(model, lambda name: name != "second")
+    weights = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("/weight")]
+    assert [weight.shape for weight in weights] == [(WIDTH, 24)]
+    assert np.abs(weights[0].astype(int)).max() == 63
+    assert 2 * 255 * 63 < 2**15
+
+
+@pytest.mark.parametrize("pooling", list(Pooling))
+def test_pooling_in_the_graph_is_that_of_the_runtime(pooling: Pooling) -> None:
+    feeds = batch()
+    model = graph()
+    encoder_graph.with_pooling(model, pooling)
+    expected = pool(run(graph(), feeds), feeds["attention_mask"], pooling)
+    np.testing.assert_allclose(run(model, feeds, "pooled"), expected, atol=1e-6)
