@@ -11,19 +11,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from transformers import AutoModel, AutoTokenizer
-
-from benchmarks import generation
+from benchmarks import generation, tasks
+from benchmarks.tasks import Peers
 from trident_client import Client
-from trident_export import fidelity, models_file, sources
+from trident_export import models_file, sources
 from trident_serving.launcher import local
-
-TEXTS = fidelity.texts()[:16]
 
 
 def main() -> int:
@@ -33,25 +27,24 @@ def main() -> int:
     parser.add_argument("--models-file", type=Path, default=Path("models.toml"))
     parser.add_argument("--reports", type=Path, default=Path("reports"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("generation", "embeddings"), help="one part")
+    parser.add_argument("--only", choices=("generation", "tasks"), help="one part")
     options = parser.parse_args()
     options.reports.mkdir(exist_ok=True)
-    folder = _folder(options.models_file, "minilm")
+    cache = options.models_file.resolve().parent / ".cache"
+    minilm, smollm2 = (_folder(options.models_file, name) for name in ("minilm", "smollm2"))
+    texts, tokens = {}, {}
     with (
         local.running(options.repository, options.reports / "bench-server.log") as server,
         Client(server.grpc_url, timeout=600) as client,
     ):
-        texts = {} if options.only == "generation" else measure(embeddings(client, folder), options.rounds)
-        tokens = {}
-        if options.only != "embeddings":
-            tokens = generation.measure(
-                client,
-                options.models_file,
-                options.repository,
-                options.models_file.resolve().parent / ".cache",
-                options.rounds,
-            )
-    figures = {"embeddings": texts, "generation": tokens}
+        if options.only != "generation":
+            with tasks.served(cache, minilm, smollm2) as others:
+                peers = tasks.embeddings(client, minilm)
+                peers |= tasks.classification(others, cache) | tasks.translation(others, cache)
+                texts = measure(peers, options.rounds)
+        if options.only != "tasks":
+            tokens = generation.measure(client, options.models_file, options.repository, cache, options.rounds)
+    figures = {"tasks": texts, "generation": tokens}
     table = as_table(texts) if texts else ""
     if tokens:
         table = generation.as_table(tokens) + "\n" + table
@@ -60,37 +53,6 @@ def main() -> int:
     (options.reports / "bench.md").write_text(table)
     print(table)
     return 0
-
-
-# What is measured: a name "group | peer", and a function that returns units of work done in one round.
-Peers = dict[str, Callable[[], int]]
-
-
-def embeddings(client: Client, folder: Path) -> Peers:
-    """Texts embedded one by one and sixteen at once."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def hugging_face(batches: list[list[str]]) -> int:
-        with torch.inference_mode():
-            for texts in batches:
-                batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-                mask = batch["attention_mask"][:, :, None]
-                (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-        return sum(map(len, batches))
-
-    def trident(name: str, callers: int) -> int:
-        with ThreadPoolExecutor(callers) as pool:
-            return len(list(pool.map(lambda text: client.embed(text, model=name, truncate=True), TEXTS * 2)))
-
-    peers: Peers = {}
-    one, many = "embeddings, 1 caller, texts/s", "embeddings, 16 callers, texts/s"
-    peers[f"{one} | transformers fp32"] = lambda: hugging_face([[text] for text in TEXTS])
-    peers[f"{many} | transformers fp32"] = lambda: hugging_face([TEXTS, TEXTS])
-    for group, callers in ((one, 1), (many, 16)):
-        peers[f"{group} | Trident fp32"] = lambda callers=callers: trident("minilm", callers)
-        peers[f"{group} | Trident int8"] = lambda callers=callers: trident("minilm_int8", callers)
-    return peers
 
 
 def measure(peers: Peers, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
@@ -112,10 +74,10 @@ def measure(peers: Peers, rounds: int) -> dict[str, dict[str, dict[str, float]]]
 
 
 def as_table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The figures as a Markdown table; ratios are to transformers in the same group."""
+    """The figures as a Markdown table; ratios are to the fastest way of transformers in the same group."""
     lines = ["| | peer | median | range | ratio |", "|---|---|---:|---:|---:|"]
     for group, peers in figures.items():
-        base = peers["transformers fp32"]["median"]
+        base = max(rate["median"] for peer, rate in peers.items() if peer.startswith("transformers"))
         for peer, rate in peers.items():
             lines.append(
                 f"| {group} | {peer} | {rate['median']:.1f} | {rate['lowest']:.0f} to {rate['highest']:.0f} "
