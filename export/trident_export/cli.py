@@ -3,6 +3,8 @@
 export [MODEL]     export what is missing or out of date
 configs [--check]  write config.pbtxt files, or say which are out of step
 pin                write the hub's commit ids into models.toml
+add MODEL          look at a model and write its table into models.toml
+doctor             what is wrong with a repository, without a server or the network
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trident_export import configs, install, models_file, pin, sources, tasks
+from trident_export import configs, doctor, install, models_file, pin, sources, tasks
 from trident_export.disk import NoSpace
 from trident_export.fidelity import FidelityError
 from trident_export.sources import SourceError
@@ -55,9 +57,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check.set_defaults(run=_configs)
     pinning = commands.add_parser("pin", help="write the hub's commit ids into models.toml")
     pinning.set_defaults(run=_pin)
-    for command in (export, quality, check, pinning):
+    adding = commands.add_parser("add", help="look at a model and write its table into models.toml")
+    adding.add_argument("source", help="an id on the hub, or a local Hugging Face folder")
+    adding.add_argument("--name", default="", help="of the table (default: from the source)")
+    adding.add_argument("--dry-run", action="store_true", help="print the table and write nothing")
+    adding.set_defaults(run=_add)
+    examining = commands.add_parser("doctor", help="what is wrong with a repository")
+    examining.set_defaults(run=_doctor)
+    for command in (export, quality, check, pinning, adding, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
-    for command in (export, quality, check):
+    for command in (export, quality, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
     for command in (export, quality):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
@@ -113,6 +122,40 @@ def _configs(options: argparse.Namespace) -> int:
     problems = configs.drift(specs, options.repository)
     for problem in problems:
         print(f"{problem}: run trident-export configs", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _add(options: argparse.Namespace) -> int:
+    from trident_export import add  # transformers takes seconds to import
+
+    _quiet()
+    local = Path(options.source).expanduser()
+    if local.is_dir():
+        folder, source = local, {"path": str(local.resolve())}
+    else:
+        commit = pin.resolve(options.source)
+        folder = sources.fetch_settings(options.source, commit)
+        source = {"hub": options.source, "revision": commit}
+    proposal = add.propose(folder, source, options.name)
+    print(proposal.as_toml(), end="")
+    for reason in proposal.reasons:
+        print(f"trident-export: {reason}", file=sys.stderr)
+    if not options.dry_run:
+        add.append(options.models_file, proposal)
+        print(
+            f"trident-export: written to {options.models_file}; make export MODEL={proposal.name} exports it",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    specs = models_file.load(options.models_file)
+    found = doctor.examine(specs, options.repository, options.models_file.resolve().parent)
+    for finding in found:
+        print(f"{'problem' if finding.problem else 'warning'}: {finding.text}")
+    problems = sum(finding.problem for finding in found)
+    print(f"trident-export: {problems} problems, {len(found) - problems} warnings", file=sys.stderr)
     return 1 if problems else 0
 
 

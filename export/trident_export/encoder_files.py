@@ -51,7 +51,8 @@ def longest_input(source: Path, config: PretrainedConfig) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions > 0:
         # These architectures count positions from behind the padding token's id.
-        limits.append(positions - config.pad_token_id - 1 if config.model_type in _BEGINNING_POSITIONS else positions)
+        padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet's code has it as a number
+        limits.append(positions - padding - 1 if config.model_type in _BEGINNING_POSITIONS else positions)
     file = source / "sentence_bert_config.json"
     if file.exists():
         limits.append(json.loads(file.read_text()).get("max_seq_length") or 0)

@@ -14,6 +14,7 @@ from trident_serving.templates import compile_template
 
 VARIANTS = ("fp32", "fp16", "int8", "int4")
 DEVICES = ("cpu", "cuda")
+BUCKETS = (128, 256)
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
 TEMPLATE_VARIANT = "template"
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
@@ -83,7 +84,7 @@ class EncoderLimits:
     Attributes:
         max_tokens: the longest input, special tokens included.
         max_bytes: the longest text that is tokenized at all.
-        buckets: lengths that batches are padded to; `max_tokens` is always the last.
+        buckets: lengths that batches are padded to; `max_tokens` is always the last. None: 128 and 256, where shorter.
         max_batch_size: texts in one run of the model.
         truncate: whether longer texts are cut where the request does not say.
         threads: ONNX Runtime's intra-op threads.
@@ -91,7 +92,7 @@ class EncoderLimits:
 
     max_tokens: int = 256
     max_bytes: int = 262144
-    buckets: tuple[int, ...] = (128,)
+    buckets: tuple[int, ...] = ()
     max_batch_size: int = 32
     truncate: bool = False
     threads: int = 2
@@ -103,7 +104,7 @@ class EncoderLimits:
     @property
     def all_buckets(self) -> tuple[int, ...]:
         """The buckets with `max_tokens` as the last."""
-        return (*(size for size in self.buckets if size < self.max_tokens), self.max_tokens)
+        return (*(size for size in self.buckets or BUCKETS if size < self.max_tokens), self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,8 +47,9 @@ def pin(path: Path, specs: list[ModelSpec], resolver: Callable[[str, str], str] 
 
 
 def _with_revision(text: str, spec: ModelSpec, commit: str) -> str:
+    header, hub = re.escape(spec.name), re.escape(spec.source.hub)
     source = re.compile(
-        rf'(^\[{re.escape(spec.name)}\]$.*?^source = \{{ hub = "{re.escape(spec.source.hub)}")(, revision = "[^"]*")?',
+        rf'(^\["?{header}"?\]$.*?^source = \{{ hub = "{hub}")(, revision = "[^"]*")?',
         re.MULTILINE | re.DOTALL,
     )
     changed, count = source.subn(rf'\1, revision = "{commit}"', text, count=1)

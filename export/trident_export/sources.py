@@ -12,14 +12,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trident_export.models_file import ModelSpec, Source
 
 Progress = Callable[[str], None]
 # What an export reads; weights in other formats would only cost time and room.
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*")
+SETTINGS_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "1_Pooling/*")
+WEIGHT_FILES = ("*.safetensors",)
+# Of models that have no other; transformers reads them as data alone.
+OLDER_WEIGHT_FILES = ("pytorch_model*.bin",)
 
 
 class SourceError(RuntimeError):
@@ -96,17 +99,33 @@ def _from_package(source: Source, progress: Progress) -> Path:
     return path
 
 
+def fetch_settings(hub_id: str, revision: str) -> Path:
+    """A folder with a hub model's files but for its weights.
+
+    Raises:
+        SourceError: it can't be had.
+    """
+    return _snapshot(hub_id, revision, SETTINGS_FILES)
+
+
 def _from_hub(source: Source, progress: Progress) -> Path:
+    progress(f"fetching {source.hub} from the Hugging Face hub")
+    folder = _snapshot(source.hub, source.revision, (*SETTINGS_FILES, *WEIGHT_FILES))
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(source.hub, source.revision, (*SETTINGS_FILES, *OLDER_WEIGHT_FILES))
+    return folder
+
+
+def _snapshot(hub_id: str, revision: str, patterns: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    progress(f"fetching {source.hub} from the Hugging Face hub")
     try:
-        return Path(snapshot_download(source.hub, revision=source.revision or None, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
-            f"the Hugging Face hub did not give {source.hub}: {reason}. Where it can't be reached, copy the "
+            f"the Hugging Face hub did not give {hub_id}: {reason}. Where it can't be reached, copy the "
             "model's folder here and name it with source = { path = ... }"
         ) from None
 

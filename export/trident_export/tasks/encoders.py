@@ -52,7 +52,7 @@ def build(job: Job) -> None:
     spec = job.spec
     limits = _limits(spec)
     check_limits(spec, job.source)
-    weights = sum(file.stat().st_size for file in job.source.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in job.source.glob(kind))
     disk.require(job.staging, weights, spec.variants)
     tokenizer_folder = job.staging / f"{spec.name}_tokenizer" / VERSION
     encoder_files.save_tokenizer(job.source, tokenizer_folder)

@@ -16,7 +16,7 @@ from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Job, Measures
 from trident_serving.artefacts import VERSION
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
-from trident_serving.seq2seq.request import GenerationDefaults
+from trident_serving.seq2seq.request import GenerationDefaults, positions
 from trident_serving.seq2seq.source import LongInput, SourceText
 
 Floats = NDArray[np.float32]
@@ -38,7 +38,7 @@ def build(job: Job) -> None:
     disk.require(job.staging, model.num_parameters() * 4, spec.variants)
     assets = job.staging / "assets"
     seq2seq_files.save_text_files(spec, job.source, assets)
-    capacity = limits.max_target_tokens + len(GenerationDefaults.load(assets).prompt)
+    capacity = positions(limits.max_target_tokens, GenerationDefaults.load(assets).prompt)
     graphs = job.staging / "graph"
     graphs.mkdir()
     job.progress("tracing the graphs")
@@ -63,7 +63,7 @@ def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
     prompt = GenerationDefaults.load(folder).prompt
     targets = [answer_ids(model, ids, prompt) for ids in samples]
     reference = reference_logits(model, samples, targets)
-    capacity = _limits(spec).max_target_tokens + len(prompt)
+    capacity = positions(_limits(spec).max_target_tokens, prompt)
     return {
         variant: measure(folder, samples, targets, reference, capacity, _limits(spec).threads)
         for variant, folder in folders.items()

@@ -60,6 +60,11 @@ class GenerationDefaults:
         (folder / _DEFAULTS).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
 
+def positions(max_target_tokens: int, prompt: Sequence[int]) -> int:
+    """Positions that a row needs: the last token of an answer is never read."""
+    return max_target_tokens + len(prompt) - 1
+
+
 @dataclass(frozen=True)
 class RequestLimits:
     """What a request may ask for.

@@ -15,7 +15,7 @@ from trident_serving.generation.request import Inputs
 from trident_serving.generation.service import MEBIBYTE, DoesNotFit
 from trident_serving.seq2seq.decoder import Seq2SeqDecoder
 from trident_serving.seq2seq.engine import Engine, Job
-from trident_serving.seq2seq.request import GenerationDefaults, RequestLimits, RequestParser, Seq2SeqRequest
+from trident_serving.seq2seq.request import GenerationDefaults, RequestLimits, RequestParser, Seq2SeqRequest, positions
 from trident_serving.seq2seq.search import Found
 from trident_serving.seq2seq.source import LongInput, SourceText
 
@@ -198,7 +198,7 @@ class Seq2SeqService:
             long_input=settings.long_input,
         )
         self._parser = RequestParser(self._source, defaults, limits)
-        capacity = settings.max_target_tokens + len(defaults.prompt)
+        capacity = positions(settings.max_target_tokens, defaults.prompt)
         decoder = Seq2SeqDecoder(folder, rows=settings.slots, capacity=capacity, threads=settings.threads)
         own = settings.slots * capacity * decoder.bytes_per_token
         cross = settings.slots * settings.max_source_tokens * decoder.bytes_per_token

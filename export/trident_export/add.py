@@ -1,0 +1,178 @@
+"""`trident-export add`: look at a model, work out its table of models.toml, and tell what was decided and why."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from trident_export import encoder_files, models_file, seq2seq_files
+from trident_export.models_file import EncoderLimits, ModelsFileError
+
+# The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
+_HEADS = (
+    ("ForSequenceClassification", "text-classification"),
+    ("ForTokenClassification", "token-classification"),
+    ("ForQuestionAnswering", "question-answering"),
+    ("ForMaskedLM", "fill-mask"),
+    ("ForCausalLM", "text-generation"),
+    ("LMHeadModel", "text-generation"),
+    ("ForConditionalGeneration", "translation"),
+    ("MTModel", "translation"),
+    ("Model", "feature-extraction"),
+)
+_SUMMARIZERS = ("bart", "pegasus")
+_MAX_CONTEXT = 4096
+_CACHE_MIB = 1024
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A table for models.toml.
+
+    Attributes:
+        name: of the table.
+        table: its keys.
+        reasons: what was decided, a sentence each.
+    """
+
+    name: str
+    table: Mapping[str, Any]
+    reasons: tuple[str, ...]
+
+    def as_toml(self) -> str:
+        """The table as text."""
+        header = self.name if re.fullmatch(r"[a-z0-9-]+", self.name) else f'"{self.name}"'
+        lines = [f"{key} = {_value(value)}" for key, value in self.table.items()]
+        return "\n".join([f"[{header}]", *lines]) + "\n"
+
+
+def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal:
+    """What a Hugging Face folder should be served as.
+
+    Args:
+        source: the table's source: `{ hub, revision }` or `{ path }`.
+        name: of the table; "": from the source.
+
+    Raises:
+        ModelsFileError: it is no model of a task that Trident serves.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelsFileError(f"{folder} is no Hugging Face folder, it has no config.json")
+    config = AutoConfig.from_pretrained(folder)
+    task, why = _task(folder, config)
+    reasons = [f"task {task}: {why}"]
+    table: dict[str, Any] = {"task": task, "source": dict(source)}
+    if task == "text-generation":
+        table["variants"] = ["int8", "fp32"]
+        limits = _generation_limits(config, reasons)
+    else:
+        table["variants"] = ["fp32", "int8"]
+        limits = _seq2seq_limits(folder, config, table, reasons) if config.is_encoder_decoder else {}
+        limits = limits or _encoder_limits(folder, config, task, reasons)
+    reasons.append(f"variants {', '.join(table['variants'])}: the first is served under the plain name")
+    if task == "feature-extraction":
+        settings = encoder_files.read_pooling(folder)
+        normalized = "normalized" if settings.normalize else "not normalized"
+        reasons.append(f"pooling {settings.pooling}, {normalized}: the model's files")
+        if prompts := encoder_files.read_roles(folder).prompts:
+            reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
+    table |= {"limits": limits, "on_demand": True}
+    proposal = Proposal(name or _name(source), table, tuple(reasons))
+    models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
+    return proposal
+
+
+def append(path: Path, proposal: Proposal) -> None:
+    """Write a proposal to the end of a models file.
+
+    Raises:
+        ModelsFileError: there is a table of that name.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if proposal.name in tomllib.loads(text):
+        raise ModelsFileError(f"{path} has a table [{proposal.name}] already: give another --name")
+    path.write_text(text + ("\n" if text else "") + proposal.as_toml(), encoding="utf-8")
+
+
+def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
+    architecture = (config.architectures or [""])[0]
+    if (folder / "modules.json").exists() and not config.is_encoder_decoder:
+        return "feature-extraction", "it has sentence-transformers' modules.json"
+    for ending, task in _HEADS:
+        if not architecture.endswith(ending):
+            continue
+        if task == "text-classification" and _is_cross_encoder(config):
+            return "text-ranking", f"a {architecture} with sentence-transformers' activation for cross-encoders"
+        specific = getattr(config, "task_specific_params", None) or {}
+        if task == "translation" and (config.model_type in _SUMMARIZERS or "summarization" in specific):
+            return "summarization", f"a {architecture}; models of this kind summarize"
+        return task, f"its architecture is {architecture}"
+    known = ", ".join(ending for ending, _ in _HEADS)
+    raise ModelsFileError(f"architecture {architecture or 'unknown'!r} is of no task here; known endings: {known}")
+
+
+def _is_cross_encoder(config: PretrainedConfig) -> bool:
+    keys = ("sentence_transformers", "sbert_ce_default_activation_function")
+    return config.num_labels == 1 and any(getattr(config, key, None) for key in keys)
+
+
+def _generation_limits(config: PretrainedConfig, reasons: list[str]) -> dict[str, Any]:
+    longest = getattr(config, "max_position_embeddings", None) or 1024
+    context = min(longest, _MAX_CONTEXT)
+    reasons.append(f"context {context}: the model's is {longest}")
+    reasons.append(f"kv_cache_mib {_CACHE_MIB}: keys and values of 8 slots never take more")
+    return {"context": context, "slots": 8, "kv_cache_mib": _CACHE_MIB}
+
+
+def _encoder_limits(folder: Path, config: PretrainedConfig, task: str, reasons: list[str]) -> dict[str, Any]:
+    longest = encoder_files.longest_input(folder, config) or 512
+    most = 384 if task == "question-answering" else 512
+    limits: dict[str, Any] = {}
+    if task == "feature-extraction":
+        limits["dimensions"] = config.hidden_size
+    if task in ("text-classification", "token-classification", "text-ranking"):
+        limits["labels"] = config.num_labels
+        shown = [config.id2label[index] for index in range(min(config.num_labels, 6))]
+        reasons.append(f"labels {config.num_labels}: {', '.join(shown)}{' ...' if config.num_labels > 6 else ''}")
+    limits["max_tokens"] = min(longest, most)
+    reasons.append(f"max_tokens {limits['max_tokens']}: the model reads {longest}")
+    if task == "question-answering":
+        limits["stride"] = min(EncoderLimits().max_tokens // 2, limits["max_tokens"] // 3)
+    return limits
+
+
+def _seq2seq_limits(
+    folder: Path, config: PretrainedConfig, table: dict[str, Any], reasons: list[str]
+) -> dict[str, Any]:
+    longest = encoder_files.longest_input(folder, config) or 512
+    source = min(longest, 1024)
+    reasons.append(f"max_source_tokens {source}: the model reads {longest}")
+    target = min(longest, 512)
+    params = (getattr(config, "task_specific_params", None) or {}).get(table["task"], {})
+    generation = seq2seq_files.generation_config(folder, params)
+    if generation.max_length and generation.max_length > 20:
+        target = min(target, generation.max_length)
+    reasons.append(f"max_target_tokens {target}: the generation config's, as far as the decoder has positions")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if getattr(tokenizer, "src_lang", None):
+        table["source_lang"] = tokenizer.src_lang
+        reasons.append(f"source_lang {tokenizer.src_lang}: the tokenizer's; a request may name another")
+    return {"max_source_tokens": source, "max_target_tokens": target}
+
+
+def _name(source: Mapping[str, str]) -> str:
+    last = (source.get("hub") or Path(source["path"]).resolve().name).rsplit("/", 1)[-1].lower()
+    return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)  # texts, numbers, booleans and lists of them are the same in TOML

@@ -1,0 +1,146 @@
+"""`trident-export doctor`: what is wrong with a repository, found without a server and without the network.
+
+A problem keeps a model from being served as models.toml says; a warning is about speed, memory or reproducibility.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from tritonclient.grpc import model_config_pb2 as pb
+
+from trident_export import configs, install
+from trident_export.models_file import GenerationLimits, ModelSpec, Seq2SeqLimits, TemplateLimits
+from trident_serving import memory
+from trident_serving.artefacts import VERSION, read_manifest
+from trident_serving.onnx_session import TRITON_TYPES
+
+MEBIBYTE = 2**20
+# What Triton takes of /dev/shm for a Python-based backend, before tensors grow it.
+SHARED_MEMORY_MIB = 1
+_ONNX_TYPES = {
+    onnx.TensorProto.FLOAT: "tensor(float)",
+    onnx.TensorProto.FLOAT16: "tensor(float16)",
+    onnx.TensorProto.INT64: "tensor(int64)",
+    onnx.TensorProto.INT32: "tensor(int32)",
+    onnx.TensorProto.BOOL: "tensor(bool)",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know.
+
+    Attributes:
+        problem: whether it keeps a model from being served; else it is a warning.
+        text: what, where, and what to do about it.
+    """
+
+    problem: bool
+    text: str
+
+
+def examine(specs: Sequence[ModelSpec], repository: Path, base: Path) -> list[Finding]:
+    """Everything that is found, problems first."""
+    found = [Finding(True, f"{text}: run trident-export configs") for text in configs.drift(specs, repository)]
+    served: list[ModelSpec] = []
+    for spec in specs:
+        found += _artefacts(spec, repository, base)
+        if read_manifest(repository, spec.name) is not None:
+            served.append(spec)
+            found += _tensors(spec, repository)
+        if spec.source.hub and not spec.source.revision:
+            found.append(Finding(False, f"[{spec.name}] {spec.source.hub} has no revision: run trident-export pin"))
+    found += [*_threads(served), *_shared_memory(served), *_memory(served)]
+    return sorted(found, key=lambda finding: not finding.problem)
+
+
+def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Finding]:
+    manifest = read_manifest(repository, spec.name)
+    if manifest is None:
+        if not spec.on_demand:
+            yield Finding(True, f"[{spec.name}] is not exported: run make export MODEL={spec.name}")
+        return
+    for model in manifest.triton_models:
+        if not (repository / model / VERSION).is_dir():
+            yield Finding(True, f"[{spec.name}] {repository / model / VERSION} is missing: export it again")
+    for variant in spec.variants:
+        for file in _graphs(spec, variant, repository):
+            if not file.is_file():
+                yield Finding(True, f"[{spec.name}] {file} is missing: export it again")
+    if not install.is_current(spec, repository, base):
+        yield Finding(False, f"[{spec.name}] is older than its table, source or exporter: export it again")
+
+
+def _graphs(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
+    if isinstance(spec.limits, TemplateLimits):
+        return []
+    if isinstance(spec.limits, Seq2SeqLimits):
+        folder = repository / spec.public_name(variant) / VERSION
+        return [folder / "encoder.onnx", folder / "decoder.onnx"]
+    generator = isinstance(spec.limits, GenerationLimits)
+    part = spec.public_name(variant) if generator else configs.model_part(spec, variant)
+    return [repository / part / VERSION / "model.onnx"]
+
+
+def _tensors(spec: ModelSpec, repository: Path) -> Iterator[Finding]:
+    """Graphs that the onnxruntime backend serves must have the tensors of their configs."""
+    for name, config in configs.build(spec).items():
+        path = repository / name / VERSION / "model.onnx"
+        if config.backend != "onnxruntime" or not path.is_file():
+            continue
+        graph = onnx.load(str(path), load_external_data=False).graph
+        for kind, tensors, values in (("input", config.input, graph.input), ("output", config.output, graph.output)):
+            known = {value.name: value.type.tensor_type for value in values}
+            for tensor in tensors:
+                if tensor.name not in known:
+                    yield Finding(True, f"{path} has no {kind} {tensor.name!r}; it has {', '.join(known)}")
+                    continue
+                expected = pb.DataType.Name(tensor.data_type)
+                given = TRITON_TYPES.get(_ONNX_TYPES.get(known[tensor.name].elem_type, ""), "another type")
+                if given != expected:
+                    yield Finding(True, f"{path}: {kind} {tensor.name!r} is {given}, its config says {expected}")
+
+
+def _threads(specs: Sequence[ModelSpec]) -> Iterator[Finding]:
+    cores = os.cpu_count() or 1
+    for spec in specs:
+        threads = getattr(spec.limits, "threads", 0)
+        if threads > cores:
+            yield Finding(False, f"[{spec.name}] limits.threads is {threads}, this machine has {cores} cores")
+    sessions = [spec for spec in specs for _ in spec.variants if not isinstance(spec.limits, TemplateLimits)]
+    total = sum(spec.limits.threads for spec in sessions if not isinstance(spec.limits, TemplateLimits))
+    if total > cores and len(sessions) > 1:
+        yield Finding(
+            False,
+            f"{len(sessions)} sessions have {total} threads together and this machine {cores} cores: variants that are "
+            "asked at the same time slow each other down; export the ones that are used alone",
+        )
+
+
+def _shared_memory(specs: Sequence[ModelSpec]) -> Iterator[Finding]:
+    stubs = [config for spec in specs for config in configs.build(spec).values() if config.platform != "ensemble"]
+    needed = SHARED_MEMORY_MIB * len(stubs) * MEBIBYTE
+    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    if needed > free:
+        yield Finding(
+            True,
+            f"{len(stubs)} backends take {needed // MEBIBYTE} MiB of /dev/shm, {free // MEBIBYTE} MiB are free: "
+            "give the container a larger one (--shm-size)",
+        )
+
+
+def _memory(specs: Sequence[ModelSpec]) -> Iterator[Finding]:
+    caches = sum(
+        spec.limits.kv_cache_mib * len(spec.variants) for spec in specs if isinstance(spec.limits, GenerationLimits)
+    )
+    available = memory.available_bytes() // MEBIBYTE
+    if caches > available:
+        yield Finding(
+            True, f"the KV caches may grow to {caches} MiB together, {available} MiB are available: lower kv_cache_mib"
+        )
