@@ -109,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--no-prompt-lookup", action="store_false", dest="prompt_lookup", default=None)
         command.add_argument("--stop", action="append", dest="stop_words", help="may be given several times")
     add("models", _models, "list the server's models")
+    for name, run, help in (
+        ("load", _load, "take up a model that was exported, or exported again, since the server started"),
+        ("unload", _unload, "take a model out of the server"),
+    ):
+        add(name, run, help).add_argument("model")
     add("health", _health, "say whether the server is ready; the exit status says it too")
     return parser
 
@@ -272,6 +277,19 @@ def _models(client: Client, options: argparse.Namespace) -> int:
         return 0
     for status in statuses:
         print(f"{status.name:<28} {status.version:>3}  {status.state} {status.reason}".rstrip())
+    return 0
+
+
+def _load(client: Client, options: argparse.Namespace) -> int:
+    return _print_names(options, "loaded", client.load(options.model))
+
+
+def _unload(client: Client, options: argparse.Namespace) -> int:
+    return _print_names(options, "unloaded", client.unload(options.model))
+
+
+def _print_names(options: argparse.Namespace, what: str, names: list[str]) -> int:
+    print(json.dumps(names) if options.json else f"{what} {', '.join(names)}")
     return 0
 
 

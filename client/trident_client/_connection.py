@@ -1,0 +1,179 @@
+"""One gRPC channel to a server: requests, health, and which models it has loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from trident_client import _wire
+from trident_client._errors import NotFoundError, UnavailableError, translated
+from trident_client._types import Health, ModelStatus
+
+_POLL_SECONDS = 0.05
+_CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+
+
+class Connection:
+    """What every call needs; `Client` adds the calls.
+
+    Args:
+        url: host and port of the server's gRPC endpoint.
+        timeout: seconds that a call may take where it names none; None waits as long as it takes.
+    """
+
+    def __init__(self, url: str = "localhost:8001", *, timeout: float | None = None) -> None:
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
+        """The models that the server has loaded or tried to load, by name.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        with translated():
+            index = self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=self._deadline(timeout))
+        statuses = [
+            ModelStatus(model.name, model.version, model.state, model.reason) for model in index.models if model.state
+        ]
+        return sorted(statuses, key=lambda status: status.name)
+
+    def load(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """Take up a model that was exported since the server started, or that was exported again.
+
+        The other models go on. A model of one part is answered by what it was until it is what it will be; an ensemble
+        that is loaded is taken out while its parts change (a new tokenizer before an old graph gives wrong answers):
+        until then its requests get NotFoundError or UnavailableError.
+
+        Returns:
+            The Triton models that were loaded: its parts and variants, the public ones last.
+
+        Raises:
+            NotFoundError: the repository has no such model.
+            TridentError: see its other subclasses; a model that can't be loaded says why.
+        """
+        names = self._parts(model, timeout)
+        public = [name for name in names if not name.startswith(_roles(model))]
+        if len(public) < len(names):
+            self._take_out(public, timeout)
+        with translated():
+            for name in names:
+                self._stub.RepositoryModelLoad(
+                    pb.RepositoryModelLoadRequest(model_name=name), timeout=self._deadline(timeout)
+                )
+        return names
+
+    def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """Take a model out of the server; it stays in the repository.
+
+        Returns:
+            The Triton models that were unloaded.
+
+        Raises:
+            NotFoundError: the repository has no such model.
+            TridentError: see its other subclasses.
+        """
+        names = self._parts(model, timeout)[::-1]
+        self._take_out(names, timeout)
+        return names
+
+    def health(self, *, timeout: float | None = None) -> Health:
+        """Whether the server answers; no error where it can't be reached."""
+        try:
+            with translated():
+                live = self._stub.ServerLive(pb.ServerLiveRequest(), timeout=self._deadline(timeout)).live
+                ready = self._stub.ServerReady(pb.ServerReadyRequest(), timeout=self._deadline(timeout)).ready
+        except UnavailableError:
+            return Health(live=False, ready=False)
+        return Health(live=live, ready=ready)
+
+    def _take_out(self, names: Sequence[str], timeout: float | None) -> None:
+        """Unload models and wait until what they were answering is answered."""
+        with translated():
+            for name in names:
+                request = pb.RepositoryModelUnloadRequest(model_name=name)
+                self._stub.RepositoryModelUnload(request, timeout=self._deadline(timeout))
+        while any(status.name in names and status.state != "UNAVAILABLE" for status in self.models(timeout=timeout)):
+            time.sleep(_POLL_SECONDS)
+
+    def _parts(self, model: str, timeout: float | None) -> list[str]:
+        """The Triton models of a public one. A name has no "_" but before a variant or a part; parts come first."""
+        with translated():
+            index = self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=self._deadline(timeout))
+        names = {entry.name for entry in index.models if entry.name.partition("_")[0] == model}
+        if model not in names:
+            raise NotFoundError(f"the server's repository has no model {model!r}")
+        return sorted(names, key=lambda name: (not name.startswith(_roles(model)), name))
+
+    def _deadline(self, timeout: float | None) -> float | None:
+        return self._timeout if timeout is None else timeout
+
+    def _rows(
+        self,
+        model: str,
+        columns: Mapping[str, Sequence[str]],
+        truncate: bool | None,
+        batch_size: int,
+        timeout: float | None,
+        options: Mapping[str, NDArray[Any]],
+    ) -> list[dict[str, NDArray[Any]]]:
+        """Texts in requests of at most `batch_size` rows, sent at once; an option is repeated for each row."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"there must be as many of each, found {lengths}")
+        requests = []
+        for start in range(0, max(lengths.values()), batch_size):
+            inputs: dict[str, NDArray[Any]] = {
+                name: _wire.texts(list(column[start : start + batch_size]))[:, None] for name, column in columns.items()
+            }
+            rows = len(next(iter(inputs.values())))
+            if truncate is not None:
+                inputs["truncate"] = np.full((rows, 1), truncate)
+            inputs |= {name: np.repeat(value[None], rows, axis=0) for name, value in options.items()}
+            requests.append(inputs)
+        return self._infer(model, requests, timeout)
+
+    def _infer(
+        self, model: str, requests: Sequence[Mapping[str, NDArray[Any]]], timeout: float | None
+    ) -> list[dict[str, NDArray[Any]]]:
+        deadline = self._deadline(timeout)
+        with translated():
+            calls = []
+            for inputs in requests:
+                request = _wire.build_request(model, inputs)
+                if deadline is not None:
+                    request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)
+                calls.append(self._stub.ModelInfer.future(request, timeout=deadline))
+            try:
+                return [_wire.parse_response(call.result()) for call in calls]
+            finally:
+                for call in calls:
+                    call.cancel()
+
+
+def _roles(model: str) -> tuple[str, ...]:
+    """What the names of an ensemble's parts begin with."""
+    return tuple(f"{model}_{role}" for role in ("tokenizer", "model", "postprocess"))

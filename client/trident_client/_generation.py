@@ -1,0 +1,168 @@
+"""Text generation, whole or streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2 as pb
+
+from trident_client import _wire
+from trident_client._connection import Connection
+from trident_client._errors import InvalidRequestError, TridentError, from_named_code, translated
+from trident_client._types import Generation, GenerationChunk, Message
+
+OPTIONS: dict[str, type[np.generic]] = {
+    "max_tokens": np.int32,
+    "min_tokens": np.int32,
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+    "random_seed": np.uint64,
+    "return_log_probs": np.bool_,
+    "top_logprobs": np.int32,
+    "prompt_lookup": np.bool_,
+}
+
+
+class GenerationCalls(Connection):
+    """Calls of a generator."""
+
+    def generate(
+        self, prompt: str, *, model: str = "smollm2", timeout: float | None = None, **options: Any
+    ) -> Generation:
+        """The continuation of a prompt.
+
+        Args:
+            options: `max_tokens`, `min_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `random_seed`, `stop_words`
+                (a list of texts), `return_log_probs`, `top_logprobs` (how many), `prompt_lookup` (false: no drafts).
+            timeout: seconds; the server gives the request up by then too, even while it waits for a slot.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+            ValueError: an option's number does not fit its type.
+        """
+        return _joined(self._chunks("text_input", prompt, model, timeout, {**options, "stream": False}))
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        model: str = "smollm2",
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Iterator[GenerationChunk]:
+        """The same, piece by piece; a list of messages is a chat. Closing the iterator cancels the request.
+
+        Args:
+            options: those of `generate`.
+
+        Raises:
+            TridentError: see its subclasses; raised while iterating.
+            TypeError: an option is unknown.
+        """
+        field, text = ("text_input", prompt) if isinstance(prompt, str) else ("messages", json.dumps(list(prompt)))
+        return self._chunks(field, text, model, timeout, {**options, "stream": True})
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        model: str = "smollm2",
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The assistant's next turn, through the model's chat template; a text is one message of the user.
+
+        Args:
+            options: those of `generate`.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = json.dumps(list(messages))
+        return _joined(self._chunks("messages", text, model, timeout, {**options, "stream": False}))
+
+    def _chunks(
+        self, field: str, text: str, model: str, timeout: float | None, options: dict[str, Any]
+    ) -> Iterator[GenerationChunk]:
+        inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None]}
+        inputs["stream"] = np.array([[options.pop("stream")]])
+        stop_words = options.pop("stop_words", None)
+        if stop_words:
+            inputs["stop_words"] = _wire.texts(list(stop_words))[None]
+        for name, value in options.items():
+            if name not in OPTIONS:
+                known = ", ".join([*OPTIONS, "stop_words"])
+                raise TypeError(f"unknown option {name!r}; known are {known}")
+            if value is not None:
+                inputs[name] = _wire.scalar(name, value, OPTIONS[name])[None]
+        request = _wire.build_request(model, inputs)
+        deadline = self._deadline(timeout)
+        if deadline is not None:
+            request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)
+        return self._receive(request, deadline)
+
+    def _receive(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[GenerationChunk]:
+        with translated():
+            call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
+            try:
+                for response in call:
+                    if response.error_message:
+                        raise self._stream_error(request.model_name, response.error_message)
+                    yield _chunk(_wire.parse_response(response.infer_response))
+            finally:
+                call.cancel()
+
+    def _stream_error(self, model: str, message: str) -> TridentError:
+        """What an error on a stream means: streams carry a message and no status code.
+
+        Trident's generator names the code at the beginning. What Triton itself refuses has none: it is an
+        unknown model, for which the server is asked, or a request that does not fit the model.
+        """
+        if (error := from_named_code(message)) is not None:
+            return error
+        try:
+            with translated():
+                self._stub.ModelMetadata(pb.ModelMetadataRequest(name=model))
+        except TridentError as refusal:
+            return refusal
+        return InvalidRequestError(message)
+
+
+def _chunk(outputs: dict[str, NDArray[Any]]) -> GenerationChunk:
+    ids, log_probs = (outputs.get(f"output_top_{name}") for name in ("token_ids", "log_probs"))
+    top = [] if ids is None or log_probs is None else zip(ids[0].tolist(), log_probs[0].tolist(), strict=True)
+    return GenerationChunk(
+        text=outputs["text_output"].item().decode("utf-8"),
+        finish_reason=outputs["finish_reason"].item().decode("utf-8"),
+        num_input_tokens=int(outputs["num_input_tokens"].item()),
+        num_output_tokens=int(outputs["num_output_tokens"].item()),
+        log_probs=tuple(outputs["output_log_probs"].reshape(-1).tolist()),
+        top_log_probs=tuple(tuple(zip(*pair, strict=True)) for pair in top),
+    )
+
+
+def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
+    pieces = list(chunks)
+    last = pieces[-1]
+    return Generation(
+        text="".join(piece.text for piece in pieces),
+        finish_reason=last.finish_reason,
+        num_input_tokens=last.num_input_tokens,
+        num_output_tokens=last.num_output_tokens,
+        log_probs=tuple(value for piece in pieces for value in piece.log_probs),
+        top_log_probs=tuple(value for piece in pieces for value in piece.top_log_probs),
+    )
