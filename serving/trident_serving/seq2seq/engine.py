@@ -61,8 +61,9 @@ class Job:
 
 
 class _Running:
-    def __init__(self, job: Job, rows: list[int]) -> None:
+    def __init__(self, job: Job, rows: list[int], arrived: float) -> None:
         self.job = job
+        self.arrived = arrived
         self.search: Search = search.start(job.prompt, job.params)
         self.rows = rows
         self.generated = 0
@@ -193,7 +194,7 @@ class Engine:
                 self._waiting.popleft()
             try:
                 self._decoder.encode(job, job.source_ids)
-                running = _Running(job, list(range(used, used + job.params.num_beams)))
+                running = _Running(job, list(range(used, used + job.params.num_beams)), arrived)
             except Exception as error:
                 logger.exception("a text could not be encoded")
                 self._fail(job, error)
@@ -244,6 +245,7 @@ class Engine:
 
     def _finish(self, running: _Running) -> None:
         self._recorder.count("generated_tokens", running.generated)
+        self._recorder.observe("request_duration", time.monotonic() - running.arrived)
         try:
             running.job.consumer.finish(running.search.found())
         except Exception as error:
