@@ -27,6 +27,7 @@ from trident_client import Client, DeadlineExceededError, InvalidRequestError, U
 from trident_export import fidelity, install, models_file
 from trident_export.fidelity import FidelityError
 from trident_export.tasks import seq2seq as task
+from trident_serving import artefacts
 from trident_serving.artefacts import VERSION
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -413,6 +414,18 @@ def test_damaged_graphs_are_refused(folder: Path, tmp_path: Path, monkeypatch: p
         with pytest.raises(FidelityError, match="kl is|batch_effect is"):
             install.export([spec], tmp_path / "two", tmp_path, tmp_path, lambda message: None)
     assert task.GATE_TEXTS > 0
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_quantized_variants_do_not_depend_on_the_company(folder: Path, tmp_path: Path, variant: str) -> None:
+    """Random weights are no measure of what rounding costs; that no bit depends on the company holds for them too."""
+    gates = {variant: {"kl": 20.0, "top1": 0.0}}
+    spec = models_file.parse("bart", _table(folder, "bart") | {"variants": [variant], "gates": gates})
+    install.export([spec], tmp_path / "repository", tmp_path, tmp_path, lambda message: None)
+    manifest = artefacts.read_manifest(tmp_path / "repository", "bart")
+    assert manifest is not None
+    assert manifest.fidelity[variant]["batch_effect"] == 0.0
+    assert manifest.fidelity[variant]["kl"] > 1e-6
 
 
 def test_limits_that_are_not_the_models(folder: Path, tmp_path: Path) -> None:
