@@ -126,7 +126,7 @@ def _snapshot(hub_id: str, revision: str, patterns: Iterable[str]) -> Path:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
             f"the Hugging Face hub did not give {hub_id}: {reason}. Where it can't be reached, copy the "
-            "model's folder here and name it with source = { path = ... }"
+            "model's folder here and name it with SOURCE=folder, --source, or source = { path = ... }"
         ) from None
 
 
