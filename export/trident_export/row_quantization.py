@@ -31,6 +31,7 @@ def quantize_rows(model: onnx.ModelProto, chosen: Callable[[str], bool]) -> int:
     """
     graph = model.graph
     types = infer_types(model)
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     weights = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
     quantized: dict[str, tuple[str, str]] = {}  # activation -> its integers and its rows' scales
@@ -44,7 +45,7 @@ def quantize_rows(model: onnx.ModelProto, chosen: Callable[[str], bool]) -> int:
             _add_constants(graph)
         if node.input[0] not in quantized:
             quantized[node.input[0]] = (f"{_PREFIX}/{node.input[0]}/integers", f"{_PREFIX}/{node.input[0]}/scale")
-            nodes += _quantize_activation(node.input[0])
+            nodes += _quantize_activation(node.input[0], opset)
         nodes += _product(graph, node, numpy_helper.to_array(weight), *quantized[node.input[0]])
         count += 1
     del graph.node[:]
@@ -73,16 +74,22 @@ def _add_constants(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(numpy_helper.from_array(value, f"{_PREFIX}/{name}") for name, value in values.items())
 
 
-def _quantize_activation(name: str) -> list[onnx.NodeProto]:
+def _quantize_activation(name: str, opset: int) -> list[onnx.NodeProto]:
     """[rows, features] to uint8 about 128 and float32 [rows, 1]."""
     path = f"{_PREFIX}/{name}"
 
     def node(kind: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
         return helper.make_node(kind, inputs, [f"{path}/{output}"], name=f"{path}/{output}", **attributes)
 
+    # From opset 18 on the axes are an input.
+    absolute = f"{path}/absolute"
+    if opset >= 18:
+        peak = node("ReduceMax", [absolute, f"{_PREFIX}/last"], "peak", keepdims=1)
+    else:
+        peak = node("ReduceMax", [absolute], "peak", keepdims=1, axes=[-1])
     return [
         node("Abs", [name], "absolute"),
-        node("ReduceMax", [f"{path}/absolute", f"{_PREFIX}/last"], "peak", keepdims=1),
+        peak,
         node("Mul", [f"{path}/peak", f"{_PREFIX}/largest"], "step"),
         node("Max", [f"{path}/step", f"{_PREFIX}/least"], "scale"),
         node("Reshape", [f"{path}/scale", f"{_PREFIX}/last"], "scales"),
