@@ -53,8 +53,8 @@ format: $(SETUP) ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-quality: $(SETUP) ## what each variant gets wrong -> reports/quality.json
-	@$(BIN)/python -m trident_export quality --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json}
+	@$(BIN)/python -m trident_export evaluate $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 bench: $(SETUP) ## side by side with its peers in one run -> reports/bench.md
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

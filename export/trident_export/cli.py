@@ -1,6 +1,7 @@
 """`trident-export`: models.toml to a model repository.
 
 export [MODEL]     export what is missing or out of date
+evaluate [MODEL]   what each exported variant gets wrong and what it costs
 configs [--check]  write config.pbtxt files, or say which are out of step
 pin                write the hub's commit ids into models.toml
 add MODEL          look at a model and write its table into models.toml
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trident_export import configs, doctor, install, models_file, pin, sources, tasks
+from trident_export import configs, doctor, install, models_file, pin, quality, sources, tasks
 from trident_export.disk import NoSpace
 from trident_export.fidelity import FidelityError
 from trident_export.sources import SourceError
@@ -49,9 +50,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     export.add_argument("model", nargs="?", help="one model of models.toml (default: all but on-demand ones)")
     export.add_argument("--source", type=Path, help="a local copy of the model, in place of its source")
     export.set_defaults(run=_export)
-    quality = commands.add_parser("quality", help="measure every exported variant against Hugging Face")
-    quality.add_argument("--reports", type=Path, default=Path("reports"))
-    quality.set_defaults(run=_quality)
+    evaluate = commands.add_parser("evaluate", help="what every exported variant gets wrong, and what it costs")
+    evaluate.add_argument("model", nargs="?", help="one model of models.toml (default: all that are exported)")
+    evaluate.add_argument("--reports", type=Path, default=Path("reports"))
+    evaluate.set_defaults(run=_evaluate)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
     check.set_defaults(run=_configs)
@@ -64,11 +66,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
-    for command in (export, quality, check, pinning, adding, examining):
+    for command in (export, evaluate, check, pinning, adding, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
-    for command in (export, quality, check, examining):
+    for command in (export, evaluate, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
-    for command in (export, quality):
+    for command in (export, evaluate):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
 
@@ -88,22 +90,29 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _quality(options: argparse.Namespace) -> int:
+def _evaluate(options: argparse.Namespace) -> int:
     base = options.models_file.resolve().parent
     _quiet()
-    report: dict[str, dict[str, dict[str, float]]] = {}
-    for spec in models_file.load(options.models_file):
+    report: dict[str, quality.Measures] = {}
+    for spec in models_file.select(models_file.load(options.models_file), options.model or None, on_demand=True):
+        if isinstance(spec.limits, models_file.TemplateLimits):
+            continue  # its generator has the measures
         if artefacts.read_manifest(options.repository, spec.name) is None:
+            if options.model:
+                raise ValueError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
             install.print_progress(f"{spec.name} is not exported: skipped")
             continue
         install.print_progress(f"{spec.name}: comparing with Hugging Face")
         source = sources.fetch(spec, base, options.cache or base / ".cache", install.print_progress)
-        report[spec.name] = tasks.evaluate(spec, source, options.repository)
-        for variant, measured in report[spec.name].items():
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
-            print(f"{spec.public_name(variant):<20} {variant:<6} {shown}")
+        report[spec.name] = {
+            variant: {**measured, **quality.cost(spec, variant, options.repository)}
+            for variant, measured in tasks.evaluate(spec, source, options.repository).items()
+        }
     options.reports.mkdir(exist_ok=True)
+    table = quality.as_table(report)
     (options.reports / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (options.reports / "quality.md").write_text(table, encoding="utf-8")
+    print(table, end="")
     return 0
 
 

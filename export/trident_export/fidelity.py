@@ -29,9 +29,9 @@ GATES: dict[str, dict[str, dict[str, float]]] = {
         "int4": {"kl": 0.1, "top1": 0.85, "batch_effect": 0.0},
     },
     "feature-extraction": {
-        "fp32": {"worst_cosine": 0.99999, "max_difference": 1e-5},
-        "int8": {"worst_cosine": 0.99},
-        "int4": {"worst_cosine": 0.95},
+        "fp32": {"worst_cosine": 0.99999, "max_difference": 1e-5, "batch_effect": 1e-5},
+        "int8": {"worst_cosine": 0.99, "batch_effect": 1e-3},
+        "int4": {"worst_cosine": 0.95, "batch_effect": 1e-3},
     },
 }
 
@@ -39,9 +39,9 @@ GATES: dict[str, dict[str, dict[str, float]]] = {
 GATES["translation"] = GATES["summarization"] = GATES["text-generation"]
 for _task in ("text-classification", "token-classification", "question-answering", "text-ranking", "fill-mask"):
     GATES[_task] = {
-        "fp32": {"agreement": 0.999, "score_error": 1e-4},
-        "int8": {"agreement": 0.95, "score_error": 0.15},
-        "int4": {"agreement": 0.85, "score_error": 0.5},
+        "fp32": {"agreement": 0.999, "score_error": 1e-4, "batch_effect": 1e-4},
+        "int8": {"agreement": 0.95, "score_error": 0.15, "batch_effect": 1e-3},
+        "int4": {"agreement": 0.85, "score_error": 0.5, "batch_effect": 1e-3},
     }
 
 
@@ -64,8 +64,14 @@ def log_softmax(logits: Floats) -> NDArray[np.float64]:
     return result
 
 
-def compare_logits(reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
-    """`kl`, `top1` and the number of `tokens`, over texts of [tokens, vocabulary] logits."""
+def compare_logits(
+    reference: Sequence[Floats], found: Sequence[Floats], ids: Sequence[Sequence[int]] | None = None
+) -> dict[str, float]:
+    """`kl`, its 99th percentile, `top1` and the number of `tokens`, over texts of [tokens, vocabulary] logits.
+
+    Args:
+        ids: the texts' tokens; with them also the perplexity of both.
+    """
     divergences, same = [], []
     for expected, actual in zip(reference, found, strict=True):
         p, q = log_softmax(expected), log_softmax(actual)
@@ -74,17 +80,40 @@ def compare_logits(reference: Sequence[Floats], found: Sequence[Floats]) -> dict
     divergence = np.concatenate(divergences)
     return {
         "kl": float(divergence.mean()),
+        "kl_p99": float(np.quantile(divergence, 0.99)),
         "top1": float(np.concatenate(same).mean()),
         "tokens": float(divergence.size),
+        **({} if ids is None else {"perplexity": perplexity(found, ids), "hf_perplexity": perplexity(reference, ids)}),
     }
 
 
+def perplexity(logits: Sequence[Floats], ids: Sequence[Sequence[int]]) -> float:
+    """Of texts under their logits, [tokens, vocabulary] each; the first token of a text is given."""
+    surprises = [
+        -log_softmax(rows[:-1])[np.arange(len(tokens) - 1), list(tokens[1:])]
+        for rows, tokens in zip(logits, ids, strict=True)
+    ]
+    return float(np.exp(np.concatenate(surprises).mean()))
+
+
+def rank_agreement(reference: Floats, found: Floats) -> float:
+    """Spearman's correlation of the similarities of all pairs of texts, for embeddings [texts, dimensions]."""
+    pairs = np.triu_indices(len(reference), k=1)
+    ranks = []
+    for vectors in (reference, found):
+        directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        ranks.append(np.argsort(np.argsort((directions @ directions.T)[pairs])))
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
+
+
 def compare_embeddings(reference: Floats, found: Floats) -> dict[str, float]:
-    """`worst_cosine` and `max_difference` over rows of [texts, dimensions], and the number of `texts`."""
+    """Cosines, `max_difference` and `rank_agreement` over rows of [texts, dimensions], and the number of `texts`."""
     norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(found, axis=1)
     cosines = (reference * found).sum(axis=1) / norms
     return {
         "worst_cosine": float(cosines.min()),
+        "mean_cosine": float(cosines.mean()),
+        "rank_agreement": rank_agreement(reference, found),
         "max_difference": float(np.abs(reference - found).max()),
         "texts": float(len(reference)),
     }

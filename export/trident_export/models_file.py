@@ -312,14 +312,14 @@ def _generates(spec: ModelSpec) -> bool:
     return isinstance(spec.limits, GenerationLimits)
 
 
-def select(specs: list[ModelSpec], name: str | None) -> list[ModelSpec]:
-    """The model of that name; without a name, every model that is not exported on demand alone.
+def select(specs: list[ModelSpec], name: str | None, *, on_demand: bool = False) -> list[ModelSpec]:
+    """The model of that name; without a name, every model, but for those on demand alone where these are not wanted.
 
     Raises:
         ModelsFileError: there is no such model.
     """
     if name is None:
-        return [spec for spec in specs if not spec.on_demand]
+        return [spec for spec in specs if on_demand or not spec.on_demand]
     chosen = [spec for spec in specs if spec.name == name]
     if not chosen:
         raise ModelsFileError(f"there is no model {name!r}; known are {', '.join(spec.name for spec in specs)}")

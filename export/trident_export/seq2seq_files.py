@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def save_text_files(spec: ModelSpec, source: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(source)
     piece_ids = _save_tokenizers(tokenizer, folder)
-    _source_settings(spec, source, tokenizer, piece_ids).save(folder)
+    _source_settings(spec, source, folder, tokenizer, piece_ids).save(folder)
     read_defaults(source, _task_params(spec, source)).save(folder)
 
 
@@ -62,7 +63,7 @@ def _save_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[
 
 
 def _source_settings(
-    spec: ModelSpec, source: Path, tokenizer: PreTrainedTokenizerBase, piece_ids: tuple[int, ...]
+    spec: ModelSpec, source: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, piece_ids: tuple[int, ...]
 ) -> SourceSettings:
     languages, style, marks_source = _languages(tokenizer)
     surroundings: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -88,8 +89,16 @@ def _source_settings(
         target_style=style,
         source_lang=source_lang if marks_source else "",
         target_lang=spec.target_lang if spec.target_lang in languages else "",
+        unk_token_id=_unknown(folder),
         piece_ids=piece_ids,
     )
+
+
+def _unknown(folder: Path) -> int | None:
+    """The id that the written source tokenizer gives to what it does not know."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    found: int | None = model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model.get("unk_token"))
+    return found
 
 
 def _languages(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], TargetStyle, bool]:

@@ -95,6 +95,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(folder / TOKENIZER))
 
 
+def knows_nothing(encoding: Encoding, unk_token_id: int | None) -> bool:
+    """Whether no token of a text is known; special tokens and SentencePiece's bare spaces do not count."""
+    if unk_token_id is None:
+        return False
+    return all(
+        special or token_id == unk_token_id or not token.strip("▁")
+        for token_id, token, special in zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
+    )
+
+
 class Batcher:
     """Encodings to padded tensors."""
 
@@ -210,9 +220,7 @@ class TextEncoder:
             if index not in sequences:
                 text = inputs[row] if single else inputs[row][index]
                 raise InvalidRequest(f"{name} is empty: {text[:80]!r} holds no token")
-        unknown = self._roles.unk_token_id
-        special = encoding.special_tokens_mask
-        if unknown is not None and all(s or i == unknown for i, s in zip(encoding.ids, special, strict=True)):
+        if knows_nothing(encoding, self._roles.unk_token_id):
             raise InvalidRequest(f"{names[0]} holds no token that the model's vocabulary knows")
 
     def _truncated(self, encoding: Encoding, text: Any) -> Encoding:

@@ -89,6 +89,15 @@ def _tables(folder: Path, make: bool = True) -> dict[str, dict[str, Any]]:
     return made
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from torch's threads, and beside other work those wait for each other for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readers")
@@ -254,6 +263,7 @@ LONG = "the cat sat on the mat " * 60
         (lambda c: c.classify("hello", text_pairs="", model="cls-bert"), "text_pair is empty"),
         (lambda c: c.classify(LONG, model="cls-bert"), "text_input has .* tokens, the model takes 96"),
         (lambda c: c.classify("\N{SNOWMAN}", model="cls-bert"), "holds no token that the model's vocabulary knows"),
+        (lambda c: c.classify("\N{SNOWMAN}", model="cls-xlmr"), "holds no token that the model's vocabulary knows"),
         (
             lambda c: c.entities("hi", model="ner-bert", aggregation_strategy="best"),
             "must be one of none, simple, first",

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
@@ -86,6 +87,15 @@ def _add_pooling(path: Path, mode: str) -> None:
     (path / "modules.json").write_text(json.dumps(modules))
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling/config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from torch's threads, and beside other work those wait for each other for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

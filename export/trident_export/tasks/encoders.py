@@ -124,8 +124,10 @@ def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
     for variant in spec.variants:
         part = configs.model_part(spec, variant)
         model = OnnxModel(root / part / VERSION, configs.as_backend_json(built[part]))
-        found = [row for tensors in _served(spec, model, preprocess, pairs) for row in read(tensors)]
-        measures[variant] = compare(spec, reference, found)
+        found = [row for tensors in _served(spec, model, preprocess, pairs, _GATE_BATCH) for row in read(tensors)]
+        alone = [row for tensors in _served(spec, model, preprocess, pairs, 1) for row in read(tensors)]
+        effect = max(_difference(a, b) for a, b in zip(found, alone, strict=True))
+        measures[variant] = compare(spec, reference, found) | {"batch_effect": effect}
     return measures
 
 
@@ -134,6 +136,12 @@ def compare(spec: ModelSpec, reference: Sequence[Floats], found: Sequence[Floats
     if spec.task == "feature-extraction":
         return fidelity.compare_embeddings(np.stack(reference), np.stack(found))
     return fidelity.compare_scores(reference, found)
+
+
+def _difference(one: Floats, other: Floats) -> float:
+    """The largest, where both have a number."""
+    width = min(one.shape[-1], other.shape[-1])
+    return float(np.nanmax(np.abs(one[..., :width] - other[..., :width])))
 
 
 def sample_texts(spec: ModelSpec, source: Path) -> list[tuple[str, ...]]:
@@ -237,12 +245,16 @@ def _token_reader(tensors: Mapping[str, NDArray[Any]]) -> list[Floats]:
 
 
 def _served(
-    spec: ModelSpec, model: OnnxModel, preprocess: preprocessing.Preprocess, pairs: Sequence[tuple[str, ...]]
+    spec: ModelSpec,
+    model: OnnxModel,
+    preprocess: preprocessing.Preprocess,
+    pairs: Sequence[tuple[str, ...]],
+    batch: int,
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """The graph's inputs and outputs for the texts, in padded batches, as they are served."""
     stages = ensembles.stages(spec.task, _limits(spec))
     names = [name for name, *_ in stages.texts]
-    size = _GATE_BATCH if stages.batched else 1
+    size = batch if stages.batched else 1
     for start in range(0, len(pairs), size):
         columns = [encode_texts(column) for column in zip(*pairs[start : start + size], strict=True)]
         request: dict[str, NDArray[Any]] = dict(zip(names, columns, strict=True))

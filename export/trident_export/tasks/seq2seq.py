@@ -143,7 +143,7 @@ def measure(
     for ids, target, served in zip(samples, targets, found, strict=True):
         (alone,) = served_logits(decoder, [ids], [target], beams=1)
         effect = max(effect, float(np.abs(alone - served).max()))
-    return fidelity.compare_logits(reference, found) | {"batch_effect": effect}
+    return fidelity.compare_logits(reference, found, targets) | {"batch_effect": effect}
 
 
 def served_logits(

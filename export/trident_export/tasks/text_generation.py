@@ -157,7 +157,7 @@ def measure(
     for ids, served in zip(samples, found, strict=True):
         alone = decoder.run([RowTokens(0, 0, ids, len(ids))])
         effect = max(effect, float(np.abs(alone - served).max()))
-    return fidelity.compare_logits(reference, found) | {"batch_effect": effect}
+    return fidelity.compare_logits(reference, found, samples) | {"batch_effect": effect}
 
 
 def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArray[np.float32]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from trident_serving.encoding import knows_nothing
 from trident_serving.errors import InvalidRequest
 
 _SETTINGS = "source.json"
@@ -52,6 +53,7 @@ class SourceSettings:
         source_surroundings: prefix and suffix by source language, for models that mark it.
         languages: the token of each language.
         source_lang: where the request names none; `target_lang` too.
+        unk_token_id: of the tokenizer; None where it knows every text.
         piece_ids: the model's token of each of the tokenizer's, where they differ.
     """
 
@@ -63,6 +65,7 @@ class SourceSettings:
     target_style: TargetStyle = TargetStyle.FIXED
     source_lang: str = ""
     target_lang: str = ""
+    unk_token_id: int | None = None
     piece_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -144,6 +147,8 @@ class SourceText:
         ids = self._ids(self._settings.text_prefix + text)
         if not self._ids(text):
             raise InvalidRequest(f"text_input is empty: {text[:80]!r} holds no token")
+        if knows_nothing(self._source.encode(text, add_special_tokens=False), self._settings.unk_token_id):
+            raise InvalidRequest("text_input holds no token that the model's vocabulary knows")
         if len(ids) + len(prefix) + len(suffix) <= self._max_tokens:
             return [Window((*prefix, *ids, *suffix))]
         if policy is LongInput.TRUNCATE:
