@@ -13,7 +13,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from trident_export import encoder_files, models_file, seq2seq_files
-from trident_export.models_file import EncoderLimits, ModelsFileError
+from trident_export.limits import EncoderLimits
+from trident_export.models_file import ModelsFileError
 
 # The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
 _HEADS = (

@@ -22,6 +22,7 @@ from pathlib import Path
 from trident_export import configs, doctor, install, models_file, pin, quality, sources, tasks
 from trident_export.disk import NoSpace
 from trident_export.fidelity import FidelityError
+from trident_export.limits import TemplateLimits
 from trident_export.sources import SourceError
 from trident_serving import artefacts
 
@@ -95,7 +96,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet()
     report: dict[str, quality.Measures] = {}
     for spec in models_file.select(models_file.load(options.models_file), options.model or None, on_demand=True):
-        if isinstance(spec.limits, models_file.TemplateLimits):
+        if isinstance(spec.limits, TemplateLimits):
             continue  # its generator has the measures
         if artefacts.read_manifest(options.repository, spec.name) is None:
             if options.model:

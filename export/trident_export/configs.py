@@ -14,14 +14,8 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import ensembles
-from trident_export.models_file import (
-    AnswerLimits,
-    EncoderLimits,
-    GenerationLimits,
-    ModelSpec,
-    Seq2SeqLimits,
-    TemplateLimits,
-)
+from trident_export.limits import AnswerLimits, EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
+from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import CONFIG_HEADER
 
 

@@ -15,7 +15,8 @@ import onnx
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import configs, install
-from trident_export.models_file import GenerationLimits, ModelSpec, Seq2SeqLimits, TemplateLimits
+from trident_export.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
+from trident_export.models_file import ModelSpec
 from trident_serving import memory
 from trident_serving.artefacts import VERSION, read_manifest
 from trident_serving.onnx_session import TRITON_TYPES

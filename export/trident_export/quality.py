@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from trident_export import configs
-from trident_export.models_file import EncoderLimits, GenerationLimits, ModelSpec, Seq2SeqLimits, TemplateLimits
+from trident_export.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
+from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import VERSION
 
 MEBIBYTE = 2**20

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-import torch
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -24,14 +22,7 @@ from tests.conftest import ROOT, run_export
 from trident_export import add, doctor, install, models_file
 from trident_export.models_file import ModelsFileError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from torch's threads, and beside other work those wait for each other for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

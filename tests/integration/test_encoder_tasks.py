@@ -35,6 +35,8 @@ from trident_export.fidelity import FidelityError
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 1e-5
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG"]
 _ENTITY_NAMES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: row for row, name in enumerate(LABELS)}}
@@ -87,15 +89,6 @@ def _tables(folder: Path, make: bool = True) -> dict[str, dict[str, Any]]:
     made["emb-xlm-roberta"]["prompts"] = {"query": "query: ", "passage": "passage: "}
     add("reranker", "bert", AutoModelForSequenceClassification, "text-ranking", {"labels": 1}, num_labels=1)
     return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from torch's threads, and beside other work those wait for each other for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

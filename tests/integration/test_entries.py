@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
@@ -27,6 +26,8 @@ from trident_client import Client
 from trident_export import install, models_file
 from trident_export.models_file import ModelSpec, Source
 from trident_serving.launcher import local
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ENTRIES = {spec.name: spec for spec in models_file.load(ROOT / "models.toml") if spec.source.hub}
 NER_LABELS = dict(enumerate(["O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]))
@@ -87,15 +88,6 @@ def _add_pooling(path: Path, mode: str) -> None:
     (path / "modules.json").write_text(json.dumps(modules))
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling/config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from torch's threads, and beside other work those wait for each other for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,8 @@ from trident_serving.seq2seq.engine import Engine, Job
 from trident_serving.seq2seq.processors import Rules
 from trident_serving.seq2seq.search import Found, SearchParams
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = tiny_models.SEQ2SEQ
 MAX_TOKENS = 24
 LIMITS = {"max_source_tokens": 96, "max_target_tokens": 40, "slots": 24, "threads": 1, "max_waiting": 64}
@@ -51,15 +53,6 @@ GENERATION: dict[str, dict[str, Any]] = {
 def _table(folder: Path, family: str) -> dict[str, Any]:
     kind = "summarization" if family in ("bart", "pegasus") else "translation"
     return {"task": kind, "source": {"path": str(folder / family)}, "variants": ["fp32"], "limits": LIMITS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from torch's threads, and beside other work those wait for each other for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trident_export import fidelity
-from trident_export.models_file import ModelSpec, TemplateLimits
+from trident_export.limits import TemplateLimits
+from trident_export.models_file import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from transformers import (
 
 from trident_export import configs, disk, encoder_files, ensembles, fidelity, recipes
 from trident_export.encoder_graph import TOKEN_TYPES, export_encoder_graph
-from trident_export.models_file import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits, ModelSpec
+from trident_export.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
+from trident_export.models_file import ModelSpec
 from trident_export.tasks import Job, Measures
 from trident_serving import preprocessing
 from trident_serving.artefacts import VERSION

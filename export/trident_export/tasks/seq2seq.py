@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from trident_export import disk, encoder_files, fidelity, recipes, seq2seq_files
-from trident_export.models_file import ModelSpec, Seq2SeqLimits
+from trident_export.limits import Seq2SeqLimits
+from trident_export.models_file import ModelSpec
 from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Job, Measures
 from trident_serving.artefacts import VERSION

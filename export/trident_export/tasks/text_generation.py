@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from trident_export import decoder_passes, disk, fidelity, recipes
 from trident_export.causal_graph import export_causal_graph
-from trident_export.models_file import GenerationLimits, ModelSpec
+from trident_export.limits import GenerationLimits
+from trident_export.models_file import ModelSpec
 from trident_export.tasks import Job, Measures
 from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import RowTokens
