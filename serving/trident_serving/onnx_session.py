@@ -138,8 +138,8 @@ def session_options(config: Config, parameters: Mapping[str, str]) -> ort.Sessio
     key = "session.use_device_allocator_for_initializers"
     if key in parameters:
         options.add_session_config_entry(key, parameters[key])
-    # Several models share few cores: a session that spins between runs slows the others down.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads spin while a run lasts, and leave the few cores to other models between two runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
