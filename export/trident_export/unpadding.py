@@ -60,7 +60,6 @@ def unpad(model: onnx.ModelProto, mask: str = "attention_mask") -> int:
             region.add(index)
             made.update(node.output)
             grown = True
-    # A node that only reads tokens which nothing in the region made saves nothing.
     if region:
         _rewrite(graph, region, set(constants), mask)
     return len(region)

@@ -33,6 +33,7 @@ from trident_serving.onnx_backend import OnnxModel
 from trident_serving.pooling import PoolingSettings, normalize, pool
 from trident_serving.postprocessing import LabelSettings
 from trident_serving.text import encode_texts
+from trident_serving.triton_adapter import parameters
 
 Floats = NDArray[np.float32]
 
@@ -119,7 +120,7 @@ def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
     reference = reference_outputs(spec, source, pairs)
     built = configs.build(spec)
     name = f"{spec.name}_tokenizer"
-    preprocess = preprocessing.create(parameters(built[name]), root / name / VERSION)
+    preprocess = preprocessing.create(parameters(configs.as_backend_json(built[name])), root / name / VERSION)
     read = reader(spec, root / f"{spec.name}_postprocess" / VERSION)
     measures: Measures = {}
     for variant in spec.variants:
@@ -266,11 +267,6 @@ def _served(
         if isinstance(result, Exception):
             raise result
         yield {**inputs, **result}
-
-
-def parameters(config: Any) -> dict[str, str]:
-    """The parameters of a config as a backend reads them."""
-    return {key: value.string_value for key, value in config.parameters.items()}
 
 
 def _limits(spec: ModelSpec) -> EncoderLimits:

@@ -160,8 +160,8 @@ class OnnxDecoder:
         binding = self._binding(batch.first_row, batch.rows)
         total = np.array(self.cache.capacity, np.int32)  # an upper bound is all that the operator wants
         for name in self._inputs:
-            _bind(binding.bind_input, name, total if name == "total_sequence_length" else getattr(batch, name))
-        _bind(binding.bind_output, "logits", logits.reshape(1, *logits.shape))
+            bind_array(binding.bind_input, name, total if name == "total_sequence_length" else getattr(batch, name))
+        bind_array(binding.bind_output, "logits", logits.reshape(1, *logits.shape))
         self._session.run_with_iobinding(binding)
 
     def _binding(self, first_row: int, rows: int) -> Any:
@@ -178,5 +178,6 @@ class OnnxDecoder:
         return binding
 
 
-def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+def bind_array(bind: Any, name: str, array: NDArray[Any]) -> None:
+    """Bind a numpy array, which must live as long as the binding, by `bind_input` or `bind_output`."""
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

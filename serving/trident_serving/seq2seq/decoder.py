@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.generation.decoder import open_session
+from trident_serving.generation.decoder import bind_array, open_session
 from trident_serving.generation.kv_cache import KVCache
 
 Floats = NDArray[np.float32]
@@ -172,7 +172,7 @@ class Seq2SeqDecoder:
         }
         binding = self._bind(len(rows))
         for name in self._inputs:
-            _bind(binding.bind_input, name, feeds[name])
+            bind_array(binding.bind_input, name, feeds[name])
         self._decoder.run_with_iobinding(binding)
         return self._logits[: len(rows)]
 
@@ -190,11 +190,7 @@ class Seq2SeqDecoder:
                 self._binding.bind_input(name, *place)
                 self._binding.bind_output(name.replace("past.", "present."), *place)
             for name, tensor in self._cross.tensors.items():
-                _bind(self._binding.bind_input, name, tensor)
-            _bind(self._binding.bind_output, "logits", self._logits[:rows])
+                bind_array(self._binding.bind_input, name, tensor)
+            bind_array(self._binding.bind_output, "logits", self._logits[:rows])
             self._bound = (rows, self._cross.version)
         return self._binding
-
-
-def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
-    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
