@@ -34,7 +34,7 @@ from benchmarks.peers import (
     trident_logits,
 )
 from trident_client import Client
-from trident_export import fidelity, models_file, sources
+from trident_export import corpora, fidelity, models_file, sources
 from trident_serving.tokenization import TextTokenizer
 
 MODEL = "smollm2"
@@ -74,10 +74,10 @@ def measure(client: Client, models: Path, repository: Path, cache: Path, rounds:
     base = models.resolve().parent
     source = sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr))
     tokenizer = TextTokenizer.load(repository / MODEL / "1")
-    texts = [text[:240] for text in fidelity.texts() if len(text) > 200]
+    texts = [text[:240] for text in corpora.held_out() if len(text) > 200]
     prompts = [tokenizer.encode(text) for text in texts]
     prompts, texts = (prompts * COPIES)[: max(CONCURRENCY)], (texts * COPIES)[: max(CONCURRENCY)]
-    long = (tokenizer.encode("\n".join(fidelity.texts())) * 2)[:PREFILL_TOKENS]
+    long = (tokenizer.encode("\n".join(corpora.held_out())) * 2)[:PREFILL_TOKENS]
     known = {tuple(ids): text for ids, text in zip(prompts, texts, strict=True)}
     known[tuple(long)] = tokenizer.decode(long)
     peers, logits = make_peers(client, spec, source, repository, cache, known)
@@ -167,7 +167,7 @@ def divergences(
     logits: dict[str, Callable[[Sequence[int]], NDArray[np.float32]]], peers: list[Peer], tokenizer: TextTokenizer
 ) -> dict[str, float]:
     """KL of each peer's next-token distributions against transformers in float32, in nats."""
-    samples = [tokenizer.encode(text)[:64] for text in fidelity.texts()][::2]
+    samples = [tokenizer.encode(text)[:64] for text in corpora.held_out()][::2]
     with torch.inference_mode():
         reference = [logits["transformers fp32"](ids) for ids in samples]
         return {
@@ -178,7 +178,7 @@ def divergences(
 
 def parts(client: Client, rounds: int) -> Figures:
     """What drafts and reuse of prefixes give, and how long running streams wait for a long prompt."""
-    article = "\n".join(text for text in fidelity.texts() if text.isascii())[:1500]
+    article = "\n".join(text for text in corpora.held_out() if text.isascii())[:1500]
     tasks: dict[str, tuple[Any, dict[str, Any]]] = {
         "quoting": (f"{article}\n\nThe same text once more:\n\n{article[:120]}", {}),
         "summarizing": ([{"role": "user", "content": f"Summarize this text:\n\n{article}"}], {}),

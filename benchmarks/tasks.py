@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from trident_client import Client
-from trident_export import fidelity, install, models_file
+from trident_export import corpora, install, models_file
 from trident_serving.launcher import local
 
-TEXTS = fidelity.texts()[:16]
+TEXTS = corpora.held_out()[:16]
 SENTENCES = [text[:80] for text in TEXTS]
 CALLERS = (1, 16)
 TRANSLATION_CALLERS = 8

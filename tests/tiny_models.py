@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
 
-from trident_export import fidelity
+from trident_export import corpora
 
 VOCABULARY = 512
 EOS = "<|end|>"
@@ -93,7 +93,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(fidelity.texts(), trainer)
+    tokenizer.train_from_iterator(corpora.held_out(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
@@ -143,7 +143,7 @@ def wordpiece_tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = [names[role] for role in ("pad", "unk", "cls", "sep", "mask")]
     trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    trained.train_from_iterator(fidelity.texts(), trainer)
+    trained.train_from_iterator(corpora.held_out(), trainer)
     if kind == "mpnet":
         return MPNetTokenizerFast(tokenizer_object=_with_pairs(trained, names["cls"], names["sep"]), unk_token="[UNK]")
     wrapped = _with_pairs(trained, names["cls"], names["sep"])
@@ -170,7 +170,7 @@ def roberta_tokenizer(kind: str = "roberta") -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    trained.train_from_iterator(fidelity.texts(), trainer)
+    trained.train_from_iterator(corpora.held_out(), trainer)
     cls, pad, sep, unk, mask = special
     roles = {"cls_token": cls, "pad_token": pad, "sep_token": sep, "unk_token": unk, "mask_token": mask}
     if bert:
@@ -195,7 +195,7 @@ def unigram_tokenizer(kind: str, extra: list[str] | None = None) -> PreTrainedTo
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=VOCABULARY, special_tokens=special, unk_token=unk, show_progress=False)
-    trained.train_from_iterator(fidelity.texts(), trainer)
+    trained.train_from_iterator(corpora.held_out(), trainer)
     mask = "[MASK]" if kind == "deberta-v2" else "<mask>"
     trained.add_special_tokens([mask])
     if kind == "deberta-v2":
@@ -291,7 +291,7 @@ def _seq2seq_tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
         unk_token="<unk>",
         show_progress=False,
     )
-    trained.train_from_iterator(fidelity.texts(), trainer)
+    trained.train_from_iterator(corpora.held_out(), trainer)
     if family in ("t5", "mt5"):
         trained.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
         return T5TokenizerFast(tokenizer_object=trained, extra_ids=0)
@@ -309,7 +309,7 @@ def _two_vocabularies(family: str, folder: Path) -> PreTrainedTokenizerBase:
 
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(line for text in fidelity.texts() for line in text.splitlines()), encoding="utf-8")
+    corpus.write_text("\n".join(line for text in corpora.held_out() for line in text.splitlines()), encoding="utf-8")
     kind = "unigram" if family == "marian" else "bpe"
     names = ("source", "target") if family == "marian" else ("sentencepiece.bpe",)
     for name in names:
@@ -343,7 +343,7 @@ def _two_vocabularies(family: str, folder: Path) -> PreTrainedTokenizerBase:
 
 def _end_sometimes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Make the end token as likely as one that the model likes, so that answers end, some early, some late."""
-    batches = [tokenizer(text[:24], return_tensors="pt") for text in fidelity.texts()[:5]]
+    batches = [tokenizer(text[:24], return_tensors="pt") for text in corpora.held_out()[:5]]
 
     def answers() -> list[list[int]]:
         with torch.no_grad():

@@ -118,7 +118,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _quiet() -> None:
-    """No progress bars: they would fill a log."""
+    """No progress bars and no remarks on unused weights: they would fill a log."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
 

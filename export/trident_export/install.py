@@ -34,7 +34,7 @@ def exporter_version() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parent
     for file in sorted(root.rglob("*")):
-        if file.suffix in (".py", ".txt") and file.name not in _NOT_EXPORTING:
+        if file.suffix in (".py", ".txt", ".toml") and file.name not in _NOT_EXPORTING:
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     for package in _PACKAGES:
         digest.update(f"{package}=={importlib.metadata.version(package)}\n".encode())
@@ -43,8 +43,9 @@ def exporter_version() -> str:
 
 def fingerprint(spec: ModelSpec, base: Path) -> str:
     """A digest of everything that the artefacts of a spec depend on."""
-    parts = [spec.as_dict(), sources.identity(spec, base), exporter_version()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    calibration = hashlib.sha256(Path(spec.calibration).read_bytes()).hexdigest() if spec.calibration else ""
+    parts = [spec.as_dict(), calibration, sources.identity(spec, base), exporter_version()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:

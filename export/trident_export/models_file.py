@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from trident_export.limits import LIMITS, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
+from trident_export import recipes
+from trident_export.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
 from trident_export.limits import ModelsFileError as ModelsFileError
 from trident_serving.templates import compile_template
 
-VARIANTS = ("fp32", "fp16", "int8", "int4")
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
 TEMPLATE_VARIANT = "template"
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
@@ -49,6 +49,8 @@ class ModelSpec:
         source_lang: of translation, where a request names none and the model reads several; `target_lang` too.
         prefix: what goes before every source, as text; None: what the model's config says for the task.
         gates: thresholds by variant that replace the default ones (see `fidelity`).
+        calibration: a file of representative text, for recipes that look at activations; "": the packaged texts.
+        recipes: of the variants.
     """
 
     name: str
@@ -63,6 +65,8 @@ class ModelSpec:
     target_lang: str = ""
     prefix: str | None = None
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    calibration: str = ""
+    recipes: Mapping[str, recipes.Recipe] = field(default_factory=dict)
 
     def public_name(self, variant: str) -> str:
         """The name under which clients call a variant."""
@@ -70,7 +74,7 @@ class ModelSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as plain data."""
-        return asdict(self)
+        return asdict(self) | {"recipes": repr(self.recipes)}
 
 
 def load(path: Path) -> list[ModelSpec]:
@@ -85,7 +89,8 @@ def load(path: Path) -> list[ModelSpec]:
         raise ModelsFileError(f"there is no models file {path}") from None
     except tomllib.TOMLDecodeError as error:
         raise ModelsFileError(f"{path} is not TOML: {error}") from None
-    specs = [parse(name, table) for name, table in tables.items()]
+    known = recipes.load(path.parent)
+    specs = [_resolved(parse(name, table, known), path.parent) for name, table in tables.items()]
     names: dict[str, str] = {}
     for spec in specs:
         for variant in spec.variants:
@@ -96,9 +101,13 @@ def load(path: Path) -> list[ModelSpec]:
         if isinstance(spec.limits, TemplateLimits):
             generators = [other.public_name(v) for other in specs for v in other.variants if _generates(other)]
             if spec.limits.generator not in generators:
-                known = ", ".join(generators) or "none"
-                raise ModelsFileError(f"[{spec.name}]: generator {spec.limits.generator!r} is not one of {known}")
+                choice = ", ".join(generators) or "none"
+                raise ModelsFileError(f"[{spec.name}]: generator {spec.limits.generator!r} is not one of {choice}")
     return specs
+
+
+def _resolved(spec: ModelSpec, base: Path) -> ModelSpec:
+    return replace(spec, calibration=str((base / spec.calibration).resolve())) if spec.calibration else spec
 
 
 def _generates(spec: ModelSpec) -> bool:
@@ -119,8 +128,11 @@ def select(specs: list[ModelSpec], name: str | None, *, on_demand: bool = False)
     return chosen
 
 
-def parse(name: str, table: object) -> ModelSpec:
+def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] | None = None) -> ModelSpec:
     """One table, checked.
+
+    Args:
+        known_recipes: by variant; None: the built-in ones.
 
     Raises:
         ModelsFileError: a key is unknown or missing, or a value is impossible.
@@ -134,24 +146,27 @@ def parse(name: str, table: object) -> ModelSpec:
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
     if "generator" in table:
         return _template(name, table)
-    known = [f.name for f in fields(ModelSpec) if f.name != "name"]
+    known = [f.name for f in fields(ModelSpec) if f.name not in ("name", "recipes")]
+    known_recipes = recipes.load() if known_recipes is None else known_recipes
     _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
     task = table["task"]
     if task not in LIMITS:
         raise ModelsFileError(f"{where}: task {task!r} is not one of {', '.join(LIMITS)}")
     variants = tuple(table["variants"])
-    unknown = [variant for variant in variants if variant not in VARIANTS]
+    unknown = [variant for variant in variants if variant not in known_recipes]
     if not variants or unknown or len(set(variants)) < len(variants):
-        raise ModelsFileError(f"{where}: variants must be different ones of {', '.join(VARIANTS)}, found {variants}")
+        choice = ", ".join(known_recipes)
+        raise ModelsFileError(f"{where}: variants must be different ones of {choice}, found {variants}")
     default = table.get("default_variant", variants[0])
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
     limits = _limits(f"{where} limits", LIMITS[task], table["limits"])
-    if "fp16" in variants and getattr(limits, "device", "cpu") == "cpu":
-        raise ModelsFileError(
-            f'{where}: variant fp16 is for a GPU (text generation with limits.device = "cuda"): a CPU would compute '
-            "it in float32 and convert at every step"
-        )
+    kind = recipes.Kind.ENCODER if isinstance(limits, EncoderLimits) else recipes.Kind.DECODER
+    try:
+        for variant in variants:
+            known_recipes[variant].check(variant, kind, getattr(limits, "device", "cpu"))
+    except ModelsFileError as error:
+        raise ModelsFileError(f"{where}: {error}") from None
     gates = table.get("gates", {})
     _check_keys(f"{where} gates", gates, variants)
     return ModelSpec(
@@ -165,6 +180,8 @@ def parse(name: str, table: object) -> ModelSpec:
         prompts=_prompts(where, task, table.get("prompts")),
         **_source_words(where, task, table),
         gates=gates,
+        calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
+        recipes={variant: known_recipes[variant] for variant in variants},
     )
 
 

@@ -1,42 +1,28 @@
-"""A float32 graph to its variants. Recipes are data: a recipe is a row of RECIPES.
-
-The products are ONNX Runtime's MatMulNBits: weights in blocks along the input, with a scale for each block;
-accuracy level 4 quantizes the input in blocks too, at run time, and multiplies in int8. A block belongs to one
-row of a batch, so an answer does not depend on who shares the batch; `quantize_dynamic`, which has one scale
-for a whole batch and saturates on AVX2, is no recipe here (docs/decisions/0003-int8-by-blocks.md).
-Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.MatMulNBits.
-"""
+"""Recipes: how a variant is made from the float32 graph. They are data, `recipes.toml`; the passes are in `passes`."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
+from importlib import resources
 from pathlib import Path
 
 import onnx
 
-from trident_export.row_quantization import quantize_rows
+from trident_export.limits import ModelsFileError
+from trident_export.passes import PASSES, Feeder, Pass
 
-ACCURACY_LEVEL = 4
+FILE = "recipes.toml"
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """How the weights of some matrix products are stored.
+class Kind(StrEnum):
+    """A graph's kind, which decides between the passes of a recipe."""
 
-    Attributes:
-        nodes: regular expression of the products' names; the first entry that matches a product counts.
-        bits: of a weight.
-        size: weights in a block, which share a scale.
-        symmetric: no zero point, so that 0 is in the middle of the range.
-    """
-
-    nodes: str
-    bits: int
-    size: int
-    symmetric: bool
+    DECODER = "decoder"
+    ENCODER = "encoder"
 
 
 @dataclass(frozen=True)
@@ -44,78 +30,141 @@ class Recipe:
     """How a variant is made.
 
     Attributes:
-        products: the matrix products that are quantized; those that nothing matches stay float32.
-        size: the variant's bytes as a share of the float32 graph's, at most, for the check of the disk.
-        rows: whether products are in eight bits with a scale for each row (see `row_quantization`).
-        half: whether everything is float16 but for the inputs and outputs that are no cache.
+        precision: the variant whose default gate holds.
+        size: the variant's bytes as a share of the float32 graph's, at most.
+        passes: by kind of graph, in order; a kind that is not here has no such variant.
     """
 
-    products: tuple[Blocks, ...]
+    precision: str
     size: float
-    rows: bool = False
-    half: bool = False
+    passes: Mapping[Kind, tuple[Pass, ...]]
+
+    def check(self, name: str, kind: Kind, device: str) -> None:
+        """Refuse what can't be made or makes no sense.
+
+        Raises:
+            ModelsFileError: the recipe is for another kind of model, or one of its passes not for this device.
+        """
+        if kind not in self.passes:
+            raise ModelsFileError(f"variant {name} is for {' and '.join(self.passes)} models, this is {kind}")
+        for step in self.passes[kind]:
+            if device in step.refused:
+                raise ModelsFileError(f"variant {name} makes no sense on device {device}: {step.refused[device]}")
 
 
-_HEAD = Blocks("lm_head|embed_out", bits=8, size=32, symmetric=True)
+def load(folder: Path | None = None) -> dict[str, Recipe]:
+    """Recipes by variant: the built-in ones, and those of `recipes.toml` in a folder, which replace built-in ones.
 
-RECIPES = {
-    "fp32": Recipe((), 1.0),
-    "fp16": Recipe((), 0.5, half=True),
-    "int8": Recipe((_HEAD, Blocks("attn|attention", 8, 16, symmetric=False), Blocks("", 8, 32, symmetric=False)), 0.6),
-    "int4": Recipe((_HEAD, Blocks("", 4, 32, symmetric=True)), 0.5),
-}
+    Raises:
+        ModelsFileError: a file says something impossible.
+    """
+    built_in = (resources.files("trident_export") / FILE).read_text(encoding="utf-8")
+    recipes = parse(built_in, FILE)
+    own = folder / FILE if folder is not None else None
+    if own is not None and own.is_file():
+        recipes |= parse(own.read_text(encoding="utf-8"), str(own))
+    return recipes
 
 
-# Encoders work on many tokens at once, where blocks gain nothing over float32 (docs/decisions/0014).
-ENCODER_RECIPES = RECIPES | {"int8": Recipe((), 0.5, rows=True)}
+def parse(text: str, where: str) -> dict[str, Recipe]:
+    """Recipes of a file's text.
+
+    Raises:
+        ModelsFileError: a key or pass is unknown, or a value is impossible.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ModelsFileError(f"{where} is not TOML: {error}") from None
+    return {name: _recipe(f"{where} [{name}]", name, table) for name, table in tables.items()}
 
 
-def apply(variant: str, graph: Path, target: Path, recipes: Mapping[str, Recipe] = RECIPES) -> None:
-    """Write `target` (weights beside it as `<target>.data`) from the float32 graph at `graph`."""
-    model = onnx.load(str(graph))
-    recipe = recipes[variant]
-    if recipe.products:
-        model = quantize(model, recipe.products)
-    if recipe.rows:
-        quantize_rows(model, lambda name: True)
-    if recipe.half:
-        model = to_half(model)
+def _recipe(where: str, name: str, table: object) -> Recipe:
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ModelsFileError(f"{where}: a variant's name has lower-case letters, digits and '_' alone")
+    known = ("precision", "size", *Kind)
+    if not isinstance(table, dict) or not set(table) <= set(known) or not set(Kind) & set(table):
+        raise ModelsFileError(f"{where} must be a table of {', '.join(known)}, with {' or '.join(Kind)} among them")
+    size, precision = table.get("size", 1.0), table.get("precision", name)
+    if not isinstance(size, float) or not 0 < size <= 1 or not isinstance(precision, str):
+        raise ModelsFileError(f"{where}: size must be a number up to 1.0 and precision a variant's name")
+    passes = {
+        kind: tuple(_pass(f"{where} {kind}[{place}]", step) for place, step in enumerate(table[kind]))
+        for kind in Kind
+        if kind in table
+    }
+    return Recipe(precision, size, passes)
+
+
+def _pass(where: str, table: object) -> Pass:
+    if not isinstance(table, dict) or table.get("pass") not in PASSES:
+        raise ModelsFileError(f"{where}: pass must be one of {', '.join(PASSES)}, found {table!r}")
+    values = {key: value for key, value in table.items() if key != "pass"}
+    kind = PASSES[table["pass"]]
+    known = {field.name: field for field in fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in values]
+    if unknown or missing:
+        problem = f"unknown key {', '.join(unknown)}" if unknown else f"{', '.join(missing)} is missing"
+        raise ModelsFileError(f"{where}: {problem}; known are {', '.join(known)}")
+    for key, value in values.items():
+        wanted = {"str": str, "int": int, "float": float, "bool": bool}[str(known[key].type)]
+        if type(value) is not wanted:
+            raise ModelsFileError(f"{where}: {key} must be {wanted.__name__}, found {value!r}")
+    try:
+        return kind(**values)
+    except (ValueError, re.error) as error:
+        raise ModelsFileError(f"{where}: {error}") from None
+
+
+def products(model: onnx.ModelProto) -> list[str]:
+    """Names of the products of an activation and a constant matrix, which passes choose from."""
+    weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+
+
+def transform(model: onnx.ModelProto, passes: Sequence[Pass], feeder: Feeder | None = None) -> onnx.ModelProto:
+    """The model after some passes; the one that is given may be changed.
+
+    Args:
+        feeder: gives inputs of the graph, for passes that look at activations.
+
+    Raises:
+        ValueError: the passes are for products, and none took one: the architecture has no such product.
+    """
+    if not passes:
+        return model
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    ONNXModel(model).replace_gemm_with_matmul()  # gpt2's layers are Gemm
+    names = products(model)
+    left, taken = list(names), 0
+    for step in passes:
+        chosen = [name for name in left if re.search(step.nodes, name)]
+        model, done = step.apply(model, chosen, feeder)
+        left = [name for name in left if name not in done]
+        taken += len(done)
+    if not taken and any(step.for_products for step in passes):
+        some = ", ".join(names[:4]) or "none"
+        raise ValueError(f"the recipe fits no product of this architecture; its products are {some} ...")
+    return model
+
+
+def apply(
+    recipe: Recipe,
+    kind: Kind,
+    graph: Path,
+    target: Path,
+    feeder: Feeder | None = None,
+) -> None:
+    """Write `target` (weights beside it as `<target>.data`) from the float32 graph at `graph`; see `transform`."""
+    save(transform(onnx.load(str(graph)), recipe.passes[kind], feeder), target)
+
+
+def save(model: onnx.ModelProto, target: Path) -> None:
+    """Write a graph, with its weights beside it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     data = target.with_name(target.name + ".data")
     onnx.save(model, str(target), save_as_external_data=True, location=data.name, size_threshold=1024)
     if data.exists():
         data.chmod(0o644)  # onnx makes it private to this user, and the server may be another
-
-
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in float16; logits and last hidden states stay float32."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    kept = [output.name for output in model.graph.output if output.name in ("logits", "last_hidden_state")]
-    half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=kept, disable_shape_infer=True)
-    return half
-
-
-def quantize(model: onnx.ModelProto, products: tuple[Blocks, ...]) -> onnx.ModelProto:
-    """The model with its products of an activation and a weight quantized as `products` say."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    wrapped = ONNXModel(model)
-    wrapped.replace_gemm_with_matmul()  # gpt2's layers are Gemm, which the quantizer passes over
-    names = [node.name for node in model.graph.node if node.op_type == "MatMul"]
-    chosen = {name: next((b for b in products if re.search(b.nodes, name)), None) for name in names}
-    for blocks in products:
-        quantizer = MatMulNBitsQuantizer(
-            model,
-            bits=blocks.bits,
-            block_size=blocks.size,
-            is_symmetric=blocks.symmetric,
-            accuracy_level=ACCURACY_LEVEL,
-            nodes_to_exclude=[name for name in names if chosen[name] is not blocks],
-            op_types_to_quantize=("MatMul",),
-        )
-        quantizer.process()
-        model = quantizer.model.model
-    return model

@@ -190,7 +190,7 @@ HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
 @pytest.fixture(scope="module")
 def half(graphs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("half") / "model.onnx"
-    recipes.apply("fp16", graphs["llama"], path)
+    recipes.apply(recipes.load()["fp16"], recipes.Kind.DECODER, graphs["llama"], path)
     return path
 
 

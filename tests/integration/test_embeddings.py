@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
 from trident_client import Client, InvalidRequestError
-from trident_export import fidelity
+from trident_export import corpora
 from trident_serving.launcher.local import LocalServer
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    paragraphs = fidelity.texts()
+    paragraphs = corpora.held_out()
     return [*paragraphs, *(paragraph[: 20 + 17 * row] for row, paragraph in enumerate(paragraphs))]
 
 

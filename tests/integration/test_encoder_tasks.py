@@ -30,7 +30,7 @@ from transformers import (
 
 from tests import tiny_models
 from trident_client import Client, InvalidRequestError, cli
-from trident_export import fidelity, install, models_file, recipes
+from trident_export import corpora, install, models_file, recipes
 from trident_export.fidelity import FidelityError
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -113,7 +113,7 @@ def reader(reader_server: LocalServer) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Short enough for the models; every writing of the corpus."""
-    return [text.encode()[: 20 + 9 * row % 70].decode(errors="ignore") for row, text in enumerate(fidelity.texts())]
+    return [text.encode()[: 20 + 9 * row % 70].decode(errors="ignore") for row, text in enumerate(corpora.held_out())]
 
 
 def hugging_face(folder: Path, task: str, name: str) -> Any:
@@ -167,7 +167,7 @@ def test_entities(reader: Client, folder: Path, texts: list[str], name: str, str
 def contexts() -> list[tuple[str, str]]:
     """Fifty questions; contexts from one window to a dozen."""
     generator = random.Random(5)
-    paragraphs = [text.encode()[:240].decode(errors="ignore") for text in fidelity.texts()]
+    paragraphs = [text.encode()[:240].decode(errors="ignore") for text in corpora.held_out()]
     found = []
     for row in range(50):
         context = "\n".join(generator.sample(paragraphs, 1 + row % 4))
@@ -335,12 +335,12 @@ def test_a_damaged_model_is_refused(
     spec = models_file.parse(name, _tables(folder, make=False)[name])
     original = recipes.apply
 
-    def damaged(variant: str, graph: Path, target: Path, *more: Any) -> None:
+    def damaged(recipe: Any, kind: Any, graph: Path, *more: Any) -> None:
         model = onnx.load(str(graph))
         tensor = next(t for t in model.graph.initializer if len(t.dims) == 2 and list(t.dims) == [32, 48])
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.03), tensor.name))
         onnx.save(model, str(graph))
-        original(variant, graph, target, *more)
+        original(recipe, kind, graph, *more)
 
     monkeypatch.setattr(recipes, "apply", damaged)
     with pytest.raises(FidelityError, match="score_error|max_difference"):

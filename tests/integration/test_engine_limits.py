@@ -21,11 +21,11 @@ from tritonclient.grpc import service_pb2_grpc
 from tests import tiny_models
 from tests.conftest import post, run_export
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, _wire
-from trident_export import fidelity
+from trident_export import corpora
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
-SYSTEM = "You are a careful assistant. " + " ".join(fidelity.texts())[:1400]
+SYSTEM = "You are a careful assistant. " + " ".join(corpora.held_out())[:1400]
 
 
 def metrics(server: LocalServer, model: str = "smollm2") -> dict[str, float]:
@@ -51,7 +51,7 @@ def eventually(check: Callable[[], bool], seconds: float = 10.0) -> None:
 def test_answers_in_random_company_equal_those_alone(client: Client) -> None:
     """Bit for bit: the log-probabilities of every token, greedy and sampled, with and without drafts."""
     source = random.Random(5)
-    texts = fidelity.texts()
+    texts = corpora.held_out()
     requests = []
     for number in range(24):
         text = source.choice(texts)

@@ -254,7 +254,7 @@ def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     spec = models_file.parse("minilm", table)
     original = recipes.apply
 
-    def damaged(variant: str, graph: Path, target: Path, *more: Any) -> None:
+    def damaged(recipe: Any, kind: Any, graph: Path, *more: Any) -> None:
         import numpy as np
         import onnx
         from onnx import numpy_helper
@@ -263,7 +263,7 @@ def test_a_damaged_encoder_and_wrong_pooling_are_refused(
         tensor = max(model.graph.initializer, key=lambda t: int(np.prod(t.dims)) if "MatMul" in t.name else 0)
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.03), tensor.name))
         onnx.save(model, str(graph))
-        original(variant, graph, target, *more)
+        original(recipe, kind, graph, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(recipes, "apply", damaged)
@@ -310,7 +310,7 @@ def test_int4_recipe_runs_and_the_gate_knows_it(tiny: dict[str, Path], tmp_path:
     graph = tmp_path / "graph.onnx"
     text_generation.export_causal_graph(model, graph, 128)
     for variant in ("int8", "int4"):
-        recipes.apply(variant, graph, tmp_path / variant / "model.onnx")
+        recipes.apply(recipes.load()[variant], recipes.Kind.DECODER, graph, tmp_path / variant / "model.onnx")
         nodes = onnx.load(str(tmp_path / variant / "model.onnx"), load_external_data=False).graph.node
         assert [node.op_type for node in nodes].count("MatMulNBits") == 9
         assert not [node for node in nodes if node.op_type == "Gemm"]

@@ -24,7 +24,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 from tests import tiny_models
 from tests.conftest import post
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, cli
-from trident_export import fidelity, install, models_file
+from trident_export import corpora, install, models_file
 from trident_export.fidelity import FidelityError
 from trident_serving import artefacts
 from trident_serving.artefacts import VERSION
@@ -78,7 +78,7 @@ def connected(seq2seq_server: LocalServer) -> Iterator[Client]:
 
 
 LENGTHS: dict[str, set[int]] = {}
-TEXTS = [text.encode()[: 12 + 7 * row % 60].decode(errors="ignore") for row, text in enumerate(fidelity.texts())][:16]
+TEXTS = [text.encode()[: 12 + 7 * row % 60].decode(errors="ignore") for row, text in enumerate(corpora.held_out())][:16]
 
 
 class Waiter:
@@ -203,7 +203,7 @@ def test_answers_do_not_depend_on_the_company(folder: Path, data: st.DataObject)
     prompt = (model.generation_config.decoder_start_token_id,)
     jobs = []
     for _ in range(data.draw(st.integers(2, 10))):
-        ids = tokenizer(data.draw(st.sampled_from(fidelity.texts())), truncation=True, max_length=90).input_ids
+        ids = tokenizer(data.draw(st.sampled_from(corpora.held_out())), truncation=True, max_length=90).input_ids
         ids = ids[: data.draw(st.integers(1, len(ids)))]
         params = SearchParams(rules_of(model, data.draw(st.integers(1, 30))), num_beams=data.draw(st.integers(1, 5)))
         jobs.append((ids, params, prompt))
@@ -264,7 +264,7 @@ def test_languages(connected: Client, folder: Path) -> None:
         assert connected.translate(text, model="marian", max_tokens=20, **options).text == expected
 
 
-LONG = "\n".join(fidelity.texts()[:4])
+LONG = "\n".join(corpora.held_out()[:4])
 
 
 def test_long_texts_by_policy(connected: Client, folder: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trident_export import encoder_graph, row_quantization, unpadding
+from trident_export import encoder_graph, recipes, unpadding
+from trident_export.passes.rows import quantize_rows
 from trident_serving.pooling import Pooling, pool
 
 GENERATOR = np.random.default_rng(3)
@@ -103,7 +104,7 @@ def test_row_quantization_is_what_numpy_says() -> None:
     feeds = batch()
     model = graph()
     unpadding.unpad(model)
-    assert row_quantization.quantize_rows(model, lambda name: True) == 2
+    assert len(quantize_rows(model, recipes.products(model))) == 2
     found = run(model, feeds)
     real = feeds["attention_mask"] > 0
     embedded = WEIGHTS["words"][feeds["input_ids"][real]]
@@ -118,7 +119,7 @@ def test_row_quantization_is_what_numpy_says() -> None:
 def test_weights_of_seven_bits_never_saturate_sixteen() -> None:
     model = graph()
     unpadding.unpad(model)
-    row_quantization.quantize_rows(model, lambda name: name != "second")
+    quantize_rows(model, {"first"})
     weights = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("/weight")]
     assert [weight.shape for weight in weights] == [(WIDTH, 24)]
     assert np.abs(weights[0].astype(int)).max() == 63

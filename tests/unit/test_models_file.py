@@ -162,7 +162,7 @@ def test_pin_changes_nothing_where_an_id_can_not_be_had(tmp_path: Path) -> None:
 def test_half_precision_is_for_a_gpu() -> None:
     table = {"task": "text-generation", "source": {"path": "x"}, "variants": ["fp16"], "limits": {"device": "cuda"}}
     assert models_file.parse("x", table).limits.device == "cuda"  # type: ignore[union-attr]
-    with pytest.raises(ModelsFileError, match=r"\[x\]: variant fp16 is for a GPU"):
+    with pytest.raises(ModelsFileError, match="it is for a GPU"):
         models_file.parse("x", table | {"limits": {}})
     with pytest.raises(ModelsFileError, match="device must be one of cpu, cuda, found 'tpu'"):
         models_file.parse("x", table | {"limits": {"device": "tpu"}})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests import tiny_models
-from trident_export import fidelity
+from trident_export import corpora
 from trident_serving.errors import Overloaded
 from trident_serving.generation.detokenizer import Detokenizer
 from trident_serving.generation.engine import FinishReason
@@ -50,7 +50,7 @@ def unigram() -> TextTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
-    tokenizer.train_from_iterator([*fidelity.texts(), *SCRIPTS], trainer)
+    tokenizer.train_from_iterator([*corpora.held_out(), *SCRIPTS], trainer)
     return TextTokenizer(tokenizer)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny_models
-from trident_export import fidelity, gguf_tokenizer
+from trident_export import corpora, fidelity, gguf_tokenizer
 from trident_export.fidelity import FidelityError
 from trident_serving import triton_adapter
 from trident_serving.errors import InvalidRequest
@@ -57,7 +57,7 @@ def test_no_token_stands_for_more_bytes_than_the_bound() -> None:
     tokenizer = TextTokenizer(tiny_models.byte_level_tokenizer().backend_tokenizer)
     bound = tokenizer.longest_token_bytes
     assert bound is not None
-    for text in [*fidelity.texts(), " " * 500, "😀" * 50]:
+    for text in [*corpora.held_out(), " " * 500, "😀" * 50]:
         assert len(tokenizer.encode(text)) * bound >= len(text.encode())
 
 
@@ -147,7 +147,7 @@ def test_the_gate_says_by_how_much() -> None:
 
 
 def test_the_corpus() -> None:
-    texts = fidelity.texts()
+    texts = corpora.held_out()
     assert len(texts) >= 20
     assert sum(len(text.split()) for text in texts) > 800
     assert any("道" in text for text in texts)

@@ -70,7 +70,8 @@ def build(job: Job) -> Measures:
         job.progress("comparing with Hugging Face")
     measures = evaluate(job.spec, job.source, job.staging)
     for variant, measured in measures.items():
-        fidelity.check(job.spec.task, variant, measured, job.spec.gates.get(variant))
+        precision = job.spec.recipes[variant].precision
+        fidelity.check(job.spec.task, variant, measured, job.spec.gates.get(variant), precision)
     return measures
 
 

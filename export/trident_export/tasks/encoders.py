@@ -20,10 +20,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from trident_export import configs, disk, encoder_files, ensembles, fidelity, recipes
+from trident_export import configs, corpora, disk, encoder_files, ensembles, fidelity, recipes
 from trident_export.encoder_graph import TOKEN_TYPES, export_encoder_graph
 from trident_export.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
 from trident_export.models_file import ModelSpec
+from trident_export.passes import Feeder, Feeds
+from trident_export.recipes import Kind
 from trident_export.tasks import Job, Measures
 from trident_serving import preprocessing
 from trident_serving.artefacts import VERSION
@@ -38,6 +40,8 @@ from trident_serving.triton_adapter import parameters
 Floats = NDArray[np.float32]
 
 _GATE_BATCH = 4
+# Share of a calibration text's tokens that may be unknown.
+_MOST_UNKNOWN = 0.1
 
 _HEADS = {
     "feature-extraction": AutoModel,
@@ -55,7 +59,7 @@ def build(job: Job) -> None:
     limits = _limits(spec)
     check_limits(spec, job.source)
     weights = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in job.source.glob(kind))
-    disk.require(job.staging, weights, spec.variants)
+    disk.require(job.staging, weights, spec.recipes)
     tokenizer_folder = job.staging / f"{spec.name}_tokenizer" / VERSION
     encoder_files.save_tokenizer(job.source, tokenizer_folder)
     encoder_files.read_roles(job.source, spec.prompts).save(tokenizer_folder)
@@ -73,10 +77,11 @@ def build(job: Job) -> None:
         top_k=limits.top_k if isinstance(limits, FillMaskLimits) else 0,
         pooling=encoder_files.read_pooling(job.source).pooling if spec.task == "feature-extraction" else None,
     )
-    for variant in spec.variants:
+    feeder = calibration_feeder(job, tokenizer_folder)
+    for variant, recipe in spec.recipes.items():
         job.progress(f"writing {variant}")
         path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
-        recipes.apply(variant, graph, path, recipes.ENCODER_RECIPES)
+        recipes.apply(recipe, Kind.ENCODER, graph, path, feeder)
         # An ensemble has no files, and Triton wants the folder.
         (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True)
     shutil.rmtree(graph.parent)
@@ -116,7 +121,7 @@ def check_limits(spec: ModelSpec, source: Path) -> None:
 
 def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings` or `compare_scores`."""
-    pairs = sample_texts(spec, source)
+    pairs = sample_texts(spec, source, corpora.held_out())
     reference = reference_outputs(spec, source, pairs)
     built = configs.build(spec)
     name = f"{spec.name}_tokenizer"
@@ -146,11 +151,44 @@ def _difference(one: Floats, other: Floats) -> float:
     return float(np.nanmax(np.abs(one[..., :width] - other[..., :width])))
 
 
-def sample_texts(spec: ModelSpec, source: Path) -> list[tuple[str, ...]]:
-    """The gate's texts, or pairs of texts, as a request would bring them."""
-    texts = fidelity.texts()
+def calibration_feeder(job: Job, tokenizer_folder: Path) -> Feeder:
+    """Calibration texts as the graph's inputs, a text a run.
+
+    Raises:
+        ValueError: when texts are drawn: the file has none, or the tokenizer does not know what they are written in.
+    """
+    spec = job.spec
+    config = configs.as_backend_json(configs.build(spec)[f"{spec.name}_tokenizer"])
+    preprocess = preprocessing.create(parameters(config), tokenizer_folder)
+    unknown = TokenRoles.load(tokenizer_folder).unk_token_id
+
+    def feeds(samples: int, seed: int) -> Feeds:
+        texts = corpora.calibration(spec.calibration, samples, seed)
+        found = list(_inputs(spec, preprocess, sample_texts(spec, job.source, texts), 1))
+        check_known(np.concatenate([feed["input_ids"].ravel() for feed in found]), unknown, spec.calibration)
+        return iter(found)
+
+    return feeds
+
+
+def check_known(ids: NDArray[np.int64], unknown: int | None, file: str) -> None:
+    """Refuse calibration texts that are written in a language of another tokenizer.
+
+    Raises:
+        ValueError: more than a tenth of the tokens are the unknown one.
+    """
+    share = float((ids == unknown).mean()) if unknown is not None else 0.0
+    if share > _MOST_UNKNOWN:
+        raise ValueError(
+            f"the calibration text {file or 'that is packaged'} does not fit the tokenizer: {share:.0%} of its tokens "
+            "are unknown; name a file of the model's own language with calibration = ..."
+        )
+
+
+def sample_texts(spec: ModelSpec, source: Path, texts: Sequence[str]) -> list[tuple[str, ...]]:
+    """Texts, or pairs of texts, as a request would bring them."""
     if spec.task == "text-ranking":
-        return list(zip(texts, [*texts[1:], texts[0]], strict=True))
+        return list(zip(texts, [*texts[1:], *texts[:1]], strict=True))
     if spec.task == "question-answering":
         return [(text[:24], text) for text in texts]
     if spec.task == "fill-mask":
@@ -254,6 +292,17 @@ def _served(
     batch: int,
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """The graph's inputs and outputs for the texts, in padded batches, as they are served."""
+    for inputs in _inputs(spec, preprocess, pairs, batch):
+        result = model.run([inputs])[0]
+        if isinstance(result, Exception):
+            raise result
+        yield {**inputs, **result}
+
+
+def _inputs(
+    spec: ModelSpec, preprocess: preprocessing.Preprocess, pairs: Sequence[tuple[str, ...]], batch: int
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The graph's inputs for the texts, in padded batches."""
     stages = ensembles.stages(spec.task, _limits(spec))
     names = [name for name, *_ in stages.texts]
     size = batch if stages.batched else 1
@@ -262,11 +311,7 @@ def _served(
         request: dict[str, NDArray[Any]] = dict(zip(names, columns, strict=True))
         tensors = preprocess(request | {"truncate": np.ones(1, np.bool_)})
         # Of a long context the first window alone, which is what Hugging Face's side reads.
-        inputs = {name: tensors[name][:size] for name, *_ in stages.model_inputs}
-        result = model.run([inputs])[0]
-        if isinstance(result, Exception):
-            raise result
-        yield {**inputs, **result}
+        yield {name: tensors[name][:size] for name, *_ in stages.model_inputs}
 
 
 def _limits(spec: ModelSpec) -> EncoderLimits:

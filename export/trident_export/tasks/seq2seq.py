@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from trident_export import disk, encoder_files, fidelity, recipes, seq2seq_files
+from trident_export import corpora, disk, encoder_files, fidelity, recipes, seq2seq_files
 from trident_export.limits import Seq2SeqLimits
 from trident_export.models_file import ModelSpec
+from trident_export.recipes import Kind
 from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Job, Measures
 from trident_serving.artefacts import VERSION
@@ -36,7 +37,7 @@ def build(job: Job) -> None:
     job.progress("loading the model")
     model = load_model(job.source)
     check_limits(spec, job.source, model)
-    disk.require(job.staging, model.num_parameters() * 4, spec.variants)
+    disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
     assets = job.staging / "assets"
     seq2seq_files.save_text_files(spec, job.source, assets)
     capacity = positions(limits.max_target_tokens, GenerationDefaults.load(assets).prompt)
@@ -45,11 +46,11 @@ def build(job: Job) -> None:
     job.progress("tracing the graphs")
     export_encoder(model, graphs / "encoder.onnx")
     export_decoder(model, graphs / "decoder.onnx", capacity)
-    for variant in spec.variants:
+    for variant, recipe in spec.recipes.items():
         job.progress(f"writing {variant}")
         folder = job.staging / spec.public_name(variant) / VERSION
         for name in ("encoder.onnx", "decoder.onnx"):
-            recipes.apply(variant, graphs / name, folder / name)
+            recipes.apply(recipe, Kind.DECODER, graphs / name, folder / name)
         shutil.copytree(assets, folder, dirs_exist_ok=True)
     shutil.rmtree(graphs)
     shutil.rmtree(assets)
@@ -92,7 +93,7 @@ def check_limits(spec: ModelSpec, source: Path, model: PreTrainedModel) -> None:
 
 def sample_sources(source: SourceText) -> list[list[int]]:
     """Source tokens of the gate's texts."""
-    texts = fidelity.texts()
+    texts = corpora.held_out()
     step = max(1, len(texts) // GATE_TEXTS)
     return [list(source.windows(text, LongInput.TRUNCATE)[0].ids) for text in texts[::step][:GATE_TEXTS]]
 

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from trident_export import decoder_passes, disk, fidelity, recipes
+from trident_export import corpora, decoder_passes, disk, fidelity, recipes
 from trident_export.causal_graph import export_causal_graph
 from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
+from trident_export.recipes import Kind
 from trident_export.tasks import Job, Measures
 from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import RowTokens
@@ -37,7 +38,7 @@ def build(job: Job) -> None:
     job.progress("loading the model")
     model = load_model(job.source)
     check_context(spec, model)
-    disk.require(job.staging, model.num_parameters() * 4, spec.variants)
+    disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
     assets = job.staging / "assets"
     save_text_files(job.source, assets)
     graph = job.staging / "graph" / "model.onnx"
@@ -47,10 +48,10 @@ def build(job: Job) -> None:
     # A row of the cache has room for the padding of the longest run behind its context.
     export_causal_graph(model, graph, spec.limits.context + max(spec.limits.prefill_chunk, MAX_DRAFT + 1))
     decoder_passes.optimize_file(graph)
-    for variant in spec.variants:
+    for variant, recipe in spec.recipes.items():
         job.progress(f"writing {variant}")
         folder = job.staging / spec.public_name(variant) / VERSION
-        recipes.apply(variant, graph, folder / "model.onnx")
+        recipes.apply(recipe, Kind.DECODER, graph, folder / "model.onnx")
         shutil.copytree(assets, folder, dirs_exist_ok=True)
     shutil.rmtree(graph.parent)
     shutil.rmtree(assets)
@@ -122,7 +123,7 @@ def sample_ids(tokenizer: TextTokenizer, context: int, vocabulary: int) -> list[
         ValueError: the tokenizer is not this model's.
     """
     length = min(GATE_TOKENS, context)
-    samples = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in fidelity.texts()]
+    samples = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in corpora.held_out()]
     largest = max((token for ids in samples for token in ids), default=0)
     if largest >= vocabulary:
         raise ValueError(f"the tokenizer gives the token {largest}, the model has {vocabulary}: it is another model's")

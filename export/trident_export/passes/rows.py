@@ -8,26 +8,43 @@ Operator references: ONNX, QuantizeLinear (axis); onnxruntime docs/ContribOperat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, rank
 from trident_export.shape_folding import infer_types
-from trident_export.unpadding import is_packed
 
 _PREFIX = "rowwise"
 _WEIGHT_LARGEST = 63
 _ACTIVATION_LARGEST = 127
 
 
-def quantize_rows(model: onnx.ModelProto, chosen: Callable[[str], bool]) -> int:
-    """Quantize products of rows of activations, [rows, features], and a constant weight, in place; returns how many.
+@dataclass(frozen=True)
+class Rows(Pass):
+    """Products of [rows, features] in eight bits, a scale for each row and column; other ranks are left."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "cuda": "ONNX Runtime has no CUDA kernel for its integer products, which would run on the CPU"
+    }
+
+    def apply(
+        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+    ) -> tuple[onnx.ModelProto, set[str]]:
+        """See `Pass`."""
+        return model, quantize_rows(model, set(chosen))
+
+
+def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
+    """Quantize products of rows of activations, [rows, features], and a constant weight, in place; returns which.
 
     Args:
-        chosen: whether a product of this name is quantized. Those whose activation has another rank are left.
+        chosen: names of products. Those whose activation has another rank are left.
     """
     graph = model.graph
     types = infer_types(model)
@@ -35,32 +52,24 @@ def quantize_rows(model: onnx.ModelProto, chosen: Callable[[str], bool]) -> int:
     weights = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
     quantized: dict[str, tuple[str, str]] = {}  # activation -> its integers and its rows' scales
-    count = 0
+    taken: set[str] = set()
     for node in graph.node:
-        weight = weights.get(node.input[1]) if node.op_type == "MatMul" else None
-        if weight is None or len(weight.dims) != 2 or not _has_rows(node.input[0], types) or not chosen(node.name):
+        if node.name not in chosen or rank(node.input[0], types) != 2:
             nodes.append(node)
             continue
-        if not count:
+        if not taken:
             _add_constants(graph)
         if node.input[0] not in quantized:
             quantized[node.input[0]] = (f"{_PREFIX}/{node.input[0]}/integers", f"{_PREFIX}/{node.input[0]}/scale")
             nodes += _quantize_activation(node.input[0], opset)
-        nodes += _product(graph, node, numpy_helper.to_array(weight), *quantized[node.input[0]])
-        count += 1
+        nodes += _product(graph, node, numpy_helper.to_array(weights[node.input[1]]), *quantized[node.input[0]])
+        taken.add(node.name)
     del graph.node[:]
     graph.node.extend(nodes)
-    _drop_unused(graph)
-    if count and "com.microsoft" not in [entry.domain for entry in model.opset_import]:
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    return count
-
-
-def _has_rows(name: str, types: dict[str, onnx.TypeProto.Tensor]) -> bool:
-    if is_packed(name):
-        return True
-    found = types.get(name)
-    return found is not None and found.HasField("shape") and len(found.shape.dim) == 2
+    drop_unused(graph)
+    if taken:
+        add_domain(model)
+    return taken
 
 
 def _add_constants(graph: onnx.GraphProto) -> None:
@@ -121,10 +130,3 @@ def _product(
         ),
         made("Mul", [f"{path}/columns", scale], node.output[0]),
     ]
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

@@ -1,0 +1,21 @@
+"""The passes that recipes are made of, by the name that recipes.toml gives them."""
+
+from __future__ import annotations
+
+from trident_export.passes.base import Feeder as Feeder
+from trident_export.passes.base import Feeds as Feeds
+from trident_export.passes.base import Keep
+from trident_export.passes.base import Pass as Pass
+from trident_export.passes.blocks import BlockMinima, Blocks
+from trident_export.passes.half import Half
+from trident_export.passes.rows import Rows
+from trident_export.passes.static import Static
+
+PASSES: dict[str, type[Pass]] = {
+    "keep": Keep,
+    "blocks": Blocks,
+    "block_minima": BlockMinima,
+    "rows": Rows,
+    "static": Static,
+    "half": Half,
+}

@@ -1,0 +1,32 @@
+"""Everything in float16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx
+
+from trident_export.passes.base import Feeder, Pass
+
+
+@dataclass(frozen=True)
+class Half(Pass):
+    """The model in float16; logits and last hidden states stay float32."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "cpu": "a CPU would compute it in float32 and convert at every step; it is for a GPU "
+        '(text generation with limits.device = "cuda")'
+    }
+    for_products: ClassVar[bool] = False
+
+    def apply(
+        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+    ) -> tuple[onnx.ModelProto, set[str]]:
+        """See `Pass`."""
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        kept = [output.name for output in model.graph.output if output.name in ("logits", "last_hidden_state")]
+        half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=kept, disable_shape_infer=True)
+        return half, set(chosen)

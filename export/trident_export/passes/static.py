@@ -1,0 +1,161 @@
+"""Products in eight bits with scales that are set before serving, from representative text: ONNX Runtime's QDQ form.
+
+One scale for each product's input and each column of its weight, so an answer does not depend on who shares the batch.
+Weights are of seven bits, because the AVX2 kernels of machines without VNNI saturate with eight (see `rows`).
+Operator references: ONNX, QuantizeLinear; onnxruntime.quantization.quantize_static.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+from trident_export.passes.base import Feeder, Feeds, Pass, rank
+from trident_export.shape_folding import infer_types
+
+METHODS = ("minmax", "entropy", "percentile")
+
+
+@dataclass(frozen=True)
+class Static(Pass):
+    """Products with calibrated scales.
+
+    Attributes:
+        method: how the range of an input is found from what it was on the calibration text: all of it ("minmax"), what
+            keeps most information ("entropy"), or all but the largest values ("percentile").
+        percentile: of an input's values that are within its range.
+        samples: calibration texts, drawn by `seed`.
+    """
+
+    method: str = "minmax"
+    percentile: float = 99.99
+    samples: int = 64
+    seed: int = 0
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "cuda": "ONNX Runtime's CUDA provider has no kernel for its products and would compute them in float32"
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS or not 50 < self.percentile <= 100 or self.samples < 1:
+            raise ValueError(
+                f"method must be one of {', '.join(METHODS)}, percentile from 50 to 100 and samples 1 or more, "
+                f"found {self.method!r}, {self.percentile} and {self.samples}"
+            )
+
+    def apply(
+        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+    ) -> tuple[onnx.ModelProto, set[str]]:
+        """See `Pass`.
+
+        Raises:
+            ValueError: there is nothing to calibrate with.
+        """
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+        if feeder is None:
+            raise ValueError("a recipe with the pass static needs calibration text, which this task has none of")
+        if not chosen:
+            return model, set()
+        methods = {
+            "minmax": CalibrationMethod.MinMax,
+            "entropy": CalibrationMethod.Entropy,
+            "percentile": CalibrationMethod.Percentile,
+        }
+        with tempfile.TemporaryDirectory() as folder, _silence():
+            before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+            add_biases(model, chosen)
+            onnx.save(model, str(before), save_as_external_data=True, location="before.data")
+            quantize_static(
+                str(before),
+                str(after),
+                _Reader(feeder(self.samples, self.seed)),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                nodes_to_quantize=list(chosen),
+                per_channel=True,
+                reduce_range=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=methods[self.method],
+                use_external_data_format=True,
+                extra_options={
+                    "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+                    "CalibPercentile": self.percentile,
+                    "CalibStridedMinMax": 1,
+                },
+            )
+            return onnx.load(str(after)), set(chosen)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The calibrators print what they do for each run, and warn of a preparation that the graph has had."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        root.setLevel(level)
+
+
+def add_biases(model: onnx.ModelProto, chosen: Collection[str]) -> None:
+    """Make each product and the constant vector that is added to it one Gemm of the product's name, in place.
+
+    ONNX Runtime does so itself when it loads the graph, and then finds no integer kernel, because the vector is
+    float32. Only for products of [rows, features], which is what Gemm takes.
+    """
+    graph = model.graph
+    types = infer_types(model)
+    vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    gone = set()
+    for node in graph.node:
+        if node.name not in chosen or rank(node.input[0], types) != 2:
+            continue
+        (after, *others) = readers[node.output[0]] or [None]
+        bias = next((name for name in after.input if name in vectors), None) if after is not None else None
+        if after is None or others or after.op_type != "Add" or bias is None:
+            continue
+        node.op_type = "Gemm"
+        node.input.append(bias)
+        node.output[0] = after.output[0]
+        gone.add(after.name)
+    kept = [node for node in graph.node if node.name not in gone]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+class _Reader(CalibrationDataReader):
+    """Runs in ranges of one: their tensors have as many rows as a text has tokens, and can't be put together."""
+
+    def __init__(self, feeds: Feeds) -> None:
+        self._feeds = list(feeds)
+        self.set_range(0, len(self._feeds))
+
+    def __len__(self) -> int:
+        return len(self._feeds)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._range = iter(self._feeds[start_index:end_index])
+
+    def get_next(self) -> Mapping[str, NDArray[Any]] | None:
+        return next(self._range, None)

@@ -1,0 +1,209 @@
+"""Recipes as data, and each pass against the same sum in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from trident_export import corpora, models_file, recipes
+from trident_export.limits import ModelsFileError
+from trident_export.passes import Feeds, Pass
+from trident_export.passes.base import Keep
+from trident_export.passes.blocks import BlockMinima, Blocks, pack
+from trident_export.passes.static import Static
+
+RANDOM = np.random.default_rng(7)
+INPUTS, INNER, OUTPUTS = 64, 96, 32
+FIRST = RANDOM.normal(0, 0.2, (INPUTS, INNER)).astype(np.float32)
+SECOND = RANDOM.normal(0, 0.2, (INNER, OUTPUTS)).astype(np.float32)
+BIAS = RANDOM.normal(0, 0.5, INNER).astype(np.float32)
+
+
+def graph(shape: Sequence[str | int] = ("rows", INPUTS)) -> onnx.ModelProto:
+    """tanh(x @ FIRST + BIAS) @ SECOND"""
+    out = [*shape[:-1], OUTPUTS]
+    nodes = [
+        helper.make_node("MatMul", ["x", "first_weight"], ["products"], name="first"),
+        helper.make_node("Add", ["products", "bias"], ["sums"], name="sum"),
+        helper.make_node("Tanh", ["sums"], ["hidden"], name="tanh"),
+        helper.make_node("MatMul", ["hidden", "second_weight"], ["y"], name="second"),
+    ]
+    weights = {"first_weight": FIRST, "second_weight": SECOND, "bias": BIAS}
+    made = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, out)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def run(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    result: NDArray[np.float32] = session.run(None, {"x": x})[0]
+    return result
+
+
+def exact(x: NDArray[np.float32], first: NDArray[np.float32] = FIRST) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = np.tanh(x @ first + BIAS) @ SECOND
+    return result
+
+
+def feeder(samples: int, seed: int) -> Feeds:
+    """Runs of as many rows as no other."""
+    random = np.random.default_rng(seed)
+    return iter([{"x": random.normal(0, 1, (rows + 1, INPUTS)).astype(np.float32)} for rows in range(samples)])
+
+
+def test_four_bits_between_least_and_largest() -> None:
+    packed, steps, middles = pack(FIRST, 32)
+    assert packed.shape == (INNER, 2, 16)
+    levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(INNER, 2, 32)
+    back = ((levels.astype(np.float32) - 8) * steps[..., None] + middles.T[..., None]).reshape(INNER, INPUTS).T
+    np.testing.assert_allclose(back, FIRST, atol=float(steps.max()) / 2 + 1e-6)
+    blocks = FIRST.T.reshape(INNER, 2, 32)
+    for extreme in (blocks.min(axis=-1), blocks.max(axis=-1)):
+        assert np.abs(back.T.reshape(INNER, 2, 32) - extreme[..., None]).min(axis=-1).max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [("rows", INPUTS), ("batch", "rows", INPUTS)])
+def test_block_minima_are_what_numpy_says(shape: Sequence[str | int]) -> None:
+    x = RANDOM.normal(0, 1, (5, INPUTS)).astype(np.float32).reshape((1,) * (len(shape) - 2) + (5, INPUTS))
+    model = recipes.transform(graph(shape), [BlockMinima(nodes="first")])
+    assert [node.name for node in model.graph.node if node.op_type == "MatMulNBits"] == ["first"]
+    packed, steps, middles = pack(FIRST, 32)
+    levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(INNER, 2, 32).astype(np.float32)
+    weight = ((levels - 8) * steps[..., None]).reshape(INNER, INPUTS).T
+    # The fast product reads its input in eight bits, block by block; the small one as it is.
+    blocks = x.reshape(-1, 2, 32)
+    units = np.abs(blocks).max(axis=-1, keepdims=True) / 127
+    rounded = (np.rint(blocks / units) * units).reshape(-1, INPUTS)
+    expected = np.tanh(rounded @ weight + blocks.sum(axis=-1) @ middles + BIAS) @ SECOND
+    np.testing.assert_allclose(run(model, x).reshape(-1, OUTPUTS), expected, atol=1e-4)
+
+
+def test_products_that_are_no_multiple_of_a_block_are_left_to_later_passes() -> None:
+    _, taken = BlockMinima(block=64).apply(graph(), ["first", "second"], None)
+    assert taken == {"first"}
+    done = recipes.transform(graph(), [BlockMinima(block=64), Blocks()])
+    assert sorted(node.name for node in done.graph.node if node.op_type == "MatMulNBits") == ["first", "second_Q8"]
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_calibrated_scales_are_close_and_reproducible(method: str) -> None:
+    x = np.concatenate([feed["x"] for feed in feeder(9, seed=3)])
+    models = [recipes.transform(graph(), [Static(method=method)], feeder) for _ in range(2)]
+    assert models[0].SerializeToString() == models[1].SerializeToString()
+    assert [node.op_type for node in models[0].graph.node].count("QuantizeLinear") == 2
+    found = run(models[0], x)
+    np.testing.assert_allclose(found, exact(x), atol=0.2)
+    assert np.abs(found - exact(x)).max() > 1e-4
+    np.testing.assert_array_equal(run(models[0], x[:1]), found[:1])
+    other = recipes.transform(graph(), [Static(method=method, seed=5)], feeder)
+    assert other.SerializeToString() != models[0].SerializeToString()
+
+
+def test_the_range_of_an_input_is_what_calibration_saw() -> None:
+    model = recipes.transform(graph(), [Static(samples=8)], feeder)
+    scales = {t.name: float(numpy_helper.to_array(t)) for t in model.graph.initializer if t.name == "x_scale"}
+    seen = np.concatenate([feed["x"].ravel() for feed in feeder(8, 0)])
+    assert scales["x_scale"] == pytest.approx((seen.max() - seen.min()) / 255, rel=1e-5)
+
+
+def test_static_needs_calibration_text() -> None:
+    with pytest.raises(ValueError, match="needs calibration text"):
+        recipes.transform(graph(), [Static()])
+
+
+def test_the_first_pass_that_matches_takes_a_product() -> None:
+    model = recipes.transform(graph(), [Keep(nodes="second"), Blocks(bits=8)])
+    assert [node.name for node in model.graph.node if node.op_type == "MatMul"] == ["second"]
+    x = RANDOM.normal(0, 1, (3, INPUTS)).astype(np.float32)
+    assert 0 < np.abs(run(model, x) - exact(x)).max() < 0.05
+
+
+@pytest.mark.parametrize("steps", [[Blocks(nodes="no such")], [Keep(nodes="no"), BlockMinima(nodes="third")]])
+def test_a_recipe_that_fits_no_product_is_refused(steps: list[Pass]) -> None:
+    with pytest.raises(ValueError, match=r"fits no product of this architecture; its products are first, second"):
+        recipes.transform(graph(), steps)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", r"\[x\] must be a table"),
+        ("[x]\nsize = 0.5", "with decoder or encoder among them"),
+        ("[x]\nencoder = []\nspeed = 1", "must be a table of precision, size, decoder, encoder"),
+        ("[X]\nencoder = []", "lower-case letters"),
+        ("[x]\nencoder = []\nsize = 2.0", "size must be a number up to 1.0"),
+        ('[x]\nencoder = [{ pass = "magic" }]', r"encoder\[0\]: pass must be one of keep, blocks, .*found .*magic"),
+        ('[x]\nencoder = [{ pass = "blocks", bit = 8 }]', "unknown key bit; known are nodes, bits, block, zero_points"),
+        ('[x]\nencoder = [{ pass = "blocks", bits = "8" }]', "bits must be int, found '8'"),
+        ('[x]\nencoder = [{ pass = "blocks", bits = 3 }]', "bits must be 4 or 8"),
+        ('[x]\nencoder = [{ pass = "static", method = "best" }]', "method must be one of minmax, entropy, percentile"),
+        ('[x]\nencoder = [{ pass = "rows", nodes = "(" }]', r"encoder\[0\]: "),
+        ("[x", "is not TOML"),
+    ],
+)
+def test_impossible_recipes(text: str, message: str) -> None:
+    with pytest.raises(ModelsFileError, match=message):
+        recipes.parse(text, "recipes.toml")
+
+
+def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(
+        '[e]\ntask = "feature-extraction"\nsource = { path = "x" }\nvariants = ["fp32", "mine"]\n'
+        'limits = { dimensions = 8 }\ncalibration = "own.txt"\n'
+    )
+    with pytest.raises(ModelsFileError, match="must be different ones of fp32, fp16, int8, int4, int8_static"):
+        models_file.load(tmp_path / "models.toml")
+    (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "rows" }]\n')
+    (spec,) = models_file.load(tmp_path / "models.toml")
+    assert spec.recipes["mine"].precision == "int8"
+    assert spec.calibration == str(tmp_path / "own.txt")
+    # Another recipe of the same name is another model.
+    before = spec.as_dict()
+    (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "keep" }]\n')
+    assert models_file.load(tmp_path / "models.toml")[0].as_dict() != before
+
+
+@pytest.mark.parametrize(
+    ("task", "variant", "limits", "message"),
+    [
+        ("text-generation", "fp16", {}, "fp16 makes no sense on device cpu: a CPU would compute it in float32"),
+        ("feature-extraction", "fp16", {"dimensions": 8}, "fp16 is for decoder models, this is encoder"),
+        ("text-generation", "int8_static", {}, "int8_static is for encoder models, this is decoder"),
+        ("text-generation", "dynamic", {"device": "cuda"}, "dynamic makes no sense on device cuda: .* no CUDA kernel"),
+    ],
+)
+def test_nonsense_pairs_are_refused_with_the_reason(
+    task: str, variant: str, limits: dict[str, object], message: str
+) -> None:
+    known = recipes.load() | recipes.parse('[dynamic]\ndecoder = [{ pass = "rows" }]', "x")
+    table = {"task": task, "source": {"path": "x"}, "variants": [variant], "limits": limits}
+    with pytest.raises(ModelsFileError, match=rf"\[m\]: variant {message}"):
+        models_file.parse("m", table, known)
+
+
+def test_calibration_texts_are_drawn_by_seed_and_never_those_of_the_gate(tmp_path: Path) -> None:
+    packaged = corpora.calibration("", 1000, 0)
+    assert len(packaged) > 25
+    assert not set(packaged) & set(corpora.held_out())
+    assert corpora.calibration("", 8, 3) == corpora.calibration("", 8, 3) != corpora.calibration("", 8, 4)
+    own = tmp_path / "own.txt"
+    own.write_text("one\nline\n\n\n\ntwo\n")
+    assert sorted(corpora.calibration(str(own), 5, 0)) == ["one\nline", "two"]
+    own.write_text(" \n\n")
+    with pytest.raises(ValueError, match=r"own.txt has no text"):
+        corpora.calibration(str(own), 5, 0)
+    own.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        corpora.calibration(str(own), 5, 0)
