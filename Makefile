@@ -10,6 +10,7 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 MODEL ?=
 SOURCE ?=
+FORCE ?=
 PYTEST_ARGS ?=
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,8 +37,8 @@ serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
 	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@exec $(BIN)/python -m trident_serving --repository $(REPOSITORY) $(PORTS)
 
-export: $(SETUP) ## export models: make export [MODEL=name [SOURCE=folder]]
-	@$(BIN)/python -m trident_export export $(MODEL) $(if $(SOURCE),--source $(SOURCE)) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+export: $(SETUP) ## export models: make export [MODEL=name [SOURCE=folder] [FORCE=1]]
+	@$(BIN)/python -m trident_export export $(MODEL) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 test: $(SETUP) ## run every test, against a real server on free ports
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -59,6 +59,17 @@ class Connection:
         ]
         return sorted(statuses, key=lambda status: status.name)
 
+    def unverified(self, model: str, *, timeout: float | None = None) -> str:
+        """Why the fidelity gate refused a model that was installed by force; "" for any other.
+
+        Raises:
+            NotFoundError: the server has not loaded such a model.
+            TridentError: see its other subclasses.
+        """
+        with translated():
+            answer = self._stub.ModelConfig(pb.ModelConfigRequest(name=model), timeout=self._deadline(timeout))
+        return str(answer.config.parameters["unverified"].string_value)
+
     def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Take up a model that was exported since the server started, or that was exported again.
 

@@ -272,11 +272,13 @@ def _print_records(
 
 def _models(client: Client, options: argparse.Namespace) -> int:
     statuses = client.models()
+    refused = {status.name: client.unverified(status.name) if status.state == "READY" else "" for status in statuses}
     if options.json:
-        print(json.dumps([dataclasses.asdict(status) for status in statuses]))
+        print(json.dumps([dataclasses.asdict(status) | {"unverified": refused[status.name]} for status in statuses]))
         return 0
     for status in statuses:
-        print(f"{status.name:<28} {status.version:>3}  {status.state} {status.reason}".rstrip())
+        remark = f"unverified: {refused[status.name]}" if refused[status.name] else status.reason
+        print(f"{status.name:<28} {status.version:>3}  {status.state} {remark}".rstrip())
     return 0
 
 

@@ -49,6 +49,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="export what is missing or out of date")
     export.add_argument("model", nargs="?", help="one model of models.toml (default: all but on-demand ones)")
+    export.add_argument(
+        "--force", action="store_true", help="install variants that the gate refuses; the server calls them unverified"
+    )
     export.add_argument("--source", type=Path, help="a local copy of the model, in place of its source")
     export.set_defaults(run=_export)
     evaluate = commands.add_parser("evaluate", help="what every exported variant gets wrong, and what it costs")
@@ -85,7 +88,8 @@ def _export(options: argparse.Namespace) -> int:
         specs = [dataclasses.replace(spec, source=copy) for spec in specs]
     base = options.models_file.resolve().parent
     _quiet()
-    exported = install.export(specs, options.repository, base, options.cache or base / ".cache", install.print_progress)
+    cache = options.cache or base / ".cache"
+    exported = install.export(specs, options.repository, base, cache, install.print_progress, force=options.force)
     if options.model and not exported:
         install.print_progress(f"{options.model} is up to date")
     return 0

@@ -5,7 +5,7 @@ The same config serves on Triton's native backends and on ours; see docs/archite
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,15 @@ from tritonclient.grpc import model_config_pb2 as pb
 from trident_export import ensembles
 from trident_export.limits import AnswerLimits, EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
-from trident_serving.artefacts import CONFIG_HEADER
+from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
 
 
-def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
-    """The configs of every Triton model that a spec needs, by name."""
+def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[str, pb.ModelConfig]:
+    """The configs of every Triton model that a spec needs, by name.
+
+    Args:
+        unverified: variants that the gate refused, with its reason: it becomes a parameter of the public models.
+    """
     if isinstance(spec.limits, GenerationLimits):
         configs = [_generator(spec.public_name(variant), spec.limits) for variant in spec.variants]
     elif isinstance(spec.limits, TemplateLimits):
@@ -29,7 +33,10 @@ def build(spec: ModelSpec) -> dict[str, pb.ModelConfig]:
         configs = [_seq2seq(spec.public_name(variant), spec.limits) for variant in spec.variants]
     else:
         configs = list(_ensemble(spec, spec.limits))
-    return {config.name: config for config in configs}
+    built = {config.name: config for config in configs}
+    for variant, reason in (unverified or {}).items():
+        _set_parameters(built[spec.public_name(variant)], {UNVERIFIED: reason})
+    return built
 
 
 def model_part(spec: ModelSpec, variant: str) -> str:
@@ -43,9 +50,13 @@ def to_text(config: pb.ModelConfig) -> str:
     return CONFIG_HEADER + text
 
 
-def write(spec: ModelSpec, repository: Path) -> None:
-    """Write the config.pbtxt of every part of a spec; a file that is right is left alone."""
-    for name, config in build(spec).items():
+def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | None = None) -> None:
+    """Write the config.pbtxt of every part of a spec; a file that is right is left alone.
+
+    Args:
+        unverified: see `build`; None: as the installed model is.
+    """
+    for name, config in build(spec, _installed(spec, repository) if unverified is None else unverified).items():
         path = repository / name / "config.pbtxt"
         text = to_text(config)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -56,7 +67,7 @@ def write(spec: ModelSpec, repository: Path) -> None:
 def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
     """What is out of step between models.toml and a repository's configs, a sentence each."""
     problems = []
-    expected = {name: config for spec in specs for name, config in build(spec).items()}
+    expected = {name: config for spec in specs for name, config in build(spec, _installed(spec, repository)).items()}
     for name, config in expected.items():
         path = repository / name / "config.pbtxt"
         if not path.exists():
@@ -67,6 +78,13 @@ def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
         if path.parent.name not in expected and path.read_text(encoding="utf-8").startswith(CONFIG_HEADER):
             problems.append(f"{path} belongs to no model of models.toml")
     return problems
+
+
+def _installed(spec: ModelSpec, repository: Path) -> Mapping[str, str]:
+    """Variants of the installed model that the gate refused, with the reason."""
+    manifest = read_manifest(repository, spec.name)
+    refused = manifest.unverified if manifest is not None else {}
+    return {variant: reason for variant, reason in refused.items() if variant in spec.variants}
 
 
 def _tensor(

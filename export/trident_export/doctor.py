@@ -74,6 +74,8 @@ def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Findin
         for file in _graphs(spec, variant, repository):
             if not file.is_file():
                 yield Finding(True, f"[{spec.name}] {file} is missing: export it again")
+    for variant, reason in manifest.unverified.items():
+        yield Finding(False, f"[{spec.name}] {variant} was installed by force: {reason}")
     if not install.is_current(spec, repository, base):
         yield Finding(False, f"[{spec.name}] is older than its table, source or exporter: export it again")
 

@@ -58,12 +58,21 @@ def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
     )
 
 
-def export(specs: Sequence[ModelSpec], repository: Path, base: Path, cache: Path, progress: Progress) -> list[str]:
+def export(
+    specs: Sequence[ModelSpec],
+    repository: Path,
+    base: Path,
+    cache: Path,
+    progress: Progress,
+    *,
+    force: bool = False,
+) -> list[str]:
     """Export what is missing or out of date; returns the names of the models that were exported.
 
     Args:
         base: the folder of the models file, where relative paths start.
         cache: where converted sources are kept.
+        force: install variants that the gate refuses; their configs, and so the server, call them unverified.
 
     Raises:
         SourceError, FidelityError, NoSpace, ValueError: a model could not be exported; the repository keeps
@@ -77,19 +86,19 @@ def export(specs: Sequence[ModelSpec], repository: Path, base: Path, cache: Path
         with _locked(repository, progress):
             if is_current(spec, repository, base):
                 continue  # another export made it while this one waited
-            _export_one(spec, repository, base, cache, _timed(spec.name, progress))
+            _export_one(spec, repository, base, cache, _timed(spec.name, progress), force)
             exported.append(spec.name)
     return exported
 
 
-def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, progress: Progress) -> None:
+def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, progress: Progress, force: bool) -> None:
     work = repository / ".trident"
     for left in work.glob("staging-*"):  # of an export that was killed: the lock says that none is running
         shutil.rmtree(left, ignore_errors=True)
     source = sources.fetch(spec, base, cache, progress)
     staging = Path(tempfile.mkdtemp(prefix="staging-", dir=work))
     try:
-        measures = tasks.build(tasks.Job(spec, source, staging, progress))
+        checked = tasks.build(tasks.Job(spec, source, staging, progress), force=force)
         models = list(configs.build(spec))
         manifest = Manifest(
             name=spec.name,
@@ -100,19 +109,21 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
                 for variant in sorted(spec.variants, key=lambda variant: variant != spec.default_variant)
             },
             fingerprint=fingerprint(spec, base),
-            fidelity=dict(measures),
+            fidelity=dict(checked.measures),
+            unverified=checked.refused,
         )
         manifest_path(repository, spec.name).unlink(missing_ok=True)
         # Not before: a refused export leaves the config of the model that is installed.
-        configs.write(spec, repository)
+        configs.write(spec, repository, checked.refused)
         for model in models:
             _replace(staging / model / VERSION, repository / model / VERSION, staging / "old" / model)
         # Written beside its place and renamed, so that it is never seen half.
         manifest.write(staging)
         os.replace(staging / "trident.json", manifest_path(repository, spec.name))
-        for variant, values in measures.items():
+        for variant, values in checked.measures.items():
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            progress(f"{variant}: passed ({shown})")
+            verdict = f"UNVERIFIED: {checked.refused[variant]}" if variant in checked.refused else "passed"
+            progress(f"{variant}: {verdict} ({shown})")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

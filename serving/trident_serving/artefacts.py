@@ -14,6 +14,8 @@ from typing import Any
 
 VERSION = "1"
 MANIFEST = "trident.json"
+# The config parameter that says why the gate refused a variant which is served nevertheless.
+UNVERIFIED = "unverified"
 CONFIG_HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
 
 
@@ -28,6 +30,7 @@ class Manifest:
         public_models: those of them that a client calls, by variant; the default variant first.
         fingerprint: digest of all that the export depended on.
         fidelity: what the gate measured, by variant.
+        unverified: variants that the gate refused and a person installed nevertheless, with the gate's reason.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Manifest:
     public_models: dict[str, str]
     fingerprint: str
     fidelity: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    unverified: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a version folder."""

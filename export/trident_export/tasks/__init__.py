@@ -39,6 +39,20 @@ class Job:
 # Measures of each variant, by its name.
 Measures = dict[str, dict[str, float]]
 
+
+@dataclass(frozen=True)
+class Checked:
+    """What the gate found.
+
+    Attributes:
+        measures: of each variant.
+        refused: variants that it refuses, with the reason.
+    """
+
+    measures: Measures
+    refused: dict[str, str]
+
+
 TEMPLATES = "trident_export.tasks.templates"
 MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
@@ -58,8 +72,11 @@ MODULES = {
 }
 
 
-def build(job: Job) -> Measures:
+def build(job: Job, *, force: bool = False) -> Checked:
     """Build the artefacts of a job and put every variant through its gate.
+
+    Args:
+        force: go on where a variant is refused.
 
     Raises:
         FidelityError: a variant is refused.
@@ -69,10 +86,16 @@ def build(job: Job) -> Measures:
     if not isinstance(job.spec.limits, TemplateLimits):
         job.progress("comparing with Hugging Face")
     measures = evaluate(job.spec, job.source, job.staging)
+    refused = {}
     for variant, measured in measures.items():
         precision = job.spec.recipes[variant].precision
-        fidelity.check(job.spec.task, variant, measured, job.spec.gates.get(variant), precision)
-    return measures
+        try:
+            fidelity.check(job.spec.task, variant, measured, job.spec.gates.get(variant), precision)
+        except fidelity.FidelityError as error:
+            if not force:
+                raise
+            refused[variant] = str(error)
+    return Checked(measures, refused)
 
 
 def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:

@@ -89,6 +89,10 @@ def welcome(options: ServerOptions, manifests: Sequence[Manifest]) -> str:
         models = [f"{manifest.public_models[default]} ({default})"]
         models += [manifest.public_models[variant] for variant in others]
         lines.append(f"  {manifest.task:<20} {', '.join(models)}")
+        lines += [
+            f"  {'UNVERIFIED':<20} {manifest.public_models[variant]}: {reason}"
+            for variant, reason in manifest.unverified.items()
+        ]
     if plain := artefacts.plain_models(options.repository):
         lines.append(f"  {'plain models':<20} {', '.join(plain)}")
     if missing := artefacts.unexported(options.repository):
