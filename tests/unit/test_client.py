@@ -96,6 +96,13 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
         index.models.add(name=".trident")
         return index
 
+    def ModelConfig(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        answer = pb.ModelConfigResponse()
+        answer.config.name = request.name
+        if request.name == "forced":
+            answer.config.parameters["unverified"].string_value = "kl is 1"
+        return answer
+
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return pb.ServerLiveResponse(live=True)
 
@@ -234,6 +241,7 @@ def test_models_and_health(connected: Client) -> None:
         ModelStatus("b", "1", "READY", ""),
     ]
     assert connected.health() == Health(live=True, ready=False)
+    assert [connected.unverified(name) for name in ("b", "forced")] == ["", "kl is 1"]
 
 
 def test_errors_by_status_code(connected: Client) -> None:
