@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trident_export import configs, doctor, install, models_file, pin, quality, sources, tasks
+from trident_export import configs, corpora, doctor, install, models_file, pin, quality, sources, tasks
 from trident_export.disk import NoSpace
 from trident_export.fidelity import FidelityError
 from trident_export.limits import TemplateLimits
@@ -56,6 +55,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     export.set_defaults(run=_export)
     evaluate = commands.add_parser("evaluate", help="what every exported variant gets wrong, and what it costs")
     evaluate.add_argument("model", nargs="?", help="one model of models.toml (default: all that are exported)")
+    evaluate.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")
     evaluate.add_argument("--reports", type=Path, default=Path("reports"))
     evaluate.set_defaults(run=_evaluate)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
@@ -98,6 +98,7 @@ def _export(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     base = options.models_file.resolve().parent
     _quiet()
+    texts = corpora.read(options.text) if options.text else None
     report: dict[str, quality.Measures] = {}
     for spec in models_file.select(models_file.load(options.models_file), options.model or None, on_demand=True):
         if isinstance(spec.limits, TemplateLimits):
@@ -111,13 +112,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         source = sources.fetch(spec, base, options.cache or base / ".cache", install.print_progress)
         report[spec.name] = {
             variant: {**measured, **quality.cost(spec, variant, options.repository)}
-            for variant, measured in tasks.evaluate(spec, source, options.repository).items()
+            for variant, measured in tasks.evaluate(spec, source, options.repository, texts, thorough=True).items()
         }
-    options.reports.mkdir(exist_ok=True)
-    table = quality.as_table(report)
-    (options.reports / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (options.reports / "quality.md").write_text(table, encoding="utf-8")
-    print(table, end="")
+    print(quality.write(report, options.reports), end="")
     return 0
 
 

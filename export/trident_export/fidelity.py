@@ -134,6 +134,73 @@ def compare_scores(reference: Sequence[Floats], found: Sequence[Floats]) -> dict
     }
 
 
+def compare_spans(reference: Sequence[Floats], found: Sequence[Floats], longest: int = 15) -> dict[str, float]:
+    """`exact_match` and `f1` of the best span of tokens of each text against the reference's best.
+
+    Args:
+        reference: of each text the probabilities to start and to end at a token, [2, tokens].
+        found: the same.
+        longest: tokens in a span at most.
+    """
+    exact, overlaps = [], []
+    for expected, actual in zip(reference, found, strict=True):
+        (start, end), (first, last) = (_best_span(rows, longest) for rows in (expected, actual))
+        shared = max(0, min(end, last) - max(start, first) + 1)
+        exact.append((start, end) == (first, last))
+        overlaps.append(2 * shared / (end - start + 1 + last - first + 1))
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlaps))}
+
+
+def _best_span(rows: Floats, longest: int) -> tuple[int, int]:
+    scores = np.outer(rows[0], rows[1])
+    allowed = np.triu(np.tril(np.ones_like(scores), longest - 1))
+    start, end = np.unravel_index(int((scores * allowed).argmax()), scores.shape)
+    return int(start), int(end)
+
+
+def compare_texts(reference: Sequence[str], found: Sequence[str]) -> dict[str, float]:
+    """`bleu`, `chrf` and `rouge_l` of texts against the reference's, 0 to 100; by sacrebleu and rouge-score."""
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    rouge = [
+        1.0 if expected == actual else scorer.score(expected, actual)["rougeL"].fmeasure
+        for expected, actual in zip(reference, found, strict=True)
+    ]
+    return {
+        "bleu": float(sacrebleu.corpus_bleu(list(found), [list(reference)], tokenize="char").score),
+        "chrf": float(sacrebleu.corpus_chrf(list(found), [list(reference)]).score),
+        "rouge_l": 100 * float(np.mean(rouge)),
+    }
+
+
+def mean_match(reference: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> float:
+    """Tokens of each answer that are the reference's, up to the first that is not; the mean."""
+    matches = []
+    for expected, actual in zip(reference, found, strict=True):
+        different = [place for place, pair in enumerate(zip(expected, actual, strict=False)) if pair[0] != pair[1]]
+        matches.append(different[0] if different else min(len(expected), len(actual)))
+    return float(np.mean(matches))
+
+
+def recall(
+    passages: Floats, questions: Floats, found_passages: Floats, found_questions: Floats, best: int = 10
+) -> float:
+    """Of the `best` passages that the reference puts first for a question, the share that is found among as many.
+
+    Args:
+        passages: the reference's embeddings, [passages, dimensions], and so on.
+    """
+
+    def first(texts: Floats, queries: Floats) -> NDArray[np.intp]:
+        directions = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries, texts)]
+        return np.argsort(-(directions[0] @ directions[1].T), axis=1)[:, :best]
+
+    pairs = zip(first(passages, questions), first(found_passages, found_questions), strict=True)
+    return float(np.mean([len(set(expected) & set(actual)) / len(expected) for expected, actual in pairs]))
+
+
 def check(
     task: str,
     variant: str,

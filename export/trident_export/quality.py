@@ -27,7 +27,13 @@ ROUNDS = 5
 BATCH = 8
 TOKENS = 64
 
+ROWS_SPEED = f"tokens_s_{BATCH}_rows"
+TEXTS_SPEED = f"texts_s_{TOKENS}_tokens"
+SPEEDS = {ROWS_SPEED: f"tokens/s, {BATCH} rows", TEXTS_SPEED: f"texts/s, {TOKENS} tokens each"}
+
 Measures = dict[str, dict[str, float]]
+# The name of a speed, the units of one piece of work, and the work.
+Probe = tuple[str, int, Callable[[], object]]
 
 
 def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
@@ -37,6 +43,8 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
     folder = repository / graph_folder(spec, variant) / VERSION
     size = sum(file.stat().st_size for file in folder.glob("*.onnx*")) / MEBIBYTE
     command = [sys.executable, "-m", "trident_export.quality", str(folder), _kind(spec), str(spec.limits.threads)]
+    if isinstance(spec.limits, Seq2SeqLimits):
+        command.append(str(spec.limits.max_target_tokens))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{folder} could not be run: {done.stderr.strip().splitlines()[-1]}")
@@ -62,30 +70,72 @@ def as_table(report: Mapping[str, Measures]) -> str:
     return "\n".join(blocks)
 
 
+# What a plot shows of a variant: the first that it was measured by, and whether 0 or 1 is best.
+_PLOTTED = {"kl": 0, "worst_cosine": 1, "score_error": 0}
+
+
+def write(report: Mapping[str, Measures], folder: Path) -> str:
+    """Write quality.json, quality.md and quality.svg into a folder; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = as_table(report)
+    (folder / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "quality.md").write_text(table, encoding="utf-8")
+    _plot(report, folder / "quality.svg")
+    return table
+
+
+def _plot(report: Mapping[str, Measures], path: Path) -> None:
+    """Error against speed, a panel for each model."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, max(1, len(report)), figsize=(5 * max(1, len(report)), 4), squeeze=False)
+    for panel, (model, variants) in zip(panels[0], report.items(), strict=False):
+        for variant, measures in variants.items():
+            speed = next((value for name, value in measures.items() if name in SPEEDS), None)
+            error = next((abs(best - measures[name]) for name, best in _PLOTTED.items() if name in measures), None)
+            if speed is None or error is None:
+                continue
+            panel.plot(speed, max(error, 1e-7), "o")
+            panel.annotate(variant, (speed, max(error, 1e-7)), textcoords="offset points", xytext=(6, 4))
+        measured = next(iter(variants.values()), {})
+        error_name = next((name for name in _PLOTTED if name in measured), "error")
+        panel.set_yscale("log")
+        panel.set_title(model)
+        panel.set_xlabel(next((SPEEDS[name] for name in measured if name in SPEEDS), "speed"))
+        panel.set_ylabel("1 - worst_cosine" if error_name == "worst_cosine" else error_name)
+        panel.margins(0.25)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def _kind(spec: ModelSpec) -> str:
     if isinstance(spec.limits, GenerationLimits):
         return "generation"
     return "seq2seq" if isinstance(spec.limits, Seq2SeqLimits) else "encoder"
 
 
-def _run(folder: Path, kind: str, threads: int) -> dict[str, float]:
+def _run(folder: Path, kind: str, *numbers: int) -> dict[str, float]:
     """In the process of one variant."""
-    probes: dict[str, Callable[[Path, int], dict[str, float]]] = {
+    probes: dict[str, Callable[..., Probe]] = {
         "generation": _generation,
         "seq2seq": _seq2seq,
         "encoder": _encoder,
     }
-    speed = probes[kind](folder, threads)
-    return {**speed, "resident_mib": _peak_mib()}
+    name, units, work = probes[kind](folder, *numbers)
+    return {name: _rate(work, units), "resident_mib": _resident_mib()}
 
 
-def _peak_mib() -> float:
-    """The most that this process held; getrusage would give what its parent held, if that was more."""
+def _resident_mib() -> float:
+    """What this process holds now, with the model that it has run."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) / 1024
+    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS:"))) / 1024
 
 
-def _rate(work: Callable[[], None], units: int) -> float:
+def _rate(work: Callable[[], object], units: int) -> float:
     """Units a second, the median of some rounds after one to warm up."""
     rates = []
     for _ in range(ROUNDS + 1):
@@ -95,7 +145,7 @@ def _rate(work: Callable[[], None], units: int) -> float:
     return statistics.median(rates[1:])
 
 
-def _generation(folder: Path, threads: int) -> dict[str, float]:
+def _generation(folder: Path, threads: int) -> Probe:
     from trident_serving.generation.batch import RowTokens
     from trident_serving.generation.decoder import OnnxDecoder
 
@@ -108,13 +158,16 @@ def _generation(folder: Path, threads: int) -> dict[str, float]:
         for place in range(8):
             decoder.run([RowTokens(row, TOKENS + place, [ids[row][place]]) for row in range(BATCH)])
 
-    return {f"tokens_s_{BATCH}_rows": _rate(step, 8 * BATCH)}
+    return ROWS_SPEED, 8 * BATCH, step
 
 
-def _seq2seq(folder: Path, threads: int) -> dict[str, float]:
+def _seq2seq(folder: Path, threads: int, target_tokens: int) -> Probe:
     from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
+    from trident_serving.seq2seq.request import GenerationDefaults, positions
 
-    decoder = Seq2SeqDecoder(folder, rows=BATCH, capacity=16, threads=threads)
+    # The decoder was exported for so many positions.
+    capacity = positions(target_tokens, GenerationDefaults.load(folder).prompt)
+    decoder = Seq2SeqDecoder(folder, rows=BATCH, capacity=capacity, threads=threads)
     ids = np.random.default_rng(0).integers(0, decoder.vocabulary_size, (BATCH, TOKENS)).tolist()
     for text in range(BATCH):
         decoder.encode(text, ids[text])
@@ -123,10 +176,10 @@ def _seq2seq(folder: Path, threads: int) -> dict[str, float]:
         for place in range(8):
             decoder.run([Row(text, ids[text][place], place) for text in range(BATCH)])
 
-    return {f"tokens_s_{BATCH}_rows": _rate(step, 8 * BATCH)}
+    return ROWS_SPEED, 8 * BATCH, step
 
 
-def _encoder(folder: Path, threads: int) -> dict[str, float]:
+def _encoder(folder: Path, threads: int) -> Probe:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -137,8 +190,8 @@ def _encoder(folder: Path, threads: int) -> dict[str, float]:
     tensors = {"input_ids": np.full(shape, 5, np.int64), "attention_mask": np.ones(shape, np.int64)}
     tensors["token_type_ids"] = np.zeros(shape, np.int64)
     feeds = {name: tensors[name] for name in names}
-    return {f"texts_s_{TOKENS}_tokens": _rate(lambda: session.run(None, feeds), BATCH)}
+    return TEXTS_SPEED, BATCH, lambda: session.run(None, feeds)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(_run(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))))

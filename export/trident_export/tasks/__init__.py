@@ -3,18 +3,19 @@
 A task is a module with two functions, registered in `MODULES` under the transformers pipeline's name:
 
     build(job)                       write the version folders of every variant
-    evaluate(spec, source, root)     what each variant in `root` gets wrong, against Hugging Face in float32
+    evaluate(spec, source, root, texts, thorough)
+                                     what each variant in `root` gets wrong, against Hugging Face in float32
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trident_export import fidelity
+from trident_export import corpora, fidelity
 from trident_export.limits import TemplateLimits
 from trident_export.models_file import ModelSpec
 
@@ -98,15 +99,20 @@ def build(job: Job, *, force: bool = False) -> Checked:
     return Checked(measures, refused)
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
+def evaluate(
+    spec: ModelSpec, source: Path, root: Path, texts: Sequence[str] | None = None, *, thorough: bool = False
+) -> Measures:
     """What each variant gets wrong.
 
     Args:
         spec: the model.
         source: its Hugging Face folder.
         root: holds the version folders, as `<root>/<triton model>/<version>`: a repository or a staging folder.
+        texts: to measure with; None: the packaged ones that nothing is calibrated on.
+        thorough: more than the gate needs, see docs/quality.md: what becomes of whole answers.
     """
-    measures: Measures = _module(spec).evaluate(spec, source, root)
+    samples = corpora.held_out() if texts is None else list(texts)
+    measures: Measures = _module(spec).evaluate(spec, source, root, samples, thorough=thorough)
     return measures
 
 

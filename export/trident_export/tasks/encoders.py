@@ -119,22 +119,37 @@ def check_limits(spec: ModelSpec, source: Path) -> None:
         )
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
-    """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings` or `compare_scores`."""
-    pairs = sample_texts(spec, source, corpora.held_out())
+def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Measures:
+    """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings` or `compare_scores`.
+
+    The thorough ones are `recall_at_10` of embeddings, and `exact_match` and `f1` of answers (see `fidelity`).
+    """
+    pairs = sample_texts(spec, source, texts)
     reference = reference_outputs(spec, source, pairs)
     built = configs.build(spec)
     name = f"{spec.name}_tokenizer"
     preprocess = preprocessing.create(parameters(configs.as_backend_json(built[name])), root / name / VERSION)
     read = reader(spec, root / f"{spec.name}_postprocess" / VERSION)
+    searched = [[(text,) for text in texts] for texts in (corpora.passages(), corpora.questions())]
+    retrieves = thorough and spec.task == "feature-extraction"
+    expected = [reference_outputs(spec, source, texts) for texts in searched] if retrieves else []
     measures: Measures = {}
     for variant in spec.variants:
         part = configs.model_part(spec, variant)
         model = OnnxModel(root / part / VERSION, configs.as_backend_json(built[part]))
-        found = [row for tensors in _served(spec, model, preprocess, pairs, _GATE_BATCH) for row in read(tensors)]
-        alone = [row for tensors in _served(spec, model, preprocess, pairs, 1) for row in read(tensors)]
+
+        def answers(texts: Sequence[tuple[str, ...]], batch: int, model: OnnxModel = model) -> list[Floats]:
+            return [row for tensors in _served(spec, model, preprocess, texts, batch) for row in read(tensors)]
+
+        found, alone = answers(pairs, _GATE_BATCH), answers(pairs, 1)
         effect = max(_difference(a, b) for a, b in zip(found, alone, strict=True))
         measures[variant] = compare(spec, reference, found) | {"batch_effect": effect}
+        if thorough and spec.task == "question-answering":
+            measures[variant] |= fidelity.compare_spans(reference, found)
+        if retrieves:
+            given = [answers(texts, _GATE_BATCH) for texts in searched]
+            passages, questions, *both = (np.stack(rows) for rows in [*expected, *given])
+            measures[variant]["recall_at_10"] = fidelity.recall(passages, questions, *both)
     return measures
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from trident_export import corpora, disk, encoder_files, fidelity, recipes, seq2seq_files
+from trident_export import disk, encoder_files, fidelity, recipes, seq2seq_files
 from trident_export.limits import Seq2SeqLimits
 from trident_export.models_file import ModelSpec
 from trident_export.recipes import Kind
@@ -56,20 +57,31 @@ def build(job: Job) -> None:
     shutil.rmtree(assets)
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
-    """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`."""
+def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Measures:
+    """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
+
+    The thorough ones are BLEU, chrF and ROUGE-L of the variant's greedy answers against Hugging Face's, 0 to 100.
+    """
     folders = {variant: root / spec.public_name(variant) / VERSION for variant in spec.variants}
     model = load_model(source)
     folder = folders[spec.default_variant]
-    samples = sample_sources(SourceText.load(folder, min(GATE_SOURCE, _limits(spec).max_source_tokens)))
+    samples = sample_sources(SourceText.load(folder, min(GATE_SOURCE, _limits(spec).max_source_tokens)), texts)
     prompt = GenerationDefaults.load(folder).prompt
     targets = [answer_ids(model, ids, prompt) for ids in samples]
     reference = reference_logits(model, samples, targets)
     capacity = positions(_limits(spec).max_target_tokens, prompt)
-    return {
+    measures = {
         variant: measure(folder, samples, targets, reference, capacity, _limits(spec).threads)
         for variant, folder in folders.items()
     }
+    if thorough:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
+        for variant, folder in folders.items():
+            answers = served_answers(folder, samples, [len(ids) - len(prompt) for ids in targets], prompt, capacity)
+            found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+            measures[variant] |= fidelity.compare_texts(expected, found)
+    return measures
 
 
 def load_model(source: Path) -> PreTrainedModel:
@@ -91,9 +103,8 @@ def check_limits(spec: ModelSpec, source: Path, model: PreTrainedModel) -> None:
         )
 
 
-def sample_sources(source: SourceText) -> list[list[int]]:
-    """Source tokens of the gate's texts."""
-    texts = corpora.held_out()
+def sample_sources(source: SourceText, texts: Sequence[str]) -> list[list[int]]:
+    """Source tokens of some of the texts."""
     step = max(1, len(texts) // GATE_TEXTS)
     return [list(source.windows(text, LongInput.TRUNCATE)[0].ids) for text in texts[::step][:GATE_TEXTS]]
 
@@ -146,6 +157,24 @@ def measure(
         (alone,) = served_logits(decoder, [ids], [target], beams=1)
         effect = max(effect, float(np.abs(alone - served).max()))
     return fidelity.compare_logits(reference, found, targets) | {"batch_effect": effect}
+
+
+def served_answers(
+    folder: Path, samples: list[list[int]], lengths: list[int], prompt: tuple[int, ...], capacity: int
+) -> list[list[int]]:
+    """The likeliest tokens, one after the other, as many as asked, by the graphs in a version folder."""
+    decoder = Seq2SeqDecoder(folder, rows=1, capacity=capacity, threads=0)
+    answers = []
+    for ids, length in zip(samples, lengths, strict=True):
+        decoder.encode(0, ids)
+        tokens = list(prompt)
+        for place in range(len(prompt) + length - 1):
+            likeliest = int(decoder.run([Row(0, tokens[place], place)])[0].argmax())
+            if place + 1 == len(tokens):
+                tokens.append(likeliest)
+        decoder.remove(0)
+        answers.append(tokens[len(prompt) :])
+    return answers
 
 
 def served_logits(

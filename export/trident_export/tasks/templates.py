@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from trident_export.models_file import ModelSpec
@@ -14,6 +15,6 @@ def build(job: Job) -> None:
     (job.staging / job.spec.name / VERSION).mkdir(parents=True)
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
+def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Measures:
     """See `trident_export.tasks`: a template's answers have no reference, its generator has its gate."""
     return {}

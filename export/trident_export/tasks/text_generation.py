@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from trident_export import corpora, decoder_passes, disk, fidelity, recipes
+from trident_export import decoder_passes, disk, fidelity, recipes
 from trident_export.causal_graph import export_causal_graph
 from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
@@ -30,6 +31,8 @@ GATE_TOKENS = 64
 GATE_DECODED = 8
 # Texts that it runs at once.
 GATE_ROWS = 4
+# Tokens of an answer that the thorough evaluation compares.
+GREEDY_TOKENS = 32
 
 
 def build(job: Job) -> None:
@@ -57,17 +60,28 @@ def build(job: Job) -> None:
     shutil.rmtree(assets)
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path) -> Measures:
-    """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`."""
+def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Measures:
+    """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
+
+    `greedy_match`, the thorough one, is how many of the first `GREEDY_TOKENS` tokens that the variant answers greedily
+    are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
+    """
     assert isinstance(spec.limits, GenerationLimits)
     folders = {variant: root / spec.public_name(variant) / VERSION for variant in spec.variants}
     model = load_model(source)
     tokenizer = TextTokenizer.load(folders[spec.default_variant])
-    samples = sample_ids(tokenizer, spec.limits.context, model.config.vocab_size)
+    samples = sample_ids(tokenizer, spec.limits.context, model.config.vocab_size, texts)
     reference = reference_logits(model, samples)
     # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
     device = spec.limits.device if _has(spec.limits.device) else "cpu"
-    return {variant: measure(folder, samples, reference, device) for variant, folder in folders.items()}
+    measures = {variant: measure(folder, samples, reference, device) for variant, folder in folders.items()}
+    if thorough:
+        prompts = [ids[: min(len(ids), spec.limits.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
+        expected = [greedy_answer(model, ids) for ids in prompts]
+        for variant, folder in folders.items():
+            found = served_answers(folder, prompts, device)
+            measures[variant]["greedy_match"] = fidelity.mean_match(expected, found)
+    return measures
 
 
 def _has(device: str) -> bool:
@@ -116,20 +130,48 @@ def save_text_files(source: Path, folder: Path) -> None:
         GenerationConfig.from_model_config(AutoConfig.from_pretrained(source)).save_pretrained(str(folder))
 
 
-def sample_ids(tokenizer: TextTokenizer, context: int, vocabulary: int) -> list[list[int]]:
-    """Token ids of the gate's texts, each at most GATE_TOKENS long.
+def greedy_answer(model: PreTrainedModel, ids: list[int]) -> list[int]:
+    """Hugging Face's likeliest tokens, one after the other; nothing ends them."""
+    tokens = list(ids)
+    with torch.inference_mode():
+        for _ in range(GREEDY_TOKENS):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(ids) :]
+
+
+def served_answers(folder: Path, prompts: list[list[int]], device: str = "cpu") -> list[list[int]]:
+    """The same by the decoder in a version folder, several at once."""
+    context = max(len(ids) for ids in prompts) + GREEDY_TOKENS
+    decoder = OnnxDecoder(
+        folder / "model.onnx", rows=GATE_ROWS, context=context, longest_run=context, threads=0, device=device
+    )
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), GATE_ROWS):
+        group = prompts[start : start + GATE_ROWS]
+        items = [RowTokens(row, 0, ids) for row, ids in enumerate(group)]
+        found: list[list[int]] = [[] for _ in group]
+        for step in range(GREEDY_TOKENS):
+            for tokens, likeliest in zip(found, decoder.run(items).argmax(axis=-1), strict=True):
+                tokens.append(int(likeliest))
+            items = [RowTokens(row, len(ids) + step, [found[row][-1]]) for row, ids in enumerate(group)]
+        answers += found
+    return answers
+
+
+def sample_ids(tokenizer: TextTokenizer, context: int, vocabulary: int, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of some of the texts, each at most GATE_TOKENS long.
 
     Raises:
         ValueError: the tokenizer is not this model's.
     """
     length = min(GATE_TOKENS, context)
-    samples = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in corpora.held_out()]
+    samples = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in texts]
     largest = max((token for ids in samples for token in ids), default=0)
     if largest >= vocabulary:
         raise ValueError(f"the tokenizer gives the token {largest}, the model has {vocabulary}: it is another model's")
     samples = [ids for ids in samples if len(ids) >= length // 2]
     if not samples:
-        raise ValueError("the tokenizer gives too few tokens for the gate's texts: is it the model's own?")
+        raise ValueError("the tokenizer gives too few tokens for the texts: is it the model's own, are they too short?")
     step = max(1, len(samples) // GATE_TEXTS)
     return samples[::step][:GATE_TEXTS]
 
