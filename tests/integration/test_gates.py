@@ -1,0 +1,199 @@
+"""Gates on real weights: a quantized variant that is damaged is refused, whole it passes.
+
+The damage is done to the graphs that are served, to their quantized weights and scales; what is damaged before it is
+quantized is in test_export.py and test_encoder_tasks.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from tests.conftest import ROOT
+from trident_export import configs, corpora, fidelity, models_file, sources
+from trident_export.fidelity import FidelityError
+from trident_export.models_file import ModelSpec
+from trident_export.tasks import encoders, text_generation
+from trident_serving.artefacts import VERSION
+from trident_serving.tokenization import TextTokenizer
+
+SPECS = {spec.name: spec for spec in models_file.load(ROOT / "models.toml")}
+Damage = Callable[[onnx.ModelProto], None]
+Floats = NDArray[np.float32]
+
+
+def change(model: onnx.ModelProto, names: set[str], how: Callable[[NDArray[np.generic]], NDArray[np.generic]]) -> None:
+    found = [tensor for tensor in model.graph.initializer if tensor.name in names]
+    assert found
+    for tensor in found:
+        value = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(how(value).astype(value.dtype), tensor.name))
+
+
+def weights_of(model: onnx.ModelProto, part: str, *places: int) -> set[str]:
+    nodes = [node for node in model.graph.node if part in node.name and len(node.input) > max(places)]
+    return {node.input[place] for node in nodes for place in places}
+
+
+def nothing(model: onnx.ModelProto) -> None:
+    pass
+
+
+# Weights, scales and zero points are the inputs 1, 2 and 3 of MatMulNBits, with a row for each output.
+
+
+def scales_off(model: onnx.ModelProto) -> None:
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    change(model, {node.input[2] for node in nodes}, lambda scales: scales * np.float32(1.03))
+
+
+def layer_zeroed(model: onnx.ModelProto) -> None:
+    change(model, weights_of(model, "layers.20/mlp/down_proj", 2), lambda scales: scales * 0)
+
+
+def heads_swapped(model: onnx.ModelProto) -> None:
+    rows = 15 * 64  # nine heads of queries, three of keys and of values
+
+    def swap(value: NDArray[np.generic]) -> NDArray[np.generic]:
+        heads = value.reshape(rows, -1).copy()
+        heads[:128] = np.concatenate([heads[64:128], heads[:64]])
+        return heads.reshape(value.shape)
+
+    change(model, weights_of(model, "layers.10/self_attn/qkv_proj", 1, 2, 3), swap)
+
+
+@pytest.fixture(scope="module")
+def generator_check(default_repository: Path) -> Callable[[str, Path], None]:
+    """Puts the graph in a folder through the gate of a variant."""
+    spec = SPECS["smollm2"]
+    model = text_generation.load_model(sources.fetch(spec, ROOT, ROOT / ".cache", lambda message: None))
+    tokenizer = TextTokenizer.load(default_repository / "smollm2" / VERSION)
+    samples = text_generation.sample_ids(tokenizer, 2048, model.config.vocab_size, corpora.held_out())
+    reference = text_generation.reference_logits(model, samples)
+
+    def check(variant: str, folder: Path) -> None:
+        fidelity.check("text-generation", variant, text_generation.measure(folder, samples, reference))
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("variant", "damage", "reason"),
+    [
+        ("int8", nothing, ""),
+        ("int8", scales_off, "kl is .*top1 is"),
+        ("int8", layer_zeroed, "kl is .*top1 is"),
+        ("int8", heads_swapped, "kl is .*top1 is"),
+        ("int4", layer_zeroed, "kl is .*top1 is"),
+    ],
+)
+def test_a_damaged_generator(
+    default_repository: Path,
+    generator_check: Callable[[str, Path], None],
+    tmp_path: Path,
+    variant: str,
+    damage: Damage,
+    reason: str,
+) -> None:
+    folder = default_repository / SPECS["smollm2"].public_name(variant) / VERSION
+    model = onnx.load(str(folder / "model.onnx"))
+    damage(model)
+    onnx.save(model, str(tmp_path / "model.onnx"), save_as_external_data=True, location="data")
+    if not reason:
+        generator_check(variant, tmp_path)
+        return
+    with pytest.raises(FidelityError, match=f"{variant} does not compute .*{reason}"):
+        generator_check(variant, tmp_path)
+
+
+def test_quantize_dynamic_is_refused(
+    default_repository: Path, generator_check: Callable[[str, Path], None], tmp_path: Path
+) -> None:
+    """The usual recipe: its products saturate on AVX2, and everywhere strangers share a scale for their inputs."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        str(default_repository / "smollm2_fp32" / VERSION / "model.onnx"),
+        str(tmp_path / "model.onnx"),
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=True,
+        op_types_to_quantize=["MatMul"],
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+    )
+    with pytest.raises(FidelityError, match="batch_effect is .*, must be at most 0"):
+        generator_check("int8", tmp_path)
+
+
+def saturated(activation: Floats, weight: NDArray[np.int8]) -> NDArray[np.int64]:
+    """u8s8 products as AVX2's vpmaddubsw makes them: pairs are added in sixteen bits."""
+    pairs = activation.astype(np.int64)[:, :, None] * weight.astype(np.int64)[None]
+    sums = pairs.reshape(len(activation), -1, 2, weight.shape[1]).sum(axis=2)
+    return np.clip(sums, -(2**15), 2**15 - 1).sum(axis=1)
+
+
+def test_seven_bits_do_not_saturate_where_eight_do() -> None:
+    """What the recipe `rows` is made for, on the kernel that this machine may not have."""
+    random = np.random.default_rng(0)
+    activation = random.integers(200, 256, (4, 64)).astype(np.float32)
+    for largest, same in ((63, True), (127, False)):
+        weight = np.full((64, 8), largest, np.int8)
+        exact = activation.astype(np.int64) @ weight.astype(np.int64)
+        assert np.array_equal(saturated(activation, weight), exact) == same
+
+
+def encoder_scales_off(model: onnx.ModelProto) -> None:
+    """The scales of all products three percent too large; those of products by rows are `steps`."""
+    names = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith("/steps")}
+    change(model, names, lambda scales: scales * np.float32(1.03))
+
+
+def encoder_zeroed(model: onnx.ModelProto) -> None:
+    names = {tensor.name for tensor in model.graph.initializer if "layer.5/output/dense" in tensor.name}
+    change(model, {name for name in names if name.endswith(("/steps", "weight_scale"))}, lambda scales: scales * 0)
+
+
+def encoder_heads_swapped(model: onnx.ModelProto) -> None:
+    """Columns of two heads of the values, of 32 each, in the third layer."""
+
+    def swap(weight: NDArray[np.generic]) -> NDArray[np.generic]:
+        swapped = weight.copy()
+        swapped[:, :64] = np.concatenate([weight[:, 32:64], weight[:, :32]], axis=1)
+        return swapped
+
+    names = {t.name for t in model.graph.initializer if "layer.2/attention/self/value" in t.name and len(t.dims) == 2}
+    change(model, names, swap)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (nothing, ""),
+        (encoder_scales_off, "worst_cosine"),
+        (encoder_zeroed, "worst_cosine"),
+        (encoder_heads_swapped, "worst"),
+    ],
+)
+def test_a_damaged_encoder(default_repository: Path, tmp_path: Path, damage: Damage, reason: str) -> None:
+    spec: ModelSpec = dataclasses.replace(SPECS["minilm"], variants=("int8",), default_variant="int8")
+    for part in ("minilm_tokenizer", "minilm_postprocess"):
+        (tmp_path / part).symlink_to(default_repository / part)
+    model = onnx.load(str(default_repository / "minilm_model_int8" / VERSION / "model.onnx"))
+    damage(model)
+    folder = tmp_path / configs.model_part(spec, "int8") / VERSION
+    folder.mkdir(parents=True)
+    onnx.save(model, str(folder / "model.onnx"))
+    source = sources.fetch(spec, ROOT, ROOT / ".cache", lambda message: None)
+    measured = encoders.evaluate(spec, source, tmp_path, corpora.held_out())["int8"]
+    if not reason:
+        fidelity.check(spec.task, "int8", measured)
+        return
+    with pytest.raises(FidelityError, match=reason):
+        fidelity.check(spec.task, "int8", measured)
