@@ -2,6 +2,7 @@
 
 export [MODEL]     export what is missing or out of date
 evaluate [MODEL]   what each exported variant gets wrong and what it costs
+sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 configs [--check]  write config.pbtxt files, or say which are out of step
 pin                write the hub's commit ids into models.toml
 add MODEL          look at a model and write its table into models.toml
@@ -18,10 +19,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trident_export import configs, corpora, doctor, install, models_file, pin, quality, sources, tasks
+from trident_export import (
+    configs,
+    corpora,
+    doctor,
+    install,
+    models_file,
+    pin,
+    quality,
+    recipes,
+    sensitivity,
+    sources,
+    tasks,
+)
 from trident_export.disk import NoSpace
 from trident_export.fidelity import FidelityError
 from trident_export.limits import TemplateLimits
+from trident_export.sensitivity import Grouping
 from trident_export.sources import SourceError
 from trident_serving import artefacts
 
@@ -58,6 +72,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     evaluate.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")
     evaluate.add_argument("--reports", type=Path, default=Path("reports"))
     evaluate.set_defaults(run=_evaluate)
+    sensitive = commands.add_parser("sensitivity", help="which layers a recipe hurts")
+    sensitive.add_argument("model", help="one model of models.toml; it need not be exported")
+    sensitive.add_argument("--variant", default="", help="whose recipe is applied (default: the model's last)")
+    sensitive.add_argument(
+        "--by",
+        type=Grouping,
+        choices=list(Grouping),
+        default=Grouping.LAYER,
+        metavar="GROUP",
+        help="what is quantized at a time: layer (default), kind or product",
+    )
+    sensitive.add_argument("--keep", type=int, default=2, help="groups that the printed recipe keeps (default 2)")
+    sensitive.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")
+    sensitive.add_argument("--reports", type=Path, default=Path("reports"))
+    sensitive.set_defaults(run=_sensitivity)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
     check.set_defaults(run=_configs)
@@ -70,11 +99,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
-    for command in (export, evaluate, check, pinning, adding, examining):
+    for command in (export, evaluate, sensitive, check, pinning, adding, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
     for command in (export, evaluate, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
-    for command in (export, evaluate):
+    for command in (export, evaluate, sensitive):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
 
@@ -115,6 +144,28 @@ def _evaluate(options: argparse.Namespace) -> int:
             for variant, measured in tasks.evaluate(spec, source, options.repository, texts, thorough=True).items()
         }
     print(quality.write(report, options.reports), end="")
+    return 0
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    base = options.models_file.resolve().parent
+    _quiet()
+    (spec,) = models_file.select(models_file.load(options.models_file), options.model)
+    known, kind = recipes.load(base), sensitivity.kind_of(spec)
+    variant = options.variant or spec.variants[-1]
+    if variant not in known:
+        raise ValueError(f"there is no recipe {variant!r}; known are {', '.join(known)}")
+    known[variant].check(variant, kind, getattr(spec.limits, "device", "cpu"))
+    source = sources.fetch(spec, base, options.cache or base / ".cache", install.print_progress)
+    texts = corpora.read(options.text) if options.text else None
+    losses = sensitivity.analyze(spec, source, known[variant], options.by, install.print_progress, texts)
+    options.reports.mkdir(parents=True, exist_ok=True)
+    table = f"## {spec.name}, {variant}\n\n{sensitivity.as_table(losses)}"
+    (options.reports / "sensitivity.md").write_text(table, encoding="utf-8")
+    (options.reports / "sensitivity.json").write_text(sensitivity.as_json(losses), encoding="utf-8")
+    print(table)
+    print("# for recipes.toml beside the models file:")
+    print(sensitivity.kept(variant, known[variant], kind, losses, options.keep), end="")
     return 0
 
 

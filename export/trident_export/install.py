@@ -26,7 +26,7 @@ from trident_serving.artefacts import VERSION, Manifest, manifest_path, read_man
 
 # What an artefact depends on beside its spec and source.
 _PACKAGES = ("onnx", "onnxruntime", "optimum", "optimum-onnx", "tokenizers", "torch", "transformers")
-_NOT_EXPORTING = ("add.py", "cli.py", "doctor.py", "pin.py", "quality.py")
+_NOT_EXPORTING = ("add.py", "cli.py", "doctor.py", "pin.py", "quality.py", "sensitivity.py")
 
 
 def exporter_version() -> str:

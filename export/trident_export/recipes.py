@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,10 @@ from trident_export.limits import ModelsFileError
 from trident_export.passes import PASSES, Feeder, Pass
 
 FILE = "recipes.toml"
+
+
+class NoProducts(ValueError):
+    """A recipe fits no product of a model."""
 
 
 class Kind(StrEnum):
@@ -118,7 +123,13 @@ def _pass(where: str, table: object) -> Pass:
 
 
 def products(model: onnx.ModelProto) -> list[str]:
-    """Names of the products of an activation and a constant matrix, which passes choose from."""
+    """Names of the products of an activation and a constant matrix, which passes choose from.
+
+    Layers that are Gemm (gpt2) become products in the model.
+    """
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    ONNXModel(model).replace_gemm_with_matmul()
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
 
@@ -130,23 +141,20 @@ def transform(model: onnx.ModelProto, passes: Sequence[Pass], feeder: Feeder | N
         feeder: gives inputs of the graph, for passes that look at activations.
 
     Raises:
-        ValueError: the passes are for products, and none took one: the architecture has no such product.
+        NoProducts: the passes are for products, and none took one: the architecture has no such product.
     """
     if not passes:
         return model
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    ONNXModel(model).replace_gemm_with_matmul()  # gpt2's layers are Gemm
     names = products(model)
     left, taken = list(names), 0
     for step in passes:
         chosen = [name for name in left if re.search(step.nodes, name)]
         model, done = step.apply(model, chosen, feeder)
         left = [name for name in left if name not in done]
-        taken += len(done)
+        taken += len(done) if step.for_products else 0
     if not taken and any(step.for_products for step in passes):
         some = ", ".join(names[:4]) or "none"
-        raise ValueError(f"the recipe fits no product of this architecture; its products are {some} ...")
+        raise NoProducts(f"the recipe fits no product of this architecture; its products are {some} ...")
     return model
 
 
@@ -159,6 +167,18 @@ def apply(
 ) -> None:
     """Write `target` (weights beside it as `<target>.data`) from the float32 graph at `graph`; see `transform`."""
     save(transform(onnx.load(str(graph)), recipe.passes[kind], feeder), target)
+
+
+def as_toml(steps: Sequence[Pass]) -> str:
+    """Passes as recipes.toml has them."""
+    names = {kind: name for name, kind in PASSES.items()}
+    shown = []
+    for step in steps:
+        values = {field.name: getattr(step, field.name) for field in fields(step)}
+        changed = {field.name: values[field.name] for field in fields(step) if values[field.name] != field.default}
+        keys = {"pass": names[type(step)], **changed}
+        shown.append("{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()) + " }")
+    return "[\n" + "".join(f"    {text},\n" for text in shown) + "]"
 
 
 def save(model: onnx.ModelProto, target: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_damaged_encoder(default_repository: Path, tmp_path: Path, damage: Dam
     folder.mkdir(parents=True)
     onnx.save(model, str(folder / "model.onnx"))
     source = sources.fetch(spec, ROOT, ROOT / ".cache", lambda message: None)
-    measured = encoders.evaluate(spec, source, tmp_path, corpora.held_out())["int8"]
+    measured = encoders.referee(spec, source, tmp_path, corpora.held_out())("int8")
     if not reason:
         fidelity.check(spec.task, "int8", measured)
         return

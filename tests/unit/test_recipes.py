@@ -136,6 +136,20 @@ def test_a_recipe_that_fits_no_product_is_refused(steps: list[Pass]) -> None:
         recipes.transform(graph(), steps)
 
 
+def test_passes_can_be_written_as_they_are_read() -> None:
+    steps = [
+        Keep(nodes=r"^/a\.0/(b|c)$"),
+        Blocks(bits=4, zero_points=True),
+        Static(method="percentile", percentile=99.5),
+    ]
+    (recipe,) = recipes.parse(f'[x]\nprecision = "int8"\nencoder = {recipes.as_toml(steps)}\n', "x").values()
+    assert list(recipe.passes[recipes.Kind.ENCODER]) == steps
+    for built_in in recipes.load().values():
+        for kind, passes in built_in.passes.items():
+            (again,) = recipes.parse(f"[x]\n{kind} = {recipes.as_toml(passes)}\n", "x").values()
+            assert again.passes[kind] == passes
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,15 +1,17 @@
 """How each task is exported: graph, variants, gate, and the files that its backends read.
 
-A task is a module with two functions, registered in `MODULES` under the transformers pipeline's name:
+A task is a module with three functions, registered in `MODULES` under the transformers pipeline's name:
 
-    build(job)                       write the version folders of every variant
-    evaluate(spec, source, root, texts, thorough)
-                                     what each variant in `root` gets wrong, against Hugging Face in float32
+    trace(job)                write the float32 graph into `job.graphs`, and what all variants share
+    write(job, variant)       write the version folders of a variant from it
+    referee(spec, source, root, texts, thorough)
+                              asks Hugging Face, and gives a function from a variant in `root` to what it gets wrong
 """
 
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +38,21 @@ class Job:
     staging: Path
     progress: Callable[[str], None]
 
+    @property
+    def graphs(self) -> Path:
+        """Where the float32 graphs are while variants are made of them."""
+        return self.staging / "graph"
+
+    @property
+    def assets(self) -> Path:
+        """Where files lie that go into every variant's folder."""
+        return self.staging / "assets"
+
 
 # Measures of each variant, by its name.
 Measures = dict[str, dict[str, float]]
+# What a variant gets wrong.
+Referee = Callable[[str], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,12 @@ def build(job: Job, *, force: bool = False) -> Checked:
         FidelityError: a variant is refused.
         ValueError: models.toml and the model disagree.
     """
-    _module(job.spec).build(job)
+    trace(job)
+    for variant in job.spec.recipes:
+        job.progress(f"writing {variant}")
+        write(job, variant)
+    for left in (job.graphs, job.assets):
+        shutil.rmtree(left, ignore_errors=True)
     if not isinstance(job.spec.limits, TemplateLimits):
         job.progress("comparing with Hugging Face")
     measures = evaluate(job.spec, job.source, job.staging)
@@ -99,6 +118,24 @@ def build(job: Job, *, force: bool = False) -> Checked:
     return Checked(measures, refused)
 
 
+def trace(job: Job) -> None:
+    """Write the float32 graphs of a job, and what all its variants share.
+
+    Raises:
+        ValueError: models.toml and the model disagree.
+    """
+    _module(job.spec).trace(job)
+
+
+def write(job: Job, variant: str) -> None:
+    """Write the version folders of a variant, from the traced graphs; what was there is overwritten.
+
+    Raises:
+        ValueError: its recipe does not fit the model.
+    """
+    _module(job.spec).write(job, variant)
+
+
 def evaluate(
     spec: ModelSpec, source: Path, root: Path, texts: Sequence[str] | None = None, *, thorough: bool = False
 ) -> Measures:
@@ -111,9 +148,17 @@ def evaluate(
         texts: to measure with; None: the packaged ones that nothing is calibrated on.
         thorough: more than the gate needs, see docs/quality.md: what becomes of whole answers.
     """
+    judge = referee(spec, source, root, texts, thorough=thorough)
+    return {variant: judge(variant) for variant in spec.recipes}
+
+
+def referee(
+    spec: ModelSpec, source: Path, root: Path, texts: Sequence[str] | None = None, *, thorough: bool = False
+) -> Referee:
+    """Ask Hugging Face once, to measure variants with; see `evaluate`."""
     samples = corpora.held_out() if texts is None else list(texts)
-    measures: Measures = _module(spec).evaluate(spec, source, root, samples, thorough=thorough)
-    return measures
+    judge: Referee = _module(spec).referee(spec, source, root, samples, thorough=thorough)
+    return judge
 
 
 def _module(spec: ModelSpec) -> Any:

@@ -26,7 +26,7 @@ from trident_export.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
 from trident_export.recipes import Kind
-from trident_export.tasks import Job, Measures
+from trident_export.tasks import Job, Referee
 from trident_serving import preprocessing
 from trident_serving.artefacts import VERSION
 from trident_serving.classification import Activation, activate, softmax
@@ -53,7 +53,7 @@ _HEADS = {
 }
 
 
-def build(job: Job) -> None:
+def trace(job: Job) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
     limits = _limits(spec)
@@ -64,27 +64,28 @@ def build(job: Job) -> None:
     encoder_files.save_tokenizer(job.source, tokenizer_folder)
     encoder_files.read_roles(job.source, spec.prompts).save(tokenizer_folder)
     save_postprocess(spec, job.source, tokenizer_folder, job.staging / f"{spec.name}_postprocess" / VERSION)
-    graph = job.staging / "graph" / "model.onnx"
-    graph.parent.mkdir()
+    job.graphs.mkdir()
     job.progress("tracing the graph")
     stages = ensembles.stages(spec.task, limits)
     export_encoder_graph(
         job.source,
-        graph,
+        job.graphs / "model.onnx",
         spec.task,
         [name for name, *_ in stages.model_outputs],
         pairs=TOKEN_TYPES in [name for name, *_ in stages.model_inputs],
         top_k=limits.top_k if isinstance(limits, FillMaskLimits) else 0,
         pooling=encoder_files.read_pooling(job.source).pooling if spec.task == "feature-extraction" else None,
     )
-    feeder = calibration_feeder(job, tokenizer_folder)
-    for variant, recipe in spec.recipes.items():
-        job.progress(f"writing {variant}")
-        path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
-        recipes.apply(recipe, Kind.ENCODER, graph, path, feeder)
-        # An ensemble has no files, and Triton wants the folder.
-        (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True)
-    shutil.rmtree(graph.parent)
+
+
+def write(job: Job, variant: str) -> None:
+    """See `trident_export.tasks`."""
+    spec = job.spec
+    feeder = calibration_feeder(job, job.staging / f"{spec.name}_tokenizer" / VERSION)
+    path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
+    recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, feeder)
+    # An ensemble has no files, and Triton wants the folder.
+    (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True, exist_ok=True)
 
 
 def save_postprocess(spec: ModelSpec, source: Path, tokenizer_folder: Path, folder: Path) -> None:
@@ -119,7 +120,7 @@ def check_limits(spec: ModelSpec, source: Path) -> None:
         )
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Measures:
+def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings` or `compare_scores`.
 
     The thorough ones are `recall_at_10` of embeddings, and `exact_match` and `f1` of answers (see `fidelity`).
@@ -133,24 +134,26 @@ def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *,
     searched = [[(text,) for text in texts] for texts in (corpora.passages(), corpora.questions())]
     retrieves = thorough and spec.task == "feature-extraction"
     expected = [reference_outputs(spec, source, texts) for texts in searched] if retrieves else []
-    measures: Measures = {}
-    for variant in spec.variants:
+
+    def judge(variant: str) -> dict[str, float]:
         part = configs.model_part(spec, variant)
         model = OnnxModel(root / part / VERSION, configs.as_backend_json(built[part]))
 
-        def answers(texts: Sequence[tuple[str, ...]], batch: int, model: OnnxModel = model) -> list[Floats]:
+        def answers(texts: Sequence[tuple[str, ...]], batch: int) -> list[Floats]:
             return [row for tensors in _served(spec, model, preprocess, texts, batch) for row in read(tensors)]
 
         found, alone = answers(pairs, _GATE_BATCH), answers(pairs, 1)
         effect = max(_difference(a, b) for a, b in zip(found, alone, strict=True))
-        measures[variant] = compare(spec, reference, found) | {"batch_effect": effect}
+        measured = compare(spec, reference, found) | {"batch_effect": effect}
         if thorough and spec.task == "question-answering":
-            measures[variant] |= fidelity.compare_spans(reference, found)
+            measured |= fidelity.compare_spans(reference, found)
         if retrieves:
             given = [answers(texts, _GATE_BATCH) for texts in searched]
             passages, questions, *both = (np.stack(rows) for rows in [*expected, *given])
-            measures[variant]["recall_at_10"] = fidelity.recall(passages, questions, *both)
-    return measures
+            measured["recall_at_10"] = fidelity.recall(passages, questions, *both)
+        return measured
+
+    return judge
 
 
 def compare(spec: ModelSpec, reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:

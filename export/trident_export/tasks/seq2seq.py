@@ -16,7 +16,7 @@ from trident_export.limits import Seq2SeqLimits
 from trident_export.models_file import ModelSpec
 from trident_export.recipes import Kind
 from trident_export.seq2seq_graph import export_decoder, export_encoder
-from trident_export.tasks import Job, Measures
+from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
 from trident_serving.seq2seq.request import GenerationDefaults, positions
@@ -31,7 +31,7 @@ GATE_TOKENS = 24
 GATE_ROWS = 4
 
 
-def build(job: Job) -> None:
+def trace(job: Job) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
     limits = _limits(spec)
@@ -39,49 +39,47 @@ def build(job: Job) -> None:
     model = load_model(job.source)
     check_limits(spec, job.source, model)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
-    assets = job.staging / "assets"
-    seq2seq_files.save_text_files(spec, job.source, assets)
-    capacity = positions(limits.max_target_tokens, GenerationDefaults.load(assets).prompt)
-    graphs = job.staging / "graph"
-    graphs.mkdir()
+    seq2seq_files.save_text_files(spec, job.source, job.assets)
+    capacity = positions(limits.max_target_tokens, GenerationDefaults.load(job.assets).prompt)
+    job.graphs.mkdir()
     job.progress("tracing the graphs")
-    export_encoder(model, graphs / "encoder.onnx")
-    export_decoder(model, graphs / "decoder.onnx", capacity)
-    for variant, recipe in spec.recipes.items():
-        job.progress(f"writing {variant}")
-        folder = job.staging / spec.public_name(variant) / VERSION
-        for name in ("encoder.onnx", "decoder.onnx"):
-            recipes.apply(recipe, Kind.DECODER, graphs / name, folder / name)
-        shutil.copytree(assets, folder, dirs_exist_ok=True)
-    shutil.rmtree(graphs)
-    shutil.rmtree(assets)
+    export_encoder(model, job.graphs / "encoder.onnx")
+    export_decoder(model, job.graphs / "decoder.onnx", capacity)
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Measures:
+def write(job: Job, variant: str) -> None:
+    """See `trident_export.tasks`."""
+    folder = job.staging / job.spec.public_name(variant) / VERSION
+    for name in ("encoder.onnx", "decoder.onnx"):
+        recipes.apply(job.spec.recipes[variant], Kind.DECODER, job.graphs / name, folder / name)
+    shutil.copytree(job.assets, folder, dirs_exist_ok=True)
+
+
+def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
 
     The thorough ones are BLEU, chrF and ROUGE-L of the variant's greedy answers against Hugging Face's, 0 to 100.
     """
-    folders = {variant: root / spec.public_name(variant) / VERSION for variant in spec.variants}
     model = load_model(source)
-    folder = folders[spec.default_variant]
+    folder = root / spec.name / VERSION
     samples = sample_sources(SourceText.load(folder, min(GATE_SOURCE, _limits(spec).max_source_tokens)), texts)
     prompt = GenerationDefaults.load(folder).prompt
     targets = [answer_ids(model, ids, prompt) for ids in samples]
     reference = reference_logits(model, samples, targets)
     capacity = positions(_limits(spec).max_target_tokens, prompt)
-    measures = {
-        variant: measure(folder, samples, targets, reference, capacity, _limits(spec).threads)
-        for variant, folder in folders.items()
-    }
-    if thorough:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
-        for variant, folder in folders.items():
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
+
+    def judge(variant: str) -> dict[str, float]:
+        folder = root / spec.public_name(variant) / VERSION
+        measured = measure(folder, samples, targets, reference, capacity, _limits(spec).threads)
+        if thorough:
             answers = served_answers(folder, samples, [len(ids) - len(prompt) for ids in targets], prompt, capacity)
             found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-            measures[variant] |= fidelity.compare_texts(expected, found)
-    return measures
+            measured |= fidelity.compare_texts(expected, found)
+        return measured
+
+    return judge
 
 
 def load_model(source: Path) -> PreTrainedModel:

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trident_export.models_file import ModelSpec
-from trident_export.tasks import Job, Measures
+from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
 
 
-def build(job: Job) -> None:
+def trace(job: Job) -> None:
     """See `trident_export.tasks`: Triton wants the version folder."""
     (job.staging / job.spec.name / VERSION).mkdir(parents=True)
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Measures:
+def write(job: Job, variant: str) -> None:
+    """See `trident_export.tasks`: a template has no recipes, and this is never called."""
+
+
+def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
     """See `trident_export.tasks`: a template's answers have no reference, its generator has its gate."""
-    return {}
+    return lambda variant: {}

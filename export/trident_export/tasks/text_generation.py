@@ -18,7 +18,7 @@ from trident_export.causal_graph import export_causal_graph
 from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
 from trident_export.recipes import Kind
-from trident_export.tasks import Job, Measures
+from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import RowTokens
 from trident_serving.generation.decoder import OnnxDecoder
@@ -35,53 +35,54 @@ GATE_ROWS = 4
 GREEDY_TOKENS = 32
 
 
-def build(job: Job) -> None:
+def trace(job: Job) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
     job.progress("loading the model")
     model = load_model(job.source)
     check_context(spec, model)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
-    assets = job.staging / "assets"
-    save_text_files(job.source, assets)
-    graph = job.staging / "graph" / "model.onnx"
-    graph.parent.mkdir()
+    save_text_files(job.source, job.assets)
+    job.graphs.mkdir()
+    graph = job.graphs / "model.onnx"
     job.progress("tracing the graph")
     assert isinstance(spec.limits, GenerationLimits)
     # A row of the cache has room for the padding of the longest run behind its context.
     export_causal_graph(model, graph, spec.limits.context + max(spec.limits.prefill_chunk, MAX_DRAFT + 1))
     decoder_passes.optimize_file(graph)
-    for variant, recipe in spec.recipes.items():
-        job.progress(f"writing {variant}")
-        folder = job.staging / spec.public_name(variant) / VERSION
-        recipes.apply(recipe, Kind.DECODER, graph, folder / "model.onnx")
-        shutil.copytree(assets, folder, dirs_exist_ok=True)
-    shutil.rmtree(graph.parent)
-    shutil.rmtree(assets)
 
 
-def evaluate(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Measures:
+def write(job: Job, variant: str) -> None:
+    """See `trident_export.tasks`."""
+    folder = job.staging / job.spec.public_name(variant) / VERSION
+    recipes.apply(job.spec.recipes[variant], Kind.DECODER, job.graphs / "model.onnx", folder / "model.onnx")
+    shutil.copytree(job.assets, folder, dirs_exist_ok=True)
+
+
+def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
 
     `greedy_match`, the thorough one, is how many of the first `GREEDY_TOKENS` tokens that the variant answers greedily
     are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
     """
     assert isinstance(spec.limits, GenerationLimits)
-    folders = {variant: root / spec.public_name(variant) / VERSION for variant in spec.variants}
     model = load_model(source)
-    tokenizer = TextTokenizer.load(folders[spec.default_variant])
+    tokenizer = TextTokenizer.load(root / spec.name / VERSION)
     samples = sample_ids(tokenizer, spec.limits.context, model.config.vocab_size, texts)
     reference = reference_logits(model, samples)
     # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
     device = spec.limits.device if _has(spec.limits.device) else "cpu"
-    measures = {variant: measure(folder, samples, reference, device) for variant, folder in folders.items()}
-    if thorough:
-        prompts = [ids[: min(len(ids), spec.limits.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
-        expected = [greedy_answer(model, ids) for ids in prompts]
-        for variant, folder in folders.items():
-            found = served_answers(folder, prompts, device)
-            measures[variant]["greedy_match"] = fidelity.mean_match(expected, found)
-    return measures
+    prompts = [ids[: min(len(ids), spec.limits.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
+    expected = [greedy_answer(model, ids) for ids in prompts] if thorough else []
+
+    def judge(variant: str) -> dict[str, float]:
+        folder = root / spec.public_name(variant) / VERSION
+        measured = measure(folder, samples, reference, device)
+        if thorough:
+            measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))
+        return measured
+
+    return judge
 
 
 def _has(device: str) -> bool:

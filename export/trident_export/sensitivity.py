@@ -1,0 +1,155 @@
+"""How much each part of a model loses by a recipe: `trident-export sensitivity MODEL --variant V`.
+
+The recipe is applied to one group of products at a time, the rest stays float32, and the result is measured as its gate
+would. What comes out names the products that a recipe should keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import onnx
+
+from trident_export import recipes, tasks
+from trident_export.limits import EncoderLimits, TemplateLimits
+from trident_export.models_file import ModelSpec
+from trident_export.passes import Pass
+from trident_export.passes.base import Keep
+from trident_export.recipes import Kind, Recipe
+
+PROBE = "probe"
+# How a measure becomes a loss: the first that was measured, and its best value.
+_LOSSES = {"kl": 0.0, "mean_cosine": 1.0, "score_error": 0.0}
+_LAYER = re.compile(r"^(.*?(?:layers?|block|h)[./]\d+)")
+
+
+class Grouping(StrEnum):
+    """What is quantized at a time: a layer, every product of one kind, or one product."""
+
+    LAYER = "layer"
+    KIND = "kind"
+    PRODUCT = "product"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one group of products loses.
+
+    Attributes:
+        group: the layer, kind or product.
+        products: names of its products.
+        loss: KL, 1 - mean cosine, or score error, with this group alone quantized.
+        measure: which of the three.
+    """
+
+    group: str
+    products: list[str]
+    loss: float
+    measure: str
+
+
+def analyze(
+    spec: ModelSpec,
+    source: Path,
+    recipe: Recipe,
+    grouping: Grouping,
+    progress: Callable[[str], None],
+    texts: Sequence[str] | None = None,
+) -> list[Loss]:
+    """The loss of each group, the largest first.
+
+    Args:
+        recipe: what is applied.
+        texts: to measure with; None: the packaged ones that nothing is calibrated on.
+
+    Raises:
+        ValueError: the model is a template, or no product takes the recipe.
+    """
+    if isinstance(spec.limits, TemplateLimits):
+        raise ValueError(f"{spec.name} is a template: ask for its generator, {spec.limits.generator}")
+    kind = kind_of(spec)
+    with tempfile.TemporaryDirectory(prefix="trident-sensitivity-") as folder:
+        job = tasks.Job(_probing(spec, recipe, kind, None), source, Path(folder), progress)
+        tasks.trace(job)
+        names = [name for file in sorted(job.graphs.glob("*.onnx")) for name in _products(file)]
+        if not any(step.for_products for step in recipe.passes[kind]):
+            raise ValueError("the recipe quantizes nothing: name another with --variant")
+        judge: tasks.Referee | None = None
+        losses = []
+        groups = group(names, grouping)
+        for number, (label, products) in enumerate(groups.items()):
+            probe = _probing(spec, recipe, kind, products)
+            try:
+                tasks.write(dataclasses.replace(job, spec=probe), PROBE)
+            except recipes.NoProducts:
+                continue  # the recipe leaves them alone
+            judge = judge or tasks.referee(probe, source, job.staging, texts)
+            measured = judge(PROBE)
+            measure = next(name for name in _LOSSES if name in measured)
+            losses.append(Loss(label, products, abs(measured[measure] - _LOSSES[measure]), measure))
+            progress(f"{number + 1} of {len(groups)}: {label}: {measure} {measured[measure]:.6g}")
+    if not losses:
+        raise ValueError(f"the recipe quantizes no product of {spec.name}")
+    return sorted(losses, key=lambda loss: -loss.loss)
+
+
+def group(names: Sequence[str], grouping: Grouping) -> dict[str, list[str]]:
+    """Products by group, in the order of the graph."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        found = _LAYER.match(name)
+        label = name
+        if grouping is Grouping.LAYER:
+            label = found[1].strip("/") if found else name.strip("/")
+        elif grouping is Grouping.KIND:
+            label = (name[found.end() :] if found else name).strip("/").removesuffix("/MatMul")
+        groups.setdefault(label, []).append(name)
+    return groups
+
+
+def kept(variant: str, recipe: Recipe, kind: Kind, losses: Sequence[Loss], count: int) -> str:
+    """A table for recipes.toml that leaves the most sensitive groups in float32 and does the rest as before."""
+    names = [name for loss in losses[:count] for name in loss.products]
+    keep = Keep(nodes=f"^({'|'.join(map(re.escape, names))})$")
+    steps = recipes.as_toml((keep, *recipe.passes[kind]))
+    return f'[{variant}_kept]\nprecision = "{recipe.precision}"\n{kind} = {steps}\n'
+
+
+def kind_of(spec: ModelSpec) -> Kind:
+    """Which passes of a recipe are for a model."""
+    return Kind.ENCODER if isinstance(spec.limits, EncoderLimits) else Kind.DECODER
+
+
+def as_table(losses: Sequence[Loss]) -> str:
+    """A Markdown table, a row for each group."""
+    measure = losses[0].measure
+    title = f"1 - {measure}" if _LOSSES[measure] else measure
+    rows = [f"| {loss.group} | {len(loss.products)} | {loss.loss:.4g} |" for loss in losses]
+    return "\n".join([f"| quantized alone | products | {title} |", "|---|---:|---:|", *rows, ""])
+
+
+def as_json(losses: Sequence[Loss]) -> str:
+    """The same for programs."""
+    return json.dumps([dataclasses.asdict(loss) for loss in losses], indent=2) + "\n"
+
+
+def _probing(spec: ModelSpec, recipe: Recipe, kind: Kind, products: Sequence[str] | None) -> ModelSpec:
+    """The spec with one variant, whose recipe leaves everything alone but some products."""
+    steps: Mapping[Kind, tuple[Pass, ...]] = recipe.passes
+    if products is not None:
+        others = "|".join(re.escape(name) for name in products)
+        steps = {kind: (Keep(nodes=f"^(?!({others})$)"), *recipe.passes[kind])}
+    probe = dataclasses.replace(recipe, passes=steps)
+    return dataclasses.replace(spec, variants=(PROBE,), default_variant=PROBE, recipes={PROBE: probe})
+
+
+def _products(file: Path) -> list[str]:
+    model = onnx.load(str(file), load_external_data=False)
+    return recipes.products(model)

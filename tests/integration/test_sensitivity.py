@@ -1,0 +1,84 @@
+"""`trident-export sensitivity`: which layers a recipe hurts, and a recipe that spares them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import tiny_models
+from tests.conftest import run_export
+from trident_export.sensitivity import Grouping, group
+from trident_serving.artefacts import read_manifest
+
+COARSE = '[coarse]\nprecision = "int8"\ndecoder = [{ pass = "blocks", bits = 4, block = 32 }]\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model whose second layer says much more than its first."""
+    tiny_models.make_causal(tmp_path / "llama", "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    with torch.no_grad():
+        for layer, factor in zip(model.model.layers, (0.01, 1.0), strict=True):
+            layer.mlp.down_proj.weight.mul_(factor)
+            layer.self_attn.o_proj.weight.mul_(factor)
+    model.save_pretrained(tmp_path / "llama")
+    (tmp_path / "models.toml").write_text(
+        '[llama]\ntask = "text-generation"\nsource = { path = "llama" }\nvariants = ["coarse"]\n'
+        "limits = { context = 96, slots = 2, threads = 1 }\n"
+    )
+    (tmp_path / "recipes.toml").write_text(COARSE)
+    return tmp_path
+
+
+def test_the_recipe_that_it_prints_is_closer(folder: Path) -> None:
+    options = ("--models-file", str(folder / "models.toml"))
+    done = run_export("sensitivity", "llama", "--keep", "1", "--reports", str(folder / "reports"), *options)
+    assert done.returncode == 0, done.stderr
+    losses = json.loads((folder / "reports/sensitivity.json").read_text())
+    assert [loss["loss"] for loss in losses] == sorted((loss["loss"] for loss in losses), reverse=True)
+    by_group = {loss["group"]: loss for loss in losses}
+    assert losses[0]["group"] == "model/model/layers.1"
+    assert losses[0]["measure"] == "kl"
+    assert losses[0]["loss"] > 2 * by_group["model/model/layers.0"]["loss"] > 0
+    assert len(losses[0]["products"]) == 4
+    assert "| model/model/layers.1 | 4 |" in done.stdout
+
+    recipe = done.stdout[done.stdout.index("[coarse_kept]") :]
+    (folder / "recipes.toml").write_text(COARSE + recipe)
+    models = (folder / "models.toml").read_text().replace('["coarse"]', '["coarse", "coarse_kept"]')
+    (folder / "models.toml").write_text(models)
+    repository = ("--repository", str(folder / "repository"))
+    exported = run_export("export", "--force", *options, *repository)
+    assert exported.returncode == 0, exported.stderr
+    manifest = read_manifest(folder / "repository", "llama")
+    assert manifest is not None
+    assert manifest.fidelity["coarse_kept"]["kl"] < 0.5 * manifest.fidelity["coarse"]["kl"]
+
+
+def test_what_can_not_be_analyzed(folder: Path) -> None:
+    options = ("--models-file", str(folder / "models.toml"), "--reports", str(folder))
+    for variant, message in (
+        ("int5", "there is no recipe 'int5'; known are fp32, fp16, int8, int4, int8_static, coarse"),
+        ("fp32", "the recipe quantizes nothing: name another with --variant"),
+        ("int8_static", "variant int8_static is for encoder models, this is decoder"),
+    ):
+        done = run_export("sensitivity", "llama", "--variant", variant, *options)
+        assert done.returncode == 1
+        assert message in done.stderr
+
+
+def test_groups() -> None:
+    names = ["/m/layers.0/attn/q/MatMul", "/m/layers.0/mlp/up/MatMul", "/m/layers.10/attn/q/MatMul", "/lm_head/MatMul"]
+    assert group(names, Grouping.LAYER) == {
+        "m/layers.0": names[:2],
+        "m/layers.10": names[2:3],
+        "lm_head/MatMul": names[3:],
+    }
+    assert group(names, Grouping.KIND) == {"attn/q": [names[0], names[2]], "mlp/up": names[1:2], "lm_head": names[3:]}
+    assert [re.sub(r"^.*/(layers|lm)", r"\1", key) for key in group(names, Grouping.PRODUCT)][3] == "lm_head/MatMul"
