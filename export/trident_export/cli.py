@@ -3,6 +3,7 @@
 export [MODEL]     export what is missing or out of date
 evaluate [MODEL]   what each exported variant gets wrong and what it costs
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
+prune MODEL        fewer weights, and the curve of what that costs
 configs [--check]  write config.pbtxt files, or say which are out of step
 pin                write the hub's commit ids into models.toml
 add MODEL          look at a model and write its table into models.toml
@@ -38,6 +39,8 @@ from trident_export.limits import TemplateLimits
 from trident_export.sensitivity import Grouping
 from trident_export.sources import SourceError
 from trident_serving import artefacts
+
+METHODS = ("magnitude", "wanda", "2:4", "heads", "columns", "layers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,6 +90,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sensitive.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")
     sensitive.add_argument("--reports", type=Path, default=Path("reports"))
     sensitive.set_defaults(run=_sensitivity)
+    pruned = commands.add_parser("prune", help="fewer weights, and the curve of what that costs")
+    pruned.add_argument("model", help="one model of models.toml; it need not be exported")
+    pruned.add_argument("--method", required=True, choices=METHODS)
+    pruned.add_argument("--sparsity", required=True, type=float, nargs="+", metavar="S", help="shares to take away")
+    pruned.add_argument("--output", type=Path, default=Path("pruned"), help="for the Hugging Face folders")
+    pruned.add_argument("--variant", default="", help="exported to be measured (default: the model's default variant)")
+    pruned.add_argument("--text", default="", help="representative text, paragraphs parted by blank lines")
+    pruned.add_argument("--reports", type=Path, default=Path("reports"))
+    pruned.set_defaults(run=_prune)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
     check.set_defaults(run=_configs)
@@ -99,11 +111,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
-    for command in (export, evaluate, sensitive, check, pinning, adding, examining):
+    for command in (export, evaluate, sensitive, pruned, check, pinning, adding, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
     for command in (export, evaluate, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
-    for command in (export, evaluate, sensitive):
+    for command in (export, evaluate, sensitive, pruned):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
 
@@ -148,24 +160,62 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
-    base = options.models_file.resolve().parent
     _quiet()
-    (spec,) = models_file.select(models_file.load(options.models_file), options.model)
-    known, kind = recipes.load(base), sensitivity.kind_of(spec)
+    spec, source = _model(options)
     variant = options.variant or spec.variants[-1]
-    if variant not in known:
-        raise ValueError(f"there is no recipe {variant!r}; known are {', '.join(known)}")
-    known[variant].check(variant, kind, getattr(spec.limits, "device", "cpu"))
-    source = sources.fetch(spec, base, options.cache or base / ".cache", install.print_progress)
+    recipe, kind = _recipe(options, spec, variant), sensitivity.kind_of(spec)
     texts = corpora.read(options.text) if options.text else None
-    losses = sensitivity.analyze(spec, source, known[variant], options.by, install.print_progress, texts)
+    losses = sensitivity.analyze(spec, source, recipe, options.by, install.print_progress, texts)
     options.reports.mkdir(parents=True, exist_ok=True)
     table = f"## {spec.name}, {variant}\n\n{sensitivity.as_table(losses)}"
     (options.reports / "sensitivity.md").write_text(table, encoding="utf-8")
     (options.reports / "sensitivity.json").write_text(sensitivity.as_json(losses), encoding="utf-8")
     print(table)
     print("# for recipes.toml beside the models file:")
-    print(sensitivity.kept(variant, known[variant], kind, losses, options.keep), end="")
+    print(sensitivity.kept(variant, recipe, kind, losses, options.keep), end="")
+    return 0
+
+
+def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, Path]:
+    """The spec that a command is for, and its Hugging Face folder."""
+    base = options.models_file.resolve().parent
+    (spec,) = models_file.select(models_file.load(options.models_file), options.model)
+    if isinstance(spec.limits, TemplateLimits):
+        raise ValueError(f"{spec.name} is a template: ask for its generator, {spec.limits.generator}")
+    return spec, sources.fetch(spec, base, options.cache or base / ".cache", install.print_progress)
+
+
+def _recipe(options: argparse.Namespace, spec: models_file.ModelSpec, variant: str) -> recipes.Recipe:
+    known = recipes.load(options.models_file.resolve().parent)
+    if variant not in known:
+        raise ValueError(f"there is no recipe {variant!r}; known are {', '.join(known)}")
+    known[variant].check(variant, sensitivity.kind_of(spec), getattr(spec.limits, "device", "cpu"))
+    return known[variant]
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from trident_export.compression import curve, models  # torch takes seconds to import
+    from trident_export.compression.pruning import Method
+
+    _quiet()
+    spec, source = _model(options)
+    variant = options.variant or spec.default_variant
+    recipe, method = _recipe(options, spec, variant), Method(options.method)
+    rows, folders = curve.prune(
+        spec,
+        source,
+        method,
+        options.sparsity,
+        options.output / spec.name,
+        variant,
+        recipe,
+        options.text or spec.calibration,
+        install.print_progress,
+    )
+    print(curve.write(f"{spec.name}, {variant}, {method}", method, rows, options.reports))
+    print("# for models.toml:")
+    for folder in folders:
+        print(models.table(spec, f"{spec.name}-{folder.name}".replace("_", "-"), folder))
     return 0
 
 

@@ -26,7 +26,7 @@ from trident_serving.artefacts import VERSION, Manifest, manifest_path, read_man
 
 # What an artefact depends on beside its spec and source.
 _PACKAGES = ("onnx", "onnxruntime", "optimum", "optimum-onnx", "tokenizers", "torch", "transformers")
-_NOT_EXPORTING = ("add.py", "cli.py", "doctor.py", "pin.py", "quality.py", "sensitivity.py")
+_NOT_EXPORTING = ("add.py", "cli.py", "compression", "doctor.py", "pin.py", "quality.py", "sensitivity.py")
 
 
 def exporter_version() -> str:
@@ -34,7 +34,7 @@ def exporter_version() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parent
     for file in sorted(root.rglob("*")):
-        if file.suffix in (".py", ".txt", ".toml") and file.name not in _NOT_EXPORTING:
+        if file.suffix in (".py", ".txt", ".toml") and file.relative_to(root).parts[0] not in _NOT_EXPORTING:
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     for package in _PACKAGES:
         digest.update(f"{package}=={importlib.metadata.version(package)}\n".encode())

@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx
 
 from trident_export import recipes, tasks
-from trident_export.limits import EncoderLimits, TemplateLimits
+from trident_export.limits import EncoderLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Pass
 from trident_export.passes.base import Keep
@@ -70,10 +70,8 @@ def analyze(
         texts: to measure with; None: the packaged ones that nothing is calibrated on.
 
     Raises:
-        ValueError: the model is a template, or no product takes the recipe.
+        ValueError: no product takes the recipe.
     """
-    if isinstance(spec.limits, TemplateLimits):
-        raise ValueError(f"{spec.name} is a template: ask for its generator, {spec.limits.generator}")
     kind = kind_of(spec)
     with tempfile.TemporaryDirectory(prefix="trident-sensitivity-") as folder:
         job = tasks.Job(_probing(spec, recipe, kind, None), source, Path(folder), progress)

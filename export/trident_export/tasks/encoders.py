@@ -43,7 +43,7 @@ _GATE_BATCH = 4
 # Share of a calibration text's tokens that may be unknown.
 _MOST_UNKNOWN = 0.1
 
-_HEADS = {
+HEADS = {
     "feature-extraction": AutoModel,
     "text-classification": AutoModelForSequenceClassification,
     "text-ranking": AutoModelForSequenceClassification,
@@ -219,7 +219,7 @@ def sample_texts(spec: ModelSpec, source: Path, texts: Sequence[str]) -> list[tu
 def reference_outputs(spec: ModelSpec, source: Path, pairs: Sequence[tuple[str, ...]]) -> list[Floats]:
     """What Hugging Face makes of the texts, one at a time and without padding, in float32; see `reader`."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = _HEADS[spec.task].from_pretrained(source, dtype=torch.float32).eval()
+    model = HEADS[spec.task].from_pretrained(source, dtype=torch.float32).eval()
     read = reader_from(spec, source)
     cut = "only_second" if spec.task == "question-answering" else True
     found = []

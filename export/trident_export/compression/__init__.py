@@ -1,0 +1,1 @@
+"""Smaller models from a Hugging Face model: pruning and distillation. What comes out is a Hugging Face folder again."""

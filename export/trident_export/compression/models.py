@@ -1,0 +1,89 @@
+"""Hugging Face folders as torch models that can be changed, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trident_export import sources
+from trident_export.disk import NoSpace
+from trident_export.limits import EncoderLimits, GenerationLimits
+from trident_export.models_file import ModelSpec
+from trident_export.tasks import encoders, text_generation
+
+# Tokens of a text that is looked at.
+LONGEST = 128
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
+
+
+def load(spec: ModelSpec, source: Path) -> PreTrainedModel:
+    """The model of a spec in float32, in evaluation mode.
+
+    Raises:
+        ValueError: models of this kind can't be compressed.
+    """
+    if isinstance(spec.limits, GenerationLimits):
+        return text_generation.load_model(source)
+    if isinstance(spec.limits, EncoderLimits):
+        return encoders.HEADS[spec.task].from_pretrained(source, dtype=torch.float32).eval()
+    raise ValueError(f"{spec.name} is for {spec.task}: only encoders and decoders can be pruned or distilled")
+
+
+def tokenize(source: Path, texts: Sequence[str], longest: int = LONGEST) -> list[dict[str, torch.Tensor]]:
+    """A run of the model for each text."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    return [dict(tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")) for text in texts]
+
+
+def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Write a Hugging Face folder: the model, and everything beside the weights that its source has.
+
+    It appears complete or not at all.
+
+    Raises:
+        NoSpace: the disk has too little room; nothing is left of it.
+    """
+    wanted = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + 2**26
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(folder.parent).free
+    if room < wanted:
+        raise NoSpace(f"the model needs {wanted / 2**20:.0f} MiB in {folder.parent}, {room / 2**20:.0f} MiB are free")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
+        model.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def table(spec: ModelSpec, name: str, folder: Path) -> str:
+    """A table of models.toml for a compressed model: the original's, with another name and source."""
+    limits = ", ".join(f"{key} = {_toml(value)}" for key, value in spec.as_dict()["limits"].items())
+    variants = ", ".join(f'"{variant}"' for variant in spec.variants)
+    prompts = ", ".join(f"{key} = {json.dumps(text)}" for key, text in (spec.prompts or {}).items())
+    return (
+        f'[{name}]\ntask = "{spec.task}"\nsource = {{ path = "{folder.resolve()}" }}\nvariants = [{variants}]\n'
+        f'default_variant = "{spec.default_variant}"\nlimits = {{ {limits} }}\n'
+    ) + (f"prompts = {{ {prompts} }}\n" if spec.prompts is not None else "")
+
+
+def fetch(spec: ModelSpec, base: Path, cache: Path, progress: sources.Progress) -> Path:
+    """The Hugging Face folder of a spec."""
+    return sources.fetch(spec, base, cache, progress)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
