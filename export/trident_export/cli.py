@@ -4,6 +4,7 @@ export [MODEL]     export what is missing or out of date
 evaluate [MODEL]   what each exported variant gets wrong and what it costs
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 prune MODEL        fewer weights, and the curve of what that costs
+distill TEACHER    a smaller student that learns to answer as its teacher
 configs [--check]  write config.pbtxt files, or say which are out of step
 pin                write the hub's commit ids into models.toml
 add MODEL          look at a model and write its table into models.toml
@@ -99,6 +100,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     pruned.add_argument("--text", default="", help="representative text, paragraphs parted by blank lines")
     pruned.add_argument("--reports", type=Path, default=Path("reports"))
     pruned.set_defaults(run=_prune)
+    distilled = commands.add_parser("distill", help="a smaller student that learns to answer as its teacher")
+    distilled.add_argument("model", metavar="teacher", help="one model of models.toml; it need not be exported")
+    distilled.add_argument("--student", required=True, help="number of layers, a Hugging Face folder, or a config.json")
+    distilled.add_argument("--text", type=Path, required=True, help="to learn from, paragraphs parted by blank lines")
+    distilled.add_argument("--output", type=Path, help="the student's folder (default: distilled/TEACHER-STUDENT)")
+    distilled.add_argument("--steps", type=int, default=0, help="of the optimizer (default: once through the text)")
+    distilled.add_argument("--minutes", type=float, default=0.0, help="after which it ends, whatever is left")
+    distilled.add_argument("--batch-size", type=int, default=8)
+    distilled.add_argument("--length", type=int, default=128, help="tokens in a block (default 128)")
+    distilled.add_argument("--learning-rate", type=float, default=2e-4)
+    distilled.add_argument("--temperature", type=float, default=2.0)
+    distilled.add_argument("--hidden-weight", type=float, default=1.0, help="of hidden states beside the distribution")
+    distilled.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
+    distilled.add_argument("--seed", type=int, default=0)
+    distilled.add_argument("--deepspeed", default="", help="a DeepSpeed configuration file, for machines with GPUs")
+    distilled.add_argument("--reports", type=Path, default=Path("reports"))
+    distilled.set_defaults(run=_distill)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
     check.set_defaults(run=_configs)
@@ -111,11 +129,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
-    for command in (export, evaluate, sensitive, pruned, check, pinning, adding, examining):
+    for command in (export, evaluate, sensitive, pruned, distilled, check, pinning, adding, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
     for command in (export, evaluate, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
-    for command in (export, evaluate, sensitive, pruned):
+    for command in (export, evaluate, sensitive, pruned, distilled):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
 
@@ -216,6 +234,22 @@ def _prune(options: argparse.Namespace) -> int:
     print("# for models.toml:")
     for folder in folders:
         print(models.table(spec, f"{spec.name}-{folder.name}".replace("_", "-"), folder))
+    return 0
+
+
+def _distill(options: argparse.Namespace) -> int:
+    from trident_export.compression import distillation, models  # torch takes seconds to import
+
+    _quiet()
+    spec, source = _model(options)
+    names = [field.name for field in dataclasses.fields(distillation.Settings)]
+    settings = distillation.Settings(**{name: getattr(options, name) for name in names})
+    name = f"{spec.name}-{Path(options.student).stem.lower().replace('_', '-')}"
+    output = options.output or Path("distilled") / name
+    texts = corpora.read(options.text)
+    report = distillation.distill(spec, source, options.student, texts, output, settings, install.print_progress)
+    print(distillation.write(f"{spec.name}, student {options.student}", report, options.reports))
+    print(f"# for models.toml:\n{models.table(spec, name, output)}", end="")
     return 0
 
 
