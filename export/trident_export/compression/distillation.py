@@ -1,8 +1,9 @@
 """Distillation: a smaller student learns to answer as its teacher, by transformers' Trainer on accelerate.
 
 The student starts from the teacher's layers and is trained on two things: the teacher's distribution, softened by a
-temperature (Hinton et al. 2015), and its hidden states behind the layers that the student kept. A run that was cut off
-goes on from its last checkpoint when it is started again.
+temperature (Hinton et al. 2015), and its hidden states: each of the student's layers learns to give what the next one
+read in the teacher, and so to do the work of those that are gone. A run that was cut off goes on from its last
+checkpoint when it is started again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from transformers import (
 
 from trident_export import corpora
 from trident_export.compression import layouts, models, pruning
+from trident_export.disk import NoSpace
 from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
 
@@ -46,6 +48,7 @@ Run = dict[str, torch.Tensor]
 HELD_OUT_EVERY = 20
 HELD_OUT_MOST = 32
 _WARM_UP = 20
+_SETTINGS = "settings.json"
 _LOG_EVERY = 10
 
 
@@ -175,7 +178,7 @@ def distill(
     """
     work = output.with_name(f"{output.name}.training")
     asked = {"student": student, "source": source.name, **dataclasses.asdict(settings), "texts": len(texts)}
-    _same_run(work, asked)
+    _check_same_run(work, asked)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     data = blocks(spec, tokenizer, texts, settings.length)
     held_out = data[::HELD_OUT_EVERY][:HELD_OUT_MOST]
@@ -187,11 +190,13 @@ def distill(
         )
     teacher = models.load(spec, source)
     pupil, origin = make_student(spec, source, student)
-    _room(pupil, work)
+    _room(pupil, output.parent)
     report = {"teacher": score(teacher, teacher, held_out), "before": score(pupil, teacher, held_out)}
     progress(f"teacher: {_shown(report['teacher'])}; student before: {_shown(report['before'])}")
     steps = settings.steps or len(seen) // settings.batch_size
     trainer = _Distiller(pupil, teacher, origin, seen, tokenizer, work, settings, steps, progress)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _SETTINGS).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     pupil = trainer.accelerator.unwrap_model(trainer.model).eval().cpu()
     report["after"] = score(pupil, teacher.cpu(), held_out)
@@ -269,6 +274,11 @@ def state_distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-6)
 
 
+def targets(origin: Sequence[int], total: int) -> list[int]:
+    """The teacher's layer whose output each of a student's layers learns to give: what the next one is used to read."""
+    return [layer - 1 for layer in origin[1:]] + [total - 1]
+
+
 class _Distiller(Trainer):
     def __init__(
         self,
@@ -328,7 +338,7 @@ class _Distiller(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> Any:
-        """The distribution, and the hidden states behind the layers that the student's come from."""
+        """The distribution and the hidden states; the last of these is all where a model has no distribution."""
         with torch.no_grad():
             expected = self._teacher(**inputs, output_hidden_states=True)
         found = model(**inputs, output_hidden_states=True)
@@ -339,7 +349,7 @@ class _Distiller(Trainer):
             loss = loss + (parts[mask] if parts.shape == mask.shape else parts).mean()
         pairs = [
             (found.hidden_states[place + 1], expected.hidden_states[layer + 1])
-            for place, layer in enumerate(self._origin)
+            for place, layer in enumerate(targets(self._origin, len(expected.hidden_states) - 1))
         ]
         if pairs[0][0].shape == pairs[0][1].shape:
             states = torch.stack([state_distance(mine, theirs)[mask].mean() for mine, theirs in pairs]).mean()
@@ -402,9 +412,9 @@ def _is_causal(model: PreTrainedModel) -> bool:
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _same_run(work: Path, asked: Mapping[str, Any]) -> None:
+def _check_same_run(work: Path, asked: Mapping[str, Any]) -> None:
     """Checkpoints that are there must be of a run with the same settings."""
-    file = work / "settings.json"
+    file = work / _SETTINGS
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         free = ("minutes", "save_every")  # these may change when a run goes on
@@ -416,8 +426,6 @@ def _same_run(work: Path, asked: Mapping[str, Any]) -> None:
                 f"{work} holds the checkpoints of another run ({', '.join(different)}): ask for the same, choose "
                 "another --output, or remove it"
             )
-    work.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
 
 
 def _last_checkpoint(work: Path) -> str | None:
@@ -430,14 +438,13 @@ def _last_checkpoint(work: Path) -> str | None:
     return str(complete[-1]) if complete else None
 
 
-def _room(student: PreTrainedModel, work: Path) -> None:
+def _room(student: PreTrainedModel, folder: Path) -> None:
     """Two checkpoints, each of weights and AdamW's two averages, and the student itself."""
-    from trident_export.disk import NoSpace
-
     wanted = 7 * sum(p.numel() * p.element_size() for p in student.parameters())
-    room = shutil.disk_usage(work).free
+    folder.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(folder).free
     if room < wanted:
-        raise NoSpace(f"training needs {wanted / 2**20:.0f} MiB in {work}, {room / 2**20:.0f} MiB are free")
+        raise NoSpace(f"training needs {wanted / 2**20:.0f} MiB in {folder}, {room / 2**20:.0f} MiB are free")
 
 
 def _shown(row: Row) -> str:
