@@ -17,6 +17,7 @@ from trident_export.limits import ModelsFileError
 from trident_export.passes import Feeds, Pass
 from trident_export.passes.base import Keep
 from trident_export.passes.blocks import BlockMinima, Blocks, pack
+from trident_export.passes.embedding import Embedding
 from trident_export.passes.static import Static
 
 RANDOM = np.random.default_rng(7)
@@ -95,6 +96,46 @@ def test_products_that_are_no_multiple_of_a_block_are_left_to_later_passes() -> 
     assert taken == {"first"}
     done = recipes.transform(graph(), [BlockMinima(block=64), Blocks()])
     assert sorted(node.name for node in done.graph.node if node.op_type == "MatMulNBits") == ["first", "second_Q8"]
+
+
+def test_embedding_tables_in_eight_bits() -> None:
+    table = RANDOM.normal(0, 1, (300, 64)).astype(np.float32)
+    small = RANDOM.normal(0, 1, (2, 64)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["words", "ids"], ["a"], name="words"),
+        helper.make_node("Gather", ["kinds", "kind"], ["b"], name="kinds"),
+        helper.make_node("Add", ["a", "b"], ["y"], name="sum"),
+    ]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "s"]) for name in ("ids", "kind")]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "s", 64])
+    weights = [numpy_helper.from_array(table, "words"), numpy_helper.from_array(small, "kinds")]
+    made = helper.make_graph(nodes, "tables", inputs, [output], weights)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    model = recipes.transform(model, [Embedding()])
+    assert [node.op_type for node in model.graph.node] == ["GatherBlockQuantized", "Gather", "Add"]
+    assert {t.name for t in model.graph.initializer} == {"kinds", "words/levels", "words/steps"}
+    ids, kind = np.array([[0, 299, 7]]), np.array([[1, 0, 1]])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"ids": ids, "kind": kind})[0]
+    blocks = table.reshape(300, 2, 32)
+    steps = np.abs(blocks).max(axis=-1, keepdims=True) / 127
+    rounded = (np.rint(blocks / steps) * steps).reshape(300, 64)
+    np.testing.assert_allclose(found, rounded[ids] + small[kind], atol=1e-6)
+
+
+def test_a_table_that_is_also_a_head_is_left() -> None:
+    """Its float32 weights would stay, and the eight bits come on top."""
+    table = RANDOM.normal(0, 1, (300, 64)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["words", "ids"], ["a"], name="words"),
+        helper.make_node("Transpose", ["words"], ["t"], name="turn", perm=[1, 0]),
+        helper.make_node("MatMul", ["a", "t"], ["y"], name="head"),
+    ]
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", "s"])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "s", 300])
+    made = helper.make_graph(nodes, "tied", [ids], [output], [numpy_helper.from_array(table, "words")])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    assert [node.op_type for node in recipes.transform(model, [Embedding()]).graph.node][0] == "Gather"
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])

@@ -7,6 +7,7 @@ from trident_export.passes.base import Feeds as Feeds
 from trident_export.passes.base import Keep
 from trident_export.passes.base import Pass as Pass
 from trident_export.passes.blocks import BlockMinima, Blocks
+from trident_export.passes.embedding import Embedding
 from trident_export.passes.half import Half
 from trident_export.passes.rows import Rows
 from trident_export.passes.static import Static
@@ -17,5 +18,6 @@ PASSES: dict[str, type[Pass]] = {
     "block_minima": BlockMinima,
     "rows": Rows,
     "static": Static,
+    "embedding": Embedding,
     "half": Half,
 }
