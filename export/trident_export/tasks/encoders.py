@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from trident_serving import preprocessing
 from trident_serving.artefacts import VERSION
 from trident_serving.classification import Activation, activate, softmax
 from trident_serving.encoding import TokenRoles
+from trident_serving.errors import InvalidRequest
 from trident_serving.onnx_backend import OnnxModel
 from trident_serving.pooling import PoolingSettings, normalize, pool
 from trident_serving.postprocessing import LabelSettings
@@ -40,7 +42,7 @@ from trident_serving.triton_adapter import parameters
 Floats = NDArray[np.float32]
 
 _GATE_BATCH = 4
-# Share of a calibration text's tokens that may be unknown.
+# Share of a calibration text's tokens that may be unknown; more, and the text is in another tokenizer's language.
 _MOST_UNKNOWN = 0.1
 
 HEADS = {
@@ -125,11 +127,13 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
 
     The thorough ones are `recall_at_10` of embeddings, and `exact_match` and `f1` of answers (see `fidelity`).
     """
-    pairs = sample_texts(spec, source, texts)
-    reference = reference_outputs(spec, source, pairs)
     built = configs.build(spec)
     name = f"{spec.name}_tokenizer"
     preprocess = preprocessing.create(parameters(configs.as_backend_json(built[name])), root / name / VERSION)
+    pairs = [taken for taken, _ in readable(spec, preprocess, sample_texts(spec, source, texts))]
+    if not pairs:
+        raise ValueError(f"the tokenizer of {spec.name} knows none of the texts: give some of its language")
+    reference = reference_outputs(spec, source, pairs)
     read = reader(spec, root / f"{spec.name}_postprocess" / VERSION)
     searched = [[(text,) for text in texts] for texts in (corpora.passages(), corpora.questions())]
     retrieves = thorough and spec.task == "feature-extraction"
@@ -182,25 +186,35 @@ def calibration_feeder(job: Job, tokenizer_folder: Path) -> Feeder:
 
     def feeds(samples: int, seed: int) -> Feeds:
         texts = corpora.calibration(spec.calibration, samples, seed)
-        found = list(_inputs(spec, preprocess, sample_texts(spec, job.source, texts), 1))
-        check_known(np.concatenate([feed["input_ids"].ravel() for feed in found]), unknown, spec.calibration)
-        return iter(found)
+        found = readable(spec, preprocess, sample_texts(spec, job.source, texts))
+        known = [inputs for _, inputs in found if _unknown_share(inputs, unknown) <= _MOST_UNKNOWN]
+        if 2 * len(known) < len(texts):
+            raise ValueError(
+                f"the calibration text {spec.calibration or 'that is packaged'} does not fit the tokenizer, which does "
+                f"not know what {len(texts) - len(known)} of {len(texts)} texts are written in: name a file of the "
+                "model's own language with calibration = ..."
+            )
+        return iter(known)
 
     return feeds
 
 
-def check_known(ids: NDArray[np.int64], unknown: int | None, file: str) -> None:
-    """Refuse calibration texts that are written in a language of another tokenizer.
+def readable(
+    spec: ModelSpec, preprocess: preprocessing.Preprocess, pairs: Sequence[tuple[str, ...]]
+) -> list[tuple[tuple[str, ...], dict[str, NDArray[Any]]]]:
+    """The texts that a request could bring, with the graph's inputs for each; others are left out.
 
-    Raises:
-        ValueError: more than a tenth of the tokens are the unknown one.
+    The packaged texts are in languages and scripts that not every vocabulary has.
     """
-    share = float((ids == unknown).mean()) if unknown is not None else 0.0
-    if share > _MOST_UNKNOWN:
-        raise ValueError(
-            f"the calibration text {file or 'that is packaged'} does not fit the tokenizer: {share:.0%} of its tokens "
-            "are unknown; name a file of the model's own language with calibration = ..."
-        )
+    found = []
+    for texts in pairs:
+        with contextlib.suppress(InvalidRequest):
+            found += [(texts, inputs) for inputs in _inputs(spec, preprocess, [texts], 1)]
+    return found
+
+
+def _unknown_share(inputs: Mapping[str, NDArray[Any]], unknown: int | None) -> float:
+    return float((inputs["input_ids"][inputs["attention_mask"] > 0] == unknown).mean()) if unknown is not None else 0.0
 
 
 def sample_texts(spec: ModelSpec, source: Path, texts: Sequence[str]) -> list[tuple[str, ...]]:
