@@ -102,7 +102,10 @@ def write(title: str, method: pruning.Method, rows: Sequence[Mapping[str, float]
         "variant", "taken", 1
     )
     if not method.structured:
-        table += "\nWeights that are zero compress; ONNX Runtime multiplies by them as by any other.\n"
+        table += (
+            "\nZeros make a float32 graph compress better, see zipped_mib; "
+            "ONNX Runtime multiplies by them as by any other weight.\n"
+        )
     (folder / "prune.md").write_text(table, encoding="utf-8")
     (folder / "prune.json").write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
     _plot(title, rows, folder / "prune.svg")

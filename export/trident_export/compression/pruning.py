@@ -1,8 +1,8 @@
 """Pruning: a Hugging Face model with fewer weights.
 
 Structured: `heads`, `columns` (of the feed-forward products) and `layers` are cut out, which leaves a smaller and
-faster graph. Unstructured: `magnitude`, `wanda` and `2:4` set weights to zero, which makes a file that compresses
-better; ONNX Runtime multiplies by zero as fast as by anything else.
+faster graph. Unstructured: `magnitude`, `wanda` and `2:4` set weights to zero, which makes a float32 file that
+compresses better; ONNX Runtime multiplies by zero as fast as by anything else.
 What matters least is found on calibration text. Sources: magnitude (Han et al. 2015), Wanda (Sun et al. 2023; 2:4 by
 its scores), layers by the change of direction that they make (ShortGPT, Men et al. 2024).
 """
