@@ -34,14 +34,13 @@ from trident_export import (
     sources,
     tasks,
 )
+from trident_export.compression.methods import Method
 from trident_export.disk import NoSpace
 from trident_export.fidelity import FidelityError
 from trident_export.limits import TemplateLimits
 from trident_export.sensitivity import Grouping
 from trident_export.sources import SourceError
 from trident_serving import artefacts
-
-METHODS = ("magnitude", "wanda", "2:4", "heads", "columns", "layers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,32 +90,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sensitive.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")
     sensitive.add_argument("--reports", type=Path, default=Path("reports"))
     sensitive.set_defaults(run=_sensitivity)
-    pruned = commands.add_parser("prune", help="fewer weights, and the curve of what that costs")
-    pruned.add_argument("model", help="one model of models.toml; it need not be exported")
-    pruned.add_argument("--method", required=True, choices=METHODS)
-    pruned.add_argument("--sparsity", required=True, type=float, nargs="+", metavar="S", help="shares to take away")
-    pruned.add_argument("--output", type=Path, default=Path("pruned"), help="for the Hugging Face folders")
-    pruned.add_argument("--variant", default="", help="exported to be measured (default: the model's default variant)")
-    pruned.add_argument("--text", default="", help="representative text, paragraphs parted by blank lines")
-    pruned.add_argument("--reports", type=Path, default=Path("reports"))
-    pruned.set_defaults(run=_prune)
-    distilled = commands.add_parser("distill", help="a smaller student that learns to answer as its teacher")
-    distilled.add_argument("model", metavar="teacher", help="one model of models.toml; it need not be exported")
-    distilled.add_argument("--student", required=True, help="number of layers, a Hugging Face folder, or a config.json")
-    distilled.add_argument("--text", type=Path, required=True, help="to learn from, paragraphs parted by blank lines")
-    distilled.add_argument("--output", type=Path, help="the student's folder (default: distilled/TEACHER-STUDENT)")
-    distilled.add_argument("--steps", type=int, default=0, help="of the optimizer (default: once through the text)")
-    distilled.add_argument("--minutes", type=float, default=0.0, help="after which it ends, whatever is left")
-    distilled.add_argument("--batch-size", type=int, default=8)
-    distilled.add_argument("--length", type=int, default=128, help="tokens in a block (default 128)")
-    distilled.add_argument("--learning-rate", type=float, default=2e-4)
-    distilled.add_argument("--temperature", type=float, default=2.0)
-    distilled.add_argument("--hidden-weight", type=float, default=1.0, help="of hidden states beside the distribution")
-    distilled.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
-    distilled.add_argument("--seed", type=int, default=0)
-    distilled.add_argument("--deepspeed", default="", help="a DeepSpeed configuration file, for machines with GPUs")
-    distilled.add_argument("--reports", type=Path, default=Path("reports"))
-    distilled.set_defaults(run=_distill)
+    pruned, distilled = _add_pruning(commands), _add_distillation(commands)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
     check.set_defaults(run=_configs)
@@ -136,6 +110,42 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for command in (export, evaluate, sensitive, pruned, distilled):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
+
+
+def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    pruned = commands.add_parser("prune", help="fewer weights, and the curve of what that costs")
+    pruned.add_argument("model", help="one model of models.toml; it need not be exported")
+    pruned.add_argument(
+        "--method", type=Method, required=True, choices=list(Method), metavar="METHOD", help=", ".join(Method)
+    )
+    pruned.add_argument("--sparsity", required=True, type=float, nargs="+", metavar="S", help="shares to take away")
+    pruned.add_argument("--output", type=Path, default=Path("pruned"), help="for the Hugging Face folders")
+    pruned.add_argument("--variant", default="", help="exported to be measured (default: the model's default variant)")
+    pruned.add_argument("--text", default="", help="representative text, paragraphs parted by blank lines")
+    pruned.add_argument("--reports", type=Path, default=Path("reports"))
+    pruned.set_defaults(run=_prune)
+    return pruned
+
+
+def _add_distillation(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    distilled = commands.add_parser("distill", help="a smaller student that learns to answer as its teacher")
+    distilled.add_argument("model", metavar="teacher", help="one model of models.toml; it need not be exported")
+    distilled.add_argument("--student", required=True, help="number of layers, a Hugging Face folder, or a config.json")
+    distilled.add_argument("--text", type=Path, required=True, help="to learn from, paragraphs parted by blank lines")
+    distilled.add_argument("--output", type=Path, help="the student's folder (default: distilled/TEACHER-STUDENT)")
+    distilled.add_argument("--steps", type=int, default=0, help="of the optimizer (default: once through the text)")
+    distilled.add_argument("--minutes", type=float, default=0.0, help="after which it ends, whatever is left")
+    distilled.add_argument("--batch-size", type=int, default=8)
+    distilled.add_argument("--length", type=int, default=128, help="tokens in a block (default 128)")
+    distilled.add_argument("--learning-rate", type=float, default=2e-4)
+    distilled.add_argument("--temperature", type=float, default=2.0)
+    distilled.add_argument("--hidden-weight", type=float, default=1.0, help="of hidden states beside the distribution")
+    distilled.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
+    distilled.add_argument("--seed", type=int, default=0)
+    distilled.add_argument("--deepspeed", default="", help="a DeepSpeed configuration file, for machines with GPUs")
+    distilled.add_argument("--reports", type=Path, default=Path("reports"))
+    distilled.set_defaults(run=_distill)
+    return distilled
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -213,16 +223,15 @@ def _recipe(options: argparse.Namespace, spec: models_file.ModelSpec, variant: s
 
 def _prune(options: argparse.Namespace) -> int:
     from trident_export.compression import curve, models  # torch takes seconds to import
-    from trident_export.compression.pruning import Method
 
     _quiet()
     spec, source = _model(options)
     variant = options.variant or spec.default_variant
-    recipe, method = _recipe(options, spec, variant), Method(options.method)
+    recipe = _recipe(options, spec, variant)
     rows, folders = curve.prune(
         spec,
         source,
-        method,
+        options.method,
         options.sparsity,
         options.output / spec.name,
         variant,
@@ -230,7 +239,7 @@ def _prune(options: argparse.Namespace) -> int:
         options.text or spec.calibration,
         install.print_progress,
     )
-    print(curve.write(f"{spec.name}, {variant}, {method}", method, rows, options.reports))
+    print(curve.write(f"{spec.name}, {variant}, {options.method}", options.method, rows, options.reports))
     print("# for models.toml:")
     for folder in folders:
         print(models.table(spec, f"{spec.name}-{folder.name}".replace("_", "-"), folder))

@@ -285,6 +285,13 @@ def test_impossible_students(spec: models_file.ModelSpec, tmp_path: Path) -> Non
             distillation.make_student(spec, tmp_path / "llama", student)
 
 
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"temperature": 0.0}, {"learning_rate": -1.0}, {"minutes": -1.0}])
+def test_impossible_settings(bad: dict[str, float]) -> None:
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must"):
+        distillation.Settings(**bad)  # type: ignore[arg-type]
+
+
 def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
     for number in (20, 100, 120):
         (tmp_path / f"checkpoint-{number}").mkdir()

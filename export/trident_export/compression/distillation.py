@@ -80,6 +80,14 @@ class Settings:
     seed: int = 0
     deepspeed: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "length", "learning_rate", "temperature", "save_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
+        for name in ("steps", "minutes", "hidden_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(self, name)}")
+
 
 def make_student(
     spec: ModelSpec, source: Path, student: str, calibration: str = ""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -20,28 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trident_export.compression import layouts
+from trident_export.compression.methods import Method as Method
 
 # Sizes that ONNX Runtime's block products like, and what columns are cut to.
 BLOCK = 32
 
 # Inputs of the model, a run each.
 Runs = Sequence[Mapping[str, torch.Tensor]]
-
-
-class Method(StrEnum):
-    """What is taken away."""
-
-    MAGNITUDE = "magnitude"
-    WANDA = "wanda"
-    TWO_OF_FOUR = "2:4"
-    HEADS = "heads"
-    COLUMNS = "columns"
-    LAYERS = "layers"
-
-    @property
-    def structured(self) -> bool:
-        """Whether the graph gets smaller."""
-        return self in (Method.HEADS, Method.COLUMNS, Method.LAYERS)
 
 
 def prune(model: PreTrainedModel, method: Method, sparsity: float, runs: Runs) -> float:
