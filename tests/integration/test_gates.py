@@ -113,6 +113,14 @@ def test_a_damaged_generator(
         generator_check(variant, tmp_path)
 
 
+def test_every_product_of_int4_but_the_head_has_four_bits(default_repository: Path) -> None:
+    model = onnx.load(str(default_repository / "smollm2_int4" / VERSION / "model.onnx"), load_external_data=False)
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    bits = {node.name: next(a.i for a in node.attribute if a.name == "bits") for node in products}
+    assert [name for name, number in bits.items() if number == 8] == ["/model/lm_head/MatMul_Q8"]
+    assert list(bits.values()).count(4) == 4 * 30
+
+
 def test_quantize_dynamic_is_refused(
     default_repository: Path, generator_check: Callable[[str, Path], None], tmp_path: Path
 ) -> None:

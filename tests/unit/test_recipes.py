@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from trident_export import corpora, models_file, recipes
 from trident_export.limits import ModelsFileError
 from trident_export.passes import Feeds, Pass
-from trident_export.passes.base import Keep
+from trident_export.passes.base import Keep, ranks
 from trident_export.passes.blocks import BlockMinima, Blocks, pack
 from trident_export.passes.embedding import Embedding
 from trident_export.passes.static import Static
@@ -89,6 +89,22 @@ def test_block_minima_are_what_numpy_says(shape: Sequence[str | int]) -> None:
     rounded = (np.rint(blocks / units) * units).reshape(-1, INPUTS)
     expected = np.tanh(rounded @ weight + blocks.sum(axis=-1) @ middles + BIAS) @ SECOND
     np.testing.assert_allclose(run(model, x).reshape(-1, OUTPUTS), expected, atol=1e-4)
+
+
+def test_ranks_behind_operators_that_onnx_does_not_know() -> None:
+    """RMS norms with the residual are ONNX Runtime's own, and every product of a decoder is behind one."""
+    model = graph(("batch", "rows", INPUTS))
+    scale = numpy_helper.from_array(np.ones(INPUTS, np.float32), "scale")
+    norm = helper.make_node(
+        "SkipSimplifiedLayerNormalization", ["x", "x", "scale"], ["normed"], name="norm", domain="com.microsoft"
+    )
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.graph.initializer.append(scale)
+    model.graph.node.insert(0, norm)
+    model.graph.node[1].input[0] = "normed"
+    assert {ranks(model)[name] for name in ("normed", "products", "hidden", "y")} == {3}
+    _, taken = BlockMinima().apply(model, ["first", "second"], None)
+    assert taken == {"first", "second"}
 
 
 def test_products_that_are_no_multiple_of_a_block_are_left_to_later_passes() -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import onnx
 from numpy.typing import NDArray
 
+from trident_export.shape_folding import infer_types
 from trident_export.unpadding import is_packed
 
 # Inputs of a graph by name, a run each.
@@ -75,9 +76,24 @@ def add_domain(model: onnx.ModelProto) -> None:
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 
 
-def rank(name: str, types: Mapping[str, onnx.TypeProto.Tensor]) -> int | None:
-    """Dimensions of a value; None where nothing says."""
-    if is_packed(name):
-        return 2
-    found = types.get(name)
-    return len(found.shape.dim) if found is not None and found.HasField("shape") else None
+# Operators whose outputs have as many dimensions as the input that has most; onnx does not know ONNX Runtime's own.
+_KEEPING_RANK = frozenset(
+    """
+    Add Cast Clip Div Erf FastGelu Gelu LayerNormalization MatMul MatMulNBits Mul Pow QuickGelu Relu Sigmoid
+    SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization Split Sqrt Sub Tanh
+    """.split()  # noqa: SIM905  (one name a line would hide the rest of the module)
+)
+
+
+def ranks(model: onnx.ModelProto) -> dict[str, int]:
+    """Numbers of dimensions by value, as far as anything says."""
+    found = {name: len(kind.shape.dim) for name, kind in infer_types(model).items() if kind.HasField("shape")}
+    found |= {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        known = [found[name] for name in node.input if name in found]
+        for name in node.output:
+            if is_packed(name):
+                found[name] = 2
+            elif name and name not in found and known and node.op_type in _KEEPING_RANK:
+                found[name] = max(known)
+    return found

@@ -17,8 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, rank
-from trident_export.shape_folding import infer_types
+from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, ranks
 
 ACCURACY_LEVEL = 4
 _SIZES = (16, 32, 64, 128, 256)
@@ -90,13 +89,13 @@ class BlockMinima(Pass):
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`."""
         graph = model.graph
-        types = infer_types(model)
+        known = ranks(model)
         weights = {tensor.name: tensor for tensor in graph.initializer}
         nodes: list[onnx.NodeProto] = []
         taken: set[str] = set()
         sums: set[str] = set()
         for node in graph.node:
-            dimensions = rank(node.input[0], types) if node.name in chosen else None
+            dimensions = known.get(node.input[0]) if node.name in chosen else None
             if dimensions is None or weights[node.input[1]].dims[0] % self.block:
                 nodes.append(node)
                 continue

@@ -17,8 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, rank
-from trident_export.shape_folding import infer_types
+from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, ranks
 
 _PREFIX = "rowwise"
 _WEIGHT_LARGEST = 63
@@ -47,14 +46,14 @@ def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
         chosen: names of products. Those whose activation has another rank are left.
     """
     graph = model.graph
-    types = infer_types(model)
+    known = ranks(model)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     weights = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
     quantized: dict[str, tuple[str, str]] = {}  # activation -> its integers and its rows' scales
     taken: set[str] = set()
     for node in graph.node:
-        if node.name not in chosen or rank(node.input[0], types) != 2:
+        if node.name not in chosen or known.get(node.input[0]) != 2:
             nodes.append(node)
             continue
         if not taken:

@@ -22,8 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 
-from trident_export.passes.base import Feeder, Feeds, Pass, rank
-from trident_export.shape_folding import infer_types
+from trident_export.passes.base import Feeder, Feeds, Pass, ranks
 
 METHODS = ("minmax", "entropy", "percentile")
 
@@ -121,7 +120,7 @@ def add_biases(model: onnx.ModelProto, chosen: Collection[str]) -> None:
     float32. Only for products of [rows, features], which is what Gemm takes.
     """
     graph = model.graph
-    types = infer_types(model)
+    known = ranks(model)
     vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
@@ -129,7 +128,7 @@ def add_biases(model: onnx.ModelProto, chosen: Collection[str]) -> None:
             readers[name].append(node)
     gone = set()
     for node in graph.node:
-        if node.name not in chosen or rank(node.input[0], types) != 2:
+        if node.name not in chosen or known.get(node.input[0]) != 2:
             continue
         (after, *others) = readers[node.output[0]] or [None]
         bias = next((name for name in after.input if name in vectors), None) if after is not None else None
