@@ -77,6 +77,7 @@ def _made(spec: ModelSpec, folder: Path) -> ModelSpec:
         limits=dataclasses.replace(spec.limits, **changes),
         variants=("fp32",),  # eight bits of weights like these are beyond the gate
         default_variant="fp32",
+        recipes={"fp32": spec.recipes["fp32"]},
     )
 
 
