@@ -80,9 +80,7 @@ def test_what_is_proposed_can_be_exported(
 def spec_in_float32(spec: models_file.ModelSpec) -> models_file.ModelSpec:
     import dataclasses
 
-    return dataclasses.replace(
-        spec, variants=("fp32",), default_variant="fp32", recipes={"fp32": spec.recipes["fp32"]}
-    )
+    return dataclasses.replace(spec, variants=("fp32",), default_variant="fp32", recipes={"fp32": spec.recipes["fp32"]})
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def generator_check(default_repository: Path) -> Callable[[str, Path], None]:
         ("int8", scales_off, "kl is .*top1 is"),
         ("int8", layer_zeroed, "kl is .*top1 is"),
         ("int8", heads_swapped, "kl is .*top1 is"),
+        ("int8_mixed", scales_off, "kl is .*top1 is"),
         ("int4", layer_zeroed, "kl is .*top1 is"),
     ],
 )

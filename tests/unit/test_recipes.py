@@ -18,6 +18,8 @@ from trident_export.passes import Feeds, Pass
 from trident_export.passes.base import Keep, ranks
 from trident_export.passes.blocks import BlockMinima, Blocks, pack
 from trident_export.passes.embedding import Embedding
+from trident_export.passes.rows import Rows
+from trident_export.passes.smooth import Smooth, behind_norms
 from trident_export.passes.static import Static
 
 RANDOM = np.random.default_rng(7)
@@ -112,6 +114,64 @@ def test_products_that_are_no_multiple_of_a_block_are_left_to_later_passes() -> 
     assert taken == {"first"}
     done = recipes.transform(graph(), [BlockMinima(block=64), Blocks()])
     assert sorted(node.name for node in done.graph.node if node.op_type == "MatMulNBits") == ["first", "second_Q8"]
+
+
+def normed_graph() -> onnx.ModelProto:
+    """A norm, and a product of its output that has a channel twenty times as large as the others."""
+    scale = np.ones(INPUTS, np.float32)
+    scale[5] = 20
+    nodes = [
+        helper.make_node(
+            "SimplifiedLayerNormalization", ["x", "scale"], ["normed"], name="norm", axis=-1, epsilon=1e-5
+        ),
+        helper.make_node("MatMul", ["normed", "first_weight"], ["y"], name="first"),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", INPUTS]),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", INNER])
+    weights = [numpy_helper.from_array(scale, "scale"), numpy_helper.from_array(FIRST, "first_weight")]
+    made = helper.make_graph(nodes, "normed", inputs, [output], weights)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def test_smoothing_changes_nothing_and_makes_rounding_easier() -> None:
+    x = RANDOM.normal(0, 1, (6, INPUTS)).astype(np.float32)
+    expected = run(normed_graph(), x)
+    smoothed = recipes.transform(normed_graph(), [Smooth()], feeder)
+    np.testing.assert_allclose(run(smoothed, x), expected, atol=2e-4)
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in smoothed.graph.initializer}
+    # The channel's activations are about 20 times the others', its weights are like theirs: the root goes over.
+    others = np.delete(weights["scale"], 5)
+    assert weights["scale"][5] / np.median(others) == pytest.approx(np.sqrt(20), rel=0.25)
+    rough = recipes.transform(normed_graph(), [Rows()])
+    fine = recipes.transform(normed_graph(), [Smooth(), Rows()], feeder)
+    errors = [float(np.abs(run(model, x) - expected).mean()) for model in (rough, fine)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_norm_that_something_else_reads_is_left() -> None:
+    model = normed_graph()
+    model.graph.node.append(helper.make_node("Relu", ["normed"], ["z"], name="other"))
+    assert behind_norms(model, {"first"}) == {}
+    assert list(behind_norms(normed_graph(), {"first"})) == ["normed"]
+    assert behind_norms(normed_graph(), set()) == {}
+    with pytest.raises(ValueError, match="the pass smooth needs calibration text"):
+        recipes.transform(normed_graph(), [Smooth()])
+
+
+def test_rows_of_a_decoders_tokens() -> None:
+    """[1, tokens, features], as no other kind of graph has them."""
+    model = graph((1, "tokens", INPUTS))
+    model.graph.input[0].name = model.graph.node[0].input[0] = "input_ids"
+    x = RANDOM.normal(0, 1, (1, 5, INPUTS)).astype(np.float32)
+    done = recipes.transform(model, [Rows()])
+    assert [node.op_type for node in done.graph.node].count("MatMulIntegerToFloat") == 2
+    session = ort.InferenceSession(done.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"input_ids": x})[0]
+    assert found.shape == (1, 5, OUTPUTS)
+    np.testing.assert_allclose(found, exact(x), atol=0.1)
+    np.testing.assert_array_equal(session.run(None, {"input_ids": x[:, :1]})[0], found[:, :1])
 
 
 def test_embedding_tables_in_eight_bits() -> None:
@@ -234,7 +294,9 @@ def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
         '[e]\ntask = "feature-extraction"\nsource = { path = "x" }\nvariants = ["fp32", "mine"]\n'
         'limits = { dimensions = 8 }\ncalibration = "own.txt"\n'
     )
-    with pytest.raises(ModelsFileError, match="must be different ones of fp32, fp16, int8, int4, int8_static"):
+    with pytest.raises(
+        ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_mixed, int4, int8_static"
+    ):
         models_file.load(tmp_path / "models.toml")
     (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "rows" }]\n')
     (spec,) = models_file.load(tmp_path / "models.toml")

@@ -10,6 +10,7 @@ from trident_export.passes.blocks import BlockMinima, Blocks
 from trident_export.passes.embedding import Embedding
 from trident_export.passes.half import Half
 from trident_export.passes.rows import Rows
+from trident_export.passes.smooth import Smooth
 from trident_export.passes.static import Static
 
 PASSES: dict[str, type[Pass]] = {
@@ -17,6 +18,7 @@ PASSES: dict[str, type[Pass]] = {
     "blocks": Blocks,
     "block_minima": BlockMinima,
     "rows": Rows,
+    "smooth": Smooth,
     "static": Static,
     "embedding": Embedding,
     "half": Half,

@@ -89,11 +89,14 @@ def ranks(model: onnx.ModelProto) -> dict[str, int]:
     """Numbers of dimensions by value, as far as anything says."""
     found = {name: len(kind.shape.dim) for name, kind in infer_types(model).items() if kind.HasField("shape")}
     found |= {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    sizes = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 1}
     for node in model.graph.node:
         known = [found[name] for name in node.input if name in found]
         for name in node.output:
             if is_packed(name):
                 found[name] = 2
+            elif node.op_type == "Reshape" and node.input[1] in sizes:
+                found[name] = sizes[node.input[1]]
             elif name and name not in found and known and node.op_type in _KEEPING_RANK:
                 found[name] = max(known)
     return found

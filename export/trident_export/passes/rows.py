@@ -26,7 +26,10 @@ _ACTIVATION_LARGEST = 127
 
 @dataclass(frozen=True)
 class Rows(Pass):
-    """Products of [rows, features] in eight bits, a scale for each row and column; other ranks are left."""
+    """Products of [rows, features] in eight bits, a scale for each row and column.
+
+    Of decoders, whose activations are [1, tokens, features], too; other products are left.
+    """
 
     refused: ClassVar[Mapping[str, str]] = {
         "cuda": "ONNX Runtime has no CUDA kernel for its integer products, which would run on the CPU"
@@ -36,7 +39,41 @@ class Rows(Pass):
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`."""
+        flatten(model, set(chosen))
         return model, quantize_rows(model, set(chosen))
+
+
+def flatten(model: onnx.ModelProto, chosen: Collection[str]) -> None:
+    """Give products of [1, tokens, features] their activation as [tokens, features], in place."""
+    graph = model.graph
+    if not any(value.name == "input_ids" and _is_single(value) for value in graph.input):
+        return
+    known = ranks(model)
+    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    flat: set[str] = set()
+    for node in graph.node:
+        if node.name not in chosen or known.get(node.input[0]) != 3:
+            nodes.append(node)
+            continue
+        source, path = node.input[0], f"{_PREFIX}/{node.name}"
+        if source not in flat:
+            flat.add(source)
+            nodes.append(_reshape(graph, source, f"{_PREFIX}/{source}/flat", (-1, weights[node.input[1]][0])))
+        back = _reshape(graph, f"{path}/flat", node.output[0], (1, -1, weights[node.input[1]][1]))
+        node.input[0], node.output[0] = f"{_PREFIX}/{source}/flat", f"{path}/flat"
+        nodes += [node, back]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _is_single(value: onnx.ValueInfoProto) -> bool:
+    return bool(value.type.tensor_type.shape.dim[0].dim_value == 1)
+
+
+def _reshape(graph: onnx.GraphProto, source: str, target: str, shape: tuple[int, ...]) -> onnx.NodeProto:
+    graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), f"{target}/shape"))
+    return helper.make_node("Reshape", [source, f"{target}/shape"], [target], name=f"{target}/reshape")
 
 
 def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:

@@ -8,19 +8,21 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from trident_export import decoder_passes, disk, fidelity, recipes
+from trident_export import corpora, decoder_passes, disk, fidelity, recipes
 from trident_export.causal_graph import export_causal_graph
 from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
+from trident_export.passes import Feeder, Feeds
 from trident_export.recipes import Kind
 from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
-from trident_serving.generation.batch import RowTokens
+from trident_serving.generation.batch import MIN_PLACES, RowTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.tokenization import TextTokenizer
@@ -55,8 +57,38 @@ def trace(job: Job) -> None:
 def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     folder = job.staging / job.spec.public_name(variant) / VERSION
-    recipes.apply(job.spec.recipes[variant], Kind.DECODER, job.graphs / "model.onnx", folder / "model.onnx")
+    graph, feeder = job.graphs / "model.onnx", calibration_feeder(job)
+    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", feeder)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
+
+
+def calibration_feeder(job: Job) -> Feeder:
+    """Calibration texts as the graph's inputs, a text a run, each from an empty cache.
+
+    Raises:
+        ValueError: when texts are drawn: the file has none.
+    """
+
+    def feeds(samples: int, seed: int) -> Feeds:
+        tokenizer = TextTokenizer.load(job.assets)
+        graph = onnx.load(str(job.graphs / "model.onnx"), load_external_data=False).graph
+        for text in corpora.calibration(job.spec.calibration, samples, seed):
+            ids = tokenizer.encode(text, add_special_tokens=False)[:GATE_TOKENS]
+            if len(ids) < MIN_PLACES:
+                continue
+            packed = pack([RowTokens(0, 0, ids)])
+            feed = {}
+            for value in graph.input:
+                if value.name.startswith("past"):
+                    _, heads, _, size = (dim.dim_value for dim in value.type.tensor_type.shape.dim)
+                    feed[value.name] = np.zeros((1, heads, len(ids), size), np.float32)
+                elif value.name == "total_sequence_length":
+                    feed[value.name] = np.array(len(ids), np.int32)
+                else:
+                    feed[value.name] = getattr(packed, value.name)
+            yield feed
+
+    return feeds
 
 
 def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
