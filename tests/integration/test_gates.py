@@ -79,7 +79,8 @@ def generator_check(default_repository: Path) -> Callable[[str, Path], None]:
     reference = text_generation.reference_logits(model, samples)
 
     def check(variant: str, folder: Path) -> None:
-        fidelity.check("text-generation", variant, text_generation.measure(folder, samples, reference))
+        measured = text_generation.measure(folder, samples, reference)
+        fidelity.check("text-generation", variant, measured, precision=spec.recipes[variant].precision)
 
     return check
 

@@ -115,9 +115,6 @@ def make_student(
         pruning.keep_layers(teacher, kept)
         return teacher, kept
     path = Path(student)
-    if path.is_dir() and list(path.glob("*.safetensors")):
-        made = models.load(spec, path)
-        return made, spread(len(layouts.layers_of(made)), total)
     if not path.exists():
         raise ValueError(f"a student is a number of layers, a Hugging Face folder or a config.json: found {student!r}")
     config = AutoConfig.from_pretrained(path)
@@ -126,6 +123,9 @@ def make_student(
             f"{path} is a {config.model_type} of {config.vocab_size} tokens, the teacher a {teacher.config.model_type} "
             f"of {teacher.config.vocab_size}: both must be of one kind and vocabulary"
         )
+    if path.is_dir() and list(path.glob("*.safetensors")):
+        made = models.load(spec, path)
+        return made, spread(len(layouts.layers_of(made)), total)
     torch.manual_seed(0)
     made = type(teacher)(config).eval()
     origin = spread(len(layouts.layers_of(made)), total)
