@@ -276,9 +276,11 @@ def bytes_read(weights: Path) -> int:
     if not (weights / "model.onnx").exists():
         return size
     graph = onnx.load(str(weights / "model.onnx"), load_external_data=False).graph
-    lookup = next(node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids")
-    table = next(tensor for tensor in graph.initializer if tensor.name == lookup.input[0])
-    return size - int(np.prod(table.dims)) * 4
+    # A table of eight bits has its scales as a third input.
+    lookup = next(node for node in graph.node if "Gather" in node.op_type and node.input[1] == "input_ids")
+    tables = [tensor for tensor in graph.initializer if tensor.name in lookup.input]
+    widths = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.UINT8: 1}
+    return size - sum(int(np.prod(table.dims)) * widths[table.data_type] for table in tables)
 
 
 def as_table(figures: Figures) -> str:
