@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from benchmarks import generation
 from tests.conftest import ROOT
 from trident_export import configs, corpora, fidelity, models_file, sources
 from trident_export.fidelity import FidelityError
@@ -121,6 +122,13 @@ def test_every_product_of_int4_but_the_head_has_four_bits(default_repository: Pa
     bits = {node.name: next(a.i for a in node.attribute if a.name == "bits") for node in products}
     assert [name for name, number in bits.items() if number == 8] == ["/model/lm_head/MatMul_Q8"]
     assert list(bits.values()).count(4) == 4 * 30
+
+
+@pytest.mark.parametrize(("variant", "table"), [("fp32", 4 * 49152 * 576), ("int4", 49152 * 576 * 9 // 8)])
+def test_what_a_token_reads_is_all_but_the_embedding_table(default_repository: Path, variant: str, table: int) -> None:
+    """`make bench` gives a share of the memory's bandwidth by it: bytes in float32, or in blocks of 32 with a scale."""
+    folder = default_repository / SPECS["smollm2"].public_name(variant) / VERSION
+    assert generation.bytes_of(folder) - generation.bytes_read(folder) == table
 
 
 def test_quantize_dynamic_is_refused(

@@ -64,7 +64,10 @@ def test_the_recipe_that_it_prints_is_closer(folder: Path) -> None:
 def test_what_can_not_be_analyzed(folder: Path) -> None:
     options = ("--models-file", str(folder / "models.toml"), "--reports", str(folder))
     for variant, message in (
-        ("int5", "there is no recipe 'int5'; known are fp32, fp16, int8, int8_mixed, int4, int8_static, coarse"),
+        (
+            "int5",
+            "there is no recipe 'int5'; known are fp32, fp16, int8, int8_mixed, int4, int4_mixed, int8_static, coarse",
+        ),
         ("fp32", "the recipe quantizes nothing: name another with --variant"),
         ("int8_static", "variant int8_static is for encoder models, this is decoder"),
     ):

@@ -295,7 +295,7 @@ def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
         'limits = { dimensions = 8 }\ncalibration = "own.txt"\n'
     )
     with pytest.raises(
-        ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_mixed, int4, int8_static"
+        ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_mixed, int4, int4_mixed"
     ):
         models_file.load(tmp_path / "models.toml")
     (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "rows" }]\n')
