@@ -66,9 +66,13 @@ def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
 
 
 def table(spec: ModelSpec, name: str, folder: Path) -> str:
-    """A table of models.toml for a compressed model: the original's, with another name and source."""
+    """A table of models.toml for a compressed model: the original's, with another name and source.
+
+    Its variants are the default one and float32: what others get wrong on the new weights their gates have to say.
+    """
     limits = ", ".join(f"{key} = {_toml(value)}" for key, value in spec.as_dict()["limits"].items())
-    variants = ", ".join(f'"{variant}"' for variant in spec.variants)
+    chosen = [v for v in spec.variants if v in (spec.default_variant, "fp32")]
+    variants = ", ".join(f'"{variant}"' for variant in chosen)
     prompts = ", ".join(f"{key} = {json.dumps(text)}" for key, text in (spec.prompts or {}).items())
     return (
         f'[{name}]\ntask = "{spec.task}"\nsource = {{ path = "{folder.resolve()}" }}\nvariants = [{variants}]\n'
