@@ -54,7 +54,7 @@ format: $(SETUP) ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json}
+quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json,svg}
 	@$(BIN)/python -m trident_export evaluate $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 bench: $(SETUP) ## side by side with its peers in one run -> reports/bench.md

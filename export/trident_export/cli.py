@@ -191,7 +191,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
     _quiet()
     spec, source = _model(options)
     variant = options.variant or spec.variants[-1]
-    recipe, kind = _recipe(options, spec, variant), sensitivity.kind_of(spec)
+    recipe, kind = _recipe(options, spec, variant), spec.kind
     texts = corpora.read(options.text) if options.text else None
     losses = sensitivity.analyze(spec, source, recipe, options.by, install.print_progress, texts)
     options.reports.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def _recipe(options: argparse.Namespace, spec: models_file.ModelSpec, variant: s
     known = recipes.load(options.models_file.resolve().parent)
     if variant not in known:
         raise ValueError(f"there is no recipe {variant!r}; known are {', '.join(known)}")
-    known[variant].check(variant, sensitivity.kind_of(spec), getattr(spec.limits, "device", "cpu"))
+    known[variant].check(variant, spec.kind, getattr(spec.limits, "device", "cpu"))
     return known[variant]
 
 

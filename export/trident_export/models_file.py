@@ -11,6 +11,7 @@ from typing import Any
 from trident_export import recipes
 from trident_export.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
 from trident_export.limits import ModelsFileError as ModelsFileError
+from trident_export.recipes import Kind
 from trident_serving.templates import compile_template
 
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
@@ -68,6 +69,11 @@ class ModelSpec:
     calibration: str = ""
     recipes: Mapping[str, recipes.Recipe] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> Kind:
+        """Which passes of a recipe are for it."""
+        return _kind(self.limits)
+
     def public_name(self, variant: str) -> str:
         """The name under which clients call a variant."""
         return self.name if variant == self.default_variant else f"{self.name}_{variant}"
@@ -108,6 +114,10 @@ def load(path: Path) -> list[ModelSpec]:
 
 def _resolved(spec: ModelSpec, base: Path) -> ModelSpec:
     return replace(spec, calibration=str((base / spec.calibration).resolve())) if spec.calibration else spec
+
+
+def _kind(limits: Limits) -> Kind:
+    return Kind.ENCODER if isinstance(limits, EncoderLimits) else Kind.DECODER
 
 
 def _generates(spec: ModelSpec) -> bool:
@@ -161,7 +171,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
     limits = _limits(f"{where} limits", LIMITS[task], table["limits"])
-    kind = recipes.Kind.ENCODER if isinstance(limits, EncoderLimits) else recipes.Kind.DECODER
+    kind = _kind(limits)
     try:
         for variant in variants:
             known_recipes[variant].check(variant, kind, getattr(limits, "device", "cpu"))

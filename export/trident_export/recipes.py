@@ -141,7 +141,7 @@ def transform(model: onnx.ModelProto, passes: Sequence[Pass], feeder: Feeder | N
         feeder: gives inputs of the graph, for passes that look at activations.
 
     Raises:
-        NoProducts: the passes are for products, and none took one: the architecture has no such product.
+        NoProducts: the passes are for products, some are not kept, and none took one: the architecture has no such.
     """
     if not passes:
         return model
@@ -152,7 +152,7 @@ def transform(model: onnx.ModelProto, passes: Sequence[Pass], feeder: Feeder | N
         model, done = step.apply(model, chosen, feeder)
         left = [name for name in left if name not in done]
         taken += len(done) if step.for_products else 0
-    if not taken and any(step.for_products for step in passes):
+    if not taken and (left or not names) and any(step.for_products for step in passes):
         some = ", ".join(names[:4]) or "none"
         raise NoProducts(f"the recipe fits no product of this architecture; its products are {some} ...")
     return model

@@ -18,10 +18,10 @@ from pathlib import Path
 import onnx
 
 from trident_export import recipes, tasks
-from trident_export.limits import EncoderLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Pass
 from trident_export.passes.base import Keep
+from trident_export.passes.embedding import Embedding
 from trident_export.recipes import Kind, Recipe
 
 PROBE = "probe"
@@ -72,7 +72,7 @@ def analyze(
     Raises:
         ValueError: no product takes the recipe.
     """
-    kind = kind_of(spec)
+    kind = spec.kind
     with tempfile.TemporaryDirectory(prefix="trident-sensitivity-") as folder:
         job = tasks.Job(_probing(spec, recipe, kind, None), source, Path(folder), progress)
         tasks.trace(job)
@@ -120,11 +120,6 @@ def kept(variant: str, recipe: Recipe, kind: Kind, losses: Sequence[Loss], count
     return f'[{variant}_kept]\nprecision = "{recipe.precision}"\n{kind} = {steps}\n'
 
 
-def kind_of(spec: ModelSpec) -> Kind:
-    """Which passes of a recipe are for a model."""
-    return Kind.ENCODER if isinstance(spec.limits, EncoderLimits) else Kind.DECODER
-
-
 def as_table(losses: Sequence[Loss]) -> str:
     """A Markdown table, a row for each group."""
     measure = losses[0].measure
@@ -143,7 +138,9 @@ def _probing(spec: ModelSpec, recipe: Recipe, kind: Kind, products: Sequence[str
     steps: Mapping[Kind, tuple[Pass, ...]] = recipe.passes
     if products is not None:
         others = "|".join(re.escape(name) for name in products)
-        steps = {kind: (Keep(nodes=f"^(?!({others})$)"), *recipe.passes[kind])}
+        # Embedding tables are no products: their loss would be in every group's.
+        wanted = [step for step in recipe.passes[kind] if not isinstance(step, Embedding)]
+        steps = {kind: (Keep(nodes=f"^(?!({others})$)"), *wanted)}
     probe = dataclasses.replace(recipe, passes=steps)
     return dataclasses.replace(spec, variants=(PROBE,), default_variant=PROBE, recipes={PROBE: probe})
 

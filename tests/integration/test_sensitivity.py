@@ -61,6 +61,22 @@ def test_the_recipe_that_it_prints_is_closer(folder: Path) -> None:
     assert manifest.fidelity["coarse_kept"]["kl"] < 0.5 * manifest.fidelity["coarse"]["kl"]
 
 
+def test_both_graphs_of_a_translation_model(tmp_path: Path) -> None:
+    """One product at a time: the other graph is kept as a whole, which is no misfit of the recipe."""
+    tiny_models.make_seq2seq(tmp_path / "t5", "t5")
+    (tmp_path / "recipes.toml").write_text(COARSE)
+    (tmp_path / "models.toml").write_text(
+        '[t5]\ntask = "translation"\nsource = { path = "t5" }\nvariants = ["coarse"]\n'
+        "limits = { max_source_tokens = 64, max_target_tokens = 64, threads = 1 }\n"
+    )
+    options = ("--models-file", str(tmp_path / "models.toml"), "--reports", str(tmp_path))
+    done = run_export("sensitivity", "t5", "--by", "kind", *options)
+    assert done.returncode == 0, done.stderr
+    losses = {loss["group"]: loss for loss in json.loads((tmp_path / "sensitivity.json").read_text())}
+    assert len(losses) > 4
+    assert all(loss["loss"] > 1e-9 for loss in losses.values())
+
+
 def test_what_can_not_be_analyzed(folder: Path) -> None:
     options = ("--models-file", str(folder / "models.toml"), "--reports", str(folder))
     for variant, message in (

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trident_export import sources
 from trident_export.disk import NoSpace
 from trident_export.limits import EncoderLimits, GenerationLimits
 from trident_export.models_file import ModelSpec
@@ -78,11 +77,6 @@ def table(spec: ModelSpec, name: str, folder: Path) -> str:
         f'[{name}]\ntask = "{spec.task}"\nsource = {{ path = "{folder.resolve()}" }}\nvariants = [{variants}]\n'
         f'default_variant = "{spec.default_variant}"\nlimits = {{ {limits} }}\n'
     ) + (f"prompts = {{ {prompts} }}\n" if spec.prompts is not None else "")
-
-
-def fetch(spec: ModelSpec, base: Path, cache: Path, progress: sources.Progress) -> Path:
-    """The Hugging Face folder of a spec."""
-    return sources.fetch(spec, base, cache, progress)
 
 
 def _toml(value: object) -> str:
