@@ -172,6 +172,26 @@ def test_rows_of_a_decoders_tokens() -> None:
     assert found.shape == (1, 5, OUTPUTS)
     np.testing.assert_allclose(found, exact(x), atol=0.1)
     np.testing.assert_array_equal(session.run(None, {"input_ids": x[:, :1]})[0], found[:, :1])
+    x[0, 2] = 0
+    nothing = session.run(None, {"input_ids": x})[0]
+    np.testing.assert_allclose(nothing[:, 2], exact(x)[:, 2], atol=0.1)  # a token of zeros has a scale of zero
+    np.testing.assert_array_equal(np.delete(nothing, 2, axis=1), np.delete(found, 2, axis=1))
+
+
+def test_rows_of_chosen_tokens() -> None:
+    """Behind the choice of the tokens whose logits are wanted there are fewer rows."""
+    model = graph((1, "tokens", INPUTS))
+    model.graph.input[0].name = "input_ids"
+    model.graph.input.append(helper.make_tensor_value_info("logits_tokens", TensorProto.INT64, ["kept"]))
+    model.graph.node[0].input[0] = "kept"
+    choice = helper.make_node("Gather", ["input_ids", "logits_tokens"], ["kept"], name="choice", axis=1)
+    model.graph.node.insert(0, choice)
+    x = RANDOM.normal(0, 1, (1, 5, INPUTS)).astype(np.float32)
+    done = recipes.transform(model, [Rows()])
+    session = ort.InferenceSession(done.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"input_ids": x, "logits_tokens": np.array([4, 1])})[0]
+    assert [node.op_type for node in done.graph.node].count("MatMulIntegerToFloat") == 2
+    np.testing.assert_allclose(found, exact(x[:, [4, 1]]), atol=0.1)
 
 
 def test_embedding_tables_in_eight_bits() -> None:

@@ -20,6 +20,8 @@ from onnx import helper, numpy_helper
 from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, ranks
 
 _PREFIX = "rowwise"
+_TOKENS, _SELECTION = "input_ids", "logits_tokens"  # inputs of a decoder's graph
+_EVERY_TOKEN = f"{_PREFIX}/every_token"  # of what all of them share
 _WEIGHT_LARGEST = 63
 _ACTIVATION_LARGEST = 127
 
@@ -39,45 +41,13 @@ class Rows(Pass):
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`."""
-        flatten(model, set(chosen))
         return model, quantize_rows(model, set(chosen))
 
 
-def flatten(model: onnx.ModelProto, chosen: Collection[str]) -> None:
-    """Give products of [1, tokens, features] their activation as [tokens, features], in place."""
-    graph = model.graph
-    if not any(value.name == "input_ids" and _is_single(value) for value in graph.input):
-        return
-    known = ranks(model)
-    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    flat: set[str] = set()
-    for node in graph.node:
-        if node.name not in chosen or known.get(node.input[0]) != 3:
-            nodes.append(node)
-            continue
-        source, path = node.input[0], f"{_PREFIX}/{node.name}"
-        if source not in flat:
-            flat.add(source)
-            nodes.append(_reshape(graph, source, f"{_PREFIX}/{source}/flat", (-1, weights[node.input[1]][0])))
-        back = _reshape(graph, f"{path}/flat", node.output[0], (1, -1, weights[node.input[1]][1]))
-        node.input[0], node.output[0] = f"{_PREFIX}/{source}/flat", f"{path}/flat"
-        nodes += [node, back]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _is_single(value: onnx.ValueInfoProto) -> bool:
-    return bool(value.type.tensor_type.shape.dim[0].dim_value == 1)
-
-
-def _reshape(graph: onnx.GraphProto, source: str, target: str, shape: tuple[int, ...]) -> onnx.NodeProto:
-    graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), f"{target}/shape"))
-    return helper.make_node("Reshape", [source, f"{target}/shape"], [target], name=f"{target}/reshape")
-
-
 def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
-    """Quantize products of rows of activations, [rows, features], and a constant weight, in place; returns which.
+    """Quantize products of rows of activations and a constant weight, in place; returns which.
+
+    Rows are those of [rows, features], and in a graph of packed tokens, [1, tokens], those of [1, tokens, features].
 
     Args:
         chosen: names of products. Those whose activation has another rank are left.
@@ -86,19 +56,28 @@ def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
     known = ranks(model)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     weights = {tensor.name: tensor for tensor in graph.initializer}
+    packed = any(value.name == _TOKENS and _is_single(value) for value in graph.input)
+    selected = _selected(graph)
     nodes: list[onnx.NodeProto] = []
     quantized: dict[str, tuple[str, str]] = {}  # activation -> its integers and its rows' scales
     taken: set[str] = set()
+    counted = False
     for node in graph.node:
-        if node.name not in chosen or known.get(node.input[0]) != 2:
+        source, rank = node.input[0] if node.input else "", known.get(node.input[0]) if node.input else None
+        if node.name not in chosen or rank not in ((2, 3) if packed else (2,)):
             nodes.append(node)
             continue
         if not taken:
             _add_constants(graph)
-        if node.input[0] not in quantized:
-            quantized[node.input[0]] = (f"{_PREFIX}/{node.input[0]}/integers", f"{_PREFIX}/{node.input[0]}/scale")
-            nodes += _quantize_activation(node.input[0], opset)
-        nodes += _product(graph, node, numpy_helper.to_array(weights[node.input[1]]), *quantized[node.input[0]])
+        if source not in quantized:
+            path = f"{_PREFIX}/{source}"
+            quantized[source] = (f"{path}/integers", f"{path}/scale")
+            shared = rank == 3 and source not in selected
+            if shared and not counted:
+                counted = True
+                nodes += _middles(_EVERY_TOKEN, _TOKENS, start=1)
+            nodes += _quantize_activation(source, opset, rank - 2, _EVERY_TOKEN if shared else path)
+        nodes += _product(graph, node, numpy_helper.to_array(weights[node.input[1]]), *quantized[source])
         taken.add(node.name)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -108,10 +87,22 @@ def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
     return taken
 
 
+def _is_single(value: onnx.ValueInfoProto) -> bool:
+    return bool(value.type.tensor_type.shape.dim[0].dim_value == 1)
+
+
+def _selected(graph: onnx.GraphProto) -> set[str]:
+    """Tensors behind the choice of the tokens whose logits are wanted: they have fewer rows than there are tokens."""
+    found = {_SELECTION}
+    for node in graph.node:
+        if found.intersection(node.input):
+            found.update(node.output)
+    return found
+
+
 def _add_constants(graph: onnx.GraphProto) -> None:
     values = {
         "largest": np.array(1.0 / _ACTIVATION_LARGEST, np.float32),
-        "least": np.array(1e-10, np.float32),  # a row of zeros has a scale too
         "last": np.array([-1], np.int64),
         "unit": np.array(1.0, np.float32),
         "middle": np.array(128, np.uint8),
@@ -119,8 +110,19 @@ def _add_constants(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(numpy_helper.from_array(value, f"{_PREFIX}/{name}") for name, value in values.items())
 
 
-def _quantize_activation(name: str, opset: int) -> list[onnx.NodeProto]:
-    """[rows, features] to uint8 about 128 and float32 [rows, 1]."""
+def _middles(path: str, counted: str, start: int) -> list[onnx.NodeProto]:
+    """The zero point once for each row: `counted` has as many on its axis `start`."""
+    return [
+        helper.make_node("Shape", [counted], [f"{path}/rows"], name=f"{path}/rows", start=start, end=start + 1),
+        helper.make_node("Expand", [f"{_PREFIX}/middle", f"{path}/rows"], [f"{path}/middles"], name=f"{path}/middles"),
+    ]
+
+
+def _quantize_activation(name: str, opset: int, axis: int, middles: str) -> list[onnx.NodeProto]:
+    """Float32 to uint8 about 128 and the scales of the rows, which stand on `axis`; the last axis of scales is 1.
+
+    A row of zeros has a scale of zero, with which whatever its integers are comes back as zeros.
+    """
     path = f"{_PREFIX}/{name}"
 
     def node(kind: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
@@ -135,12 +137,10 @@ def _quantize_activation(name: str, opset: int) -> list[onnx.NodeProto]:
     return [
         node("Abs", [name], "absolute"),
         peak,
-        node("Mul", [f"{path}/peak", f"{_PREFIX}/largest"], "step"),
-        node("Max", [f"{path}/step", f"{_PREFIX}/least"], "scale"),
+        node("Mul", [f"{path}/peak", f"{_PREFIX}/largest"], "scale"),
         node("Reshape", [f"{path}/scale", f"{_PREFIX}/last"], "scales"),
-        node("Shape", [f"{path}/scales"], "rows"),
-        node("Expand", [f"{_PREFIX}/middle", f"{path}/rows"], "middles"),
-        node("QuantizeLinear", [name, f"{path}/scales", f"{path}/middles"], "integers", axis=0),
+        *(_middles(path, f"{path}/scales", start=0) if middles == path else []),
+        node("QuantizeLinear", [name, f"{path}/scales", f"{middles}/middles"], "integers", axis=axis),
     ]
 
 
