@@ -9,6 +9,7 @@ asks for cancellations, which Triton also answers by a call.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -68,6 +69,34 @@ def poll_interval(streams: int) -> float:
     return min(max(0.01, 0.0025 * streams), 0.06)
 
 
+class Paced:
+    """Streams whose text waits for its time."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[float, Stream]] = deque()
+
+    @property
+    def first(self) -> float:
+        """When the first is due; infinity where none waits."""
+        return self._waiting[0][0] if self._waiting else math.inf
+
+    def add(self, due: float, stream: Stream) -> None:
+        """A stream is due then; later than those before it, but for some of those that ended meanwhile: close enough."""
+        self._waiting.append((due, stream))
+
+    def take(self, now: float, early: float) -> list[Stream]:
+        """Those to send now: none before the first is due, and then also those due in the next `early` seconds.
+
+        One awakening for many responses costs the model less than one each, and streams that went out together once
+        are due together from then on.
+        """
+        taken: list[Stream] = []
+        if self.first <= now:
+            while self.first <= now + early and self._waiting:
+                taken.append(self._waiting.popleft()[1])
+        return taken
+
+
 class Outbox:
     """Sends for every stream of one model.
 
@@ -80,8 +109,7 @@ class Outbox:
         self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
         self._open: set[Stream] = set()
         self._lock = threading.Lock()
-        # Streams whose text waits for its time, the earliest first.
-        self._paced: deque[tuple[float, Stream]] = deque()
+        self._paced = Paced()
         self._thread = threading.Thread(target=self._loop, name="outbox", daemon=True)
         self._thread.start()
 
@@ -124,23 +152,22 @@ class Outbox:
                     break
                 self._send_or_pace(stream)
             now = time.monotonic()
-            if self._paced and self._paced[0][0] <= now:
-                self._send_paced(now + pace(len(self._open)) / 2)
+            for paced in self._paced.take(now, pace(len(self._open)) / 2):
+                self._send(paced)
             if now >= next_poll:
                 self._poll_cancellations()
                 next_poll = time.monotonic() + poll_interval(len(self._open))
             if now >= next_watch and self._open:
                 self._watch()
                 next_watch = now + WATCH_SECONDS
-        for _, stream in self._paced:
+        for stream in self._paced.take(math.inf, 0.0):
             self._send(stream)
 
     def _patience(self, next_poll: float) -> float | None:
         """How long the thread may sleep."""
         if not self._open:
             return None
-        due = min(next_poll, self._paced[0][0]) if self._paced else next_poll
-        return max(due - time.monotonic(), 0.0)
+        return max(min(next_poll, self._paced.first) - time.monotonic(), 0.0)
 
     def _send_or_pace(self, stream: Stream) -> None:
         due = stream.last_sent + pace(len(self._open))
@@ -148,17 +175,7 @@ class Outbox:
             self._send(stream)
         elif not stream.paced:
             stream.paced = True
-            # Later entries are due later, but for those of streams that ended meanwhile: close enough.
-            self._paced.append((due, stream))
-
-    def _send_paced(self, until: float) -> None:
-        """Send for every stream whose time comes before `until`.
-
-        One awakening for many responses costs the model less than one each, and streams that went out together once
-        are due together from then on.
-        """
-        while self._paced and self._paced[0][0] <= until:
-            self._send(self._paced.popleft()[1])
+            self._paced.add(due, stream)
 
     def _send(self, stream: Stream) -> None:
         stream.paced = False
