@@ -81,7 +81,7 @@ class Paced:
         return self._waiting[0][0] if self._waiting else math.inf
 
     def add(self, due: float, stream: Stream) -> None:
-        """A stream is due then; later than those before it, but for some of those that ended meanwhile: close enough."""
+        """A stream is due then; later than those before it, but for some that ended meanwhile: close enough."""
         self._waiting.append((due, stream))
 
     def take(self, now: float, early: float) -> list[Stream]:
