@@ -64,7 +64,7 @@ def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
     counted = False
     for node in graph.node:
         source, rank = node.input[0] if node.input else "", known.get(node.input[0]) if node.input else None
-        if node.name not in chosen or rank not in ((2, 3) if packed else (2,)):
+        if node.name not in chosen or rank is None or rank not in ((2, 3) if packed else (2,)):
             nodes.append(node)
             continue
         if not taken:
