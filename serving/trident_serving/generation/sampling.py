@@ -112,8 +112,10 @@ class Sampler:
         scores = self._penalized(logits)
         if self._random is None:
             token = likeliest if scores is logits else int(scores.argmax())
+            if token in self._eos_token_ids and self._goes_on:
+                token = int(self._without_ends(scores).argmax())
         else:
-            token = draw(scores, self._params, self._random)
+            token = draw(self._without_ends(scores) if self._goes_on else scores, self._params, self._random)
         if self._repetition:
             self._seen.add(token)
         if self._penalizes:
@@ -134,9 +136,16 @@ class Sampler:
             tokens = np.fromiter(self._counts.keys(), np.int64)
             counts = np.fromiter(self._counts.values(), np.float32)
             scores[tokens] -= params.presence_penalty + params.frequency_penalty * counts
-        if self._generated < params.min_tokens and self._eos_token_ids:
-            scores = scores.copy()
-            scores[self._eos_token_ids] = -np.inf
+        return scores
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the answer may not end yet."""
+        return self._generated < self._params.min_tokens
+
+    def _without_ends(self, scores: Logits) -> Logits:
+        scores = scores.copy()
+        scores[self._eos_token_ids] = -np.inf
         return scores
 
 
