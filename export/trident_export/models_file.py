@@ -117,7 +117,9 @@ def _resolved(spec: ModelSpec, base: Path) -> ModelSpec:
 
 
 def _kind(limits: Limits) -> Kind:
-    return Kind.ENCODER if isinstance(limits, EncoderLimits) else Kind.DECODER
+    if isinstance(limits, EncoderLimits):
+        return Kind.ENCODER
+    return Kind.SEQ2SEQ if isinstance(limits, Seq2SeqLimits) else Kind.DECODER
 
 
 def _generates(spec: ModelSpec) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 
 from trident_export.limits import ModelsFileError
-from trident_export.passes import PASSES, Feeder, Pass
+from trident_export.passes import PASSES, Cache, Feeder, Pass
 
 FILE = "recipes.toml"
 
@@ -24,9 +24,14 @@ class NoProducts(ValueError):
 
 
 class Kind(StrEnum):
-    """A graph's kind, which decides between the passes of a recipe."""
+    """A graph's kind, which decides between the passes of a recipe.
+
+    The graphs of translation and summarization are made by a recipe's `seq2seq` passes, or by those for decoders where it
+    has none.
+    """
 
     DECODER = "decoder"
+    SEQ2SEQ = "seq2seq"
     ENCODER = "encoder"
 
 
@@ -98,6 +103,10 @@ def _recipe(where: str, name: str, table: object) -> Recipe:
         for kind in Kind
         if kind in table
     }
+    if Kind.DECODER in passes:
+        passes.setdefault(Kind.SEQ2SEQ, passes[Kind.DECODER])
+    if any(isinstance(step, Cache) for steps in passes.values() for step in steps[:-1]):
+        raise ModelsFileError(f"{where}: cache must be the last pass, since the others run the float32 cache")
     return Recipe(precision, size, passes)
 
 

@@ -7,6 +7,7 @@ from trident_export.passes.base import Feeds as Feeds
 from trident_export.passes.base import Keep
 from trident_export.passes.base import Pass as Pass
 from trident_export.passes.blocks import BlockMinima, Blocks
+from trident_export.passes.cache import Cache as Cache
 from trident_export.passes.embedding import Embedding
 from trident_export.passes.half import Half
 from trident_export.passes.rows import Rows
@@ -21,5 +22,6 @@ PASSES: dict[str, type[Pass]] = {
     "smooth": Smooth,
     "static": Static,
     "embedding": Embedding,
+    "cache": Cache,
     "half": Half,
 }

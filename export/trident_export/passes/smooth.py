@@ -6,20 +6,18 @@ weights for it are multiplied by the same. Source: SmoothQuant (Xiao et al. 2022
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from trident_export.passes.base import Feeder, Feeds, Pass
+from trident_export.passes.base import Feeder, Pass
+from trident_export.passes.calibration import peaks
 
 # Norms by operator: the places of their scale and, where they have one, their bias among the inputs.
 _NORMS: Mapping[str, tuple[int, ...]] = {
@@ -99,24 +97,6 @@ def behind_norms(model: onnx.ModelProto, chosen: set[str]) -> dict[str, tuple[on
         if products and own and all(reader.name in chosen for reader in products):
             groups[node.output[0]] = (node, products)
     return groups
-
-
-def peaks(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-    """The largest absolute number of each channel of some values over all runs, [channels] each."""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    watched.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
-    found: dict[str, NDArray[np.float32]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "watched.onnx"
-        onnx.save(watched, str(path), save_as_external_data=True, location="watched.data")
-        del watched
-        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        for feed in feeds:
-            for name, value in zip(names, session.run(list(names), dict(feed)), strict=True):
-                largest = np.abs(value).reshape(-1, value.shape[-1]).max(axis=0)
-                found[name] = np.maximum(found[name], largest) if name in found else largest
-    return found
 
 
 def _store(tensor: onnx.TensorProto, value: NDArray[Any]) -> None:

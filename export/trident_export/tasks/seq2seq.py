@@ -51,7 +51,7 @@ def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     folder = job.staging / job.spec.public_name(variant) / VERSION
     for name in ("encoder.onnx", "decoder.onnx"):
-        recipes.apply(job.spec.recipes[variant], Kind.DECODER, job.graphs / name, folder / name)
+        recipes.apply(job.spec.recipes[variant], Kind.SEQ2SEQ, job.graphs / name, folder / name)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# A row takes part in the attention with two places at least. ONNX Runtime's product of a single row with the
-# values sums in another order than that of several, so a token's numbers would depend on how many run with it;
-# the second place holds anything, and what it writes behind the token is overwritten by the next run.
+# A row takes part in the attention with two places at least, where the cache holds floating-point numbers. ONNX Runtime's
+# product of a single row with the values sums in another order than that of several, so a token's numbers would depend on
+# how many run with it; the second place holds anything, and what it writes behind the token is overwritten by the next run.
+# Its products with a cache of 8 bits take one row after the other, so there a token needs one place.
 MIN_PLACES = 2
 
 # Places of a window at most, if several rows share a run: spreading the tokens costs a copy of each place.
@@ -54,11 +55,11 @@ class PackedBatch:
     logits_tokens: NDArray[np.int64]
 
 
-def pack(items: Sequence[RowTokens]) -> PackedBatch:
-    """One run of these rows, which are all different."""
+def pack(items: Sequence[RowTokens], min_places: int = MIN_PLACES) -> PackedBatch:
+    """One run of these rows, which are all different, each with so many places at least."""
     first = min(item.row for item in items)
     rows = max(item.row for item in items) - first + 1
-    places = max(MIN_PLACES, *(len(item.tokens) for item in items))
+    places = max(min_places, *(len(item.tokens) for item in items))
     count = sum(len(item.tokens) for item in items)
     input_ids = np.empty((1, count), np.int64)
     position_ids = np.empty((1, count), np.int64)
@@ -75,20 +76,20 @@ def pack(items: Sequence[RowTokens]) -> PackedBatch:
         tokens[row, :, 1] = np.minimum(np.arange(begin, begin + places), end - 1)
         where[0, begin:end, 0] = row
         where[0, begin:end, 1] = np.arange(end - begin)
-        lengths[row] = max(MIN_PLACES, len(item.tokens))
+        lengths[row] = max(min_places, len(item.tokens))
         ends[row] = item.start + lengths[row] - 1
         wanted += range(end - item.wanted, end)
         begin = end
     return PackedBatch(first, rows, input_ids, position_ids, tokens, where, lengths, ends, np.array(wanted, np.int64))
 
 
-def split(items: Iterable[RowTokens]) -> list[list[RowTokens]]:
+def split(items: Iterable[RowTokens], min_places: int = MIN_PLACES) -> list[list[RowTokens]]:
     """Runs that together do all items, in order of rows, with windows that are not larger than MAX_PLACES."""
     runs: list[list[RowTokens]] = []
     for item in sorted(items, key=lambda item: item.row):
         if runs:
             run = runs[-1]
-            places = max(MIN_PLACES, len(item.tokens), *(len(other.tokens) for other in run))
+            places = max(min_places, len(item.tokens), *(len(other.tokens) for other in run))
             if (item.row - run[0].row + 1) * places <= MAX_PLACES:
                 run.append(item)
                 continue

@@ -17,6 +17,11 @@ from trident_serving.generation.batch import MIN_PLACES, PackedBatch, RowTokens,
 from trident_serving.generation.kv_cache import Cache, DeviceKVCache, KVCache
 
 _PAST = "past_key_values."
+_CACHE_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 Logits = NDArray[np.float32]
 
 
@@ -106,9 +111,10 @@ class OnnxDecoder:
         inputs = {node.name: node for node in self._session.get_inputs()}
         past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
         shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
-        dtype = np.float16 if any(node.type == "tensor(float16)" for node in past.values()) else np.float32
+        dtype = _CACHE_TYPES[next(iter(past.values())).type]
+        self._min_places = 1 if dtype is np.int8 else MIN_PLACES
         # The operator wants room for the padding of rows that share a run with longer ones.
-        capacity = context + max(longest_run, MIN_PLACES)
+        capacity = context + max(longest_run, self._min_places)
         self.cache: Cache = (
             KVCache(shapes, rows, capacity, dtype)
             if device == "cpu"
@@ -137,10 +143,10 @@ class OnnxDecoder:
         wanted = sum(item.wanted for item in items)
         if wanted > len(self._logits):
             self._logits = np.empty((wanted, self.vocabulary_size), np.float32)
-        runs = split(items)
+        runs = split(items, self._min_places)
         ends = np.cumsum([0, *(sum(item.wanted for item in run) for run in runs)])
         for run, start, end in zip(runs, ends, ends[1:], strict=False):
-            self._run(pack(run), self._logits[start:end])
+            self._run(pack(run, self._min_places), self._logits[start:end])
         logits = self._logits[:wanted]
         order = [item for run in runs for item in run]
         if order == list(items):

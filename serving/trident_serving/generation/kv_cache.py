@@ -56,7 +56,7 @@ class KVCache:
         shapes: key-value heads and numbers per head of each tensor.
         rows: sequences that it can hold.
         capacity: positions of a row.
-        dtype: of the tensors, float32 or float16.
+        dtype: of the tensors, float32, float16 or int8.
     """
 
     can_copy = True
