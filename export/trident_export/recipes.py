@@ -26,8 +26,8 @@ class NoProducts(ValueError):
 class Kind(StrEnum):
     """A graph's kind, which decides between the passes of a recipe.
 
-    The graphs of translation and summarization are made by a recipe's `seq2seq` passes, or by those for decoders where it
-    has none.
+    Both graphs of translation and summarization are made by a recipe's `seq2seq` passes, or by those for decoders where
+    it has none.
     """
 
     DECODER = "decoder"

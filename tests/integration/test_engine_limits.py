@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -48,7 +49,8 @@ def eventually(check: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.05)
 
 
-def test_answers_in_random_company_equal_those_alone(client: Client) -> None:
+@pytest.mark.parametrize("model", ["smollm2", "smollm2_int8_cache"])
+def test_answers_in_random_company_equal_those_alone(client: Client, model: str) -> None:
     """Bit for bit: the log-probabilities of every token, greedy and sampled, with and without drafts."""
     source = random.Random(5)
     texts = corpora.held_out()
@@ -56,7 +58,7 @@ def test_answers_in_random_company_equal_those_alone(client: Client) -> None:
     for number in range(24):
         text = source.choice(texts)
         start = source.randrange(max(1, len(text) - 200))
-        options = {"max_tokens": source.randint(1, 40), "return_log_probs": True}
+        options: dict[str, Any] = {"model": model, "max_tokens": source.randint(1, 40), "return_log_probs": True}
         if number % 3 == 0:
             options |= {"temperature": 1.0, "top_p": 0.9, "random_seed": number}
         if number % 4 == 0:

@@ -21,7 +21,7 @@ from trident_export import fidelity, install, models_file, recipes, tasks
 from trident_export.fidelity import FidelityError
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
-from trident_serving.generation import batch
+from trident_serving.generation import decoder
 
 
 def write_models_file(root: Path, entries: dict[str, str]) -> Path:
@@ -309,8 +309,10 @@ def test_int4_recipe_runs_and_the_gate_knows_it(tiny: dict[str, Path], tmp_path:
     model = AutoModelForCausalLM.from_pretrained(tiny["gpt2"]).eval()
     graph = tmp_path / "graph.onnx"
     text_generation.export_causal_graph(model, graph, 128)
+    inputs = text_generation.inputs_of(onnx.load(str(graph), load_external_data=False).graph, [1, 2, 3])
     for variant in ("int8", "int4"):
-        recipes.apply(recipes.load()[variant], recipes.Kind.DECODER, graph, tmp_path / variant / "model.onnx")
+        target = tmp_path / variant / "model.onnx"
+        recipes.apply(recipes.load()[variant], recipes.Kind.DECODER, graph, target, lambda *_: iter([inputs]))
         nodes = onnx.load(str(tmp_path / variant / "model.onnx"), load_external_data=False).graph.node
         bits = [a.i for node in nodes if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"]
         # Four products in each of two layers, and the head, which stays at eight.

@@ -27,6 +27,13 @@ def test_a_packed_run() -> None:
     assert batch.logits_tokens.tolist() == [1, 2, 3]
 
 
+def test_a_place_for_each_token_where_sums_allow_it() -> None:
+    batch = pack([RowTokens(1, 10, [7]), RowTokens(0, 5, [6])], min_places=1)
+    assert batch.attention_tokens.tolist() == [[[0, 1]], [[0, 0]]]
+    assert batch.query_seqlens.tolist() == [1, 1]
+    assert batch.seqlens_k.tolist() == [5, 10]
+
+
 @given(
     st.dictionaries(st.integers(0, 40), st.lists(st.integers(0, 9), min_size=1, max_size=300), min_size=1, max_size=12)
 )

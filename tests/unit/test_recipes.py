@@ -17,6 +17,7 @@ from trident_export.limits import ModelsFileError
 from trident_export.passes import Feeds, Pass
 from trident_export.passes.base import Keep, ranks
 from trident_export.passes.blocks import BlockMinima, Blocks, pack
+from trident_export.passes.cache import Cache
 from trident_export.passes.embedding import Embedding
 from trident_export.passes.rows import Rows
 from trident_export.passes.smooth import Smooth, behind_norms
@@ -287,12 +288,25 @@ def test_passes_can_be_written_as_they_are_read() -> None:
             assert again.passes[kind] == passes
 
 
+def test_translation_is_made_by_its_own_passes_or_those_for_decoders() -> None:
+    own = recipes.parse('[x]\ndecoder = [{ pass = "blocks" }]\nseq2seq = []\n', "x")["x"]
+    assert own.passes == {recipes.Kind.DECODER: (Blocks(),), recipes.Kind.SEQ2SEQ: ()}
+    shared = recipes.parse('[x]\ndecoder = [{ pass = "blocks" }]\n', "x")["x"]
+    assert shared.passes[recipes.Kind.SEQ2SEQ] == (Blocks(),)
+    assert recipes.Kind.SEQ2SEQ not in recipes.parse("[x]\nencoder = []\n", "x")["x"].passes
+
+
+def test_a_graph_without_a_cache_stays_as_it_is() -> None:
+    before = graph().SerializeToString()
+    assert recipes.transform(graph(), [Cache()], None).SerializeToString() == before
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("x = 1", r"\[x\] must be a table"),
-        ("[x]\nsize = 0.5", "with decoder or encoder among them"),
-        ("[x]\nencoder = []\nspeed = 1", "must be a table of precision, size, decoder, encoder"),
+        ("[x]\nsize = 0.5", "with decoder or seq2seq or encoder among them"),
+        ("[x]\nencoder = []\nspeed = 1", "must be a table of precision, size, decoder, seq2seq, encoder"),
         ("[X]\nencoder = []", "lower-case letters"),
         ("[x]\nencoder = []\nsize = 2.0", "size must be a number up to 1.0"),
         ('[x]\nencoder = [{ pass = "magic" }]', r"encoder\[0\]: pass must be one of keep, blocks, .*found .*magic"),
@@ -301,6 +315,8 @@ def test_passes_can_be_written_as_they_are_read() -> None:
         ('[x]\nencoder = [{ pass = "blocks", bits = 3 }]', "bits must be 4 or 8"),
         ('[x]\nencoder = [{ pass = "static", method = "best" }]', "method must be one of minmax, entropy, percentile"),
         ('[x]\nencoder = [{ pass = "rows", nodes = "(" }]', r"encoder\[0\]: "),
+        ('[x]\ndecoder = [{ pass = "cache" }, { pass = "smooth" }]', "cache must be the last pass"),
+        ('[x]\ndecoder = [{ pass = "cache", margin = 0.0 }]', "margin must be more than 0"),
         ("[x", "is not TOML"),
     ],
 )
@@ -315,7 +331,7 @@ def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
         'limits = { dimensions = 8 }\ncalibration = "own.txt"\n'
     )
     with pytest.raises(
-        ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_mixed, int4, int4_mixed"
+        ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_cache, int8_mixed, int4, int4_mixed"
     ):
         models_file.load(tmp_path / "models.toml")
     (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "rows" }]\n')
@@ -332,7 +348,7 @@ def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
     ("task", "variant", "limits", "message"),
     [
         ("text-generation", "fp16", {}, "fp16 makes no sense on device cpu: a CPU would compute it in float32"),
-        ("feature-extraction", "fp16", {"dimensions": 8}, "fp16 is for decoder models, this is encoder"),
+        ("feature-extraction", "fp16", {"dimensions": 8}, "fp16 is for decoder and seq2seq models, this is encoder"),
         ("text-generation", "int8_static", {}, "int8_static is for encoder models, this is decoder"),
         ("text-generation", "dynamic", {"device": "cuda"}, "dynamic makes no sense on device cuda: .* no CUDA kernel"),
     ],

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -74,21 +75,25 @@ def calibration_feeder(job: Job) -> Feeder:
         graph = onnx.load(str(job.graphs / "model.onnx"), load_external_data=False).graph
         for text in corpora.calibration(job.spec.calibration, samples, seed):
             ids = tokenizer.encode(text, add_special_tokens=False)[:GATE_TOKENS]
-            if len(ids) < MIN_PLACES:
-                continue
-            packed = pack([RowTokens(0, 0, ids)])
-            feed = {}
-            for value in graph.input:
-                if value.name.startswith("past"):
-                    _, heads, _, size = (dim.dim_value for dim in value.type.tensor_type.shape.dim)
-                    feed[value.name] = np.zeros((1, heads, len(ids), size), np.float32)
-                elif value.name == "total_sequence_length":
-                    feed[value.name] = np.array(len(ids), np.int32)
-                else:
-                    feed[value.name] = getattr(packed, value.name)
-            yield feed
+            if len(ids) >= MIN_PLACES:
+                yield inputs_of(graph, ids)
 
     return feeds
+
+
+def inputs_of(graph: onnx.GraphProto, ids: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """Inputs of a float32 graph that run the tokens of one text, at least `MIN_PLACES`, from an empty cache."""
+    packed = pack([RowTokens(0, 0, ids)])
+    feed: dict[str, NDArray[Any]] = {}
+    for value in graph.input:
+        if value.name.startswith("past"):
+            _, heads, _, size = (dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            feed[value.name] = np.zeros((1, heads, len(ids), size), np.float32)
+        elif value.name == "total_sequence_length":
+            feed[value.name] = np.array(len(ids), np.int32)
+        else:
+            feed[value.name] = getattr(packed, value.name)
+    return feed
 
 
 def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# A row takes part in the attention with two places at least, where the cache holds floating-point numbers. ONNX Runtime's
-# product of a single row with the values sums in another order than that of several, so a token's numbers would depend on
-# how many run with it; the second place holds anything, and what it writes behind the token is overwritten by the next run.
-# Its products with a cache of 8 bits take one row after the other, so there a token needs one place.
+# A row takes part in the attention with two places at least, where the cache holds floating-point numbers. ONNX
+# Runtime's product of a single row with the values sums in another order than that of several, so a token's numbers
+# would depend on how many run with it; the second place holds anything, and what it writes behind the token is
+# overwritten by the next run. Products with a cache of 8 bits take one row after the other: there one place is enough.
 MIN_PLACES = 2
 
 # Places of a window at most, if several rows share a run: spreading the tokens costs a copy of each place.
