@@ -115,7 +115,7 @@ def test_logits_equal_hugging_face(models: dict[str, Any], graphs: dict[str, Pat
 
 
 def compare_logits(model: Any, graph: Path, tolerance: float) -> float:
-    """The largest difference from Hugging Face; a token's numbers are those that it has alone, whatever runs with it."""
+    """The largest difference from Hugging Face; a token has the numbers that it has alone, whatever runs with it."""
     random = np.random.default_rng(0)
     lengths = [17, 40, 9]
     texts = [random.integers(1, VOCABULARY, length).tolist() for length in lengths]
