@@ -61,7 +61,7 @@ class Stream(Protocol):
 
 def pace(streams: int) -> float:
     """Seconds between two responses of a stream, of so many: 50 a second for one, fewer each for many."""
-    return max(0.02, 0.005 * streams)
+    return max(0.02, min(0.0075 * streams, 0.2), 0.005 * streams)
 
 
 def poll_interval(streams: int) -> float:
