@@ -21,6 +21,7 @@ from trident_export import recipes, tasks
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Pass
 from trident_export.passes.base import Keep
+from trident_export.passes.cache import Cache
 from trident_export.passes.embedding import Embedding
 from trident_export.recipes import Kind, Recipe
 
@@ -74,7 +75,7 @@ def analyze(
     """
     kind = spec.kind
     with tempfile.TemporaryDirectory(prefix="trident-sensitivity-") as folder:
-        job = tasks.Job(_probing(spec, recipe, kind, None), source, Path(folder), progress)
+        job = tasks.Job(probing(spec, recipe, kind, None), source, Path(folder), progress)
         tasks.trace(job)
         names = [name for file in sorted(job.graphs.glob("*.onnx")) for name in _products(file)]
         if not any(step.for_products for step in recipe.passes[kind]):
@@ -83,7 +84,7 @@ def analyze(
         losses = []
         groups = group(names, grouping)
         for number, (label, products) in enumerate(groups.items()):
-            probe = _probing(spec, recipe, kind, products)
+            probe = probing(spec, recipe, kind, products)
             try:
                 tasks.write(dataclasses.replace(job, spec=probe), PROBE)
             except recipes.NoProducts:
@@ -133,13 +134,13 @@ def as_json(losses: Sequence[Loss]) -> str:
     return json.dumps([dataclasses.asdict(loss) for loss in losses], indent=2) + "\n"
 
 
-def _probing(spec: ModelSpec, recipe: Recipe, kind: Kind, products: Sequence[str] | None) -> ModelSpec:
+def probing(spec: ModelSpec, recipe: Recipe, kind: Kind, products: Sequence[str] | None) -> ModelSpec:
     """The spec with one variant, whose recipe leaves everything alone but some products."""
     steps: Mapping[Kind, tuple[Pass, ...]] = recipe.passes
     if products is not None:
         others = "|".join(re.escape(name) for name in products)
-        # Embedding tables are no products: their loss would be in every group's.
-        wanted = [step for step in recipe.passes[kind] if not isinstance(step, Embedding)]
+        # Embedding tables and the cache are no products: their loss would be in every group's.
+        wanted = [step for step in recipe.passes[kind] if not isinstance(step, Embedding | Cache)]
         steps = {kind: (Keep(nodes=f"^(?!({others})$)"), *wanted)}
     probe = dataclasses.replace(recipe, passes=steps)
     return dataclasses.replace(spec, variants=(PROBE,), default_variant=PROBE, recipes={PROBE: probe})

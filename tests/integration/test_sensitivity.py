@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
-from tests.conftest import run_export
-from trident_export.sensitivity import Grouping, group
+from tests.conftest import ROOT, run_export
+from trident_export import models_file, recipes
+from trident_export.sensitivity import Grouping, group, probing
 from trident_serving.artefacts import read_manifest
 
 COARSE = '[coarse]\nprecision = "int8"\ndecoder = [{ pass = "blocks", bits = 4, block = 32 }]\n'
@@ -80,16 +81,21 @@ def test_both_graphs_of_a_translation_model(tmp_path: Path) -> None:
 def test_what_can_not_be_analyzed(folder: Path) -> None:
     options = ("--models-file", str(folder / "models.toml"), "--reports", str(folder))
     for variant, message in (
-        (
-            "int5",
-            "there is no recipe 'int5'; known are fp32, fp16, int8, int8_mixed, int4, int4_mixed, int8_static, coarse",
-        ),
+        ("int5", f"there is no recipe 'int5'; known are {', '.join(recipes.load())}, coarse"),
         ("fp32", "the recipe quantizes nothing: name another with --variant"),
         ("int8_static", "variant int8_static is for encoder models, this is decoder"),
     ):
         done = run_export("sensitivity", "llama", "--variant", variant, *options)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def test_a_group_has_the_loss_of_its_products_alone() -> None:
+    """And not that of the embedding table or the cache, which are rounded whatever the group."""
+    spec = models_file.load(ROOT / "models.toml")[0]
+    probe = probing(spec, recipes.load()["int8_cache"], recipes.Kind.DECODER, ["a"])
+    (recipe,) = probe.recipes.values()
+    assert [type(step).__name__ for step in recipe.passes[recipes.Kind.DECODER]] == ["Keep", "Smooth", "Blocks"]
 
 
 def test_groups() -> None:
