@@ -1,7 +1,8 @@
 """The generation part of `make bench`: throughput, latency and fidelity side by side, and what the engine's parts give.
 
 Throughput of decoding is that of the time in which every stream is running: from the last stream's first token to
-the first stream's end. Medians over interleaved rounds.
+the first stream's end. Tokens that come together were made since the stream's response before, so each stream is taken
+from its first to its last response in that time. Medians over interleaved rounds.
 """
 
 from __future__ import annotations
@@ -58,14 +59,20 @@ class Measured:
 def summarize(times: Times) -> Measured:
     """The figures of one run."""
     begin, end = max(row[0] for row in times), min(row[-1] for row in times)
-    tokens = sum(begin < moment <= end for row in times for moment in row)
+    inside = [[moment for moment in row if begin <= moment <= end] for row in times]
     gaps = np.concatenate([np.diff(row) for row in times]) * 1e3
     return Measured(
-        decode=tokens / (end - begin) if end > begin else 0.0,
+        decode=sum(stream_rate(row) for row in inside),
         first_token=1e3 * statistics.median(row[0] for row in times),
         gap_p50=float(np.percentile(gaps, 50)),
         gap_p99=float(np.percentile(gaps, 99)),
     )
+
+
+def stream_rate(moments: Sequence[float]) -> float:
+    """Tokens a second after those that came first, from the moments when each was there."""
+    later = [moment for moment in moments if moment > moments[0]]
+    return len(later) / (later[-1] - moments[0]) if later else 0.0
 
 
 def measure(client: Client, models: Path, repository: Path, cache: Path, rounds: int) -> Figures:
