@@ -68,8 +68,8 @@ class Cache(Pass):
                 scale = np.maximum(largest[pairs[node.input[past]]], 1e-5) * np.float32(self.margin / _LARGEST)
                 model.graph.initializer.append(numpy_helper.from_array(scale.reshape(-1), name))
                 node.input[place] = name
-            for key, value in (("k_quant_type", "PER_CHANNEL"), ("v_quant_type", "PER_CHANNEL")):
-                node.attribute.append(helper.make_attribute(key, value))
+            for key in ("k_quant_type", "v_quant_type"):
+                node.attribute.append(helper.make_attribute(key, "PER_CHANNEL"))
             node.attribute.append(helper.make_attribute("kv_cache_bit_width", 8))
         for value in (*model.graph.input, *model.graph.output):
             if value.name in pairs or value.name in pairs.values():

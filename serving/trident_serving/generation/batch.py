@@ -42,83 +42,66 @@ class RowTokens:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """The inputs of one run; `first_row` and `rows` say which rows of the cache it takes."""
+class Layout:
+    """The inputs that runs of the same rows and numbers of tokens have in common.
+
+    Attributes:
+        first_row: of the window of the cache.
+        rows: of that window.
+        attention_places: of each token, its row in the window and its place in the row's piece.
+    """
 
     first_row: int
     rows: int
-    input_ids: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
     attention_tokens: NDArray[np.int64]
     attention_places: NDArray[np.int64]
     query_seqlens: NDArray[np.int32]
-    seqlens_k: NDArray[np.int32]
     logits_tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """What a run has in common with others of the same rows and numbers of tokens.
+class PackedBatch(Layout):
+    """The inputs of one run."""
 
-    Attributes:
-        place: of each token in its row's piece.
-        owner: of each token, the piece's number.
-        rows: of the window, for each piece.
-    """
-
-    first_row: int
-    window: int
-    place: NDArray[np.int64]
-    owner: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    attention_tokens: NDArray[np.int64]
-    attention_places: NDArray[np.int64]
-    query_seqlens: NDArray[np.int32]
-    logits_tokens: NDArray[np.int64]
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    seqlens_k: NDArray[np.int32]
 
 
 @lru_cache(maxsize=64)  # a step has the rows of the one before, mostly
-def _layout(shape: tuple[tuple[int, int, int], ...], min_places: int) -> _Layout:
+def _layout(shape: tuple[tuple[int, int, int], ...], min_places: int) -> Layout:
     """Of pieces (row, number of tokens, wanted ones)."""
     first = min(row for row, *_ in shape)
-    window = max(row for row, *_ in shape) - first + 1
+    rows = max(row for row, *_ in shape) - first + 1
     places = max(min_places, *(length for _, length, _ in shape))
     count = sum(length for _, length, _ in shape)
-    tokens = np.zeros((window, places, 2), np.int64)
+    tokens = np.zeros((rows, places, 2), np.int64)
     where = np.empty((1, count, 2), np.int64)
-    lengths = np.zeros(window, np.int32)
-    owner = np.empty(count, np.int64)
+    lengths = np.zeros(rows, np.int32)
     wanted: list[int] = []
     begin = 0
-    for number, (row, length, last) in enumerate(shape):
+    for row, length, last in shape:
         end = begin + length
         tokens[row - first, :, 1] = np.minimum(np.arange(begin, begin + places), end - 1)
         where[0, begin:end, 0] = row - first
         where[0, begin:end, 1] = np.arange(length)
         lengths[row - first] = max(min_places, length)
-        owner[begin:end] = number
         wanted += range(end - last, end)
         begin = end
-    rows = np.array([row - first for row, *_ in shape])
-    return _Layout(first, window, where[0, :, 1], owner, rows, tokens, where, lengths, np.array(wanted, np.int64))
+    return Layout(first, rows, tokens, where, lengths, np.array(wanted, np.int64))
 
 
 def pack(items: Sequence[RowTokens], min_places: int = MIN_PLACES) -> PackedBatch:
     """One run of these rows, which are all different, each with so many places at least."""
     layout = _layout(tuple((item.row, len(item.tokens), item.wanted) for item in items), min_places)
-    starts = np.array([item.start for item in items])
-    ends = np.zeros(layout.window, np.int32)  # of an idle row: any that it can have
-    ends[layout.rows] = starts + layout.query_seqlens[layout.rows] - 1
+    starts = np.zeros(layout.rows, np.int64)
+    starts[[item.row - layout.first_row for item in items]] = [item.start for item in items]
+    ends = starts + layout.query_seqlens - 1
     return PackedBatch(
-        layout.first_row,
-        layout.window,
+        **vars(layout),
         input_ids=np.array([[token for item in items for token in item.tokens]], np.int64),
-        position_ids=(starts[layout.owner] + layout.place)[None],
-        attention_tokens=layout.attention_tokens,
-        attention_places=layout.attention_places,
-        query_seqlens=layout.query_seqlens,
-        seqlens_k=ends,
-        logits_tokens=layout.logits_tokens,
+        position_ids=starts[layout.attention_places[..., 0]] + layout.attention_places[..., 1],
+        seqlens_k=np.maximum(ends, 0).astype(np.int32),  # of an idle row: any that it can have
     )
 
 
