@@ -50,6 +50,34 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Calibrated(Pass):
+    """A pass that looks at activations.
+
+    Attributes:
+        samples: calibration texts, drawn by `seed`.
+    """
+
+    samples: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 1:
+            raise ValueError(f"samples must be 1 or more, found {self.samples}")
+
+    def feeds(self, feeder: Feeder | None) -> Feeds:
+        """The inputs to calibrate with.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if feeder is None:
+            name = type(self).__name__.lower()
+            raise ValueError(f"a recipe with the pass {name} needs calibration text, which this task has none of")
+        return feeder(self.samples, self.seed)
+
+
+@dataclass(frozen=True)
 class Keep(Pass):
     """Products that stay in float32."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from trident_export.passes.base import Feeder, Pass
+from trident_export.passes.base import Calibrated, Feeder
 from trident_export.passes.calibration import peaks
 
 _LARGEST = 127
@@ -25,26 +25,21 @@ _PAST, _QUERY_SEQLENS, _SCALES = (3, 4), 16, (12, 13)
 
 
 @dataclass(frozen=True)
-class Cache(Pass):
+class Cache(Calibrated):
     """Rounds the cache of a text generator; other decoders are left as they are.
 
     Attributes:
         margin: the largest number that a scale reaches, as a multiple of the largest that was seen.
-        samples: calibration texts, drawn by `seed`.
     """
 
     margin: float = 1.3
-    samples: int = 64
-    seed: int = 0
     refused: ClassVar[Mapping[str, str]] = {"cuda": "only the CPU's operator is known to round the cache as it is here"}
     for_products: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.margin <= 0 or self.samples < 1:
-            raise ValueError(
-                f"margin must be more than 0 and samples 1 or more, found {self.margin:g} and {self.samples}"
-            )
+        if self.margin <= 0:
+            raise ValueError(f"margin must be more than 0, found {self.margin:g}")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
@@ -57,11 +52,9 @@ class Cache(Pass):
         nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention" and _of_rows(node)]
         if not nodes:
             return model, set()
-        if feeder is None:
-            raise ValueError("a recipe with the pass cache needs calibration text, which this task has none of")
         # A past tensor and its present one, which is the same memory.
         pairs = {node.input[past]: node.output[out] for node in nodes for past, out in zip(_PAST, (1, 2), strict=True)}
-        largest = peaks(model, list(pairs.values()), feeder(self.samples, self.seed), kept=(1, 3))
+        largest = peaks(model, list(pairs.values()), self.feeds(feeder), kept=(1, 3))
         for node in nodes:
             for past, place in zip(_PAST, _SCALES, strict=True):
                 name = f"{node.input[past]}/scale"

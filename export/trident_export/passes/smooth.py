@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from trident_export.passes.base import Feeder, Pass
+from trident_export.passes.base import Calibrated, Feeder
 from trident_export.passes.calibration import peaks
 
 # Norms by operator: the places of their scale and, where they have one, their bias among the inputs.
@@ -29,25 +29,20 @@ _NORMS: Mapping[str, tuple[int, ...]] = {
 
 
 @dataclass(frozen=True)
-class Smooth(Pass):
+class Smooth(Calibrated):
     """Moves a share of the channels' differences from norms to products that nothing else shares the norm with.
 
     Attributes:
         alpha: that share; 0: none, 1: all.
-        samples: calibration texts, drawn by `seed`.
     """
 
     alpha: float = 0.5
-    samples: int = 64
-    seed: int = 0
     for_products: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha <= 1 or self.samples < 1:
-            raise ValueError(
-                f"alpha must be from 0 to 1 and samples 1 or more, found {self.alpha:g} and {self.samples}"
-            )
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, found {self.alpha:g}")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
@@ -60,10 +55,8 @@ class Smooth(Pass):
         groups = behind_norms(model, set(chosen))
         if not groups:
             return model, set()
-        if feeder is None:
-            raise ValueError("a recipe with the pass smooth needs calibration text, which this task has none of")
         weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        largest = peaks(model, list(groups), feeder(self.samples, self.seed))
+        largest = peaks(model, list(groups), self.feeds(feeder))
         for name, (norm, products) in groups.items():
             matrices = {node.input[1]: numpy_helper.to_array(weights[node.input[1]]) for node in products}
             factors = self.factors(largest[name], np.max([np.abs(m).max(axis=1) for m in matrices.values()], axis=0))

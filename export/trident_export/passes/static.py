@@ -22,26 +22,23 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 
-from trident_export.passes.base import Feeder, Feeds, Pass, ranks
+from trident_export.passes.base import Calibrated, Feeder, Feeds, ranks
 
 METHODS = ("minmax", "entropy", "percentile")
 
 
 @dataclass(frozen=True)
-class Static(Pass):
+class Static(Calibrated):
     """Products with calibrated scales.
 
     Attributes:
         method: how the range of an input is found from what it was on the calibration text: all of it ("minmax"), what
             keeps most information ("entropy"), or all but the largest values ("percentile").
         percentile: of an input's values that are within its range.
-        samples: calibration texts, drawn by `seed`.
     """
 
     method: str = "minmax"
     percentile: float = 99.99
-    samples: int = 64
-    seed: int = 0
 
     refused: ClassVar[Mapping[str, str]] = {
         "cuda": "ONNX Runtime's CUDA provider has no kernel for its products and would compute them in float32"
@@ -49,10 +46,10 @@ class Static(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in METHODS or not 50 < self.percentile <= 100 or self.samples < 1:
+        if self.method not in METHODS or not 50 < self.percentile <= 100:
             raise ValueError(
-                f"method must be one of {', '.join(METHODS)}, percentile from 50 to 100 and samples 1 or more, "
-                f"found {self.method!r}, {self.percentile} and {self.samples}"
+                f"method must be one of {', '.join(METHODS)} and percentile from 50 to 100, "
+                f"found {self.method!r} and {self.percentile}"
             )
 
     def apply(
@@ -65,8 +62,7 @@ class Static(Pass):
         """
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-        if feeder is None:
-            raise ValueError("a recipe with the pass static needs calibration text, which this task has none of")
+        feeds = self.feeds(feeder)
         if not chosen:
             return model, set()
         methods = {
@@ -81,7 +77,7 @@ class Static(Pass):
             quantize_static(
                 str(before),
                 str(after),
-                _Reader(feeder(self.samples, self.seed)),
+                _Reader(feeds),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 nodes_to_quantize=list(chosen),
