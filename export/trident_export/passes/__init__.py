@@ -9,15 +9,20 @@ from trident_export.passes.base import Pass as Pass
 from trident_export.passes.blocks import BlockMinima, Blocks
 from trident_export.passes.cache import Cache as Cache
 from trident_export.passes.embedding import Embedding
+from trident_export.passes.gptq import GptqBlocks, GptqRows
 from trident_export.passes.half import Half
+from trident_export.passes.rotate import Rotate as Rotate
 from trident_export.passes.rows import Rows
-from trident_export.passes.smooth import Smooth
+from trident_export.passes.smooth import Smooth as Smooth
 from trident_export.passes.static import Static
 
 PASSES: dict[str, type[Pass]] = {
     "keep": Keep,
     "blocks": Blocks,
     "block_minima": BlockMinima,
+    "rotate": Rotate,
+    "gptq_rows": GptqRows,
+    "gptq_blocks": GptqBlocks,
     "rows": Rows,
     "smooth": Smooth,
     "static": Static,

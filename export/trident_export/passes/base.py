@@ -57,7 +57,7 @@ class Calibrated(Pass):
         samples: calibration texts, drawn by `seed`.
     """
 
-    samples: int = 64
+    samples: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Calibrated(Pass):
             ValueError: there are none.
         """
         if feeder is None:
-            name = type(self).__name__.lower()
+            name = re.sub(r"\B(?=[A-Z])", "_", type(self).__name__).lower()
             raise ValueError(f"a recipe with the pass {name} needs calibration text, which this task has none of")
         return feeder(self.samples, self.seed)
 
@@ -125,6 +125,8 @@ def ranks(model: onnx.ModelProto) -> dict[str, int]:
                 found[name] = 2
             elif node.op_type == "Reshape" and node.input[1] in sizes:
                 found[name] = sizes[node.input[1]]
+            elif node.op_type == "Gather" and name not in found and len(known) == len(node.input):
+                found[name] = known[0] + known[1] - 1
             elif name and name not in found and known and node.op_type in _KEEPING_RANK:
                 found[name] = max(known)
     return found

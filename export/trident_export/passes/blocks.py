@@ -39,8 +39,7 @@ class Blocks(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits not in (4, 8) or self.block not in _SIZES:
-            raise ValueError(f"bits must be 4 or 8 and block one of {_SIZES}, found {self.bits} and {self.block}")
+        check_blocks(self.bits, self.block)
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
@@ -136,23 +135,48 @@ class BlockMinima(Pass):
         graph.initializer.extend(numpy_helper.from_array(value, f"{path}/{name}") for name, value in values.items())
         inputs, outputs = weight.shape
         return [
-            helper.make_node(
-                "MatMulNBits",
+            make_product(
+                node.name,
                 [node.input[0], f"{path}/weight", f"{path}/steps"],
-                [f"{path}/about"],
-                name=node.name,
-                domain="com.microsoft",
-                K=inputs,
-                N=outputs,
-                bits=4,
-                block_size=self.block,
-                accuracy_level=ACCURACY_LEVEL,
+                f"{path}/about",
+                inputs,
+                outputs,
+                4,
+                self.block,
             ),
             helper.make_node(
                 "MatMul", [f"minima/{node.input[0]}/sums", f"{path}/middles"], [f"{path}/middle"], name=f"{path}/middle"
             ),
             helper.make_node("Add", [f"{path}/about", f"{path}/middle"], [node.output[0]], name=f"{path}/sum"),
         ]
+
+
+def check_blocks(bits: int, block: int) -> None:
+    """Refuse what MatMulNBits has no fast kernel for.
+
+    Raises:
+        ValueError: so.
+    """
+    if bits not in (4, 8) or block not in _SIZES:
+        raise ValueError(f"bits must be 4 or 8 and block one of {_SIZES}, found {bits} and {block}")
+
+
+def make_product(
+    name: str, inputs: Sequence[str], output: str, channels: int, outputs: int, bits: int, block: int
+) -> onnx.NodeProto:
+    """MatMulNBits of an activation, a packed weight and its blocks' scales."""
+    return helper.make_node(
+        "MatMulNBits",
+        inputs,
+        [output],
+        name=name,
+        domain="com.microsoft",
+        K=channels,
+        N=outputs,
+        bits=bits,
+        block_size=block,
+        accuracy_level=ACCURACY_LEVEL,
+    )
 
 
 def pack(weight: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:

@@ -32,7 +32,7 @@ class Cache(Calibrated):
         margin: the largest number that a scale reaches, as a multiple of the largest that was seen.
     """
 
-    margin: float = 1.3
+    margin: float = 1.15
     refused: ClassVar[Mapping[str, str]] = {"cuda": "only the CPU's operator is known to round the cache as it is here"}
     for_products: ClassVar[bool] = False
 

@@ -58,8 +58,12 @@ def trace(job: Job) -> None:
 def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     folder = job.staging / job.spec.public_name(variant) / VERSION
-    graph, feeder = job.graphs / "model.onnx", calibration_feeder(job)
-    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", feeder)
+    others = [
+        (other, job.staging / job.spec.public_name(other) / VERSION / "model.onnx") for other in job.spec.variants
+    ]
+    written = [(job.spec.recipes[other], path) for other, path in others if path.exists()]
+    graph, target = job.graphs / "model.onnx", folder / "model.onnx"
+    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, target, calibration_feeder(job), written)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 

@@ -1,0 +1,252 @@
+"""Weights that are rounded one channel after the other, so that later channels make good what earlier ones get wrong.
+
+They can as far as the channels go together in calibration text. Source: GPTQ (Frantar et al. 2022), here from the
+channel that is largest to the one that is smallest, by the activations of the float32 graph.
+Operator references: ONNX, QuantizeLinear; onnxruntime docs/ContribOperators.md, MatMulIntegerToFloat, MatMulNBits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from trident_export.passes.base import Calibrated, Feeder, add_domain, drop_unused
+from trident_export.passes.blocks import check_blocks, make_product
+from trident_export.passes.calibration import Moments, moments
+from trident_export.passes.rows import ACTIVATION_LARGEST, Rows
+
+Floats = NDArray[np.float32]
+
+_MIDDLE = "gptq/middle"
+_WEIGHT_LARGEST, _PAIR_LARGEST = 127, 128
+_OUTPUTS = 2**14  # that are rounded at once: a head has ten times as many
+_TOGETHER = 64  # channels that are rounded before the weights of all later ones are corrected
+
+
+@dataclass(frozen=True)
+class _Gptq(Calibrated):
+    """A pass that rounds so.
+
+    Attributes:
+        damp: added to each channel's second moment, as a share of their mean: more of it trusts the text less.
+    """
+
+    damp: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damp <= 0:
+            raise ValueError(f"damp must be more than 0, found {self.damp:g}")
+
+    def apply(
+        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+    ) -> tuple[onnx.ModelProto, set[str]]:
+        """See `Pass`.
+
+        Raises:
+            ValueError: there is nothing to calibrate with.
+        """
+        graph, names = model.graph, set(chosen)
+        weights = {tensor.name: tensor for tensor in graph.initializer}
+        readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in graph.node:
+            if node.name in names:
+                readers[node.input[0]].append(node)
+        channels = {source: weights[nodes[0].input[1]].dims[0] for source, nodes in readers.items()}
+        new: dict[str, list[onnx.NodeProto]] = {}
+        for source, seen in moments(model, channels, lambda: self.feeds(feeder)):
+            if not self.fits(seen):
+                continue
+            matrices = [numpy_helper.to_array(weights[node.input[1]]) for node in readers[source]]
+            products = self.products(graph, readers[source], matrices, seen)
+            new |= zip((node.name for node in readers[source]), products, strict=True)
+        if new:
+            nodes = [made for node in graph.node for made in new.get(node.name, [node])]
+            del graph.node[:]
+            graph.node.extend(nodes)
+            drop_unused(graph)
+            add_domain(model)
+        return model, set(new)
+
+    def fits(self, seen: Moments) -> bool:
+        """Whether the products of an activation are for this pass; if not, they are left to later ones."""
+        return True
+
+    def products(
+        self, graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], weights: Sequence[Floats], seen: Moments
+    ) -> list[list[onnx.NodeProto]]:
+        """What takes the place of each of the products of one activation; weights go into the graph."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class GptqRows(_Gptq):
+    """Products in eight bits with a scale for each column of the weight and one fixed scale for all activations.
+
+    That is fine enough where rows are about as wide as each other: behind norms, after `rotate`. It costs one operator,
+    and integers add up to the same whatever else is in the batch. The AVX2 kernels of machines without VNNI add the
+    products of two neighbouring channels in sixteen bits, so two weights of one sign are together 128 at most.
+
+    Attributes:
+        crest: products of activations whose largest number is more than so many times their root mean square are left.
+        margin: activations that are larger than so many times the largest in the text are clipped.
+    """
+
+    crest: float = 6.0  # of a normal distribution, one number in a billion is larger
+    margin: float = 0.85  # of a normal distribution, the error is smallest if a little is clipped
+    refused: ClassVar[Mapping[str, str]] = Rows.refused
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.margin <= 0 or self.crest <= 0:
+            raise ValueError(f"margin and crest must be more than 0, found {self.margin:g} and {self.crest:g}")
+
+    def fits(self, seen: Moments) -> bool:
+        """See `_Gptq`."""
+        return seen.peak <= self.crest * seen.root_mean_square
+
+    def products(
+        self, graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], weights: Sequence[Floats], seen: Moments
+    ) -> list[list[onnx.NodeProto]]:
+        """See `_Gptq`."""
+        source = nodes[0].input[0]
+        integers, step = f"gptq/{source}/integers", f"gptq/{source}/step"
+        _add(graph, _MIDDLE, np.array(128, np.uint8))
+        _add(graph, step, np.array(max(seen.peak * self.margin, 1e-6) / ACTIVATION_LARGEST, np.float32))
+        before = [helper.make_node("QuantizeLinear", [source, step, _MIDDLE], [integers], name=integers)]
+        found = []
+        for node, weight in zip(nodes, weights, strict=True):
+            path = f"gptq/{node.name}"
+            steps = np.maximum(_largest_pair(weight) / _PAIR_LARGEST, np.abs(weight).max(axis=0) / _WEIGHT_LARGEST)
+            steps = np.maximum(steps, 1e-12).astype(np.float32)
+            limits = (-_WEIGHT_LARGEST, _WEIGHT_LARGEST)
+            rounded = round_weights(weight, steps[None], seen.gram, self.damp, limits, _PAIR_LARGEST)
+            _add(graph, f"{path}/weight", rounded.astype(np.int8))
+            _add(graph, f"{path}/steps", steps)
+            product = helper.make_node(
+                "MatMulIntegerToFloat",
+                [integers, f"{path}/weight", step, f"{path}/steps", _MIDDLE],
+                [node.output[0]],
+                name=node.name,
+                domain="com.microsoft",
+            )
+            found.append([*before, product])
+            before = []  # shared by the others
+        return found
+
+
+@dataclass(frozen=True)
+class GptqBlocks(_Gptq):
+    """Weights of 4 or 8 bits in blocks, without zero points, as `Blocks` makes them but for how they are rounded.
+
+    Attributes:
+        bits: of a weight.
+        block: weights in a block, which share a scale.
+    """
+
+    bits: int = 8
+    block: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_blocks(self.bits, self.block)
+
+    def products(
+        self, graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], weights: Sequence[Floats], seen: Moments
+    ) -> list[list[onnx.NodeProto]]:
+        """See `_Gptq`."""
+        found = []
+        for node, weight in zip(nodes, weights, strict=True):
+            path = f"gptq/{node.name}"
+            channels, outputs = weight.shape
+            middle = 2 ** (self.bits - 1)
+            padded = np.pad(weight, ((0, -channels % self.block), (0, 0)))
+            blocks = padded.reshape(-1, self.block, outputs)
+            # There is one more level below the middle than above it: for the block's largest weight, by a step of its sign.
+            largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
+            steps = (np.where(np.abs(largest) < 1e-12, 1e-12, largest) / -middle).astype(np.float32)
+            every = np.repeat(steps, self.block, axis=0)[:channels]
+            levels = np.full(padded.shape, middle, np.uint8)
+            rounded = round_weights(weight, every, seen.gram, self.damp, (-middle, middle - 1))
+            levels[:channels] = (rounded + middle).astype(np.uint8)
+            packed = np.ascontiguousarray(levels.T).reshape(outputs, -1, self.block)
+            if self.bits == 4:
+                packed = packed[..., 0::2] | (packed[..., 1::2] << 4)
+            _add(graph, f"{path}/weight", packed)
+            _add(graph, f"{path}/steps", np.ascontiguousarray(steps.T))
+            inputs = [node.input[0], f"{path}/weight", f"{path}/steps"]
+            found.append([make_product(node.name, inputs, node.output[0], channels, outputs, self.bits, self.block)])
+        return found
+
+
+def round_weights(
+    weight: Floats, steps: Floats, gram: Floats, damp: float, limits: tuple[int, int], pair: int | None = None
+) -> Floats:
+    """Whole numbers that times `steps` are weights with nearly the same products.
+
+    Args:
+        weight: [channels, outputs].
+        steps: [channels, outputs], or [1, outputs] if all channels have the same.
+        gram: second moments of the channels [channels, channels].
+        damp: see the passes.
+        limits: the least and the largest number.
+        pair: the largest sum, but for its sign, of two neighbouring channels' numbers; None: any.
+    """
+    moment = gram.astype(np.float64)
+    moment[np.diag_indices_from(moment)] += damp * moment.trace() / len(moment) + 1e-12
+    order = np.argsort(-moment.diagonal())  # what matters most is rounded first, when all others can make up for it
+    # Row i of the upper factor of the inverse says how channels after i change for what i is off.
+    upper = np.linalg.cholesky(np.linalg.inv(moment[np.ix_(order, order)])).T.astype(np.float32)
+    neighbours = np.empty_like(order)
+    neighbours[order] = np.arange(len(order))
+    neighbours = neighbours[np.minimum(order ^ 1, len(order) - 1)]
+    result = np.empty(weight.shape, np.float32)
+    for first in range(0, weight.shape[1], _OUTPUTS):
+        part = slice(first, first + _OUTPUTS)
+        left, step = weight[order, part].astype(np.float32), np.broadcast_to(steps, weight.shape)[order, part]
+        result[order, part] = _round(left, step, upper, limits, neighbours, pair)
+    return result
+
+
+def _round(
+    left: Floats, step: Floats, upper: Floats, limits: tuple[int, int], neighbours: NDArray[np.intp], pair: int | None
+) -> Floats:
+    """Weights, which are used up, in the order of rounding; of each channel, where its neighbour stands in it."""
+    rounded = np.zeros_like(left)
+    low, high = (np.float32(limit) for limit in limits)
+    for start in range(0, len(left), _TOGETHER):
+        end = min(start + _TOGETHER, len(left))
+        errors = np.empty_like(left[start:end])
+        for channel in range(start, end):
+            if pair is not None:  # of a neighbour that is not rounded yet, the number is 0
+                other = rounded[neighbours[channel]]
+                low, high = (
+                    np.maximum(limits[0], -pair - np.minimum(other, 0)),
+                    np.minimum(limits[1], pair - np.maximum(other, 0)),
+                )
+            rounded[channel] = np.clip(np.rint(left[channel] / step[channel]), low, high)
+            error = (left[channel] - rounded[channel] * step[channel]) / upper[channel, channel]
+            left[channel:end] -= np.outer(upper[channel, channel:end], error)
+            errors[channel - start] = error
+        left[end:] -= upper[start:end, end:].T @ errors
+    return rounded
+
+
+def _largest_pair(weight: Floats) -> Floats:
+    """The largest sum of two neighbouring channels of one sign, without it, by output."""
+    padded = np.pad(weight, ((0, len(weight) % 2), (0, 0)))
+    one, other = padded[0::2], padded[1::2]
+    found: Floats = np.where(one * other > 0, np.abs(one + other), 0).max(axis=0)
+    return found
+
+
+def _add(graph: onnx.GraphProto, name: str, value: NDArray[np.generic]) -> None:
+    if all(tensor.name != name for tensor in graph.initializer):
+        graph.initializer.append(numpy_helper.from_array(value, name))
