@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+import grpc.experimental
 import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
@@ -18,7 +19,12 @@ from trident_client._errors import NotFoundError, UnavailableError, translated
 from trident_client._types import Health, ModelStatus
 
 _POLL_SECONDS = 0.05
-_CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Who iterates over a stream receives its messages itself, where a thread of the channel would hand them over.
+    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
+)
 
 
 class Connection:
@@ -33,6 +39,12 @@ class Connection:
         self._timeout = timeout
         self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # Triton's stream may carry many requests; one is all that a caller's iterator has.
+        self._stream_infer = self._channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
 
     def __enter__(self) -> Self:
         return self

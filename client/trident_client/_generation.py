@@ -117,7 +117,7 @@ class GenerationCalls(Connection):
 
     def _receive(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[GenerationChunk]:
         with translated():
-            call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
+            call = self._stream_infer(request, timeout=timeout)
             try:
                 for response in call:
                     if response.error_message:

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 
 from trident_export.limits import ModelsFileError
-from trident_export.passes import PASSES, Cache, Feeder, Pass, Rotate, Smooth
+from trident_export.passes import PASSES, Cache, Feeder, Pass, Rotate
 
 FILE = "recipes.toml"
 
@@ -107,11 +107,8 @@ def _recipe(where: str, name: str, table: object) -> Recipe:
         passes.setdefault(Kind.SEQ2SEQ, passes[Kind.DECODER])
     if any(isinstance(step, Cache) for steps in passes.values() for step in steps[:-1]):
         raise ModelsFileError(f"{where}: cache must be the last pass, since the others run the float32 cache")
-    for steps in passes.values():
-        if any(
-            isinstance(step, Rotate) and not {*map(type, steps[:place])} <= {Smooth} for place, step in enumerate(steps)
-        ):
-            raise ModelsFileError(f"{where}: rotate must come before all passes but smooth")
+    if any(isinstance(step, Rotate) for steps in passes.values() for step in steps[1:]):
+        raise ModelsFileError(f"{where}: rotate must be the first pass, since it changes all products")
     return Recipe(precision, size, passes)
 
 
@@ -178,22 +175,9 @@ def apply(
     graph: Path,
     target: Path,
     feeder: Feeder | None = None,
-    written: Sequence[tuple[Recipe, Path]] = (),
 ) -> None:
-    """Write `target` (weights beside it as `<target>.data`) from the float32 graph at `graph`; see `transform`.
-
-    Args:
-        written: other variants' graphs. One whose passes are this recipe's first, but for some that take no products, is
-            gone on from.
-    """
-    passes = recipe.passes[kind]
-    for other, path in written:
-        done = other.passes[kind]
-        rest = passes[len(done) :]
-        if done and done == passes[: len(done)] and not any(step.for_products for step in rest):
-            graph, passes = path, rest
-            break
-    save(transform(onnx.load(str(graph)), passes, feeder), target)
+    """Write `target` (weights beside it as `<target>.data`) from the float32 graph at `graph`; see `transform`."""
+    save(transform(onnx.load(str(graph)), recipe.passes[kind], feeder), target)
 
 
 def as_toml(steps: Sequence[Pass]) -> str:

@@ -23,6 +23,7 @@ from trident_export.passes import Pass
 from trident_export.passes.base import Keep
 from trident_export.passes.cache import Cache
 from trident_export.passes.embedding import Embedding
+from trident_export.passes.rotate import Rotate
 from trident_export.recipes import Kind, Recipe
 
 PROBE = "probe"
@@ -117,8 +118,14 @@ def kept(variant: str, recipe: Recipe, kind: Kind, losses: Sequence[Loss], count
     """A table for recipes.toml that leaves the most sensitive groups in float32 and does the rest as before."""
     names = [name for loss in losses[:count] for name in loss.products]
     keep = Keep(nodes=f"^({'|'.join(map(re.escape, names))})$")
-    steps = recipes.as_toml((keep, *recipe.passes[kind]))
+    steps = recipes.as_toml(_with(keep, recipe.passes[kind]))
     return f'[{variant}_kept]\nprecision = "{recipe.precision}"\n{kind} = {steps}\n'
+
+
+def _with(keep: Keep, steps: Sequence[Pass]) -> tuple[Pass, ...]:
+    """A recipe's passes after one that keeps products; a rotation is of all products and comes first."""
+    first = 1 if steps and isinstance(steps[0], Rotate) else 0
+    return (*steps[:first], keep, *steps[first:])
 
 
 def as_table(losses: Sequence[Loss]) -> str:
@@ -141,7 +148,7 @@ def probing(spec: ModelSpec, recipe: Recipe, kind: Kind, products: Sequence[str]
         others = "|".join(re.escape(name) for name in products)
         # Embedding tables and the cache are no products: their loss would be in every group's.
         wanted = [step for step in recipe.passes[kind] if not isinstance(step, Embedding | Cache)]
-        steps = {kind: (Keep(nodes=f"^(?!({others})$)"), *wanted)}
+        steps = {kind: _with(Keep(nodes=f"^(?!({others})$)"), wanted)}
     probe = dataclasses.replace(recipe, passes=steps)
     return dataclasses.replace(spec, variants=(PROBE,), default_variant=PROBE, recipes={PROBE: probe})
 

@@ -95,7 +95,14 @@ def test_a_group_has_the_loss_of_its_products_alone() -> None:
     spec = models_file.load(ROOT / "models.toml")[0]
     probe = probing(spec, recipes.load()["int8_cache"], recipes.Kind.DECODER, ["a"])
     (recipe,) = probe.recipes.values()
-    assert [type(step).__name__ for step in recipe.passes[recipes.Kind.DECODER]] == ["Keep", "Smooth", "Blocks"]
+    assert [type(step).__name__ for step in recipe.passes[recipes.Kind.DECODER]] == [
+        "Rotate",
+        "Keep",
+        "Smooth",
+        "GptqRows",
+        "GptqBlocks",
+        "Blocks",
+    ]
 
 
 def test_groups() -> None:

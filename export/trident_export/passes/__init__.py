@@ -13,7 +13,7 @@ from trident_export.passes.gptq import GptqBlocks, GptqRows
 from trident_export.passes.half import Half
 from trident_export.passes.rotate import Rotate as Rotate
 from trident_export.passes.rows import Rows
-from trident_export.passes.smooth import Smooth as Smooth
+from trident_export.passes.smooth import Smooth
 from trident_export.passes.static import Static
 
 PASSES: dict[str, type[Pass]] = {

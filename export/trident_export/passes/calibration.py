@@ -75,7 +75,7 @@ class Moments:
 def moments(
     model: onnx.ModelProto, channels: Mapping[str, int], feeds: Callable[[], Feeds]
 ) -> Iterator[tuple[str, Moments]]:
-    """Of each activation, by name and number of channels; the runs are repeated for as many as memory is for at once."""
+    """Of each activation, by name and number of channels; runs are repeated where memory is not for all at once."""
     group: list[str] = []
     for name in channels:
         if group and 4 * sum(channels[other] ** 2 for other in [*group, name]) > _GRAM_BYTES:

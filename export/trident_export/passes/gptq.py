@@ -169,7 +169,7 @@ class GptqBlocks(_Gptq):
             middle = 2 ** (self.bits - 1)
             padded = np.pad(weight, ((0, -channels % self.block), (0, 0)))
             blocks = padded.reshape(-1, self.block, outputs)
-            # There is one more level below the middle than above it: for the block's largest weight, by a step of its sign.
+            # There is one more level below the middle than above: for the largest weight, by a step of its sign.
             largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
             steps = (np.where(np.abs(largest) < 1e-12, 1e-12, largest) / -middle).astype(np.float32)
             every = np.repeat(steps, self.block, axis=0)[:channels]

@@ -20,10 +20,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from trident_export.passes.base import Feeder, Pass
+from trident_export.passes.base import Feeder, Pass, drop_unused
 
-Matrix = NDArray[np.float64]
-
+_ONES = "rotate/ones"
 # Root-mean-square norms by operator: where their scale stands among the inputs.
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
 
@@ -54,21 +53,28 @@ class Rotate(Pass):
         if places is None:
             return model, set()
         weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        values = {name: numpy_helper.to_array(weights[name]).astype(np.float64) for name in places.all}
+        values = {name: numpy_helper.to_array(weights[name]) for name in places.all}
         (channels,) = {values[name].shape[-1] for name in places.adding}
         turn = rotation(channels, self.seed)
         for name in places.adding:
-            values[name] = values[name] @ turn
+            _store(weights[name], values[name] @ turn)
         for name, scale in places.reading.items():
-            values[name] = turn.T @ (values[scale][:, None] * values[name])
-        for name in set(places.reading.values()):
-            values[name] = np.ones(channels)
-        for name, value in values.items():
-            weights[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+            _store(weights[name], turn.T @ (values[scale][:, None] * values[name]))
+        # All norms have one scale then, which passes that would change it for one of them see.
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(channels, np.float32), _ONES))
+        for node in model.graph.node:
+            place = _NORMS.get(node.op_type)
+            if place is not None and node.input[place] in places.reading.values():
+                node.input[place] = _ONES
+        drop_unused(model.graph)
         return model, set()
 
 
-def rotation(channels: int, seed: int) -> Matrix:
+def _store(tensor: onnx.TensorProto, value: NDArray[np.float32]) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), tensor.name))
+
+
+def rotation(channels: int, seed: int) -> NDArray[np.float32]:
     """An orthogonal matrix [channels, channels] whose numbers are all about as large, so that it spreads what it turns.
 
     The Kronecker product of a Hadamard matrix, as large as fits, and a cosine transform; rows have random signs.
@@ -79,7 +85,8 @@ def rotation(channels: int, seed: int) -> Matrix:
     cosines = np.cos(np.pi * (np.arange(rest)[None] + 0.5) * np.arange(rest)[:, None] / rest)
     cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], channels)
-    return signs[:, None] * np.kron(hadamard / math.sqrt(size), cosines)
+    turn: NDArray[np.float32] = (signs[:, None] * np.kron(hadamard / math.sqrt(size), cosines)).astype(np.float32)
+    return turn
 
 
 @dataclass

@@ -34,6 +34,7 @@ GATE_TOKENS = 64
 GATE_DECODED = 8
 # Texts that it runs at once.
 GATE_ROWS = 4
+CALIBRATION_ROWS = 8
 # Tokens of an answer that the thorough evaluation compares.
 GREEDY_TOKENS = 32
 
@@ -58,17 +59,13 @@ def trace(job: Job) -> None:
 def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     folder = job.staging / job.spec.public_name(variant) / VERSION
-    others = [
-        (other, job.staging / job.spec.public_name(other) / VERSION / "model.onnx") for other in job.spec.variants
-    ]
-    written = [(job.spec.recipes[other], path) for other, path in others if path.exists()]
-    graph, target = job.graphs / "model.onnx", folder / "model.onnx"
-    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, target, calibration_feeder(job), written)
+    graph, feeder = job.graphs / "model.onnx", calibration_feeder(job)
+    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", feeder)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
 def calibration_feeder(job: Job) -> Feeder:
-    """Calibration texts as the graph's inputs, a text a run, each from an empty cache.
+    """Calibration texts as the graph's inputs, some in a run, each from an empty cache.
 
     Raises:
         ValueError: when texts are drawn: the file has none.
@@ -77,24 +74,26 @@ def calibration_feeder(job: Job) -> Feeder:
     def feeds(samples: int, seed: int) -> Feeds:
         tokenizer = TextTokenizer.load(job.assets)
         graph = onnx.load(str(job.graphs / "model.onnx"), load_external_data=False).graph
-        for text in corpora.calibration(job.spec.calibration, samples, seed):
-            ids = tokenizer.encode(text, add_special_tokens=False)[:GATE_TOKENS]
-            if len(ids) >= MIN_PLACES:
-                yield inputs_of(graph, ids)
+        texts = corpora.calibration(job.spec.calibration, samples, seed)
+        tokens = [tokenizer.encode(text, add_special_tokens=False)[:GATE_TOKENS] for text in texts]
+        tokens = [ids for ids in tokens if len(ids) >= MIN_PLACES]
+        for start in range(0, len(tokens), CALIBRATION_ROWS):
+            yield inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS])
 
     return feeds
 
 
-def inputs_of(graph: onnx.GraphProto, ids: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """Inputs of a float32 graph that run the tokens of one text, at least `MIN_PLACES`, from an empty cache."""
-    packed = pack([RowTokens(0, 0, ids)])
+def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_PLACES`, from an empty cache."""
+    packed = pack([RowTokens(row, 0, ids) for row, ids in enumerate(texts)])
+    longest = max(map(len, texts))
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:
         if value.name.startswith("past"):
             _, heads, _, size = (dim.dim_value for dim in value.type.tensor_type.shape.dim)
-            feed[value.name] = np.zeros((1, heads, len(ids), size), np.float32)
+            feed[value.name] = np.zeros((len(texts), heads, longest, size), np.float32)
         elif value.name == "total_sequence_length":
-            feed[value.name] = np.array(len(ids), np.int32)
+            feed[value.name] = np.array(longest, np.int32)
         else:
             feed[value.name] = getattr(packed, value.name)
     return feed
