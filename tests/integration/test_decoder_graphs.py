@@ -30,7 +30,10 @@ from transformers import (
 
 from trident_export import decoder_passes, recipes, rotary
 from trident_export.causal_graph import export_causal_graph
-from trident_export.passes import Cache, Feeds
+from trident_export.passes import Cache, Feeder, Feeds, Rotate
+from trident_export.passes.blocks import Blocks
+from trident_export.passes.calibration import moments
+from trident_export.passes.gptq import GptqBlocks, GptqRows
 from trident_export.tasks.text_generation import inputs_of
 from trident_serving.generation.batch import RowTokens
 from trident_serving.generation.decoder import DeviceMissing, OnnxDecoder
@@ -179,6 +182,103 @@ def test_a_cache_that_clips_is_far_off(models: dict[str, Any], graphs: dict[str,
     recipes.save(clipped, tmp_path / "model.onnx")
     with pytest.raises(AssertionError, match="< 0.2"):
         compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=0.2)
+
+
+def random_feeder(graph: onnx.GraphProto) -> Feeder:
+    def feeder(samples: int, seed: int) -> Feeds:
+        random = np.random.default_rng(seed)
+        texts = random.integers(1, VOCABULARY, (samples, 40)).tolist()
+        return iter([inputs_of(graph, *texts[start : start + 4]) for start in range(0, samples, 4)])
+
+    return feeder
+
+
+def with_wide_channel(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with one channel that is five hundred times as large as the others in all that blocks add up."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    table = next(node.input[0] for node in model.graph.node if node.op_type == "Gather")
+    value = onnx.numpy_helper.to_array(weights[table]).copy()
+    value[:, 5] *= 500
+    weights[table].CopyFrom(onnx.numpy_helper.from_array(value, table))
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "llama 3", "qwen2", "qwen3", "mistral", "phi3"])
+def test_a_rotated_graph_computes_the_same(
+    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    before = onnx.load(str(graphs[name]))
+    weights = {tensor.name: tensor.raw_data for tensor in before.graph.initializer}
+    rotated = recipes.transform(before, [Rotate()])
+    same = [tensor for tensor in rotated.graph.initializer if weights.get(tensor.name) == tensor.raw_data]
+    assert not any(len(tensor.dims) == 2 and VOCABULARY in tensor.dims for tensor in same)  # table and head
+    recipes.save(rotated, tmp_path / "model.onnx")
+    compare_logits(models[name], tmp_path / "model.onnx", tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
+def test_a_graph_that_does_not_turn_is_left(graphs: dict[str, Path], name: str) -> None:
+    before = onnx.load(str(graphs[name]))
+    recipes.products(before)
+    expected = before.SerializeToString()
+    assert recipes.transform(before, [Rotate()]).SerializeToString() == expected
+
+
+def test_a_rotation_spreads_a_wide_channel(graphs: dict[str, Path]) -> None:
+    def crest(model: onnx.ModelProto) -> float:
+        norms = [node.output[0] for node in model.graph.node if "LayerNormalization" in node.op_type]
+        channels = dict.fromkeys(norms, 64)
+        feeder = random_feeder(model.graph)
+        return max(seen.peak / seen.root_mean_square for _, seen in moments(model, channels, lambda: feeder(8, 0)))
+
+    wide = with_wide_channel(onnx.load(str(graphs["llama"])))
+    assert crest(wide) > 7.5
+    assert crest(recipes.transform(wide, [Rotate()])) < 5
+
+
+def test_rows_with_one_scale_are_for_narrow_activations(
+    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Those behind a norm of a wide channel are left to the next pass; of a rotated graph they are taken, and close."""
+
+    def kinds(model: onnx.ModelProto) -> Counter[str]:
+        return Counter(node.op_type for node in model.graph.node)
+
+    products = GptqRows(nodes="gate_up_proj|lm_head", samples=32)
+    graph = onnx.load(str(graphs["llama"]))
+    feeder = random_feeder(graph.graph)
+    left = kinds(recipes.transform(with_wide_channel(graph), [products, Blocks(block=16)], feeder))
+    assert left["MatMulIntegerToFloat"] == 0
+    assert left["MatMulNBits"] == 9
+    taken = recipes.transform(onnx.load(str(graphs["llama"])), [Rotate(), products, Blocks(block=16)], feeder)
+    assert kinds(taken)["MatMulIntegerToFloat"] == kinds(taken)["QuantizeLinear"] == 3
+    assert kinds(taken)["MatMulNBits"] == 6
+    recipes.save(taken, tmp_path / "model.onnx")
+    assert compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=0.5) > 1e-3
+
+
+def test_rows_with_one_scale_that_clip_are_far_off(
+    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    graph = onnx.load(str(graphs["llama"]))
+    passes = [Rotate(), GptqRows(nodes="gate_up_proj|lm_head", samples=32, margin=0.1)]
+    recipes.save(recipes.transform(graph, passes, random_feeder(graph.graph)), tmp_path / "model.onnx")
+    with pytest.raises(AssertionError, match="< 0.5"):
+        compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=0.5)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.3), (4, 4.0)])
+def test_blocks_that_are_rounded_by_what_goes_together(
+    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, bits: int, tolerance: float
+) -> None:
+    """`down_proj` has 48 channels, which are no whole number of blocks of 32."""
+    graph = onnx.load(str(graphs["llama"]))
+    feeder = random_feeder(graph.graph)
+    recipes.save(recipes.transform(graph, [GptqBlocks(bits=bits, samples=32)], feeder), tmp_path / "model.onnx")
+    difference = compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=tolerance)
+    recipes.save(recipes.transform(onnx.load(str(graphs["llama"])), [Blocks(bits=bits)]), tmp_path / "plain.onnx")
+    plain = compare_logits(models["llama"], tmp_path / "plain.onnx", tolerance=2 * tolerance)
+    assert 1e-3 < difference < 1.5 * plain
 
 
 FUSED_ROTARY = {"llama", "llama 3", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"}

@@ -178,7 +178,7 @@ class GptqBlocks(_Gptq):
             levels[:channels] = (rounded + middle).astype(np.uint8)
             packed = np.ascontiguousarray(levels.T).reshape(outputs, -1, self.block)
             if self.bits == 4:
-                packed = packed[..., 0::2] | (packed[..., 1::2] << 4)
+                packed = packed[..., 0::2] | (packed[..., 1::2] << np.uint8(4))
             _add(graph, f"{path}/weight", packed)
             _add(graph, f"{path}/steps", np.ascontiguousarray(steps.T))
             inputs = [node.input[0], f"{path}/weight", f"{path}/steps"]
