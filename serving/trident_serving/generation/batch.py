@@ -108,12 +108,12 @@ def pack(items: Sequence[RowTokens], min_places: int = MIN_PLACES) -> PackedBatc
 def split(items: Iterable[RowTokens], min_places: int = MIN_PLACES) -> list[list[RowTokens]]:
     """Runs that together do all items, in order of rows, with windows that are not larger than MAX_PLACES."""
     runs: list[list[RowTokens]] = []
+    longest = 0
     for item in sorted(items, key=lambda item: item.row):
-        if runs:
-            run = runs[-1]
-            places = max(min_places, len(item.tokens), *(len(other.tokens) for other in run))
-            if (item.row - run[0].row + 1) * places <= MAX_PLACES:
-                run.append(item)
-                continue
-        runs.append([item])
+        longest = max(longest, min_places, len(item.tokens))
+        if runs and (item.row - runs[-1][0].row + 1) * longest <= MAX_PLACES:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+            longest = max(min_places, len(item.tokens))
     return runs

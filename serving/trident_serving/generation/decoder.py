@@ -143,15 +143,17 @@ class OnnxDecoder:
         wanted = sum(item.wanted for item in items)
         if wanted > len(self._logits):
             self._logits = np.empty((wanted, self.vocabulary_size), np.float32)
-        runs = split(items, self._min_places)
-        ends = np.cumsum([0, *(sum(item.wanted for item in run) for run in runs)])
-        for run, start, end in zip(runs, ends, ends[1:], strict=False):
-            self._run(pack(run, self._min_places), self._logits[start:end])
+        starts: dict[int, int] = {}  # of each row's logits, in the order of the runs
+        end = 0
+        for run in split(items, self._min_places):
+            begin = end
+            for item in run:
+                starts[item.row] = end
+                end += item.wanted
+            self._run(pack(run, self._min_places), self._logits[begin:end])
         logits = self._logits[:wanted]
-        order = [item for run in runs for item in run]
-        if order == list(items):
+        if list(starts) == [item.row for item in items]:
             return logits
-        starts = dict(zip((item.row for item in order), np.cumsum([0, *(item.wanted for item in order)]), strict=False))
         return logits[[starts[item.row] + index for item in items for index in range(item.wanted)]]
 
     def copy(self, source: int, target: int, length: int) -> None:

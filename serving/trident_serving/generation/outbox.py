@@ -60,8 +60,8 @@ class Stream(Protocol):
 
 
 def pace(streams: int) -> float:
-    """Seconds between two responses of a stream, of so many: 50 a second for one, five for many (decision 0010)."""
-    return max(0.02, min(0.0075 * streams, 0.2), 0.005 * streams)
+    """Seconds between two responses of a stream, of so many: 33 a second for one, five for many (decision 0010)."""
+    return max(0.03, min(0.0075 * streams, 0.2), 0.005 * streams)
 
 
 def poll_interval(streams: int) -> float:
