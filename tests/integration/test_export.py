@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export
-from trident_export import fidelity, install, models_file, recipes, tasks
+from trident_export import decoder_passes, fidelity, install, models_file, recipes, tasks
 from trident_export.fidelity import FidelityError
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
@@ -309,6 +309,7 @@ def test_int4_recipe_runs_and_the_gate_knows_it(tiny: dict[str, Path], tmp_path:
     model = AutoModelForCausalLM.from_pretrained(tiny["gpt2"]).eval()
     graph = tmp_path / "graph.onnx"
     text_generation.export_causal_graph(model, graph, 128)
+    decoder_passes.optimize_file(graph)
     inputs = text_generation.inputs_of(onnx.load(str(graph), load_external_data=False).graph, [1, 2, 3])
     for variant in ("int8", "int4"):
         target = tmp_path / variant / "model.onnx"

@@ -26,7 +26,7 @@ from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import MIN_PLACES, RowTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.tokenization import TextTokenizer
+from trident_serving.tokenization import ChatTemplate, TextTokenizer
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
 GATE_TEXTS = 12
@@ -34,7 +34,9 @@ GATE_TOKENS = 64
 GATE_DECODED = 8
 # Texts that it runs at once.
 GATE_ROWS = 4
-CALIBRATION_ROWS = 8
+# Calibration texts that run at once, and tokens of those in a chat template.
+CALIBRATION_ROWS = 4
+CHAT_TOKENS = 96
 # Tokens of an answer that the thorough evaluation compares.
 GREEDY_TOKENS = 32
 
@@ -67,6 +69,8 @@ def write(job: Job, variant: str) -> None:
 def calibration_feeder(job: Job) -> Feeder:
     """Calibration texts as the graph's inputs, some in a run, each from an empty cache.
 
+    Where the model has a chat template, a third of them once more as a user's message: its tokens are in no text.
+
     Raises:
         ValueError: when texts are drawn: the file has none.
     """
@@ -76,6 +80,9 @@ def calibration_feeder(job: Job) -> Feeder:
         graph = onnx.load(str(job.graphs / "model.onnx"), load_external_data=False).graph
         texts = corpora.calibration(job.spec.calibration, samples, seed)
         tokens = [tokenizer.encode(text, add_special_tokens=False)[:GATE_TOKENS] for text in texts]
+        if (template := ChatTemplate.load(job.assets)) is not None:
+            chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
+            tokens += [tokenizer.encode(chat, add_special_tokens=False)[:CHAT_TOKENS] for chat in chats]
         tokens = [ids for ids in tokens if len(ids) >= MIN_PLACES]
         for start in range(0, len(tokens), CALIBRATION_ROWS):
             yield inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS])
