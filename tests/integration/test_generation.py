@@ -85,8 +85,8 @@ def test_default_variant_in_company_equals_alone(client: Client) -> None:
 
 def test_stream_joined_equals_unary(client: Client) -> None:
     for prompt in PROMPTS[:6]:
-        unary = client.generate(prompt, max_tokens=24)
-        chunks = list(client.stream(prompt, max_tokens=24))
+        unary = client.generate(prompt, max_tokens=24, min_tokens=24)
+        chunks = list(client.stream(prompt, max_tokens=24, min_tokens=24))
         assert "".join(chunk.text for chunk in chunks) == unary.text
         assert [chunk.finish_reason for chunk in chunks[:-1]] == [""] * (len(chunks) - 1)
         assert chunks[-1].finish_reason == unary.finish_reason
