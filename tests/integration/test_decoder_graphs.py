@@ -30,7 +30,7 @@ from transformers import (
 
 from trident_export import decoder_passes, recipes, rotary
 from trident_export.causal_graph import export_causal_graph
-from trident_export.passes import Cache, Feeder, Feeds, Rotate
+from trident_export.passes import Cache, Feeder, Feeds, Rotate, calibration
 from trident_export.passes.blocks import Blocks
 from trident_export.passes.calibration import moments
 from trident_export.passes.gptq import GptqBlocks, GptqRows
@@ -234,6 +234,22 @@ def test_a_rotation_spreads_a_wide_channel(graphs: dict[str, Path]) -> None:
     wide = with_wide_channel(onnx.load(str(graphs["llama"])))
     assert crest(wide) > 7.5
     assert crest(recipes.transform(wide, [Rotate()])) < 5
+
+
+def test_moments_do_not_depend_on_how_many_fit_into_memory(
+    graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load(str(graphs["llama"]))
+    channels = {node.output[0]: 64 for node in model.graph.node if "LayerNormalization" in node.op_type}
+    feeder = random_feeder(model.graph)
+    together = dict(moments(model, channels, lambda: feeder(8, 0)))
+    monkeypatch.setattr(calibration, "_GRAM_BYTES", 2 * 4 * 64**2)  # two of five at once
+    apart = dict(moments(model, channels, lambda: feeder(8, 0)))
+    assert list(apart) == list(together) == list(channels)
+    for name, seen in together.items():
+        np.testing.assert_array_equal(apart[name].gram, seen.gram)
+        assert (apart[name].rows, apart[name].peak) == (seen.rows, seen.peak)
+        assert seen.rows == 8 * 40
 
 
 def test_rows_with_one_scale_are_for_narrow_activations(

@@ -21,11 +21,10 @@ def activations() -> np.ndarray:
 def test_products_are_closer_than_those_of_the_nearest_numbers(activations: np.ndarray, damp: float) -> None:
     weight = np.random.default_rng(1).standard_normal((48, 30)).astype(np.float32)
     steps = np.abs(weight).max(axis=0, keepdims=True) / 7
-    gram = activations.T @ activations
-    found = round_weights(weight, steps, gram, damp, (-7, 7))
+    seen, fresh = activations[:200], activations[200:]
+    found = round_weights(weight, steps, seen.T @ seen, damp, (-7, 7))
     np.testing.assert_array_equal(found, np.clip(np.rint(found), -7, 7))
     nearest = np.clip(np.rint(weight / steps), -7, 7)
-    fresh = activations[200:]
 
     def error(numbers: np.ndarray) -> float:
         return float(np.square(fresh @ (numbers * steps - weight)).mean())

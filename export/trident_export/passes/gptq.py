@@ -99,7 +99,7 @@ class GptqRows(_Gptq):
         margin: activations that are larger than so many times the largest in the text are clipped.
     """
 
-    crest: float = 6.0  # of a normal distribution, one number in a billion is larger
+    crest: float = 6.0  # of a normal distribution, two numbers in a billion are larger
     margin: float = 0.85  # of a normal distribution, the error is smallest if a little is clipped
     refused: ClassVar[Mapping[str, str]] = Rows.refused
 

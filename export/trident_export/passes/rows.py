@@ -22,7 +22,7 @@ from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, ra
 _PREFIX = "rowwise"
 _TOKENS, _SELECTION = "input_ids", "logits_tokens"  # inputs of a decoder's graph
 _EVERY_TOKEN = f"{_PREFIX}/every_token"  # of what all of them share
-WEIGHT_LARGEST = 63
+_WEIGHT_LARGEST = 63
 ACTIVATION_LARGEST = 127
 
 
@@ -148,8 +148,8 @@ def _product(
     graph: onnx.GraphProto, node: onnx.NodeProto, weight: NDArray[np.float32], integers: str, scale: str
 ) -> list[onnx.NodeProto]:
     path = f"{_PREFIX}/{node.name}"
-    steps = np.maximum(np.abs(weight).max(axis=0) / WEIGHT_LARGEST, 1e-12).astype(np.float32)
-    rounded = np.clip(np.rint(weight / steps), -WEIGHT_LARGEST, WEIGHT_LARGEST).astype(np.int8)
+    steps = np.maximum(np.abs(weight).max(axis=0) / _WEIGHT_LARGEST, 1e-12).astype(np.float32)
+    rounded = np.clip(np.rint(weight / steps), -_WEIGHT_LARGEST, _WEIGHT_LARGEST).astype(np.int8)
     graph.initializer.append(numpy_helper.from_array(rounded, f"{path}/weight"))
     graph.initializer.append(numpy_helper.from_array(steps, f"{path}/steps"))
 
