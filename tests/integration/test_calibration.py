@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,8 +13,11 @@ from transformers import AutoModelForSequenceClassification
 from tests import tiny_models
 from tests.conftest import run_export
 from trident_client import Client
+from trident_export import corpora
+from trident_export.tasks import text_generation
 from trident_serving import artefacts
 from trident_serving.launcher import local
+from trident_serving.tokenization import TextTokenizer
 
 GRAPH = "mood_model_int8_static/1/model.onnx"
 
@@ -115,3 +119,21 @@ def test_a_recipe_that_fits_nothing_is_refused(folder: Path) -> None:
     assert status == 1
     assert "the recipe fits no product of this architecture; its products are" in log
     assert np.all([name not in log for name in ("Traceback", "KeyError")])
+
+
+def test_generators_with_a_chat_template_are_calibrated_with_chats_too(default_repository: Path) -> None:
+    """A third of the texts come once more as a user's message, between tokens that are in no text."""
+    job = SimpleNamespace(
+        assets=default_repository / "smollm2/1",
+        graphs=default_repository / "smollm2_fp32/1",
+        spec=SimpleNamespace(calibration=""),
+    )
+    feeds = list(text_generation.calibration_feeder(job)(6, 0))  # type: ignore[arg-type]
+    tokenizer = TextTokenizer.load(job.assets)
+    texts = "".join(tokenizer.decode(feed["input_ids"][0].tolist()) for feed in feeds)
+    drawn = corpora.calibration("", 6, 0)
+    for place, text in enumerate(drawn):
+        assert texts.count(text[:30]) == (2 if place % 3 == 0 else 1)
+    (begin,) = tokenizer.encode("<|im_start|>")
+    ids = [token for feed in feeds for token in feed["input_ids"][0].tolist()]
+    assert ids.count(begin) == 3 * 2  # the system's message, the user's, and where the answer begins
