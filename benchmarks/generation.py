@@ -185,27 +185,33 @@ def divergences(
 
 def parts(client: Client, rounds: int) -> Figures:
     """What drafts and reuse of prefixes give, and how long running streams wait for a long prompt."""
-    article = "\n".join(text for text in corpora.held_out() if text.isascii())[:1500]
-    tasks: dict[str, tuple[Any, dict[str, Any]]] = {
-        "quoting": (f"{article}\n\nThe same text once more:\n\n{article[:120]}", {}),
-        "summarizing": ([{"role": "user", "content": f"Summarize this text:\n\n{article}"}], {}),
+    texts = [text for text in corpora.held_out() if text.isascii()]
+    articles = ["\n".join(texts[start : start + 5])[:1500] for start in range(0, len(texts) - 4, 3)]
+    tasks: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "quoting": ([f"{text}\n\nThe same text once more:\n\n{text[:120]}" for text in articles], {}),
+        "summarizing": ([[{"role": "user", "content": f"Summarize this text:\n\n{text}"}] for text in articles], {}),
         # The penalty keeps a small model from repeating itself, so that drafts have nothing to find.
-        "new words": ("Write about rivers, trains and winter:", {"repetition_penalty": 1.5}),
+        "new words": (["Write about rivers, trains and winter:"] * 3, {"repetition_penalty": 1.5}),
     }
+    article = "\n".join(texts)[:1500]
     system = "You are a careful assistant. " + article
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
-    def rate(prompt: Any, options: dict[str, Any], lookup: bool) -> float:
+    def rate(prompts: list[Any], options: dict[str, Any], lookup: bool) -> float:
         options = {"max_tokens": 160, "min_tokens": 160, "prompt_lookup": lookup} | options
-        stream = client.stream(prompt, model=MODEL, **options)
-        first = next(stream)
-        started, last = time.perf_counter(), first
-        for last in stream:  # noqa: B007
-            pass
-        return (last.num_output_tokens - first.num_output_tokens) / (time.perf_counter() - started)
+        tokens, seconds = 0, 0.0
+        for prompt in prompts:
+            stream = client.stream(prompt, model=MODEL, **options)
+            first = next(stream)
+            started, last = time.perf_counter(), first
+            for last in stream:  # noqa: B007
+                pass
+            seconds += time.perf_counter() - started
+            tokens += last.num_output_tokens - first.num_output_tokens
+        return tokens / seconds
 
     def first_token(prompt: str) -> float:
         started = time.perf_counter()
@@ -216,9 +222,9 @@ def parts(client: Client, rounds: int) -> Figures:
         return seconds
 
     for number in range(rounds):
-        for name, (prompt, options) in tasks.items():
-            note(f"{name}, tokens/s without drafts", rate(prompt, options, lookup=False))
-            note(f"{name}, tokens/s with drafts", rate(prompt, options, lookup=True))
+        for name, (prompts, options) in tasks.items():
+            for lookup in (True, False) if number % 2 else (False, True):
+                note(f"{name}, tokens/s with{'' if lookup else 'out'} drafts", rate(prompts, options, lookup))
         note("400-token beginning, new: first token, ms", 1e3 * first_token(f"{number} {system} What is a river?"))
         note("the same, shared: first token, ms", 1e3 * first_token(f"{number} {system} Where do trains go?"))
         alone, beside = gaps_beside_a_long_prompt(client, f"{number} {article}" * 4)

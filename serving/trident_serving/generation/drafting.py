@@ -13,10 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 MAX_DRAFT = 12
 NGRAMS = (3, 2)  # how many of the latest tokens must be found, tried in this order
 MAX_PAUSE = 64
 EXPLORED = 0.35  # the chance of a first token about which nothing is known
+MEMORY = 0.98  # the weight of a step's time once the next one is known
+LONGEST = 1.5  # times as long as expected; a step that took longer was held up
 
 
 class PromptLookup:
@@ -88,6 +92,46 @@ class StepCost:
     def of(self, rows: int, drafted: int) -> float:
         """The cost of a step."""
         return self.base + rows * self.row + drafted * self.token
+
+
+class StepTimes:
+    """What steps take, learned from those that were run: least squares that forget.
+
+    Times change while a model is served, with the length of the sequences and with what else the machine does; a
+    measurement when the model is loaded would hold what other models' loading took from it for good.
+
+    Args:
+        guess: in any unit; stands for what has not been seen yet, in proportion to the first step.
+    """
+
+    def __init__(self, guess: StepCost = StepCost(base=5.0, row=1.0, token=1.0)) -> None:
+        self._guess = np.array([guess.base, guess.row, guess.token])
+        self._seen = False
+        self._cost = guess
+        self._gram = np.zeros((3, 3))
+        self._moment = np.zeros(3)
+
+    @property
+    def cost(self) -> StepCost:
+        """Of a step now. A draft token never costs so much that the first one of a lone sequence is not tried."""
+        token = min(self._cost.token, 0.9 * EXPLORED * self._cost.of(1, 0))
+        return StepCost(self._cost.base, self._cost.row, token)
+
+    def record(self, rows: int, drafted: int, seconds: float) -> None:
+        """A step of so many rows and draft tokens took so long."""
+        seconds = max(seconds, 1e-9)
+        usual = self._cost.of(rows, drafted)
+        if not self._seen:
+            self._seen = True
+            self._guess *= seconds / usual
+        else:
+            seconds = min(max(seconds, usual / LONGEST), usual * LONGEST)
+        step = np.array([1.0, rows, drafted])
+        self._gram = MEMORY * self._gram + np.outer(step, step)
+        self._moment = MEMORY * self._moment + seconds * step
+        found = np.linalg.solve(self._gram + np.eye(3), self._moment + self._guess)
+        least = 0.02 * self._guess
+        self._cost = StepCost(*np.maximum(found, least).tolist())
 
 
 def allot(chances: Sequence[float], limits: Sequence[int], rows: int, cost: StepCost) -> list[int]:

@@ -23,7 +23,7 @@ from trident_serving.generation import drafting
 from trident_serving.generation import scheduler as scheduling
 from trident_serving.generation.batch import RowTokens
 from trident_serving.generation.decoder import Decoder, Logits
-from trident_serving.generation.drafting import Acceptance, PromptLookup, StepCost
+from trident_serving.generation.drafting import Acceptance, PromptLookup, StepTimes
 from trident_serving.generation.metrics import Recorder
 from trident_serving.generation.rows import Placement, RowPool
 from trident_serving.generation.sampling import Sampler, SamplingParams, TokenLogProbs, log_probabilities
@@ -129,7 +129,6 @@ class Engine:
     Args:
         decoder: runs the model over rows of its cache.
         eos_token_ids: tokens that end an answer; they are not handed to the consumer as text.
-        cost: what a step takes, for the length of drafts.
     """
 
     def __init__(
@@ -138,13 +137,12 @@ class Engine:
         settings: EngineSettings,
         *,
         eos_token_ids: frozenset[int],
-        cost: StepCost | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self._decoder = decoder
         self._settings = settings
         self._eos_token_ids = eos_token_ids
-        self._cost = cost or StepCost(1.0, 0.2, 0.1)
+        self._step_times = StepTimes()
         self._recorder = recorder or Recorder()
         self._scheduler = self._new_scheduler()
         self._changed = threading.Condition()
@@ -266,7 +264,10 @@ class Engine:
             for sequence, draft in zip(sequences, drafts, strict=True)
         ]
         self._recorder.observe("batch_size", len(sequences))
-        for sequence, draft, logits in zip(sequences, drafts, self._run(sequences, items), strict=True):
+        started = time.perf_counter()
+        found = self._run(sequences, items)
+        self._step_times.record(len(sequences), sum(map(len, drafts)), time.perf_counter() - started)
+        for sequence, draft, logits in zip(sequences, drafts, found, strict=True):
             if logits is not None:
                 self._take(sequence, logits, draft)
 
@@ -306,7 +307,7 @@ class Engine:
                 found.append((index, chance, draft))
         if found:
             chances, limits = [chance for _, chance, _ in found], [len(draft) for *_, draft in found]
-            lengths = drafting.allot(chances, limits, len(sequences), self._cost)
+            lengths = drafting.allot(chances, limits, len(sequences), self._step_times.cost)
             for (index, _, draft), length in zip(found, lengths, strict=True):
                 drafts[index] = draft[:length]
         return drafts

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-import numpy as np
 
 from trident_serving import memory
 from trident_serving.errors import Overloaded
 from trident_serving.generation.batch import RowTokens
 from trident_serving.generation.decoder import OnnxDecoder
-from trident_serving.generation.drafting import MAX_DRAFT, StepCost
+from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings, Job
 from trident_serving.generation.metrics import Recorder
 from trident_serving.generation.outbox import Outbox
@@ -138,33 +135,6 @@ def plan_memory(settings: GenerationSettings, decoder: OnnxDecoder, weights: int
     return needs
 
 
-def measure_step_cost(decoder: OnnxDecoder, rows: int) -> StepCost:
-    """What steps take on this machine: one row, several rows, and one row with more tokens; seconds.
-
-    Each is the least of several rounds: other models may be loading at the same time, and a step that was held up once
-    would look as if drafts never paid.
-    """
-    rows = min(rows, 8)
-    tokens = min(8, decoder.context - 1)
-    kinds = (
-        [RowTokens(0, 0, [0])],
-        [RowTokens(row, 0, [0]) for row in range(rows)],
-        [RowTokens(0, 0, [0] * tokens, tokens)],
-    )
-
-    def seconds(items: list[RowTokens]) -> float:
-        started = time.perf_counter()
-        decoder.run(items)
-        return time.perf_counter() - started
-
-    one, many, longer = np.min([[seconds(items) for items in kinds] for _ in range(6)], axis=0).tolist()
-    for row in range(rows):
-        decoder.release(row, 0)
-    each_row = max((many - one) / max(rows - 1, 1), 0.0)
-    each_token = max((longer - one) / max(tokens - 1, 1), 0.02 * one)
-    return StepCost(max(one - each_row, 0.1 * one), each_row, each_token)
-
-
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
     """`eos_token_id` of the model's generation_config.json: one id, a list, or none."""
     path = folder / "generation_config.json"
@@ -213,6 +183,8 @@ class GenerationService:
         )
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
         self.memory = plan_memory(settings, decoder, weights, memory.available_bytes())
+        decoder.run([RowTokens(0, 0, [0])])  # a graph that can't run is not served
+        decoder.release(0, 0)
         self.recorder = Recorder()
         self._outbox = Outbox(self._check_unloading)
         self._engine = Engine(
@@ -226,7 +198,6 @@ class GenerationService:
                 prompt_lookup=settings.prompt_lookup,
             ),
             eos_token_ids=self._eos_token_ids,
-            cost=measure_step_cost(decoder, settings.slots),
             recorder=self.recorder,
         )
 
