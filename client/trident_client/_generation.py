@@ -36,9 +36,14 @@ class GenerationCalls(Connection):
     """Calls of a generator."""
 
     def generate(
-        self, prompt: str, *, model: str = "smollm2", timeout: float | None = None, **options: Any
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        model: str = "smollm2",
+        timeout: float | None = None,
+        **options: Any,
     ) -> Generation:
-        """The continuation of a prompt.
+        """The continuation of a prompt; a list of messages is a chat.
 
         Args:
             options: `max_tokens`, `min_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`,
@@ -51,7 +56,7 @@ class GenerationCalls(Connection):
             TypeError: an option is unknown.
             ValueError: an option's number does not fit its type.
         """
-        return _joined(self._chunks("text_input", prompt, model, timeout, {**options, "stream": False}))
+        return _joined(self._chunks(prompt, model, timeout, {**options, "stream": False}))
 
     def stream(
         self,
@@ -61,7 +66,7 @@ class GenerationCalls(Connection):
         timeout: float | None = None,
         **options: Any,
     ) -> Iterator[GenerationChunk]:
-        """The same, piece by piece; a list of messages is a chat. Closing the iterator cancels the request.
+        """The same, piece by piece. Closing the iterator cancels the request.
 
         Args:
             options: those of `generate`.
@@ -70,8 +75,7 @@ class GenerationCalls(Connection):
             TridentError: see its subclasses; raised while iterating.
             TypeError: an option is unknown.
         """
-        field, text = ("text_input", prompt) if isinstance(prompt, str) else ("messages", json.dumps(list(prompt)))
-        return self._chunks(field, text, model, timeout, {**options, "stream": True})
+        return self._chunks(prompt, model, timeout, {**options, "stream": True})
 
     def chat(
         self,
@@ -92,12 +96,12 @@ class GenerationCalls(Connection):
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = json.dumps(list(messages))
-        return _joined(self._chunks("messages", text, model, timeout, {**options, "stream": False}))
+        return self.generate(messages, model=model, timeout=timeout, **options)
 
     def _chunks(
-        self, field: str, text: str, model: str, timeout: float | None, options: dict[str, Any]
+        self, prompt: str | Sequence[Message], model: str, timeout: float | None, options: dict[str, Any]
     ) -> Iterator[GenerationChunk]:
+        field, text = ("text_input", prompt) if isinstance(prompt, str) else ("messages", json.dumps(list(prompt)))
         inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None]}
         inputs["stream"] = np.array([[options.pop("stream")]])
         stop_words = options.pop("stop_words", None)

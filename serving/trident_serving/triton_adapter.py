@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
 from trident_serving.generation.request import timeout_seconds as parse_timeout
+
+# Triton's own, by its protocol's extensions; all but the timeout concern Triton alone.
+RESERVED_PARAMETERS = {"id", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "headers"}
 
 
 def setup(pb_utils: Any) -> None:
@@ -82,16 +85,37 @@ def unloading(pb_utils: Any, name: str, version: str) -> Callable[[], bool]:
     return asked
 
 
-def timeout(request: Any) -> object:
-    """The request parameter `timeout`: gRPC hands it to Triton, the generate endpoint among other parameters."""
-    if request.timeout():
-        return request.timeout()
-    return json.loads(request.parameters() or "{}").get("timeout")
+def request_parameters(request: Any, inputs: Sequence[str] = ()) -> dict[str, Any]:
+    """The request's parameters.
+
+    Args:
+        request: Triton's.
+        inputs: names for the message.
+
+    Raises:
+        InvalidRequest: there are some that nothing reads. The generate endpoint makes a parameter of every field that
+            is no input, so that an option with a slip in its name would have no effect and nobody would hear of it.
+    """
+    given: dict[str, Any] = json.loads(request.parameters() or "{}")
+    if unknown := sorted(given.keys() - RESERVED_PARAMETERS):
+        known = f"; known are {', '.join(inputs)} and the parameter timeout" if inputs else ""
+        raise InvalidRequest(f"unknown input or parameter {unknown[0]!r}{known}")
+    return given
 
 
-def timeout_seconds(request: Any) -> float | None:
+def timeout(request: Any, config: Mapping[str, Any]) -> object:
+    """The request parameter `timeout`: gRPC hands it to Triton, the generate endpoint among other parameters.
+
+    Raises:
+        InvalidRequest: there are parameters that nothing reads.
+    """
+    given = request_parameters(request, [entry["name"] for entry in config["input"]])
+    return request.timeout() or given.get("timeout")
+
+
+def timeout_seconds(request: Any, config: Mapping[str, Any]) -> float | None:
     """The same in seconds; None where there is none."""
-    return parse_timeout(timeout(request))
+    return parse_timeout(timeout(request, config))
 
 
 def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> Any:
@@ -132,6 +156,7 @@ def response(pb_utils: Any, result: Mapping[str, NDArray[Any]] | Exception) -> A
 def answer(pb_utils: Any, serve: Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]], request: Any) -> Any:
     """The response to one request; an exception becomes its error and concerns nobody else."""
     try:
+        request_parameters(request)
         return response(pb_utils, serve(inputs(request)))
     except Exception as exception:
         if not isinstance(exception, ServingError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -159,6 +160,31 @@ def test_http_answers_400(server: LocalServer) -> None:
         '{"error":"INVALID_ARGUMENT: max_tokens must be at least 1, found -1"}',
     )
     assert post(url, {"text_input": "a", "messages": "[]"})[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "name"),
+    [
+        ("smollm2", {"text_input": "Hello", "max_new_tokens": 3}, "max_new_tokens"),
+        ("smollm2", {"text_input": "Hello", "parameters": {"temprature": 1}}, "temprature"),
+        ("answer", {"question": "Who?", "context": "Ann sings.", "n_best": 2}, "n_best"),
+        ("minilm", {"text_input": "Hello", "normalise": False}, "normalise"),
+    ],
+)
+def test_an_option_with_a_slip_in_its_name(server: LocalServer, model: str, body: dict[str, Any], name: str) -> None:
+    """Triton makes a parameter of it, which would have no effect."""
+    status, text = post(f"{server.http_url}/v2/models/{model}/generate", body)
+    assert status == 400
+    assert f"unknown input or parameter '{name}'" in text
+    if model != "minilm":
+        assert "known are " in text
+        assert "max_tokens, " in text
+
+
+def test_triton_s_own_fields_of_a_request(server: LocalServer) -> None:
+    body = {"text_input": "1, 2, 3, 4,", "max_tokens": 2, "id": "a7", "priority": 1, "sequence_id": 3}
+    status, text = post(f"{server.http_url}/v2/models/smollm2/generate", body)
+    assert (status, json.loads(text)["id"], json.loads(text)["text_output"]) == (200, "a7", " 5")
 
 
 def test_unknown_model(client: Client) -> None:

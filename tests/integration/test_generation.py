@@ -73,6 +73,7 @@ def test_the_capital_of_france(client: Client) -> None:
     assert answer.text == "The capital of France is Paris."
     assert answer.finish_reason == "stop"
     assert answer.num_input_tokens == 37
+    assert client.generate([{"role": "user", "content": "What is the capital of France?"}]) == answer
 
 
 def test_default_variant_in_company_equals_alone(client: Client) -> None:

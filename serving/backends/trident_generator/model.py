@@ -13,7 +13,7 @@ from trident_serving.triton_metrics import Publisher
 class TritonPythonModel:
     def initialize(self, args):
         triton_adapter.setup(pb_utils)
-        config = triton_adapter.model_config(args)
+        self.config = config = triton_adapter.model_config(args)
         settings = GenerationSettings.from_parameters(triton_adapter.parameters(config))
         name, version = args["model_name"], args["model_version"]
         unloading = triton_adapter.unloading(pb_utils, name, version)
@@ -36,7 +36,7 @@ class TritonPythonModel:
                     self.service.cancel(text.decode_texts(inputs["cancel_key"], "cancel_key")[0])
                     channel.end()
                     continue
-                checked = self.service.parse(inputs, triton_adapter.timeout(request))
+                checked = self.service.parse(inputs, triton_adapter.timeout(request, self.config))
                 self.service.submit(checked, channel)
             except Exception as error:
                 channel.fail(error)

@@ -13,7 +13,7 @@ from trident_serving.triton_metrics import Publisher
 class TritonPythonModel:
     def initialize(self, args):
         triton_adapter.setup(pb_utils)
-        config = triton_adapter.model_config(args)
+        self.config = config = triton_adapter.model_config(args)
         settings = Seq2SeqSettings.from_parameters(triton_adapter.parameters(config))
         name, version = args["model_name"], args["model_version"]
         unloading = triton_adapter.unloading(pb_utils, name, version)
@@ -25,7 +25,8 @@ class TritonPythonModel:
         for request in requests:
             channel = Channel(request.get_response_sender())
             try:
-                checked = self.service.parse(triton_adapter.inputs(request), triton_adapter.timeout(request))
+                timeout = triton_adapter.timeout(request, self.config)
+                checked = self.service.parse(triton_adapter.inputs(request), timeout)
                 self.service.submit(checked, channel)
             except Exception as error:
                 channel.fail(error)

@@ -17,7 +17,8 @@ WATCH_SECONDS = 0.05
 class TritonPythonModel:
     def initialize(self, args):
         triton_adapter.setup(pb_utils)
-        parameters = triton_adapter.parameters(triton_adapter.model_config(args))
+        self.config = triton_adapter.model_config(args)
+        parameters = triton_adapter.parameters(self.config)
         self.task = templates.TemplateTask(parameters)
         self.limit = int(parameters["max_waiting"])
         self.pool = ThreadPoolExecutor(self.limit, thread_name_prefix="template")
@@ -33,7 +34,7 @@ class TritonPythonModel:
             try:
                 inputs = triton_adapter.inputs(request)
                 prompts = self.task.prompts(inputs)
-                seconds = triton_adapter.timeout_seconds(request)
+                seconds = triton_adapter.timeout_seconds(request, self.config)
                 call = Call(sender, inputs, prompts, None if seconds is None else time.monotonic() + seconds)
                 with self.lock:
                     if len(self.open) >= self.limit:
