@@ -10,6 +10,7 @@ drafts miss stops drafting for a while, twice as long each time.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ NGRAMS = (3, 2)  # how many of the latest tokens must be found, tried in this or
 MAX_PAUSE = 64
 EXPLORED = 0.35  # the chance of a first token about which nothing is known
 MEMORY = 0.98  # the weight of a step's time once the next one is known
+UNLEARNED = 32  # of the latest steps are kept until somebody asks for the cost
 LONGEST = 1.5  # times as long as expected; a step that took longer was held up
 
 
@@ -110,16 +112,21 @@ class StepTimes:
         self._cost = guess
         self._gram = np.zeros((3, 3))
         self._moment = np.zeros(3)
-
-    @property
-    def cost(self) -> StepCost:
-        """Of a step now. A draft token never costs so much that the first one of a lone sequence is not tried."""
-        token = min(self._cost.token, 0.9 * EXPLORED * self._cost.of(1, 0))
-        return StepCost(self._cost.base, self._cost.row, token)
+        # Learned when the cost is asked for: between two steps it would take 0.1 ms, caches being cold then.
+        self._new: deque[tuple[int, int, float]] = deque(maxlen=UNLEARNED)
 
     def record(self, rows: int, drafted: int, seconds: float) -> None:
         """A step of so many rows and draft tokens took so long."""
-        seconds = max(seconds, 1e-9)
+        self._new.append((rows, drafted, max(seconds, 1e-9)))
+
+    def cost(self) -> StepCost:
+        """Of a step now. A draft token never costs so much that the first one of a lone sequence is not tried."""
+        while self._new:
+            self._learn(*self._new.popleft())
+        token = min(self._cost.token, 0.9 * EXPLORED * self._cost.of(1, 0))
+        return StepCost(self._cost.base, self._cost.row, token)
+
+    def _learn(self, rows: int, drafted: int, seconds: float) -> None:
         usual = self._cost.of(rows, drafted)
         if not self._seen:
             self._seen = True
@@ -130,8 +137,7 @@ class StepTimes:
         self._gram = MEMORY * self._gram + np.outer(step, step)
         self._moment = MEMORY * self._moment + seconds * step
         found = np.linalg.solve(self._gram + np.eye(3), self._moment + self._guess)
-        least = 0.02 * self._guess
-        self._cost = StepCost(*np.maximum(found, least).tolist())
+        self._cost = StepCost(*np.maximum(found, 0.02 * self._guess).tolist())
 
 
 def allot(chances: Sequence[float], limits: Sequence[int], rows: int, cost: StepCost) -> list[int]:

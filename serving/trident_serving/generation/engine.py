@@ -307,7 +307,7 @@ class Engine:
                 found.append((index, chance, draft))
         if found:
             chances, limits = [chance for _, chance, _ in found], [len(draft) for *_, draft in found]
-            lengths = drafting.allot(chances, limits, len(sequences), self._step_times.cost)
+            lengths = drafting.allot(chances, limits, len(sequences), self._step_times.cost())
             for (index, _, draft), length in zip(found, lengths, strict=True):
                 drafts[index] = draft[:length]
         return drafts
