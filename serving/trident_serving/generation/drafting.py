@@ -101,12 +101,10 @@ class StepTimes:
 
     Times change while a model is served, with the length of the sequences and with what else the machine does; a
     measurement when the model is loaded would hold what other models' loading took from it for good.
-
-    Args:
-        guess: in any unit; stands for what has not been seen yet, in proportion to the first step.
     """
 
-    def __init__(self, guess: StepCost = StepCost(base=5.0, row=1.0, token=1.0)) -> None:
+    def __init__(self) -> None:
+        guess = StepCost(base=5.0, row=1.0, token=1.0)  # of what has not been seen yet, in proportion to the first step
         self._guess = np.array([guess.base, guess.row, guess.token])
         self._seen = False
         self._cost = guess
