@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 TOOLS = Path(sys.executable).parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 OLDEST_IMAGE = (26, 8)  # earlier servers crash on a request of very many chunks
+BACKEND_FOLDER = "serving/trident_serving/_backends"
 BACKENDS = ("trident_generator", "trident_postprocess", "trident_seq2seq", "trident_template", "trident_tokenizer")
 
 
@@ -66,9 +67,9 @@ def dockerfile_problems(text: str) -> list[str]:
         problems.append(f"the image must be tritonserver:{OLDEST_IMAGE[0]}.{OLDEST_IMAGE[1]:02}-py3 or later, pinned")
     if not re.search(r"^USER (?!root|0)\S+$", text, re.MULTILINE):
         problems.append("the image must not run as root")
-    missing = [name for name in BACKENDS if not (ROOT / "serving/backends" / name / "model.py").exists()]
-    if missing or "serving/backends/trident_*" not in text:
-        problems.append("the image must hold every backend of serving/backends")
+    missing = [name for name in BACKENDS if not (ROOT / BACKEND_FOLDER / name / "model.py").exists()]
+    if missing or f"{BACKEND_FOLDER}/trident_*" not in text:
+        problems.append(f"the image must hold every backend of {BACKEND_FOLDER}")
     return problems
 
 

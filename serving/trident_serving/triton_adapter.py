@@ -1,4 +1,4 @@
-"""The little that every adapter in `serving/backends` needs between Triton's Python API and the runtime.
+"""The little that every adapter in `trident_serving/_backends` needs between Triton's Python API and the runtime.
 
 `pb_utils` exists in Triton's processes alone, so the adapters hand it in.
 """

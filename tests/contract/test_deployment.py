@@ -51,7 +51,7 @@ def test_each_property_is_checked(service: dict[str, Any], key: str, value: obje
         ("tritonserver:26.08-py3", "tritonserver:24.10-py3", "26.08"),
         ("tritonserver:26.08-py3", "tritonserver:latest", "26.08"),
         ("USER 1000:1000", "USER root", "root"),
-        ("serving/backends/trident_*", "serving/backends/trident_generator", "every backend"),
+        ("_backends/trident_*", "_backends/trident_generator", "every backend"),
     ],
 )
 def test_the_dockerfile_is_checked(old: str, new: str, message: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.preflight import StartError
 
-OUR_BACKENDS = Path(__file__).parents[2] / "backends"
+OUR_BACKENDS = Path(__file__).parents[1] / "_backends"
 STAND_IN = "onnxruntime"
 
 
