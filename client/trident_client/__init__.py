@@ -10,6 +10,7 @@ from trident_client._client import Client
 from trident_client._errors import (
     CancelledError,
     DeadlineExceededError,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     ServerError,
@@ -37,6 +38,7 @@ __all__ = [
     "DeadlineExceededError",
     "Entity",
     "Filling",
+    "ForbiddenError",
     "Generation",
     "GenerationChunk",
     "Health",

@@ -12,4 +12,5 @@ class Client(GenerationCalls, TaskCalls):
     Args:
         url: host and port of the server's gRPC endpoint.
         timeout: seconds that a call may take where it names none; None waits as long as it takes.
+        admin_key: for `models`, `load` and `unload`; found by itself where a server of the same user runs here.
     """

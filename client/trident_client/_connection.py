@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from trident_client import _wire
+from trident_client import _admin_key, _wire
 from trident_client._errors import NotFoundError, UnavailableError, translated
 from trident_client._types import Health, ModelStatus
 
 _POLL_SECONDS = 0.05
+# A server sees a model within a second of its export.
+_EXPORTED_SECONDS = 2.0
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -33,10 +35,16 @@ class Connection:
     Args:
         url: host and port of the server's gRPC endpoint.
         timeout: seconds that a call may take where it names none; None waits as long as it takes.
+        admin_key: for `models`, `load` and `unload`; None: what TRIDENT_ADMIN_KEY says, or what a server of the same
+            user on this machine left for its clients.
     """
 
-    def __init__(self, url: str = "localhost:8001", *, timeout: float | None = None) -> None:
+    def __init__(
+        self, url: str = "localhost:8001", *, timeout: float | None = None, admin_key: str | None = None
+    ) -> None:
+        self._url = url
         self._timeout = timeout
+        self._admin_key = admin_key
         self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         # Triton's stream may carry many requests; one is all that a caller's iterator has.
@@ -62,10 +70,10 @@ class Connection:
         """The models that the server has loaded or tried to load, by name.
 
         Raises:
-            TridentError: see its subclasses.
+            ForbiddenError: the admin key is missing or wrong.
+            TridentError: see its other subclasses.
         """
-        with translated():
-            index = self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=self._deadline(timeout))
+        index = self._index(timeout)
         statuses = [
             ModelStatus(model.name, model.version, model.state, model.reason) for model in index.models if model.state
         ]
@@ -93,7 +101,8 @@ class Connection:
             The Triton models that were loaded: its parts and variants, the public ones last.
 
         Raises:
-            NotFoundError: the repository has no such model.
+            NotFoundError: the repository has no such model, or it was never exported.
+            ForbiddenError: the admin key is missing or wrong.
             TridentError: see its other subclasses; a model that can't be loaded says why.
         """
         names = self._parts(model, timeout)
@@ -102,9 +111,8 @@ class Connection:
             self._take_out(public, timeout)
         with translated():
             for name in names:
-                self._stub.RepositoryModelLoad(
-                    pb.RepositoryModelLoadRequest(model_name=name), timeout=self._deadline(timeout)
-                )
+                request = pb.RepositoryModelLoadRequest(model_name=name)
+                self._stub.RepositoryModelLoad(request, timeout=self._deadline(timeout), metadata=self._metadata())
         return names
 
     def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
@@ -115,6 +123,7 @@ class Connection:
 
         Raises:
             NotFoundError: the repository has no such model.
+            ForbiddenError: the admin key is missing or wrong.
             TridentError: see its other subclasses.
         """
         names = self._parts(model, timeout)[::-1]
@@ -136,18 +145,31 @@ class Connection:
         with translated():
             for name in names:
                 request = pb.RepositoryModelUnloadRequest(model_name=name)
-                self._stub.RepositoryModelUnload(request, timeout=self._deadline(timeout))
+                self._stub.RepositoryModelUnload(request, timeout=self._deadline(timeout), metadata=self._metadata())
         while any(status.name in names and status.state != "UNAVAILABLE" for status in self.models(timeout=timeout)):
             time.sleep(_POLL_SECONDS)
 
     def _parts(self, model: str, timeout: float | None) -> list[str]:
         """The Triton models of a public one. A name has no "_" but before a variant or a part; parts come first."""
+        deadline = time.monotonic() + _EXPORTED_SECONDS
+        while True:
+            names = {entry.name for entry in self._index(timeout).models if entry.name.partition("_")[0] == model}
+            if model in names:
+                return sorted(names, key=lambda name: (not name.startswith(_roles(model)), name))
+            if time.monotonic() > deadline:
+                raise NotFoundError(f"the server's repository has no exported model {model!r}")
+            time.sleep(_POLL_SECONDS)
+
+    def _index(self, timeout: float | None) -> pb.RepositoryIndexResponse:
         with translated():
-            index = self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=self._deadline(timeout))
-        names = {entry.name for entry in index.models if entry.name.partition("_")[0] == model}
-        if model not in names:
-            raise NotFoundError(f"the server's repository has no model {model!r}")
-        return sorted(names, key=lambda name: (not name.startswith(_roles(model)), name))
+            return self._stub.RepositoryIndex(
+                pb.RepositoryIndexRequest(), timeout=self._deadline(timeout), metadata=self._metadata()
+            )
+
+    def _metadata(self) -> list[tuple[str, str]]:
+        """What shows that the caller may administrate; looked for at each call, since servers come and go."""
+        key = self._admin_key or _admin_key.find(self._url)
+        return [(_admin_key.METADATA, key)] if key else []
 
     def _deadline(self, timeout: float | None) -> float | None:
         return self._timeout if timeout is None else timeout

@@ -4,6 +4,7 @@ TridentError
 ├── InvalidRequestError     the request can never succeed: its message names field, value and limit
 ├── NotFoundError           there is no such model on the server
 ├── UnavailableError        the server can't be reached, is draining, or has no room: try again later
+├── ForbiddenError          the call needs the server's admin key, and there is none or another
 ├── DeadlineExceededError   the answer took longer than `timeout`
 ├── CancelledError          the call was cancelled
 └── ServerError             anything else: a defect of the server
@@ -11,6 +12,7 @@ TridentError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +35,10 @@ class UnavailableError(TridentError):
     """The server can't be reached or has no room now."""
 
 
+class ForbiddenError(TridentError):
+    """The call needs the server's admin key."""
+
+
 class DeadlineExceededError(TridentError):
     """The answer took longer than the call's timeout."""
 
@@ -44,6 +50,11 @@ class CancelledError(TridentError):
 class ServerError(TridentError):
     """The server failed."""
 
+
+# Triton has codes of its own for two things: a call that needs a key is UNAVAILABLE, and so is one that may be sent
+# again; an answer that is lost with its backend process is INTERNAL, and so is a defect. Their texts tell them apart.
+_RESTRICTED = re.compile(r"This protocol is restricted, expecting header")
+_DEAD = re.compile(r"Stub process '.*' is not healthy")
 
 _BY_CODE: dict[grpc.StatusCode, type[TridentError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
@@ -60,8 +71,14 @@ def translated() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        kind = _BY_CODE.get(error.code(), ServerError)
-        raise kind(error.details() or error.code().name) from error
+        details = error.details() or error.code().name
+        if _RESTRICTED.match(details):
+            raise ForbiddenError(
+                "the server asks for its admin key: set TRIDENT_ADMIN_KEY or give Client(admin_key=...); the key of a "
+                "server on this machine is found where the same user started it"
+            ) from error
+        kind = UnavailableError if _DEAD.search(details) else _BY_CODE.get(error.code(), ServerError)
+        raise kind(details) from error
 
 
 def from_named_code(message: str) -> TridentError | None:

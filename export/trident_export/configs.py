@@ -126,9 +126,6 @@ GENERATION_OPTIONS = {
     "top_logprobs": "INT32",
     "exclude_input_in_output": "BOOL",
     "prompt_lookup": "BOOL",
-    # For other models of this server, whose own cancellation Triton does not pass on.
-    "request_key": "STRING",
-    "cancel_key": "STRING",
 }
 
 

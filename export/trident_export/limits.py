@@ -25,6 +25,7 @@ class GenerationLimits:
         kv_cache_mib: memory for keys and values; 0: what `slots` full contexts take.
         prefill_chunk: prompt tokens in one step at most.
         max_waiting: requests that may wait for a slot.
+        timeout: seconds that a request may take, waiting included; a request may ask for less.
         default_max_tokens: length of an answer where the request names none.
         prefix_reuse: whether prompts start behind what the cache already holds of them.
         prompt_lookup: whether greedy answers may be drafted from their prompt.
@@ -37,6 +38,7 @@ class GenerationLimits:
     kv_cache_mib: int = 0
     prefill_chunk: int = 128
     max_waiting: int = 128
+    timeout: int = 300
     default_max_tokens: int = 256
     prefix_reuse: bool = True
     prompt_lookup: bool = True
@@ -162,6 +164,7 @@ class Seq2SeqLimits:
         max_beams: of one search.
         max_windows: of one text, where it is read in windows.
         max_waiting: texts that may wait for rows.
+        timeout: seconds that a request may take, waiting included; a request may ask for less.
         max_bytes: the longest text that is tokenized at all.
         long_input: what happens to longer texts where the request does not say: "error", "truncate" or "window".
         threads: ONNX Runtime's intra-op threads.
@@ -174,6 +177,7 @@ class Seq2SeqLimits:
     max_beams: int = 8
     max_windows: int = 16
     max_waiting: int = 128
+    timeout: int = 300
     max_bytes: int = 262144
     long_input: str = "error"
     threads: int = 2
@@ -194,12 +198,14 @@ class TemplateLimits:
         template: the message that it gets, in Jinja; see `trident_serving.templates.FIELDS` for what it may use.
         max_tokens: length of an answer where the request names none.
         max_waiting: requests that may be answered or wait at once.
+        timeout: seconds that a request may take, waiting included; a request may ask for less.
     """
 
     generator: str
     template: str
     max_tokens: int = 128
     max_waiting: int = 64
+    timeout: int = 300
 
 
 Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits | TemplateLimits

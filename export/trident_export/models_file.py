@@ -200,7 +200,17 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
 def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:
     """A task in front of a generator: a table with `generator` and `template` in place of a source."""
     where = f"[{name}]"
-    known = ("task", "generator", "template", "max_tokens", "max_waiting", "source_lang", "target_lang", "on_demand")
+    known = (
+        "task",
+        "generator",
+        "template",
+        "max_tokens",
+        "max_waiting",
+        "timeout",
+        "source_lang",
+        "target_lang",
+        "on_demand",
+    )
     _check_keys(where, table, known, required=("task", "generator", "template"))
     task = table["task"]
     if task not in TEMPLATE_TASKS:
@@ -210,7 +220,9 @@ def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:
         compile_template(task, texts["template"])
     except ValueError as error:
         raise ModelsFileError(f"{where}: {error}") from None
-    numbers = {key: _integer(f"{where}: {key}", table[key]) for key in ("max_tokens", "max_waiting") if key in table}
+    numbers = {
+        key: _integer(f"{where}: {key}", table[key]) for key in ("max_tokens", "max_waiting", "timeout") if key in table
+    }
     return ModelSpec(
         name=name,
         task=task,

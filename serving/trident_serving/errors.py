@@ -3,7 +3,8 @@
     ServingError
     ├── InvalidRequest     the request can never succeed: Triton's INVALID_ARGUMENT
     ├── Overloaded         it may succeed later: Triton's UNAVAILABLE
-    └── DeadlineExceeded   it took longer than its own `timeout`: gRPC's DEADLINE_EXCEEDED
+    ├── DeadlineExceeded   it took longer than its `timeout`, or the model's: gRPC's DEADLINE_EXCEEDED
+    └── Cancelled          nobody waits for it any more: gRPC's CANCELLED
 
 Anything else that is raised is a defect of the server: Triton's INTERNAL.
 """
@@ -24,4 +25,8 @@ class Overloaded(ServingError):
 
 
 class DeadlineExceeded(ServingError):
-    """The request's own time is over; the message says where it was by then."""
+    """The request's time is over; the message says where it was by then."""
+
+
+class Cancelled(ServingError):
+    """The client has gone, or has cancelled the request."""

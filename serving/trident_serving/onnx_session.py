@@ -123,6 +123,7 @@ def session_options(config: Config, parameters: Mapping[str, str]) -> ort.Sessio
         if kind == "cpu_execution_accelerator" and accelerators:
             raise LoadError(f"unknown Execution Accelerator {accelerators[0]['name']!r} is requested")
     options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors: what it warns of, a user can do nothing about
     level = int(optimization.get("graph", {}).get("level", 0))
     options.graph_optimization_level = _GRAPH_LEVELS.get(level, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     options.intra_op_num_threads = _integer(parameters, "intra_op_thread_count", 0)

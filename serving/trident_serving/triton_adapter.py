@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
+from trident_serving.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, ServingError
 from trident_serving.generation.request import timeout_seconds as parse_timeout
+from trident_serving.runtime_folder import PASS_PARAMETER, Process
 
 # Triton's own, by its protocol's extensions; all but the timeout concern Triton alone.
 RESERVED_PARAMETERS = {"id", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "headers"}
 
 
-def setup(pb_utils: Any) -> None:
+def setup(pb_utils: Any, args: Mapping[str, str]) -> Process:
     """Send Python's log records to Triton's log, and refuse a numpy that loses the bytes of every tensor.
+
+    Returns:
+        What the launcher sees of this process; the adapter starts it once the model is loaded.
 
     Raises:
         RuntimeError: numpy is version 2 or later.
@@ -32,6 +37,7 @@ def setup(pb_utils: Any) -> None:
     root = logging.getLogger()
     root.handlers = [_TritonLog(pb_utils.Logger)]
     root.setLevel(logging.INFO)
+    return Process.register(args["model_name"], args["model_version"])
 
 
 class _TritonLog(logging.Handler):
@@ -47,6 +53,68 @@ class _TritonLog(logging.Handler):
             else (self._triton.log_warn if record.levelno >= logging.WARNING else self._triton.log_info)
         )
         write(self.format(record))
+
+
+class Responder:
+    """The response sender of one request, which any thread may use.
+
+    The server frees what a sender stands for when the last response is sent, and a question about cancellation that
+    arrives later ends the whole server (seen on 2.51: a segmentation fault). So nothing is asked or sent for a
+    request that has ended, and one thread of the process at a time talks to the server.
+
+    Args:
+        pb_utils: Triton's Python API.
+        request: Triton's.
+        process: counts the requests that are open.
+    """
+
+    _one_at_a_time = threading.Lock()
+
+    def __init__(self, pb_utils: Any, request: Any, process: Process) -> None:
+        self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._sender = request.get_response_sender()
+        self._process = process
+        self._ended = False
+        process.opened()
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone or has cancelled the request; False for one that has ended."""
+        with self._one_at_a_time:
+            return not self._ended and bool(self._sender.is_cancelled())
+
+    def send(self, response: Any, *, final: bool) -> None:
+        """Send a response; nothing happens where the last one was sent already.
+
+        Raises:
+            Exception: Triton refuses it; the request has ended then.
+        """
+        with self._one_at_a_time:
+            if self._ended:
+                return
+            sent = False
+            try:
+                self._sender.send(response, flags=self._final if final else 0)
+                sent = True
+            finally:
+                if final or not sent:
+                    self._ended = True
+                    self._process.closed()
+
+
+def check_admission(request: Any, process: Process) -> None:
+    """Let no new request in while the server shuts down; those that a model of this server makes for one are not new.
+
+    Raises:
+        Overloaded: it is a new one.
+    """
+    if process.draining and not process.holds_pass(json.loads(request.parameters() or "{}").get(PASS_PARAMETER)):
+        raise Overloaded("the server is shutting down and takes no new requests: ask another, or try again later")
+
+
+def is_stage(args: Mapping[str, str]) -> bool:
+    """Whether a model is a stage of an ensemble of ours, from the arguments of `initialize`."""
+    public, _, role = args["model_name"].partition("_")
+    return role.startswith("model") and (Path(args["model_repository"]).parent / public / "config.pbtxt").exists()
 
 
 def version_folder(args: Mapping[str, str]) -> Path:
@@ -97,7 +165,7 @@ def request_parameters(request: Any, inputs: Sequence[str] = ()) -> dict[str, An
             is no input, so that an option with a slip in its name would have no effect and nobody would hear of it.
     """
     given: dict[str, Any] = json.loads(request.parameters() or "{}")
-    if unknown := sorted(given.keys() - RESERVED_PARAMETERS):
+    if unknown := sorted(given.keys() - RESERVED_PARAMETERS - {PASS_PARAMETER}):
         known = f"; known are {', '.join(inputs)} and the parameter timeout" if inputs else ""
         raise InvalidRequest(f"unknown input or parameter {unknown[0]!r}{known}")
     return given
@@ -113,9 +181,9 @@ def timeout(request: Any, config: Mapping[str, Any]) -> object:
     return request.timeout() or given.get("timeout")
 
 
-def timeout_seconds(request: Any, config: Mapping[str, Any]) -> float | None:
-    """The same in seconds; None where there is none."""
-    return parse_timeout(timeout(request, config))
+def timeout_seconds(request: Any, config: Mapping[str, Any], limit: float) -> float:
+    """The same in seconds, at most the model's limit."""
+    return parse_timeout(timeout(request, config), limit)
 
 
 def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> Any:
@@ -134,6 +202,8 @@ def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> An
         code, name, message = codes.UNAVAILABLE, "UNAVAILABLE", str(exception)
     elif isinstance(exception, DeadlineExceeded):  # Triton has no code of that name
         code, name, message = codes.UNAVAILABLE, "DEADLINE_EXCEEDED", str(exception)
+    elif isinstance(exception, Cancelled):
+        code, name, message = codes.CANCELLED, "CANCELLED", str(exception)
     return codes(f"{name}: {message}" if name_code else message, code)
 
 
@@ -153,9 +223,20 @@ def response(pb_utils: Any, result: Mapping[str, NDArray[Any]] | Exception) -> A
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, tensor) for name, tensor in result.items()])
 
 
-def answer(pb_utils: Any, serve: Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]], request: Any) -> Any:
-    """The response to one request; an exception becomes its error and concerns nobody else."""
+def answer(
+    pb_utils: Any,
+    serve: Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]],
+    request: Any,
+    entry: Process | None = None,
+) -> Any:
+    """The response to one request; an exception becomes its error and concerns nobody else.
+
+    Args:
+        entry: the process of the first stage, which lets nothing in while the server shuts down.
+    """
     try:
+        if entry is not None:
+            check_admission(request, entry)
         request_parameters(request)
         return response(pb_utils, serve(inputs(request)))
     except Exception as exception:

@@ -68,6 +68,7 @@ def open_session(path: Path, device: str, device_id: int, threads: int) -> ort.I
             'onnxruntime-gpu in its place, or set device = "cpu" in models.toml'
         )
     options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors: what it warns of, a user can do nothing about
     options.intra_op_num_threads = threads
     # Threads spin while a run lasts, and leave the cores to the sender and the server between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -147,6 +147,7 @@ class Engine:
         self._scheduler = self._new_scheduler()
         self._changed = threading.Condition()
         self._stopping = False
+        self._steps = 0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -166,6 +167,16 @@ class Engine:
             self._scheduler.add(sequence)
             self._recorder.set(requests_waiting=self._scheduler.waiting)
             self._changed.notify()
+
+    @property
+    def steps(self) -> int:
+        """Steps run so far; the count rises while there is work."""
+        return self._steps
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is work."""
+        return not self._scheduler.idle
 
     def stop(self) -> None:
         """End the loop; what still runs fails with `Overloaded`."""
@@ -188,6 +199,7 @@ class Engine:
                     self._changed.wait()
                 if self._stopping:
                     break
+            self._steps += 1
             try:
                 self._step()
             except Exception as error:

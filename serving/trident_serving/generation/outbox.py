@@ -35,12 +35,10 @@ class Stream(Protocol):
 
     Attributes:
         cancelled: set by the outbox once the client has gone.
-        key: by which another may cancel it; "" where none may.
         paced: whether it waits for its time; the outbox's own note, as `last_sent` is.
     """
 
     cancelled: bool
-    key: str
     paced: bool
     last_sent: float
 
@@ -120,20 +118,13 @@ class Outbox:
         self.notify(stream)  # wakes the thread, which asks for cancellations from now on
 
     def discard(self, stream: Stream) -> None:
-        """Forget a stream that was never started."""
+        """Forget a stream."""
         with self._lock:
             self._open.discard(stream)
 
     def notify(self, stream: Stream) -> None:
         """The stream has something to send."""
         self._ready.put(stream)
-
-    def cancel(self, key: str) -> None:
-        """Cancel the streams that were given a key."""
-        with self._lock:
-            for stream in self._open:
-                if stream.key == key:
-                    stream.cancelled = True
 
     def stop(self) -> None:
         """Send what is ready, then end the thread."""

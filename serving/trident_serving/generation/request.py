@@ -21,6 +21,7 @@ from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_mess
 
 MAX_STOP_WORDS = 32
 MAX_TOP_LOG_PROBS = 20
+DEFAULT_TIMEOUT_SECONDS = 300.0
 Inputs = Mapping[str, NDArray[Any]]
 
 
@@ -34,8 +35,7 @@ class GenerationRequest:
         top_log_probs: for how many of the likeliest tokens log-probabilities are returned at each position.
         include_prompt: whether the answer repeats the prompt's text.
         prompt_lookup: whether drafts may be taken from the prompt.
-        timeout_seconds: the request fails once so much time is over; None: never.
-        key: by which another model of the server may cancel it; "": by none.
+        timeout_seconds: the request fails once so much time is over.
     """
 
     prompt: str
@@ -47,8 +47,7 @@ class GenerationRequest:
     top_log_probs: int = 0
     include_prompt: bool = False
     prompt_lookup: bool = True
-    timeout_seconds: float | None = None
-    key: str = ""
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
 
 
 class RequestParser:
@@ -57,6 +56,7 @@ class RequestParser:
     Args:
         context: tokens that prompt and answer may have together.
         default_max_tokens: length of the answer where the request names none; less where the context ends.
+        timeout: seconds that a request may take, waiting included; a request may ask for less.
     """
 
     def __init__(
@@ -66,11 +66,13 @@ class RequestParser:
         *,
         context: int,
         default_max_tokens: int,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._context = context
         self._default_max_tokens = default_max_tokens
+        self._timeout = timeout
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """Check the tensors of one request, each of them [1, n].
@@ -114,8 +116,7 @@ class RequestParser:
             top_log_probs=top_log_probs,
             include_prompt=not bool(scalar(inputs, "exclude_input_in_output", True)),
             prompt_lookup=bool(scalar(inputs, "prompt_lookup", True)),
-            timeout_seconds=timeout_seconds(timeout),
-            key=single_text(inputs, "request_key") if "request_key" in inputs else "",
+            timeout_seconds=timeout_seconds(timeout, self._timeout),
         )
 
     def _prompt(self, inputs: Inputs) -> tuple[str, list[int]]:
@@ -153,16 +154,22 @@ class RequestParser:
             )
 
 
-def timeout_seconds(value: object) -> float | None:
-    """Triton's request parameter `timeout`, in microseconds; 0 means none there."""
-    if value is None:
-        return None
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
+def timeout_seconds(value: object, limit: float) -> float:
+    """Triton's request parameter `timeout`, in microseconds, where 0 means none; at most the model's limit.
+
+    Args:
+        value: the parameter; None where there is none.
+        limit: seconds.
+
+    Raises:
+        InvalidRequest: it is no such number.
+    """
+    number = 0 if value is None else value if isinstance(value, int | float) and not isinstance(value, bool) else None
     if number is None and isinstance(value, str) and value.isdecimal():
         number = int(value)
     if number is None or not 0 <= number < 2**63:
         raise InvalidRequest(f"timeout must be a number of microseconds, 0 (none) or more, found {value!r}")
-    return number / 1e6 if number else None
+    return min(number / 1e6, limit) if number else limit
 
 
 def scalar(inputs: Inputs, name: str, default: float | bool) -> Any:

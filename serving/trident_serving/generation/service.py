@@ -36,6 +36,7 @@ class GenerationSettings:
         kv_cache_mib: memory for keys and values; 0: what `slots` full contexts take.
         prefill_chunk: prompt tokens run in one step at most.
         max_waiting: requests that may wait for a slot.
+        timeout: seconds that a request may take, waiting included.
         default_max_tokens: length of an answer where the request names none.
         prefix_reuse: whether prompts start behind what the cache already holds of them.
         prompt_lookup: whether greedy answers may be drafted from their prompt.
@@ -48,6 +49,7 @@ class GenerationSettings:
     kv_cache_mib: int
     prefill_chunk: int
     max_waiting: int
+    timeout: int
     default_max_tokens: int
     prefix_reuse: bool
     prompt_lookup: bool
@@ -171,6 +173,7 @@ class GenerationService:
             ChatTemplate.load(folder),
             context=settings.context,
             default_max_tokens=settings.default_max_tokens,
+            timeout=settings.timeout,
         )
         decoder = OnnxDecoder(
             folder / "model.onnx",
@@ -206,11 +209,7 @@ class GenerationService:
         return self._parser.parse(inputs, timeout)
 
     def submit(self, request: GenerationRequest, channel: ResponseChannel) -> None:
-        """Start a request; its responses go to the channel.
-
-        Raises:
-            Overloaded: the queue is full; nothing is sent to the channel.
-        """
+        """Start a request; its responses go to the channel, and so does an error where the queue is full."""
         stream = TextStream(request, self._tokenizer, self._eos_token_ids, channel, self._outbox.notify)
         self._outbox.add(stream)
         job = Job(
@@ -224,14 +223,17 @@ class GenerationService:
         )
         try:
             self._engine.submit(job)
-        except Overloaded:
-            self._outbox.discard(stream)
+        except Overloaded as error:
             self.recorder.count("requests_rejected")
-            raise
+            stream.fail(error)
 
-    def cancel(self, key: str) -> None:
-        """Cancel the requests with a key; for callers inside the server, whose own cancellation nobody passes on."""
-        self._outbox.cancel(key)
+    def steps(self) -> int:
+        """Steps of the engine so far."""
+        return self._engine.steps
+
+    def busy(self) -> bool:
+        """Whether the engine has work."""
+        return self._engine.busy
 
     def stop(self) -> None:
         """End both threads; unfinished requests fail."""

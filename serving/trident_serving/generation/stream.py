@@ -59,7 +59,6 @@ class TextStream:
     ) -> None:
         self.channel = channel
         self.cancelled = False
-        self.key = request.key
         # The sender's: when it sent last, and whether this stream waits for its next time.
         self.last_sent = 0.0
         self.paced = False

@@ -12,24 +12,25 @@ from pathlib import Path
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
 from trident_serving.launcher import installation
+from trident_serving.launcher.control import ModelState
 from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.server import Server, ServerOptions, check_machine
+from trident_serving.launcher.supervisor import Orders, Policy, Supervisor, reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve; returns the exit status."""
+    """Serve; returns the exit status: 0 where no request was cut off."""
     options = _parse(arguments)
-    stopping = threading.Event()
+    orders = Orders()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, lambda *_: (orders.stop_now if orders.stop.is_set() else orders.stop).set())
     server_options = ServerOptions(
         repository=options.repository.resolve(),
-        models=tuple(artefacts.loadable(options.repository)) if options.repository.is_dir() else (),
         host=options.host,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
-        drain_seconds=options.drain_seconds,
+        admin_key_file=options.admin_key_file,
         verbose=options.verbose,
     )
     try:
@@ -37,53 +38,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             check_machine(server_options)
             return 0
-        server = Server(found, server_options)
+        with Server(found, server_options) as server:
+            if options.until_stdin_closes:
+                threading.Thread(target=_end_with_stdin, args=(orders,), daemon=True).start()
+            return Supervisor(
+                server,
+                Policy(grace=options.grace, restarts=options.restarts),
+                orders,
+                lambda failed: print(welcome(server_options, failed), flush=True),
+            ).run()
     except StartError as error:
         print(f"trident: {error}", file=sys.stderr)
         return 1
-    manifests = artefacts.read_manifests(options.repository)
-    with server:
-        loading = threading.Thread(target=_announce, args=(server, manifests, stopping), daemon=True)
-        loading.start()
-        while not stopping.is_set() and server.process.poll() is None:
-            stopping.wait(0.2)
-        if stopping.is_set():
-            print("trident: draining", file=sys.stderr, flush=True)
-        server.stop()
-    loading.join(timeout=5)
-    if not stopping.is_set():
-        print(f"trident: tritonserver ended with status {server.process.returncode}", file=sys.stderr)
-        return 1
-    return 0
+
+
+def _end_with_stdin(orders: Orders) -> None:
+    """End at once when standard input ends: whoever held its other end is no more."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    orders.stop.set()
+    orders.stop_now.set()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m trident_serving", description=__doc__)
+    parser = argparse.ArgumentParser(prog="trident-serve", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument("--drain-seconds", type=int, default=30, help="how long requests in flight may take at the end")
+    parser.add_argument(
+        *("--grace", "--drain-seconds"),
+        type=float,
+        default=Policy.grace,
+        help="seconds that running requests get after a signal to end (default %(default)g)",
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=Policy.restarts,
+        help="how often tritonserver is started again in five minutes, if it dies (default %(default)s)",
+    )
+    parser.add_argument("--admin-key-file", type=Path, help="where the admin key is written (docs/security.md)")
     parser.add_argument("--check", action="store_true", help="start nothing, say whether a server could start here")
-    parser.add_argument("--verbose", action="store_true", help="let tritonserver log what it loads and does")
+    parser.add_argument("--verbose", action="store_true", help="show all that tritonserver logs")
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="end when standard input does: with the program that holds it"
+    )
     return parser.parse_args(arguments)
 
 
-def _announce(server: Server, manifests: Sequence[Manifest], stopping: threading.Event) -> None:
-    try:
-        server.wait_ready()
-    except StartError as error:
-        if not stopping.is_set():
-            print(f"trident: {error}", file=sys.stderr, flush=True)
-            server.process.terminate()
-        return
-    print(welcome(server.options, manifests), flush=True)
+def welcome(options: ServerOptions, failed: Sequence[ModelState]) -> str:
+    """What `make serve` prints when the models are loaded.
 
-
-def welcome(options: ServerOptions, manifests: Sequence[Manifest]) -> str:
-    """What `make serve` prints when every model is ready."""
+    Args:
+        failed: models that could not be loaded.
+    """
     lines = ["", "Trident is ready.", ""]
+    manifests = artefacts.read_manifests(options.repository)
     for manifest in manifests:
         default, *others = manifest.public_models
         models = [f"{manifest.public_models[default]} ({default})"]
@@ -97,6 +109,7 @@ def welcome(options: ServerOptions, manifests: Sequence[Manifest]) -> str:
         lines.append(f"  {'plain models':<20} {', '.join(plain)}")
     if missing := artefacts.unexported(options.repository):
         lines.append(f"  not exported: {', '.join(missing)} (make export MODEL=name)")
+    lines += [f"  {'NOT SERVED':<20} {state.name}: {reason(state)}" for state in failed]
     lines += [
         "",
         f"  HTTP     http://{options.host}:{options.http_port}",

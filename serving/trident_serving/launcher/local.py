@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trident_serving.launcher.control import open_url
 from trident_serving.launcher.preflight import StartError
 
 
@@ -49,6 +49,8 @@ class LocalServer:
         """Drain and stop."""
         self.launcher.terminate()
         self.launcher.wait(60)
+        if self.launcher.stdin is not None:
+            self.launcher.stdin.close()
 
 
 def free_ports(count: int) -> list[int]:
@@ -60,26 +62,28 @@ def free_ports(count: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-def start(repository: Path, log: Path, ready_seconds: float = 120) -> LocalServer:
+def start(repository: Path, log: Path, ready_seconds: float = 120, flags: Sequence[str] = ()) -> LocalServer:
     """Start a server on free ports and wait until it is ready; the caller stops it.
+
+    The server ends with this process too, however that ends.
 
     Raises:
         StartError: it ended or was not ready in time; the message holds its log.
     """
     ports = free_ports(3)
-    command = [sys.executable, "-m", "trident_serving", "--repository", str(repository)]
+    command = [sys.executable, "-m", "trident_serving", "--until-stdin-closes", "--repository", str(repository), *flags]
     for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
         command += [flag, str(port)]
     with log.open("w") as output:
-        launcher = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+        launcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, text=True)
     server = LocalServer(ports[0], ports[1], ports[2], launcher, log)
     deadline = time.monotonic() + ready_seconds
     while time.monotonic() < deadline and launcher.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.http_url}/v2/health/ready", timeout=2):
+        with contextlib.suppress(OSError):
+            open_url(f"{server.http_url}/v2/health/ready")
             return server
         time.sleep(0.1)
-    launcher.terminate()
-    launcher.wait(60)
+    server.stop()
     raise StartError(f"the server was not ready within {ready_seconds:.0f} s:\n{log.read_text()}")
 
 

@@ -1,27 +1,32 @@
-"""The server process: its command line and environment, from start to drained stop."""
+"""The server process: its command line and environment, its start and its end. `supervisor` decides about both."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from trident_serving.launcher import backend_folder, preflight
+from trident_serving import artefacts, runtime_folder
+from trident_serving.launcher import admin_key, backend_folder, preflight, processes, server_log
+from trident_serving.launcher.admin_key import AdminKey
+from trident_serving.launcher.control import Control
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.preflight import StartError
+from trident_serving.launcher.repository_view import RepositoryView
+from trident_serving.launcher.server_log import ServerLog
+from trident_serving.runtime_folder import RuntimeFolder
 
 SHARED_MEMORY = Path("/dev/shm")
-_PR_SET_PDEATHSIG = 1
+# What the server has left to do once nothing is in flight; open streams that wait for nothing must not hold it up.
+END_SECONDS = 2.0
+EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,18 @@ class ServerOptions:
 
     Attributes:
         repository: the model repository.
-        models: Triton models to load at the start.
-        drain_seconds: how long requests in flight may take after the signal to stop.
+        host: the address to listen on.
+        admin_key_file: where the admin key is written; None: where the client looks for it.
         verbose: let the server log each model and request, not warnings and errors alone.
         ready_seconds: how long loading may take.
     """
 
     repository: Path
-    models: tuple[str, ...]
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
-    drain_seconds: int = 30
+    admin_key_file: Path | None = None
     verbose: bool = False
     ready_seconds: float = 600.0
 
@@ -55,9 +59,19 @@ class ServerOptions:
             "METRICS_PORT": self.metrics_port,
         }
 
+    @property
+    def own_host(self) -> str:
+        """The address at which this machine reaches the server."""
+        return "127.0.0.1" if self.host in EVERY_ADDRESS else f"[{self.host}]" if ":" in self.host else self.host
+
 
 class Server:
-    """One running tritonserver; a context manager that stops it.
+    """One tritonserver with the folders that it needs; a context manager that ends it.
+
+    Attributes:
+        control: what may be asked of it.
+        runtime: what its backend processes tell.
+        view: the models that it sees.
 
     Raises:
         StartError: something that it needs is missing; nothing was started.
@@ -65,23 +79,32 @@ class Server:
 
     def __init__(self, installation: Installation, options: ServerOptions) -> None:
         self.options = options
-        self._stopped = False
         environment = check_machine(options)
-        if not options.models:
+        if not options.repository.is_dir() or not artefacts.loadable(options.repository):
             raise StartError(f"{options.repository} holds no exported model: run make export")
+        self._key = AdminKey(options.admin_key_file or admin_key.default_file(options.grpc_port))
         self._folder = tempfile.TemporaryDirectory(prefix="trident-")
-        backends = backend_folder.prepare(Path(self._folder.name), installation)
+        folder = Path(self._folder.name)
+        try:
+            backends = backend_folder.prepare(folder / "backends", installation)
+        except StartError:
+            self.close()
+            raise
+        self.control = Control(f"http://{options.own_host}:{options.http_port}", self._key.value)
+        self.runtime = RuntimeFolder(folder / "runtime")
+        self.view = RepositoryView(options.repository, folder / "models")
         remove_abandoned_shared_memory()
         self._shm_prefix = f"trident-{os.getpid()}-{options.http_port}-"
+        self._environment = environment | {
+            runtime_folder.ENVIRONMENT: str(self.runtime.folder),
+            runtime_folder.ADDRESS_ENVIRONMENT: f"{options.own_host}:{options.grpc_port}",
+        }
+        self._environment.pop(admin_key.ENVIRONMENT, None)
         flags = known_flags(installation, environment)
-        command = _command(installation, options, backends, flags, self._shm_prefix)
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which drains the server
-            preexec_fn=_die_with_parent,
-        )
+        self._command = _command(installation, options, backends, self.view.folder, flags, self._shm_prefix)
+        self._command += _restrictions(flags, self._key.value)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: ServerLog | None = None
 
     def __enter__(self) -> Server:
         return self
@@ -89,45 +112,70 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        self.end(0.0)
+        self.close()
 
-    def wait_ready(self) -> None:
-        """Return when every model is loaded.
+    @property
+    def pid(self) -> int:
+        """The process that was started last."""
+        assert self._process is not None
+        return self._process.pid
 
-        Raises:
-            StartError: the server ended or did not become ready in time.
+    @property
+    def status(self) -> int | None:
+        """The status with which the process ended; None while it runs."""
+        return self._process.poll() if self._process is not None else None
+
+    def start(self) -> list[str]:
+        """Start the process, with the models that can be loaded now; returns their names.
+
+        Call it on the launcher's main thread: the process ends with the thread that started it.
         """
-        url = f"http://{self.options.host}:{self.options.http_port}/v2/health/ready"
-        deadline = time.monotonic() + self.options.ready_seconds
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise StartError(
-                    f"tritonserver ended with status {self.process.returncode} while it loaded the models: "
-                    "its messages above say why"
-                )
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as response:
-                if response.status == 200:
-                    return
-            time.sleep(0.1)
-        raise StartError(f"the models were not ready within {self.options.ready_seconds:.0f} s")
+        models = self.view.refresh()
+        self.runtime.clear()
+        self._process = subprocess.Popen(
+            [*self._command, *(f"--load-model={model}" for model in models)],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which drains the server
+            preexec_fn=processes.die_with_parent,
+        )
+        assert self._process.stdout is not None
+        everything = self.options.verbose or server_log.has_gpu()
+        self._log = ServerLog(self._process.stdout, everything=everything)
+        return models
 
-    def stop(self) -> None:
-        """Drain and end every process of the server; a second call does nothing."""
-        if self._stopped:
+    def hide_key(self) -> None:
+        """Take the admin key out of the server's command line, once the server has read it."""
+        if self.status is None:
+            processes.hide_argument(self.pid, self._key.value)
+
+    def end(self, seconds: float) -> None:
+        """End every process of the server.
+
+        Args:
+            seconds: how long it may take to do so by itself; 0: it is killed.
+        """
+        if self._process is None:
             return
-        self._stopped = True
-        try:
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(self.options.drain_seconds + 10)
-            # The backends' processes share the server's group; a normal end has none left.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        finally:
-            self._folder.cleanup()
-            remove_shared_memory(self._shm_prefix)
+        if seconds and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+        # The backends' processes share the server's group; a normal end has none left.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._log is not None:
+            self._log.join(1.0)
+        remove_shared_memory(self._shm_prefix)
+
+    def close(self) -> None:
+        """Remove the server's folder and the file of its key."""
+        self._key.remove()
+        self._folder.cleanup()
 
 
 def check_machine(options: ServerOptions) -> dict[str, str]:
@@ -157,16 +205,12 @@ def remove_abandoned_shared_memory(folder: Path = SHARED_MEMORY) -> None:
             region.unlink(missing_ok=True)
 
 
-def _die_with_parent() -> None:
-    """A launcher that is killed outright must not leave a server behind."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _environment(libpython: Path | None) -> dict[str, str]:
     """The stub takes the first python3 on the PATH, and loads libpython from the loader's path."""
     environment = dict(os.environ)
     # numpy's own threads would spin beside ONNX Runtime's: pooling took four milliseconds of processor time with them.
     environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+    environment["ORT_DISABLE_TELEMETRY"] = "1"
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     if libpython is not None:
         known = environment.get("LD_LIBRARY_PATH")
@@ -184,26 +228,44 @@ def known_flags(installation: Installation, environment: dict[str, str]) -> froz
 
 
 def _command(
-    installation: Installation, options: ServerOptions, backends: Path, flags: Iterable[str], shm_prefix: str
+    installation: Installation,
+    options: ServerOptions,
+    backends: Path,
+    models: Path,
+    flags: Iterable[str],
+    shm_prefix: str,
 ) -> list[str]:
     wanted = {
-        "--model-repository": str(options.repository),
+        "--model-repository": str(models),
         "--backend-directory": str(backends),
         "--model-control-mode": "explicit",
+        "--exit-on-error": "false",  # a model that can't be loaded keeps no other from being served
+        "--strict-readiness": "true",
         "--http-address": options.host,
         "--http-port": str(options.http_port),
         "--grpc-address": options.host,
         "--grpc-port": str(options.grpc_port),
         "--metrics-address": options.host,
         "--metrics-port": str(options.metrics_port),
-        "--exit-timeout-secs": str(options.drain_seconds),
+        "--exit-timeout-secs": "5",  # nothing is in flight any more when the launcher ends it
         "--log-info": str(options.verbose).lower(),
         "--cache-directory": str(installation.caches) if installation.caches else "",
         # Two servers on one machine must not share a region.
         "--backend-config": f"python,shm-region-prefix-name={shm_prefix}",
     }
+    if not server_log.has_gpu():
+        wanted |= {"--allow-gpu-metrics": "false", "--pinned-memory-pool-byte-size": "0"}
     known = set(flags)
-    command = [str(installation.binary)]
-    command += [f"{flag}={value}" for flag, value in wanted.items() if value and flag in known]
-    command += [f"--load-model={model}" for model in options.models]
-    return command
+    return [str(installation.binary), *(f"{flag}={value}" for flag, value in wanted.items() if value and flag in known)]
+
+
+def _restrictions(flags: Iterable[str], key: str) -> Sequence[str]:
+    """What needs the admin key.
+
+    Raises:
+        StartError: this server can't restrict anything, so that whoever reaches it could run code on it.
+    """
+    wanted = ("--http-restricted-api", "--grpc-restricted-protocol")
+    if missing := [flag for flag in wanted if flag not in set(flags)]:
+        raise StartError(f"this tritonserver has no {' and no '.join(missing)}: use 2.46 (24.05) or later")
+    return [f"{flag}={','.join(admin_key.RESTRICTED)}:{admin_key.HEADER}={key}" for flag in wanted]

@@ -49,7 +49,7 @@ class Job:
         source_ids: tokens of the text, special tokens included.
         prompt: the decoder's start tokens.
         deadline: of `time.monotonic`; None: never.
-        seconds: what the request allowed, for the message.
+        seconds: what the request was allowed, for the message.
     """
 
     source_ids: Sequence[int]
@@ -84,6 +84,7 @@ class Engine:
         self._running: list[_Running] = []
         self._changed = threading.Condition()
         self._stopping = False
+        self._steps = 0
         self._thread = threading.Thread(target=self._loop, name="seq2seq", daemon=True)
         self._thread.start()
 
@@ -101,6 +102,16 @@ class Engine:
             self._waiting.extend((time.monotonic(), job) for job in jobs)
             self._changed.notify()
 
+    @property
+    def steps(self) -> int:
+        """Steps run so far; the count rises while there is work."""
+        return self._steps
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is work."""
+        return bool(self._waiting or self._running)
+
     def stop(self) -> None:
         """End the loop; what still runs fails with `Overloaded`."""
         with self._changed:
@@ -115,6 +126,7 @@ class Engine:
                     self._changed.wait()
                 if self._stopping:
                     break
+            self._steps += 1
             try:
                 self._step()
             except Exception as error:  # nothing that is held can be trusted; go on with nothing

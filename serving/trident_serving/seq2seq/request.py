@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.request import Inputs, scalar, single_text, timeout_seconds
+from trident_serving.generation.request import DEFAULT_TIMEOUT_SECONDS, Inputs, scalar, single_text, timeout_seconds
 from trident_serving.generation.sampling import SamplingParams
 from trident_serving.seq2seq.processors import Rules
 from trident_serving.seq2seq.search import EarlyStopping, SearchParams
@@ -76,6 +76,7 @@ class RequestLimits:
         max_windows: of a text.
         max_bytes: of a text that is tokenized at all.
         long_input: the policy where the request does not say.
+        timeout: seconds that a request may take, waiting included; a request may ask for less.
     """
 
     max_target_tokens: int
@@ -84,6 +85,7 @@ class RequestLimits:
     max_windows: int
     max_bytes: int
     long_input: LongInput
+    timeout: float = DEFAULT_TIMEOUT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Seq2SeqRequest:
     windows: Sequence[Window]
     prompt: tuple[int, ...]
     params: SearchParams
-    timeout_seconds: float | None
+    timeout_seconds: float
 
 
 class RequestParser:
@@ -106,6 +108,9 @@ class RequestParser:
 
     def parse(self, inputs: Inputs, timeout: object = None) -> Seq2SeqRequest:
         """Check the tensors of one request, each of them [1, n].
+
+        Args:
+            timeout: the request parameter of that name, in microseconds; None or 0 where there is none.
 
         Raises:
             InvalidRequest: a field is missing, malformed or out of range.
@@ -123,7 +128,7 @@ class RequestParser:
             raise InvalidRequest(
                 f"text_input takes {len(windows)} windows, the limit is {self._limits.max_windows}: send it in parts"
             )
-        return Seq2SeqRequest(windows, self._defaults.prompt, params, timeout_seconds(timeout))
+        return Seq2SeqRequest(windows, self._defaults.prompt, params, timeout_seconds(timeout, self._limits.timeout))
 
     def _policy(self, inputs: Inputs) -> LongInput:
         if "long_input" not in inputs:

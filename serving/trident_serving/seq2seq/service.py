@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trident_serving import memory
+from trident_serving.errors import Overloaded
 from trident_serving.generation.metrics import Recorder
 from trident_serving.generation.outbox import Outbox
 from trident_serving.generation.request import Inputs
@@ -32,6 +33,7 @@ class Seq2SeqSettings:
         max_beams: of one search.
         max_windows: of one text.
         max_waiting: texts that may wait for rows.
+        timeout: seconds that a request may take, waiting included.
         max_bytes: the longest text that is tokenized at all.
         long_input: what happens to longer texts where the request does not say.
         threads: ONNX Runtime's intra-op threads.
@@ -44,6 +46,7 @@ class Seq2SeqSettings:
     max_beams: int
     max_windows: int
     max_waiting: int
+    timeout: int
     max_bytes: int
     long_input: LongInput
     threads: int
@@ -101,7 +104,6 @@ class _Pending:
     """One request whose windows are being answered; the outbox sends when all are."""
 
     urgent = True
-    key = ""
     paced = False
     last_sent = 0.0
 
@@ -127,6 +129,11 @@ class _Pending:
             self.cancelled = True  # the others need not go on
         if not self._left:
             self._notify(self)
+
+    def refuse(self, error: Exception) -> None:
+        """No window will be answered."""
+        self._error, self._left = error, 0
+        self._notify(self)
 
     def send_pending(self) -> bool:
         """Send the response, if it is time; returns whether all is said."""
@@ -196,6 +203,7 @@ class Seq2SeqService:
             max_windows=min(settings.max_windows, settings.max_waiting),
             max_bytes=settings.max_bytes,
             long_input=settings.long_input,
+            timeout=settings.timeout,
         )
         self._parser = RequestParser(self._source, defaults, limits)
         capacity = positions(settings.max_target_tokens, defaults.prompt)
@@ -223,23 +231,29 @@ class Seq2SeqService:
     def submit(self, request: Seq2SeqRequest, channel: ReplyChannel) -> None:
         """Start a request; its response goes to the channel.
 
-        Raises:
-            Overloaded: the queue is full; nothing is sent to the channel.
+        An error where the queue is full goes to the channel too.
         """
         pending = _Pending(request, self._source, channel, self._outbox.notify)
         seconds = request.timeout_seconds
-        deadline = None if seconds is None else time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         jobs = [
-            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), deadline, seconds or 0.0)
+            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), deadline, seconds)
             for index, window in enumerate(request.windows)
         ]
         self._outbox.add(pending)
         try:
             self._engine.submit(jobs)
-        except Exception:
-            self._outbox.discard(pending)
+        except Overloaded as error:
             self.recorder.count("requests_rejected")
-            raise
+            pending.refuse(error)
+
+    def steps(self) -> int:
+        """Steps of the engine so far."""
+        return self._engine.steps
+
+    def busy(self) -> bool:
+        """Whether the engine has work."""
+        return self._engine.busy
 
     def stop(self) -> None:
         """End both threads; unfinished requests fail."""

@@ -21,18 +21,29 @@ class TritonPythonModel:
         return auto_complete_model_config
 
     def initialize(self, args):
-        triton_adapter.setup(pb_utils)
+        self.process = triton_adapter.setup(pb_utils, args)
+        self.is_stage = triton_adapter.is_stage(args)  # requests of an ensemble that runs are not new
         folder = triton_adapter.version_folder(args)
         self.model = onnx_backend.OnnxModel(folder, triton_adapter.model_config(args))
+        self.process.start()
 
     def execute(self, requests):
+        with self.process.answering(len(requests)):
+            return self.answer(requests)
+
+    def answer(self, requests):
         responses = [None] * len(requests)
         batch = []
         for index, request in enumerate(requests):
             try:
+                if not self.is_stage:
+                    triton_adapter.check_admission(request, self.process)
                 batch.append((index, self.model.prepare(triton_adapter.inputs(request))))
             except Exception as error:
                 responses[index] = triton_adapter.response(pb_utils, error)
         for (index, _), result in zip(batch, self.model.run([feeds for _, feeds in batch])):
             responses[index] = triton_adapter.response(pb_utils, result)
         return responses
+
+    def finalize(self):
+        self.process.stop()

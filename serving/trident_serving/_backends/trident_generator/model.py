@@ -12,7 +12,7 @@ from trident_serving.triton_metrics import Publisher
 
 class TritonPythonModel:
     def initialize(self, args):
-        triton_adapter.setup(pb_utils)
+        self.process = triton_adapter.setup(pb_utils, args)
         self.config = config = triton_adapter.model_config(args)
         settings = GenerationSettings.from_parameters(triton_adapter.parameters(config))
         name, version = args["model_name"], args["model_version"]
@@ -26,34 +26,32 @@ class TritonPythonModel:
             file=sys.stderr,
             flush=True,
         )
+        self.process.start(self.service.steps, self.service.busy)
 
     def execute(self, requests):
         for request in requests:
-            channel = Channel(request.get_response_sender())
+            channel = Channel(triton_adapter.Responder(pb_utils, request, self.process))
             try:
-                inputs = triton_adapter.inputs(request)
-                if "cancel_key" in inputs:
-                    self.service.cancel(text.decode_texts(inputs["cancel_key"], "cancel_key")[0])
-                    channel.end()
-                    continue
-                checked = self.service.parse(inputs, triton_adapter.timeout(request, self.config))
-                self.service.submit(checked, channel)
+                triton_adapter.check_admission(request, self.process)
+                timeout = triton_adapter.timeout(request, self.config)
+                self.service.submit(self.service.parse(triton_adapter.inputs(request), timeout), channel)
             except Exception as error:
                 channel.fail(error)
 
     def finalize(self):
         self.service.stop()
         self.publisher.stop()
+        self.process.stop()
 
 
 class Channel:
     """A `ResponseChannel` over Triton's response sender."""
 
-    def __init__(self, sender):
-        self.sender = sender
+    def __init__(self, responder):
+        self.responder = responder
 
     def is_cancelled(self):
-        return self.sender.is_cancelled()
+        return self.responder.is_cancelled()
 
     def send(self, chunk):
         reason = chunk.finish_reason
@@ -69,13 +67,7 @@ class Channel:
         if not any(token.top for token in chunk.log_probs):
             del tensors["output_top_token_ids"], tensors["output_top_log_probs"]
         batch = {name: tensor[None] for name, tensor in tensors.items()}
-        self._send(triton_adapter.response(pb_utils, batch), final=reason is not None)
-
-    def end(self):
-        self.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self.responder.send(triton_adapter.response(pb_utils, batch), final=reason is not None)
 
     def fail(self, error):
-        self._send(triton_adapter.stream_error(pb_utils, error), final=True)
-
-    def _send(self, response, *, final):
-        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+        self.responder.send(triton_adapter.stream_error(pb_utils, error), final=True)

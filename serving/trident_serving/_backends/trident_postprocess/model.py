@@ -7,9 +7,14 @@ from trident_serving import postprocessing, triton_adapter
 
 class TritonPythonModel:
     def initialize(self, args):
-        triton_adapter.setup(pb_utils)
+        self.process = triton_adapter.setup(pb_utils, args)
         config = triton_adapter.model_config(args)
         self.postprocess = postprocessing.create(triton_adapter.parameters(config), triton_adapter.version_folder(args))
+        self.process.start()
 
     def execute(self, requests):
-        return [triton_adapter.answer(pb_utils, self.postprocess, request) for request in requests]
+        with self.process.answering(len(requests)):
+            return [triton_adapter.answer(pb_utils, self.postprocess, request) for request in requests]
+
+    def finalize(self):
+        self.process.stop()

@@ -12,7 +12,7 @@ from trident_serving.triton_metrics import Publisher
 
 class TritonPythonModel:
     def initialize(self, args):
-        triton_adapter.setup(pb_utils)
+        self.process = triton_adapter.setup(pb_utils, args)
         self.config = config = triton_adapter.model_config(args)
         settings = Seq2SeqSettings.from_parameters(triton_adapter.parameters(config))
         name, version = args["model_name"], args["model_version"]
@@ -20,11 +20,13 @@ class TritonPythonModel:
         self.service = Seq2SeqService(triton_adapter.version_folder(args), settings, unloading)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
         print(f"trident: {name}: {settings.slots} slots; {self.service.memory}", file=sys.stderr, flush=True)
+        self.process.start(self.service.steps, self.service.busy)
 
     def execute(self, requests):
         for request in requests:
-            channel = Channel(request.get_response_sender())
+            channel = Channel(triton_adapter.Responder(pb_utils, request, self.process))
             try:
+                triton_adapter.check_admission(request, self.process)
                 timeout = triton_adapter.timeout(request, self.config)
                 checked = self.service.parse(triton_adapter.inputs(request), timeout)
                 self.service.submit(checked, channel)
@@ -34,16 +36,17 @@ class TritonPythonModel:
     def finalize(self):
         self.service.stop()
         self.publisher.stop()
+        self.process.stop()
 
 
 class Channel:
     """A `ReplyChannel` over Triton's response sender."""
 
-    def __init__(self, sender):
-        self.sender = sender
+    def __init__(self, responder):
+        self.responder = responder
 
     def is_cancelled(self):
-        return self.sender.is_cancelled()
+        return self.responder.is_cancelled()
 
     def send(self, reply):
         tensors = {
@@ -60,4 +63,4 @@ class Channel:
         self._send(triton_adapter.response(pb_utils, error))
 
     def _send(self, response):
-        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self.responder.send(response, final=True)

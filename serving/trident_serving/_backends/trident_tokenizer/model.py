@@ -7,13 +7,18 @@ from trident_serving import preprocessing, triton_adapter
 
 class TritonPythonModel:
     def initialize(self, args):
-        triton_adapter.setup(pb_utils)
+        self.process = triton_adapter.setup(pb_utils, args)
         config = triton_adapter.model_config(args)
         self.preprocess = preprocessing.create(triton_adapter.parameters(config), triton_adapter.version_folder(args))
         self.outputs = [output["name"] for output in config["output"]]
+        self.process.start()
 
     def execute(self, requests):
-        return [triton_adapter.answer(pb_utils, self.encode, request) for request in requests]
+        with self.process.answering(len(requests)):
+            return [triton_adapter.answer(pb_utils, self.encode, request, self.process) for request in requests]
+
+    def finalize(self):
+        self.process.stop()
 
     def encode(self, inputs):
         tensors = self.preprocess(inputs)

@@ -1,0 +1,157 @@
+"""What the launcher asks of its own tritonserver, over HTTP and with the admin key."""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from trident_serving.launcher.admin_key import HEADER
+
+# Nothing stands between a launcher and its own server, whatever the environment says of proxies.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_TENSOR = {"data_type": "TYPE_INT32", "dims": [1]}
+_CONFIG = {"input": [{"name": "A", **_TENSOR}], "output": [{"name": "B", **_TENSOR}]}
+# Under strict readiness a server is not ready while it holds a model that could not be loaded. A load with this config
+# fails at once; one with the other succeeds, and only what was loaded can be unloaded and forgotten.
+_FAILS = {"backend": "none", **_CONFIG}
+_LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}], **_CONFIG}
+_CODE = "class TritonPythonModel:\n    def execute(self, requests):\n        return [None] * len(requests)\n"
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One model of the server's index.
+
+    Attributes:
+        state: "READY", "LOADING", "UNLOADING", "UNAVAILABLE", or "" for one that was never loaded.
+        reason: why it is in this state.
+    """
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be loaded."""
+        return self.state == "UNAVAILABLE" and self.reason not in ("", "unloaded")
+
+
+class ControlError(RuntimeError):
+    """The server does not do what the launcher asks for."""
+
+
+def open_url(url: str, body: bytes | None = None, headers: dict[str, str] | None = None, seconds: float = 2.0) -> bytes:
+    """The body of an answer with status 200.
+
+    Raises:
+        OSError: there is no answer, or another status (`urllib.error.HTTPError`).
+    """
+    with _OPENER.open(urllib.request.Request(url, body, headers or {}), timeout=seconds) as answer:
+        found: bytes = answer.read()
+        return found
+
+
+class Control:
+    """One server.
+
+    Args:
+        url: of its HTTP port.
+        key: the admin key.
+    """
+
+    def __init__(self, url: str, key: str) -> None:
+        self._url = url
+        self._headers = {HEADER: key, "Content-Type": "application/json"}
+
+    def live(self, seconds: float = 2.0) -> bool:
+        """Whether the server answers at all."""
+        return self._healthy("live", seconds)
+
+    def ready(self, seconds: float = 2.0) -> bool:
+        """Whether the server says that it is ready."""
+        return self._healthy("ready", seconds)
+
+    def index(self) -> list[ModelState]:
+        """Every model of the repository.
+
+        Raises:
+            ControlError: the server does not answer.
+        """
+        found = self._post("/v2/repository/index", {}, 10.0)
+        return [
+            ModelState(each["name"], each.get("version", ""), each.get("state", ""), each.get("reason", ""))
+            for each in json.loads(found)
+        ]
+
+    def load(self, model: str, seconds: float) -> None:
+        """Load a model, or load it again.
+
+        Raises:
+            ControlError: it can't be loaded, or not in time.
+        """
+        self._post(f"/v2/repository/models/{model}/load", {}, seconds)
+
+    def unload(self, model: str, seconds: float = 10.0) -> None:
+        """Begin to unload a model.
+
+        Raises:
+            ControlError: the server does not answer.
+        """
+        self._post(f"/v2/repository/models/{model}/unload", {}, seconds)
+
+    def be_unready(self, reason: str) -> None:
+        """Say from now on that the server is not ready.
+
+        Args:
+            reason: a name, as of a model, that the server's index shows.
+        """
+        try:
+            self._override(reason, _FAILS)
+        except ControlError:
+            return  # which is how it works
+
+    def forget_failure(self, model: str) -> None:
+        """Let a model that could not be loaded no longer make the server unready.
+
+        Raises:
+            ControlError: the server does not do it.
+        """
+        self._override(model, _LOADS)
+        self.unload(model)
+
+    def _override(self, model: str, config: dict[str, Any]) -> None:
+        code = base64.b64encode(_CODE.encode()).decode()
+        self._post(
+            f"/v2/repository/models/{model}/load",
+            {"parameters": {"config": json.dumps(config), "file:1/model.py": code}},
+            30.0,
+        )
+
+    def _healthy(self, what: str, seconds: float) -> bool:
+        try:
+            open_url(f"{self._url}/v2/health/{what}", seconds=seconds)
+        except OSError:
+            return False
+        return True
+
+    def _post(self, path: str, body: dict[str, Any], seconds: float) -> bytes:
+        try:
+            return open_url(self._url + path, json.dumps(body).encode(), self._headers, seconds)
+        except urllib.error.HTTPError as error:
+            raise ControlError(_message(error)) from None
+        except (OSError, ValueError) as error:
+            raise ControlError(str(error)) from None
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    text = error.read().decode("utf-8", "replace")
+    try:
+        return str(json.loads(text)["error"]).strip()
+    except (ValueError, KeyError, TypeError):
+        return text or f"HTTP status {error.code}"

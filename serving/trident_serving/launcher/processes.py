@@ -1,0 +1,121 @@
+"""What Linux tells of other processes, and what it lets one do to them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+_SYS_PIDFD_GETFD = 438
+_PR_SET_PDEATHSIG = 1
+# Fields of /proc/<pid>/stat, counted from the state, which comes after the command's name.
+_STATE, _UTIME, _STIME, _ARG_START, _ARG_END = 0, 11, 12, 45, 46
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """A process as /proc shows it.
+
+    Attributes:
+        letter: its state: R, S, D (waits for a disk), T and t (stopped), Z and X (dead); "" where there is none.
+        ticks: processor time that it has used.
+    """
+
+    letter: str
+    ticks: int = 0
+
+    @property
+    def dead(self) -> bool:
+        """Whether it has ended, waited for or not."""
+        return self.letter in ("", "Z", "X")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether something holds it."""
+        return self.letter in ("T", "t")
+
+
+def state(pid: int) -> ProcessState:
+    """The state of a process."""
+    fields = _stat(pid)
+    if not fields:
+        return ProcessState("")
+    return ProcessState(fields[_STATE], int(fields[_UTIME]) + int(fields[_STIME]))
+
+
+def kill(pid: int) -> None:
+    """End a process at once, if it is there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: a launcher that is killed outright must not leave a server behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def hide_argument(pid: int, secret: str) -> bool:
+    """Overwrite a secret in another process's command line, which every user of the machine can read.
+
+    Returns:
+        Whether it is hidden; a system may not allow it.
+    """
+    try:
+        fields = _stat(pid)
+        start, end = int(fields[_ARG_START]), int(fields[_ARG_END])
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            arguments = memory.read(end - start)
+            memory.seek(start)
+            memory.write(arguments.replace(secret.encode(), b"*" * len(secret)))
+        return secret.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, IndexError, ValueError):
+        return False
+
+
+def close_connections(pid: int, ports: Collection[int]) -> bool:
+    """Close the connections that another process has accepted on these ports, as a lost network would.
+
+    Returns:
+        Whether it was possible; a system may not allow it.
+    """
+    try:
+        own = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(f"/proc/{pid}/fd/{entry}").startswith("socket:"):
+                    _close_accepted(_duplicate(own, int(entry)), ports)
+    except OSError:
+        return False
+    finally:
+        os.close(own)
+    return True
+
+
+def _duplicate(pidfd: int, descriptor: int) -> int:
+    found: int = ctypes.CDLL(None, use_errno=True).syscall(_SYS_PIDFD_GETFD, pidfd, descriptor, 0)
+    if found < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return found
+
+
+def _close_accepted(descriptor: int, ports: Collection[int]) -> None:
+    with socket.socket(fileno=descriptor) as own, contextlib.suppress(OSError):
+        if own.family in (socket.AF_INET, socket.AF_INET6) and own.getsockname()[1] in ports:
+            own.getpeername()  # an error for one that listens
+            own.shutdown(socket.SHUT_RDWR)
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return []

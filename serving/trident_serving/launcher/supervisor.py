@@ -1,0 +1,387 @@
+"""Keeps a server whole from its start to its end: what is dead is started anew, what runs is finished before the end.
+
+A backend process that died or hangs is noticed by its record (see `runtime_folder`); its model is unloaded and loaded,
+and no other model notices. Callers whose answers it held hear nothing from Triton (2.51), so their connections are
+closed; where the system does not allow that, or a model does not come back, the whole server is started anew.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trident_serving.launcher import processes
+from trident_serving.launcher.control import ControlError, ModelState
+from trident_serving.launcher.preflight import StartError
+from trident_serving.launcher.processes import ProcessState
+from trident_serving.launcher.server import END_SECONDS, Server
+from trident_serving.runtime_folder import Record
+
+TICK_SECONDS = 0.2
+CARE_SECONDS = 1.0
+# A process that is well beats four times a second. One that neither beats nor uses the processor hangs; one that does
+# use it, or waits for a disk, may be at something long.
+SILENT_SECONDS = 2.0
+BUSY_SECONDS = 10.0
+# A server that answers no health check for so long hangs.
+SERVER_SILENT_SECONDS = 10.0
+# Restarts of the server, and of a model, are counted over this time.
+WINDOW_SECONDS = 300.0
+MODEL_RESTARTS = 3
+# Nothing open in two looks so far apart: no request is between two stages.
+QUIET_SECONDS = 0.2
+NOT_READY = "shutting-down"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a server is kept.
+
+    Attributes:
+        grace: seconds that running requests get when the server is to end.
+        restarts: of tritonserver in five minutes, before the launcher gives up.
+    """
+
+    grace: float = 45.0
+    restarts: int = 3
+
+
+@dataclass
+class Orders:
+    """What the launcher was told from outside: to end, and to end at once."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    stop_now: threading.Event = field(default_factory=threading.Event)
+
+
+class ServerDied(Exception):
+    """tritonserver ended or can't go on; the message says how."""
+
+
+class Supervisor:
+    """Runs one server until it is told to end.
+
+    Args:
+        server: not started yet.
+        orders: told from another thread or a signal's handler.
+        announce: called once when the server is ready for the first time, with the models that could not be loaded.
+    """
+
+    def __init__(
+        self, server: Server, policy: Policy, orders: Orders, announce: Callable[[list[ModelState]], None]
+    ) -> None:
+        self._server = server
+        self._policy = policy
+        self._orders = orders
+        self._announce = announce
+        self._restarts: deque[float] = deque()
+        self._reloads: dict[str, deque[float]] = {}
+        self._watch = _ProcessWatch()
+        self._served = False
+
+    def run(self) -> int:
+        """Serve until the end.
+
+        Returns:
+            The exit status: 0 where no request was cut off.
+        """
+        while True:
+            try:
+                return self._serve()
+            except (ServerDied, ControlError) as died:
+                self._server.end(0.0)
+                if not self._served or not self._may_restart():
+                    _say(str(died))
+                    return 1
+                _say(f"{died}; it is started again")
+
+    def _may_restart(self) -> bool:
+        return _within(self._restarts, self._policy.restarts)
+
+    def _serve(self) -> int:
+        wanted = self._server.start()
+        failed = self._wait_loaded(wanted)
+        if failed is None:
+            self._server.end(0.0)
+            return 0
+        if not self._served:
+            self._announce(failed)
+        else:
+            _say("the server is ready again")
+        self._served = True
+        care = _Care(self._server)
+        try:
+            while not self._orders.stop.wait(TICK_SECONDS):
+                self._check_server(care)
+                for record, why in self._watch.fallen(self._server.runtime.records()):
+                    self._restore(record, why, care)
+        finally:
+            care.stop()
+        return self._drain()
+
+    def _wait_loaded(self, wanted: list[str]) -> list[ModelState] | None:
+        """Wait until the models are loaded; None where the launcher was told to end before.
+
+        Returns:
+            The models that could not be loaded.
+
+        Raises:
+            ServerDied: the server ended, or did not load its models in time.
+            StartError: no model could be loaded.
+        """
+        control, seconds = self._server.control, self._server.options.ready_seconds
+        deadline = time.monotonic() + seconds
+        hidden = False
+        while not control.live(seconds=2.0):
+            if self._orders.stop.wait(0.1):
+                return None
+            if self._server.status is not None:
+                raise ServerDied(
+                    f"tritonserver ended with status {self._server.status} while it loaded the models: "
+                    "its messages above say why"
+                )
+            if time.monotonic() > deadline:
+                raise ServerDied(f"the models were not ready within {seconds:.0f} s")
+            if not hidden and any(self._server.runtime.records()):
+                self._server.hide_key()
+                hidden = True
+        self._server.hide_key()
+        failed = [state for state in control.index() if state.failed]
+        for state in failed:
+            control.forget_failure(state.name)
+        loaded = {state.name for state in control.index() if state.state == "READY"}
+        missing = [name for name in wanted if name not in loaded | {state.name for state in failed}]
+        failed += [ModelState(name, "", "", "one of its parts could not be loaded") for name in missing]
+        if not loaded:
+            reasons = "; ".join(f"{state.name}: {reason(state)}" for state in failed)
+            raise StartError(f"no model could be loaded: {reasons}")
+        while not control.ready():
+            if self._orders.stop.wait(0.1):
+                return None
+            if self._server.status is not None or time.monotonic() > deadline:
+                raise ServerDied("tritonserver loaded its models and did not become ready")
+        return failed
+
+    def _check_server(self, care: _Care) -> None:
+        status = self._server.status
+        if status is not None:
+            raise ServerDied(f"tritonserver {ending(status)}")
+        state = processes.state(self._server.pid)
+        if state.stopped or care.silent_seconds > SERVER_SILENT_SECONDS:
+            raise ServerDied("tritonserver does not answer any more")
+        if care.broken:
+            raise ServerDied(care.broken)
+
+    def _restore(self, record: Record, why: str, care: _Care) -> None:
+        """Bring back the model of a process that has fallen."""
+        what = f"the backend process of {record.model} {why}"
+        self._tell_callers(record, what)
+        reloads = self._reloads.setdefault(record.model, deque())
+        if _within(reloads, MODEL_RESTARTS):
+            _say(f"{what}; the model is loaded again")
+            care.reload(record.model)
+        else:
+            _say(f"{what}, {MODEL_RESTARTS + 1} times in {WINDOW_SECONDS / 60:.0f} minutes; the model is unloaded")
+            care.unload(record.model)
+
+    def _tell_callers(self, record: Record, what: str) -> None:
+        """Let the callers hear whose answers the process held: nothing else would tell them."""
+        options = self._server.options
+        if record.held and not processes.close_connections(self._server.pid, {options.http_port, options.grpc_port}):
+            raise ServerDied(f"{what} with {record.held} requests, which only the end of the server can tell")
+
+    def _drain(self) -> int:
+        """Let what runs end, then end the server."""
+        server, policy = self._server, self._policy
+        _say("shutting down: running requests are finished, new ones are refused")
+        server.runtime.drain()
+        server.control.be_unready(NOT_READY)
+        deadline = time.monotonic() + policy.grace
+        quiet_since, open_requests, cut = time.monotonic(), 0, 0
+        while not self._orders.stop_now.is_set() and server.status is None:
+            records = server.runtime.records()
+            for record, why in self._watch.fallen(records):
+                cut += record.held
+                self._tell_callers(record, f"the backend process of {record.model} {why}")
+            now = time.monotonic()
+            open_requests = sum(record.open for record in records)
+            if open_requests:
+                quiet_since = now
+            if now - quiet_since >= QUIET_SECONDS or now >= deadline:
+                break
+            self._orders.stop_now.wait(TICK_SECONDS / 2)
+        cut += open_requests
+        if server.status is not None:
+            _say(f"tritonserver {ending(server.status)} while it was shut down")
+            return 1
+        server.end(0.0 if self._orders.stop_now.is_set() else END_SECONDS)
+        if not cut:
+            return 0
+        why = "at once, as asked" if self._orders.stop_now.is_set() else f"after {policy.grace:g} s"
+        _say(f"{cut} {'request was' if cut == 1 else 'requests were'} cut off: the server ended {why}")
+        return 1
+
+
+class _ProcessWatch:
+    """Finds backend processes that have died or hang.
+
+    Args:
+        look: the state of a process.
+        kill: ends one that hangs.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[int], ProcessState] = processes.state,
+        kill: Callable[[int], None] = processes.kill,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._look = look
+        self._kill = kill
+        self._clock = clock
+        self._last_look = clock()
+        # By process: its processor time when it changed last, and when that was.
+        self._ticks: dict[int, tuple[int, float]] = {}
+
+    def fallen(self, records: list[Record]) -> list[tuple[Record, str]]:
+        """The processes that serve no more, each once, with what has become of them."""
+        now = self._clock()
+        late = now - self._last_look > SILENT_SECONDS  # this process was held up, and perhaps all of them were
+        self._last_look = now
+        alive = Counter((r.model, r.version) for r in records if not self._look(r.pid).dead)
+        found = []
+        for record in records:
+            state = self._look(record.pid)
+            if state.dead:
+                record.path.unlink(missing_ok=True)
+                self._ticks.pop(record.pid, None)
+                # One that never was ready: Triton says that its model could not be loaded. One that has a successor:
+                # the model was loaded again meanwhile.
+                if record.beat and not alive[record.model, record.version]:
+                    found.append((record, "has died"))
+            elif record.beat and not late and self._hangs(record, state, now):
+                self._kill(record.pid)
+                record.path.unlink(missing_ok=True)
+                found.append((record, "did not answer and was ended"))
+        return found
+
+    def _hangs(self, record: Record, state: ProcessState, now: float) -> bool:
+        ticks, since = self._ticks.get(record.pid, (-1, now))
+        if ticks != state.ticks:
+            ticks, since = state.ticks, now
+            self._ticks[record.pid] = (ticks, since)
+        if state.stopped:
+            return True
+        silent = now - record.beat
+        idle = state.letter != "D" and now - since >= SILENT_SECONDS
+        return silent >= (SILENT_SECONDS if idle else BUSY_SECONDS)
+
+
+class _Care:
+    """A thread for what takes its time: health checks, models that are loaded again, failed loads that are forgotten.
+
+    Attributes:
+        broken: why the server can't go on; "" while it can.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._orders: queue.SimpleQueue[tuple[str, bool] | None] = queue.SimpleQueue()
+        self._last_live = time.monotonic()
+        self.broken = ""
+        self._threads = [
+            threading.Thread(target=self._tend, name="care", daemon=True),
+            threading.Thread(target=self._ask, name="health", daemon=True),
+        ]
+        self._stopping = threading.Event()
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def silent_seconds(self) -> float:
+        """For how long the server has answered no health check."""
+        return time.monotonic() - self._last_live
+
+    def reload(self, model: str) -> None:
+        """Unload and load a model."""
+        self._orders.put((model, True))
+
+    def unload(self, model: str) -> None:
+        """Unload a model."""
+        self._orders.put((model, False))
+
+    def stop(self) -> None:
+        """Begin nothing new."""
+        self._stopping.set()
+        self._orders.put(None)
+
+    def _ask(self) -> None:
+        while not self._stopping.wait(CARE_SECONDS):
+            if self._server.control.live(seconds=3.0):
+                self._last_live = time.monotonic()
+
+    def _tend(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                order = self._orders.get(timeout=CARE_SECONDS)
+            except queue.Empty:
+                self._forget_failures()
+                continue
+            if order is not None:
+                self._carry_out(*order)
+
+    def _carry_out(self, model: str, again: bool) -> None:
+        control = self._server.control
+        try:
+            control.unload(model)
+            if again:
+                control.load(model, self._server.options.ready_seconds)
+                _say(f"{model} answers again")
+        except ControlError as error:
+            if not self._stopping.is_set():
+                self.broken = f"{model} could not be loaded again ({error})"
+
+    def _forget_failures(self) -> None:
+        """See that links follow the repository, and that a load that failed leaves the server ready."""
+        try:
+            self._server.view.refresh()
+            for state in self._server.control.index():
+                if state.failed and state.name != NOT_READY:
+                    _say(f"{state.name} could not be loaded: {reason(state)}")
+                    self._server.control.forget_failure(state.name)
+        except (ControlError, OSError):
+            return  # whether the server is well is for the health check to find out
+
+
+def reason(state: ModelState) -> str:
+    """Why a model could not be loaded, in one line."""
+    first = state.reason.split("\n\nAt:")[0].strip().splitlines()
+    text = " ".join(first) if first else "the server does not say why"
+    for kind in ("Internal: ", "Invalid argument: ", "LoadError: ", "ValueError: ", "DoesNotFit: "):
+        text = text.removeprefix(kind)
+    return text
+
+
+def ending(status: int) -> str:
+    """How a process ended, by its status as `subprocess` has it."""
+    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def _within(times: deque[float], limit: int) -> bool:
+    """Whether one more is allowed in the window; it is counted then."""
+    now = time.monotonic()
+    while times and now - times[0] > WINDOW_SECONDS:
+        times.popleft()
+    if len(times) >= limit:
+        return False
+    times.append(now)
+    return True
+
+
+def _say(text: str) -> None:
+    print(f"trident: {text}", file=sys.stderr, flush=True)

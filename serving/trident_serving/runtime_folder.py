@@ -1,0 +1,190 @@
+"""What a launcher and the backend processes of its server tell each other, through files in a private folder.
+
+    <folder>/control                        one byte, written by the launcher: whether new requests are refused
+    <folder>/pass                           shows that a request comes from a model of this server
+    <folder>/processes/<pid>:<ver>:<model>  one record for each backend process: its heartbeat and its open requests
+
+The launcher names the folder in the environment. A server that was started by something else has none; then nothing
+is watched, and a backend works without it. Records are mapped into memory: to write one costs less than a microsecond.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT = "TRIDENT_RUNTIME_FOLDER"
+# Where the launcher says that the server's gRPC port is.
+ADDRESS_ENVIRONMENT = "TRIDENT_GRPC_ADDRESS"
+BEAT_SECONDS = 0.25
+# The request parameter that carries the pass.
+PASS_PARAMETER = "trident_pass"
+# A process whose engine has open requests and makes no step for so long hangs. A step of a large model takes seconds.
+STALL_SECONDS = 60.0
+
+_RECORD = struct.Struct("<dqq")
+_DRAINING = b"\1"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A backend process as it was when its record was read.
+
+    Attributes:
+        pid: the process.
+        model: its Triton model.
+        version: the version that it serves.
+        beat: when it last said that it is well, on the system's monotonic clock; 0.0 where it is not ready yet.
+        open: requests that it has not answered to the end.
+        held: those of them whose callers hear nothing if it dies; Triton answers the others.
+    """
+
+    path: Path
+    pid: int
+    model: str
+    version: str
+    beat: float
+    open: int
+    held: int
+
+
+class RuntimeFolder:
+    """The launcher's side."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "processes").mkdir(mode=0o700, parents=True)
+        (folder / "control").write_bytes(b"\0")
+        (folder / "pass").write_text(secrets.token_hex(), encoding="ascii")
+
+    def drain(self) -> None:
+        """Tell every backend to refuse new requests."""
+        with (self.folder / "control").open("r+b") as file:
+            file.write(_DRAINING)
+
+    def records(self) -> list[Record]:
+        """The backend processes, those included that have died."""
+        found = []
+        for path in (self.folder / "processes").iterdir():
+            try:
+                beat, count, held = _RECORD.unpack(path.read_bytes()[: _RECORD.size])
+            except (OSError, struct.error):
+                continue  # it has just gone, or is being made
+            pid, version, model = path.name.split(":", 2)
+            found.append(Record(path, int(pid), model, version, beat, count, held))
+        return found
+
+    def clear(self) -> None:
+        """Remove the records, where the server that they belong to has ended."""
+        for path in (self.folder / "processes").iterdir():
+            path.unlink(missing_ok=True)
+
+
+class Process:
+    """A backend process's side.
+
+    Args:
+        model: the Triton model.
+        version: its version.
+        folder: the launcher's folder; None: nobody watches.
+
+    Attributes:
+        own_pass: what its own requests to this server carry; "" where nobody watches.
+    """
+
+    def __init__(self, model: str, version: str, folder: Path | None) -> None:
+        self._lock = threading.Lock()
+        self._open = self._held = 0
+        self._control: mmap.mmap | None = None
+        self._record: mmap.mmap | None = None
+        self._path: Path | None = None
+        self._ended = threading.Event()
+        self._progress: Callable[[], int] = lambda: 0
+        self._busy: Callable[[], bool] = lambda: False
+        self.own_pass = ""
+        if folder is None or not folder.is_dir():
+            return
+        self.own_pass = (folder / "pass").read_text(encoding="ascii")
+        with (folder / "control").open("rb") as file:
+            self._control = mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ)
+        self._path = folder / "processes" / f"{os.getpid()}:{version}:{model}"
+        with self._path.open("w+b") as file:
+            file.write(bytes(_RECORD.size))
+            file.flush()
+            self._record = mmap.mmap(file.fileno(), _RECORD.size)
+
+    @classmethod
+    def register(cls, model: str, version: str) -> Process:
+        """This process, with the folder that the environment names."""
+        named = os.environ.get(ENVIRONMENT)
+        return cls(model, version, Path(named) if named else None)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are to be refused."""
+        return self._control is not None and self._control[:1] == _DRAINING
+
+    def holds_pass(self, value: object) -> bool:
+        """Whether a request's parameter shows that a model of this server made it."""
+        return bool(self.own_pass) and isinstance(value, str) and secrets.compare_digest(value, self.own_pass)
+
+    def start(self, progress: Callable[[], int] = lambda: 0, busy: Callable[[], bool] = lambda: False) -> None:
+        """Begin to beat: the model is loaded.
+
+        Args:
+            progress: a count that rises while the engine works.
+            busy: whether the engine has work, so that its count must rise.
+        """
+        self._progress, self._busy = progress, busy
+        if self._record is not None:
+            threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def opened(self) -> None:
+        """A request came that this process answers by a response sender."""
+        self._add(1, 1)
+
+    def closed(self) -> None:
+        """Its last response is sent."""
+        self._add(-1, -1)
+
+    @contextlib.contextmanager
+    def answering(self, count: int) -> Iterator[None]:
+        """So many requests are answered by what Triton called, for the time of a `with` block."""
+        self._add(count, 0)
+        try:
+            yield
+        finally:
+            self._add(-count, 0)
+
+    def stop(self) -> None:
+        """The process ends as it should: its record goes, so that nobody takes it for dead."""
+        self._ended.set()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def _add(self, count: int, held: int) -> None:
+        with self._lock:
+            self._open += count
+            self._held += held
+            if self._record is not None:
+                struct.pack_into("<qq", self._record, 8, self._open, self._held)
+
+    def _beat(self) -> None:
+        assert self._record is not None
+        seen, since = -1, time.monotonic()
+        while True:
+            now = time.monotonic()
+            if (count := self._progress()) != seen or not self._busy():
+                seen, since = count, now
+            if now - since < STALL_SECONDS:
+                struct.pack_into("<d", self._record, 0, now)
+            if self._ended.wait(BEAT_SECONDS):
+                return

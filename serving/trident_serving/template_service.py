@@ -1,0 +1,269 @@
+"""Answers the requests of a template task by calls of its generator, over the server's own gRPC port.
+
+Everything here runs on one thread, in an event loop: calls of the generator, questions whether clients have gone, and
+responses. Why not Triton's calls between models: docs/decisions/0041-templates-call-over-grpc.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
+
+from trident_serving.errors import Cancelled, DeadlineExceeded, Overloaded
+from trident_serving.runtime_folder import ADDRESS_ENVIRONMENT, PASS_PARAMETER
+from trident_serving.templates import Completion, Prompt, TemplateTask, error_from
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ADDRESS = "127.0.0.1:8001"  # Triton's own, for a server that was started by something else
+WATCH_SECONDS = 0.05
+# Questions of one request that are asked at once: more would take the generator's queue from others.
+QUESTIONS_AT_ONCE = 4
+
+_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+)
+Tensors = Mapping[str, NDArray[Any]]
+
+
+class Channel(Protocol):
+    """Where a request's one response goes."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone."""
+        ...
+
+    def send(self, result: Tensors) -> None:
+        """Send the answer."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Send an error."""
+        ...
+
+
+class Generator(Protocol):
+    """Who answers a prompt."""
+
+    async def complete(self, tensors: Tensors, seconds: float) -> Completion:
+        """The answer to one call.
+
+        Args:
+            tensors: of the call, [1, n] each.
+            seconds: how long it may take.
+
+        Raises:
+            ServingError: the generator refuses it, or can't be reached.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of the connection."""
+        ...
+
+
+class GrpcGenerator:
+    """A generator of this server.
+
+    Args:
+        model: its name.
+        own_pass: shows that a call comes from a model of this server; see `runtime_folder`.
+        address: of the server's gRPC port; None: what the environment says.
+    """
+
+    def __init__(self, model: str, own_pass: str, address: str | None = None) -> None:
+        self._model = model
+        self._pass = own_pass
+        self._address = address or os.environ.get(ADDRESS_ENVIRONMENT) or DEFAULT_ADDRESS
+        self._channel: grpc.aio.Channel | None = None
+
+    async def complete(self, tensors: Tensors, seconds: float) -> Completion:
+        """See `Generator.complete`."""
+        if self._channel is None:  # made in the loop that uses it
+            self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+            self._call = self._channel.unary_stream(
+                _METHOD,
+                request_serializer=pb.ModelInferRequest.SerializeToString,
+                response_deserializer=pb.ModelStreamInferResponse.FromString,
+            )
+        try:
+            async for response in self._call(self._request(tensors, seconds), timeout=seconds + 1):
+                if response.error_message:
+                    raise error_from(response.error_message)
+                return Completion.from_tensors(_tensors(response.infer_response))
+        except grpc.aio.AioRpcError as error:
+            raise self._translated(error) from None
+        raise RuntimeError(f"{self._model} gave no answer")
+
+    async def close(self) -> None:
+        """See `Generator.close`."""
+        if self._channel is not None:
+            await self._channel.close()
+
+    def _request(self, tensors: Tensors, seconds: float) -> pb.ModelInferRequest:
+        request = pb.ModelInferRequest(model_name=self._model)
+        request.parameters["timeout"].int64_param = max(int(seconds * 1e6), 1)
+        if self._pass:
+            request.parameters[PASS_PARAMETER].string_param = self._pass
+        for name, array in tensors.items():
+            request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+            raw = serialize_byte_tensor(array).item() if array.dtype == np.object_ else array.tobytes()
+            request.raw_input_contents.append(raw)
+        return request
+
+    def _translated(self, error: grpc.aio.AioRpcError) -> Exception:
+        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded("the timeout was over before all was answered")
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
+            return Overloaded(f"{self._model}, which answers for this model, is not ready: {error.details()}")
+        return RuntimeError(f"{self._model} answers {error.code().name}: {error.details()}")
+
+
+def _tensors(response: pb.ModelInferResponse) -> dict[str, NDArray[Any]]:
+    found = {}
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        array = (
+            deserialize_bytes_tensor(raw)
+            if output.datatype == "BYTES"
+            else np.frombuffer(raw, dtype=triton_to_np_dtype(output.datatype))
+        )
+        found[output.name] = array.reshape(tuple(output.shape))
+    return found
+
+
+@dataclass(eq=False)
+class _Open:
+    channel: Channel
+    inputs: Tensors
+    prompts: list[Prompt]
+    deadline: float
+    work: asyncio.Task[None] | None = field(default=None)
+
+
+class TemplateService:
+    """Takes requests of one task, from any thread.
+
+    Args:
+        task: makes prompts of requests, and answers of completions.
+        generator: answers the prompts.
+        max_waiting: requests that may be open at once.
+    """
+
+    def __init__(self, task: TemplateTask, generator: Generator, max_waiting: int) -> None:
+        self._task = task
+        self._generator = generator
+        self._max_waiting = max_waiting
+        self._lock = threading.Lock()
+        self._open: set[_Open] = set()
+        self._stopping = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="templates", daemon=True)
+        self._thread.start()
+
+    def submit(self, inputs: Tensors, seconds: float, channel: Channel) -> None:
+        """Answer a request.
+
+        Args:
+            inputs: the request's tensors.
+            seconds: how long it may take.
+            channel: gets the answer, or an error that comes later.
+
+        Raises:
+            InvalidRequest: a field is empty or malformed.
+            Overloaded: too many requests are open, or the model is being unloaded.
+        """
+        entry = _Open(channel, inputs, self._task.prompts(inputs), time.monotonic() + seconds)
+        with self._lock:
+            if self._stopping:
+                raise Overloaded("the model is being unloaded")
+            if len(self._open) >= self._max_waiting:
+                raise Overloaded(f"{self._max_waiting} requests are being answered already; try again later")
+            self._open.add(entry)
+        self._loop.call_soon_threadsafe(self._begin, entry)
+
+    def stop(self) -> None:
+        """End the thread; requests that are open fail."""
+        with self._lock:
+            self._stopping = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        watch = self._loop.create_task(self._watch())
+        self._loop.run_forever()
+        watch.cancel()
+        left = [entry.work for entry in self._open if entry.work is not None]
+        for work in left:
+            work.cancel()
+        self._loop.run_until_complete(asyncio.gather(watch, *left, return_exceptions=True))
+        self._loop.run_until_complete(self._generator.close())
+        self._loop.close()
+
+    def _begin(self, entry: _Open) -> None:
+        entry.work = self._loop.create_task(self._answer(entry))
+
+    async def _watch(self) -> None:
+        """Cancel the calls of clients that have gone."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for entry in list(self._open):
+                try:
+                    if entry.work is not None and entry.channel.is_cancelled():
+                        entry.work.cancel()
+                except Exception:
+                    logger.exception("a client could not be asked for")
+
+    async def _answer(self, entry: _Open) -> None:
+        result: Tensors | Exception
+        try:
+            at_once = asyncio.Semaphore(QUESTIONS_AT_ONCE)
+            calls = [self._complete(entry, prompt, at_once) for prompt in entry.prompts]
+            result = self._task.answer(entry.prompts, await _all(calls))
+        except asyncio.CancelledError:
+            unloaded = Overloaded("the model was unloaded before the answer was complete")
+            result = unloaded if self._stopping else Cancelled("the request was cancelled")
+        except Exception as error:
+            result = error
+        with self._lock:
+            self._open.discard(entry)
+        try:
+            if isinstance(result, Exception):
+                entry.channel.fail(result)
+            else:
+                entry.channel.send(result)
+        except Exception:
+            logger.exception("a response could not be sent")
+
+    async def _complete(self, entry: _Open, prompt: Prompt, at_once: asyncio.Semaphore) -> Completion:
+        async with at_once:
+            left = entry.deadline - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded("the timeout was over before all was answered")
+            return await self._generator.complete(self._task.generator_inputs(entry.inputs, prompt), left)
+
+
+async def _all(calls: list[Any]) -> list[Completion]:
+    """The results of all calls; where one fails the others are cancelled."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
