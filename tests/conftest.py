@@ -19,6 +19,7 @@ from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
 ROOT = Path(__file__).parents[1]
+NO_HEADERS: Mapping[str, str] = {}
 
 
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -26,10 +27,11 @@ def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=dict(os.environ))
 
 
-def post(url: str, body: Mapping[str, object]) -> tuple[int, str]:
+def post(url: str, body: Mapping[str, object], headers: Mapping[str, str] = NO_HEADERS) -> tuple[int, str]:
     """Status and text of an HTTP request, whether it succeeds or not."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as response:
+        request = urllib.request.Request(url, json.dumps(body).encode(), dict(headers))
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

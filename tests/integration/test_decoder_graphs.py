@@ -377,7 +377,14 @@ def test_a_device_that_is_missing_is_named(half: Path) -> None:
 
 
 def settings(**more: Any) -> GenerationSettings:
-    values: dict[str, Any] = {"context": 48, "slots": 4, "kv_cache_mib": 0, "prefill_chunk": 16, "max_waiting": 4}
+    values: dict[str, Any] = {
+        "context": 48,
+        "slots": 4,
+        "kv_cache_mib": 0,
+        "prefill_chunk": 16,
+        "max_waiting": 4,
+        "timeout": 60,
+    }
     values |= {"default_max_tokens": 8, "prefix_reuse": True, "prompt_lookup": True, "threads": 1, "device": "cpu"}
     return GenerationSettings(**values | more)
 

@@ -313,11 +313,11 @@ def test_unloading_ends_what_runs_and_loading_starts_anew(tiny: LocalServer) -> 
         stream = client.stream("A", **options)
         next(stream)
         neighbour = client.stream("A", model="llama", max_tokens=20)
-        assert post(f"{url}/unload", {})[0] == 200
+        assert post(f"{url}/unload", {}, tiny.admin_headers)[0] == 200
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="the model was unloaded before the answer was complete"):
             list(stream)
         assert time.monotonic() - started < 0.5  # all of it takes seconds
         assert "".join(chunk.text for chunk in neighbour) == expected
-        assert post(f"{url}/load", {})[0] == 200
+        assert post(f"{url}/load", {}, tiny.admin_headers)[0] == 200
         assert client.generate("A", model="other", max_tokens=20).text == expected

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
+from tests.conftest import post
 from trident_client import _wire
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -280,26 +279,31 @@ BAD_CONFIGS = {
 def test_a_model_that_can_not_be_served_says_why(plain_server: tuple[LocalServer, Path], case: str) -> None:
     server, repository = plain_server
     config, message = BAD_CONFIGS[case]
-    folder = repository / "bad"
+    name = f"bad-{list(BAD_CONFIGS).index(case)}"
+    folder = repository / name
     try:
         times(folder / "1", 2.0)
         if case == "broken graph":
             (folder / "1/model.onnx").write_bytes(b"this is no graph")
         (folder / "config.pbtxt").write_text('backend: "onnxruntime"\nmax_batch_size: 4\n' + CPU + config)
-        assert message in load_error(server, "bad")
+        assert message in load_error(server, name)
     finally:
         shutil.rmtree(folder)
 
 
 def load_error(server: LocalServer, model: str) -> str:
-    request = urllib.request.Request(f"{server.http_url}/v2/repository/models/{model}/load", b"{}", method="POST")
-    try:
-        with urllib.request.urlopen(request, timeout=60):
+    """What the server says when it is asked to load a model, which it sees within a second."""
+    url = f"{server.http_url}/v2/repository/models/{model}/load"
+    deadline = time.monotonic() + 10
+    while True:
+        status, text = post(url, {}, server.admin_headers)
+        if status == 200:
             return ""
-    except urllib.error.HTTPError as error:
-        assert error.code == 400
-        message: str = json.load(error)["error"]
-        return message
+        message: str = json.loads(text)["error"]
+        if "failed to poll from model repository" not in message or time.monotonic() > deadline:
+            assert status == 400
+            return message
+        time.sleep(0.1)
 
 
 def test_a_model_can_be_added_to_a_running_server(plain_server: tuple[LocalServer, Path], stub: Any) -> None:

@@ -162,6 +162,7 @@ def test_exported_names() -> None:
         "DeadlineExceededError",
         "Entity",
         "Filling",
+        "ForbiddenError",
         "Generation",
         "GenerationChunk",
         "Health",

@@ -94,7 +94,7 @@ def test_end_of_sequence_ids(tmp_path: Path, value: object, expected: set[int]) 
 
 
 def test_generation_settings() -> None:
-    numbers = ("context", "slots", "prefill_chunk", "max_waiting", "default_max_tokens", "threads")
+    numbers = ("context", "slots", "prefill_chunk", "max_waiting", "timeout", "default_max_tokens", "threads")
     parameters = dict.fromkeys(numbers, "3")
     parameters |= {"kv_cache_mib": "0", "prefix_reuse": "true", "prompt_lookup": "false", "device": "cpu"}
     settings = GenerationSettings.from_parameters(parameters)

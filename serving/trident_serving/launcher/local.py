@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trident_serving.launcher.admin_key import HEADER, default_file
 from trident_serving.launcher.control import open_url
 from trident_serving.launcher.preflight import StartError
 
@@ -39,6 +40,11 @@ class LocalServer:
     def http_url(self) -> str:
         """Beginning of the HTTP endpoint's addresses."""
         return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """What an HTTP request for the server's administration carries."""
+        return {HEADER: default_file(self.grpc_port).read_text(encoding="ascii")}
 
     @property
     def metrics_url(self) -> str:

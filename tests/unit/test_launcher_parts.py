@@ -1,0 +1,173 @@
+"""The launcher's parts without a server: the admin key, the repository it shows, and what it lets out of the log."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trident_client import _admin_key
+from trident_serving import artefacts
+from trident_serving.artefacts import Manifest
+from trident_serving.launcher import admin_key, processes, server_log
+from trident_serving.launcher.admin_key import AdminKey
+from trident_serving.launcher.control import ModelState
+from trident_serving.launcher.preflight import StartError
+from trident_serving.launcher.repository_view import RepositoryView
+from trident_serving.launcher.supervisor import ending, reason
+
+
+@pytest.fixture
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(admin_key.ENVIRONMENT, raising=False)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_key: None) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_key_is_made_for_its_owner_alone_and_the_client_finds_it(temporary: Path) -> None:
+    file = admin_key.default_file(8001)
+    one = AdminKey(file)
+    assert len(one.value) >= 32
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    for url in ("localhost:8001", "127.0.0.1:8001", "127.1.2.3:8001", "[::1]:8001"):
+        assert _admin_key.find(url) == one.value
+    for url in ("localhost:8002", "example.org:8001", "10.0.0.1:8001", "dns:///localhost:8001"):
+        assert _admin_key.find(url) is None
+    two = AdminKey(file)  # a server that was killed left its key
+    assert _admin_key.find("localhost:8001") == two.value != one.value
+    two.remove()
+    assert _admin_key.find("localhost:8001") is None
+
+
+def test_a_key_from_the_environment(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(admin_key.ENVIRONMENT, "0123456789abcdef")
+    assert AdminKey(admin_key.default_file(8001)).value == _admin_key.find("far.example.org:1") == "0123456789abcdef"
+    assert list(temporary.iterdir()) == []
+    for bad in ("", "short", "0123456789 abcdef", "0123456789:abcdef", "0123456789,abcdef", "0123456789abcdeé"):
+        monkeypatch.setenv(admin_key.ENVIRONMENT, bad)
+        with pytest.raises(StartError, match="TRIDENT_ADMIN_KEY must be 16 characters or more"):
+            AdminKey(admin_key.default_file(8001))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_somebody_else_is_not_trusted(temporary: Path) -> None:
+    file = admin_key.default_file(8001)
+    file.parent.mkdir(mode=0o700)
+    file.write_text("a key of the attacker")
+    os.chown(file.parent, 65534, 65534)
+    assert _admin_key.find("localhost:8001") is None
+    with pytest.raises(StartError, match="is not a folder that this user alone can read"):
+        AdminKey(file)
+
+
+@pytest.mark.parametrize("how", ["readable", "link"])
+def test_a_folder_that_others_reach_is_not_trusted(temporary: Path, how: str) -> None:
+    file = admin_key.default_file(8001)
+    if how == "link":
+        (temporary / "elsewhere").mkdir(mode=0o700)
+        file.parent.symlink_to(temporary / "elsewhere")
+    else:
+        file.parent.mkdir(mode=0o755)
+    with pytest.raises(StartError, match="is not a folder that this user alone can read"):
+        AdminKey(file)
+
+
+def test_a_secret_is_taken_out_of_a_command_line() -> None:
+    code = "import sys; print('up', flush=True); sys.stdin.read(); print(sys.argv[1])"
+    command = [sys.executable, "-c", code, "--key=SECRET-OF-IT", "end"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    child.stdout.readline()
+    assert processes.hide_argument(child.pid, "SECRET-OF-IT")
+    line = Path(f"/proc/{child.pid}/cmdline").read_bytes()
+    assert b"--key=************\0end" in line
+    assert child.communicate("")[0] == "--key=SECRET-OF-IT\n"  # the program had read it before
+    assert not processes.hide_argument(child.pid, "SECRET-OF-IT")  # it is no more
+
+
+def test_accepted_connections_of_another_process_are_closed() -> None:
+    """Those on the port that is named, and no others: its own, those on another port, the listening socket."""
+    code = (
+        "import socket; a, b = (socket.create_server(('127.0.0.1', 0)) for _ in range(2));"
+        "print(a.getsockname()[1], b.getsockname()[1], flush=True);"
+        "kept = [a.accept()[0], b.accept()[0]]; print('accepted', flush=True);"
+        "third = a.accept()[0]; third.sendall(b'still listening'); import sys; sys.stdin.read()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    first, second = map(int, child.stdout.readline().split())
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", first)) as one,
+            socket.create_connection(("127.0.0.1", second)) as two,
+        ):
+            child.stdout.readline()
+            assert processes.close_connections(child.pid, {first})
+            one.settimeout(5)
+            assert one.recv(1) == b""
+            two.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                two.recv(1)
+            with socket.create_connection(("127.0.0.1", first)) as three:
+                assert three.recv(100) == b"still listening"
+    finally:
+        child.communicate("")
+
+
+def exported(repository: Path, name: str) -> None:
+    (repository / name / "1").mkdir(parents=True, exist_ok=True)
+    (repository / name / "config.pbtxt").write_text(artefacts.CONFIG_HEADER)
+    Manifest(name, "text-generation", [name], {"fp32": name}, "f").write(repository / name / "1")
+
+
+def test_the_server_sees_what_can_be_loaded(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    exported(repository, "one")
+    (repository / "config_only").mkdir()
+    (repository / "config_only" / "config.pbtxt").write_text(artefacts.CONFIG_HEADER)
+    view = RepositoryView(repository, tmp_path / "view")
+
+    def seen() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "view").iterdir() if path.exists())
+
+    assert seen() == ["one"]
+    exported(repository, "two")
+    (repository / "plain" / "1").mkdir(parents=True)
+    assert view.refresh() == ["one", "plain", "two"]
+    assert seen() == ["one", "plain", "two"]
+    # An export that is being installed: the model is served on.
+    (repository / "two" / "1" / artefacts.MANIFEST).unlink()
+    assert view.refresh() == ["one", "plain"]
+    assert seen() == ["one", "plain", "two"]
+    (repository / "plain" / "1").rmdir()
+    (repository / "plain").rmdir()
+    view.refresh()
+    assert seen() == ["one", "two"]
+
+
+def test_what_is_noise() -> None:
+    cuda = 'W1126 14:45:52 7182 pinned_memory_manager.cc:273] "Unable to allocate pinned system memory, pinned memory'
+    assert server_log.is_noise(cuda)
+    assert server_log.is_noise("Error: Failed to initialize NVML")
+    broken = "E1126 14:49:31 25747 model_lifecycle.cc:642] \"failed to load 'broken' version 1: Internal: LoadError\""
+    assert not server_log.is_noise(broken)
+    assert not server_log.is_noise("trident: smollm2: 32 slots of 2048 tokens")
+
+
+def test_sentences() -> None:
+    text = (
+        "Internal: LoadError: ONNX Runtime can't load model.onnx: broken\n\nAt:\n  onnx_session.py(101): open_session\n"
+    )
+    assert reason(ModelState("m", "1", "UNAVAILABLE", text)) == "ONNX Runtime can't load model.onnx: broken"
+    assert (ending(-9), ending(1)) == ("was ended by signal 9", "ended with status 1")
+    assert not ModelState("m", "1", "UNAVAILABLE", "unloaded").failed
+    assert ModelState("m", "1", "UNAVAILABLE", text).failed
