@@ -27,11 +27,13 @@ def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=dict(os.environ))
 
 
-def post(url: str, body: Mapping[str, object], headers: Mapping[str, str] = NO_HEADERS) -> tuple[int, str]:
+def post(
+    url: str, body: Mapping[str, object], headers: Mapping[str, str] = NO_HEADERS, seconds: float = 60
+) -> tuple[int, str]:
     """Status and text of an HTTP request, whether it succeeds or not."""
     try:
         request = urllib.request.Request(url, json.dumps(body).encode(), dict(headers))
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=seconds) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 from tests import tiny_models
 from tests.conftest import run_export
 from trident_client import Client
+from trident_serving import artefacts
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
@@ -121,7 +124,7 @@ def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: P
     assert results == [expected]  # the request in flight was answered to its end
     assert alive(pids) == []
     assert list(Path("/dev/shm").glob(f"trident-{server.launcher.pid}-*")) == []
-    assert "draining" in server.log.read_text()
+    assert "shutting down" in server.log.read_text()
 
 
 def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path) -> None:
@@ -196,8 +199,6 @@ def test_an_empty_or_missing_repository(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_path: Path) -> None:
-    import shutil
-
     broken = tmp_path / "repository"
     shutil.copytree(tiny_repository, broken)
     (broken / "tiny/1/model.onnx").write_bytes(b"no graph")
@@ -206,5 +207,25 @@ def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_pa
         *("--repository", str(broken), "--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2])
     )
     assert done.returncode == 1
-    assert "tiny" in done.stderr
-    assert "tritonserver ended" in done.stderr
+    assert "trident: no model could be loaded: tiny: " in done.stderr
+
+
+def test_a_model_that_does_not_load_keeps_no_other_from_being_served(tiny_repository: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(tiny_repository, repository)
+    shutil.copytree(tiny_repository / "tiny", repository / "broken")
+    config = (repository / "broken/config.pbtxt").read_text()
+    (repository / "broken/config.pbtxt").write_text(config.replace('name: "tiny"', 'name: "broken"'))
+    manifest = artefacts.read_manifest(repository, "tiny")
+    assert manifest is not None
+    named = dataclasses.replace(manifest, name="broken", triton_models=["broken"], public_models={"fp32": "broken"})
+    named.write(repository / "broken/1")
+    (repository / "broken/1/model.onnx").write_bytes(b"no graph")
+    with local.running(repository, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
+        assert client.generate("A", model="tiny", max_tokens=2).num_output_tokens == 2
+        deadline = time.monotonic() + 5
+        while "Trident is ready." not in server.log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        line = next(line for line in server.log.read_text().splitlines() if "NOT SERVED" in line)
+        assert "broken: " in line
+        assert "model.onnx" in line

@@ -18,6 +18,9 @@ from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.server import Server, ServerOptions, check_machine
 from trident_serving.launcher.supervisor import Orders, Policy, Supervisor, reason
 
+# Set in our images.
+CONTAINER = "TRIDENT_CONTAINER"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve; returns the exit status: 0 where no request was cut off."""
@@ -111,11 +114,13 @@ def welcome(options: ServerOptions, failed: Sequence[ModelState]) -> str:
     if missing := artefacts.unexported(options.repository):
         lines.append(f"  not exported: {', '.join(missing)} (make export MODEL=name)")
     lines += [f"  {'NOT SERVED':<20} {state.name}: {reason(state)}" for state in failed]
+    host = options.own_host
+    published = " (where the container's ports are published so)" if in_container() else ""
     lines += [
         "",
-        f"  HTTP     http://{options.host}:{options.http_port}",
-        f"  gRPC     {options.host}:{options.grpc_port}",
-        f"  metrics  http://{options.host}:{options.metrics_port}/metrics",
+        f"  HTTP     http://{host}:{options.http_port}{published}",
+        f"  gRPC     {host}:{options.grpc_port}",
+        f"  metrics  http://{host}:{options.metrics_port}/metrics",
         "",
         "Try:",
     ]
@@ -123,15 +128,30 @@ def welcome(options: ServerOptions, failed: Sequence[ModelState]) -> str:
     return "\n".join([*lines, ""])
 
 
+def in_container() -> bool:
+    """Whether this is one of the images, whose users type commands elsewhere."""
+    return CONTAINER in os.environ
+
+
 def examples(options: ServerOptions, manifests: Sequence[Manifest]) -> list[str]:
-    """Up to three commands that work on these models."""
+    """Up to three commands that work on these models, from where the reader is."""
     names = {manifest.task: manifest.name for manifest in reversed(manifests)}
-    url = "" if options.grpc_port == 8001 else f" --url {options.host}:{options.grpc_port}"
+    host = options.own_host
+    url = "" if (host, options.grpc_port) == ("127.0.0.1", 8001) else f" --url {host}:{options.grpc_port}"
+    trident = _client_command()
     commands = []
     if generator := names.get("text-generation"):
-        commands.append(f'.venv/bin/trident generate{url} --model {generator} "The capital of France is"')
+        commands.append(f'{trident} generate{url} --model {generator} "The capital of France is"')
         body = '{"text_input": "Once upon a time", "max_tokens": 40}'
-        commands.append(f"curl -s http://{options.host}:{options.http_port}/v2/models/{generator}/generate -d '{body}'")
+        commands.append(f"curl -s http://{host}:{options.http_port}/v2/models/{generator}/generate -d '{body}'")
     if embedder := names.get("feature-extraction"):
-        commands.append(f'.venv/bin/trident embed{url} --model {embedder} "A text to compare with others"')
+        commands.append(f'{trident} embed{url} --model {embedder} "A text to compare with others"')
     return commands
+
+
+def _client_command() -> str:
+    """The `trident` of this installation as its user types it: from the checkout, or from the PATH."""
+    own = Path(sys.executable).with_name("trident")
+    if in_container() or not own.exists():
+        return "trident"
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)

@@ -52,7 +52,7 @@ class LocalServer:
         return f"http://127.0.0.1:{self.metrics_port}/metrics"
 
     def stop(self) -> None:
-        """Drain and stop."""
+        """Drain and stop; nothing happens where the launcher has ended."""
         self.launcher.terminate()
         self.launcher.wait(60)
         if self.launcher.stdin is not None:

@@ -24,6 +24,7 @@ from trident_serving.runtime_folder import Record
 
 TICK_SECONDS = 0.2
 CARE_SECONDS = 1.0
+HEALTH_SECONDS = 3.0
 # A process that is well beats four times a second. One that neither beats nor uses the processor hangs; one that does
 # use it, or waits for a disk, may be at something long.
 SILENT_SECONDS = 2.0
@@ -202,20 +203,19 @@ class Supervisor:
         server.runtime.drain()
         server.control.be_unready(NOT_READY)
         deadline = time.monotonic() + policy.grace
-        quiet_since, open_requests, cut = time.monotonic(), 0, 0
+        quiet_since, cut = time.monotonic(), 0
         while not self._orders.stop_now.is_set() and server.status is None:
             records = server.runtime.records()
             for record, why in self._watch.fallen(records):
                 cut += record.held
                 self._tell_callers(record, f"the backend process of {record.model} {why}")
             now = time.monotonic()
-            open_requests = sum(record.open for record in records)
-            if open_requests:
+            if any(record.open for record in records):
                 quiet_since = now
             if now - quiet_since >= QUIET_SECONDS or now >= deadline:
                 break
             self._orders.stop_now.wait(TICK_SECONDS / 2)
-        cut += open_requests
+        cut += sum(record.open for record in server.runtime.records())
         if server.status is not None:
             _say(f"tritonserver {ending(server.status)} while it was shut down")
             return 1
@@ -286,13 +286,15 @@ class _Care:
     """A thread for what takes its time: health checks, models that are loaded again, failed loads that are forgotten.
 
     Attributes:
+        silent_seconds: for how long the server has answered no health check. The checks' own time is added up, not the
+            clock's: a machine that is suspended accuses nobody.
         broken: why the server can't go on; "" while it can.
     """
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._orders: queue.SimpleQueue[tuple[str, bool] | None] = queue.SimpleQueue()
-        self._last_live = time.monotonic()
+        self.silent_seconds = 0.0
         self.broken = ""
         self._threads = [
             threading.Thread(target=self._tend, name="care", daemon=True),
@@ -301,11 +303,6 @@ class _Care:
         self._stopping = threading.Event()
         for thread in self._threads:
             thread.start()
-
-    @property
-    def silent_seconds(self) -> float:
-        """For how long the server has answered no health check."""
-        return time.monotonic() - self._last_live
 
     def reload(self, model: str) -> None:
         """Unload and load a model."""
@@ -322,8 +319,11 @@ class _Care:
 
     def _ask(self) -> None:
         while not self._stopping.wait(CARE_SECONDS):
-            if self._server.control.live(seconds=3.0):
-                self._last_live = time.monotonic()
+            asked = time.monotonic()
+            if self._server.control.live(HEALTH_SECONDS):
+                self.silent_seconds = 0.0
+            else:
+                self.silent_seconds += CARE_SECONDS + min(time.monotonic() - asked, HEALTH_SECONDS)
 
     def _tend(self) -> None:
         while not self._stopping.is_set():
