@@ -97,7 +97,7 @@ def test_new_changed_and_removed_models_under_load(tmp_path: Path, capsys: pytes
         assert client.unload("new") == ["new", "new_tokenizer", "new_postprocess", "new_model"]
         with pytest.raises((NotFoundError, UnavailableError)):
             client.classify(TEXT, model="new")
-        with pytest.raises(NotFoundError, match="no model 'nothing'"):
+        with pytest.raises(NotFoundError, match="no exported model 'nothing'"):
             client.load("nothing")
 
         base.stop()

@@ -125,6 +125,7 @@ def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: P
     assert alive(pids) == []
     assert list(Path("/dev/shm").glob(f"trident-{server.launcher.pid}-*")) == []
     assert "shutting down" in server.log.read_text()
+    server.stop()
 
 
 def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path) -> None:
@@ -132,7 +133,8 @@ def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path)
     pids = list(children(server.launcher.pid))
     os.kill(server.launcher.pid, signal.SIGKILL)
     server.launcher.wait()
-    deadline = time.monotonic() + 40
+    server.stop()
+    deadline = time.monotonic() + 10
     while time.monotonic() < deadline and alive(pids):
         time.sleep(0.2)
     assert alive(pids) == []
