@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trident_export import recipes
+from trident_export.errors import ModelsFileError
 from trident_export.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
-from trident_export.limits import ModelsFileError as ModelsFileError
 from trident_export.recipes import Kind
 from trident_serving.templates import compile_template
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trident_export.disk import NoSpace
+from trident_export import folder as hf
+from trident_export.errors import NoSpace, UsageError
 from trident_export.limits import EncoderLimits, GenerationLimits
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import encoders, text_generation
@@ -25,18 +26,18 @@ def load(spec: ModelSpec, source: Path) -> PreTrainedModel:
     """The model of a spec in float32, in evaluation mode.
 
     Raises:
-        ValueError: models of this kind can't be compressed.
+        UsageError: models of this kind can't be compressed.
     """
     if isinstance(spec.limits, GenerationLimits):
         return text_generation.load_model(source)
     if isinstance(spec.limits, EncoderLimits):
-        return encoders.HEADS[spec.task].from_pretrained(source, dtype=torch.float32).eval()
-    raise ValueError(f"{spec.name} is for {spec.task}: only encoders and decoders can be pruned or distilled")
+        return hf.model(encoders.HEADS[spec.task], source)
+    raise UsageError(f"{spec.name} is for {spec.task}: only encoders and decoders can be pruned or distilled")
 
 
 def tokenize(source: Path, texts: Sequence[str], longest: int = LONGEST) -> list[dict[str, torch.Tensor]]:
     """A run of the model for each text."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    tokenizer: PreTrainedTokenizerBase = hf.tokenizer(source)
     return [dict(tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")) for text in texts]
 
 

@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trident_export.errors import UsageError
 from trident_export.passes.base import Calibrated, Feeder, add_domain, drop_unused
 from trident_export.passes.blocks import check_blocks, make_product
 from trident_export.passes.calibration import Moments, moments
@@ -43,7 +44,7 @@ class _Gptq(Calibrated):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.damp <= 0:
-            raise ValueError(f"damp must be more than 0, found {self.damp:g}")
+            raise UsageError(f"damp must be more than 0, found {self.damp:g}")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
@@ -51,7 +52,7 @@ class _Gptq(Calibrated):
         """See `Pass`.
 
         Raises:
-            ValueError: there is nothing to calibrate with.
+            ModelsFileError: there is nothing to calibrate with.
         """
         graph, names = model.graph, set(chosen)
         weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -106,7 +107,7 @@ class GptqRows(_Gptq):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.margin <= 0 or self.crest <= 0:
-            raise ValueError(f"margin and crest must be more than 0, found {self.margin:g} and {self.crest:g}")
+            raise UsageError(f"margin and crest must be more than 0, found {self.margin:g} and {self.crest:g}")
 
     def fits(self, seen: Moments) -> bool:
         """See `_Gptq`."""

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from trident_export import disk, encoder_files, fidelity, recipes, seq2seq_files
+from trident_export import folder as hf
+from trident_export.errors import ModelsFileError
 from trident_export.limits import Seq2SeqLimits
 from trident_export.models_file import ModelSpec
 from trident_export.recipes import Kind
@@ -67,7 +69,7 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
     targets = [answer_ids(model, ids, prompt) for ids in samples]
     reference = reference_logits(model, samples, targets)
     capacity = positions(_limits(spec).max_target_tokens, prompt)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = hf.tokenizer(source)
     expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
 
     def judge(variant: str) -> dict[str, float]:
@@ -84,18 +86,18 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
 
 def load_model(source: Path) -> PreTrainedModel:
     """The model in float32, in evaluation mode."""
-    return AutoModelForSeq2SeqLM.from_pretrained(source, dtype=torch.float32).eval()
+    return hf.model(AutoModelForSeq2SeqLM, source)
 
 
 def check_limits(spec: ModelSpec, source: Path, model: PreTrainedModel) -> None:
     """The limits of models.toml must be ones that the model was built for.
 
     Raises:
-        ValueError: the source is longer than the encoder's positions.
+        ModelsFileError: the source is longer than the encoder's positions.
     """
     longest = encoder_files.longest_input(source, model.config)
     if longest is not None and _limits(spec).max_source_tokens > longest:
-        raise ValueError(
+        raise ModelsFileError(
             f"[{spec.name}] limits.max_source_tokens is {_limits(spec).max_source_tokens}, the model was built for "
             f"{longest} positions"
         )
