@@ -96,7 +96,10 @@ def export_encoder_graph(
     found = [node.name for node in model.graph.input]
     given = {node.name: node for node in model.graph.output}
     if sorted(found) != sorted(expected) or not set(outputs) <= set(given):
-        raise UnsupportedArchitecture(f"the graph has {found} -> {list(given)}; expected {expected} -> {list(outputs)}")
+        raise UnsupportedArchitecture(
+            f"{source} gives a graph with the inputs {', '.join(found)} and the outputs {', '.join(given)}, and {task} "
+            f"is served with {', '.join(expected)} and {', '.join(outputs)}: choose a model for that task"
+        )
     del model.graph.output[:]
     model.graph.output.extend(given[name] for name in outputs)
     unpad(model)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from trident_export import configs, disk, folder, memory, report, sources, tasks
 from trident_export.errors import ExportError, ExportsFailed, SourceError
-from trident_export.limits import TemplateLimits
+from trident_export.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_export.progress import Progress
 from trident_serving.artefacts import (
@@ -79,7 +79,20 @@ def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
         manifest is not None
         and manifest.fingerprint == fingerprint(spec, base)
         and all((repository / model / VERSION).is_dir() for model in manifest.triton_models)
+        and all(file.is_file() for variant in spec.variants for file in graph_files(spec, variant, repository))
     )
+
+
+def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
+    """The graphs that a variant is served from; a template has none."""
+    if isinstance(spec.limits, TemplateLimits):
+        return []
+    if isinstance(spec.limits, Seq2SeqLimits):
+        folder = repository / spec.public_name(variant) / VERSION
+        return [folder / "encoder.onnx", folder / "decoder.onnx"]
+    generator = isinstance(spec.limits, GenerationLimits)
+    part = spec.public_name(variant) if generator else configs.model_part(spec, variant)
+    return [repository / part / VERSION / "model.onnx"]
 
 
 def export(

@@ -15,6 +15,7 @@ def hush() -> None:
     """Let libraries speak of errors only; call it before they are imported."""
     for name in _VARIABLES:
         os.environ.setdefault(name, "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars would fill a log
     warnings.simplefilter("ignore")

@@ -22,6 +22,7 @@ from trident_export.passes.base import Calibrated, Feeder, add_domain, drop_unus
 from trident_export.passes.blocks import check_blocks, make_product
 from trident_export.passes.calibration import Moments, moments
 from trident_export.passes.rows import ACTIVATION_LARGEST, Rows
+from trident_export.progress import Counted, track
 
 Floats = NDArray[np.float32]
 
@@ -62,7 +63,8 @@ class _Gptq(Calibrated):
                 readers[node.input[0]].append(node)
         channels = {source: weights[nodes[0].input[1]].dims[0] for source, nodes in readers.items()}
         new: dict[str, list[onnx.NodeProto]] = {}
-        for source, seen in moments(model, channels, lambda: self.feeds(feeder)):
+        seen_of_each = moments(model, channels, lambda: self.feeds(feeder))
+        for source, seen in track(Counted(seen_of_each, len(channels)), "GPTQ"):
             if not self.fits(seen):
                 continue
             matrices = [numpy_helper.to_array(weights[node.input[1]]) for node in readers[source]]

@@ -26,6 +26,7 @@ from trident_export.errors import ModelsFileError, TextError
 from trident_export.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
+from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.tasks import Job, Referee
 from trident_serving import preprocessing
@@ -241,7 +242,7 @@ def reference_outputs(spec: ModelSpec, source: Path, pairs: Sequence[tuple[str, 
     cut = "only_second" if spec.task == "question-answering" else True
     found = []
     with torch.inference_mode():
-        for texts in pairs:
+        for texts in track(pairs, "Hugging Face"):
             batch = tokenizer(*texts, truncation=cut, max_length=_limits(spec).max_tokens, return_tensors="pt")
             tensors = {name: t.numpy() for name, t in model(**batch).items() if isinstance(t, torch.Tensor)}
             inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
@@ -341,7 +342,7 @@ def _inputs(
     stages = ensembles.stages(spec.task, _limits(spec))
     names = [name for name, *_ in stages.texts]
     size = batch if stages.batched else 1
-    for start in range(0, len(pairs), size):
+    for start in track(range(0, len(pairs), size), f"texts, {size} at a time"):
         columns = [encode_texts(column) for column in zip(*pairs[start : start + size], strict=True)]
         request: dict[str, NDArray[Any]] = dict(zip(names, columns, strict=True))
         tensors = preprocess(request | {"truncate": np.ones(1, np.bool_)})

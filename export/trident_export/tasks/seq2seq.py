@@ -16,6 +16,7 @@ from trident_export import folder as hf
 from trident_export.errors import ModelsFileError
 from trident_export.limits import Seq2SeqLimits
 from trident_export.models_file import ModelSpec
+from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Job, Referee
@@ -130,7 +131,7 @@ def reference_logits(model: PreTrainedModel, samples: list[list[int]], targets: 
     with torch.inference_mode():
         return [
             model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([target])).logits[0].float().numpy()
-            for ids, target in zip(samples, targets, strict=True)
+            for ids, target in track(list(zip(samples, targets, strict=True)), "Hugging Face")
         ]
 
 
@@ -149,11 +150,12 @@ def measure(
     """
     decoder = Seq2SeqDecoder(folder, rows=2 * GATE_ROWS, capacity=capacity, threads=threads)
     found: list[Floats] = []
-    for start in range(0, len(samples), GATE_ROWS):
+    for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         rows = slice(start, start + GATE_ROWS)
         found += served_logits(decoder, samples[rows], targets[rows], beams=2)
     effect = 0.0
-    for ids, target, served in zip(samples, targets, found, strict=True):
+    every = list(zip(samples, targets, found, strict=True))
+    for ids, target, served in track(every, f"{folder.parent.name}, one at a time"):
         (alone,) = served_logits(decoder, [ids], [target], beams=1)
         effect = max(effect, float(np.abs(alone - served).max()))
     return fidelity.compare_logits(reference, found, targets) | {"batch_effect": effect}

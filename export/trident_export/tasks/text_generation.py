@@ -23,6 +23,7 @@ from trident_export.errors import ModelsFileError, TextError, UnreadableSource
 from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
+from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
 from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
@@ -87,8 +88,9 @@ def calibration_feeder(job: Job) -> Feeder:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
             tokens += [tokenizer.encode(chat, add_special_tokens=False)[:CHAT_TOKENS] for chat in chats]
         tokens = [ids for ids in tokens if len(ids) >= MIN_PLACES]
-        for start in range(0, len(tokens), CALIBRATION_ROWS):
-            yield inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS])
+        starts = range(0, len(tokens), CALIBRATION_ROWS)
+        runs = (inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS]) for start in starts)
+        return Counted(runs, len(starts))
 
     return feeds
 
@@ -251,7 +253,7 @@ def sample_ids(tokenizer: TextTokenizer, context: int, vocabulary: int, texts: S
 def reference_logits(model: PreTrainedModel, samples: list[list[int]]) -> list[NDArray[np.float32]]:
     """Hugging Face's logits, float32 [tokens, vocabulary] for each text."""
     with torch.inference_mode():
-        return [model(torch.tensor([ids])).logits[0].float().numpy() for ids in samples]
+        return [model(torch.tensor([ids])).logits[0].float().numpy() for ids in track(samples, "Hugging Face")]
 
 
 def measure(
@@ -267,10 +269,10 @@ def measure(
         folder / "model.onnx", rows=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
     )
     found: list[NDArray[np.float32]] = []
-    for start in range(0, len(samples), GATE_ROWS):
+    for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
     effect = 0.0
-    for ids, served in zip(samples, found, strict=True):
+    for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
         alone = decoder.run([RowTokens(0, 0, ids, len(ids))])
         effect = max(effect, float(np.abs(alone - served).max()))
     return fidelity.compare_logits(reference, found, samples) | {"batch_effect": effect}
