@@ -52,6 +52,8 @@ def read(file: Path) -> list[str]:
     """
     try:
         found = _paragraphs(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TextError(f"{file} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise TextError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not found:

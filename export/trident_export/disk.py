@@ -49,12 +49,14 @@ def require_writable(repository: Path, models: Iterable[str]) -> None:
     """Check that models can be put into a repository, before hours are spent on them.
 
     Raises:
-        NotWritable: a folder belongs to another user or is read-only.
+        NotWritable: a folder belongs to another user or is read-only, or the repository is a file.
     """
+    if repository.exists() and not repository.is_dir():
+        raise NotWritable(f"{repository} is no folder: choose another with REPOSITORY=...")
     folders = [repository / name for name in models]
     for folder in [repository, repository / ".trident", *folders, *(folder / "1" for folder in folders)]:
         # A folder that is moved needs to be written itself, because its own ".." changes.
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             raise _not_writable(folder, "read-only" if _is_owner(folder) else "permission denied")
 
 

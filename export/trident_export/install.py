@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trident_export import configs, disk, folder, memory, report, sources, tasks
-from trident_export.errors import ExportError, ExportsFailed, SourceError
+from trident_export.errors import ExportError, ExportsFailed, SourceError, TextError
 from trident_export.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_export.progress import Progress
@@ -67,9 +67,16 @@ def exporter_version() -> str:
 
 def fingerprint(spec: ModelSpec, base: Path) -> str:
     """A digest of everything that the artefacts of a spec depend on."""
-    calibration = hashlib.sha256(Path(spec.calibration).read_bytes()).hexdigest() if spec.calibration else ""
+    calibration = hashlib.sha256(_content(Path(spec.calibration))).hexdigest() if spec.calibration else ""
     parts = [spec.as_dict(), calibration, sources.identity(spec, base), exporter_version()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _content(calibration: Path) -> bytes:
+    try:
+        return calibration.read_bytes()
+    except OSError as error:
+        raise TextError(f"the calibration text {calibration} can't be read: {error.strerror}") from None
 
 
 def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:

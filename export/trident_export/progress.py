@@ -11,6 +11,7 @@ import contextlib
 import operator
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO, TypeVar
 
@@ -44,6 +45,7 @@ class _Terminal:
 
         self._tqdm, self._stream = tqdm, stream
         self._bar: Any = None
+        self._since = 0.0  # when the last line was written; 0: before the first
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
         self._thread.start()
@@ -52,9 +54,7 @@ class _Terminal:
         with self._lock:
             self._close()
             self._tqdm.write(line, file=self._stream)
-            self._bar = self._tqdm(
-                file=self._stream, bar_format="  {elapsed}", leave=False, delay=_SECONDS, disable=False
-            )
+            self._since = time.time()
 
     def track(self, items: Iterable[T], what: str) -> Iterator[T]:
         return iter(
@@ -84,6 +84,9 @@ class _Terminal:
             with self._lock:
                 if self._bar is not None:
                     self._bar.refresh()
+                elif self._since and time.time() - self._since >= _SECONDS:
+                    self._bar = self._tqdm(file=self._stream, bar_format="  {elapsed}", leave=False, disable=False)
+                    self._bar.start_t = self._since
 
 
 @contextlib.contextmanager

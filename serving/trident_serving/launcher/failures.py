@@ -2,8 +2,8 @@
 
 Triton goes on past a failed model with --exit-on-error=false, and calls itself ready then only with
 --strict-readiness=false (2.51: to unload the failed models does not mend it). It answers on its ports once every model
-of the start is loaded or has failed, so the first index that it gives is whole. A failed model has the state UNAVAILABLE
-and a reason; an ensemble that waits for a failed part has neither.
+of the start is loaded or has failed, so the first index that it gives is whole. A failed model is UNAVAILABLE, with a
+reason; an ensemble that waits for a failed part has neither.
 """
 
 from __future__ import annotations
