@@ -110,14 +110,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _no_room(path: Path) -> NoSpace:
     return NoSpace(
         f"the disk of {path} is full, {_free(path) / 2**20:.0f} MiB are free: make room, or choose another folder "
-        "(REPOSITORY=... for the models, TMPDIR for temporary files)"
+        "(REPOSITORY=... for the models, --cache for sources, TMPDIR for temporary files)"
     )
 
 
 def _not_writable(path: Path, why: str) -> NotWritable:
     return NotWritable(
         f"{path} can't be written by user {_user(os.geteuid())} ({why}; it belongs to {_owner(path)}): run as its "
-        "owner, change its owner or mode, or choose another folder with REPOSITORY=..."
+        "owner, change its owner or mode, or choose another folder (REPOSITORY=... for the models, --cache for sources)"
     )
 
 

@@ -160,7 +160,7 @@ def parameters(folder: Path) -> int:
         with reading(folder, file.name), file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > file.stat().st_size:
-                raise ValueError("it is cut off")
+                raise UnreadableSource(f"{file} is cut off: copy the model again")
             total += sum(map(_elements, json.loads(stream.read(length)).values()))
     if total:
         return total

@@ -78,7 +78,7 @@ def damaged(llama: Path, folder: Path, name: str) -> Path:
 
 REASONS = {
     "template": "template: the chat template can't be used (unexpected '}', line 2): mend it in",
-    "weights": "weights: model.safetensors can't be read (it is cut off): copy the model again",
+    "weights": "model.safetensors is cut off: copy the model again",
     "shard": "model-00002-of-00002.safetensors): copy the model again",
     "config": "config: config.json can't be read (Expecting property name",
     "type": "a model of type 'llama9', which transformers 4.57.6 does not know",
@@ -176,11 +176,13 @@ def test_a_defect_of_ours_is_a_traceback_that_says_so(
     assert "  b: a defect of trident-export (ValueError; the traceback is above)" in said
 
 
-def test_a_part_that_was_removed_is_exported_again(llama: Path, tmp_path: Path) -> None:
+def test_a_part_that_was_removed_is_exported_again(llama: Path, tmp_path: Path, command: Command) -> None:
     path, repository = write_models(tmp_path, {"llama": llama}), tmp_path / "repository"
-    assert export(path, repository).returncode == 0
+    common = ("--models-file", str(path), "--repository", str(repository))
+    assert command("export", *common)[0] == 0
     (repository / "llama/1/model.onnx").unlink()
-    assert "writing fp32" in export(path, repository).stderr
+    status, said = command("export", *common)
+    assert (status, "writing fp32" in said) == (0, True)
     assert (repository / "llama/1/model.onnx").exists()
 
 
@@ -248,6 +250,8 @@ def test_a_disk_that_fills_up_leaves_what_was_there(
     assert [file.read_bytes() for file in files] == before
     assert artefacts.loadable(repository) == ["llama"]
     assert not list((repository / ".trident").glob("staging-*"))
+    if step != "installing":
+        return
     monkeypatch.undo()
     (small_disk / "filler").unlink()
     install.export([changed], repository, tmp_path, tmp_path, lambda message: None)
@@ -427,12 +431,12 @@ def test_onnxruntime_tells_nobody(tmp_path: Path) -> None:
         "import sys, {}, onnxruntime\nonnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
-    written = {}
+    written, graph = {}, str(tmp_path / "model.onnx")
     for first in ("os", "trident_serving", "trident_export"):
         (tmp_path / first).mkdir()
         environment["HOME"] = str(tmp_path / first)
         subprocess.run(
-            [sys.executable, "-c", program.format(first), str(tmp_path / "model.onnx")],
+            [sys.executable, "-c", program.format(first), graph],
             cwd=ROOT,
             env=environment,
             check=True,
