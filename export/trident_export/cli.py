@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders are removed
     if not options.verbose:
         quiet.hush()
+    folders = [value for value in vars(options).values() if isinstance(value, Path)]
     with progress.bars():
-        return report.guarded(lambda: int(options.run(options)))
+        return report.guarded(lambda: int(options.run(options)), *folders, Path(tempfile.gettempdir()))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

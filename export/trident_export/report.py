@@ -16,8 +16,12 @@ INTERRUPTED = 130
 _DEFECT = "this is a defect of trident-export, not of what it was given: please report it with the text above"
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Run a command and print what went wrong; returns the exit status."""
+def guarded(command: Callable[[], int], *folders: Path) -> int:
+    """Run a command and print what went wrong; returns the exit status.
+
+    Args:
+        folders: that it may have written to.
+    """
     try:
         return command()
     except KeyboardInterrupt:
@@ -27,7 +31,7 @@ def guarded(command: Callable[[], int]) -> int:
         _print(str(error))
         return FAILED
     except Exception as error:
-        if (meaning := disk.explain(error, Path.cwd())) is not None:
+        if (meaning := disk.explain(error, *folders)) is not None:
             _print(str(meaning))
             return FAILED
         defect(error)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trident_export import disk
 from trident_export import folder as hf
 from trident_export.errors import NoSpace, UsageError
 from trident_export.limits import EncoderLimits, GenerationLimits
@@ -47,20 +48,22 @@ def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     It appears complete or not at all.
 
     Raises:
-        NoSpace: the disk has too little room; nothing is left of it.
+        NoSpace, NotWritable: the disk has too little room, or is another user's; nothing is left of it.
     """
     wanted = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + 2**26
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with disk.writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     room = shutil.disk_usage(folder.parent).free
     if room < wanted:
         raise NoSpace(f"the model needs {wanted / 2**20:.0f} MiB in {folder.parent}, {room / 2**20:.0f} MiB are free")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
-        model.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        with disk.writing(folder.parent):
+            shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
+            model.save_pretrained(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
