@@ -34,7 +34,7 @@ PORTS := --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METR
 
 serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
 	@$(BIN)/python -m trident_serving --check $(PORTS)
-	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+	@$(BIN)/python -m trident_export export --keep-going $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@exec $(BIN)/python -m trident_serving --repository $(REPOSITORY) $(PORTS)
 
 export: $(SETUP) ## export models: make export [MODEL=name [SOURCE=folder] [FORCE=1]]

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from trident_client import Client
-from trident_export import corpora, install, models_file
+from trident_export import corpora, install, models_file, progress
 from trident_serving.launcher import local
 
 TEXTS = corpora.held_out()[:16]
@@ -40,7 +40,7 @@ def served(cache: Path, minilm: Path, smollm2: Path) -> Iterator[Client]:
     """A server with the models that are made for this."""
     folder = cache / "bench"
     specs = [_classifier(folder, minilm), _translator(folder, smollm2)]
-    install.export(specs, folder / "repository", folder, cache, install.print_progress)
+    install.export(specs, folder / "repository", folder, cache, progress.say)
     with (
         local.running(folder / "repository", folder / "server.log") as server,
         Client(server.grpc_url, timeout=600) as client,

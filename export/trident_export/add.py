@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from trident_export import encoder_files, models_file, seq2seq_files
+from trident_export.errors import ModelsFileError
+from trident_export.folder import config as read_config
+from trident_export.folder import tokenizer as read_tokenizer
 from trident_export.limits import EncoderLimits
-from trident_export.models_file import ModelsFileError
 
 # The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
 _HEADS = (
@@ -66,7 +68,7 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     """
     if not (folder / "config.json").is_file():
         raise ModelsFileError(f"{folder} is no Hugging Face folder, it has no config.json")
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     task, why = _task(folder, config)
     reasons = [f"task {task}: {why}"]
     table: dict[str, Any] = {"task": task, "source": dict(source)}
@@ -161,7 +163,7 @@ def _seq2seq_limits(
     if generation.max_length and generation.max_length > 20:
         target = min(target, generation.max_length)
     reasons.append(f"max_target_tokens {target}: the generation config's, as far as the decoder has positions")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     if getattr(tokenizer, "src_lang", None):
         table["source_lang"] = tokenizer.src_lang
         reasons.append(f"source_lang {tokenizer.src_lang}: the tokenizer's; a request may name another")

@@ -45,16 +45,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export import rotary
+from trident_export.errors import UnsupportedArchitecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = "trident_group_query_attention"
+_SUPPORTED = "choose a decoder that attends through transformers' attention interface (Llama, Qwen, Gemma, GPT-2, ...)"
 OPSET = 17
-
-
-class UnsupportedArchitecture(ValueError):
-    """The model computes something that `GroupQueryAttention` does not express."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,13 @@ class AttentionGeometry:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> AttentionGeometry:
-        """Read the geometry from a transformers configuration."""
+        """Read the geometry from a transformers configuration.
+
+        Raises:
+            UnsupportedArchitecture: it has no attention heads, as state-space and recurrent models have none.
+        """
+        if not getattr(config, "num_attention_heads", None):
+            raise UnsupportedArchitecture(f"models of type {config.model_type!r} have no attention heads: {_SUPPORTED}")
         heads = config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
@@ -148,7 +152,7 @@ class _Trace:
         """Transformers' attention interface: [1, heads, tokens, head_dim] in, heads last but one out."""
         for name in ("s_aux", "position_bias", "head_mask"):
             if options.get(name) is not None:
-                raise UnsupportedArchitecture(f"attention with {name!r} has no GroupQueryAttention form")
+                raise UnsupportedArchitecture(f"attention with {name!r} has no GroupQueryAttention form: {_SUPPORTED}")
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         scale = scaling if scaling is not None else self.geometry.head_dim**-0.5
         attributes = {
@@ -222,7 +226,7 @@ class _CausalGraph(torch.nn.Module):
         trace = _Trace(self.geometry, batch, rotary, list(zip(past[::2], past[1::2], strict=True)))  # type: ignore[arg-type]
         head = self.model.get_output_embeddings()
         if head is None:
-            raise UnsupportedArchitecture(f"{type(self.model).__name__} has no output embedding")
+            raise UnsupportedArchitecture(f"{type(self.model).__name__} has no output embedding: {_SUPPORTED}")
         # Logits of the wanted tokens alone: a prefill of 256 tokens needs one row of the head, not 256.
         hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].index_select(1, logits_tokens),))
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, trace.attend)
@@ -238,7 +242,7 @@ class _CausalGraph(torch.nn.Module):
         if len(trace.present) != self.geometry.layers:
             raise UnsupportedArchitecture(
                 f"{type(self.model).__name__} has {self.geometry.layers} layers, "
-                f"{len(trace.present)} of them attend through transformers' attention interface"
+                f"{len(trace.present)} of them attend through transformers' attention interface: {_SUPPORTED}"
             )
         flat = [tensor for layer in range(self.geometry.layers) for tensor in trace.present[layer]]
         return (logits, *flat)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,18 +28,19 @@ from trident_export import (
     install,
     models_file,
     pin,
+    progress,
     quality,
+    quiet,
     recipes,
+    report,
     sensitivity,
     sources,
     tasks,
 )
 from trident_export.compression.methods import Method
-from trident_export.disk import NoSpace
-from trident_export.fidelity import FidelityError
+from trident_export.errors import ExportError, UsageError
 from trident_export.limits import TemplateLimits
 from trident_export.sensitivity import Grouping
-from trident_export.sources import SourceError
 from trident_serving import artefacts
 
 
@@ -47,15 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders are removed
-    try:
-        status: int = options.run(options)
-    except (SourceError, FidelityError, NoSpace, ValueError, OSError) as error:
-        print(f"trident-export: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("trident-export: interrupted; what was installed before is untouched", file=sys.stderr)
-        return 130
-    return status
+    if not options.verbose:
+        quiet.hush()
+    folders = [value for value in vars(options).values() if isinstance(value, Path)]
+    with progress.bars():
+        return report.guarded(lambda: int(options.run(options)), *folders, Path(tempfile.gettempdir()))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -66,9 +63,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     export = commands.add_parser("export", help="export what is missing or out of date")
     export.add_argument("model", nargs="?", help="one model of models.toml (default: all but on-demand ones)")
     export.add_argument(
-        "--force", action="store_true", help="install variants that the gate refuses; the server calls them unverified"
+        "--force",
+        action="store_true",
+        help="install variants that the gate refuses (served as unverified), and begin where memory is short",
     )
     export.add_argument("--source", type=Path, help="a local copy of the model, in place of its source")
+    export.add_argument(
+        "--keep-going", action="store_true", help="end with status 0 although models failed; the launcher names them"
+    )
     export.set_defaults(run=_export)
     evaluate = commands.add_parser("evaluate", help="what every exported variant gets wrong, and what it costs")
     evaluate.add_argument("model", nargs="?", help="one model of models.toml (default: all that are exported)")
@@ -105,6 +107,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     examining.set_defaults(run=_doctor)
     for command in (export, evaluate, sensitive, pruned, distilled, check, pinning, adding, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
+        command.add_argument("--verbose", action="store_true", help="show every warning of the libraries")
     for command in (export, evaluate, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
     for command in (export, evaluate, sensitive, pruned, distilled):
@@ -152,21 +155,27 @@ def _export(options: argparse.Namespace) -> int:
     specs = models_file.select(models_file.load(options.models_file), options.model or None)
     if options.source is not None:
         if not options.model:
-            raise ValueError("--source is for one model: name it")
+            raise UsageError("--source is for one model: name it")
         copy = models_file.Source(path=str(options.source.resolve()))
         specs = [dataclasses.replace(spec, source=copy) for spec in specs]
     base = options.models_file.resolve().parent
-    _quiet()
+    quiet.hush_onnxruntime(options.verbose)
     cache = options.cache or base / ".cache"
-    exported = install.export(specs, options.repository, base, cache, install.print_progress, force=options.force)
+    try:
+        exported = install.export(specs, options.repository, base, cache, progress.say, force=options.force)
+    except ExportError as error:
+        if not options.keep_going:
+            raise
+        progress.say(str(error))
+        return 0
     if options.model and not exported:
-        install.print_progress(f"{options.model} is up to date")
+        progress.say(f"{options.model} is up to date")
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     base = options.models_file.resolve().parent
-    _quiet()
+    quiet.hush_onnxruntime(options.verbose)
     texts = corpora.read(options.text) if options.text else None
     report: dict[str, quality.Measures] = {}
     for spec in models_file.select(models_file.load(options.models_file), options.model or None, on_demand=True):
@@ -174,11 +183,11 @@ def _evaluate(options: argparse.Namespace) -> int:
             continue  # its generator has the measures
         if artefacts.read_manifest(options.repository, spec.name) is None:
             if options.model:
-                raise ValueError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
-            install.print_progress(f"{spec.name} is not exported: skipped")
+                raise UsageError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
+            progress.say(f"{spec.name} is not exported: skipped")
             continue
-        install.print_progress(f"{spec.name}: comparing with Hugging Face")
-        source = sources.fetch(spec, base, options.cache or base / ".cache", install.print_progress)
+        progress.say(f"{spec.name}: comparing with Hugging Face")
+        source = sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
         report[spec.name] = {
             variant: {**measured, **quality.cost(spec, variant, options.repository)}
             for variant, measured in tasks.evaluate(spec, source, options.repository, texts, thorough=True).items()
@@ -188,12 +197,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
-    _quiet()
+    quiet.hush_onnxruntime(options.verbose)
     spec, source = _model(options)
     variant = options.variant or spec.variants[-1]
     recipe, kind = _recipe(options, spec, variant), spec.kind
     texts = corpora.read(options.text) if options.text else None
-    losses = sensitivity.analyze(spec, source, recipe, options.by, install.print_progress, texts)
+    losses = sensitivity.analyze(spec, source, recipe, options.by, progress.say, texts)
     options.reports.mkdir(parents=True, exist_ok=True)
     table = f"## {spec.name}, {variant}\n\n{sensitivity.as_table(losses)}"
     (options.reports / "sensitivity.md").write_text(table, encoding="utf-8")
@@ -209,14 +218,14 @@ def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, Path]:
     base = options.models_file.resolve().parent
     (spec,) = models_file.select(models_file.load(options.models_file), options.model)
     if isinstance(spec.limits, TemplateLimits):
-        raise ValueError(f"{spec.name} is a template: ask for its generator, {spec.limits.generator}")
-    return spec, sources.fetch(spec, base, options.cache or base / ".cache", install.print_progress)
+        raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.limits.generator}")
+    return spec, sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
 
 
 def _recipe(options: argparse.Namespace, spec: models_file.ModelSpec, variant: str) -> recipes.Recipe:
     known = recipes.load(options.models_file.resolve().parent)
     if variant not in known:
-        raise ValueError(f"there is no recipe {variant!r}; known are {', '.join(known)}")
+        raise UsageError(f"there is no recipe {variant!r}; known are {', '.join(known)}")
     known[variant].check(variant, spec.kind, getattr(spec.limits, "device", "cpu"))
     return known[variant]
 
@@ -224,7 +233,7 @@ def _recipe(options: argparse.Namespace, spec: models_file.ModelSpec, variant: s
 def _prune(options: argparse.Namespace) -> int:
     from trident_export.compression import curve, models  # torch takes seconds to import
 
-    _quiet()
+    quiet.hush_onnxruntime(options.verbose)
     spec, source = _model(options)
     variant = options.variant or spec.default_variant
     recipe = _recipe(options, spec, variant)
@@ -237,7 +246,7 @@ def _prune(options: argparse.Namespace) -> int:
         variant,
         recipe,
         options.text or spec.calibration,
-        install.print_progress,
+        progress.say,
     )
     print(curve.write(f"{spec.name}, {variant}, {options.method}", options.method, rows, options.reports))
     print("# for models.toml:")
@@ -249,26 +258,17 @@ def _prune(options: argparse.Namespace) -> int:
 def _distill(options: argparse.Namespace) -> int:
     from trident_export.compression import distillation, models  # torch takes seconds to import
 
-    _quiet()
+    quiet.hush_onnxruntime(options.verbose)
     spec, source = _model(options)
     names = [field.name for field in dataclasses.fields(distillation.Settings)]
     settings = distillation.Settings(**{name: getattr(options, name) for name in names})
     name = f"{spec.name}-{Path(options.student).stem.lower().replace('_', '-')}"
     output = options.output or Path("distilled") / name
     texts = corpora.read(options.text)
-    report = distillation.distill(spec, source, options.student, texts, output, settings, install.print_progress)
+    report = distillation.distill(spec, source, options.student, texts, output, settings, progress.say)
     print(distillation.write(f"{spec.name}, student {options.student}", report, options.reports))
     print(f"# for models.toml:\n{models.table(spec, name, output)}", end="")
     return 0
-
-
-def _quiet() -> None:
-    """No progress bars and no remarks on unused weights: they would fill a log."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _configs(options: argparse.Namespace) -> int:
@@ -286,7 +286,7 @@ def _configs(options: argparse.Namespace) -> int:
 def _add(options: argparse.Namespace) -> int:
     from trident_export import add  # transformers takes seconds to import
 
-    _quiet()
+    quiet.hush_onnxruntime(options.verbose)
     local = Path(options.source).expanduser()
     if local.is_dir():
         folder, source = local, {"path": str(local.resolve())}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trident_export.errors import TextError
+
 
 def held_out() -> list[str]:
     """Prose in several languages, verse and code, which nothing is calibrated on."""
@@ -25,7 +27,7 @@ def calibration(file: str, samples: int, seed: int) -> list[str]:
         samples: how many; all of them where there are fewer.
 
     Raises:
-        ValueError: the file has no text.
+        TextError: the file has no text.
     """
     found = read(Path(file)) if file else _texts("calibration")
     order = np.random.default_rng(seed).permutation(len(found))
@@ -46,14 +48,16 @@ def read(file: Path) -> list[str]:
     """Paragraphs of a user's file.
 
     Raises:
-        ValueError: it can't be read as UTF-8 or has no text.
+        TextError: it can't be read as UTF-8 or has no text.
     """
     try:
         found = _paragraphs(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TextError(f"{file} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise TextError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not found:
-        raise ValueError(f"{file} has no text: it needs paragraphs, parted by blank lines")
+        raise TextError(f"{file} has no text: it needs paragraphs, parted by blank lines")
     return found
 
 

@@ -15,7 +15,7 @@ import onnx
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import configs, install
-from trident_export.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
+from trident_export.limits import GenerationLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_serving import memory
 from trident_serving.artefacts import VERSION, read_manifest
@@ -71,24 +71,13 @@ def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Findin
         if not (repository / model / VERSION).is_dir():
             yield Finding(True, f"[{spec.name}] {repository / model / VERSION} is missing: export it again")
     for variant in spec.variants:
-        for file in _graphs(spec, variant, repository):
+        for file in install.graph_files(spec, variant, repository):
             if not file.is_file():
                 yield Finding(True, f"[{spec.name}] {file} is missing: export it again")
     for variant, reason in manifest.unverified.items():
         yield Finding(False, f"[{spec.name}] {variant} was installed by force: {reason}")
     if not install.is_current(spec, repository, base):
         yield Finding(False, f"[{spec.name}] is older than its table, source or exporter: export it again")
-
-
-def _graphs(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
-    if isinstance(spec.limits, TemplateLimits):
-        return []
-    if isinstance(spec.limits, Seq2SeqLimits):
-        folder = repository / spec.public_name(variant) / VERSION
-        return [folder / "encoder.onnx", folder / "decoder.onnx"]
-    generator = isinstance(spec.limits, GenerationLimits)
-    part = spec.public_name(variant) if generator else configs.model_part(spec, variant)
-    return [repository / part / VERSION / "model.onnx"]
 
 
 def _tensors(spec: ModelSpec, repository: Path) -> Iterator[Finding]:

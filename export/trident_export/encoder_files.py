@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
+from trident_export import folder as hf
+from trident_export.errors import UnsupportedModel
 from trident_serving.classification import Activation
 from trident_serving.encoding import TOKENIZER, TokenRoles
 from trident_serving.pooling import Pooling, PoolingSettings
@@ -25,7 +26,7 @@ _BEGINNING_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longfor
 def save_tokenizer(source: Path, folder: Path) -> None:
     """Write tokenizer.json with the padding token named in it, as the runtime reads it."""
     folder.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+    tokenizer = hf.fast_tokenizer(source)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.enable_padding(
@@ -38,10 +39,10 @@ def save_tokenizer(source: Path, folder: Path) -> None:
 
 def read_roles(source: Path, prompts: Mapping[str, str] | None = None) -> TokenRoles:
     """Token roles from the tokenizer; prompts from sentence-transformers' file where none are given."""
-    tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+    tokenizer = hf.tokenizer(source)
     file = source / "config_sentence_transformers.json"
     if prompts is None:
-        prompts = json.loads(file.read_text()).get("prompts") or {} if file.exists() else {}
+        prompts = hf.settings(source, file.name).get("prompts") or {} if file.exists() else {}
     return TokenRoles(tokenizer.unk_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, dict(prompts))
 
 
@@ -55,7 +56,7 @@ def longest_input(source: Path, config: PretrainedConfig) -> int | None:
         limits.append(positions - padding - 1 if config.model_type in _BEGINNING_POSITIONS else positions)
     file = source / "sentence_bert_config.json"
     if file.exists():
-        limits.append(json.loads(file.read_text()).get("max_seq_length") or 0)
+        limits.append(hf.settings(source, file.name).get("max_seq_length") or 0)
     found = [limit for limit in limits if limit]
     return min(found) if found else None
 
@@ -64,19 +65,22 @@ def read_pooling(source: Path) -> PoolingSettings:
     """Pooling and normalization from the model's sentence-transformers files; mean and normalized without them.
 
     Raises:
-        ValueError: the model has a step that is not supported.
+        UnsupportedModel: the model has a step that is not supported.
     """
     file = source / "modules.json"
     if not file.exists():
         return PoolingSettings(Pooling.MEAN, normalize=True)
-    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in json.loads(file.read_text())}
+    with hf.reading(source, file.name):
+        modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in hf.settings(source, file.name)}
     unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
-        raise ValueError(f"the model has the modules {', '.join(unknown)}, which are not supported")
-    settings = json.loads((source / modules["Pooling"] / "config.json").read_text())
+        raise UnsupportedModel(f"the model has the modules {', '.join(unknown)}, which are not supported")
+    if "Pooling" not in modules:
+        raise UnsupportedModel(f"{file} names no Pooling step, without which there is no one vector a text")
+    settings = hf.settings(source, f"{modules['Pooling']}/config.json")
     active = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
     if len(active) != 1 or active[0] not in _POOLING_MODES:
-        raise ValueError(f"the model pools by {active}; supported is one of {', '.join(_POOLING_MODES)}")
+        raise UnsupportedModel(f"the model pools by {active}; supported is one of {', '.join(_POOLING_MODES)}")
     return PoolingSettings(_POOLING_MODES[active[0]], normalize="Normalize" in modules)
 
 
@@ -85,9 +89,9 @@ def read_labels(source: Path, task: str) -> LabelSettings:
     sentence-transformers for text-ranking) applies.
 
     Raises:
-        ValueError: a cross-encoder names an activation that is not supported.
+        UnsupportedModel: a cross-encoder names an activation that is not supported.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = hf.config(source)
     labels = tuple(config.id2label[index] for index in range(config.num_labels))
     if task == "text-ranking":
         return LabelSettings(labels, _ranking_activation(config))
@@ -105,5 +109,5 @@ def _ranking_activation(config: PretrainedConfig) -> Activation:
         return Activation.SIGMOID if config.num_labels == 1 else Activation.NONE
     known = {"Identity": Activation.NONE, "Sigmoid": Activation.SIGMOID}
     if name.rsplit(".", 1)[-1] not in known:
-        raise ValueError(f"the cross-encoder's activation {name!r} is not one of {', '.join(known)}")
+        raise UnsupportedModel(f"the cross-encoder's activation {name!r} is not one of {', '.join(known)}")
     return known[name.rsplit(".", 1)[-1]]

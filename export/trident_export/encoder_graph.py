@@ -18,53 +18,71 @@ import contextlib
 import io
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from trident_export import folder as hf
+from trident_export.errors import UnsupportedArchitecture
 from trident_export.unpadding import unpad
 from trident_serving.pooling import Pooling
 
 INPUTS = ("input_ids", "attention_mask")
 TOKEN_TYPES = "token_type_ids"
+# Bytes of a graph in one file: protobuf takes 2 GiB, and a little is left for what passes add.
+ONE_FILE = 2**31 - 2**20
 
 # The transformers task whose head the model has.
 _EXPORTED_AS = {"text-ranking": "text-classification"}
 
 
 def export_encoder_graph(
-    source: Path, path: Path, task: str, outputs: Sequence[str], *, pairs: bool, top_k: int, pooling: Pooling | None
+    source: Path,
+    path: Path,
+    task: str,
+    head: Any,
+    outputs: Sequence[str],
+    *,
+    pairs: bool,
+    top_k: int,
+    pooling: Pooling | None,
 ) -> None:
     """Write the graph of the Hugging Face folder `source` to `path`, in float32.
 
     Args:
         task: the transformers pipeline's name.
+        head: the Auto class of transformers for it.
         outputs: names that the graph must have, as above.
         pairs: whether `token_type_ids` is an input.
         top_k: of fill-mask.
         pooling: of feature-extraction: a vector a text is a hundredth of what the tokens' vectors are to hand on.
 
     Raises:
-        ValueError: optimum gave a graph with other inputs or outputs.
+        UnsupportedArchitecture: optimum does not know it, or gave a graph with other inputs or outputs.
+        UnreadableSource: the weights are missing or damaged.
     """
     from optimum.exporters.onnx import main_export
+    from optimum.exporters.tasks import TasksManager
 
+    check_architecture(source, task, TasksManager)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            # "transformers": optimum would otherwise export a sentence-transformers graph with the pooling inside.
-            main_export(
-                str(source),
-                output=scratch,
-                task=_EXPORTED_AS.get(task, task),
-                library_name="transformers",
-                do_validation=False,
-                no_post_process=True,
-                local_files_only=True,
-            )
+            with _read_by_others(source, head):
+                # "transformers": optimum would otherwise export a sentence-transformers graph with the pooling inside.
+                main_export(
+                    str(source),
+                    output=scratch,
+                    task=_EXPORTED_AS.get(task, task),
+                    library_name="transformers",
+                    do_validation=False,
+                    no_post_process=True,
+                    local_files_only=True,
+                )
         model = onnx.load(str(Path(scratch) / "model.onnx"))
     if pairs:
         with_token_types(model)
@@ -78,11 +96,44 @@ def export_encoder_graph(
     found = [node.name for node in model.graph.input]
     given = {node.name: node for node in model.graph.output}
     if sorted(found) != sorted(expected) or not set(outputs) <= set(given):
-        raise ValueError(f"the graph has {found} -> {list(given)}; expected {expected} -> {list(outputs)}")
+        raise UnsupportedArchitecture(
+            f"{source} gives a graph with the inputs {', '.join(found)} and the outputs {', '.join(given)}, and {task} "
+            f"is served with {', '.join(expected)} and {', '.join(outputs)}: choose a model for that task"
+        )
     del model.graph.output[:]
     model.graph.output.extend(given[name] for name in outputs)
     unpad(model)
-    onnx.save(model, str(path))
+    onnx.save(model, str(path), save_as_external_data=model.ByteSize() > ONE_FILE, location=path.name + ".data")
+
+
+def check_architecture(source: Path, task: str, manager: Any) -> None:
+    """Optimum must have a form for the folder's architecture.
+
+    Args:
+        manager: optimum's TasksManager.
+
+    Raises:
+        UnsupportedArchitecture: it has none.
+    """
+    kind = hf.config(source).model_type
+    known = manager._SUPPORTED_MODEL_TYPE
+    wanted = _EXPORTED_AS.get(task, task)
+    if kind not in known or wanted not in manager.get_supported_tasks_for_model_type(
+        kind, "onnx", library_name="transformers"
+    ):
+        raise UnsupportedArchitecture(
+            f"{source} is a model of type {kind!r}, for which optimum has no ONNX form for {task}: choose another model"
+        )
+
+
+@contextlib.contextmanager
+def _read_by_others(source: Path, head: Any) -> Iterator[None]:
+    """Optimum reads the folder itself; where it fails, reading the folder once more tells whether that is why."""
+    try:
+        yield
+    except Exception:
+        hf.model(head, source)
+        raise
 
 
 def without_token_types(model: onnx.ModelProto) -> None:

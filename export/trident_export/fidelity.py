@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trident_export.errors import FidelityError
+
 Floats = NDArray[np.floating[Any]]
 
 # "at least" where the name is in this set, "at most" elsewhere.
@@ -44,10 +46,6 @@ for _task in ("text-classification", "token-classification", "question-answering
         "int8_static": {"agreement": 0.93, "score_error": 0.25, "batch_effect": 1e-3},
         "int4": {"agreement": 0.85, "score_error": 0.5, "batch_effect": 1e-3},
     }
-
-
-class FidelityError(RuntimeError):
-    """A variant is further from Hugging Face than its gate allows."""
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:

@@ -16,9 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, processors
 
-
-class UnsupportedTokenizer(ValueError):
-    """The file's tokenizer is of a kind that is not handled."""
+from trident_export.errors import UnsupportedTokenizer
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -32,6 +30,13 @@ def read_fields(path: Path) -> dict[str, Any]:
         for key, entry in reader.fields.items()
         if key.startswith("tokenizer.") and key not in long
     }
+
+
+def parameters(path: Path) -> int:
+    """How many numbers the tensors of a GGUF file have."""
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(str(path)).tensors)
 
 
 def save(path: Path, folder: Path) -> None:

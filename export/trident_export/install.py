@@ -6,27 +6,51 @@ its manifest a model is not loaded, and the next export makes it anew.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trident_export import configs, sources, tasks
+from trident_export import configs, disk, folder, memory, report, sources, tasks
+from trident_export.errors import ExportError, ExportsFailed, SourceError, TextError
+from trident_export.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
-from trident_export.sources import Progress
-from trident_serving.artefacts import VERSION, Manifest, manifest_path, read_manifest
+from trident_export.progress import Progress
+from trident_serving.artefacts import (
+    MANIFEST,
+    VERSION,
+    Manifest,
+    manifest_path,
+    read_failures,
+    read_manifest,
+    write_failures,
+)
 
 # What an artefact depends on beside its spec and source.
 _PACKAGES = ("onnx", "onnxruntime", "optimum", "optimum-onnx", "tokenizers", "torch", "transformers")
-_NOT_EXPORTING = ("add.py", "cli.py", "compression", "doctor.py", "pin.py", "quality.py", "sensitivity.py")
+_NOT_EXPORTING = (
+    "add.py",
+    "cli.py",
+    "compression",
+    "disk.py",
+    "doctor.py",
+    "errors.py",
+    "memory.py",
+    "pin.py",
+    "progress.py",
+    "quality.py",
+    "quiet.py",
+    "report.py",
+    "sensitivity.py",
+)
 
 
 def exporter_version() -> str:
@@ -43,9 +67,16 @@ def exporter_version() -> str:
 
 def fingerprint(spec: ModelSpec, base: Path) -> str:
     """A digest of everything that the artefacts of a spec depend on."""
-    calibration = hashlib.sha256(Path(spec.calibration).read_bytes()).hexdigest() if spec.calibration else ""
+    calibration = hashlib.sha256(_content(Path(spec.calibration))).hexdigest() if spec.calibration else ""
     parts = [spec.as_dict(), calibration, sources.identity(spec, base), exporter_version()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _content(calibration: Path) -> bytes:
+    try:
+        return calibration.read_bytes()
+    except OSError as error:
+        raise TextError(f"the calibration text {calibration} can't be read: {error.strerror}") from None
 
 
 def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
@@ -55,7 +86,20 @@ def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
         manifest is not None
         and manifest.fingerprint == fingerprint(spec, base)
         and all((repository / model / VERSION).is_dir() for model in manifest.triton_models)
+        and all(file.is_file() for variant in spec.variants for file in graph_files(spec, variant, repository))
     )
+
+
+def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
+    """The graphs that a variant is served from; a template has none."""
+    if isinstance(spec.limits, TemplateLimits):
+        return []
+    if isinstance(spec.limits, Seq2SeqLimits):
+        folder = repository / spec.public_name(variant) / VERSION
+        return [folder / "encoder.onnx", folder / "decoder.onnx"]
+    generator = isinstance(spec.limits, GenerationLimits)
+    part = spec.public_name(variant) if generator else configs.model_part(spec, variant)
+    return [repository / part / VERSION / "model.onnx"]
 
 
 def export(
@@ -69,77 +113,165 @@ def export(
 ) -> list[str]:
     """Export what is missing or out of date; returns the names of the models that were exported.
 
+    A model that fails does not keep the others from being exported.
+
     Args:
         base: the folder of the models file, where relative paths start.
         cache: where converted sources are kept.
-        force: install variants that the gate refuses; their configs, and so the server, call them unverified.
+        force: install variants that the gate refuses (their configs, and so the server, call them unverified), and
+            go on where memory is short.
 
     Raises:
-        SourceError, FidelityError, NoSpace, ValueError: a model could not be exported; the repository keeps
-            what it had of it, and the models before it.
+        ExportError: the only model could not be exported; the repository keeps what it had of it.
+        ExportsFailed: so of one or more of several.
     """
-    exported = []
+    exported: list[str] = []
+    failures: dict[str, str] = {}
     for spec in specs:
+        say = _timed(spec.name, progress)
+        try:
+            _check_generator(spec, specs, failures, repository)
+            if _export_if_needed(spec, repository, base, cache, progress, force):
+                exported.append(spec.name)
+        except Exception as error:
+            failures[spec.name] = _sentence(spec.name, error, repository)
+            if len(specs) == 1:
+                _remember(specs, failures, repository)
+                raise
+            say(f"failed: {failures[spec.name]}")
+    _remember(specs, failures, repository)
+    if failures:
+        raise ExportsFailed(failures, len(specs))
+    return exported
+
+
+def _remember(specs: Sequence[ModelSpec], failures: Mapping[str, str], repository: Path) -> None:
+    """Let the launcher say which models failed; a repository that can't be written holds none of this."""
+    with contextlib.suppress(OSError):
+        known = read_failures(repository)
+        tried = {spec.name for spec in specs}
+        now = {name: why for name, why in known.items() if name not in tried} | dict(failures)
+        if now != known:
+            write_failures(repository, now)
+
+
+def _sentence(name: str, error: Exception, repository: Path) -> str:
+    if isinstance(error, ExportError):
+        return str(error)
+    if (meaning := disk.explain(error, repository)) is not None:
+        return str(meaning)
+    return report.defect(error, f"{name}: ")
+
+
+def _check_generator(
+    spec: ModelSpec, specs: Sequence[ModelSpec], failures: Mapping[str, str], repository: Path
+) -> None:
+    """A template without its generator would be served and answer nothing.
+
+    Raises:
+        SourceError: the generator's export failed just now, and no older one is there.
+    """
+    if not isinstance(spec.limits, TemplateLimits):
+        return
+    for other in specs:
+        wanted = spec.limits.generator in map(other.public_name, other.variants)
+        if wanted and other.name in failures and read_manifest(repository, other.name) is None:
+            raise SourceError(f"its generator {other.name} is not exported: see there")
+
+
+def _export_if_needed(
+    spec: ModelSpec, repository: Path, base: Path, cache: Path, progress: Progress, force: bool
+) -> bool:
+    with disk.writing(repository):
         if is_current(spec, repository, base):
             configs.write(spec, repository)  # a config that was changed or removed by hand
-            continue
+            return False
+        disk.require_writable(repository, configs.build(spec))
         with _locked(repository, progress):
             if is_current(spec, repository, base):
-                continue  # another export made it while this one waited
+                return False  # another export made it while this one waited
             _export_one(spec, repository, base, cache, _timed(spec.name, progress), force)
-            exported.append(spec.name)
-    return exported
+    return True
 
 
 def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, progress: Progress, force: bool) -> None:
     work = repository / ".trident"
     for left in work.glob("staging-*"):  # of an export that was killed: the lock says that none is running
         shutil.rmtree(left, ignore_errors=True)
-    source = sources.fetch(spec, base, cache, progress)
+    source = sources.fetch(spec, base, cache, progress, force=force)
+    if not isinstance(spec.limits, TemplateLimits):
+        memory.require(spec.name, folder.parameters(source), spec.kind, force=force)
     staging = Path(tempfile.mkdtemp(prefix="staging-", dir=work))
     try:
-        checked = tasks.build(tasks.Job(spec, source, staging, progress), force=force)
-        models = list(configs.build(spec))
-        manifest = Manifest(
-            name=spec.name,
-            task=spec.task,
-            triton_models=models,
-            public_models={
-                variant: spec.public_name(variant)
-                for variant in sorted(spec.variants, key=lambda variant: variant != spec.default_variant)
-            },
-            fingerprint=fingerprint(spec, base),
-            fidelity=dict(checked.measures),
-            unverified=checked.refused,
-        )
-        manifest_path(repository, spec.name).unlink(missing_ok=True)
-        # Not before: a refused export leaves the config of the model that is installed.
-        configs.write(spec, repository, checked.refused)
-        for model in models:
-            _replace(staging / model / VERSION, repository / model / VERSION, staging / "old" / model)
-        # Written beside its place and renamed, so that it is never seen half.
-        manifest.write(staging)
-        os.replace(staging / "trident.json", manifest_path(repository, spec.name))
-        for variant, values in checked.measures.items():
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            verdict = f"UNVERIFIED: {checked.refused[variant]}" if variant in checked.refused else "passed"
-            progress(f"{variant}: {verdict} ({shown})")
+        # Said here, because what is left on the disk shows a full one only until the staging folder is removed.
+        with disk.writing(staging), _temporary_files(staging):
+            checked = tasks.build(tasks.Job(spec, source, staging, progress), force=force)
+            manifest = Manifest(
+                name=spec.name,
+                task=spec.task,
+                triton_models=list(configs.build(spec)),
+                public_models={
+                    variant: spec.public_name(variant)
+                    for variant in sorted(spec.variants, key=lambda variant: variant != spec.default_variant)
+                },
+                fingerprint=fingerprint(spec, base),
+                fidelity=dict(checked.measures),
+                unverified=checked.refused,
+            )
+            manifest.write(staging)
+            configs.write(spec, staging / "_configs", checked.refused)
+            _install(manifest, staging, repository)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    for variant, values in checked.measures.items():
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        verdict = f"UNVERIFIED: {checked.refused[variant]}" if variant in checked.refused else "passed"
+        progress(f"{variant}: {verdict} ({shown})")
 
 
-def _replace(new: Path, target: Path, old: Path) -> None:
-    old.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
+def _install(manifest: Manifest, staging: Path, repository: Path) -> None:
+    """Move what was built into its place; where that fails, what was there before is put back.
+
+    All is on the disk by now, so a full one can only refuse new folders' names. The manifest goes first and comes last.
+    """
+    old = staging / "_old"
+    (old / "configs").mkdir(parents=True)
+    with contextlib.ExitStack() as undo:
+        _move(manifest_path(repository, manifest.name), old / MANIFEST, undo)
+        for model in manifest.triton_models:
+            (repository / model).mkdir(exist_ok=True)
+            _move(repository / model / "config.pbtxt", old / "configs" / model, undo)
+            _move(staging / "_configs" / model / "config.pbtxt", repository / model / "config.pbtxt", undo)
+            _move(repository / model / VERSION, old / model, undo)
+            _move(staging / model / VERSION, repository / model / VERSION, undo)
+        _move(staging / MANIFEST, manifest_path(repository, manifest.name), undo)
+        undo.pop_all()
+
+
+def _move(path: Path, target: Path, undo: contextlib.ExitStack) -> None:
+    """Rename what is there, and remember how to take it back."""
+    if path.exists():
+        os.rename(path, target)
+        undo.callback(os.rename, target, path)
+
+
+@contextmanager
+def _temporary_files(staging: Path) -> Iterator[None]:
+    """Let every library write its temporary files where room was asked for, and where they are removed in any case."""
+    before = tempfile.tempdir
+    (staging / "_tmp").mkdir()
+    tempfile.tempdir = str(staging / "_tmp")
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextmanager
 def _locked(repository: Path, progress: Progress) -> Iterator[None]:
-    folder = repository / ".trident"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    work = repository / ".trident"
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -151,8 +283,3 @@ def _locked(repository: Path, progress: Progress) -> Iterator[None]:
 def _timed(name: str, progress: Progress) -> Progress:
     started = time.monotonic()
     return lambda message: progress(f"{name} [{time.monotonic() - started:5.1f} s] {message}")
-
-
-def print_progress(message: str) -> None:
-    """Progress on standard error, so that output can be piped."""
-    print(f"trident-export: {message}", file=sys.stderr, flush=True)

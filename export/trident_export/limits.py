@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trident_export.errors import ModelsFileError
 from trident_serving.entities import Aggregation
 from trident_serving.seq2seq.source import LongInput
 
 DEVICES = ("cpu", "cuda")
 BUCKETS = (128, 256)
-
-
-class ModelsFileError(ValueError):
-    """models.toml says something impossible; the message names table, key, value and what is allowed."""
 
 
 @dataclass(frozen=True)

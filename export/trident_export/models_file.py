@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trident_export import recipes
+from trident_export.errors import ModelsFileError
 from trident_export.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
-from trident_export.limits import ModelsFileError as ModelsFileError
 from trident_export.recipes import Kind
 from trident_serving.templates import compile_template
 
@@ -93,7 +93,9 @@ def load(path: Path) -> list[ModelSpec]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelsFileError(f"there is no models file {path}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ModelsFileError(f"the models file {path} can't be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ModelsFileError(f"{path} is not TOML: {error}") from None
     known = recipes.load(path.parent)
     specs = [_resolved(parse(name, table, known), path.parent) for name, table in tables.items()]

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from trident_export import folder as hf
+from trident_export.errors import SourceError
 from trident_export.models_file import ModelSpec
-from trident_export.sources import SourceError
 
 
 def resolve(hub_id: str, revision: str = "") -> str:
@@ -20,12 +21,12 @@ def resolve(hub_id: str, revision: str = "") -> str:
         SourceError: the hub can't be reached, or has no such model.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         commit: str | None = HfApi().model_info(hub_id, revision=revision or None).sha
-    except (HfHubHTTPError, OSError) as error:
-        raise SourceError(f"the Hugging Face hub did not give {hub_id}: {str(error).splitlines()[0]}") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise SourceError(f"the Hugging Face hub did not give {hub_id}: {hf.reason(error)}") from None
     if not commit:
         raise SourceError(f"the Hugging Face hub gave no commit id for {hub_id}")
     return commit

@@ -47,7 +47,7 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
         command.append(str(spec.limits.max_target_tokens))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{folder} could not be run: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{folder} could not be run, status {done.returncode}: {done.stderr.strip()}")
     measured: dict[str, float] = json.loads(done.stdout)
     return {"size_mib": size, **measured}
 

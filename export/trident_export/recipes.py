@@ -13,14 +13,10 @@ from pathlib import Path
 
 import onnx
 
-from trident_export.limits import ModelsFileError
+from trident_export.errors import ModelsFileError, NoProducts, UsageError
 from trident_export.passes import PASSES, Cache, Feeder, Pass, Rotate
 
 FILE = "recipes.toml"
-
-
-class NoProducts(ValueError):
-    """A recipe fits no product of a model."""
 
 
 class Kind(StrEnum):
@@ -129,7 +125,7 @@ def _pass(where: str, table: object) -> Pass:
             raise ModelsFileError(f"{where}: {key} must be {wanted.__name__}, found {value!r}")
     try:
         return kind(**values)
-    except (ValueError, re.error) as error:
+    except (UsageError, re.error) as error:
         raise ModelsFileError(f"{where}: {error}") from None
 
 

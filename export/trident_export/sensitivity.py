@@ -18,6 +18,7 @@ from pathlib import Path
 import onnx
 
 from trident_export import recipes, tasks
+from trident_export.errors import NoProducts, UsageError
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Pass
 from trident_export.passes.base import Keep
@@ -72,7 +73,7 @@ def analyze(
         texts: to measure with; None: the packaged ones that nothing is calibrated on.
 
     Raises:
-        ValueError: no product takes the recipe.
+        NoProducts, UsageError: no product takes the recipe.
     """
     kind = spec.kind
     with tempfile.TemporaryDirectory(prefix="trident-sensitivity-") as folder:
@@ -80,7 +81,7 @@ def analyze(
         tasks.trace(job)
         names = [name for file in sorted(job.graphs.glob("*.onnx")) for name in _products(file)]
         if not any(step.for_products for step in recipe.passes[kind]):
-            raise ValueError("the recipe quantizes nothing: name another with --variant")
+            raise UsageError("the recipe quantizes nothing: name another with --variant")
         judge: tasks.Referee | None = None
         losses = []
         groups = group(names, grouping)
@@ -88,7 +89,7 @@ def analyze(
             probe = probing(spec, recipe, kind, products)
             try:
                 tasks.write(dataclasses.replace(job, spec=probe), PROBE)
-            except recipes.NoProducts:
+            except NoProducts:
                 continue  # the recipe leaves them alone
             judge = judge or tasks.referee(probe, source, job.staging, texts)
             measured = judge(PROBE)
@@ -96,7 +97,7 @@ def analyze(
             losses.append(Loss(label, products, abs(measured[measure] - _LOSSES[measure]), measure))
             progress(f"{number + 1} of {len(groups)}: {label}: {measure} {measured[measure]:.6g}")
     if not losses:
-        raise ValueError(f"the recipe quantizes no product of {spec.name}")
+        raise NoProducts(f"the recipe quantizes no product of {spec.name}")
     return sorted(losses, key=lambda loss: -loss.loss)
 
 

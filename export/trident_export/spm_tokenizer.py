@@ -10,12 +10,14 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from trident_export.errors import UnsupportedTokenizer
+
 
 def source_tokenizer(path: Path) -> Tokenizer:
     """The SentencePiece model of a file as a `tokenizers.Tokenizer`, whose ids are places in that file.
 
     Raises:
-        ValueError: it is neither a Unigram nor a BPE model.
+        UnsupportedTokenizer: it is neither a Unigram nor a BPE model.
     """
     proto = _proto(path)
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -30,7 +32,7 @@ def source_tokenizer(path: Path) -> Tokenizer:
         unknown = pieces[proto.trainer_spec.unk_id][0]
         model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True)
     else:
-        raise ValueError(f"{path} is a SentencePiece model of type {kind}; known are Unigram (1) and BPE (2)")
+        raise UnsupportedTokenizer(f"{path} is a SentencePiece model of type {kind}; known are Unigram (1) and BPE (2)")
     tokenizer = Tokenizer(model)
     steps: list[Any] = []
     if proto.normalizer_spec.precompiled_charsmap:

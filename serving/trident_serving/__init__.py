@@ -2,3 +2,9 @@
 
 Imports numpy, onnxruntime, tokenizers and jinja2; never torch, transformers or Triton's `pb_utils`.
 """
+
+import os
+
+# ONNX Runtime reports its use to Microsoft, and writes a device id into the user's cache folder, unless this is set
+# before it is imported. Whoever imports it imports this package first; processes that are started inherit it.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -14,6 +14,8 @@ from typing import Any
 
 VERSION = "1"
 MANIFEST = "trident.json"
+# Why the last export of a model failed, by its name, for the launcher to say; in the repository.
+FAILURES = ".trident/failures.json"
 # The config parameter that says why the gate refused a variant which is served nevertheless.
 UNVERIFIED = "unverified"
 CONFIG_HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
@@ -64,6 +66,24 @@ def read_manifests(repository: Path) -> list[Manifest]:
     """Every completely exported model of a repository, by name."""
     names = sorted(path.parent.parent.name for path in repository.glob(f"*/{VERSION}/{MANIFEST}"))
     return [manifest for name in names if (manifest := read_manifest(repository, name)) is not None]
+
+
+def read_failures(repository: Path) -> dict[str, str]:
+    """Models whose last export failed, with the reason."""
+    try:
+        found = json.loads((repository / FAILURES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(reason) for name, reason in found.items()} if isinstance(found, dict) else {}
+
+
+def write_failures(repository: Path, failures: Mapping[str, str]) -> None:
+    """Write what `read_failures` reads; a file that appears whole or not at all."""
+    path = repository / FAILURES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(dict(failures), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def unexported(repository: Path) -> list[str]:

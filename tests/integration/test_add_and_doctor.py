@@ -20,7 +20,7 @@ from transformers import (
 from tests import tiny_models
 from tests.conftest import ROOT, run_export
 from trident_export import add, doctor, install, models_file
-from trident_export.models_file import ModelsFileError
+from trident_export.errors import ModelsFileError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

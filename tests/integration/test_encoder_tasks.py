@@ -31,7 +31,7 @@ from transformers import (
 from tests import tiny_models
 from trident_client import Client, InvalidRequestError, cli
 from trident_export import corpora, install, models_file, recipes
-from trident_export.fidelity import FidelityError
+from trident_export.errors import FidelityError
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny_models
 from tests.conftest import ROOT, run_export
 from trident_export import decoder_passes, fidelity, install, models_file, recipes, tasks
-from trident_export.fidelity import FidelityError
+from trident_export.errors import FidelityError
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
 from trident_serving.generation import decoder

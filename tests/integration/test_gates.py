@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from benchmarks import generation
 from tests.conftest import ROOT
 from trident_export import configs, corpora, fidelity, models_file, sources
-from trident_export.fidelity import FidelityError
+from trident_export.errors import FidelityError
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import encoders, text_generation
 from trident_serving.artefacts import VERSION

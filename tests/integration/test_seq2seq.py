@@ -25,7 +25,7 @@ from tests import tiny_models
 from tests.conftest import post
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, cli
 from trident_export import corpora, install, models_file
-from trident_export.fidelity import FidelityError
+from trident_export.errors import FidelityError
 from trident_serving import artefacts
 from trident_serving.artefacts import VERSION
 from trident_serving.launcher import local

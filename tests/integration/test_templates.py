@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2_grpc
 from tests.conftest import post
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, _wire
 from trident_export import models_file
-from trident_export.models_file import ModelsFileError
+from trident_export.errors import ModelsFileError
 from trident_serving.launcher.local import LocalServer
 
 ARTICLE = (

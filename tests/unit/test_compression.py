@@ -21,7 +21,7 @@ from tests.tiny_models import causal_config
 from trident_export import models_file
 from trident_export.compression import distillation, layouts, models, pruning
 from trident_export.compression.pruning import Method
-from trident_export.disk import NoSpace
+from trident_export.errors import NoSpace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -201,7 +201,7 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "save_pretrained", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(NoSpace, match=f"the disk of {tmp_path} is full"):
             models.save(model, source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
     with monkeypatch.context() as patch:

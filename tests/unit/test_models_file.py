@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from trident_export import models_file, pin
+from trident_export.errors import ModelsFileError, SourceError
 from trident_export.limits import EmbeddingLimits, GenerationLimits
-from trident_export.models_file import ModelsFileError
-from trident_export.sources import SourceError
 
 GOOD: dict[str, Any] = {
     "task": "text-generation",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trident_export import corpora, models_file, recipes
-from trident_export.limits import ModelsFileError
+from trident_export.errors import ModelsFileError
 from trident_export.passes import Feeds, Pass
 from trident_export.passes.base import Keep, ranks
 from trident_export.passes.blocks import BlockMinima, Blocks, pack

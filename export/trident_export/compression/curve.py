@@ -45,7 +45,7 @@ def prune(
         against the model that was not pruned, with `zipped_mib`, the graph's bytes after zlib.
 
     Raises:
-        ValueError: a sparsity or the architecture does not fit the method.
+        UsageError, UnsupportedModel: a sparsity or the architecture does not fit the method.
     """
     runs = models.tokenize(source, corpora.calibration(calibration, samples=64, seed=0))
     probe = dataclasses.replace(spec, variants=(variant,), default_variant=variant, recipes={variant: recipe})

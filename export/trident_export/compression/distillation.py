@@ -22,8 +22,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,8 +34,9 @@ from transformers import (
 )
 
 from trident_export import corpora
+from trident_export import folder as hf
 from trident_export.compression import layouts, models, pruning
-from trident_export.disk import NoSpace
+from trident_export.errors import NoSpace, TextError, UsageError
 from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
 
@@ -83,10 +82,10 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "length", "learning_rate", "temperature", "save_every"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
+                raise UsageError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
         for name in ("steps", "minutes", "hidden_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(self, name)}")
+                raise UsageError(f"--{name.replace('_', '-')} must not be negative, found {getattr(self, name)}")
 
 
 def make_student(
@@ -100,14 +99,14 @@ def make_student(
         calibration: text by which layers are chosen; "": the packaged texts.
 
     Raises:
-        ValueError: it is none of these, or has more layers than the teacher.
+        UsageError: it is none of these, or has more layers than the teacher.
     """
     teacher = models.load(spec, source)
     total = len(layouts.layers_of(teacher))
     if student.isdecimal():
         count = int(student)
         if not 0 < count < total:
-            raise ValueError(f"a student has fewer layers than its teacher, 1 to {total - 1}: found {count}")
+            raise UsageError(f"a student has fewer layers than its teacher, 1 to {total - 1}: found {count}")
         runs = models.tokenize(source, corpora.calibration(calibration, samples=64, seed=0))
         with torch.no_grad():
             influence = pruning.layer_influence(teacher, runs)
@@ -116,10 +115,10 @@ def make_student(
         return teacher, kept
     path = Path(student)
     if not path.exists():
-        raise ValueError(f"a student is a number of layers, a Hugging Face folder or a config.json: found {student!r}")
-    config = AutoConfig.from_pretrained(path)
+        raise UsageError(f"a student is a number of layers, a Hugging Face folder or a config.json: found {student!r}")
+    config = hf.config(path)
     if config.model_type != teacher.config.model_type or config.vocab_size != teacher.config.vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"{path} is a {config.model_type} of {config.vocab_size} tokens, the teacher a {teacher.config.model_type} "
             f"of {teacher.config.vocab_size}: both must be of one kind and vocabulary"
         )
@@ -137,10 +136,10 @@ def spread(count: int, total: int) -> list[int]:
     """Layers of a teacher for a student's, evenly, the last for the last.
 
     Raises:
-        ValueError: the student has more.
+        UsageError: the student has more.
     """
     if count > total:
-        raise ValueError(f"the student has {count} layers, its teacher {total}")
+        raise UsageError(f"the student has {count} layers, its teacher {total}")
     return [math.ceil((place + 1) * total / count) - 1 for place in range(count)]
 
 
@@ -181,18 +180,18 @@ def distill(
         Measures of the teacher and of the student before and after, on the text that was held out.
 
     Raises:
-        ValueError: the student or the text is impossible, or checkpoints of another run are there.
+        TextError, UsageError: the student or the text is impossible, or checkpoints of another run are there.
         NoSpace: the disk has no room for the student.
     """
     work = output.with_name(f"{output.name}.training")
     asked = {"student": student, "source": source.name, **dataclasses.asdict(settings), "texts": len(texts)}
     _check_same_run(work, asked)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    tokenizer: PreTrainedTokenizerBase = hf.tokenizer(source)
     data = blocks(spec, tokenizer, texts, settings.length)
     held_out = data[::HELD_OUT_EVERY][:HELD_OUT_MOST]
     seen = [run for place, run in enumerate(data) if place % HELD_OUT_EVERY or place // HELD_OUT_EVERY >= HELD_OUT_MOST]
     if len(seen) < settings.batch_size:
-        raise ValueError(
+        raise TextError(
             f"the text gives {len(seen)} blocks of {settings.length} tokens, one step takes {settings.batch_size}: "
             "give more text, or lower --length or --batch-size"
         )
@@ -319,7 +318,7 @@ class _Distiller(Trainer):
                 deepspeed=settings.deepspeed or None,
             )
         except ImportError as error:
-            raise ValueError(f"--deepspeed needs the package deepspeed on a machine with GPUs: {error}") from None
+            raise UsageError(f"--deepspeed needs the package deepspeed on a machine with GPUs: {error}") from None
         self._settings, self._steps, self._origin = settings, steps, list(origin)
         self._watch = _Watch(settings, steps, progress)
         if tokenizer.pad_token is None:
@@ -430,7 +429,7 @@ def _check_same_run(work: Path, asked: Mapping[str, Any]) -> None:
             f"{key} was {before.get(key)!r}" for key in asked if before.get(key) != asked[key] and key not in free
         ]
         if different:
-            raise ValueError(
+            raise UsageError(
                 f"{work} holds the checkpoints of another run ({', '.join(different)}): ask for the same, choose "
                 "another --output, or remove it"
             )

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from trident_export.errors import UnsupportedModel
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -84,11 +86,11 @@ def layout_of(model: PreTrainedModel) -> Layout:
     """The layout of a model's architecture.
 
     Raises:
-        ValueError: it is not known.
+        UnsupportedModel: it is not known.
     """
     kind = model.config.model_type
     if kind not in LAYOUTS:
-        raise ValueError(f"models of type {kind} can't be pruned or distilled; known are {', '.join(LAYOUTS)}")
+        raise UnsupportedModel(f"models of type {kind} can't be pruned or distilled; known are {', '.join(LAYOUTS)}")
     return LAYOUTS[kind]
 
 

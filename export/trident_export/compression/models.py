@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trident_export.disk import NoSpace
+from trident_export import disk
+from trident_export import folder as hf
+from trident_export.errors import NoSpace, UsageError
 from trident_export.limits import EncoderLimits, GenerationLimits
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import encoders, text_generation
@@ -25,18 +27,18 @@ def load(spec: ModelSpec, source: Path) -> PreTrainedModel:
     """The model of a spec in float32, in evaluation mode.
 
     Raises:
-        ValueError: models of this kind can't be compressed.
+        UsageError: models of this kind can't be compressed.
     """
     if isinstance(spec.limits, GenerationLimits):
         return text_generation.load_model(source)
     if isinstance(spec.limits, EncoderLimits):
-        return encoders.HEADS[spec.task].from_pretrained(source, dtype=torch.float32).eval()
-    raise ValueError(f"{spec.name} is for {spec.task}: only encoders and decoders can be pruned or distilled")
+        return hf.model(encoders.HEADS[spec.task], source)
+    raise UsageError(f"{spec.name} is for {spec.task}: only encoders and decoders can be pruned or distilled")
 
 
 def tokenize(source: Path, texts: Sequence[str], longest: int = LONGEST) -> list[dict[str, torch.Tensor]]:
     """A run of the model for each text."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    tokenizer: PreTrainedTokenizerBase = hf.tokenizer(source)
     return [dict(tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")) for text in texts]
 
 
@@ -46,20 +48,22 @@ def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     It appears complete or not at all.
 
     Raises:
-        NoSpace: the disk has too little room; nothing is left of it.
+        NoSpace, NotWritable: the disk has too little room, or is another user's; nothing is left of it.
     """
     wanted = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + 2**26
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with disk.writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     room = shutil.disk_usage(folder.parent).free
     if room < wanted:
         raise NoSpace(f"the model needs {wanted / 2**20:.0f} MiB in {folder.parent}, {room / 2**20:.0f} MiB are free")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
-        model.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        with disk.writing(folder.parent):
+            shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*_WEIGHTS))
+            model.save_pretrained(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

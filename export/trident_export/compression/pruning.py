@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from trident_export.compression import layouts
 from trident_export.compression.methods import Method as Method
+from trident_export.errors import UnsupportedModel, UsageError
 
 # Sizes that ONNX Runtime's block products like, and what columns are cut to.
 BLOCK = 32
@@ -35,10 +36,10 @@ def prune(model: PreTrainedModel, method: Method, sparsity: float, runs: Runs) -
         runs: representative inputs, on the model's device.
 
     Raises:
-        ValueError: the architecture is not known, or the share leaves nothing or takes nothing.
+        UnsupportedModel, UsageError: the architecture is not known, or the share leaves nothing or takes nothing.
     """
     if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity must be between 0 and 1, found {sparsity:g}")
+        raise UsageError(f"sparsity must be between 0 and 1, found {sparsity:g}")
     layouts.layout_of(model)
     steps: dict[Method, Callable[[PreTrainedModel, float, Runs], float]] = {
         Method.MAGNITUDE: _magnitude,
@@ -76,13 +77,13 @@ def _wanda(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
 def _two_of_four(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
     """Two of each four weights of an output."""
     if sparsity != 0.5:
-        raise ValueError(f"2:4 takes half of the weights: sparsity must be 0.5, found {sparsity:g}")
+        raise UsageError(f"2:4 takes half of the weights: sparsity must be 0.5, found {sparsity:g}")
     modules = layouts.linear_layers(model)
     for name, norm in input_norms(model, modules, runs).items():
         weight = layouts.matrix(modules[name])
         scores = weight.abs() * norm
         if scores.shape[1] % 4:
-            raise ValueError(f"2:4 needs products of a multiple of four inputs, {name} has {scores.shape[1]}")
+            raise UnsupportedModel(f"2:4 needs products of a multiple of four inputs, {name} has {scores.shape[1]}")
         small = _smallest(scores.reshape(-1, 4), 0.5).reshape(weight.shape)
         weight[small] = 0
     return 0.5
@@ -92,7 +93,7 @@ def _heads(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
     """Heads whose outputs say least; of queries that share keys and values, whole groups, as many in every layer."""
     layout, config = layouts.layout_of(model), model.config
     if not layout.joined:
-        raise ValueError(f"heads of {config.model_type} models can't be removed; columns and layers can")
+        raise UnsupportedModel(f"heads of {config.model_type} models can't be removed; columns and layers can")
     layers = layouts.layers_of(model)
     heads = config.num_attention_heads
     groups = config.num_key_value_heads if layout.grouped else heads
@@ -236,7 +237,7 @@ def _smallest(scores: torch.Tensor, share: float) -> torch.Tensor:
 def _count(total: int, share: float, what: str) -> int:
     count = round(total * share)
     if not 0 < count < total:
-        raise ValueError(
+        raise UsageError(
             f"a sparsity of {share:g} takes {count} of {total} {what}: the smallest step is {1 / total:.3g}"
         )
     return count

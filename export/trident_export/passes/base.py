@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import onnx
 from numpy.typing import NDArray
 
+from trident_export.errors import ModelsFileError, UsageError
 from trident_export.shape_folding import infer_types
 from trident_export.unpadding import is_packed
 
@@ -63,17 +64,17 @@ class Calibrated(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 1:
-            raise ValueError(f"samples must be 1 or more, found {self.samples}")
+            raise UsageError(f"samples must be 1 or more, found {self.samples}")
 
     def feeds(self, feeder: Feeder | None) -> Feeds:
         """The inputs to calibrate with.
 
         Raises:
-            ValueError: there are none.
+            ModelsFileError: there are none.
         """
         if feeder is None:
             name = re.sub(r"\B(?=[A-Z])", "_", type(self).__name__).lower()
-            raise ValueError(f"a recipe with the pass {name} needs calibration text, which this task has none of")
+            raise ModelsFileError(f"a recipe with the pass {name} needs calibration text, which this task has none of")
         return feeder(self.samples, self.seed)
 
 

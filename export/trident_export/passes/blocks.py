@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trident_export.errors import UsageError
 from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, ranks
 
 ACCURACY_LEVEL = 4
@@ -81,7 +82,7 @@ class BlockMinima(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block not in _SIZES:
-            raise ValueError(f"block must be one of {_SIZES}, found {self.block}")
+            raise UsageError(f"block must be one of {_SIZES}, found {self.block}")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
@@ -155,10 +156,10 @@ def check_blocks(bits: int, block: int) -> None:
     """Refuse what MatMulNBits has no fast kernel for.
 
     Raises:
-        ValueError: so.
+        UsageError: so.
     """
     if bits not in (4, 8) or block not in _SIZES:
-        raise ValueError(f"bits must be 4 or 8 and block one of {_SIZES}, found {bits} and {block}")
+        raise UsageError(f"bits must be 4 or 8 and block one of {_SIZES}, found {bits} and {block}")
 
 
 def make_product(

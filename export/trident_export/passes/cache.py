@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from trident_export.errors import UsageError
 from trident_export.passes.base import Calibrated, Feeder
 from trident_export.passes.calibration import peaks
 
@@ -39,7 +40,7 @@ class Cache(Calibrated):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.margin <= 0:
-            raise ValueError(f"margin must be more than 0, found {self.margin:g}")
+            raise UsageError(f"margin must be more than 0, found {self.margin:g}")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
@@ -47,7 +48,7 @@ class Cache(Calibrated):
         """See `Pass`; it takes no products.
 
         Raises:
-            ValueError: there is nothing to calibrate with.
+            ModelsFileError: there is nothing to calibrate with.
         """
         nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention" and _of_rows(node)]
         if not nodes:

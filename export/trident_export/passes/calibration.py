@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from trident_export.passes.base import Feeds
+from trident_export.progress import track
 
 _GRAM_BYTES = 2**29  # held at once
 
@@ -31,7 +32,7 @@ def watch(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Iterato
         onnx.save(watched, str(path), save_as_external_data=True, location="watched.data")
         del watched
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        for feed in feeds:
+        for feed in track(feeds, "calibration"):
             yield dict(zip(names, session.run(list(names), dict(feed)), strict=True))
 
 

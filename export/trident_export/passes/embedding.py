@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trident_export.errors import UsageError
 from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused
 
 BITS = 8
@@ -38,7 +39,7 @@ class Embedding(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block not in (16, 32, 64, 128):
-            raise ValueError(f"block must be 16, 32, 64 or 128, found {self.block}")
+            raise UsageError(f"block must be 16, 32, 64 or 128, found {self.block}")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None

@@ -17,10 +17,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from trident_export.errors import UsageError
 from trident_export.passes.base import Calibrated, Feeder, add_domain, drop_unused
 from trident_export.passes.blocks import check_blocks, make_product
 from trident_export.passes.calibration import Moments, moments
 from trident_export.passes.rows import ACTIVATION_LARGEST, Rows
+from trident_export.progress import Counted, track
 
 Floats = NDArray[np.float32]
 
@@ -43,7 +45,7 @@ class _Gptq(Calibrated):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.damp <= 0:
-            raise ValueError(f"damp must be more than 0, found {self.damp:g}")
+            raise UsageError(f"damp must be more than 0, found {self.damp:g}")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
@@ -51,7 +53,7 @@ class _Gptq(Calibrated):
         """See `Pass`.
 
         Raises:
-            ValueError: there is nothing to calibrate with.
+            ModelsFileError: there is nothing to calibrate with.
         """
         graph, names = model.graph, set(chosen)
         weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -61,7 +63,8 @@ class _Gptq(Calibrated):
                 readers[node.input[0]].append(node)
         channels = {source: weights[nodes[0].input[1]].dims[0] for source, nodes in readers.items()}
         new: dict[str, list[onnx.NodeProto]] = {}
-        for source, seen in moments(model, channels, lambda: self.feeds(feeder)):
+        seen_of_each = moments(model, channels, lambda: self.feeds(feeder))
+        for source, seen in track(Counted(seen_of_each, len(channels)), "GPTQ"):
             if not self.fits(seen):
                 continue
             matrices = [numpy_helper.to_array(weights[node.input[1]]) for node in readers[source]]
@@ -106,7 +109,7 @@ class GptqRows(_Gptq):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.margin <= 0 or self.crest <= 0:
-            raise ValueError(f"margin and crest must be more than 0, found {self.margin:g} and {self.crest:g}")
+            raise UsageError(f"margin and crest must be more than 0, found {self.margin:g} and {self.crest:g}")
 
     def fits(self, seen: Moments) -> bool:
         """See `_Gptq`."""

@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from trident_export.errors import UsageError
 from trident_export.passes.base import Feeder, Pass, drop_unused
 
 _ONES = "rotate/ones"
@@ -43,7 +44,7 @@ class Rotate(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nodes:
-            raise ValueError("rotate is for all products, not for some nodes")
+            raise UsageError("rotate is for all products, not for some nodes")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from trident_export.errors import UsageError
 from trident_export.passes.base import Calibrated, Feeder
 from trident_export.passes.calibration import peaks
 
@@ -42,7 +43,7 @@ class Smooth(Calibrated):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, found {self.alpha:g}")
+            raise UsageError(f"alpha must be from 0 to 1, found {self.alpha:g}")
 
     def apply(
         self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
@@ -50,7 +51,7 @@ class Smooth(Calibrated):
         """See `Pass`; it takes no products.
 
         Raises:
-            ValueError: there is nothing to calibrate with.
+            ModelsFileError: there is nothing to calibrate with.
         """
         groups = behind_norms(model, set(chosen))
         if not groups:

@@ -22,6 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 
+from trident_export.errors import UsageError
 from trident_export.passes.base import Calibrated, Feeder, Feeds, ranks
 
 METHODS = ("minmax", "entropy", "percentile")
@@ -47,7 +48,7 @@ class Static(Calibrated):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in METHODS or not 50 < self.percentile <= 100:
-            raise ValueError(
+            raise UsageError(
                 f"method must be one of {', '.join(METHODS)} and percentile from 50 to 100, "
                 f"found {self.method!r} and {self.percentile}"
             )
@@ -58,7 +59,7 @@ class Static(Calibrated):
         """See `Pass`.
 
         Raises:
-            ValueError: there is nothing to calibrate with.
+            ModelsFileError: there is nothing to calibrate with.
         """
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 

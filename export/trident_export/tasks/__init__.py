@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trident_export import corpora, fidelity
+from trident_export.errors import FidelityError
 from trident_export.limits import TemplateLimits
 from trident_export.models_file import ModelSpec
 
@@ -40,13 +41,13 @@ class Job:
 
     @property
     def graphs(self) -> Path:
-        """Where the float32 graphs are while variants are made of them."""
-        return self.staging / "graph"
+        """Where the float32 graphs are while variants are made of them; no model's name begins with "_"."""
+        return self.staging / "_graph"
 
     @property
     def assets(self) -> Path:
         """Where files lie that go into every variant's folder."""
-        return self.staging / "assets"
+        return self.staging / "_assets"
 
 
 # Measures of each variant, by its name.
@@ -95,7 +96,7 @@ def build(job: Job, *, force: bool = False) -> Checked:
 
     Raises:
         FidelityError: a variant is refused.
-        ValueError: models.toml and the model disagree.
+        ExportError: models.toml and the model disagree, or the model has no form here.
     """
     trace(job)
     for variant in job.spec.recipes:
@@ -111,7 +112,7 @@ def build(job: Job, *, force: bool = False) -> Checked:
         precision = job.spec.recipes[variant].precision
         try:
             fidelity.check(job.spec.task, variant, measured, job.spec.gates.get(variant), precision)
-        except fidelity.FidelityError as error:
+        except FidelityError as error:
             if not force:
                 raise
             refused[variant] = str(error)
@@ -122,7 +123,7 @@ def trace(job: Job) -> None:
     """Write the float32 graphs of a job, and what all its variants share.
 
     Raises:
-        ValueError: models.toml and the model disagree.
+        ExportError: models.toml and the model disagree, or the model has no form here.
     """
     _module(job.spec).trace(job)
 
@@ -131,7 +132,7 @@ def write(job: Job, variant: str) -> None:
     """Write the version folders of a variant, from the traced graphs; what was there is overwritten.
 
     Raises:
-        ValueError: its recipe does not fit the model.
+        ExportError: its recipe does not fit the model.
     """
     _module(job.spec).write(job, variant)
 

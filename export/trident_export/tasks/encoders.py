@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
 )
 
 from trident_export import configs, corpora, disk, encoder_files, ensembles, fidelity, recipes
+from trident_export import folder as hf
 from trident_export.encoder_graph import TOKEN_TYPES, export_encoder_graph
+from trident_export.errors import ModelsFileError, TextError
 from trident_export.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
+from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.tasks import Job, Referee
 from trident_serving import preprocessing
@@ -73,6 +74,7 @@ def trace(job: Job) -> None:
         job.source,
         job.graphs / "model.onnx",
         spec.task,
+        HEADS[spec.task],
         [name for name, *_ in stages.model_outputs],
         pairs=TOKEN_TYPES in [name for name, *_ in stages.model_inputs],
         top_k=limits.top_k if isinstance(limits, FillMaskLimits) else 0,
@@ -105,19 +107,21 @@ def check_limits(spec: ModelSpec, source: Path) -> None:
     """The limits of models.toml must be those of the model.
 
     Raises:
-        ValueError: a limit does not fit; the message names the model's value.
+        ModelsFileError: a limit does not fit; the message names the model's value.
     """
     limits = _limits(spec)
-    config = AutoConfig.from_pretrained(source)
+    config = hf.config(source)
     if isinstance(limits, EmbeddingLimits) and limits.dimensions != config.hidden_size:
-        raise ValueError(f"[{spec.name}] limits.dimensions is {limits.dimensions}, the model's is {config.hidden_size}")
+        raise ModelsFileError(
+            f"[{spec.name}] limits.dimensions is {limits.dimensions}, the model's is {config.hidden_size}"
+        )
     if isinstance(limits, LabelLimits) and limits.labels != config.num_labels:
-        raise ValueError(f"[{spec.name}] limits.labels is {limits.labels}, the model has {config.num_labels}")
+        raise ModelsFileError(f"[{spec.name}] limits.labels is {limits.labels}, the model has {config.num_labels}")
     if isinstance(limits, FillMaskLimits) and limits.top_k > config.vocab_size:
-        raise ValueError(f"[{spec.name}] limits.top_k is {limits.top_k}, the model has {config.vocab_size} tokens")
+        raise ModelsFileError(f"[{spec.name}] limits.top_k is {limits.top_k}, the model has {config.vocab_size} tokens")
     longest = encoder_files.longest_input(source, config)
     if longest is not None and limits.max_tokens > longest:
-        raise ValueError(
+        raise ModelsFileError(
             f"[{spec.name}] limits.max_tokens is {limits.max_tokens}, the model's longest text is {longest}"
         )
 
@@ -132,7 +136,7 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
     preprocess = preprocessing.create(parameters(configs.as_backend_json(built[name])), root / name / VERSION)
     pairs = [taken for taken, _ in readable(spec, preprocess, sample_texts(spec, source, texts))]
     if not pairs:
-        raise ValueError(f"the tokenizer of {spec.name} knows none of the texts: give some of its language")
+        raise TextError(f"the tokenizer of {spec.name} knows none of the texts: give some of its language")
     reference = reference_outputs(spec, source, pairs)
     read = reader(spec, root / f"{spec.name}_postprocess" / VERSION)
     searched = [[(text,) for text in texts] for texts in (corpora.passages(), corpora.questions())]
@@ -177,7 +181,7 @@ def calibration_feeder(job: Job, tokenizer_folder: Path) -> Feeder:
     """Calibration texts as the graph's inputs, a text a run.
 
     Raises:
-        ValueError: when texts are drawn: the file has none, or the tokenizer does not know what they are written in.
+        TextError: when texts are drawn: the file has none, or the tokenizer does not know their language.
     """
     spec = job.spec
     config = configs.as_backend_json(configs.build(spec)[f"{spec.name}_tokenizer"])
@@ -189,7 +193,7 @@ def calibration_feeder(job: Job, tokenizer_folder: Path) -> Feeder:
         found = readable(spec, preprocess, sample_texts(spec, job.source, texts))
         known = [inputs for _, inputs in found if _unknown_share(inputs, unknown) <= _MOST_UNKNOWN]
         if 2 * len(known) < len(texts):
-            raise ValueError(
+            raise TextError(
                 f"the calibration text {spec.calibration or 'that is packaged'} does not fit the tokenizer, which does "
                 f"not know what {len(texts) - len(known)} of {len(texts)} texts are written in: name a file of the "
                 "model's own language with calibration = ..."
@@ -224,7 +228,7 @@ def sample_texts(spec: ModelSpec, source: Path, texts: Sequence[str]) -> list[tu
     if spec.task == "question-answering":
         return [(text[:24], text) for text in texts]
     if spec.task == "fill-mask":
-        gap = AutoTokenizer.from_pretrained(source).mask_token
+        gap = hf.tokenizer(source).mask_token
         words = [text.split()[:16] for text in texts]
         return [(" ".join([*row[: len(row) // 2], gap, *row[len(row) // 2 + 1 :]]),) for row in words]
     return [(text,) for text in texts]
@@ -232,13 +236,13 @@ def sample_texts(spec: ModelSpec, source: Path, texts: Sequence[str]) -> list[tu
 
 def reference_outputs(spec: ModelSpec, source: Path, pairs: Sequence[tuple[str, ...]]) -> list[Floats]:
     """What Hugging Face makes of the texts, one at a time and without padding, in float32; see `reader`."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = HEADS[spec.task].from_pretrained(source, dtype=torch.float32).eval()
+    tokenizer = hf.tokenizer(source)
+    model = hf.model(HEADS[spec.task], source)
     read = reader_from(spec, source)
     cut = "only_second" if spec.task == "question-answering" else True
     found = []
     with torch.inference_mode():
-        for texts in pairs:
+        for texts in track(pairs, "Hugging Face"):
             batch = tokenizer(*texts, truncation=cut, max_length=_limits(spec).max_tokens, return_tensors="pt")
             tensors = {name: t.numpy() for name, t in model(**batch).items() if isinstance(t, torch.Tensor)}
             inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
@@ -338,7 +342,7 @@ def _inputs(
     stages = ensembles.stages(spec.task, _limits(spec))
     names = [name for name, *_ in stages.texts]
     size = batch if stages.batched else 1
-    for start in range(0, len(pairs), size):
+    for start in track(range(0, len(pairs), size), f"texts, {size} at a time"):
         columns = [encode_texts(column) for column in zip(*pairs[start : start + size], strict=True)]
         request: dict[str, NDArray[Any]] = dict(zip(names, columns, strict=True))
         tensors = preprocess(request | {"truncate": np.ones(1, np.bool_)})

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from trident_export import disk, encoder_files, fidelity, recipes, seq2seq_files
+from trident_export import folder as hf
+from trident_export.errors import ModelsFileError
 from trident_export.limits import Seq2SeqLimits
 from trident_export.models_file import ModelSpec
+from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Job, Referee
@@ -67,7 +70,7 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
     targets = [answer_ids(model, ids, prompt) for ids in samples]
     reference = reference_logits(model, samples, targets)
     capacity = positions(_limits(spec).max_target_tokens, prompt)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = hf.tokenizer(source)
     expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
 
     def judge(variant: str) -> dict[str, float]:
@@ -84,18 +87,18 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
 
 def load_model(source: Path) -> PreTrainedModel:
     """The model in float32, in evaluation mode."""
-    return AutoModelForSeq2SeqLM.from_pretrained(source, dtype=torch.float32).eval()
+    return hf.model(AutoModelForSeq2SeqLM, source)
 
 
 def check_limits(spec: ModelSpec, source: Path, model: PreTrainedModel) -> None:
     """The limits of models.toml must be ones that the model was built for.
 
     Raises:
-        ValueError: the source is longer than the encoder's positions.
+        ModelsFileError: the source is longer than the encoder's positions.
     """
     longest = encoder_files.longest_input(source, model.config)
     if longest is not None and _limits(spec).max_source_tokens > longest:
-        raise ValueError(
+        raise ModelsFileError(
             f"[{spec.name}] limits.max_source_tokens is {_limits(spec).max_source_tokens}, the model was built for "
             f"{longest} positions"
         )
@@ -128,7 +131,7 @@ def reference_logits(model: PreTrainedModel, samples: list[list[int]], targets: 
     with torch.inference_mode():
         return [
             model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([target])).logits[0].float().numpy()
-            for ids, target in zip(samples, targets, strict=True)
+            for ids, target in track(list(zip(samples, targets, strict=True)), "Hugging Face")
         ]
 
 
@@ -147,11 +150,12 @@ def measure(
     """
     decoder = Seq2SeqDecoder(folder, rows=2 * GATE_ROWS, capacity=capacity, threads=threads)
     found: list[Floats] = []
-    for start in range(0, len(samples), GATE_ROWS):
+    for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         rows = slice(start, start + GATE_ROWS)
         found += served_logits(decoder, samples[rows], targets[rows], beams=2)
     effect = 0.0
-    for ids, target, served in zip(samples, targets, found, strict=True):
+    every = list(zip(samples, targets, found, strict=True))
+    for ids, target, served in track(every, f"{folder.parent.name}, one at a time"):
         (alone,) = served_logits(decoder, [ids], [target], beams=1)
         effect = max(effect, float(np.abs(alone - served).max()))
     return fidelity.compare_logits(reference, found, targets) | {"batch_effect": effect}

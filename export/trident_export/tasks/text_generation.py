@@ -12,14 +12,18 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export import corpora, decoder_passes, disk, fidelity, recipes
+from trident_export import folder as hf
 from trident_export.causal_graph import export_causal_graph
+from trident_export.errors import ModelsFileError, TextError, UnreadableSource
 from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
+from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
 from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
@@ -72,7 +76,7 @@ def calibration_feeder(job: Job) -> Feeder:
     Where the model has a chat template, a third of them once more as a user's message: its tokens are in no text.
 
     Raises:
-        ValueError: when texts are drawn: the file has none.
+        TextError: when texts are drawn: the file has none.
     """
 
     def feeds(samples: int, seed: int) -> Feeds:
@@ -84,8 +88,9 @@ def calibration_feeder(job: Job) -> Feeder:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
             tokens += [tokenizer.encode(chat, add_special_tokens=False)[:CHAT_TOKENS] for chat in chats]
         tokens = [ids for ids in tokens if len(ids) >= MIN_PLACES]
-        for start in range(0, len(tokens), CALIBRATION_ROWS):
-            yield inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS])
+        starts = range(0, len(tokens), CALIBRATION_ROWS)
+        runs = (inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS]) for start in starts)
+        return Counted(runs, len(starts))
 
     return feeds
 
@@ -138,19 +143,19 @@ def _has(device: str) -> bool:
 
 def load_model(source: Path) -> PreTrainedModel:
     """The model in float32, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    return hf.model(AutoModelForCausalLM, source)
 
 
 def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
     """The context of models.toml must be one that the model was built for.
 
     Raises:
-        ValueError: it is larger.
+        ModelsFileError: it is larger.
     """
     assert isinstance(spec.limits, GenerationLimits)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and spec.limits.context > longest:
-        raise ValueError(
+        raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.limits.context}, the model was built for {longest} positions"
         )
 
@@ -158,7 +163,7 @@ def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
 def save_text_files(source: Path, folder: Path) -> None:
     """Write the tokenizer, the chat template and the generation config that the runtime reads."""
     folder.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+    tokenizer = hf.fast_tokenizer(source)
     tokenizer.save_pretrained(str(folder))
     for name in ("config.json", "generation_config.json"):
         if (source / name).exists():
@@ -173,9 +178,27 @@ def save_text_files(source: Path, folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink()
+    check_chat_template(source, folder)
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
-        GenerationConfig.from_model_config(AutoConfig.from_pretrained(source)).save_pretrained(str(folder))
+        hf.generation_config(source).save_pretrained(str(folder))
+
+
+def check_chat_template(source: Path, folder: Path) -> None:
+    """The chat template, where there is one, must render a message as a server would ask it to.
+
+    Raises:
+        UnreadableSource: it does not parse, or fails.
+    """
+    try:
+        if (template := ChatTemplate.load(folder)) is not None:
+            template.render([{"role": "user", "content": "Hello"}])
+    except Exception as error:  # a template can raise whatever its expressions raise
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise UnreadableSource(
+            f"{source}: the chat template can't be used ({hf.reason(error)}{line}): mend it in chat_template.jinja or "
+            "tokenizer_config.json, or take it away to serve the model without messages"
+        ) from error
 
 
 def greedy_answer(model: PreTrainedModel, ids: list[int]) -> list[int]:
@@ -210,16 +233,19 @@ def sample_ids(tokenizer: TextTokenizer, context: int, vocabulary: int, texts: S
     """Token ids of some of the texts, each at most GATE_TOKENS long.
 
     Raises:
-        ValueError: the tokenizer is not this model's.
+        UnreadableSource: the tokenizer is not this model's.
+        TextError: the texts are too short for it.
     """
     length = min(GATE_TOKENS, context)
     samples = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in texts]
     largest = max((token for ids in samples for token in ids), default=0)
     if largest >= vocabulary:
-        raise ValueError(f"the tokenizer gives the token {largest}, the model has {vocabulary}: it is another model's")
+        raise UnreadableSource(
+            f"the tokenizer gives the token {largest}, the model has {vocabulary}: it is another model's"
+        )
     samples = [ids for ids in samples if len(ids) >= length // 2]
     if not samples:
-        raise ValueError("the tokenizer gives too few tokens for the texts: is it the model's own, are they too short?")
+        raise TextError("the tokenizer gives too few tokens for the texts: is it the model's own, are they too short?")
     step = max(1, len(samples) // GATE_TEXTS)
     return samples[::step][:GATE_TEXTS]
 
@@ -227,7 +253,7 @@ def sample_ids(tokenizer: TextTokenizer, context: int, vocabulary: int, texts: S
 def reference_logits(model: PreTrainedModel, samples: list[list[int]]) -> list[NDArray[np.float32]]:
     """Hugging Face's logits, float32 [tokens, vocabulary] for each text."""
     with torch.inference_mode():
-        return [model(torch.tensor([ids])).logits[0].float().numpy() for ids in samples]
+        return [model(torch.tensor([ids])).logits[0].float().numpy() for ids in track(samples, "Hugging Face")]
 
 
 def measure(
@@ -243,10 +269,10 @@ def measure(
         folder / "model.onnx", rows=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
     )
     found: list[NDArray[np.float32]] = []
-    for start in range(0, len(samples), GATE_ROWS):
+    for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
     effect = 0.0
-    for ids, served in zip(samples, found, strict=True):
+    for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
         alone = decoder.run([RowTokens(0, 0, ids, len(ids))])
         effect = max(effect, float(np.abs(alone - served).max()))
     return fidelity.compare_logits(reference, found, samples) | {"batch_effect": effect}

@@ -1,0 +1,109 @@
+"""Which models a server was to load and could not, in sentences; from Triton's repository index, without a server.
+
+Triton goes on past a failed model with --exit-on-error=false, and calls itself ready then only with
+--strict-readiness=false (2.51: to unload the failed models does not mend it). It answers on its ports once every model
+of the start is loaded or has failed, so the first index that it gives is whole. A failed model is UNAVAILABLE, with a
+reason; an ensemble that waits for a failed part has neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trident_serving.artefacts import VERSION, Manifest
+
+READY = "READY"
+_LONGEST_REASON = 300
+# Triton's names of a status before the reason; they say nothing about the cause.
+_STATUSES = ("Internal: ", "Invalid argument: ", "Not found: ", "Unavailable: ", "Unknown: ", "Unsupported: ")
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """A model in Triton's repository index.
+
+    Attributes:
+        name: of the Triton model.
+        state: "READY", "UNAVAILABLE", "LOADING" or "UNLOADING"; "" where Triton never tried to load it.
+        reason: why it is not ready, several lines long where Python raised it.
+    """
+
+    name: str
+    state: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A model of the repository that is not served, or not in all of its variants.
+
+    Attributes:
+        name: the public name, by which it is exported.
+        missing: public Triton models that can't be called.
+        cause: the Triton model that failed, a part or the model itself.
+        reason: Triton's, in one line.
+    """
+
+    name: str
+    missing: tuple[str, ...]
+    cause: str
+    reason: str
+
+    def sentence(self, repository: Path) -> str:
+        """What failed, why, and what to do."""
+        about = self.reason if self.cause in self.missing else f"its part {self.cause}: {self.reason}"
+        return (
+            f"{', '.join(self.missing)} can't be loaded ({about}): mend it, or remove "
+            f"{repository / self.name / VERSION} and run make export MODEL={self.name}"
+        )
+
+
+def entries(index: Iterable[Mapping[str, str]]) -> list[IndexEntry]:
+    """Of the JSON that `POST /v2/repository/index` answers, the newest version of each model."""
+    return [IndexEntry(item["name"], item.get("state", ""), item.get("reason", "")) for item in index]
+
+
+def find(index: Sequence[IndexEntry], wanted: Sequence[str], manifests: Sequence[Manifest]) -> list[Failure]:
+    """The models that were to be loaded and are not, by public name, in the order of the manifests.
+
+    Args:
+        index: what Triton says.
+        wanted: Triton models that it was started with.
+        manifests: of the repository; models without one (plain ones) stand for themselves.
+    """
+    known = {entry.name: entry for entry in index}
+    broken = [name for name in wanted if name not in known or known[name].state != READY]
+    failures = []
+    owners = {model: manifest for manifest in manifests for model in manifest.triton_models}
+    for manifest in manifests:
+        parts = [name for name in broken if name in manifest.triton_models]
+        if parts:
+            # The part that failed has a reason; what depends on it only waits.
+            cause = next((name for name in parts if name in known and known[name].reason), parts[0])
+            missing = tuple(name for name in manifest.public_models.values() if name in parts)
+            missing = missing or tuple(manifest.public_models.values())  # a part that all variants need
+            failures.append(Failure(manifest.name, missing, cause, _reason(known.get(cause))))
+    for name in broken:
+        if name not in owners:
+            failures.append(Failure(name, (name,), name, _reason(known.get(name))))
+    return failures
+
+
+def anything_ready(index: Sequence[IndexEntry], wanted: Sequence[str]) -> bool:
+    """Whether at least one of the wanted models can be called."""
+    return any(entry.name in wanted and entry.state == READY for entry in index)
+
+
+def one_line(reason: str) -> str:
+    """A reason of Triton's without status, stack and line breaks."""
+    text = reason.split("\n\nAt:")[0]
+    while any(text.startswith(status) for status in _STATUSES):
+        text = text.split(": ", 1)[1]
+    text = " ".join(text.split()).rstrip(".")
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
+
+
+def _reason(entry: IndexEntry | None) -> str:
+    return one_line(entry.reason) if entry is not None and entry.reason else "tritonserver gave no reason"

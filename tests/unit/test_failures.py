@@ -1,0 +1,98 @@
+"""What the launcher says of models that could not be loaded, from indexes as Triton 2.51 gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trident_serving.artefacts import Manifest, read_failures, write_failures
+from trident_serving.launcher import failures
+
+STACK = "\n\nAt:\n  <unknown>(1): template\n  /x/jinja2/environment.py(942): handle_exception\n"
+INDEX = [
+    {"name": ".trident"},
+    {
+        "name": "chat",
+        "version": "1",
+        "state": "UNAVAILABLE",
+        "reason": f"Internal: SyntaxError: odd '}}'{STACK}",
+    },
+    {"name": "good", "version": "1", "state": "READY"},
+    {"name": "mood"},
+    {"name": "mood_int8", "version": "1", "state": "READY"},
+    {
+        "name": "mood_model",
+        "version": "1",
+        "state": "UNAVAILABLE",
+        "reason": f"Internal: LoadError: there is no model.onnx in /r/mood_model/1{STACK}",
+    },
+    {"name": "mood_model_int8", "version": "1", "state": "READY"},
+    {"name": "mood_tokenizer", "version": "1", "state": "READY"},
+    {"name": "plain", "version": "1", "state": "UNAVAILABLE", "reason": "Not found: unable to load shared library\n x"},
+]
+MOOD = ["mood", "mood_int8", "mood_model", "mood_model_int8", "mood_tokenizer"]
+WANTED = ["chat", "good", *MOOD, "plain"]
+
+
+def manifest(name: str, models: list[str], public: dict[str, str]) -> Manifest:
+    return Manifest(name, "task", models, public, "fingerprint")
+
+
+MANIFESTS = [
+    manifest("chat", ["chat"], {"fp32": "chat"}),
+    manifest("good", ["good"], {"fp32": "good"}),
+    manifest("mood", MOOD, {"fp32": "mood", "int8": "mood_int8"}),
+]
+
+
+def found() -> list[failures.Failure]:
+    return failures.find(failures.entries(INDEX), WANTED, MANIFESTS)
+
+
+def test_each_failed_model_is_named_once_with_what_it_lacks() -> None:
+    assert [(each.name, each.missing, each.cause) for each in found()] == [
+        ("chat", ("chat",), "chat"),
+        ("mood", ("mood",), "mood_model"),
+        ("plain", ("plain",), "plain"),
+    ]
+    assert failures.anything_ready(failures.entries(INDEX), WANTED)
+
+
+def test_the_sentences_say_why_and_what_to_do() -> None:
+    chat, mood, plain = (each.sentence(Path("/r")) for each in found())
+    assert chat == (
+        "chat can't be loaded (SyntaxError: odd '}'): mend it, or remove /r/chat/1 and run make export MODEL=chat"
+    )
+    assert mood.startswith("mood can't be loaded (its part mood_model: LoadError: there is no model.onnx in /r/mood")
+    assert "unable to load shared library x" in plain
+    assert "\n" not in chat + mood + plain
+
+
+def test_a_part_that_all_variants_need_takes_them_all() -> None:
+    index = [
+        failures.IndexEntry(name, "UNAVAILABLE" if name == "mood_tokenizer" else "", "why" * (name == "mood_tokenizer"))
+        for name in MOOD
+    ]
+    (failure,) = failures.find(index, MOOD, MANIFESTS)
+    assert (failure.missing, failure.cause, failure.reason) == (("mood", "mood_int8"), "mood_tokenizer", "why")
+    assert not failures.anything_ready(index, MOOD)
+
+
+def test_a_model_that_triton_does_not_know_is_failed() -> None:
+    (failure,) = failures.find([], ["good"], MANIFESTS)
+    assert (failure.name, failure.reason) == ("good", "tritonserver gave no reason")
+
+
+def test_nothing_failed() -> None:
+    assert failures.find(failures.entries(INDEX), ["good"], MANIFESTS) == []
+
+
+def test_long_reasons_are_cut() -> None:
+    assert len(failures.one_line("Internal: " + "x" * 900)) == 300
+
+
+def test_failed_exports_are_remembered(tmp_path: Path) -> None:
+    assert read_failures(tmp_path) == {}
+    write_failures(tmp_path, {"chat": "no room"})
+    assert read_failures(tmp_path) == {"chat": "no room"}
+    (tmp_path / ".trident/failures.json").write_text("[1")
+    assert read_failures(tmp_path) == {}
