@@ -15,10 +15,10 @@ from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
 from trident_serving.launcher import admin_key, processes, server_log
 from trident_serving.launcher.admin_key import AdminKey
-from trident_serving.launcher.control import ModelState
+from trident_serving.launcher.failures import IndexEntry, one_line
 from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.repository_view import RepositoryView
-from trident_serving.launcher.supervisor import ending, reason
+from trident_serving.launcher.supervisor import ending
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_sentences() -> None:
     text = (
         "Internal: LoadError: ONNX Runtime can't load model.onnx: broken\n\nAt:\n  onnx_session.py(101): open_session\n"
     )
-    assert reason(ModelState("m", "1", "UNAVAILABLE", text)) == "ONNX Runtime can't load model.onnx: broken"
+    assert one_line(text) == "ONNX Runtime can't load model.onnx: broken"
     assert (ending(-9), ending(1)) == ("was ended by signal 9", "ended with status 1")
-    assert not ModelState("m", "1", "UNAVAILABLE", "unloaded").failed
-    assert ModelState("m", "1", "UNAVAILABLE", text).failed
+    assert not IndexEntry("m", "UNAVAILABLE", "unloaded").failed
+    assert IndexEntry("m", "UNAVAILABLE", text).failed

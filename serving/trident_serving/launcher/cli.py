@@ -13,10 +13,10 @@ from pathlib import Path
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
 from trident_serving.launcher import installation
-from trident_serving.launcher.control import ModelState
+from trident_serving.launcher.failures import Failure
 from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.server import Server, ServerOptions, check_machine
-from trident_serving.launcher.supervisor import Orders, Policy, Supervisor, reason
+from trident_serving.launcher.supervisor import Orders, Policy, Supervisor
 
 # Set in our images.
 CONTAINER = "TRIDENT_CONTAINER"
@@ -92,11 +92,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def welcome(options: ServerOptions, failed: Sequence[ModelState]) -> str:
+def welcome(options: ServerOptions, failed: Sequence[Failure]) -> str:
     """What `make serve` prints when the models are loaded.
 
     Args:
-        failed: models that could not be loaded.
+        failed: models that are not served.
     """
     lines = ["", "Trident is ready.", ""]
     manifests = artefacts.read_manifests(options.repository)
@@ -113,7 +113,9 @@ def welcome(options: ServerOptions, failed: Sequence[ModelState]) -> str:
         lines.append(f"  {'plain models':<20} {', '.join(plain)}")
     if missing := artefacts.unexported(options.repository):
         lines.append(f"  not exported: {', '.join(missing)} (make export MODEL=name)")
-    lines += [f"  {'NOT SERVED':<20} {state.name}: {reason(state)}" for state in failed]
+    lines += [f"  {'NOT SERVED':<20} {one.sentence(options.repository)}" for one in failed]
+    exports = artefacts.read_failures(options.repository).items()
+    lines += [f"  {'EXPORT FAILED':<20} {name}: {why}" for name, why in exports]
     host = options.own_host
     published = " (where the container's ports are published so)" if in_container() else ""
     lines += [

@@ -6,10 +6,11 @@ import base64
 import json
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from typing import Any
 
+from trident_serving.launcher import failures
 from trident_serving.launcher.admin_key import HEADER
+from trident_serving.launcher.failures import IndexEntry
 
 # Nothing stands between a launcher and its own server, whatever the environment says of proxies.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -20,26 +21,6 @@ _CONFIG = {"input": [{"name": "A", **_TENSOR}], "output": [{"name": "B", **_TENS
 _FAILS = {"backend": "none", **_CONFIG}
 _LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}], **_CONFIG}
 _CODE = "class TritonPythonModel:\n    def execute(self, requests):\n        return [None] * len(requests)\n"
-
-
-@dataclass(frozen=True)
-class ModelState:
-    """One model of the server's index.
-
-    Attributes:
-        state: "READY", "LOADING", "UNLOADING", "UNAVAILABLE", or "" for one that was never loaded.
-        reason: why it is in this state.
-    """
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-    @property
-    def failed(self) -> bool:
-        """Whether it could not be loaded."""
-        return self.state == "UNAVAILABLE" and self.reason not in ("", "unloaded")
 
 
 class ControlError(RuntimeError):
@@ -77,17 +58,13 @@ class Control:
         """Whether the server says that it is ready."""
         return self._healthy("ready", seconds)
 
-    def index(self) -> list[ModelState]:
+    def index(self) -> list[IndexEntry]:
         """Every model of the repository.
 
         Raises:
             ControlError: the server does not answer.
         """
-        found = self._post("/v2/repository/index", {}, 10.0)
-        return [
-            ModelState(each["name"], each.get("version", ""), each.get("state", ""), each.get("reason", ""))
-            for each in json.loads(found)
-        ]
+        return failures.entries(json.loads(self._post("/v2/repository/index", {}, 10.0)))
 
     def load(self, model: str, seconds: float) -> None:
         """Load a model, or load it again.

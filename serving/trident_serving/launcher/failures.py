@@ -1,9 +1,8 @@
 """Which models a server was to load and could not, in sentences; from Triton's repository index, without a server.
 
-Triton goes on past a failed model with --exit-on-error=false, and calls itself ready then only with
---strict-readiness=false (2.51: to unload the failed models does not mend it). It answers on its ports once every model
-of the start is loaded or has failed, so the first index that it gives is whole. A failed model is UNAVAILABLE, with a
-reason; an ensemble that waits for a failed part has neither.
+Triton goes on past a failed model with --exit-on-error=false. It answers on its ports once every model of the start is
+loaded or has failed, so the first index that it gives is whole. A failed model is UNAVAILABLE, with a reason; an
+ensemble that waits for a failed part has neither.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ READY = "READY"
 _LONGEST_REASON = 300
 # Triton's names of a status before the reason; they say nothing about the cause.
 _STATUSES = ("Internal: ", "Invalid argument: ", "Not found: ", "Unavailable: ", "Unknown: ", "Unsupported: ")
+# Exceptions of our backends that a user can do something about; their sentences say all.
+_KINDS = ("LoadError: ", "ValueError: ", "DoesNotFit: ", "DeviceMissing: ")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class IndexEntry:
     name: str
     state: str = ""
     reason: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be loaded."""
+        return self.state == "UNAVAILABLE" and self.reason not in ("", "unloaded")
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def anything_ready(index: Sequence[IndexEntry], wanted: Sequence[str]) -> bool:
 def one_line(reason: str) -> str:
     """A reason of Triton's without status, stack and line breaks."""
     text = reason.split("\n\nAt:")[0]
-    while any(text.startswith(status) for status in _STATUSES):
+    while text.startswith((*_STATUSES, *_KINDS)):
         text = text.split(": ", 1)[1]
     text = " ".join(text.split()).rstrip(".")
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

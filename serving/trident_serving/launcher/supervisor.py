@@ -15,8 +15,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from trident_serving.launcher import processes
-from trident_serving.launcher.control import ControlError, ModelState
+from trident_serving import artefacts
+from trident_serving.launcher import failures, processes
+from trident_serving.launcher.control import ControlError
+from trident_serving.launcher.failures import Failure
 from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.processes import ProcessState
 from trident_serving.launcher.server import END_SECONDS, Server
@@ -70,11 +72,11 @@ class Supervisor:
     Args:
         server: not started yet.
         orders: told from another thread or a signal's handler.
-        announce: called once when the server is ready for the first time, with the models that could not be loaded.
+        announce: called once when the server is ready for the first time, with the models that are not served.
     """
 
     def __init__(
-        self, server: Server, policy: Policy, orders: Orders, announce: Callable[[list[ModelState]], None]
+        self, server: Server, policy: Policy, orders: Orders, announce: Callable[[list[Failure]], None]
     ) -> None:
         self._server = server
         self._policy = policy
@@ -125,11 +127,11 @@ class Supervisor:
             care.stop()
         return self._drain()
 
-    def _wait_loaded(self, wanted: list[str]) -> list[ModelState] | None:
+    def _wait_loaded(self, wanted: list[str]) -> list[Failure] | None:
         """Wait until the models are loaded; None where the launcher was told to end before.
 
         Returns:
-            The models that could not be loaded.
+            The models that are not served.
 
         Raises:
             ServerDied: the server ended, or did not load its models in time.
@@ -152,15 +154,14 @@ class Supervisor:
                 self._server.hide_key()
                 hidden = True
         self._server.hide_key()
-        failed = [state for state in control.index() if state.failed]
-        for state in failed:
-            control.forget_failure(state.name)
-        loaded = {state.name for state in control.index() if state.state == "READY"}
-        missing = [name for name in wanted if name not in loaded | {state.name for state in failed}]
-        failed += [ModelState(name, "", "", "one of its parts could not be loaded") for name in missing]
-        if not loaded:
-            reasons = "; ".join(f"{state.name}: {reason(state)}" for state in failed)
-            raise StartError(f"no model could be loaded: {reasons}")
+        index = control.index()
+        failed = failures.find(index, wanted, artefacts.read_manifests(self._server.options.repository))
+        if not failures.anything_ready(index, wanted):
+            repository = self._server.options.repository
+            raise StartError("no model could be loaded: " + "; ".join(one.sentence(repository) for one in failed))
+        for entry in index:
+            if entry.failed:
+                control.forget_failure(entry.name)
         while not control.ready():
             if self._orders.stop.wait(0.1):
                 return None
@@ -350,21 +351,12 @@ class _Care:
         """See that links follow the repository, and that a load that failed leaves the server ready."""
         try:
             self._server.view.refresh()
-            for state in self._server.control.index():
-                if state.failed and state.name != NOT_READY:
-                    _say(f"{state.name} could not be loaded: {reason(state)}")
-                    self._server.control.forget_failure(state.name)
+            for entry in self._server.control.index():
+                if entry.failed and entry.name != NOT_READY:
+                    _say(f"{entry.name} could not be loaded: {failures.one_line(entry.reason)}")
+                    self._server.control.forget_failure(entry.name)
         except (ControlError, OSError):
             return  # whether the server is well is for the health check to find out
-
-
-def reason(state: ModelState) -> str:
-    """Why a model could not be loaded, in one line."""
-    first = state.reason.split("\n\nAt:")[0].strip().splitlines()
-    text = " ".join(first) if first else "the server does not say why"
-    for kind in ("Internal: ", "Invalid argument: ", "LoadError: ", "ValueError: ", "DoesNotFit: "):
-        text = text.removeprefix(kind)
-    return text
 
 
 def ending(status: int) -> str:
