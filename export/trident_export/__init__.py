@@ -12,3 +12,5 @@ install         build aside, check, move into place
 pin             hub revisions
 cli             `trident-export`
 """
+
+import trident_serving  # noqa: F401  (turns ONNX Runtime's telemetry off, before anything here imports it)

@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trident_serving.launcher import http
 from trident_serving.launcher.preflight import StartError
 
 
@@ -75,7 +75,7 @@ def start(repository: Path, log: Path, ready_seconds: float = 120) -> LocalServe
     server = LocalServer(ports[0], ports[1], ports[2], launcher, log)
     deadline = time.monotonic() + ready_seconds
     while time.monotonic() < deadline and launcher.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.http_url}/v2/health/ready", timeout=2):
+        with contextlib.suppress(OSError), http.open(f"{server.http_url}/v2/health/ready", timeout=2):
             return server
         time.sleep(0.1)
     launcher.terminate()

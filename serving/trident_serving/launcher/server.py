@@ -10,13 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from trident_serving.launcher import backend_folder, preflight
+from trident_serving.launcher import backend_folder, http, preflight
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.preflight import StartError
 
@@ -105,7 +104,7 @@ class Server:
                     f"tritonserver ended with status {self.process.returncode} while it loaded the models: "
                     "its messages above say why"
                 )
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as response:
+            with contextlib.suppress(OSError), http.open(url, timeout=2) as response:
                 if response.status == 200:
                     return
             time.sleep(0.1)
@@ -137,8 +136,8 @@ def check_machine(options: ServerOptions) -> dict[str, str]:
         StartError: something is missing.
     """
     preflight.check_python()
-    preflight.check_numpy()
     environment = _environment(preflight.libpython_folder())
+    preflight.check_packages(environment)
     preflight.check_ports(options.host, options.ports)
     return environment
 
