@@ -7,6 +7,8 @@ def main() -> int:
     """Run the command line, or say what the environment lacks for it."""
     try:
         from trident_export.cli import main as run
+
+        return run()
     except ModuleNotFoundError as error:
         if (error.name or "trident").startswith("trident"):
             raise
@@ -16,7 +18,6 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    return run()
 
 
 if __name__ == "__main__":
