@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from trident_serving.launcher import backend_folder, installation, preflight
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.preflight import StartError
@@ -170,3 +171,11 @@ sys.exit(main())
                 "trident-export: the package tritonclient is missing: "
                 f"install it with {sys.executable} -m pip install 'trident-serving[export]'\n"
             )
+
+
+@pytest.mark.parametrize("package", ["trident_serving", "trident_export", "benchmarks"])
+def test_telemetry_is_off_before_onnxruntime_is_imported(package: str) -> None:
+    code = f"import os, sys, {package}; print(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("1 False\n", "")
