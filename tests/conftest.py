@@ -10,16 +10,21 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tritonclient.grpc import service_pb2 as pb
 
-from trident_client import Client
+from trident_client import Client, _wire
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
 ROOT = Path(__file__).parents[1]
 NO_HEADERS: Mapping[str, str] = {}
+
+# A proxy of the environment is not for the servers of the tests, whichever client a test asks them with.
+os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "localhost,127.0.0.1"]))
 
 
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -37,6 +42,11 @@ def post(
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def triton_request(model: str, tensors: Mapping[str, Any]) -> Any:
+    """The client's request as a message of tritonclient, whose calls take no other."""
+    return pb.ModelInferRequest.FromString(_wire.build_request(model, tensors).SerializeToString())
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.experimental
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc import service_pb2_grpc
 
 from trident_client import _admin_key, _wire
+from trident_client import _protocol as pb
 from trident_client._errors import NotFoundError, UnavailableError, translated
 from trident_client._types import Health, ModelStatus
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's is Python 3.11's
 
 _POLL_SECONDS = 0.05
 # A server sees a model within a second of its export.
@@ -45,11 +48,11 @@ class Connection:
         self._url = url
         self._timeout = timeout
         self._admin_key = admin_key
-        self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._channel = grpc.insecure_channel(url, options=channel_options(url))
+        self._stub = pb.Stub(self._channel)
         # Triton's stream may carry many requests; one is all that a caller's iterator has.
         self._stream_infer = self._channel.unary_stream(
-            "/inference.GRPCInferenceService/ModelStreamInfer",
+            f"/{pb.SERVICE}/ModelStreamInfer",
             request_serializer=pb.ModelInferRequest.SerializeToString,
             response_deserializer=pb.ModelStreamInferResponse.FromString,
         )
@@ -160,7 +163,7 @@ class Connection:
                 raise NotFoundError(f"the server's repository has no exported model {model!r}")
             time.sleep(_POLL_SECONDS)
 
-    def _index(self, timeout: float | None) -> pb.RepositoryIndexResponse:
+    def _index(self, timeout: float | None) -> Any:
         with translated():
             return self._stub.RepositoryIndex(
                 pb.RepositoryIndexRequest(), timeout=self._deadline(timeout), metadata=self._metadata()
@@ -217,6 +220,25 @@ class Connection:
             finally:
                 for call in calls:
                     call.cancel()
+
+
+def channel_options(url: str) -> list[tuple[str, int]]:
+    """The options of a channel to `url`: a proxy of the environment is never asked for a server of this machine."""
+    return [*_CHANNEL_OPTIONS, *([("grpc.enable_http_proxy", 0)] if _is_loopback(url) else [])]
+
+
+def _is_loopback(url: str) -> bool:
+    """Whether a gRPC target, with or without its scheme ("dns:", "ipv4:", "dns:///"), is on this machine itself."""
+    target = url.rpartition("/")[2]
+    scheme, _, rest = target.partition(":")
+    target = rest if scheme in ("dns", "ipv4", "ipv6") else target
+    host = target[1:].partition("]")[0] if target.startswith("[") else target.partition(":")[0]
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _roles(model: str) -> tuple[str, ...]:

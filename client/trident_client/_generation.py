@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import service_pb2 as pb
 
+from trident_client import _protocol as pb
 from trident_client import _wire
 from trident_client._connection import Connection
 from trident_client._errors import InvalidRequestError, TridentError, from_named_code, translated
@@ -119,7 +119,7 @@ class GenerationCalls(Connection):
             request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)
         return self._receive(request, deadline)
 
-    def _receive(self, request: pb.ModelInferRequest, timeout: float | None) -> Iterator[GenerationChunk]:
+    def _receive(self, request: Any, timeout: float | None) -> Iterator[GenerationChunk]:
         with translated():
             call = self._stream_infer(request, timeout=timeout)
             try:

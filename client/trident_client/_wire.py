@@ -7,15 +7,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.utils import (
-    deserialize_bytes_tensor,
-    np_to_triton_dtype,
-    serialize_byte_tensor,
-    triton_to_np_dtype,
-)
+
+from trident_client import _protocol as pb
 
 Arrays = Mapping[str, NDArray[Any]]
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_,
+    "INT8": np.int8,
+    "INT16": np.int16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+    "UINT64": np.uint64,
+    "FP16": np.float16,
+    "FP32": np.float32,
+    "FP64": np.float64,
+    "BYTES": np.object_,
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 def texts(values: list[str]) -> NDArray[np.object_]:
@@ -36,29 +48,39 @@ def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:
     return np.array([value], dtype=dtype)
 
 
-def build_request(model: str, inputs: Arrays) -> pb.ModelInferRequest:
-    """A request with these tensors."""
+def build_request(model: str, inputs: Arrays) -> Any:
+    """A `ModelInferRequest` with these tensors."""
     request = pb.ModelInferRequest(model_name=model)
     for name, array in inputs.items():
-        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        request.inputs.add(name=name, datatype=_NAMES[array.dtype], shape=array.shape)
         request.raw_input_contents.append(_to_bytes(array))
     return request
 
 
-def _to_bytes(array: NDArray[Any]) -> bytes:
-    if array.dtype != np.object_:
-        return array.tobytes()
-    raw: bytes = serialize_byte_tensor(array).item() if array.size else b""
-    return raw
-
-
-def parse_response(response: pb.ModelInferResponse) -> dict[str, NDArray[Any]]:
-    """The tensors of a response by name."""
+def parse_response(response: Any) -> dict[str, NDArray[Any]]:
+    """The tensors of a `ModelInferResponse` by name."""
     outputs = {}
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
-        if output.datatype == "BYTES":
-            array = deserialize_bytes_tensor(raw)
-        else:
-            array = np.frombuffer(raw, dtype=triton_to_np_dtype(output.datatype))
+        array = _elements(raw) if output.datatype == "BYTES" else np.frombuffer(raw, dtype=_DTYPES[output.datatype])
         outputs[output.name] = array.reshape(tuple(output.shape))
     return outputs
+
+
+def _to_bytes(array: NDArray[Any]) -> bytes:
+    """The tensor's content; of BYTES, each element after its length in four bytes, little end first."""
+    if array.dtype != np.object_:
+        return array.tobytes()
+    return b"".join(len(element).to_bytes(4, "little") + element for element in array.reshape(-1))
+
+
+def _elements(raw: bytes) -> NDArray[np.object_]:
+    """The elements of a BYTES tensor."""
+    found = []
+    start = 0
+    while start < len(raw):
+        end = start + 4 + int.from_bytes(raw[start : start + 4], "little")
+        found.append(raw[start + 4 : end])
+        start = end
+    array = np.empty(len(found), np.object_)
+    array[:] = found
+    return array

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
-import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
 
+from trident_client import _protocol as pb
+from trident_client import _wire
 from trident_serving.errors import Cancelled, DeadlineExceeded, Overloaded
 from trident_serving.runtime_folder import ADDRESS_ENVIRONMENT, PASS_PARAMETER
 from trident_serving.templates import Completion, Prompt, TemplateTask, error_from
@@ -32,7 +31,7 @@ WATCH_SECONDS = 0.05
 # Questions of one request that are asked at once: more would take the generator's queue from others.
 QUESTIONS_AT_ONCE = 4
 
-_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+_METHOD = f"/{pb.SERVICE}/ModelStreamInfer"
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -105,7 +104,7 @@ class GrpcGenerator:
             async for response in self._call(self._request(tensors, seconds), timeout=seconds + 1):
                 if response.error_message:
                     raise error_from(response.error_message)
-                return Completion.from_tensors(_tensors(response.infer_response))
+                return Completion.from_tensors(_wire.parse_response(response.infer_response))
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from None
         raise RuntimeError(f"{self._model} gave no answer")
@@ -115,15 +114,11 @@ class GrpcGenerator:
         if self._channel is not None:
             await self._channel.close()
 
-    def _request(self, tensors: Tensors, seconds: float) -> pb.ModelInferRequest:
-        request = pb.ModelInferRequest(model_name=self._model)
+    def _request(self, tensors: Tensors, seconds: float) -> Any:
+        request = _wire.build_request(self._model, tensors)
         request.parameters["timeout"].int64_param = max(int(seconds * 1e6), 1)
         if self._pass:
             request.parameters[PASS_PARAMETER].string_param = self._pass
-        for name, array in tensors.items():
-            request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
-            raw = serialize_byte_tensor(array).item() if array.dtype == np.object_ else array.tobytes()
-            request.raw_input_contents.append(raw)
         return request
 
     def _translated(self, error: grpc.aio.AioRpcError) -> Exception:
@@ -132,18 +127,6 @@ class GrpcGenerator:
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
             return Overloaded(f"{self._model}, which answers for this model, is not ready: {error.details()}")
         return RuntimeError(f"{self._model} answers {error.code().name}: {error.details()}")
-
-
-def _tensors(response: pb.ModelInferResponse) -> dict[str, NDArray[Any]]:
-    found = {}
-    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
-        array = (
-            deserialize_bytes_tensor(raw)
-            if output.datatype == "BYTES"
-            else np.frombuffer(raw, dtype=triton_to_np_dtype(output.datatype))
-        )
-        found[output.name] = array.reshape(tuple(output.shape))
-    return found
 
 
 @dataclass(eq=False)

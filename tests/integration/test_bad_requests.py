@@ -13,7 +13,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from tests.conftest import post
+from tests.conftest import post, triton_request
 from trident_client import Client, InvalidRequestError, NotFoundError, _wire
 from trident_serving.launcher.local import LocalServer
 
@@ -130,7 +130,7 @@ def test_prompts_that_do_not_fit(client: Client, prompt: str, message: str) -> N
 def test_malformed_prompts(server: LocalServer, inputs: dict[str, list[bytes]], message: str) -> None:
     tensors = {name: np.array([values], dtype=np.object_) for name, values in inputs.items()}
     tensors["max_tokens"] = np.array([[4]], np.int32)
-    error = raw_stream(server, _wire.build_request("smollm2", tensors))
+    error = raw_stream(server, triton_request("smollm2", tensors))
     assert error.startswith("INVALID_ARGUMENT: ")
     assert message in error
 
@@ -148,7 +148,7 @@ def test_malformed_prompts(server: LocalServer, inputs: dict[str, list[bytes]], 
     ids=["dtype of an option", "dtype of the prompt", "two prompts in a row", "two rows", "no prompt in a row"],
 )
 def test_wrong_dtype_and_shape(server: LocalServer, tensors: dict[str, Any]) -> None:
-    assert raw_stream(server, _wire.build_request("smollm2", tensors))
+    assert raw_stream(server, triton_request("smollm2", tensors))
     with pytest.raises(InvalidRequestError), Client(server.grpc_url) as client:
         list(client._receive(_wire.build_request("smollm2", tensors), 60))
 
@@ -237,6 +237,6 @@ def test_malformed_embedding_requests(server: LocalServer, tensors: dict[str, An
     with grpc.insecure_channel(server.grpc_url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError) as error:
-            stub.ModelInfer(_wire.build_request("minilm", tensors), timeout=60)
+            stub.ModelInfer(triton_request("minilm", tensors), timeout=60)
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert message in error.value.details()

@@ -20,8 +20,8 @@ import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 from tests import tiny_models
-from tests.conftest import post, run_export
-from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, _wire
+from tests.conftest import post, run_export, triton_request
+from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError
 from trident_export import corpora
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -104,7 +104,7 @@ def test_options_out_of_range(client: Client, options: dict[str, float], message
 
 def test_timeouts(server: LocalServer, client: Client) -> None:
     """The request parameter, in microseconds, over gRPC and HTTP; the client's own timeout sends it."""
-    request = _wire.build_request(
+    request = triton_request(
         "smollm2",
         {
             "text_input": np.array([[b"Once"]], np.object_),

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from tests.conftest import post
+from tests.conftest import post, triton_request
 from trident_client import _wire
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -155,7 +155,7 @@ def stub(plain_server: tuple[LocalServer, Path]) -> Iterator[Any]:
 
 
 def infer(stub: Any, model: str, version: str = "", **tensors: Any) -> dict[str, Any]:
-    request = _wire.build_request(model, tensors)
+    request = triton_request(model, tensors)
     request.model_version = version
     return _wire.parse_response(stub.ModelInfer(request, timeout=30))
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from tests import tiny_models
-from tests.conftest import post
+from tests.conftest import post, triton_request
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, cli
 from trident_export import corpora, install, models_file
 from trident_export.errors import FidelityError
@@ -371,7 +371,7 @@ def test_cancellation_reaches_the_decoder(seq2seq_server: LocalServer, connected
         "min_tokens": np.array([[40]], np.int32),
         "num_beams": np.array([[8]], np.int32),
     }
-    request = _wire.build_request("t5", inputs)
+    request = triton_request("t5", inputs)
     alone = time.monotonic()
     stub.ModelInfer(request)
     alone = time.monotonic() - alone

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2_grpc
 
-from tests.conftest import post
+from tests.conftest import post, triton_request
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, _wire
 from trident_export import models_file
 from trident_export.errors import ModelsFileError
@@ -108,7 +108,7 @@ def test_cancellation_and_deadline_reach_the_generator(server: LocalServer, clie
     }
     with grpc.insecure_channel(server.grpc_url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        calls = [stub.ModelInfer.future(_wire.build_request("summarize", inputs)) for _ in range(6)]
+        calls = [stub.ModelInfer.future(triton_request("summarize", inputs)) for _ in range(6)]
         started = time.monotonic()
         while running() < 6:
             assert time.monotonic() - started < 20

@@ -32,6 +32,7 @@ from trident_client import (
     _wire,
     cli,
 )
+from trident_client._connection import channel_options
 from trident_serving.launcher import local
 
 
@@ -274,6 +275,38 @@ def test_a_server_that_is_not_there() -> None:
         with pytest.raises(UnavailableError):
             client.generate("x")
         assert client.health() == Health(live=False, ready=False)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost:1", "LOCALHOST:1", "localhost.:1", "localhost", "127.0.0.1:1", "127.3.2.1:1", "[::1]:1"),
+        *("dns:localhost:1", "dns:///localhost:1", "ipv4:127.0.0.1:1", "ipv6:[::1]:1"),
+    ],
+)
+def test_no_proxy_for_loopback(host: str) -> None:
+    assert ("grpc.enable_http_proxy", 0) in channel_options(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["example.org:1", "localhost.example.org:1", "10.0.0.1:1", "[fe80::1]:1", "dns:///example.org:1", "dns:1"]
+)
+def test_the_users_proxy_for_other_hosts(host: str) -> None:
+    assert "grpc.enable_http_proxy" not in dict(channel_options(host))
+
+
+def test_a_proxy_that_nobody_listens_at(served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real channel, in both spellings of this machine, and one that takes the proxy: it must fail."""
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{local.free_ports(1)[0]}")
+    port = served[0].partition(":")[2]
+    for host in ("127.0.0.1", "localhost"):
+        with Client(f"{host}:{port}", timeout=20) as client:
+            assert client.health().live
+    with grpc.insecure_channel(served[0]) as channel, pytest.raises(grpc.RpcError):
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ServerLive(pb.ServerLiveRequest(), timeout=5)
 
 
 def run(capsys: pytest.CaptureFixture[str], url: str, *arguments: str) -> tuple[int, str, str]:

@@ -170,7 +170,8 @@ def test_preflight(tmp_path: Path) -> None:
 def test_the_containers_server_comes_first(tmp_path: Path) -> None:
     for file in ("bin/tritonserver", "backends/python/triton_python_backend_stub"):
         (tmp_path / file).parent.mkdir(parents=True)
-        (tmp_path / file).touch()
+        (tmp_path / file).write_text("#!/bin/sh\n")
+        (tmp_path / file).chmod(0o755)
     installation = find(tmp_path)
     assert installation.binary == tmp_path / "bin/tritonserver"
     assert not installation.has_native_onnxruntime

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.preflight import StartError
+
+if TYPE_CHECKING:
+    from trident_serving.launcher.installation import Installation
 
 OUR_BACKENDS = Path(__file__).parents[1] / "_backends"
 STAND_IN = "onnxruntime"
+NAMES = (
+    STAND_IN,
+    "trident_generator",
+    "trident_postprocess",
+    "trident_seq2seq",
+    "trident_template",
+    "trident_tokenizer",
+)
 
 
 def missing(installation: Installation, ours: Path = OUR_BACKENDS) -> list[Path]:
@@ -27,22 +38,38 @@ def missing(installation: Installation, ours: Path = OUR_BACKENDS) -> list[Path]
     ]
 
 
+def check(installation: Installation, ours: Path = OUR_BACKENDS) -> None:
+    """The server must have every backend, or `prepare` must be able to give it a folder with them.
+
+    Raises:
+        StartError: the package lacks some, or the installation has native backends beside Python's, which can't be
+            moved.
+    """
+    if lost := [name for name in NAMES if not (ours / name / "model.py").exists()]:
+        raise StartError(
+            f"{ours} lacks the backends {', '.join(lost)}: the package is not whole, install it again with "
+            "pip install --force-reinstall --no-deps trident-serving"
+        )
+    lacking = missing(installation, ours)
+    natives = sorted(path.name for path in installation.backends.iterdir() if path.is_dir() and path.name != "python")
+    if lacking and natives:
+        raise StartError(
+            f"{installation.backends} lacks {', '.join(path.name for path in lacking)}: copy them there from "
+            f"{ours}, as deploy/Dockerfile does"
+        )
+
+
 def prepare(folder: Path, installation: Installation) -> Path:
     """The backend folder to start with: the installation's own where ours are in it (a container image has
     them there), else `folder`, which is filled.
 
     Raises:
-        StartError: the installation has native backends beside Python's, which can't be moved.
+        StartError: see `check`.
     """
+    check(installation)
     ours = missing(installation)
     if not ours:
         return installation.backends
-    others = sorted(path.name for path in installation.backends.iterdir() if path.is_dir() and path.name != "python")
-    if others:
-        raise StartError(
-            f"{installation.backends} lacks {', '.join(path.name for path in ours)}: copy them there from "
-            f"{OUR_BACKENDS}, as deploy/Dockerfile does"
-        )
     # The server refuses a library that is a link out of the folder, so files are copied; but the stub finds
     # its libraries by a path relative to itself, so that one is linked.
     shutil.copytree(installation.backends / "python", folder / "python", ignore=shutil.ignore_patterns("__pycache__"))

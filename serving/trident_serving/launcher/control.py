@@ -8,12 +8,10 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from trident_serving.launcher import failures
+from trident_serving.launcher import failures, http
 from trident_serving.launcher.admin_key import HEADER
 from trident_serving.launcher.failures import IndexEntry
 
-# Nothing stands between a launcher and its own server, whatever the environment says of proxies.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _TENSOR = {"data_type": "TYPE_INT32", "dims": [1]}
 _CONFIG = {"input": [{"name": "A", **_TENSOR}], "output": [{"name": "B", **_TENSOR}]}
 # Under strict readiness a server is not ready while it holds a model that could not be loaded. A load with this config
@@ -25,17 +23,6 @@ _CODE = "class TritonPythonModel:\n    def execute(self, requests):\n        ret
 
 class ControlError(RuntimeError):
     """The server does not do what the launcher asks for."""
-
-
-def open_url(url: str, body: bytes | None = None, headers: dict[str, str] | None = None, seconds: float = 2.0) -> bytes:
-    """The body of an answer with status 200.
-
-    Raises:
-        OSError: there is no answer, or another status (`urllib.error.HTTPError`).
-    """
-    with _OPENER.open(urllib.request.Request(url, body, headers or {}), timeout=seconds) as answer:
-        found: bytes = answer.read()
-        return found
 
 
 class Control:
@@ -112,14 +99,17 @@ class Control:
 
     def _healthy(self, what: str, seconds: float) -> bool:
         try:
-            open_url(f"{self._url}/v2/health/{what}", seconds=seconds)
+            with http.open(f"{self._url}/v2/health/{what}", seconds):
+                return True
         except OSError:
             return False
-        return True
 
     def _post(self, path: str, body: dict[str, Any], seconds: float) -> bytes:
         try:
-            return open_url(self._url + path, json.dumps(body).encode(), self._headers, seconds)
+            request = urllib.request.Request(self._url + path, json.dumps(body).encode(), self._headers)
+            with http.open(request, seconds) as answer:
+                found: bytes = answer.read()
+                return found
         except urllib.error.HTTPError as error:
             raise ControlError(_message(error)) from None
         except (OSError, ValueError) as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from trident_serving.launcher import backend_folder, preflight
 from trident_serving.launcher.preflight import StartError
 
 CONTAINER_ROOT = Path("/opt/tritonserver")
@@ -38,8 +40,9 @@ def find(container_root: Path = CONTAINER_ROOT) -> Installation:
     """The installation to start.
 
     Raises:
-        StartError: there is none, or none with a stub for this interpreter.
+        StartError: there is none, none that runs, or none with a stub for this interpreter or with our backends.
     """
+    preflight.check_python()
     if (container_root / "bin" / "tritonserver").exists():
         backends = container_root / "backends"
         return _checked(
@@ -54,7 +57,7 @@ def find(container_root: Path = CONTAINER_ROOT) -> Installation:
     if spec is None or not spec.submodule_search_locations:
         raise StartError(
             f"there is no tritonserver: neither {container_root}/bin/tritonserver nor the Python package "
-            "nvidia-pytriton; install the extra 'serve'"
+            "nvidia-pytriton: install it with pip install 'trident-serving[serve]'"
         )
     root = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -74,4 +77,13 @@ def _checked(installation: Installation) -> Installation:
             raise StartError(
                 f"the {what} is missing: {path} (Python {sys.version_info.major}.{sys.version_info.minor})"
             )
+    try:
+        # It prints its flags and leaves with a status of its own choice; one that can't be loaded has 127.
+        run = subprocess.run([str(installation.binary), "--help"], capture_output=True, text=True, check=False)
+        problem = run.stderr.strip().splitlines()[-1] if run.returncode == 127 and run.stderr.strip() else ""
+    except OSError as error:
+        problem = str(error.strerror)
+    if problem:
+        raise StartError(f"{installation.binary} does not run here ({problem}): install what it names")
+    backend_folder.check(installation)
     return installation

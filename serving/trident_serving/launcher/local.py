@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trident_serving.launcher import http
 from trident_serving.launcher.admin_key import HEADER, default_file
-from trident_serving.launcher.control import open_url
 from trident_serving.launcher.preflight import StartError
 
 
@@ -85,8 +85,7 @@ def start(repository: Path, log: Path, ready_seconds: float = 120, flags: Sequen
     server = LocalServer(ports[0], ports[1], ports[2], launcher, log)
     deadline = time.monotonic() + ready_seconds
     while time.monotonic() < deadline and launcher.poll() is None:
-        with contextlib.suppress(OSError):
-            open_url(f"{server.http_url}/v2/health/ready")
+        with contextlib.suppress(OSError), http.open(f"{server.http_url}/v2/health/ready", timeout=2):
             return server
         time.sleep(0.1)
     server.stop()

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import ctypes.util
-import importlib.metadata
+import json
+import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
 SUPPORTED_PYTHON = ((3, 11), (3, 12))
+BACKEND_PACKAGES = ("trident_serving", "numpy", "onnxruntime", "tokenizers", "jinja2")
+
+# Run by the interpreter in question; it may be older than this one.
+_LOOK = """
+import importlib.util, json, sys
+sys.path[:] = [folder for folder in sys.path if folder]  # the working directory is not on the backends' path
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+numpy = None
+if "numpy" not in missing:
+    from importlib.metadata import version
+    numpy = version("numpy")
+print(json.dumps([list(sys.version_info[:2]), missing, numpy]))
+"""
 
 
 class StartError(RuntimeError):
@@ -26,11 +41,38 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> None:
         )
 
 
-def check_numpy(version: str | None = None) -> None:
+def check_packages(environment: Mapping[str, str]) -> None:
+    """The interpreter that the backends will run in must have what they import; it is the first python3 of the PATH."""
+    python = shutil.which("python3", path=environment.get("PATH", ""))
+    if python is None:
+        raise StartError(
+            f"there is no python3 in {Path(sys.executable).parent} nor elsewhere on the PATH for the backends to run "
+            "in: start from a virtual environment, which has one"
+        )
+    run = subprocess.run(
+        [python, "-c", _LOOK, *BACKEND_PACKAGES], env=dict(environment), capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StartError(f"{python}, in which the backends run, does not work ({reason}): install it again")
+    version, missing, numpy = json.loads(run.stdout)
+    if tuple(version) != sys.version_info[:2]:
+        raise StartError(
+            f"the backends would run in {python}, which is Python {version[0]}.{version[1]}, and this is "
+            f"{sys.version_info.major}.{sys.version_info.minor}: start from a virtual environment of this Python"
+        )
+    if missing:
+        raise StartError(
+            f"{python}, in which the backends run, has no {', no '.join(missing)}: "
+            f"install it with {python} -m pip install 'trident-serving[runtime]'"
+        )
+    check_numpy(numpy)
+
+
+def check_numpy(version: str) -> None:
     """Numpy 2 makes this server's Python backend send tensors without bytes."""
-    found = version or importlib.metadata.version("numpy")
-    if int(found.split(".")[0]) >= 2:
-        raise StartError(f"numpy {found} makes tritonserver send empty tensors without an error: install 'numpy<2'")
+    if int(version.split(".")[0]) >= 2:
+        raise StartError(f"numpy {version} makes tritonserver send empty tensors without an error: install 'numpy<2'")
 
 
 def libpython_folder(folder: str | None = None, name: str | None = None) -> Path | None:

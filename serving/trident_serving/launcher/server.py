@@ -185,8 +185,8 @@ def check_machine(options: ServerOptions) -> dict[str, str]:
         StartError: something is missing.
     """
     preflight.check_python()
-    preflight.check_numpy()
     environment = _environment(preflight.libpython_folder())
+    preflight.check_packages(environment)
     preflight.check_ports(options.host, options.ports)
     return environment
 
