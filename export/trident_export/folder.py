@@ -156,7 +156,9 @@ def parameters(folder: Path) -> int:
         UnreadableSource: a file is damaged.
     """
     total = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    # Some folders carry the same weights once more in another layout (consolidated.safetensors).
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    for file in files:
         with reading(folder, file.name), file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > file.stat().st_size:

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import trident_export
-from trident_export import disk, errors, report
+from trident_export import disk, errors, folder, report
 from trident_export.errors import ExportError, NoMemory, NoSpace, NotWritable, SourceError, UnreadableSource
 
 PACKAGE = Path(trident_export.__file__).parent
@@ -122,3 +124,35 @@ def test_how_a_command_ends(raised: BaseException, status: int, shown: str, caps
     said = capsys.readouterr().err
     assert said.startswith(shown)
     assert ("this is a defect of trident-export" in said) == (status == 70)
+
+
+def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.float16)}
+    save_file(tensors, tmp_path / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    save_file({"c": torch.zeros(())}, tmp_path / "model-00002-of-00002.safetensors")
+    save_file(tensors, tmp_path / "consolidated.safetensors")  # the same once more
+    assert folder.parameters(tmp_path) == 15 + 7 + 1
+    cut = tmp_path / "model-00002-of-00002.safetensors"
+    cut.write_bytes(cut.read_bytes()[:12])
+    with pytest.raises(UnreadableSource, match=f"{cut} is cut off: copy the model again"):
+        folder.parameters(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_older_weight_files_are_counted_by_their_size(tmp_path: Path, dtype: str, width: int) -> None:
+    (tmp_path / "config.json").write_text(f'{{"torch_dtype": "{dtype}"}}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 800)
+    assert folder.parameters(tmp_path) == 800 // width
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("pad"), "KeyError: 'pad'"),
+        (RuntimeError("first line:\n second"), "first line"),
+        (RuntimeError(""), "RuntimeError"),
+        (ValueError("x" * 999), "x" * 297 + "..."),
+    ],
+)
+def test_what_a_library_says_fits_into_a_sentence(error: Exception, said: str) -> None:
+    assert folder.reason(error) == said
