@@ -26,10 +26,10 @@ from benchmarks.soak.calls import SECONDS, Address, CallError, code_of, grpc_inp
 from benchmarks.soak.hostile import head
 
 # Long answers, so that there is something to break off: nothing ends them but their length.
-LONG = Case("long", "smollm2", {"text_input": "Once upon a time", "max_tokens": 400, "min_tokens": 400})
+LONG = Case("long", "smollm2", {"text_input": "Once upon a time", "max_tokens": 200, "min_tokens": 200})
 # An answer that nobody can take back: HTTP callers that hang up before the answer are not seen.
 BOUNDED = {"text_input": "Once upon a time", "max_tokens": 24}
-_LONG_TASK = {"max_tokens": 300, "min_tokens": 300}
+_LONG_TASK = {"max_tokens": 160, "min_tokens": 160}
 TASKS = (
     Case("long translation", "translate", {"text_input": "Le chat est sur la table."} | _LONG_TASK),
     Case("long summary", "summarize", {"text_input": ARTICLES[0]} | _LONG_TASK),
@@ -44,8 +44,8 @@ client = triton.InferenceServerClient(sys.argv[1])
 inputs = []
 for name, kind, dtype, value in (
     ("text_input", "BYTES", np.object_, b"Once upon a time"),
-    ("max_tokens", "INT32", np.int32, 400),
-    ("min_tokens", "INT32", np.int32, 400),
+    ("max_tokens", "INT32", np.int32, 200),
+    ("min_tokens", "INT32", np.int32, 200),
     ("stream", "BOOL", np.bool_, True),
 ):
     tensor = triton.InferInput(name, [1, 1], kind)
@@ -59,7 +59,7 @@ _HTTP_VICTIM = """
 import http.client
 import sys
 connection = http.client.HTTPConnection(sys.argv[1])
-body = '{"text_input": "Once upon a time", "max_tokens": 400, "min_tokens": 400, "stream": true}'
+body = '{"text_input": "Once upon a time", "max_tokens": 200, "min_tokens": 200, "stream": true}'
 connection.request("POST", "/v2/models/smollm2/generate_stream", body)
 said = connection.getresponse().readline().decode()
 print("began" if said.startswith("data: ") and '"error"' not in said else said, flush=True)

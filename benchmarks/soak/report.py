@@ -25,6 +25,7 @@ FAULTY = {
     "unexpected": "a bad request is answered otherwise than it should",
 }
 EXAMPLES = 3
+FEW = 5
 
 
 def fits(outcome: Outcome) -> dict[str, Fit]:
@@ -81,9 +82,13 @@ def findings(outcome: Outcome, *, flat: bool = True) -> list[str]:
 
 
 def _never_good(outcome: Outcome) -> list[str]:
+    """Kinds of traffic of which no call succeeded, but for a few that found their model away."""
     kinds = Counter(entry.kind for entry in outcome.entries)
+    away = Counter(entry.kind for entry in outcome.entries if entry.outcome == "away")
     right = Counter(entry.kind for entry in outcome.entries if entry.outcome in ("good", "refused", "known", "done"))
-    return sorted(kind for kind in kinds if not right[kind]) or ([] if kinds else ["any kind of traffic"])
+    return sorted(kind for kind in kinds if not right[kind] and not kinds[kind] == away[kind] < FEW) or (
+        [] if kinds else ["any kind of traffic"]
+    )
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -129,18 +129,19 @@ def _ask(caller: Caller, case: Case) -> Answer:
 
 
 def touch_slots(address: Address) -> None:
-    """Use every slot of the generator for a prompt of some length, so that its cache's memory is there afterwards."""
+    """Use every slot of the generators as far as the traffic does, so that the memory of their caches is there then."""
 
-    def ask(number: int) -> None:
+    def ask(number: int, model: str) -> None:
         caller = Caller(address)
         try:
             words = f"{number} is a number. " + f"The story of number {number} goes on and on. " * 24
-            caller.http_generate(Case("", "smollm2", {"text_input": words, "max_tokens": 2}))
+            caller.http_generate(Case("", model, {"text_input": words, "max_tokens": 2}))
         finally:
             caller.close()
 
     with ThreadPoolExecutor(TOUCHED_SLOTS) as pool:
-        list(pool.map(ask, range(TOUCHED_SLOTS)))
+        for model in ("smollm2", "smollm2_int8_cache"):
+            list(pool.map(ask, range(TOUCHED_SLOTS), [model] * TOUCHED_SLOTS))
 
 
 def find_key(server: LocalServer) -> str:
