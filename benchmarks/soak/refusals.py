@@ -116,13 +116,12 @@ def stream(request: pb.ModelInferRequest) -> Callable[[Address], Reply]:
     def send(address: Address) -> Reply:
         with grpc.insecure_channel(address.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            try:
-                for response in stub.ModelStreamInfer(iter([request]), timeout=SECONDS):
-                    if response.error_message:
-                        return Reply(code_of(response.error_message), response.error_message)
+            try:  # to its end: this server keeps something of a stream that is left just when it ends
+                found = [response.error_message for response in stub.ModelStreamInfer(iter([request]), timeout=SECONDS)]
             except grpc.RpcError as error:
                 return Reply(error.code().name, error.details() or "")
-        return Reply(ANSWERED, "")
+        said = next(filter(None, found), "")
+        return Reply(code_of(said), said) if said else Reply(ANSWERED, "")
 
     return send
 

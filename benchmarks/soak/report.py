@@ -25,7 +25,6 @@ FAULTY = {
     "unexpected": "a bad request is answered otherwise than it should",
 }
 EXAMPLES = 3
-FEW = 5
 
 
 def fits(outcome: Outcome) -> dict[str, Fit]:
@@ -50,11 +49,12 @@ def _units(series: Series) -> Iterator[tuple[str, list[float]]]:
     yield "files", series.files
 
 
-def findings(outcome: Outcome, *, flat: bool = True) -> list[str]:
+def findings(outcome: Outcome, *, short: bool = False) -> list[str]:
     """All that must not be, one line each.
 
     Args:
-        flat: whether the series must be flat; a short run can't tell.
+        short: the run is too short to tell whether a series is flat, or for a model that is loaded again and again to
+            have answered in every way.
     """
     found = []
     by_kind: dict[tuple[str, str], list[Entry]] = defaultdict(list)
@@ -69,24 +69,24 @@ def findings(outcome: Outcome, *, flat: bool = True) -> list[str]:
     found += [f"started anew: {line}" for line in outcome.restarts]
     found += [f"the launcher says: {line}" for line in outcome.mended]
     found += [f"traffic failed: {line}" for line in outcome.failed_workers]
-    found += [f"nothing was verified of: {kind}" for kind in _never_good(outcome)]
+    found += [f"nothing was verified of: {kind}" for kind in _never_good(outcome, short)]
     if outcome.stop_seconds is not None:
         if outcome.stop_status:
             found.append(f"the launcher ended with status {outcome.stop_status}, expected 0")
         if outcome.stop_seconds > STOP_SECONDS:
             found.append(f"the stop took {outcome.stop_seconds:.1f} s, the limit is {STOP_SECONDS:g} s")
-    for name, fit in fits(outcome).items() if flat else ():
+    for name, fit in fits(outcome).items() if not short else ():
         if not fit.flat:
             found.append(f"{name} rises by {_amount(name, fit.rise)}, the limit is {_amount(name, fit.limit)}")
     return found
 
 
-def _never_good(outcome: Outcome) -> list[str]:
-    """Kinds of traffic of which no call succeeded, but for a few that found their model away."""
+def _never_good(outcome: Outcome, short: bool) -> list[str]:
+    """Kinds of traffic of which no call succeeded; in a short run not those that found their model away."""
     kinds = Counter(entry.kind for entry in outcome.entries)
     away = Counter(entry.kind for entry in outcome.entries if entry.outcome == "away")
     right = Counter(entry.kind for entry in outcome.entries if entry.outcome in ("good", "refused", "known", "done"))
-    return sorted(kind for kind in kinds if not right[kind] and not kinds[kind] == away[kind] < FEW) or (
+    return sorted(kind for kind in kinds if not right[kind] and not (short and kinds[kind] == away[kind])) or (
         [] if kinds else ["any kind of traffic"]
     )
 

@@ -12,7 +12,7 @@ SECONDS = 20
 
 def test_a_short_soak_finds_nothing(server: LocalServer) -> None:
     outcome = session.run(server, SECONDS, ["minilm_int8_static"], print, touch=False, period=1.0)
-    assert report.findings(outcome, flat=False) == []
+    assert report.findings(outcome, short=True) == []
     kinds = Counter(entry.kind for entry in outcome.entries if entry.outcome == "good")
     assert {kind.split()[0] for kind in kinds} >= {"smollm2", "minilm", "minilm_int8"}
     assert outcome.count("good") > 20
