@@ -8,6 +8,7 @@ REPOSITORY ?= model_repository
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
+MINUTES ?= 15
 MODEL ?=
 SOURCE ?=
 FORCE ?=
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test check format quality bench load up down clean
+.PHONY: help setup serve export test check format quality bench load soak up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -64,6 +65,10 @@ bench: $(SETUP) ## side by side with its peers in one run -> reports/bench.md
 
 load: $(SETUP) ## perf_analyzer against minilm and smollm2 -> reports/load.md
 	@$(BIN)/python -m benchmarks.load --repository $(REPOSITORY)
+
+soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make soak [MINUTES=15] -> reports/soak.md
+	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(REPOSITORY)
 
 up: ## start the production stack with docker compose
 	docker compose up --build --detach --wait

@@ -1,0 +1,145 @@
+"""What Linux and the metrics port tell of a server while it works."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.soak.calls import Address
+
+SERVER = "tritonserver"
+LAUNCHER = "launcher"
+SHARED_MEMORY = Path("/dev/shm")
+GAUGES = ("trident_slots_used", "trident_requests_running", "trident_requests_waiting")
+_GAUGE = re.compile(r'^(trident_\w+)\{[^}]*model="([^"]+)"[^}]*\} (\S+)$', re.MULTILINE)
+_INSTANCE = re.compile(r"_\d+_\d+$")
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass
+class Series:
+    """What one process used over time: seconds since the beginning, bytes, and counts."""
+
+    pid: int
+    times: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    threads: list[float] = field(default_factory=list)
+    files: list[float] = field(default_factory=list)
+
+
+class Watch:
+    """Samples the processes of a server, on a thread of its own.
+
+    Args:
+        launcher: the process of `python -m trident_serving`.
+        http_port: of the server; a part of its regions' names.
+        period: seconds between two samples.
+
+    Attributes:
+        series: by process name: tritonserver, or the model of a backend process; one for each process that had it.
+        shared: times and bytes of the server's regions.
+    """
+
+    def __init__(self, launcher: int, http_port: int, period: float) -> None:
+        self._launcher = launcher
+        self._prefix = f"trident-{launcher}-{http_port}-"
+        self._period = period
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self.series: dict[str, list[Series]] = defaultdict(list)
+        self.shared: tuple[list[float], list[float]] = ([], [])
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more samples."""
+        self._ended.set()
+        self._thread.join()
+
+    def sample(self) -> None:
+        """Take one."""
+        now = time.monotonic() - self._began
+        for name, pid in processes(self._launcher):
+            try:
+                memory, threads = _status(pid)
+                files = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+            except OSError:
+                continue  # it has just gone
+            several = self.series[name]
+            if not several or several[-1].pid != pid:
+                several.append(Series(pid))
+            several[-1].times.append(now)
+            several[-1].memory.append(memory)
+            several[-1].threads.append(threads)
+            several[-1].files.append(files)
+        self.shared[0].append(now)
+        self.shared[1].append(_size_of_regions(self._prefix))
+
+    def _loop(self) -> None:
+        while not self._ended.wait(self._period):
+            self.sample()
+
+
+def processes(launcher: int) -> list[tuple[str, int]]:
+    """The launcher, tritonserver and the backend processes, each by its name and its process id."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue
+        children[parent].append(int(folder.name))
+    found = [(LAUNCHER, launcher)]
+    for server in children[launcher]:
+        if _command(server)[0].endswith(SERVER):
+            found.append((SERVER, server))
+            found += [(name, pid) for pid in children[server] if (name := _model(pid))]
+    return found
+
+
+def gauges(address: Address) -> dict[str, float]:
+    """What the engines have in hand, as "gauge of model": slots and requests."""
+    with _OPENER.open(f"http://127.0.0.1:{address.metrics_port}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    return {f"{name} of {model}": float(value) for name, model, value in _GAUGE.findall(text) if name in GAUGES}
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+    except OSError:
+        return [""]
+
+
+def _model(pid: int) -> str:
+    """The model of a backend process; "" for any other."""
+    command = _command(pid)
+    if "python_backend_stub" not in command[0]:
+        return ""
+    names = [word for word in command if _INSTANCE.search(word)]
+    return _INSTANCE.sub("", names[-1]) if names else Path(command[1]).parents[1].name
+
+
+def _status(pid: int) -> tuple[float, float]:
+    """Resident memory in bytes, and threads."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    memory = re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE)
+    threads = re.search(r"^Threads:\s+(\d+)", text, re.MULTILINE)
+    if memory is None or threads is None:
+        raise ProcessLookupError(pid)
+    return float(memory[1]) * 1024, float(threads[1])
+
+
+def _size_of_regions(prefix: str) -> float:
+    total = 0
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        try:
+            total += region.stat().st_blocks * 512
+        except OSError:
+            continue
+    return float(total)

@@ -1,0 +1,21 @@
+"""A short soak through the code of `make soak`, against the server that other tests use too."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from benchmarks.soak import report, session
+from trident_serving.launcher.local import LocalServer
+
+SECONDS = 20
+
+
+def test_a_short_soak_finds_nothing(server: LocalServer) -> None:
+    outcome = session.run(server, SECONDS, ["minilm_int8_static"], print, touch=False, period=1.0)
+    assert report.findings(outcome, short=True) == []
+    kinds = Counter(entry.kind for entry in outcome.entries if entry.outcome == "good")
+    assert {kind.split()[0] for kind in kinds} >= {"smollm2", "minilm", "minilm_int8"}
+    assert outcome.count("good") > 20
+    assert outcome.count("refused") > 20
+    assert {"tritonserver", "launcher", "smollm2", "minilm_model", "translate"} <= outcome.watch.series.keys()
+    assert outcome.watch.shared[1][-1] > 0
