@@ -11,11 +11,12 @@ METRICS_PORT ?= 8002
 MODEL ?=
 SOURCE ?=
 FORCE ?=
+SERVICE ?= trident
 PYTEST_ARGS ?=
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test check format quality bench load up down clean
+.PHONY: help setup serve export test check format quality bench load image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -64,11 +65,14 @@ bench: $(SETUP) ## side by side with its peers in one run -> reports/bench.md
 load: $(SETUP) ## perf_analyzer against minilm and smollm2 -> reports/load.md
 	@$(BIN)/python -m benchmarks.load --repository $(REPOSITORY)
 
-up: ## start the production stack with docker compose
-	docker compose up --build --detach --wait
+image: $(SETUP) ## build the images and run them, where podman is
+	@$(BIN)/python -m pytest -m image tests/images $(PYTEST_ARGS)
+
+up: ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
+	docker compose --profile '*' up --build --detach --wait $(SERVICE)
 
 down: ## stop the production stack
-	docker compose down
+	docker compose --profile '*' down
 
 clean: ## remove exported artefacts, caches and reports; keep .venv
 	rm -rf .cache reports $(REPOSITORY)/.trident $(REPOSITORY)/*/[0-9]*
