@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from trident_serving.launcher import backend_folder, preflight
+from trident_serving.launcher import backend_folder, preflight, shared_memory
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.preflight import StartError
 
@@ -140,6 +140,7 @@ def check_machine(options: ServerOptions) -> dict[str, str]:
     preflight.check_numpy()
     environment = _environment(preflight.libpython_folder())
     preflight.check_ports(options.host, options.ports)
+    shared_memory.check(len(options.models))
     return environment
 
 
