@@ -1,8 +1,8 @@
 """Run every graph of a repository with the ONNX Runtime that this process finds, and write what comes out.
 
-`python run_graphs.py REPOSITORY OUTPUT.npz MODEL...`: tests/contract/test_runtime_versions.py compares versions. It runs
-the code that serves, on inputs that are the same for every version; a model whose graph can't be loaded is named, with
-ONNX Runtime's own message.
+`python run_graphs.py REPOSITORY OUTPUT.npz MODEL...`: tests/contract/test_runtime_versions.py compares versions. It
+runs the code that serves, on inputs that are the same for every version; a model whose graph can't be loaded is named,
+with ONNX Runtime's own message.
 """
 
 from __future__ import annotations

@@ -115,8 +115,9 @@ def _debian(podman: Podman) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if run.returncode:
         raise NoEngine(f"{DEBIAN} can't be pulled, and debootstrap failed: {(run.stdout + run.stderr)[-500:]}")
-    for package in (folder / "var/cache/apt/archives").glob("*.deb"):
-        package.unlink()
+    for name in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
+        shutil.rmtree(folder / name)
+        (folder / name).mkdir()
     archive = CACHE / "debian.tar"
     subprocess.run(["tar", "--directory", str(folder), "--create", "--file", str(archive), "."], check=True)
     podman("import", str(archive), DEBIAN)

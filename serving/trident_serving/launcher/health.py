@@ -6,6 +6,7 @@ seconds.
 
 from __future__ import annotations
 
+import http.client
 import sys
 import urllib.request
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with opener.open(READY.format(port=port), timeout=SECONDS):
             return 0
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException) as error:
         print(f"trident: not ready on port {port}: {error}", file=sys.stderr)
         return 1
 
