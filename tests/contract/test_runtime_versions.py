@@ -28,6 +28,7 @@ from deploy import validate
 from tests import tiny_models
 from tests.conftest import ROOT
 from trident_export import install, models_file
+from trident_serving import onnx_runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,6 +168,18 @@ def test_a_pinned_version_gives_the_same_numbers(
     for key, value in found.items():
         assert np.abs(expected[key]).max() > 0.1
         np.testing.assert_allclose(value, expected[key], rtol=0, atol=tolerance, err_msg=key)
+
+
+def test_a_generator_on_a_gpu_gets_the_other_runtime_of_the_image() -> None:
+    code = "from trident_serving import onnx_runtime; onnx_runtime.choose('cuda')"
+    environment = os.environ | {onnx_runtime.CUDA_RUNTIME: str(runtime_folder(CUDA))}
+    command = [
+        sys.executable,
+        "-c",
+        f"{code}; from trident_serving.generation import decoder; print(decoder.ort.__version__)",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{CUDA}\n"
 
 
 def test_a_graph_for_cpus_needs_the_newest_version(repository: Path, tmp_path: Path) -> None:

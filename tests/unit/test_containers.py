@@ -61,7 +61,8 @@ def test_a_model_on_a_gpu_gets_the_runtime_for_gpus(tmp_path: Path, device: str,
     for folder, text in (("own", "for CPUs"), ("cuda", "for GPUs")):
         (tmp_path / folder / "onnxruntime").mkdir(parents=True)
         (tmp_path / folder / "onnxruntime/__init__.py").write_text(f"kind = {text!r}\n")
-    code = f"from trident_serving import onnx_runtime as r; r.choose({device!r}); import onnxruntime; print(onnxruntime.kind)"
+    choose = f"from trident_serving import onnx_runtime; onnx_runtime.choose({device!r})"
+    code = f"{choose}; import onnxruntime; print(onnxruntime.kind)"
     environment = {"PYTHONPATH": str(tmp_path / "own"), onnx_runtime.CUDA_RUNTIME: str(tmp_path / "cuda")}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
@@ -94,3 +95,14 @@ def test_shared_memory_is_checked(tmp_path: Path) -> None:
         shared_memory.check(free, tmp_path)
     with pytest.raises(StartError, match="can't be used .*: tritonserver needs it"):
         shared_memory.check(1, tmp_path / "missing")
+
+
+def test_the_generators_adapter_chooses_before_it_imports() -> None:
+    """Triton imports the adapter first, and hands it the config later."""
+    adapter = Path(onnx_runtime.__file__).parent / "_backends/trident_generator/model.py"
+    code = (
+        "import runpy, sys, types; name = 'triton_python_backend_utils'; sys.modules[name] = types.ModuleType(name); "
+        f"runpy.run_path({str(adapter)!r}); print('onnxruntime' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
