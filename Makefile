@@ -12,11 +12,12 @@ MINUTES ?= 15
 MODEL ?=
 SOURCE ?=
 FORCE ?=
+SERVICE ?= trident
 PYTEST_ARGS ?=
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test check format quality bench load soak up down clean
+.PHONY: help setup serve export test check format quality bench load soak image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -70,11 +71,14 @@ soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make
 	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(REPOSITORY)
 
-up: ## start the production stack with docker compose
-	docker compose up --build --detach --wait
+image: $(SETUP) ## build the images and run them, where podman is
+	@$(BIN)/python -m pytest -m image tests/images $(PYTEST_ARGS)
+
+up: ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
+	docker compose --profile '*' up --build --detach --wait $(SERVICE)
 
 down: ## stop the production stack
-	docker compose down
+	docker compose --profile '*' down
 
 clean: ## remove exported artefacts, caches and reports; keep .venv
 	rm -rf .cache reports $(REPOSITORY)/.trident $(REPOSITORY)/*/[0-9]*

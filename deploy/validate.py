@@ -1,81 +1,170 @@
-"""Checks the production stack without a container engine: the compose file's schema, the Dockerfile's lint, and
-the properties that the documents promise.
+"""Checks the production stack without a container engine: the compose file's schema, the Dockerfiles' lint, and
+the properties that the documents promise. tests/images runs the images where there is an engine.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TOOLS = Path(sys.executable).parent
-DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+NATIVE = ROOT / "deploy" / "Dockerfile"
+SMALL = ROOT / "deploy" / "Dockerfile.cpu"
+SERVICES = {"trident": NATIVE, "trident-gpu": NATIVE, "trident-cpu": SMALL}
 OLDEST_IMAGE = (26, 8)  # earlier servers crash on a request of very many chunks
+GRACE_SECONDS = 45  # what the launcher gives to running answers when it is told to stop
+LOOPBACK = "127.0.0.1"
+PORTS = {8000, 8001, 8002}
+_PYTHON = r'\["/opt/trident/venv/bin/python", "-m", '
+HEALTHCHECK = re.compile(rf'^HEALTHCHECK .*CMD {_PYTHON}"trident_serving\.launcher\.health"\]$', re.MULTILINE)
+ENTRYPOINT = re.compile(
+    rf'^ENTRYPOINT {_PYTHON}"trident_serving", "--host", "0\.0\.0\.0", "--repository", "/models"\]$', re.MULTILINE
+)
 BACKEND_FOLDER = "serving/trident_serving/_backends"
 BACKENDS = ("trident_generator", "trident_postprocess", "trident_seq2seq", "trident_template", "trident_tokenizer")
 
 
 def main() -> int:
     """Print every problem; returns the exit status."""
-    problems = [*dockerfile_problems(DOCKERFILE.read_text()), *lint_problems()]
-    services = compose_services()
-    for name in ("trident", "trident-gpu"):
-        problems += [f"service {name}: {problem}" for problem in service_problems(services[name])]
+    problems = [f"Dockerfile: {problem}" for problem in native_problems(NATIVE.read_text())]
+    problems += [f"Dockerfile.cpu: {problem}" for problem in small_problems(SMALL.read_text())]
+    problems += [problem for path in (NATIVE, SMALL) for problem in lint_problems(path)]
+    services, opened = compose_services(), compose_services({"TRIDENT_BIND": "0.0.0.0", "TRIDENT_ADMIN_KEY": "key"})
+    for name, dockerfile in SERVICES.items():
+        problems += [f"service {name}: {problem}" for problem in service_problems(services[name], dockerfile)]
+        problems += [f"service {name}: {problem}" for problem in opened_problems(opened[name])]
     devices = services["trident-gpu"]["deploy"]["resources"]["reservations"]["devices"]
-    runtime = services["trident-gpu"]["build"]["args"]["ONNXRUNTIME"]
-    if not runtime.startswith("onnxruntime-gpu==") or not devices:
+    if not cuda_runtime(services).startswith("onnxruntime-gpu==") or not devices:
         problems.append("service trident-gpu must build onnxruntime-gpu and reserve a GPU")
     for problem in problems:
         print(f"deploy: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def compose_services() -> dict[str, Any]:
-    """The services with every profile, as docker compose itself resolves them."""
-    command = [str(TOOLS / "docker-compose"), "--profile", "gpu", "config", "--format", "json"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def compose_services(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The services with every profile, as docker compose itself resolves them.
+
+    Args:
+        environment: variables of ours that are set; no others are, whatever this process has.
+    """
+    command = [str(TOOLS / "docker-compose"), "--env-file", os.devnull, "--profile", "*", "config", "--format", "json"]
+    cleaned = {key: value for key, value in os.environ.items() if not key.startswith("TRIDENT_")}
+    run = subprocess.run(
+        command, cwd=ROOT, env=cleaned | dict(environment or {}), capture_output=True, text=True, check=False
+    )
     if run.returncode:
         sys.exit(f"deploy: docker-compose.yml is not valid: {run.stderr.strip()}")
     services: dict[str, Any] = json.loads(run.stdout)["services"]
     return services
 
 
-def service_problems(service: dict[str, Any]) -> list[str]:
-    """What a service lacks of what production needs."""
+def cuda_runtime(services: Mapping[str, Any]) -> str:
+    """The requirement of the ONNX Runtime for GPUs, of the service that has one."""
+    return str(services["trident-gpu"]["build"]["args"]["CUDA_RUNTIME"])
+
+
+def service_problems(service: dict[str, Any], dockerfile: Path = NATIVE) -> list[str]:
+    """What a service lacks of what production needs, where the operator sets no variable."""
     mounts = [volume for volume in service.get("volumes", []) if volume["target"] == "/models"]
+    ports = service.get("ports", [])
     holds = {
+        f"it must be built from {dockerfile.name}": service["build"]["dockerfile"] == f"deploy/{dockerfile.name}",
         "the model repository must be mounted read-only": bool(mounts) and bool(mounts[0].get("read_only")),
         "the file system must be read-only": service.get("read_only") is True,
         "it must not run as root": str(service.get("user", "0")).split(":")[0] != "0",
         "no-new-privileges is missing": "no-new-privileges:true" in service.get("security_opt", []),
-        "every capability must be dropped": service.get("cap_drop") == ["ALL"],
+        "every capability must be dropped": service.get("cap_drop") == ["ALL"] and not service.get("cap_add"),
         "shm_size must be 512 MiB at least": int(service.get("shm_size", 0)) >= 2**29,
-        "a health check on /v2/health/ready is missing": "/v2/health/ready" in str(service.get("healthcheck")),
+        "the image's health check must not be replaced": "healthcheck" not in service,
+        f"stop_grace_period must be longer than the drain's {GRACE_SECONDS} s, by 10 s at least": seconds(
+            service.get("stop_grace_period", "10s")
+        )
+        >= GRACE_SECONDS + 10,
+        f"ports 8000, 8001 and 8002 must be published on {LOOPBACK} alone": {
+            (port["target"], port.get("host_ip")) for port in ports
+        }
+        == {(port, LOOPBACK) for port in PORTS},
+        "no admin key may be written down": service.get("environment", {}).get("TRIDENT_ADMIN_KEY") is None,
     }
     return [problem for problem, good in holds.items() if not good]
 
 
-def dockerfile_problems(text: str) -> list[str]:
-    """What the image lacks."""
-    problems = []
+def opened_problems(service: dict[str, Any]) -> list[str]:
+    """What does not follow the operator's TRIDENT_BIND=0.0.0.0 and TRIDENT_ADMIN_KEY=key."""
+    holds = {
+        "TRIDENT_BIND must decide where every port is published": {
+            (port["target"], port.get("host_ip")) for port in service.get("ports", [])
+        }
+        == {(port, "0.0.0.0") for port in PORTS},
+        "TRIDENT_ADMIN_KEY must be passed on": service.get("environment", {}).get("TRIDENT_ADMIN_KEY") == "key",
+    }
+    return [problem for problem, good in holds.items() if not good]
+
+
+def seconds(duration: str) -> float:
+    """A duration as docker compose writes it, such as `1m0s`."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(h|m(?!s)|s)", duration))
+
+
+def native_problems(text: str) -> list[str]:
+    """What the image on NVIDIA's container lacks."""
+    problems = image_problems(text)
     image = re.search(r"^FROM \S+/tritonserver:(\d+)\.(\d+)-py3$", text, re.MULTILINE)
     if not image or (int(image[1]), int(image[2])) < OLDEST_IMAGE:
         problems.append(f"the image must be tritonserver:{OLDEST_IMAGE[0]}.{OLDEST_IMAGE[1]:02}-py3 or later, pinned")
-    if not re.search(r"^USER (?!root|0)\S+$", text, re.MULTILINE):
-        problems.append("the image must not run as root")
     missing = [name for name in BACKENDS if not (ROOT / BACKEND_FOLDER / name / "model.py").exists()]
-    if missing or f"{BACKEND_FOLDER}/trident_*" not in text:
+    if missing or f"{BACKEND_FOLDER}/trident_* /opt/tritonserver/backends/" not in text:
         problems.append(f"the image must hold every backend of {BACKEND_FOLDER}")
+    if re.search(r"-m venv (?!--without-pip)", text):
+        problems.append("NVIDIA's image has no ensurepip: make the environment with venv --without-pip")
     return problems
 
 
-def lint_problems() -> list[str]:
+def small_problems(text: str) -> list[str]:
+    """What the image for CPUs lacks."""
+    problems = image_problems(text)
+    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    if not bases or not all(re.fullmatch(r"debian:bookworm-slim|python:3\.1[12]-slim", base) for base in bases):
+        problems.append("the image must be a slim Debian, with a Python that the wheel's server supports")
+    if not re.search(r"pip install .*\bnvidia-pytriton\b", text):
+        problems.append("the image must hold the wheel's server, nvidia-pytriton")
+    return problems
+
+
+def image_problems(text: str) -> list[str]:
+    """What every image of ours must have: what runs as whom, how it is looked after, what is not in it."""
+    last = text[text.rfind("\nFROM ") + 1 :]  # the stage that is kept
+    users = re.findall(r"^USER (\S+)$", last, re.MULTILINE)
+    instructions = last.replace("\\\n", " ")
+    holds = {
+        "the image must not run as root": bool(users) and not re.match(r"(root|0)(:|$)", users[-1]),
+        "a HEALTHCHECK by trident_serving.launcher.health is missing": bool(HEALTHCHECK.search(instructions)),
+        "the ENTRYPOINT must serve /models on every address, and be a list, so that signals reach it": bool(
+            ENTRYPOINT.search(instructions)
+        ),
+        "TRIDENT_CONTAINER=1 must tell the launcher where it runs": "TRIDENT_CONTAINER=1" in last,
+        "ORT_DISABLE_TELEMETRY=1 is missing": "ORT_DISABLE_TELEMETRY=1" in last,
+        "the exporter's packages have no place in the image": not re.search(r"\[(export|dev|bench)\b", text),
+        "pip must keep to constraints.txt": all(
+            "--constraint" in line or "CUDA_RUNTIME" in line
+            for line in text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+            if re.search(r"\binstall --(?!yes)", line)
+        ),
+    }
+    return [problem for problem, good in holds.items() if not good]
+
+
+def lint_problems(path: Path) -> list[str]:
     """The findings of hadolint."""
-    command = [str(TOOLS / "hadolint"), str(DOCKERFILE)]
+    command = [str(TOOLS / "hadolint"), str(path)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     return (run.stdout + run.stderr).splitlines() if run.returncode else []
 

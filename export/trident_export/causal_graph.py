@@ -15,7 +15,8 @@ The graph, for a model of L layers with H key-value heads of D numbers each:
     position_ids           int64   [1, tokens]       where the architecture looks positions up
     attention_tokens       int64   [rows, places, 2] which token stands in each place of a row: (0, token)
     attention_places       int64   [1, tokens, 2]    where each token stands: (row, place)
-    query_seqlens          int32   [rows]            places of the row that count, from the first; 0: idle
+    query_seqlens          int32   [rows]            places of the row that count, from the first; 0: idle. Not in
+                                                     graphs for a GPU, see `decoder_passes`
     seqlens_k              int32   [rows]            tokens in the row's cache after this run, minus one
     total_sequence_length  int32   []                at least the largest of these counts
     logits_tokens          int64   [kept]            which tokens get logits

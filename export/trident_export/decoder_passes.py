@@ -1,7 +1,8 @@
 """Graph passes for decoders: what torch's exporter can't write, and fewer, larger operators.
 
 casts           to the type that a tensor has already go
-query_seqlens   moved to its place among the attention operator's inputs
+query_seqlens   moved to its place among the attention operator's inputs, or taken out: ONNX Runtime 1.31, the last one
+                for GPUs, does not know it
 reshapes        one that is undone by the next goes
 products        queries, keys and values come from one product, in the packed form of the attention operator, and
                 other products of one input (gate and up projection) are joined too: one stream waits for the
@@ -35,21 +36,28 @@ from trident_export.shape_folding import fold_shapes, infer_types
 _QUERY_SEQLENS = 16  # position among the attention operator's inputs
 
 
-def optimize_file(path: Path) -> None:
-    """Constant shapes and all passes on the graph of a file, which may have its weights beside it."""
+def optimize_file(path: Path, *, ragged: bool = True) -> None:
+    """Constant shapes and all passes on the graph of a file, which may have its weights beside it; see `optimize`."""
     model = onnx.load(str(path))
     fold_shapes(model)
-    optimize(model)
+    optimize(model, ragged=ragged)
     data = path.with_name(path.name + ".optimized.data")
     large = model.ByteSize() > 2**31 - 2**20
     onnx.save(model, str(path), save_as_external_data=large, location=data.name)
 
 
-def optimize(model: onnx.ModelProto) -> None:
-    """All passes, in place."""
+def optimize(model: onnx.ModelProto, *, ragged: bool = True) -> None:
+    """All passes, in place.
+
+    Args:
+        ragged: whether the rows of a run may have different numbers of tokens, which takes ONNX Runtime 1.32.
+    """
     graph = OnnxModel(model)
     drop_idle_casts(graph)
-    place_query_seqlens(graph)
+    if ragged:
+        place_query_seqlens(graph)
+    else:
+        drop_query_seqlens(graph)
     drop_reshape_pairs(graph)
     pack_attention(graph)
     join_products(graph)
@@ -79,6 +87,17 @@ def place_query_seqlens(graph: OnnxModel) -> None:
     for node in graph.get_nodes_by_op_type("GroupQueryAttention"):
         *first, lengths = node.input
         node.input[:] = [*first, *[""] * (_QUERY_SEQLENS - len(first)), lengths]
+
+
+def drop_query_seqlens(graph: OnnxModel) -> None:
+    """Take the last input of each attention operator away, and the graph's input that it comes from."""
+    for node in graph.get_nodes_by_op_type("GroupQueryAttention"):
+        del node.input[-1]
+        while not node.input[-1]:
+            del node.input[-1]
+    kept = [value for value in graph.model.graph.input if value.name != "query_seqlens"]
+    del graph.model.graph.input[:]
+    graph.model.graph.input.extend(kept)
 
 
 def drop_reshape_pairs(graph: OnnxModel) -> None:

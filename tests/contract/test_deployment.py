@@ -21,43 +21,107 @@ def test_the_stack_passes() -> None:
 
 
 @pytest.fixture(scope="module")
-def service() -> dict[str, Any]:
-    return validate.compose_services()["trident"]
+def services() -> dict[str, Any]:
+    return validate.compose_services()
+
+
+def published(address: str | None, *ports: int) -> list[dict[str, Any]]:
+    return [{"target": port} | ({"host_ip": address} if address else {}) for port in ports]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("build", {"dockerfile": "Dockerfile"}, "built from Dockerfile"),
         ("volumes", [{"target": "/models"}], "mounted read-only"),
         ("read_only", False, "file system must be read-only"),
         ("user", "0:0", "must not run as root"),
         ("security_opt", [], "no-new-privileges"),
         ("cap_drop", [], "capability"),
+        ("cap_add", ["SYS_ADMIN"], "capability"),
         ("shm_size", "67108864", "shm_size"),
         ("healthcheck", {"test": ["NONE"]}, "health check"),
+        ("stop_grace_period", "45s", "longer than the drain's 45 s"),
+        ("ports", published(None, 8000, 8001, 8002), "on 127.0.0.1 alone"),
+        ("ports", published("0.0.0.0", 8000, 8001, 8002), "on 127.0.0.1 alone"),
+        ("ports", [*published("127.0.0.1", 8000, 8001), *published(None, 8002)], "on 127.0.0.1 alone"),
+        ("ports", published("127.0.0.1", 8000, 8001), "on 127.0.0.1 alone"),
+        ("environment", {"TRIDENT_ADMIN_KEY": "secret"}, "no admin key"),
     ],
 )
-def test_each_property_is_checked(service: dict[str, Any], key: str, value: object, message: str) -> None:
-    assert validate.service_problems(service) == []
-    changed = copy.deepcopy(service) | {key: value}
-    problems = validate.service_problems(changed)
-    assert len(problems) == 1
-    assert message in problems[0]
+def test_each_property_is_checked(services: dict[str, Any], key: str, value: object, message: str) -> None:
+    for name, dockerfile in validate.SERVICES.items():
+        assert validate.service_problems(services[name], dockerfile) == []
+        changed = copy.deepcopy(services[name]) | {key: value}
+        problems = validate.service_problems(changed, dockerfile)
+        assert len(problems) == 1
+        assert message in problems[0]
+
+
+def test_an_operator_decides_where_ports_are_published(services: dict[str, Any]) -> None:
+    opened = validate.compose_services({"TRIDENT_BIND": "0.0.0.0", "TRIDENT_ADMIN_KEY": "key"})
+    for name in validate.SERVICES:
+        assert validate.opened_problems(opened[name]) == []
+        assert validate.opened_problems(services[name]) == [
+            "TRIDENT_BIND must decide where every port is published",
+            "TRIDENT_ADMIN_KEY must be passed on",
+        ]
+    ports = validate.compose_services({"TRIDENT_BIND": "10.0.0.7", "TRIDENT_GRPC_PORT": "9001"})["trident"]["ports"]
+    found = [(port["host_ip"], port["published"], port["target"]) for port in ports]
+    assert found == [("10.0.0.7", "8000", 8000), ("10.0.0.7", "9001", 8001), ("10.0.0.7", "8002", 8002)]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("45s", 45), ("1m0s", 60), ("1h1m1.5s", 3661.5), ("500ms", 0)])
+def test_durations(text: str, expected: float) -> None:
+    assert validate.seconds(text) == expected
+
+
+BOTH = [
+    ("USER 1000:1000", "USER root", "root"),
+    ("USER 1000:1000", "USER 0:1000", "root"),
+    ("USER 1000:1000\n", "", "root"),
+    ('CMD ["/opt/trident/venv/bin/python", "-m", "trident_serving.launcher.health"]', "CMD curl", "HEALTHCHECK"),
+    ("HEALTHCHECK --interval", "# HEALTHCHECK --interval", "HEALTHCHECK"),
+    ('"--host", "0.0.0.0"', '"--host", "127.0.0.1"', "ENTRYPOINT"),
+    ('ENTRYPOINT ["/opt', 'ENTRYPOINT exec ["/opt', "ENTRYPOINT"),
+    ("TRIDENT_CONTAINER=1", "TRIDENT_CONTAINER=", "TRIDENT_CONTAINER"),
+    ("ORT_DISABLE_TELEMETRY=1", "ORT_DISABLE_TELEMETRY=0", "TELEMETRY"),
+    ("[runtime]", "[export]", "exporter"),
+]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        *BOTH,
         ("tritonserver:26.08-py3", "tritonserver:24.10-py3", "26.08"),
         ("tritonserver:26.08-py3", "tritonserver:latest", "26.08"),
-        ("USER 1000:1000", "USER root", "root"),
         ("_backends/trident_*", "_backends/trident_generator", "every backend"),
+        ("-m venv --without-pip", "-m venv", "ensurepip"),
+        ("--constraint /src/constraints.txt", "--upgrade", "constraints.txt"),
     ],
 )
 def test_the_dockerfile_is_checked(old: str, new: str, message: str) -> None:
-    text = validate.DOCKERFILE.read_text()
-    assert validate.dockerfile_problems(text) == []
+    check(validate.native_problems, validate.NATIVE.read_text(), old, new, message)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        *BOTH,
+        ("FROM debian:bookworm-slim\n", "FROM debian:trixie-slim\n", "slim Debian"),  # Python 3.13
+        ("FROM debian:bookworm-slim\n", "FROM debian\n", "slim Debian"),
+        ("--no-deps nvidia-pytriton", "--no-deps tritonclient", "nvidia-pytriton"),
+        ("--constraint constraints.txt --no-deps", "--no-deps", "constraints.txt"),
+    ],
+)
+def test_the_small_dockerfile_is_checked(old: str, new: str, message: str) -> None:
+    check(validate.small_problems, validate.SMALL.read_text(), old, new, message)
+
+
+def check(problems_of: Any, text: str, old: str, new: str, message: str) -> None:
+    assert problems_of(text) == []
     assert old in text
-    problems = validate.dockerfile_problems(text.replace(old, new))
+    problems = problems_of(text.replace(old, new))
     assert len(problems) == 1
     assert message in problems[0]

@@ -34,6 +34,26 @@ def test_a_place_for_each_token_where_sums_allow_it() -> None:
     assert batch.seqlens_k.tolist() == [5, 10]
 
 
+def test_idle_rows_write_behind_what_they_hold() -> None:
+    """Without `query_seqlens` every row of the window takes part, the idle row 2 with it."""
+    held = np.array([9, 5, 7, 4], np.int64)
+    batch = pack([RowTokens(3, 4, [7]), RowTokens(1, 5, [6])], min_places=1, held=held)
+    assert (batch.first_row, batch.rows) == (1, 3)
+    assert batch.seqlens_k.tolist() == [5, 7, 4]
+    assert batch.position_ids.tolist() == [[4, 5]]
+    assert held.tolist() == [9, 5, 7, 4]
+    single = pack([RowTokens(0, 2, [7, 8, 9])], min_places=2, held=held)  # starts again at 2, whatever it held
+    assert single.seqlens_k.tolist() == [4]
+
+
+def test_runs_of_one_row_or_of_single_tokens() -> None:
+    items = [RowTokens(5, 0, [1]), RowTokens(0, 3, [1, 2]), RowTokens(2, 0, [1]), RowTokens(4, 0, [1, 2, 3])]
+    runs = split(items, 1, ragged=False)
+    assert [[item.row for item in run] for run in runs] == [[0], [4], [2, 5]]
+    assert [[item.row for item in run] for run in split(items, 2, ragged=False)] == [[0], [2], [4], [5]]
+    assert [[item.row for item in run] for run in split(items, 2)] == [[0, 2, 4, 5]]
+
+
 @given(
     st.dictionaries(st.integers(0, 40), st.lists(st.integers(0, 9), min_size=1, max_size=300), min_size=1, max_size=12)
 )

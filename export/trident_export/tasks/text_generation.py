@@ -59,7 +59,7 @@ def trace(job: Job) -> None:
     assert isinstance(spec.limits, GenerationLimits)
     # A row of the cache has room for the padding of the longest run behind its context.
     export_causal_graph(model, graph, spec.limits.context + max(spec.limits.prefill_chunk, MAX_DRAFT + 1))
-    decoder_passes.optimize_file(graph)
+    decoder_passes.optimize_file(graph, ragged=spec.limits.device == "cpu")
 
 
 def write(job: Job, variant: str) -> None:

@@ -91,12 +91,20 @@ def _layout(shape: tuple[tuple[int, int, int], ...], min_places: int) -> Layout:
     return Layout(first, rows, tokens, where, lengths, np.array(wanted, np.int64))
 
 
-def pack(items: Sequence[RowTokens], min_places: int = MIN_PLACES) -> PackedBatch:
-    """One run of these rows, which are all different, each with so many places at least."""
+def pack(
+    items: Sequence[RowTokens], min_places: int = MIN_PLACES, held: NDArray[np.int64] | None = None
+) -> PackedBatch:
+    """One run of these rows, which are all different, each with so many places at least.
+
+    Args:
+        held: positions that each row of the cache holds, for a graph without `query_seqlens`: there an idle row of the
+            window takes part too, and what it writes must lie behind its content.
+    """
     layout = _layout(tuple((item.row, len(item.tokens), item.wanted) for item in items), min_places)
-    starts = np.zeros(layout.rows, np.int64)
+    window = slice(layout.first_row, layout.first_row + layout.rows)
+    starts = np.zeros(layout.rows, np.int64) if held is None else held[window].copy()
     starts[[item.row - layout.first_row for item in items]] = [item.start for item in items]
-    ends = starts + layout.query_seqlens - 1
+    ends = starts + (layout.query_seqlens if held is None else layout.attention_tokens.shape[1]) - 1
     return PackedBatch(
         **vars(layout),
         input_ids=np.array([[token for item in items for token in item.tokens]], np.int64),
@@ -105,15 +113,25 @@ def pack(items: Sequence[RowTokens], min_places: int = MIN_PLACES) -> PackedBatc
     )
 
 
-def split(items: Iterable[RowTokens], min_places: int = MIN_PLACES) -> list[list[RowTokens]]:
-    """Runs that together do all items, in order of rows, with windows that are not larger than MAX_PLACES."""
+def split(items: Iterable[RowTokens], min_places: int = MIN_PLACES, *, ragged: bool = True) -> list[list[RowTokens]]:
+    """Runs that together do all items, in order of rows, with windows that are not larger than MAX_PLACES.
+
+    Args:
+        ragged: whether rows of one run may have different numbers of tokens. If not, a run is one row, or, where one
+            place is enough, rows of one token each: the operator takes no others without `query_seqlens`.
+    """
+    ordered = sorted(items, key=lambda item: item.row)
+    single: list[list[RowTokens]] = []
+    if not ragged:
+        single = [[item] for item in ordered if max(len(item.tokens), min_places) > 1]
+        ordered = [item for item in ordered if max(len(item.tokens), min_places) == 1]
     runs: list[list[RowTokens]] = []
     longest = 0
-    for item in sorted(items, key=lambda item: item.row):
+    for item in ordered:
         longest = max(longest, min_places, len(item.tokens))
         if runs and (item.row - runs[-1][0].row + 1) * longest <= MAX_PLACES:
             runs[-1].append(item)
         else:
             runs.append([item])
             longest = max(min_places, len(item.tokens))
-    return runs
+    return single + runs

@@ -115,7 +115,10 @@ class OnnxDecoder:
         past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
         shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
         dtype = _CACHE_TYPES[next(iter(past.values())).type]
-        self._min_places = 1 if dtype is np.int8 else MIN_PLACES
+        # Graphs for a GPU lack it: decision 0038. On a CPU, where the gate measures them, rows then run one by one.
+        self._ragged = "query_seqlens" in inputs
+        self._min_places = 1 if dtype is np.int8 or (device != "cpu" and not self._ragged) else MIN_PLACES
+        self._held = np.zeros(rows, np.int64)  # positions that each row holds
         # The operator wants room for the padding of rows that share a run with longer ones.
         capacity = context + max(longest_run, self._min_places)
         self.cache: Cache = (
@@ -148,12 +151,15 @@ class OnnxDecoder:
             self._logits = np.empty((wanted, self.vocabulary_size), np.float32)
         starts: dict[int, int] = {}  # of each row's logits, in the order of the runs
         end = 0
-        for run in split(items, self._min_places):
+        for run in split(items, self._min_places, ragged=self._ragged):
             begin = end
             for item in run:
                 starts[item.row] = end
                 end += item.wanted
-            self._run(pack(run, self._min_places), self._logits[begin:end])
+            batch = pack(run, self._min_places, None if self._ragged else self._held)
+            self._run(batch, self._logits[begin:end])
+            for item in run:
+                self._held[item.row] = item.start + len(item.tokens)
         logits = self._logits[:wanted]
         if list(starts) == [item.row for item in items]:
             return logits
@@ -162,10 +168,12 @@ class OnnxDecoder:
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder.copy`."""
         self.cache.copy(source, target, length)
+        self._held[target] = length
 
     def release(self, row: int, start: int) -> None:
         """See `Decoder.release`."""
         self.cache.release(row, start)
+        self._held[row] = start
 
     def _run(self, batch: PackedBatch, logits: Logits) -> None:
         binding = self._binding(batch.first_row, batch.rows)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from trident_serving import artefacts, runtime_folder
-from trident_serving.launcher import admin_key, backend_folder, preflight, processes, server_log
+from trident_serving.launcher import admin_key, backend_folder, preflight, processes, server_log, shared_memory
 from trident_serving.launcher.admin_key import AdminKey
 from trident_serving.launcher.control import Control
 from trident_serving.launcher.installation import Installation
@@ -80,8 +80,10 @@ class Server:
     def __init__(self, installation: Installation, options: ServerOptions) -> None:
         self.options = options
         environment = check_machine(options)
-        if not options.repository.is_dir() or not artefacts.loadable(options.repository):
+        models = artefacts.loadable(options.repository) if options.repository.is_dir() else []
+        if not models:
             raise StartError(f"{options.repository} holds no exported model: run make export")
+        shared_memory.check(len(models))
         self._key = AdminKey(options.admin_key_file or admin_key.default_file(options.grpc_port))
         self._folder = tempfile.TemporaryDirectory(prefix="trident-")
         folder = Path(self._folder.name)

@@ -5,8 +5,7 @@ import sys
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trident_serving import text, triton_adapter
-from trident_serving.generation.service import GenerationService, GenerationSettings
+from trident_serving import onnx_runtime, text, triton_adapter
 from trident_serving.triton_metrics import Publisher
 
 
@@ -14,7 +13,12 @@ class TritonPythonModel:
     def initialize(self, args):
         self.process = triton_adapter.setup(pb_utils, args)
         self.config = config = triton_adapter.model_config(args)
-        settings = GenerationSettings.from_parameters(triton_adapter.parameters(config))
+        parameters = triton_adapter.parameters(config)
+        onnx_runtime.choose(parameters.get("device", "cpu"))
+        # Imports onnxruntime: the one that was chosen.
+        from trident_serving.generation.service import GenerationService, GenerationSettings
+
+        settings = GenerationSettings.from_parameters(parameters)
         name, version = args["model_name"], args["model_version"]
         unloading = triton_adapter.unloading(pb_utils, name, version)
         device = int(args["model_instance_device_id"])
