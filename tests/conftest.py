@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import warm
 from trident_client import Client
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -22,6 +23,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python -m trident_export` in a process of its own that has been imported before."""
+    return warm.run(*arguments, cwd=cwd)
+
+
+def run_export_cold(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The command as a person starts it, with five seconds of imports: once for each command, and where they count."""
     command = [sys.executable, "-m", "trident_export", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=dict(os.environ))
 
@@ -47,7 +54,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def default_repository() -> Path:
     """The default models, exported where `make serve` has them too."""
-    done = run_export("export")
+    done = run_export_cold("export")
     assert done.returncode == 0, done.stderr
     return ROOT / "model_repository"
 
