@@ -22,6 +22,16 @@ from trident_serving.launcher.local import LocalServer
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What a worker of pytest-xdist gets together: the tests of a file, or all that ask the default models' server."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group("server" if "server" in fixtures else item.path.stem))
+        if "default_repository" in fixtures:  # the first of them may have to export the default models
+            item.add_marker(pytest.mark.timeout(900))
+
+
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`python -m trident_export` in a process of its own that has been imported before."""
     return warm.run(*arguments, cwd=cwd)
