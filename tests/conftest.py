@@ -21,15 +21,33 @@ from trident_serving.launcher.local import LocalServer
 
 ROOT = Path(__file__).parents[1]
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the other cores are the other workers'
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What a worker of pytest-xdist gets together: the tests of a file, or all that ask the default models' server."""
+    """What a worker of pytest-xdist gets together: the tests of a file, or all that ask the default models' server.
+
+    Those come first: on a clean checkout the models are exported for them. Who needs them without a server would wait
+    for the same export, so comes last.
+    """
+    groups = {item: _group(item) for item in items}
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group("server" if "server" in fixtures else item.path.stem))
-        if "default_repository" in fixtures:  # the first of them may have to export the default models
+        if "default_repository" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(900))
+        if hasattr(config, "workerinput"):
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
+    if hasattr(config, "workerinput"):
+        folders = {"server": 0, "integration": 1, "contract": 2, "unit": 3, "default": 4}
+        items.sort(key=lambda item: folders.get(groups[item].split()[0], 3))
+
+
+def _group(item: pytest.Item) -> str:
+    fixtures = getattr(item, "fixturenames", ())
+    if "server" in fixtures:
+        return "server"
+    folder = "default" if "default_repository" in fixtures else item.path.parent.name
+    return f"{folder} {item.path.stem}"
 
 
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
