@@ -42,7 +42,7 @@ export: $(SETUP) ## export models: make export [MODEL=name [SOURCE=folder] [FORC
 	@$(BIN)/python -m trident_export export $(MODEL) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 test: $(SETUP) ## run every test, against a real server on free ports
-	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 check: $(SETUP) ## lint, types, configs in step with models.toml, deployment files
 	@$(BIN)/ruff check .

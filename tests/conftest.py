@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,29 +26,43 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other cores are the other workers'
 
 
+# Files whose tests ask the default models' server: one worker has them all, so that it is started once.
+SERVED = (
+    "tests/integration/test_bad_requests.py",
+    "tests/integration/test_embeddings.py",
+    "tests/integration/test_engine_limits.py",
+    "tests/integration/test_generation.py",
+    "tests/integration/test_launcher.py",
+    "tests/integration/test_templates.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests a worker of pytest-xdist gets together: those of a file, or of all that share a server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class BySharedFixtures(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "server" if file in SERVED else file
+
+    config.option.loadscopereorder = False
+    return BySharedFixtures(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What a worker of pytest-xdist gets together: the tests of a file, or all that ask the default models' server.
+    """On a clean checkout the default models are exported for the tests of their server, which come first.
 
-    Those come first: on a clean checkout the models are exported for them. Who needs them without a server would wait
-    for the same export, so comes last.
+    Files that need them without the server would wait for the same export, so come last.
     """
-    groups = {item: _group(item) for item in items}
-    for item in items:
-        if "default_repository" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(900))
-        if hasattr(config, "workerinput"):
-            item.add_marker(pytest.mark.xdist_group(groups[item]))
+    exported = [item for item in items if "default_repository" in getattr(item, "fixturenames", ())]
+    for item in exported:
+        item.add_marker(pytest.mark.timeout(900))
     if hasattr(config, "workerinput"):
-        folders = {"server": 0, "integration": 1, "contract": 2, "unit": 3, "default": 4}
-        items.sort(key=lambda item: folders.get(groups[item].split()[0], 3))
-
-
-def _group(item: pytest.Item) -> str:
-    fixtures = getattr(item, "fixturenames", ())
-    if "server" in fixtures:
-        return "server"
-    folder = "default" if "default_repository" in fixtures else item.path.parent.name
-    return f"{folder} {item.path.stem}"
+        late = {item.path for item in exported}
+        served = {ROOT / file for file in SERVED}
+        items.sort(key=lambda item: 0 if item.path in served else 2 if item.path in late else 1)
 
 
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
