@@ -14,6 +14,7 @@ SOURCE ?=
 FORCE ?=
 SERVICE ?= trident
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -43,7 +44,7 @@ export: $(SETUP) ## export models: make export [MODEL=name [SOURCE=folder] [FORC
 	@$(BIN)/python -m trident_export export $(MODEL) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 test: $(SETUP) ## run every test, against a real server on free ports
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 check: $(SETUP) ## lint, types, configs in step with models.toml, deployment files
 	@$(BIN)/ruff check .

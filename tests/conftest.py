@@ -16,6 +16,7 @@ import pytest
 import torch
 from tritonclient.grpc import service_pb2 as pb
 
+from tests import warm
 from trident_client import Client, _wire
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -26,8 +27,56 @@ NO_HEADERS: Mapping[str, str] = {}
 # A proxy of the environment is not for the servers of the tests, whichever client a test asks them with.
 os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "localhost,127.0.0.1"]))
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the other cores are the other workers'
+
+
+# Files whose tests ask the default models' server: one worker has them all, so that it is started once.
+SERVED = (
+    "tests/integration/test_bad_requests.py",
+    "tests/integration/test_embeddings.py",
+    "tests/integration/test_engine_limits.py",
+    "tests/integration/test_generation.py",
+    "tests/integration/test_launcher.py",
+    "tests/integration/test_templates.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests a worker of pytest-xdist gets together: those of a file, or of all that share a server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class BySharedFixtures(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "server" if file in SERVED else file
+
+    config.option.loadscopereorder = False
+    return BySharedFixtures(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a clean checkout the default models are exported for the tests of their server, which come first.
+
+    Files that need them without the server would wait for the same export, so come last.
+    """
+    exported = [item for item in items if "default_repository" in getattr(item, "fixturenames", ())]
+    for item in exported:
+        item.add_marker(pytest.mark.timeout(900))
+    if hasattr(config, "workerinput"):
+        late = {item.path for item in exported}
+        served = {ROOT / file for file in SERVED}
+        items.sort(key=lambda item: 0 if item.path in served else 2 if item.path in late else 1)
+
 
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python -m trident_export` in a process of its own that has been imported before."""
+    return warm.run(*arguments, cwd=cwd)
+
+
+def run_export_cold(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The command as a person starts it, with five seconds of imports: once for each command, and where they count."""
     command = [sys.executable, "-m", "trident_export", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=dict(os.environ))
 
@@ -61,7 +110,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def default_repository() -> Path:
     """The default models, exported where `make serve` has them too."""
-    done = run_export("export")
+    done = run_export_cold("export")
     assert done.returncode == 0, done.stderr
     return ROOT / "model_repository"
 

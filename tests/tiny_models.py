@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -43,6 +49,34 @@ from trident_export import corpora
 
 VOCABULARY = 512
 EOS = "<|end|>"
+
+
+Settings = ParamSpec("Settings")
+
+
+@functools.cache
+def _shelf() -> Path:
+    """Where the models lie that were made in this process."""
+    folder = tempfile.mkdtemp(prefix="trident-tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def made_once(
+    make: Callable[Concatenate[Path, Settings], Path],
+) -> Callable[Concatenate[Path, Settings], Path]:
+    """Several files' tests want the same model: it is made for the first and copied for the others."""
+    made: dict[str, Path] = {}
+
+    @functools.wraps(make)
+    def copied(folder: Path, *arguments: Settings.args, **settings: Settings.kwargs) -> Path:
+        key = repr((arguments, sorted(settings.items())))
+        if key not in made:
+            made[key] = make(_shelf() / f"{make.__name__}-{len(made)}", *arguments, **settings)
+        shutil.copytree(made[key], folder, dirs_exist_ok=True)
+        return folder
+
+    return copied
 
 
 def causal_config(architecture: str, context: int = 128) -> PretrainedConfig:
@@ -103,6 +137,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@made_once
 def make_causal(folder: Path, architecture: str, seed: int = 0, context: int = 128) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(causal_config(architecture, context)).eval()
@@ -115,6 +150,7 @@ def make_causal(folder: Path, architecture: str, seed: int = 0, context: int = 1
     return folder
 
 
+@made_once
 def make_encoder(folder: Path, source_tokenizer: Path, seed: int = 0) -> Path:
     from transformers import AutoTokenizer
 
@@ -217,6 +253,7 @@ _TOKENIZERS = {
 }
 
 
+@made_once
 def make_reader(
     folder: Path,
     family: str,
@@ -363,6 +400,7 @@ def _end_sometimes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return False
 
 
+@made_once
 def make_seq2seq(folder: Path, family: str, seed: int = 0, **generation: object) -> Path:
     """An encoder-decoder model of a family with random weights, and a tokenizer of its class.
 

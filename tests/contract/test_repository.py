@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from tests.conftest import ROOT, run_export
+from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import configs, models_file
 from trident_serving.onnx_session import TensorInfo
 
@@ -101,7 +101,7 @@ def test_decoder_graphs_have_the_engines_inputs(default_repository: Path, name: 
 
 
 def test_the_command_finds_drift(tmp_path: Path) -> None:
-    assert run_export("configs", "--check").returncode == 0
+    assert run_export_cold("configs", "--check").returncode == 0
     done = run_export("configs", "--check", "--repository", str(tmp_path))
     assert done.returncode == 1
     assert "smollm2/config.pbtxt is missing: run trident-export configs" in done.stderr

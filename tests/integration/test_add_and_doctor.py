@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests import tiny_models
-from tests.conftest import ROOT, run_export
+from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import add, doctor, install, models_file
 from trident_export.errors import ModelsFileError
 
@@ -88,7 +88,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     shown = run_export("add", str(folder / "labels"), "--models-file", str(file), "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert not file.exists()
-    done = run_export("add", str(folder / "labels"), "--models-file", str(file), "--name", "my.labels")
+    done = run_export_cold("add", str(folder / "labels"), "--models-file", str(file), "--name", "my.labels")
     assert done.returncode == 0, done.stderr
     assert file.read_text() == done.stdout == shown.stdout.replace("[labels]", '["my.labels"]')
     assert "labels 3: LABEL_0, LABEL_1, LABEL_2" in done.stderr
@@ -150,6 +150,8 @@ def test_the_doctor_finds_what_was_broken(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_repository_of_this_project_is_healthy(default_repository: Path) -> None:
-    done = run_export("doctor", "--models-file", str(ROOT / "models.toml"), "--repository", str(default_repository))
+    done = run_export_cold(
+        "doctor", "--models-file", str(ROOT / "models.toml"), "--repository", str(default_repository)
+    )
     assert done.returncode == 0, done.stdout
     assert "has no revision" in done.stdout

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tests import tiny_models
-from tests.conftest import ROOT, run_export
+from tests.conftest import ROOT, run_export, run_export_cold
 from trident_client import Client
 from trident_export import corpora
 from trident_serving.launcher import local
@@ -78,7 +78,7 @@ def test_a_pruned_generator_is_exported_and_served(folder: Path, method: str, sp
 
 
 def test_zeros_make_a_graph_that_compresses_and_is_as_large(folder: Path) -> None:
-    done = run_export(
+    done = run_export_cold(
         "prune", "vectors", "--method", "wanda", "--sparsity", "0.2", "0.6",
         "--output", str(folder / "pruned"), *options(folder),
     )  # fmt: skip

@@ -254,7 +254,7 @@ def stub_process(server: LocalServer) -> int:
     raise AssertionError("no backend process")
 
 
-def resources(pid: int) -> dict[str, int]:
+def resources(server: LocalServer, pid: int) -> dict[str, int]:
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
     )
@@ -262,7 +262,7 @@ def resources(pid: int) -> dict[str, int]:
         "MiB": int(status["VmRSS"].split()[0]) // 1024,
         "threads": int(status["Threads"]),
         "files": len(os.listdir(f"/proc/{pid}/fd")),
-        "shared": sum(1 for _ in Path("/dev/shm").iterdir()),
+        "shared": sum(1 for _ in Path("/dev/shm").glob(f"trident-{server.launcher.pid}-*")),
     }
 
 
@@ -277,10 +277,10 @@ def test_nothing_is_left_of_a_thousand_cancelled_requests(tiny: LocalServer) -> 
         list(pool.map(cancelled, range(200)))  # what is taken once: arenas, pools, channels
         eventually(lambda: metrics(tiny, "llama")["slots_used"] == 0)
         pid = stub_process(tiny)
-        before, server_before = resources(pid), resources(stub_parent(pid))
+        before, server_before = resources(tiny, pid), resources(tiny, stub_parent(pid))
         list(pool.map(cancelled, range(1000)))
         eventually(lambda: metrics(tiny, "llama")["slots_used"] == 0)
-        after, server_after = resources(pid), resources(stub_parent(pid))
+        after, server_after = resources(tiny, pid), resources(tiny, stub_parent(pid))
         found = metrics(tiny, "llama")
         assert found["requests_running"] == found["requests_waiting"] == 0
         assert len(client.generate("A", model="llama", max_tokens=5).text) > 0

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from transformers import AutoModelForQuestionAnswering
 
 from tests import tiny_models
-from tests.conftest import ROOT, run_export
+from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import fidelity, quality
 
 
 def test_the_default_models(default_repository: Path, tmp_path: Path) -> None:
-    done = run_export("evaluate", "minilm", "--reports", str(tmp_path), "--repository", str(default_repository))
+    done = run_export_cold("evaluate", "minilm", "--reports", str(tmp_path), "--repository", str(default_repository))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "quality.json").read_text())
     assert set(report) == {"minilm"}

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
-from tests.conftest import ROOT, run_export
+from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import decoder_passes, fidelity, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError
 from trident_export.tasks import text_generation
@@ -134,11 +134,11 @@ def test_a_source_that_can_not_be_had(tmp_path: Path, entry: str, message: str) 
 def test_a_hub_that_can_not_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    done = run_export("export", "gpt2", "--repository", str(tmp_path / "repository"))
+    done = run_export_cold("export", "gpt2", "--repository", str(tmp_path / "repository"))
     assert done.returncode == 1
     assert "the Hugging Face hub did not give openai-community/gpt2" in done.stderr
     assert "source = { path = ... }" in done.stderr
-    done = run_export("pin", "--models-file", str(ROOT / "models.toml"))
+    done = run_export_cold("pin", "--models-file", str(ROOT / "models.toml"))
     assert done.returncode == 1
     assert "the Hugging Face hub did not give" in done.stderr
 

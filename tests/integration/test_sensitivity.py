@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
-from tests.conftest import ROOT, run_export
+from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import models_file, recipes
 from trident_export.sensitivity import Grouping, group, probing
 from trident_serving.artefacts import read_manifest
@@ -71,7 +71,7 @@ def test_both_graphs_of_a_translation_model(tmp_path: Path) -> None:
         "limits = { max_source_tokens = 64, max_target_tokens = 64, threads = 1 }\n"
     )
     options = ("--models-file", str(tmp_path / "models.toml"), "--reports", str(tmp_path))
-    done = run_export("sensitivity", "t5", "--by", "kind", *options)
+    done = run_export_cold("sensitivity", "t5", "--by", "kind", *options)
     assert done.returncode == 0, done.stderr
     losses = {loss["group"]: loss for loss in json.loads((tmp_path / "sensitivity.json").read_text())}
     assert len(losses) > 4
