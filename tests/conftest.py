@@ -38,6 +38,7 @@ SERVED = (
     "tests/integration/test_engine_limits.py",
     "tests/integration/test_generation.py",
     "tests/integration/test_launcher.py",
+    "tests/integration/test_soak.py",
     "tests/integration/test_templates.py",
 )
 

@@ -28,7 +28,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from tests import tiny_models
-from tests.conftest import post
+from tests.conftest import post, triton_request
 from tests.integration.test_launcher import alive, children
 from trident_client import Client, DeadlineExceededError, ForbiddenError, TridentError, UnavailableError, _wire, cli
 from trident_export import install, models_file
@@ -327,8 +327,8 @@ def test_template_tasks_under_load_beside_cancellations(shell: LocalServer, conn
             texts = {"text_input": _wire.texts(["x"])[None], "max_tokens": np.array([[4000]], np.int32)}
             seq2seq = {"text_input": _wire.texts(["a b c"])[None], "max_tokens": np.array([[64]], np.int32)}
             while not ended.is_set():
-                calls = [stub.ModelInfer.future(_wire.build_request("tr", texts)) for _ in range(12)]
-                calls += [stub.ModelInfer.future(_wire.build_request("t5", seq2seq)) for _ in range(12)]
+                calls = [stub.ModelInfer.future(triton_request("tr", texts)) for _ in range(12)]
+                calls += [stub.ModelInfer.future(triton_request("t5", seq2seq)) for _ in range(12)]
                 ended.wait(0.15)
                 for call in calls:
                     call.cancel()
@@ -353,7 +353,7 @@ def test_refusals_beside_cancellations(shell: LocalServer) -> None:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         texts = {"text_input": _wire.texts(["a b c d e f"])[None], "max_tokens": np.array([[64]], np.int32)}
         for pause in (0.0, 0.01, 0.05):
-            calls = [stub.ModelInfer.future(_wire.build_request("t5", texts)) for _ in range(300)]
+            calls = [stub.ModelInfer.future(triton_request("t5", texts)) for _ in range(300)]
             time.sleep(pause)
             for call in calls:
                 call.cancel()
