@@ -116,8 +116,8 @@ def _debian(podman: Podman) -> None:
     if run.returncode:
         raise NoEngine(f"{DEBIAN} can't be pulled, and debootstrap failed: {(run.stdout + run.stderr)[-500:]}")
     for name in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
-        shutil.rmtree(folder / name)
-        (folder / name).mkdir()
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
     archive = CACHE / "debian.tar"
     subprocess.run(["tar", "--directory", str(folder), "--create", "--file", str(archive), "."], check=True)
     podman("import", str(archive), DEBIAN)
