@@ -52,10 +52,12 @@ def test_a_key_from_the_environment(temporary: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(admin_key.ENVIRONMENT, "0123456789abcdef")
     assert AdminKey(admin_key.default_file(8001)).value == _admin_key.find("far.example.org:1") == "0123456789abcdef"
     assert list(temporary.iterdir()) == []
-    for bad in ("", "short", "0123456789 abcdef", "0123456789:abcdef", "0123456789,abcdef", "0123456789abcdeé"):
+    for bad in ("short", "0123456789 abcdef", "0123456789:abcdef", "0123456789,abcdef", "0123456789abcdeé"):
         monkeypatch.setenv(admin_key.ENVIRONMENT, bad)
         with pytest.raises(StartError, match="TRIDENT_ADMIN_KEY must be 16 characters or more"):
             AdminKey(admin_key.default_file(8001))
+    monkeypatch.setenv(admin_key.ENVIRONMENT, "")  # as docker compose passes a variable on that is not set
+    assert AdminKey(admin_key.default_file(8001)).value == _admin_key.find("localhost:8001")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")

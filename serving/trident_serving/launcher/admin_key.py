@@ -38,7 +38,7 @@ class AdminKey:
     def __init__(self, file: Path) -> None:
         self.file: Path | None = None
         given = os.environ.get(ENVIRONMENT)
-        if given is not None:
+        if given:
             if not given.isascii() or not given.isprintable() or len(given) < 16 or {*given} & {*' "=:,;'}:
                 raise StartError(
                     f"{ENVIRONMENT} must be 16 characters or more, printable ASCII without spaces, quotes and =:,;"
