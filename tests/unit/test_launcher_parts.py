@@ -13,11 +13,12 @@ import pytest
 from trident_client import _admin_key
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
-from trident_serving.launcher import admin_key, processes, server_log
+from trident_serving.launcher import admin_key, cli, processes, server_log
 from trident_serving.launcher.admin_key import AdminKey
 from trident_serving.launcher.failures import IndexEntry, one_line
 from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.repository_view import RepositoryView
+from trident_serving.launcher.server import ServerOptions
 from trident_serving.launcher.supervisor import ending
 
 
@@ -173,3 +174,22 @@ def test_sentences() -> None:
     assert (ending(-9), ending(1)) == ("was ended by signal 9", "ended with status 1")
     assert not IndexEntry("m", "UNAVAILABLE", "unloaded").failed
     assert IndexEntry("m", "UNAVAILABLE", text).failed
+
+
+def test_the_welcome_of_a_container_works_outside_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported(tmp_path, "gen")
+    options = ServerOptions(tmp_path, host="0.0.0.0", grpc_port=9001)
+    (tmp_path / ".trident").mkdir()
+    artefacts.write_failures(tmp_path, {"other": "there is no space left"})
+    for container, trident in ((True, "trident"), (False, str(Path(sys.executable).with_name("trident")))):
+        if container:
+            monkeypatch.setenv("TRIDENT_CONTAINER", "1")
+        else:
+            monkeypatch.delenv("TRIDENT_CONTAINER", raising=False)
+            monkeypatch.chdir(tmp_path)
+        lines = [line.strip() for line in cli.welcome(options, []).splitlines()]
+        assert f'{trident} generate --url 127.0.0.1:9001 --model gen "The capital of France is"' in lines
+        assert any(line.startswith("HTTP     http://127.0.0.1:8000") for line in lines)
+        assert ("published" in "".join(lines)) == container
+        assert "EXPORT FAILED        other: there is no space left" in lines
+        assert not any("0.0.0.0" in line for line in lines)
