@@ -1,9 +1,9 @@
 """Whether a series of a process is flat once it is warm.
 
 The first third is warm-up: caches fill, threads start. The rest is cut into 20 stretches, of which the least value
-counts: work comes and goes, a leak stays. A line is laid through those so that a few of them do not tilt it (its slope is
-the median of the slopes between all pairs: Theil 1950, Sen 1968). The series is flat if that line rises, over the time
-that it was fitted to, by no more than `ALLOWED`.
+counts: work comes and goes, a leak stays. A line is laid through those so that a few of them do not tilt it (its slope
+is the median of the slopes between all pairs: Theil 1950, Sen 1968). The series is flat if that line rises, over the
+time that it was fitted to, by no more than `ALLOWED`.
 """
 
 from __future__ import annotations

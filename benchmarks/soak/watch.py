@@ -126,7 +126,7 @@ def _model(pid: int) -> str:
 
 
 def _status(pid: int) -> tuple[float, float]:
-    """Resident memory in bytes, without the pages of files, which the system takes and gives as it likes; and threads."""
+    """Resident memory in bytes, without pages of files, which the system takes and gives as it likes; and threads."""
     text = Path(f"/proc/{pid}/status").read_text()
     found = {
         name: float(value) for name, value in re.findall(r"^(RssAnon|RssShmem|Threads):\s+(\d+)", text, re.MULTILINE)
