@@ -97,8 +97,8 @@ def run(
         plan = Plan(address, time.monotonic() + seconds, expected, list(reloaded), find_key(server))
         say(f"{len(workers.ROLES)} processes make traffic for {seconds / 60:.1f} minutes")
         failed, entries = _traffic(plan, Path(folder), say)
-    left = _settled(address)
     watching.stop()
+    left = _settled(address)
     with server.log.open() as log:
         log.seek(log_begins)
         mended = [line.strip() for line in log if MENDED.match(line)]
