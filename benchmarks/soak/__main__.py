@@ -39,7 +39,7 @@ def main() -> int:
         outcome = session.run(server, 60 * options.minutes, options.reload, _say)
         stop(server, outcome)
     except CallError as error:
-        print(f"soak: there is nothing to compare with: {error}", file=sys.stderr)
+        print(f"soak: the server does not answer before there is any traffic: {error}", file=sys.stderr)
         return 1
     finally:
         if server.launcher.poll() is None:

@@ -55,7 +55,11 @@ def raw(content: bytes, hang_up: bool = False) -> Callable[[Address], Reply]:
     """
 
     def send(address: Address) -> Reply:
-        with socket.create_connection(("127.0.0.1", address.http_port), timeout=SILENT_SECONDS) as connection:
+        try:
+            connection = socket.create_connection(("127.0.0.1", address.http_port), timeout=SILENT_SECONDS)
+        except OSError as error:
+            return Reply("no connection", repr(error))
+        with connection:
             try:
                 connection.sendall(content)
                 if hang_up:

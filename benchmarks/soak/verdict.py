@@ -1,8 +1,9 @@
 """Whether a series of a process is flat once it is warm.
 
-The first third is warm-up: caches fill, threads start. A line is laid through the rest so that a few bursts do not tilt
-it (its slope is the median of the slopes between all pairs of samples: Theil 1950, Sen 1968). The series is flat if
-that line rises, over the time that it was fitted to, by no more than `ALLOWED`.
+The first third is warm-up: caches fill, threads start. The rest is cut into 20 stretches, of which the least value
+counts: work comes and goes, a leak stays. A line is laid through those so that a few of them do not tilt it (its slope
+is the median of the slopes between all pairs: Theil 1950, Sen 1968). The series is flat if that line rises, over the
+time that it was fitted to, by no more than `ALLOWED`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ WARM_UP = 1 / 3
 # By how much a series may rise while it is watched, in its own unit, and as a share of its level.
 ALLOWED = {"memory": 8 * 2**20, "threads": 2.0, "files": 8.0, "shared memory": 4 * 2**20}
 ALLOWED_SHARE = 0.005
+STRETCHES = 20
 MIN_SAMPLES = 8
 
 
@@ -24,7 +26,7 @@ class Fit:
     """A line through a series after its warm-up.
 
     Attributes:
-        level: the median.
+        level: the median of the stretches' least values.
         rise: of the line, over the time that it was fitted to.
         slope_per_hour: the same in an hour.
         limit: the rise that is allowed.
@@ -56,8 +58,11 @@ def fit(times: Sequence[float], values: Sequence[float], unit: str) -> Fit | Non
     moments, amounts = moments[warm], amounts[warm]
     if len(moments) < MIN_SAMPLES:
         return None
+    stretches = np.array_split(np.arange(len(moments)), min(STRETCHES, len(moments)))
+    least = [stretch[np.argmin(amounts[stretch])] for stretch in stretches]
+    seconds = float(moments[-1] - moments[0])
+    moments, amounts = moments[least], amounts[least]
     first, second = np.triu_indices(len(moments), 1)
     slope = float(np.median((amounts[second] - amounts[first]) / (moments[second] - moments[first])))
     level = float(np.median(amounts))
-    seconds = float(moments[-1] - moments[0])
     return Fit(level, slope * seconds, slope * 3600, max(ALLOWED[unit], ALLOWED_SHARE * level))

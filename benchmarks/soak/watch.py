@@ -126,13 +126,14 @@ def _model(pid: int) -> str:
 
 
 def _status(pid: int) -> tuple[float, float]:
-    """Resident memory in bytes, and threads."""
+    """Resident memory in bytes, without pages of files, which the system takes and gives as it likes; and threads."""
     text = Path(f"/proc/{pid}/status").read_text()
-    memory = re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE)
-    threads = re.search(r"^Threads:\s+(\d+)", text, re.MULTILINE)
-    if memory is None or threads is None:
+    found = {
+        name: float(value) for name, value in re.findall(r"^(RssAnon|RssShmem|Threads):\s+(\d+)", text, re.MULTILINE)
+    }
+    if len(found) < 3:
         raise ProcessLookupError(pid)
-    return float(memory[1]) * 1024, float(threads[1])
+    return (found["RssAnon"] + found["RssShmem"]) * 1024, found["Threads"]
 
 
 def _size_of_regions(prefix: str) -> float:

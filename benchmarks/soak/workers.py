@@ -22,8 +22,13 @@ from benchmarks.soak.calls import STREAMS, UNARY, WHOLE, Address, Caller, CallEr
 
 # What a model that is being unloaded or loaded answers, by its own requests alone.
 AWAY = ("UNAVAILABLE", "HTTP 503")
-NO_VERSION = "has no available versions"
+# The generate endpoint answers UNAVAILABLE of a decoupled model with status 400, and the code's name in the text.
+AWAY_WORDS = ("has no available versions", "UNAVAILABLE: ")
 SILENT_CONNECTIONS = 100
+# gRPC closes them after two minutes by itself.
+SILENT_SECONDS = 60.0
+# After a call without a right answer, so that a server that is gone is not asked thousands of times.
+REST_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def good(plan: Plan, journal: Journal, picks: Sequence[tuple[Case, str, Way]], p
             since = time.monotonic()
             outcome, detail = _asked(plan, caller, case, way)
             journal.note(f"{case.model} by {name}", since, outcome, f"{case.name}: {detail}" if detail else "")
-            time.sleep(pause)
+            time.sleep(pause if outcome == "good" else pause + REST_SECONDS)
     finally:
         caller.close()
 
@@ -123,7 +128,7 @@ def _asked(plan: Plan, caller: Caller, case: Case, way: Way) -> tuple[str, str]:
     try:
         wrong = answers.difference(case, plan.expected[case.name], way(caller, case))
     except CallError as error:
-        away = error.code in AWAY or NO_VERSION in error.message
+        away = error.code in AWAY or any(words in error.message for words in AWAY_WORDS)
         return ("away" if away and case.model in plan.reloaded else "error"), str(error)
     return ("wrong" if wrong else "good"), wrong
 
@@ -146,12 +151,12 @@ def bad(plan: Plan, journal: Journal, pause: float) -> None:
 
 def silent(plan: Plan, journal: Journal) -> None:
     """Hold connections that send nothing."""
-    since = time.monotonic()
-    held = faults.silent_connections(plan.address, SILENT_CONNECTIONS)
-    time.sleep(max(plan.ends - time.monotonic(), 0.0))
-    for connection in held:
-        connection.close()
-    journal.note("a hundred silent connections", since, "done")
+    while (since := time.monotonic()) < plan.ends:
+        held = faults.silent_connections(plan.address, SILENT_CONNECTIONS)
+        time.sleep(max(min(plan.ends - time.monotonic(), SILENT_SECONDS), 0.0))
+        for connection in held:
+            connection.close()
+        journal.note("a hundred silent connections", since, "done")
 
 
 def break_off(plan: Plan, journal: Journal, pause: float) -> None:
@@ -163,7 +168,7 @@ def break_off(plan: Plan, journal: Journal, pause: float) -> None:
         try:
             faults.FAULTS[name](plan.address)
             journal.note(name, since, "done")
-        except CallError as error:
+        except (CallError, OSError) as error:
             journal.note(name, since, "error", str(error))
         time.sleep(pause)
 

@@ -192,6 +192,8 @@ def test_processes_that_leak_or_were_replaced_are_found() -> None:
     (line,) = report.findings(outcome)
     assert line.startswith("memory of smollm2 rises by ")
     assert report.findings(outcome, short=True) == []
+    outcome.seconds = 240.0
+    assert report.findings(outcome) == []
     outcome.watch.series["smollm2"] = [_series(8, lambda moment: MIB), _series(9, lambda moment: MIB)]
     outcome.watch.series["smollm2_int4"] = [_series(10, lambda moment: MIB), _series(11, lambda moment: MIB)]
     assert report.findings(outcome) == ["started anew: smollm2: 2 processes"]
