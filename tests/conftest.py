@@ -8,7 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         late = {item.path for item in exported}
         served = {ROOT / file for file in SERVED}
-        items.sort(key=lambda item: 0 if item.path in served else 2 if item.path in late else 1)
+        items.sort(
+            key=lambda item: (2 * (item.path in late) - 3 * (item.path in served), item.path.stem != "test_gates")
+        )
 
 
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -117,10 +119,24 @@ def default_repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(default_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def servers(default_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], LocalServer]]:
+    """Gives the default models' server, which is started again where a test has ended it: its failure is its own."""
+    started: list[LocalServer] = []
+
+    def living() -> LocalServer:
+        if not started or started[-1].launcher.poll() is not None:
+            started.append(local.start(default_repository, tmp_path_factory.mktemp("server") / "log"))
+        return started[-1]
+
+    yield living
+    if started:
+        started[-1].stop()
+
+
+@pytest.fixture
+def server(servers: Callable[[], LocalServer]) -> LocalServer:
     """The default models behind the real server."""
-    with local.running(default_repository, tmp_path_factory.mktemp("server") / "log") as running:
-        yield running
+    return servers()
 
 
 @pytest.fixture
