@@ -142,7 +142,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which drains the server
-            preexec_fn=processes.die_with_parent,
+            preexec_fn=processes.before_server,
         )
         assert self._process.stdout is not None
         everything = self.options.verbose or server_log.has_gpu()

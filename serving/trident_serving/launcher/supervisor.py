@@ -36,6 +36,8 @@ SERVER_SILENT_SECONDS = 10.0
 # Restarts of the server, and of a model, are counted over this time.
 WINDOW_SECONDS = 300.0
 MODEL_RESTARTS = 3
+# One that dies more often is away for so long each time: whatever ends it shall not keep the machine busy.
+PAUSE_SECONDS = 20.0
 # Nothing open in two looks so far apart: no request is between two stages.
 QUIET_SECONDS = 0.2
 NOT_READY = "shutting-down"
@@ -188,8 +190,8 @@ class Supervisor:
             _say(f"{what}; the model is loaded again")
             care.reload(record.model)
         else:
-            _say(f"{what}, {MODEL_RESTARTS + 1} times in {WINDOW_SECONDS / 60:.0f} minutes; the model is unloaded")
-            care.unload(record.model)
+            _say(f"{what}, again; the model is loaded in {PAUSE_SECONDS:.0f} s")
+            care.reload(record.model, PAUSE_SECONDS)
 
     def _tell_callers(self, record: Record, what: str) -> None:
         """Let the callers hear whose answers the process held: nothing else would tell them."""
@@ -294,7 +296,8 @@ class _Care:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._orders: queue.SimpleQueue[tuple[str, bool] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
+        self._due: dict[str, float] = {}
         self.silent_seconds = 0.0
         self.broken = ""
         self._threads = [
@@ -305,13 +308,9 @@ class _Care:
         for thread in self._threads:
             thread.start()
 
-    def reload(self, model: str) -> None:
-        """Unload and load a model."""
-        self._orders.put((model, True))
-
-    def unload(self, model: str) -> None:
-        """Unload a model."""
-        self._orders.put((model, False))
+    def reload(self, model: str, pause: float = 0.0) -> None:
+        """Unload a model, and load it so many seconds later."""
+        self._orders.put((model, pause))
 
     def stop(self) -> None:
         """Begin nothing new."""
@@ -332,20 +331,30 @@ class _Care:
                 order = self._orders.get(timeout=CARE_SECONDS)
             except queue.Empty:
                 self._forget_failures()
-                continue
-            if order is not None:
-                self._carry_out(*order)
+            else:
+                if order is not None:
+                    self._unload(*order)
+            for model in [model for model, due in self._due.items() if due <= time.monotonic()]:
+                self._load(model)
 
-    def _carry_out(self, model: str, again: bool) -> None:
-        control = self._server.control
+    def _unload(self, model: str, pause: float) -> None:
         try:
-            control.unload(model)
-            if again:
-                control.load(model, self._server.options.ready_seconds)
-                _say(f"{model} answers again")
+            self._server.control.unload(model)
         except ControlError as error:
-            if not self._stopping.is_set():
-                self.broken = f"{model} could not be loaded again ({error})"
+            self._give_up(model, error)
+        self._due[model] = time.monotonic() + pause
+
+    def _load(self, model: str) -> None:
+        del self._due[model]
+        try:
+            self._server.control.load(model, self._server.options.ready_seconds)
+            _say(f"{model} answers again")
+        except ControlError as error:
+            self._give_up(model, error)
+
+    def _give_up(self, model: str, error: ControlError) -> None:
+        if not self._stopping.is_set():
+            self.broken = f"{model} could not be loaded again ({error})"
 
     def _forget_failures(self) -> None:
         """See that links follow the repository, and that a load that failed leaves the server ready."""
