@@ -25,7 +25,8 @@ PORTS = {8000, 8001, 8002}
 _PYTHON = r'\["/opt/trident/venv/bin/python", "-m", '
 HEALTHCHECK = re.compile(rf'^HEALTHCHECK .*CMD {_PYTHON}"trident_serving\.launcher\.health"\]$', re.MULTILINE)
 ENTRYPOINT = re.compile(
-    rf'^ENTRYPOINT {_PYTHON}"trident_serving", "--host", "0\.0\.0\.0", "--repository", "/models"\]$', re.MULTILINE
+    rf'^ENTRYPOINT {_PYTHON}"trident_serving", "--host", "0\.0\.0\.0", "--repository", "/models", "--restarts", "0"\]$',
+    re.MULTILINE,
 )
 BACKEND_FOLDER = "serving/trident_serving/_backends"
 BACKENDS = ("trident_generator", "trident_postprocess", "trident_seq2seq", "trident_template", "trident_tokenizer")
@@ -147,7 +148,7 @@ def image_problems(text: str) -> list[str]:
     holds = {
         "the image must not run as root": bool(users) and not re.match(r"(root|0)(:|$)", users[-1]),
         "a HEALTHCHECK by trident_serving.launcher.health is missing": bool(HEALTHCHECK.search(instructions)),
-        "the ENTRYPOINT must serve /models on every address, and be a list, so that signals reach it": bool(
+        "the ENTRYPOINT must serve /models on every address, end with its server, and be a list": bool(
             ENTRYPOINT.search(instructions)
         ),
         "TRIDENT_CONTAINER=1 must tell the launcher where it runs": "TRIDENT_CONTAINER=1" in last,

@@ -1,7 +1,7 @@
 """The messages and calls of Triton's gRPC service that the client uses, for whichever protobuf is installed.
 
 Code that protoc generates runs with few versions of protobuf and of grpcio; a client has to live with what its user has
-installed (decision 0035). So the messages are declared here, with Triton's names and numbers, and protobuf makes their
+installed (decision 0022). So the messages are declared here, with Triton's names and numbers, and protobuf makes their
 classes at import, in a pool of their own: tritonclient's may be in the same process. Fields that the client neither
 sends nor reads are left out; protobuf skips them. A contract test compares all of it with tritonclient's.
 """

@@ -2,7 +2,7 @@
 
     bytes = base + copies x 4 bytes x parameters of the weight files
 
-Measured as the peak resident set of whole exports on 2 cores, decimal GB (docs/decisions/0030-memory-of-an-export.md):
+Measured as the peak resident set of whole exports on 2 cores, decimal GB (docs/decisions/0020-memory-of-an-export.md):
 
     decoder    0.135 B parameters  6.5    0.29 B  11.8    0.63 B  more than 17
     encoder    0.110 B             2.8    0.57 B  14.5

@@ -1,7 +1,7 @@
 """Which ONNX Runtime a process gets: the environment's own, or the one for GPUs that an image has beside it.
 
 The newest ONNX Runtime has no build for GPUs, and graphs for CPUs need it; so the image for GPUs holds both (decision
-0038). Both are the module `onnxruntime`: a process has one of them, and every served model has a process of its own.
+0023). Both are the module `onnxruntime`: a process has one of them, and every served model has a process of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Answers the requests of a template task by calls of its generator, over the server's own gRPC port.
 
 Everything here runs on one thread, in an event loop: calls of the generator, questions whether clients have gone, and
-responses. Why not Triton's calls between models: docs/decisions/0041-templates-call-over-grpc.md.
+responses. Why not Triton's calls between models: docs/decisions/0025-templates-call-over-grpc.md.
 """
 
 from __future__ import annotations

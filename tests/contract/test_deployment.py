@@ -83,6 +83,7 @@ BOTH = [
     ('CMD ["/opt/trident/venv/bin/python", "-m", "trident_serving.launcher.health"]', "CMD curl", "HEALTHCHECK"),
     ("HEALTHCHECK --interval", "# HEALTHCHECK --interval", "HEALTHCHECK"),
     ('"--host", "0.0.0.0"', '"--host", "127.0.0.1"', "ENTRYPOINT"),
+    ('"--restarts", "0"', '"--restarts", "3"', "ENTRYPOINT"),
     ('ENTRYPOINT ["/opt', 'ENTRYPOINT exec ["/opt', "ENTRYPOINT"),
     ("TRIDENT_CONTAINER=1", "TRIDENT_CONTAINER=", "TRIDENT_CONTAINER"),
     ("ORT_DISABLE_TELEMETRY=1", "ORT_DISABLE_TELEMETRY=0", "TELEMETRY"),

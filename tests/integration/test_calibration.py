@@ -105,6 +105,8 @@ def test_bad_calibration_leaves_what_is_installed(folder: Path, text: str | None
 
     assert re.search(message, log), log
     assert "Traceback" not in log
+    assert "mood" in artefacts.read_failures(folder / "repository")
+    (folder / "repository" / artefacts.FAILURES).unlink()
     after = {path: path.read_bytes() for path in (folder / "repository").rglob("*") if path.is_file()}
     assert after == before
     assert artefacts.loadable(folder / "repository") == sorted(

@@ -162,7 +162,7 @@ def test_a_defect_of_ours_is_a_traceback_that_says_so(
 ) -> None:
     """A ValueError of a library, deep in our own work, is not the user's mistake."""
 
-    def broken(path: Path) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ValueError("cannot reshape array")
 
     monkeypatch.setattr(decoder_passes, "optimize_file", broken)

@@ -71,7 +71,7 @@ def test_an_unverified_variant_is_called_so_everywhere(
         shown = capsys.readouterr().out
         assert f"READY unverified: {reason}" in shown
         assert shown.count("unverified") == 2
-    banner = welcome(ServerOptions(repository, ()), artefacts.read_manifests(repository))
+    banner = welcome(ServerOptions(repository), [])
     assert f"UNVERIFIED           llama_mixed: {reason}" in banner
 
     # With another gate the variant passes, and the mark goes.

@@ -209,7 +209,7 @@ def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_pa
         *("--repository", str(broken), "--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2])
     )
     assert done.returncode == 1
-    assert "trident: no model could be loaded: tiny: " in done.stderr
+    assert "trident: no model could be loaded: tiny can't be loaded (" in done.stderr
 
 
 def test_a_model_that_does_not_load_keeps_no_other_from_being_served(tiny_repository: Path, tmp_path: Path) -> None:
@@ -229,5 +229,5 @@ def test_a_model_that_does_not_load_keeps_no_other_from_being_served(tiny_reposi
         while "Trident is ready." not in server.log.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
         line = next(line for line in server.log.read_text().splitlines() if "NOT SERVED" in line)
-        assert "broken: " in line
+        assert "broken can't be loaded (" in line
         assert "model.onnx" in line

@@ -526,11 +526,13 @@ def test_a_stop_loses_nothing(repository: Path, tmp_path: Path) -> None:
                 body = slow_body(tokens) | {"stream": True}
                 text = post(f"{server.http_url}/v2/models/gen/generate_stream", body, seconds=200)[1]
                 events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+                assert all("text_output" in event for event in events), [e for e in events if "text_output" not in e]
                 joined = "".join(event["text_output"] for event in events)
                 answer = (joined[: len(whole)], events[-1]["num_output_tokens"])
             results[kind] = (time.monotonic(), answer)
 
         kinds = ["gRPC stream", "gRPC", "HTTP", "HTTP stream"]
+        until(lambda: running(server, "gen") == 0, 10)  # the metrics are a moment behind
         callers = [threading.Thread(target=ask, args=(kind,)) for kind in kinds]
         for caller in callers:
             caller.start()

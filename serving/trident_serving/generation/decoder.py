@@ -115,7 +115,7 @@ class OnnxDecoder:
         past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
         shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
         dtype = _CACHE_TYPES[next(iter(past.values())).type]
-        # Graphs for a GPU lack it: decision 0038. On a CPU, where the gate measures them, rows then run one by one.
+        # Graphs for a GPU lack it: decision 0023. On a CPU, where the gate measures them, rows then run one by one.
         self._ragged = "query_seqlens" in inputs
         self._min_places = 1 if dtype is np.int8 or (device != "cpu" and not self._ragged) else MIN_PLACES
         self._held = np.zeros(rows, np.int64)  # positions that each row holds

@@ -87,7 +87,8 @@ class Supervisor:
         self._restarts: deque[float] = deque()
         self._reloads: dict[str, deque[float]] = {}
         self._watch = _ProcessWatch()
-        self._served = False
+        self._live = False
+        self._announced = False
 
     def run(self) -> int:
         """Serve until the end.
@@ -100,7 +101,7 @@ class Supervisor:
                 return self._serve()
             except (ServerDied, ControlError) as died:
                 self._server.end(0.0)
-                if not self._served or not self._may_restart():
+                if not self._live or not self._may_restart():
                     _say(str(died))
                     return 1
                 _say(f"{died}; it is started again")
@@ -114,11 +115,11 @@ class Supervisor:
         if failed is None:
             self._server.end(0.0)
             return 0
-        if not self._served:
-            self._announce(failed)
-        else:
+        if self._announced:
             _say("the server is ready again")
-        self._served = True
+        else:
+            self._announce(failed)
+        self._announced = True
         care = _Care(self._server)
         try:
             while not self._orders.stop.wait(TICK_SECONDS):
@@ -155,6 +156,7 @@ class Supervisor:
             if not hidden and any(self._server.runtime.records()):
                 self._server.hide_key()
                 hidden = True
+        self._live = True
         self._server.hide_key()
         index = control.index()
         failed = failures.find(index, wanted, artefacts.read_manifests(self._server.options.repository))
