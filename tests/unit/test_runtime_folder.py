@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from trident_serving import runtime_folder
+from trident_serving.launcher.process_watch import ProcessWatch
 from trident_serving.launcher.processes import ProcessState
-from trident_serving.launcher.supervisor import _ProcessWatch
 from trident_serving.runtime_folder import Process, Record, RuntimeFolder
 
 
@@ -76,7 +76,7 @@ class Machine:
         self.now = 100.0
         self.states: dict[int, ProcessState] = {}
         self.killed: list[int] = []
-        self.watch = _ProcessWatch(lambda pid: self.states[pid], self.killed.append, lambda: self.now)
+        self.watch = ProcessWatch(lambda pid: self.states[pid], self.killed.append, lambda: self.now)
 
     def look(self, *records: Record, after: float = 0.2) -> list[tuple[int, str]]:
         self.now += after

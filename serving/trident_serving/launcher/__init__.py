@@ -14,6 +14,8 @@ control         what is asked of it with the admin key
 failures        which models could not be loaded
 processes       what Linux tells of processes, and lets one do to them
 supervisor      from start to end: watches, restores, drains
+process_watch   which backend processes have died or hang
+care            what takes its time meanwhile: health checks, models that are loaded again
 local           a server of one's own on free ports, for tests and measurements
 cli             `python -m trident_serving`
 """

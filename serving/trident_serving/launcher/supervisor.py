@@ -7,30 +7,23 @@ closed; where the system does not allow that, or a model does not come back, the
 
 from __future__ import annotations
 
-import queue
-import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trident_serving import artefacts
 from trident_serving.launcher import failures, processes
+from trident_serving.launcher.care import NOT_READY, Care, say
 from trident_serving.launcher.control import ControlError
 from trident_serving.launcher.failures import Failure
 from trident_serving.launcher.preflight import StartError
-from trident_serving.launcher.processes import ProcessState
+from trident_serving.launcher.process_watch import ProcessWatch
 from trident_serving.launcher.server import END_SECONDS, Server
 from trident_serving.runtime_folder import Record
 
 TICK_SECONDS = 0.2
-CARE_SECONDS = 1.0
-HEALTH_SECONDS = 3.0
-# A process that is well beats four times a second. One that neither beats nor uses the processor hangs; one that does
-# use it, or waits for a disk, may be at something long.
-SILENT_SECONDS = 2.0
-BUSY_SECONDS = 10.0
 # A server that answers no health check for so long hangs.
 SERVER_SILENT_SECONDS = 10.0
 # Restarts of the server, and of a model, are counted over this time.
@@ -40,7 +33,6 @@ MODEL_RESTARTS = 3
 PAUSE_SECONDS = 20.0
 # Nothing open in two looks so far apart: no request is between two stages.
 QUIET_SECONDS = 0.2
-NOT_READY = "shutting-down"
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ class Supervisor:
         self._announce = announce
         self._restarts: deque[float] = deque()
         self._reloads: dict[str, deque[float]] = {}
-        self._watch = _ProcessWatch()
+        self._watch = ProcessWatch()
         self._live = False
         self._announced = False
 
@@ -102,9 +94,9 @@ class Supervisor:
             except (ServerDied, ControlError) as died:
                 self._server.end(0.0)
                 if not self._live or not self._may_restart():
-                    _say(str(died))
+                    say(str(died))
                     return 1
-                _say(f"{died}; it is started again")
+                say(f"{died}; it is started again")
 
     def _may_restart(self) -> bool:
         return _within(self._restarts, self._policy.restarts)
@@ -116,11 +108,11 @@ class Supervisor:
             self._server.end(0.0)
             return 0
         if self._announced:
-            _say("the server is ready again")
+            say("the server is ready again")
         else:
             self._announce(failed)
         self._announced = True
-        care = _Care(self._server)
+        care = Care(self._server)
         try:
             while not self._orders.stop.wait(TICK_SECONDS):
                 self._check_server(care)
@@ -173,7 +165,7 @@ class Supervisor:
                 raise ServerDied("tritonserver loaded its models and did not become ready")
         return failed
 
-    def _check_server(self, care: _Care) -> None:
+    def _check_server(self, care: Care) -> None:
         status = self._server.status
         if status is not None:
             raise ServerDied(f"tritonserver {ending(status)}")
@@ -183,16 +175,16 @@ class Supervisor:
         if care.broken:
             raise ServerDied(care.broken)
 
-    def _restore(self, record: Record, why: str, care: _Care) -> None:
+    def _restore(self, record: Record, why: str, care: Care) -> None:
         """Bring back the model of a process that has fallen."""
         what = f"the backend process of {record.model} {why}"
         self._tell_callers(record, what)
         reloads = self._reloads.setdefault(record.model, deque())
         if _within(reloads, MODEL_RESTARTS):
-            _say(f"{what}; the model is loaded again")
+            say(f"{what}; the model is loaded again")
             care.reload(record.model)
         else:
-            _say(f"{what}, again; the model is loaded in {PAUSE_SECONDS:.0f} s")
+            say(f"{what}, again; the model is loaded in {PAUSE_SECONDS:.0f} s")
             care.reload(record.model, PAUSE_SECONDS)
 
     def _tell_callers(self, record: Record, what: str) -> None:
@@ -204,7 +196,7 @@ class Supervisor:
     def _drain(self) -> int:
         """Let what runs end, then end the server."""
         server, policy = self._server, self._policy
-        _say("shutting down: running requests are finished, new ones are refused")
+        say("shutting down: running requests are finished, new ones are refused")
         server.runtime.drain()
         server.control.be_unready(NOT_READY)
         deadline = time.monotonic() + policy.grace
@@ -222,152 +214,14 @@ class Supervisor:
             self._orders.stop_now.wait(TICK_SECONDS / 2)
         cut += sum(record.open for record in server.runtime.records())
         if server.status is not None:
-            _say(f"tritonserver {ending(server.status)} while it was shut down")
+            say(f"tritonserver {ending(server.status)} while it was shut down")
             return 1
         server.end(0.0 if self._orders.stop_now.is_set() else END_SECONDS)
         if not cut:
             return 0
         why = "at once, as asked" if self._orders.stop_now.is_set() else f"after {policy.grace:g} s"
-        _say(f"{cut} {'request was' if cut == 1 else 'requests were'} cut off: the server ended {why}")
+        say(f"{cut} {'request was' if cut == 1 else 'requests were'} cut off: the server ended {why}")
         return 1
-
-
-class _ProcessWatch:
-    """Finds backend processes that have died or hang.
-
-    Args:
-        look: the state of a process.
-        kill: ends one that hangs.
-    """
-
-    def __init__(
-        self,
-        look: Callable[[int], ProcessState] = processes.state,
-        kill: Callable[[int], None] = processes.kill,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._look = look
-        self._kill = kill
-        self._clock = clock
-        self._last_look = clock()
-        # By process: its processor time when it changed last, and when that was.
-        self._ticks: dict[int, tuple[int, float]] = {}
-
-    def fallen(self, records: list[Record]) -> list[tuple[Record, str]]:
-        """The processes that serve no more, each once, with what has become of them."""
-        now = self._clock()
-        late = now - self._last_look > SILENT_SECONDS  # this process was held up, and perhaps all of them were
-        self._last_look = now
-        alive = Counter((r.model, r.version) for r in records if not self._look(r.pid).dead)
-        found = []
-        for record in records:
-            state = self._look(record.pid)
-            if state.dead:
-                record.path.unlink(missing_ok=True)
-                self._ticks.pop(record.pid, None)
-                # One that never was ready: Triton says that its model could not be loaded. One that has a successor:
-                # the model was loaded again meanwhile.
-                if record.beat and not alive[record.model, record.version]:
-                    found.append((record, "has died"))
-            elif record.beat and not late and self._hangs(record, state, now):
-                self._kill(record.pid)
-                record.path.unlink(missing_ok=True)
-                found.append((record, "did not answer and was ended"))
-        return found
-
-    def _hangs(self, record: Record, state: ProcessState, now: float) -> bool:
-        ticks, since = self._ticks.get(record.pid, (-1, now))
-        if ticks != state.ticks:
-            ticks, since = state.ticks, now
-            self._ticks[record.pid] = (ticks, since)
-        if state.stopped:
-            return True
-        silent = now - record.beat
-        idle = state.letter != "D" and now - since >= SILENT_SECONDS
-        return silent >= (SILENT_SECONDS if idle else BUSY_SECONDS)
-
-
-class _Care:
-    """A thread for what takes its time: health checks, models that are loaded again, failed loads that are forgotten.
-
-    Attributes:
-        silent_seconds: for how long the server has answered no health check. The checks' own time is added up, not the
-            clock's: a machine that is suspended accuses nobody.
-        broken: why the server can't go on; "" while it can.
-    """
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._orders: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
-        self._due: dict[str, float] = {}
-        self.silent_seconds = 0.0
-        self.broken = ""
-        self._threads = [
-            threading.Thread(target=self._tend, name="care", daemon=True),
-            threading.Thread(target=self._ask, name="health", daemon=True),
-        ]
-        self._stopping = threading.Event()
-        for thread in self._threads:
-            thread.start()
-
-    def reload(self, model: str, pause: float = 0.0) -> None:
-        """Unload a model, and load it so many seconds later."""
-        self._orders.put((model, pause))
-
-    def stop(self) -> None:
-        """Begin nothing new."""
-        self._stopping.set()
-        self._orders.put(None)
-
-    def _ask(self) -> None:
-        while not self._stopping.wait(CARE_SECONDS):
-            asked = time.monotonic()
-            if self._server.control.live(HEALTH_SECONDS):
-                self.silent_seconds = 0.0
-            else:
-                self.silent_seconds += CARE_SECONDS + min(time.monotonic() - asked, HEALTH_SECONDS)
-
-    def _tend(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                order = self._orders.get(timeout=CARE_SECONDS)
-            except queue.Empty:
-                self._forget_failures()
-            else:
-                if order is not None:
-                    self._unload(*order)
-            for model in [model for model, due in self._due.items() if due <= time.monotonic()]:
-                self._load(model)
-
-    def _unload(self, model: str, pause: float) -> None:
-        try:
-            self._server.control.unload(model)
-        except ControlError as error:
-            self._give_up(model, error)
-        self._due[model] = time.monotonic() + pause
-
-    def _load(self, model: str) -> None:
-        del self._due[model]
-        try:
-            self._server.control.load(model, self._server.options.ready_seconds)
-            _say(f"{model} answers again")
-        except ControlError as error:
-            self._give_up(model, error)
-
-    def _give_up(self, model: str, error: ControlError) -> None:
-        if not self._stopping.is_set():
-            self.broken = f"{model} could not be loaded again ({error})"
-
-    def _forget_failures(self) -> None:
-        """See that links follow the repository, and that a load that failed leaves the server ready."""
-        try:
-            self._server.view.refresh()
-            for entry in self._server.control.index():
-                if entry.failed and entry.name != NOT_READY:
-                    _say(f"{entry.name} could not be loaded: {failures.one_line(entry.reason)}")
-                    self._server.control.forget_failure(entry.name)
-        except (ControlError, OSError):
-            return  # whether the server is well is for the health check to find out
 
 
 def ending(status: int) -> str:
@@ -384,7 +238,3 @@ def _within(times: deque[float], limit: int) -> bool:
         return False
     times.append(now)
     return True
-
-
-def _say(text: str) -> None:
-    print(f"trident: {text}", file=sys.stderr, flush=True)

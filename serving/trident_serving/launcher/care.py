@@ -1,0 +1,105 @@
+"""What takes its time while a server is watched: health checks, models that are loaded again, failures forgotten."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+
+from trident_serving.launcher import failures
+from trident_serving.launcher.control import ControlError
+from trident_serving.launcher.server import Server
+
+CARE_SECONDS = 1.0
+HEALTH_SECONDS = 3.0
+# The model by which the launcher makes a server unready when it shuts down.
+NOT_READY = "shutting-down"
+
+
+class Care:
+    """A thread for what takes its time: health checks, models that are loaded again, failed loads that are forgotten.
+
+    Attributes:
+        silent_seconds: for how long the server has answered no health check. The checks' own time is added up, not the
+            clock's: a machine that is suspended accuses nobody.
+        broken: why the server can't go on; "" while it can.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._orders: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
+        self._due: dict[str, float] = {}
+        self.silent_seconds = 0.0
+        self.broken = ""
+        self._threads = [
+            threading.Thread(target=self._tend, name="care", daemon=True),
+            threading.Thread(target=self._ask, name="health", daemon=True),
+        ]
+        self._stopping = threading.Event()
+        for thread in self._threads:
+            thread.start()
+
+    def reload(self, model: str, pause: float = 0.0) -> None:
+        """Unload a model, and load it so many seconds later."""
+        self._orders.put((model, pause))
+
+    def stop(self) -> None:
+        """Begin nothing new."""
+        self._stopping.set()
+        self._orders.put(None)
+
+    def _ask(self) -> None:
+        while not self._stopping.wait(CARE_SECONDS):
+            asked = time.monotonic()
+            if self._server.control.live(HEALTH_SECONDS):
+                self.silent_seconds = 0.0
+            else:
+                self.silent_seconds += CARE_SECONDS + min(time.monotonic() - asked, HEALTH_SECONDS)
+
+    def _tend(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                order = self._orders.get(timeout=CARE_SECONDS)
+            except queue.Empty:
+                self._forget_failures()
+            else:
+                if order is not None:
+                    self._unload(*order)
+            for model in [model for model, due in self._due.items() if due <= time.monotonic()]:
+                self._load(model)
+
+    def _unload(self, model: str, pause: float) -> None:
+        try:
+            self._server.control.unload(model)
+        except ControlError as error:
+            self._give_up(model, error)
+        self._due[model] = time.monotonic() + pause
+
+    def _load(self, model: str) -> None:
+        del self._due[model]
+        try:
+            self._server.control.load(model, self._server.options.ready_seconds)
+            say(f"{model} answers again")
+        except ControlError as error:
+            self._give_up(model, error)
+
+    def _give_up(self, model: str, error: ControlError) -> None:
+        if not self._stopping.is_set():
+            self.broken = f"{model} could not be loaded again ({error})"
+
+    def _forget_failures(self) -> None:
+        """See that links follow the repository, and that a load that failed leaves the server ready."""
+        try:
+            self._server.view.refresh()
+            for entry in self._server.control.index():
+                if entry.failed and entry.name != NOT_READY:
+                    say(f"{entry.name} could not be loaded: {failures.one_line(entry.reason)}")
+                    self._server.control.forget_failure(entry.name)
+        except (ControlError, OSError):
+            return  # whether the server is well is for the health check to find out
+
+
+def say(text: str) -> None:
+    """Tell whoever reads the launcher's output."""
+    print(f"trident: {text}", file=sys.stderr, flush=True)
