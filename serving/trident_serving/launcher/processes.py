@@ -49,6 +49,15 @@ def state(pid: int) -> ProcessState:
     return ProcessState(fields[_STATE], int(fields[_UTIME]) + int(fields[_STIME]))
 
 
+def has_children(pid: int) -> bool:
+    """Whether a process has started others that still run."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+        return any(Path(f"/proc/{pid}/task/{thread}/children").read_text() for thread in threads)
+    except OSError:
+        return False
+
+
 def kill(pid: int) -> None:
     """End a process at once, if it is there."""
     with contextlib.suppress(ProcessLookupError):

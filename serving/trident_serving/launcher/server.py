@@ -86,12 +86,17 @@ class Server:
         shared_memory.check(len(models))
         self._key = AdminKey(options.admin_key_file or admin_key.default_file(options.grpc_port))
         self._folder = tempfile.TemporaryDirectory(prefix="trident-")
-        folder = Path(self._folder.name)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: ServerLog | None = None
         try:
-            backends = backend_folder.prepare(folder / "backends", installation)
-        except StartError:
+            self._prepare(installation, environment, Path(self._folder.name))
+        except BaseException:
             self.close()
             raise
+
+    def _prepare(self, installation: Installation, environment: dict[str, str], folder: Path) -> None:
+        options = self.options
+        backends = backend_folder.prepare(folder / "backends", installation)
         self.control = Control(f"http://{options.own_host}:{options.http_port}", self._key.value)
         self.runtime = RuntimeFolder(folder / "runtime")
         self.view = RepositoryView(options.repository, folder / "models")
@@ -105,8 +110,6 @@ class Server:
         flags = known_flags(installation, environment)
         self._command = _command(installation, options, backends, self.view.folder, flags, self._shm_prefix)
         self._command += _restrictions(flags, self._key.value)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log: ServerLog | None = None
 
     def __enter__(self) -> Server:
         return self

@@ -136,7 +136,7 @@ class Supervisor:
         deadline = time.monotonic() + seconds
         hidden = False
         while not control.live(seconds=2.0):
-            if self._orders.stop.wait(0.1):
+            if self._orders.stop.wait(0.05):
                 return None
             if self._server.status is not None:
                 raise ServerDied(
@@ -145,7 +145,8 @@ class Supervisor:
                 )
             if time.monotonic() > deadline:
                 raise ServerDied(f"the models were not ready within {seconds:.0f} s")
-            if not hidden and any(self._server.runtime.records()):
+            # A server that has begun to load models has read its command line.
+            if not hidden and processes.has_children(self._server.pid):
                 self._server.hide_key()
                 hidden = True
         self._live = True
