@@ -431,7 +431,8 @@ def test_onnxruntime_tells_nobody(tmp_path: Path) -> None:
     program = (
         "import sys, {}, onnxruntime\nonnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])\n"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    # It is off by itself where CI is set.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_", "CI"))}
     written, graph = {}, str(tmp_path / "model.onnx")
     for first in ("os", "trident_serving", "trident_export"):
         (tmp_path / first).mkdir()
