@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trident_client import _admin_key, _wire
 from trident_client import _protocol as pb
-from trident_client._errors import NotFoundError, UnavailableError, translated
+from trident_client._errors import ForbiddenError, NotFoundError, UnavailableError, translated
 from trident_client._types import Health, ModelStatus
 
 if TYPE_CHECKING:
@@ -171,7 +171,9 @@ class Connection:
 
     def _metadata(self) -> list[tuple[str, str]]:
         """What shows that the caller may administrate; looked for at each call, since servers come and go."""
-        key = self._admin_key or _admin_key.find(self._url)
+        key = (self._admin_key or _admin_key.find(self._url) or "").strip()
+        if not key.isascii() or not key.isprintable():
+            raise ForbiddenError("the admin key holds characters that no key has: it is printable ASCII")
         return [(_admin_key.METADATA, key)] if key else []
 
     def _deadline(self, timeout: float | None) -> float | None:

@@ -51,10 +51,11 @@ class ServerError(TridentError):
     """The server failed."""
 
 
-# Triton has codes of its own for two things: a call that needs a key is UNAVAILABLE, and so is one that may be sent
-# again; an answer that is lost with its backend process is INTERNAL, and so is a defect. Their texts tell them apart.
+# Triton's codes do not tell everything apart: a call that needs a key is UNAVAILABLE, as one that may be sent again is;
+# an answer that is lost with its backend process is INTERNAL, as a defect is; a model that is away while
+# it is loaded again, or as the server ends, is NOT_FOUND, as one that never was there is. Their texts do.
 _RESTRICTED = re.compile(r"This protocol is restricted, expecting header")
-_DEAD = re.compile(r"Stub process '.*' is not healthy")
+_AWAY = re.compile(r"Stub process '.*' is not healthy|has no available versions")
 
 _BY_CODE: dict[grpc.StatusCode, type[TridentError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
@@ -77,12 +78,16 @@ def translated() -> Iterator[None]:
                 "the server asks for its admin key: set TRIDENT_ADMIN_KEY or give Client(admin_key=...); the key of a "
                 "server on this machine is found where the same user started it"
             ) from error
-        kind = UnavailableError if _DEAD.search(details) else _BY_CODE.get(error.code(), ServerError)
+        kind = UnavailableError if _AWAY.search(details) else _BY_CODE.get(error.code(), ServerError)
         raise kind(details) from error
 
 
 def from_named_code(message: str) -> TridentError | None:
-    """The error of a message that begins with the name of a gRPC code, as "INVALID_ARGUMENT: ..."; else None."""
+    """The error of a message that begins with the name of a gRPC code, as "INVALID_ARGUMENT: ...", or that says that a
+    model is away for a moment; else None.
+    """
+    if _AWAY.search(message):
+        return UnavailableError(message)
     name, separator, text = message.partition(": ")
     codes = {code.name: code for code in grpc.StatusCode}
     if not separator or name not in codes:

@@ -73,7 +73,7 @@ class RuntimeFolder:
     def records(self) -> list[Record]:
         """The backend processes, those included that have died."""
         found = []
-        for path in (self.folder / "processes").iterdir():
+        for path in self._paths():
             try:
                 beat, count, held = _RECORD.unpack(path.read_bytes()[: _RECORD.size])
             except (OSError, struct.error):
@@ -84,8 +84,15 @@ class RuntimeFolder:
 
     def clear(self) -> None:
         """Remove the records, where the server that they belong to has ended."""
-        for path in (self.folder / "processes").iterdir():
+        for path in self._paths():
             path.unlink(missing_ok=True)
+
+    def _paths(self) -> list[Path]:
+        """None where somebody has removed the folder, as programs that tidy up /tmp do: then nobody is watched."""
+        try:
+            return list((self.folder / "processes").iterdir())
+        except OSError:
+            return []
 
 
 class Process:
@@ -107,6 +114,7 @@ class Process:
         self._record: mmap.mmap | None = None
         self._path: Path | None = None
         self._ended = threading.Event()
+        self._server = os.getppid()
         self._progress: Callable[[], int] = lambda: 0
         self._busy: Callable[[], bool] = lambda: False
         self.own_pass = ""
@@ -181,6 +189,8 @@ class Process:
         assert self._record is not None
         seen, since = -1, time.monotonic()
         while True:
+            if os.getppid() != self._server:  # an idle process sees that by itself; one that works would work on
+                os._exit(1)
             now = time.monotonic()
             if (count := self._progress()) != seen or not self._busy():
                 seen, since = count, now

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ WATCH_SECONDS = 0.05
 # Questions of one request that are asked at once: more would take the generator's queue from others.
 QUESTIONS_AT_ONCE = 4
 
+# What Triton says of a model that is loaded again at the moment, or is not loaded: without a code on a stream.
+_AWAY = re.compile(r"Request for unknown model|is not at ready state|Stub process '.*' is not healthy")
 _METHOD = f"/{pb.SERVICE}/ModelStreamInfer"
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -103,7 +106,7 @@ class GrpcGenerator:
         try:
             async for response in self._call(self._request(tensors, seconds), timeout=seconds + 1):
                 if response.error_message:
-                    raise error_from(response.error_message)
+                    raise self._refusal(response.error_message)
                 return Completion.from_tensors(_wire.parse_response(response.infer_response))
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from None
@@ -120,6 +123,11 @@ class GrpcGenerator:
         if self._pass:
             request.parameters[PASS_PARAMETER].string_param = self._pass
         return request
+
+    def _refusal(self, message: str) -> Exception:
+        if _AWAY.search(message):
+            return Overloaded(f"{self._model}, which answers for this model, is not ready: {message}")
+        return error_from(message)
 
     def _translated(self, error: grpc.aio.AioRpcError) -> Exception:
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:

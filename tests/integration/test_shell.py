@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -192,6 +193,9 @@ def test_the_key_is_seen_by_its_owner_alone(shell: LocalServer) -> None:
         assert key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
         assert key.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
     assert key not in shell.log.read_text()
+    regions = list(Path("/dev/shm").glob(f"trident-{shell.launcher.pid}-*"))
+    assert len(regions) >= 8
+    assert {region.stat().st_mode & 0o777 for region in regions} == {0o600}  # requests and answers are in there
 
 
 def test_the_client_finds_and_sends_the_key(
@@ -475,16 +479,74 @@ def test_a_server_ends_with_its_parent(repository: Path, tmp_path: Path) -> None
     code = (
         "import sys, time; from pathlib import Path; from trident_serving.launcher import local;"
         f"server = local.start(Path({str(repository)!r}), Path({str(tmp_path / 'log')!r}));"
-        "print(server.launcher.pid, flush=True); time.sleep(600)"
+        "print(server.launcher.pid, server.grpc_port, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    launcher = int(parent.stdout.readline())
+    launcher, port = map(int, parent.stdout.readline().split())
     pids = [launcher, *children(launcher)]
     assert len(pids) >= 8
-    parent.kill()
-    parent.communicate()
-    until(lambda: not alive(pids), 10)
+    with Client(f"127.0.0.1:{port}", timeout=60) as client:
+        stream = client.stream("A", model="gen", **LONG)
+        next(stream)
+        parent.kill()
+        parent.communicate()
+        until(lambda: not alive(pids), 10)
+        with pytest.raises(UnavailableError):
+            list(stream)
+
+
+def test_a_killed_launcher_leaves_nothing_that_works(repository: Path, tmp_path: Path) -> None:
+    with own_server(repository, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
+        pids = list(children(server.launcher.pid))
+        streams = [client.stream("A", model="gen", **LONG) for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(client.translate, "a b", model="tr", max_tokens=8000) for _ in range(4)]
+            until(lambda: running(server, "gen") == 8, 10)
+            server.launcher.kill()
+            until(lambda: not alive(pids), 10)
+            assert all(isinstance(call.exception(), UnavailableError) for call in calls)
+
+
+def test_a_model_that_does_not_come_back_is_its_own_failure(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "repository"
+    shutil.copytree(repository, copy)
+    with own_server(copy, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
+        expected = client.classify("some text", model="cls")
+        untouched = tritonserver(server)
+        stream = client.stream("A", model="gen", max_tokens=4000, min_tokens=4000)
+        next(stream)
+        graph = copy / "cls_model/1/model.onnx"
+        kept = graph.read_bytes()
+        graph.write_bytes(b"no graph")
+        os.kill(backend_process(server, "cls_model"), signal.SIGKILL)
+        until(lambda: "trident: cls_model can't be loaded: " in server.log.read_text(), 10)
+        with pytest.raises(UnavailableError):
+            client.classify("some text", model="cls")
+        graph.write_bytes(kept)
+
+        def answers() -> bool:
+            with contextlib.suppress(TridentError):
+                return client.classify("some text", model="cls") == expected
+            return False
+
+        until(answers, 40)
+        *_, last = stream
+        assert last.num_output_tokens == 4000
+        assert tritonserver(server) == untouched
+
+
+def test_a_template_task_without_its_generator_says_so(repository: Path, tmp_path: Path) -> None:
+    with own_server(repository, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
+        client.unload("gen")
+        with pytest.raises(UnavailableError, match="gen, which answers for this model, is not ready"):
+            client.translate("a", model="tr")
+        with pytest.raises(UnavailableError):
+            client.generate("a", model="gen")
+        client.load("gen")
+        assert client.translate("a", model="tr", max_tokens=4).num_output_tokens == 4
 
 
 # The end

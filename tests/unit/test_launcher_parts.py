@@ -14,7 +14,7 @@ from trident_client import _admin_key
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
 from trident_serving.launcher import admin_key, cli, processes, server_log
-from trident_serving.launcher.admin_key import AdminKey
+from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.failures import IndexEntry, one_line
 from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.repository_view import RepositoryView
@@ -35,7 +35,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_key: None) -> 
 
 def test_a_key_is_made_for_its_owner_alone_and_the_client_finds_it(temporary: Path) -> None:
     file = admin_key.default_file(8001)
-    one = AdminKey(file)
+    one = AdminKey(None, 8001)
     assert len(one.value) >= 32
     assert file.stat().st_mode & 0o777 == 0o600
     assert file.parent.stat().st_mode & 0o777 == 0o700
@@ -43,22 +43,37 @@ def test_a_key_is_made_for_its_owner_alone_and_the_client_finds_it(temporary: Pa
         assert _admin_key.find(url) == one.value
     for url in ("localhost:8002", "example.org:8001", "10.0.0.1:8001", "dns:///localhost:8001"):
         assert _admin_key.find(url) is None
-    two = AdminKey(file)  # a server that was killed left its key
+    two = AdminKey(None, 8001)  # a server that was killed left its key
     assert _admin_key.find("localhost:8001") == two.value != one.value
+    one.remove()
+    assert _admin_key.find("localhost:8001") == two.value  # not its own any more
     two.remove()
     assert _admin_key.find("localhost:8001") is None
+    chosen = temporary / "chosen.key"
+    assert AdminKey(chosen, 8001).value == chosen.read_text()
+    assert chosen.stat().st_mode & 0o777 == 0o600
+
+
+def test_two_starts_on_one_port_do_not_take_each_other_s_key(temporary: Path) -> None:
+    lock = PortLock(8001)
+    with pytest.raises(StartError, match="another server of this user starts or runs on port 8001"):
+        PortLock(8001)
+    other = PortLock(8002)
+    lock.release()
+    PortLock(8001).release()
+    other.release()
 
 
 def test_a_key_from_the_environment(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(admin_key.ENVIRONMENT, "0123456789abcdef")
-    assert AdminKey(admin_key.default_file(8001)).value == _admin_key.find("far.example.org:1") == "0123456789abcdef"
+    assert AdminKey(None, 8001).value == _admin_key.find("far.example.org:1") == "0123456789abcdef"
     assert list(temporary.iterdir()) == []
     for bad in ("short", "0123456789 abcdef", "0123456789:abcdef", "0123456789,abcdef", "0123456789abcdeé"):
         monkeypatch.setenv(admin_key.ENVIRONMENT, bad)
         with pytest.raises(StartError, match="TRIDENT_ADMIN_KEY must be 16 characters or more"):
-            AdminKey(admin_key.default_file(8001))
+            AdminKey(None, 8001)
     monkeypatch.setenv(admin_key.ENVIRONMENT, "")  # as docker compose passes a variable on that is not set
-    assert AdminKey(admin_key.default_file(8001)).value == _admin_key.find("localhost:8001")
+    assert AdminKey(None, 8001).value == _admin_key.find("localhost:8001")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
@@ -69,7 +84,7 @@ def test_a_folder_of_somebody_else_is_not_trusted(temporary: Path) -> None:
     os.chown(file.parent, 65534, 65534)
     assert _admin_key.find("localhost:8001") is None
     with pytest.raises(StartError, match="is not a folder that this user alone can read"):
-        AdminKey(file)
+        AdminKey(None, 8001)
 
 
 @pytest.mark.parametrize("how", ["readable", "link"])
@@ -81,7 +96,7 @@ def test_a_folder_that_others_reach_is_not_trusted(temporary: Path, how: str) ->
     else:
         file.parent.mkdir(mode=0o755)
     with pytest.raises(StartError, match="is not a folder that this user alone can read"):
-        AdminKey(file)
+        AdminKey(None, 8001)
 
 
 def test_a_secret_is_taken_out_of_a_command_line() -> None:

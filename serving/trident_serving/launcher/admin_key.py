@@ -6,8 +6,11 @@ It is taken from the environment, or made at each start and written into a file 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import secrets
+import stat
 import tempfile
 from pathlib import Path
 
@@ -29,13 +32,14 @@ class AdminKey:
     """The key of one server.
 
     Args:
-        file: where a key that is made is written.
+        file: where a key that is made is written; None: `default_file`, in a folder that is made for it.
+        grpc_port: of the server.
 
     Raises:
         StartError: the key from the environment is none, or the file's folder belongs to somebody else.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None, grpc_port: int) -> None:
         self.file: Path | None = None
         given = os.environ.get(ENVIRONMENT)
         if given:
@@ -46,25 +50,64 @@ class AdminKey:
             self.value = given
             return
         self.value = secrets.token_urlsafe(32)
+        if file is None:
+            file = default_file(grpc_port)
+            private_folder()
         _write(file, self.value)
         self.file = file
 
     def remove(self) -> None:
-        """Remove the file, if there is one."""
+        """Remove the file, if it is still this key's."""
         if self.file is not None:
-            self.file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if self.file.read_text(encoding="ascii") == self.value:
+                    self.file.unlink()
 
 
-def _write(file: Path, value: str) -> None:
-    folder = file.parent
+def private_folder() -> Path:
+    """The folder in which a user's launchers keep what is theirs; it is made where it is not there.
+
+    Raises:
+        StartError: somebody else made it, or others can read it.
+    """
+    folder = default_file(0).parent
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        if not folder.is_dir() or folder.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    except OSError as error:
+        raise StartError(f"{folder} can't be made: {error.strerror}; set {ENVIRONMENT}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise StartError(
+            f"{folder} is not a folder that this user alone can read, so the admin key can't be kept there: remove it, "
+            f"or set {ENVIRONMENT}"
+        )
+    return folder
+
+
+class PortLock:
+    """Held while a server of this user is started or runs on a port: two starts at once would take each other's.
+
+    Raises:
+        StartError: another holds it.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._file = (private_folder() / f"{port}.lock").open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
             raise StartError(
-                f"{folder} is not a folder that this user alone can read, so the admin key can't be written there: "
-                f"remove it, or set {ENVIRONMENT}"
-            )
+                f"another server of this user starts or runs on port {port}: choose another port"
+            ) from None
+
+    def release(self) -> None:
+        """Let the next one start."""
+        self._file.close()
+
+
+def _write(file: Path, value: str) -> None:
+    try:
         file.unlink(missing_ok=True)
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as output:
             output.write(value)

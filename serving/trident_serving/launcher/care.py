@@ -8,11 +8,13 @@ import threading
 import time
 
 from trident_serving.launcher import failures
-from trident_serving.launcher.control import ControlError
+from trident_serving.launcher.control import ControlError, Refused
 from trident_serving.launcher.server import Server
 
 CARE_SECONDS = 1.0
 HEALTH_SECONDS = 3.0
+# One that dies often, or can't be loaded, is away for so long each time: it shall not keep the machine busy.
+PAUSE_SECONDS = 20.0
 # The model by which the launcher makes a server unready when it shuts down.
 NOT_READY = "shutting-down"
 
@@ -79,12 +81,16 @@ class Care:
     def _load(self, model: str) -> None:
         del self._due[model]
         try:
+            self._server.view.refresh()
             self._server.control.load(model, self._server.options.ready_seconds)
             say(f"{model} answers again")
-        except ControlError as error:
+        except Refused as error:  # its own failure, which the other models need not share
+            say(f"{model} can't be loaded: {failures.one_line(str(error))}; it is tried again in {PAUSE_SECONDS:.0f} s")
+            self._due[model] = time.monotonic() + PAUSE_SECONDS
+        except (ControlError, OSError) as error:
             self._give_up(model, error)
 
-    def _give_up(self, model: str, error: ControlError) -> None:
+    def _give_up(self, model: str, error: Exception) -> None:
         if not self._stopping.is_set():
             self.broken = f"{model} could not be loaded again ({error})"
 

@@ -22,7 +22,11 @@ _CODE = "class TritonPythonModel:\n    def execute(self, requests):\n        ret
 
 
 class ControlError(RuntimeError):
-    """The server does not do what the launcher asks for."""
+    """The server does not do what the launcher asks for, or does not answer."""
+
+
+class Refused(ControlError):
+    """The server answers that it can't do it."""
 
 
 class Control:
@@ -57,7 +61,8 @@ class Control:
         """Load a model, or load it again.
 
         Raises:
-            ControlError: it can't be loaded, or not in time.
+            Refused: it can't be loaded.
+            ControlError: not in time.
         """
         self._post(f"/v2/repository/models/{model}/load", {}, seconds)
 
@@ -111,7 +116,7 @@ class Control:
                 found: bytes = answer.read()
                 return found
         except urllib.error.HTTPError as error:
-            raise ControlError(_message(error)) from None
+            raise Refused(_message(error)) from None
         except (OSError, ValueError) as error:
             raise ControlError(str(error)) from None
 

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from trident_serving import artefacts, runtime_folder
 from trident_serving.launcher import admin_key, backend_folder, preflight, processes, server_log, shared_memory
-from trident_serving.launcher.admin_key import AdminKey
+from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.control import Control
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.preflight import StartError
@@ -84,7 +84,14 @@ class Server:
         if not models:
             raise StartError(f"{options.repository} holds no exported model: run make export")
         shared_memory.check(len(models))
-        self._key = AdminKey(options.admin_key_file or admin_key.default_file(options.grpc_port))
+        # A key that is given needs no folder, and nobody's is overwritten.
+        self._lock = None if os.environ.get(admin_key.ENVIRONMENT) else PortLock(options.grpc_port)
+        try:
+            self._key = AdminKey(options.admin_key_file, options.grpc_port)
+        except StartError:
+            if self._lock is not None:
+                self._lock.release()
+            raise
         self._folder = tempfile.TemporaryDirectory(prefix="trident-")
         self._process: subprocess.Popen[bytes] | None = None
         self._log: ServerLog | None = None
@@ -180,6 +187,8 @@ class Server:
     def close(self) -> None:
         """Remove the server's folder and the file of its key."""
         self._key.remove()
+        if self._lock is not None:
+            self._lock.release()
         self._folder.cleanup()
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from trident_serving import artefacts
 from trident_serving.launcher import failures, processes
-from trident_serving.launcher.care import NOT_READY, Care, say
+from trident_serving.launcher.care import NOT_READY, PAUSE_SECONDS, Care, say
 from trident_serving.launcher.control import ControlError
 from trident_serving.launcher.failures import Failure
 from trident_serving.launcher.preflight import StartError
@@ -29,8 +29,6 @@ SERVER_SILENT_SECONDS = 10.0
 # Restarts of the server, and of a model, are counted over this time.
 WINDOW_SECONDS = 300.0
 MODEL_RESTARTS = 3
-# One that dies more often is away for so long each time: whatever ends it shall not keep the machine busy.
-PAUSE_SECONDS = 20.0
 # Nothing open in two looks so far apart: no request is between two stages.
 QUIET_SECONDS = 0.2
 
@@ -151,6 +149,7 @@ class Supervisor:
                 hidden = True
         self._live = True
         self._server.hide_key()
+        self._server.view.refresh()  # a model may have gone while the others were loaded
         index = control.index()
         failed = failures.find(index, wanted, artefacts.read_manifests(self._server.options.repository))
         if not failures.anything_ready(index, wanted):
@@ -200,13 +199,15 @@ class Supervisor:
         say("shutting down: running requests are finished, new ones are refused")
         server.runtime.drain()
         server.control.be_unready(NOT_READY)
-        deadline = time.monotonic() + policy.grace
+        asked = time.monotonic()
+        deadline = asked + policy.grace
         quiet_since, cut = time.monotonic(), 0
-        while not self._orders.stop_now.is_set() and server.status is None:
+        while not (self._orders.stop_now.is_set() or server.status is not None or processes.state(server.pid).stopped):
             records = server.runtime.records()
-            for record, why in self._watch.fallen(records):
+            for record, _ in self._watch.fallen(records):
+                # Its callers hear of it when the server ends: to tell them now would cut the others off.
                 cut += record.held
-                self._tell_callers(record, f"the backend process of {record.model} {why}")
+                records.remove(record)
             now = time.monotonic()
             if any(record.open for record in records):
                 quiet_since = now
@@ -214,13 +215,16 @@ class Supervisor:
                 break
             self._orders.stop_now.wait(TICK_SECONDS / 2)
         cut += sum(record.open for record in server.runtime.records())
-        if server.status is not None:
-            say(f"tritonserver {ending(server.status)} while it was shut down")
+        if server.status is not None or processes.state(server.pid).stopped:
+            how = "does not answer" if server.status is None else ending(server.status)
+            say(f"tritonserver {how} while it was shut down; what ran was cut off")
+            server.end(0.0)
             return 1
+        waited = time.monotonic() - asked
         server.end(0.0 if self._orders.stop_now.is_set() else END_SECONDS)
         if not cut:
             return 0
-        why = "at once, as asked" if self._orders.stop_now.is_set() else f"after {policy.grace:g} s"
+        why = "at once, as asked" if self._orders.stop_now.is_set() else f"after {waited:.0f} s"
         say(f"{cut} {'request was' if cut == 1 else 'requests were'} cut off: the server ended {why}")
         return 1
 
