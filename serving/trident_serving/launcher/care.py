@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+from trident_serving import artefacts
 from trident_serving.launcher import failures
 from trident_serving.launcher.control import ControlError, Refused
 from trident_serving.launcher.server import Server
@@ -32,6 +33,8 @@ class Care:
         self._server = server
         self._orders: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
         self._due: dict[str, float] = {}
+        # Models that were forgotten as failures; an ensemble among them failed with one of its stages.
+        self._forgotten: set[str] = set()
         self.silent_seconds = 0.0
         self.broken = ""
         self._threads = [
@@ -83,12 +86,22 @@ class Care:
         try:
             self._server.view.refresh()
             self._server.control.load(model, self._server.options.ready_seconds)
+            for ensemble in self._ensembles_of(model):
+                self._forgotten.discard(ensemble)
+                self._server.control.load(ensemble, self._server.options.ready_seconds)
             say(f"{model} answers again")
         except Refused as error:  # its own failure, which the other models need not share
             say(f"{model} can't be loaded: {failures.one_line(str(error))}; it is tried again in {PAUSE_SECONDS:.0f} s")
             self._due[model] = time.monotonic() + PAUSE_SECONDS
         except (ControlError, OSError) as error:
             self._give_up(model, error)
+
+    def _ensembles_of(self, model: str) -> list[str]:
+        """The public models that went with a stage, and that Triton does not load again by itself."""
+        manifests = artefacts.read_manifests(self._server.options.repository)
+        owners = [manifest for manifest in manifests if model in manifest.triton_models]
+        public = {name for manifest in owners for name in manifest.public_models.values()}
+        return sorted((public & self._forgotten) - {model})
 
     def _give_up(self, model: str, error: Exception) -> None:
         if not self._stopping.is_set():
@@ -102,6 +115,7 @@ class Care:
                 if entry.failed and entry.name != NOT_READY:
                     say(f"{entry.name} could not be loaded: {failures.one_line(entry.reason)}")
                     self._server.control.forget_failure(entry.name)
+                    self._forgotten.add(entry.name)
         except (ControlError, OSError):
             return  # whether the server is well is for the health check to find out
 
