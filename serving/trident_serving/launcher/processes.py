@@ -67,10 +67,8 @@ def kill(pid: int) -> None:
 def before_server() -> None:
     """For `preexec_fn`: a launcher that is killed outright leaves no server behind, and the server gets many files.
 
-    Streams that are cancelled leave a socket in the server each now and then (2.51). Requests and answers pass through
-    shared memory, which other users of the machine could read with the usual umask.
+    Streams that are cancelled leave a socket in the server each now and then (2.51).
     """
-    os.umask(0o077)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

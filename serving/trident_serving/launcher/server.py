@@ -164,6 +164,16 @@ class Server:
         if self.status is None:
             processes.hide_argument(self.pid, self._key.value)
 
+    def close_shared_memory(self) -> None:
+        """Let nobody else read the regions through which requests and answers pass.
+
+        Triton makes them readable for every user of the machine, whatever the umask; its own processes have them open.
+        """
+        for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if region.stat().st_mode & 0o077:
+                    region.chmod(0o600)
+
     def end(self, seconds: float) -> None:
         """End every process of the server.
 

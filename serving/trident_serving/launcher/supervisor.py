@@ -114,6 +114,7 @@ class Supervisor:
         try:
             while not self._orders.stop.wait(TICK_SECONDS):
                 self._check_server(care)
+                self._server.close_shared_memory()
                 for record, why in self._watch.fallen(self._server.runtime.records()):
                     self._restore(record, why, care)
         finally:
@@ -149,6 +150,7 @@ class Supervisor:
                 hidden = True
         self._live = True
         self._server.hide_key()
+        self._server.close_shared_memory()
         self._server.view.refresh()  # a model may have gone while the others were loaded
         index = control.index()
         failed = failures.find(index, wanted, artefacts.read_manifests(self._server.options.repository))
