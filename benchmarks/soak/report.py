@@ -149,7 +149,7 @@ def _resources(outcome: Outcome) -> list[str]:
         "## Memory, threads, files",
         "",
         f"A line through the samples after the first third. Flat: over the rest of the run it rises by no more than "
-        f"{verdict.ALLOWED['memory'] / 2**20:.0f} MiB of resident memory, {verdict.ALLOWED['threads']:g} threads, "
+        f"{verdict.ALLOWED['memory'] / 2**20:.0f} MiB of memory, {verdict.ALLOWED['threads']:g} threads, "
         f"{verdict.ALLOWED['files']:g} open files, {verdict.ALLOWED['shared memory'] / 2**20:.0f} MiB of shared "
         f"memory, or {verdict.ALLOWED_SHARE:.1%} of the level, where that is more.",
         "",
@@ -163,7 +163,7 @@ def _resources(outcome: Outcome) -> list[str]:
     if renewed:
         text = ", ".join(f"{name} ({count} processes seen)" for name, count in renewed.items())
         lines += ["", f"Not fitted, as they were unloaded and loaded: {text}."]
-    return [*lines, "", "![resident memory over time](soak.svg)"]
+    return [*lines, "", "![memory over time](soak.svg)"]
 
 
 def _calls(outcome: Outcome) -> list[str]:
@@ -209,7 +209,7 @@ def plot(outcome: Outcome, path: Path) -> None:
     times, sizes = outcome.watch.shared
     axes.plot([moment / 60 for moment in times], [size / 2**20 for size in sizes], "k--", label="shared memory")
     axes.set_xlabel("minutes")
-    axes.set_ylabel("resident memory, MiB")
+    axes.set_ylabel("memory, MiB")
     axes.set_yscale("log")
     axes.legend(fontsize=7, ncols=2)
     figure.tight_layout()

@@ -17,6 +17,12 @@ LAUNCHER = "launcher"
 SHARED_MEMORY = Path("/dev/shm")
 GAUGES = ("trident_slots_used", "trident_requests_running", "trident_requests_waiting")
 _GAUGE = re.compile(r'^(trident_\w+)\{[^}]*model="([^"]+)"[^}]*\} (\S+)$', re.MULTILINE)
+LARGE_KIB = 32 * 1024
+# Of a mapping in /proc/<pid>/smaps: its size, its name and its anonymous pages, in KiB.
+_MAPPING = re.compile(
+    r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)\nSize: +(\d+) kB$(?:\n(?![0-9a-f]+-).*)*?\nAnonymous: +(\d+) kB$",
+    re.MULTILINE,
+)
 _INSTANCE = re.compile(r"_\d+_\d+$")
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -126,14 +132,25 @@ def _model(pid: int) -> str:
 
 
 def _status(pid: int) -> tuple[float, float]:
-    """Resident memory in bytes, without pages of files, which the system takes and gives as it likes; and threads."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    found = {
-        name: float(value) for name, value in re.findall(r"^(RssAnon|RssShmem|Threads):\s+(\d+)", text, re.MULTILINE)
-    }
-    if len(found) < 3:
+    """Memory in bytes, without pages of files, which the system takes and gives as it likes; and threads."""
+    threads = re.search(r"^Threads:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    memory = memory_of(Path(f"/proc/{pid}/smaps").read_text())
+    if threads is None or not memory:
         raise ProcessLookupError(pid)
-    return (found["RssAnon"] + found["RssShmem"]) * 1024, found["Threads"]
+    return memory, float(threads[1])
+
+
+def memory_of(smaps: str) -> float:
+    """Bytes of a process's own memory: what is resident of its mappings, but a large mapping counts whole.
+
+    Large mappings are weights and the KV cache, of which the engine keeps and gives back what its slots hold. Their
+    size is fixed, so one that is new, or grows, is seen; what the cache happens to hold is not taken for a leak.
+    """
+    total = 0
+    for name, size, anonymous in _MAPPING.findall(smaps):
+        large = int(size) >= LARGE_KIB and name != "[heap]"
+        total += int(size) if large and int(anonymous) else int(anonymous)
+    return total * 1024.0
 
 
 def _size_of_regions(prefix: str) -> float:

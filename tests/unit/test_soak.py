@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import answers, hostile, refusals, report, verdict, workers
+from benchmarks.soak import answers, hostile, refusals, report, verdict, watch, workers
 from benchmarks.soak.answers import Case
 from benchmarks.soak.refusals import Refusal, Reply
 from benchmarks.soak.session import Outcome
@@ -214,3 +214,19 @@ def test_half_a_line_of_a_journal_is_left_out(tmp_path: Path) -> None:
         file.write('{"kind": "ki')
     (entry,) = workers.read(tmp_path / "journal")
     assert (entry.kind, entry.outcome) == ("kind", "good")
+
+
+def test_what_a_cache_holds_is_no_leak_and_a_new_mapping_is_one() -> None:
+    def mapping(size: int, anonymous: int, name: str = "") -> str:
+        return (
+            f"7f0000000000-7f0000001000 rw-p 00000000 00:00 0 {name}\nSize: {size:>15} kB\nRss: {anonymous:>16} kB\n"
+            f"Anonymous: {anonymous:>10} kB\nVmFlags: rd wr mr mw me ac sd\n"
+        )
+
+    heap, cache = mapping(60_000, 40_000, "[heap]"), 51_200
+    before = watch.memory_of(heap + mapping(cache, 1_000) + mapping(4_000, 300))
+    assert before == (40_000 + cache + 300) * 1024
+    assert watch.memory_of(heap + mapping(cache, 30_000) + mapping(4_000, 300)) == before
+    assert watch.memory_of(heap + mapping(cache, 1_000) + mapping(4_000, 3_300)) == before + 3_000 * 1024
+    assert watch.memory_of(heap + mapping(cache, 1_000) * 2 + mapping(4_000, 300)) == before + cache * 1024
+    assert watch.memory_of(Path("/proc/self/smaps").read_text()) > 2**23
