@@ -143,7 +143,7 @@ class _Open:
     inputs: Tensors
     prompts: list[Prompt]
     deadline: float
-    work: asyncio.Task[None] | None = field(default=None)
+    work: asyncio.Task[Tensors] | None = field(default=None)
 
 
 class TemplateService:
@@ -208,6 +208,8 @@ class TemplateService:
 
     def _begin(self, entry: _Open) -> None:
         entry.work = self._loop.create_task(self._answer(entry))
+        # Not at the end of the coroutine, which a task that is cancelled before its first step never enters.
+        entry.work.add_done_callback(lambda work: self._finish(entry, work))
 
     async def _watch(self) -> None:
         """Cancel the calls of clients that have gone."""
@@ -220,24 +222,22 @@ class TemplateService:
                 except Exception:
                     logger.exception("a client could not be asked for")
 
-    async def _answer(self, entry: _Open) -> None:
-        result: Tensors | Exception
-        try:
-            at_once = asyncio.Semaphore(QUESTIONS_AT_ONCE)
-            calls = [self._complete(entry, prompt, at_once) for prompt in entry.prompts]
-            result = self._task.answer(entry.prompts, await _all(calls))
-        except asyncio.CancelledError:
-            unloaded = Overloaded("the model was unloaded before the answer was complete")
-            result = unloaded if self._stopping else Cancelled("the request was cancelled")
-        except Exception as error:
-            result = error
+    async def _answer(self, entry: _Open) -> Tensors:
+        at_once = asyncio.Semaphore(QUESTIONS_AT_ONCE)
+        calls = [self._complete(entry, prompt, at_once) for prompt in entry.prompts]
+        return self._task.answer(entry.prompts, await _all(calls))
+
+    def _finish(self, entry: _Open, work: asyncio.Task[Tensors]) -> None:
         with self._lock:
             self._open.discard(entry)
         try:
-            if isinstance(result, Exception):
-                entry.channel.fail(result)
+            if work.cancelled():
+                unloaded = Overloaded("the model was unloaded before the answer was complete")
+                entry.channel.fail(unloaded if self._stopping else Cancelled("the request was cancelled"))
+            elif isinstance(error := work.exception(), Exception):
+                entry.channel.fail(error)
             else:
-                entry.channel.send(result)
+                entry.channel.send(work.result())
         except Exception:
             logger.exception("a response could not be sent")
 
