@@ -2,7 +2,7 @@
 
 A backend process that died or hangs is noticed by its record (see `runtime_folder`); its model is unloaded and loaded,
 and no other model notices. Callers whose answers it held hear nothing from Triton (2.51), so their connections are
-closed; where the system does not allow that, or a model does not come back, the whole server is started anew.
+closed; where the system does not allow that, or the server does not answer, the whole server is started anew.
 """
 
 from __future__ import annotations
