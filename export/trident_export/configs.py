@@ -13,10 +13,11 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_export import ensembles
-from trident_export.limits import AnswerLimits, EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
+from trident_export.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
+from trident_serving import encoders
 from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
+from trident_serving.encoders.task import Tensor
 
 
 def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[str, pb.ModelConfig]:
@@ -208,9 +209,8 @@ def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
     config = _base(spec.name, "trident_template", max_batch_size=0 if answers else 1)
     options = [(name, GENERATION_OPTIONS[name], [1]) for name in TEMPLATE_OPTIONS]
     if answers:
-        stages = ensembles.stages(spec.task, AnswerLimits())
-        config.input.extend(_tensor(pb.ModelInput, *item) for item in stages.texts)
-        config.output.extend(_tensor(pb.ModelOutput, *item) for item in stages.answers)
+        task = encoders.TASKS[spec.task]
+        _add_tensors(config, limits, task.texts, (), task.answers)
     else:
         config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
         config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
@@ -223,23 +223,23 @@ def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
 
 
 def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig]:
-    stages = ensembles.stages(spec.task, limits)
+    task = encoders.TASKS[spec.task]
     batch = limits.max_batch_size
-    outer = batch if stages.batched else 0
+    outer = batch if task.batched else 0
 
     tokenizer = _base(f"{spec.name}_tokenizer", "trident_tokenizer", outer)
-    _add_tensors(tokenizer, stages.texts, stages.tokenizer_options, stages.tokens)
-    _set_parameters(tokenizer, {"task": spec.task, **stages.tokenizer_parameters})
+    _add_tensors(tokenizer, limits, task.texts, task.options, task.tokens)
+    _set_parameters(tokenizer, {"task": spec.task} | _taken(limits, task.parameters))
     yield tokenizer
 
     postprocess = _base(f"{spec.name}_postprocess", "trident_postprocess", outer)
-    _add_tensors(postprocess, stages.read, stages.postprocess_options, stages.answers)
-    _set_parameters(postprocess, {"task": spec.task, **stages.postprocess_parameters})
+    _add_tensors(postprocess, limits, task.read_tensors, task.answer_options, task.answers)
+    _set_parameters(postprocess, {"task": spec.task} | _taken(limits, task.answer_parameters))
     yield postprocess
 
     for variant in spec.variants:
         model = _base(model_part(spec, variant), "onnxruntime", batch)
-        _add_tensors(model, stages.model_inputs, (), stages.model_outputs)
+        _add_tensors(model, limits, task.model_inputs, (), task.model_outputs)
         _set_parameters(model, {"intra_op_thread_count": limits.threads})
         yield model
 
@@ -255,15 +255,25 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig
         yield ensemble
 
 
+def _taken(limits: EncoderLimits, parameters: Mapping[str, str]) -> dict[str, object]:
+    """Parameters of a stage with the values of the limits that they come from; lists as "32,64"."""
+    values = {name: getattr(limits, limit) for name, limit in parameters.items()}
+    return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
 def _add_tensors(
     config: pb.ModelConfig,
-    inputs: Iterable[ensembles.Tensor],
-    optional: Iterable[ensembles.Tensor],
-    outputs: Iterable[ensembles.Tensor],
+    limits: object,
+    inputs: Iterable[Tensor],
+    optional: Iterable[Tensor],
+    outputs: Iterable[Tensor],
 ) -> None:
-    config.input.extend(_tensor(pb.ModelInput, *item) for item in inputs)
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in optional)
-    config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
+    def add(kind: Any, tensors: Iterable[Tensor], **more: bool) -> Iterable[Any]:
+        return (_tensor(kind, tensor.name, tensor.data_type, tensor.dims(limits), **more) for tensor in tensors)
+
+    config.input.extend(add(pb.ModelInput, inputs))
+    config.input.extend(add(pb.ModelInput, optional, optional=True))
+    config.output.extend(add(pb.ModelOutput, outputs))
     if config.max_batch_size:
         config.dynamic_batching.SetInParent()
 

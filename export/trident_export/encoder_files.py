@@ -9,10 +9,9 @@ from transformers import PretrainedConfig
 
 from trident_export import folder as hf
 from trident_export.errors import UnsupportedModel
-from trident_serving.classification import Activation
-from trident_serving.encoding import TOKENIZER, TokenRoles
-from trident_serving.pooling import Pooling, PoolingSettings
-from trident_serving.postprocessing import LabelSettings
+from trident_serving.encoders.labels import Activation, LabelSettings
+from trident_serving.encoders.pooling import Pooling, PoolingSettings
+from trident_serving.encoders.tokens import TOKENIZER, TokenRoles
 
 _POOLING_MODES = {
     "pooling_mode_mean_tokens": Pooling.MEAN,

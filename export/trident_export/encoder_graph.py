@@ -29,7 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 from trident_export import folder as hf
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.unpadding import unpad
-from trident_serving.pooling import Pooling
+from trident_serving.encoders.pooling import Pooling
 
 INPUTS = ("input_ids", "attention_mask")
 TOKEN_TYPES = "token_type_ids"
@@ -180,7 +180,7 @@ def with_top_logits(model: onnx.ModelProto, k: int) -> None:
 
 
 def with_pooling(model: onnx.ModelProto, pooling: Pooling) -> None:
-    """Add the output `pooled`; the numbers are those of `trident_serving.pooling.pool` for padding on the right."""
+    """Add the output `pooled`; the numbers are those of `encoders.pooling.pool` for padding on the right."""
     graph = model.graph
     constants = {
         "zero": np.array(0, np.int64),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trident_export.errors import ModelsFileError
-from trident_serving.entities import Aggregation
+from trident_serving.encoders.entities import Aggregation
 from trident_serving.seq2seq.source import LongInput
 
 DEVICES = ("cpu", "cuda")

@@ -243,7 +243,7 @@ def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     minilm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trident_export import encoder_graph
-    from trident_serving.pooling import Pooling
+    from trident_serving.encoders.pooling import Pooling
 
     table = {
         "task": "feature-extraction",

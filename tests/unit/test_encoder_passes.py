@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trident_export import encoder_graph, recipes, unpadding
 from trident_export.passes.rows import quantize_rows
-from trident_serving.pooling import Pooling, pool
+from trident_serving.encoders.pooling import Pooling, pool
 
 GENERATOR = np.random.default_rng(3)
 WIDTH = 16

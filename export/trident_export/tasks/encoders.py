@@ -19,7 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from trident_export import configs, corpora, disk, encoder_files, ensembles, fidelity, recipes
+from trident_export import configs, corpora, disk, encoder_files, fidelity, recipes
 from trident_export import folder as hf
 from trident_export.encoder_graph import TOKEN_TYPES, export_encoder_graph
 from trident_export.errors import ModelsFileError, TextError
@@ -29,14 +29,14 @@ from trident_export.passes import Feeder, Feeds
 from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.tasks import Job, Referee
-from trident_serving import preprocessing
 from trident_serving.artefacts import VERSION
-from trident_serving.classification import Activation, activate, softmax
-from trident_serving.encoding import TokenRoles
+from trident_serving.encoders import TASKS
+from trident_serving.encoders.labels import Activation, LabelSettings, activate, softmax
+from trident_serving.encoders.pooling import PoolingSettings, normalize, pool
+from trident_serving.encoders.task import Stage
+from trident_serving.encoders.tokens import TokenRoles
 from trident_serving.errors import InvalidRequest
 from trident_serving.onnx_backend import OnnxModel
-from trident_serving.pooling import PoolingSettings, normalize, pool
-from trident_serving.postprocessing import LabelSettings
 from trident_serving.text import encode_texts
 from trident_serving.triton_adapter import parameters
 
@@ -69,14 +69,14 @@ def trace(job: Job) -> None:
     save_postprocess(spec, job.source, tokenizer_folder, job.staging / f"{spec.name}_postprocess" / VERSION)
     job.graphs.mkdir()
     job.progress("tracing the graph")
-    stages = ensembles.stages(spec.task, limits)
+    task = TASKS[spec.task]
     export_encoder_graph(
         job.source,
         job.graphs / "model.onnx",
         spec.task,
         HEADS[spec.task],
-        [name for name, *_ in stages.model_outputs],
-        pairs=TOKEN_TYPES in [name for name, *_ in stages.model_inputs],
+        [tensor.name for tensor in task.model_outputs],
+        pairs=TOKEN_TYPES in [tensor.name for tensor in task.model_inputs],
         top_k=limits.top_k if isinstance(limits, FillMaskLimits) else 0,
         pooling=encoder_files.read_pooling(job.source).pooling if spec.task == "feature-extraction" else None,
     )
@@ -133,7 +133,8 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
     """
     built = configs.build(spec)
     name = f"{spec.name}_tokenizer"
-    preprocess = preprocessing.create(parameters(configs.as_backend_json(built[name])), root / name / VERSION)
+    settings = parameters(configs.as_backend_json(built[name]))
+    preprocess = TASKS[spec.task].preprocess(root / name / VERSION, settings)
     pairs = [taken for taken, _ in readable(spec, preprocess, sample_texts(spec, source, texts))]
     if not pairs:
         raise TextError(f"the tokenizer of {spec.name} knows none of the texts: give some of its language")
@@ -185,7 +186,7 @@ def calibration_feeder(job: Job, tokenizer_folder: Path) -> Feeder:
     """
     spec = job.spec
     config = configs.as_backend_json(configs.build(spec)[f"{spec.name}_tokenizer"])
-    preprocess = preprocessing.create(parameters(config), tokenizer_folder)
+    preprocess = TASKS[spec.task].preprocess(tokenizer_folder, parameters(config))
     unknown = TokenRoles.load(tokenizer_folder).unk_token_id
 
     def feeds(samples: int, seed: int) -> Feeds:
@@ -204,7 +205,7 @@ def calibration_feeder(job: Job, tokenizer_folder: Path) -> Feeder:
 
 
 def readable(
-    spec: ModelSpec, preprocess: preprocessing.Preprocess, pairs: Sequence[tuple[str, ...]]
+    spec: ModelSpec, preprocess: Stage, pairs: Sequence[tuple[str, ...]]
 ) -> list[tuple[tuple[str, ...], dict[str, NDArray[Any]]]]:
     """The texts that a request could bring, with the graph's inputs for each; others are left out.
 
@@ -323,7 +324,7 @@ def _token_reader(tensors: Mapping[str, NDArray[Any]]) -> list[Floats]:
 def _served(
     spec: ModelSpec,
     model: OnnxModel,
-    preprocess: preprocessing.Preprocess,
+    preprocess: Stage,
     pairs: Sequence[tuple[str, ...]],
     batch: int,
 ) -> Iterator[dict[str, NDArray[Any]]]:
@@ -336,18 +337,18 @@ def _served(
 
 
 def _inputs(
-    spec: ModelSpec, preprocess: preprocessing.Preprocess, pairs: Sequence[tuple[str, ...]], batch: int
+    spec: ModelSpec, preprocess: Stage, pairs: Sequence[tuple[str, ...]], batch: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """The graph's inputs for the texts, in padded batches."""
-    stages = ensembles.stages(spec.task, _limits(spec))
-    names = [name for name, *_ in stages.texts]
-    size = batch if stages.batched else 1
+    task = TASKS[spec.task]
+    names = [tensor.name for tensor in task.texts]
+    size = batch if task.batched else 1
     for start in track(range(0, len(pairs), size), f"texts, {size} at a time"):
         columns = [encode_texts(column) for column in zip(*pairs[start : start + size], strict=True)]
         request: dict[str, NDArray[Any]] = dict(zip(names, columns, strict=True))
         tensors = preprocess(request | {"truncate": np.ones(1, np.bool_)})
         # Of a long context the first window alone, which is what Hugging Face's side reads.
-        yield {name: tensors[name][:size] for name, *_ in stages.model_inputs}
+        yield {tensor.name: tensors[tensor.name][:size] for tensor in task.model_inputs}
 
 
 def _limits(spec: ModelSpec) -> EncoderLimits:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from trident_serving.encoding import knows_nothing
+from trident_serving.encoders.tokens import knows_nothing
 from trident_serving.errors import InvalidRequest
 
 _SETTINGS = "source.json"

@@ -5,15 +5,21 @@ Reference: transformers, `TokenClassificationPipeline`; the scheme of labels is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from trident_serving.classification import softmax
+from trident_serving.encoders.labels import LabelSettings, softmax
+from trident_serving.encoders.task import SCORE, SINGLE, TEXT, TRUNCATE, EncoderTask, Stage, Tensor, Tensors
+from trident_serving.encoders.tokens import TokenRoles, load_tokenizer, read_texts
+from trident_serving.errors import InvalidRequest
+from trident_serving.text import decode_texts, encode_texts
 
 Floats = NDArray[np.float32]
 
@@ -36,7 +42,7 @@ class Aggregation(StrEnum):
 
 @dataclass(frozen=True)
 class Entity:
-    """A piece of the text, [start, end) in characters, with its label."""
+    """A span of the text, [start, end) in characters, with its label."""
 
     label: str
     score: float
@@ -82,8 +88,8 @@ class EntityFinder:
         kept = np.flatnonzero(spans[:, 0] >= 0)
         scores = softmax(logits[kept])
         tokens = [
-            self._token(text, int(input_ids[place]), row, int(spans[place, 0]), int(spans[place, 1]))
-            for place, row in zip(kept, scores, strict=True)
+            self._token(text, int(input_ids[position]), row, int(spans[position, 0]), int(spans[position, 1]))
+            for position, row in zip(kept, scores, strict=True)
         ]
         if aggregation in (Aggregation.NONE, Aggregation.SIMPLE):
             entities = [self._entity([token], token.word, token.scores) for token in tokens]
@@ -128,8 +134,8 @@ class EntityFinder:
 
     def _text(self, words: Iterable[str]) -> str:
         decoder = self._tokenizer.decoder
-        pieces = list(words)
-        text: str = decoder.decode(pieces) if decoder is not None else " ".join(pieces)
+        tokens = list(words)
+        text: str = decoder.decode(tokens) if decoder is not None else " ".join(tokens)
         return text
 
 
@@ -160,3 +166,65 @@ def _parts(label: str) -> tuple[str, str]:
     if label[:2] in ("B-", "I-"):
         return label[0], label[2:]
     return "I", label
+
+
+def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
+    finder = EntityFinder(
+        load_tokenizer(folder), LabelSettings.load(folder).labels, TokenRoles.load(folder).unk_token_id
+    )
+    default = Aggregation(parameters["aggregation"])
+
+    def postprocess(tensors: Tensors) -> Tensors:
+        aggregation = _aggregation(tensors, default)
+        texts = decode_texts(tensors["text_input"], "text_input")
+        rows = zip(texts, tensors["input_ids"], tensors["logits"], tensors["token_spans"], strict=True)
+        return padded_spans([finder.find(text, ids, logits, spans, aggregation) for text, ids, logits, spans in rows])
+
+    return postprocess
+
+
+def _aggregation(tensors: Tensors, default: Aggregation) -> Aggregation:
+    if "aggregation_strategy" not in tensors:
+        return default
+    name = decode_texts(tensors["aggregation_strategy"][:1], "aggregation_strategy")[0]
+    if name not in list(Aggregation):
+        raise InvalidRequest(f"aggregation_strategy must be one of {', '.join(Aggregation)}, found {name[:80]!r}")
+    return Aggregation(name)
+
+
+def padded_spans(found: Sequence[Sequence[Entity]]) -> Tensors:
+    """[texts, spans] each; shorter rows are filled with empty spans, whose start is -1."""
+    width = max(map(len, found), default=0)
+    nothing = Entity("", 0.0, "", -1, -1)
+    rows = [[*entities, *[nothing] * (width - len(entities))] for entities in found]
+    shape = (len(rows), width)
+    flat = [entity for row in rows for entity in row]
+    return {
+        "entity": encode_texts(entity.label for entity in flat).reshape(shape),
+        "score": np.array([entity.score for entity in flat], np.float32).reshape(shape),
+        "word": encode_texts(entity.word for entity in flat).reshape(shape),
+        "start": np.array([entity.start for entity in flat], np.int32).reshape(shape),
+        "end": np.array([entity.end for entity in flat], np.int32).reshape(shape),
+    }
+
+
+TASK = EncoderTask(
+    name="token-classification",
+    texts=(TEXT,),
+    options=(TRUNCATE,),
+    model_inputs=SINGLE,
+    model_outputs=(Tensor("logits", "FP32", (-1, "labels")),),
+    extra=(Tensor("token_spans", "INT32", (-1, 2)),),
+    read=("text_input", "input_ids", "logits", "token_spans"),
+    answer_options=(Tensor("aggregation_strategy", "STRING", (1,)),),
+    answers=(
+        Tensor("entity", "STRING", (-1,)),
+        SCORE,
+        Tensor("word", "STRING", (-1,)),
+        Tensor("start", "INT32", (-1,)),
+        Tensor("end", "INT32", (-1,)),
+    ),
+    answer_parameters={"aggregation": "aggregation"},
+    preprocess=partial(read_texts, spans=True),
+    postprocess=_load,
+)

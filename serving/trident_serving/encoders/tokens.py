@@ -1,4 +1,4 @@
-"""Texts to padded batches for an encoder: the tokenizer stage of an ensemble.
+"""Texts to padded batches for an encoder: what the tokenizer stages of all tasks share.
 
 Batches are padded to one of a few lengths, the buckets, so that requests of similar length have the same
 shape and Triton's dynamic batcher can join them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from trident_serving.encoders.task import Stage, Tensors, flag
 from trident_serving.errors import InvalidRequest
+from trident_serving.text import decode_texts, numbered
 
 TOKENIZER = "tokenizer.json"
 _ROLES = "encoding.json"
-
-Tensors = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Batcher:
         self._pad_id = int(padding.get("pad_id", 0))
         self._pad_type_id = int(padding.get("pad_type_id", 0))
 
-    def tensors(self, encodings: Sequence[Encoding]) -> Tensors:
+    def tensors(self, encodings: Sequence[Encoding]) -> dict[str, NDArray[Any]]:
         """`input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket], padded on the right."""
         longest = max(len(encoding.ids) for encoding in encodings)
         shape = (len(encodings), self._buckets[bisect_left(self._buckets, longest)])
@@ -130,42 +130,27 @@ class Batcher:
 
 
 class TextEncoder:
-    """A model's tokenizer with its limits, for texts and for pairs of texts.
+    """A model's tokenizer with its limits, for texts and for pairs of texts."""
 
-    Args:
-        field: the request's name of the (first) text.
-        pair_field: and of the second.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        settings: EncodingSettings,
-        roles: TokenRoles | None = None,
-        *,
-        field: str = "text_input",
-        pair_field: str = "text_pair",
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings, roles: TokenRoles | None = None) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._roles = roles or TokenRoles()
-        self._fields = (field, pair_field)
         self._batcher = Batcher(tokenizer, settings)
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
     @classmethod
-    def load(
-        cls, folder: Path, settings: EncodingSettings, *, field: str = "text_input", pair_field: str = "text_pair"
-    ) -> TextEncoder:
+    def load(cls, folder: Path, settings: EncodingSettings) -> TextEncoder:
         """Read `tokenizer.json`, whose padding entry names the padding token, and `encoding.json`."""
-        return cls(load_tokenizer(folder), settings, TokenRoles.load(folder), field=field, pair_field=pair_field)
+        return cls(load_tokenizer(folder), settings, TokenRoles.load(folder))
 
     def encode(
         self,
         texts: Sequence[str],
         pairs: Sequence[str] | None = None,
         *,
+        names: Iterable[Sequence[str]] | None = None,
         truncate: bool | None = None,
         spans: bool = False,
     ) -> Tensors:
@@ -173,6 +158,7 @@ class TextEncoder:
 
         Args:
             pairs: the second text of each, where the model reads two.
+            names: what errors call each text, or both of a pair; None: `text_input` and `text_pair`.
             truncate: cut longer texts to `max_tokens`; None takes the model's setting.
             spans: whether to say which characters a token stands for.
 
@@ -187,8 +173,9 @@ class TextEncoder:
         encodings: list[Encoding] = self._tokenizer.encode_batch(inputs)
         if self._settings.truncate if truncate is None else truncate:
             encodings = [self._truncated(encoding, text) for encoding, text in zip(encodings, inputs, strict=True)]
-        for row, encoding in enumerate(encodings):
-            self._check(encoding, row, inputs)
+        names = names or zip(*(numbered(field, len(inputs)) for field in ("text_input", "text_pair")), strict=True)
+        for encoding, text, called in zip(encodings, inputs, names, strict=True):
+            self._check(encoding, text, called)
         tensors = self._batcher.tensors(encodings)
         return tensors | {"token_spans": _spans(encodings, tensors["input_ids"].shape)} if spans else tensors
 
@@ -204,22 +191,20 @@ class TextEncoder:
             raise InvalidRequest(f"prompt_name {name[:80]!r} is not known to this model; known: {known}")
         return [prompts[name] + text for text in texts]
 
-    def _check(self, encoding: Encoding, row: int, inputs: Sequence[Any]) -> None:
-        single = isinstance(inputs[row], str)
-        names = [field if len(inputs) == 1 else f"{field}[{row}]" for field in self._fields]
+    def _check(self, encoding: Encoding, text: Any, names: Sequence[str]) -> None:
+        texts = [text] if isinstance(text, str) else text
         limit = self._settings.max_tokens
         if len(encoding.ids) > limit:
             what, length = (names[0], f"has {len(encoding.ids)} tokens")
-            if not single:
+            if len(texts) > 1:
                 what, length = f"{names[0]} and {names[1]}", f"have {len(encoding.ids)} tokens together"
             raise InvalidRequest(
                 f"{what} {length}, the model takes {limit}: shorten it, or set truncate to use its beginning alone"
             )
         sequences = {sequence for sequence in encoding.sequence_ids if sequence is not None}
-        for index, name in enumerate(names[: 1 if single else 2]):
+        for index, part in enumerate(texts):
             if index not in sequences:
-                text = inputs[row] if single else inputs[row][index]
-                raise InvalidRequest(f"{name} is empty: {text[:80]!r} holds no token")
+                raise InvalidRequest(f"{names[index]} is empty: {part[:80]!r} holds no token")
         if knows_nothing(encoding, self._roles.unk_token_id):
             raise InvalidRequest(f"{names[0]} holds no token that the model's vocabulary knows")
 
@@ -233,6 +218,30 @@ class TextEncoder:
             return self._tokenizer.encode(*([text] if isinstance(text, str) else text))
         finally:
             self._tokenizer.no_truncation()
+
+
+def read_texts(folder: Path, parameters: Mapping[str, str], *, spans: bool = False) -> Stage:
+    """The tokenizer stage of tasks that read `text_input`, with the options `text_pair`, `prompt_name` and `truncate`.
+
+    Args:
+        spans: see `TextEncoder.encode`.
+    """
+    settings = EncodingSettings.from_parameters(parameters)
+    encoder = TextEncoder.load(folder, settings)
+
+    def preprocess(tensors: Tensors) -> Tensors:
+        texts = decode_texts(tensors["text_input"], "text_input", settings.max_bytes)
+        pairs = None
+        if "text_pair" in tensors:
+            pairs = decode_texts(tensors["text_pair"], "text_pair", settings.max_bytes)
+        if "prompt_name" in tensors:
+            names = set(decode_texts(tensors["prompt_name"], "prompt_name"))
+            if len(names) > 1:
+                raise InvalidRequest(f"prompt_name must be the same for all texts of a request, found {sorted(names)}")
+            texts = encoder.with_prompt(names.pop(), texts)
+        return encoder.encode(texts, pairs, truncate=flag(tensors, "truncate"), spans=spans)
+
+    return preprocess
 
 
 def _spans(encodings: Sequence[Encoding], shape: tuple[int, ...]) -> NDArray[np.int32]:

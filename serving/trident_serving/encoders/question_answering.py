@@ -17,12 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from trident_serving.encoding import Batcher, EncodingSettings, Tensors, TokenRoles, load_tokenizer
+from trident_serving.encoders.entities import Entity, padded_spans
+from trident_serving.encoders.task import ENCODING, PAIR, TOP_K, EncoderTask, Stage, Tensor, Tensors, count, flag
+from trident_serving.encoders.tokens import Batcher, EncodingSettings, TokenRoles, load_tokenizer
 from trident_serving.errors import InvalidRequest
+from trident_serving.text import decode_texts
 
 Floats = NDArray[np.float32]
 
 DEFAULT_MAX_ANSWER_LEN = 15
+LONGEST_ANSWER = 512
+MAX_ANSWERS = 100
 _MASKED = -10000.0
 
 
@@ -65,7 +70,7 @@ class QuestionEncoder:
         return cls(load_tokenizer(folder), settings, windows, TokenRoles.load(folder))
 
     def encode(self, questions: Sequence[str], contexts: Sequence[str]) -> Tensors:
-        """The windows of every question over its context; one context alone serves all questions.
+        """The windows of every question over its context; one context serves all questions.
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, int64 [windows, bucket]; `window_question`, int32
@@ -167,13 +172,13 @@ def find_answers(
     """
     found: dict[str, list[Any]] = {}  # text in lower case -> text, score, start, end
     no_answer = 1e6
-    for start_row, end_row, places in zip(start_logits, end_logits, spans, strict=True):
-        allowed = places[:, 0] >= 0
+    for start_row, end_row, window_spans in zip(start_logits, end_logits, spans, strict=True):
+        allowed = window_spans[:, 0] >= 0
         start, end = _probabilities(start_row, allowed), _probabilities(end_row, allowed)
         no_answer = min(no_answer, float(start[0] * end[0]))
         start[0] = end[0] = 0.0
         for first, last, score in _best_spans(start, end, allowed, 2 * top_k + 10, max_answer_len):
-            begin, stop = _characters(places[first], places[last])
+            begin, stop = _characters(window_spans[first], window_spans[last])
             text = context[begin:stop]
             known = found.setdefault(text.lower(), [text, 0.0, begin, stop])
             known[1] += score
@@ -212,3 +217,62 @@ def _characters(first: NDArray[np.int32], last: NDArray[np.int32]) -> tuple[int,
     if first[2] >= 0 and last[3] >= 0:
         return int(first[2]), int(last[3])
     return int(first[0]), int(last[1])  # a tokenizer without words
+
+
+def _read(folder: Path, parameters: Mapping[str, str]) -> Stage:
+    settings = EncodingSettings.from_parameters(parameters)
+    encoder = QuestionEncoder.load(folder, settings, WindowSettings.from_parameters(parameters))
+
+    def preprocess(tensors: Tensors) -> Tensors:
+        questions, contexts = (
+            decode_texts(tensors[name], name, settings.max_bytes) for name in ("question", "context")
+        )
+        return encoder.encode(questions, contexts)
+
+    return preprocess
+
+
+def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
+    def postprocess(tensors: Tensors) -> Tensors:
+        top_k = count(tensors, "top_k", 1, MAX_ANSWERS, "answers")
+        longest = count(tensors, "max_answer_len", DEFAULT_MAX_ANSWER_LEN, LONGEST_ANSWER, "tokens")
+        impossible = bool(flag(tensors, "handle_impossible_answer"))
+        contexts = decode_texts(tensors["context"], "context")
+        owners = tensors["window_question"]
+        if len(contexts) == 1:
+            contexts = contexts * (int(owners.max()) + 1)
+        found, no_answer = [], []
+        for row, context in enumerate(contexts):
+            windows = [tensors[name][owners == row] for name in ("start_logits", "end_logits", "token_spans")]
+            answers, score = find_answers(
+                context, *windows, top_k=top_k, max_answer_len=longest, handle_impossible_answer=impossible
+            )
+            found.append([Entity("", answer.score, answer.text, answer.start, answer.end) for answer in answers])
+            no_answer.append(score)
+        rows = dict(padded_spans(found))
+        del rows["entity"]
+        return {"answer": rows.pop("word"), **rows, "no_answer_score": np.array(no_answer, np.float32)}
+
+    return postprocess
+
+
+TASK = EncoderTask(
+    name="question-answering",
+    texts=(Tensor("question", "STRING", (-1,)), Tensor("context", "STRING", (-1,))),
+    model_inputs=PAIR,
+    model_outputs=(Tensor("start_logits", "FP32", (-1,)), Tensor("end_logits", "FP32", (-1,))),
+    extra=(Tensor("token_spans", "INT32", (-1, -1, 4)), Tensor("window_question", "INT32", (-1,))),
+    read=("context", "start_logits", "end_logits", "token_spans", "window_question"),
+    answer_options=(TOP_K, Tensor("max_answer_len", "INT32", (1,)), Tensor("handle_impossible_answer", "BOOL", (1,))),
+    answers=(
+        Tensor("answer", "STRING", (-1, -1)),
+        Tensor("score", "FP32", (-1, -1)),
+        Tensor("start", "INT32", (-1, -1)),
+        Tensor("end", "INT32", (-1, -1)),
+        Tensor("no_answer_score", "FP32", (-1,)),
+    ),
+    batched=False,
+    parameters={**ENCODING, "stride": "stride", "max_windows": "max_batch_size"},
+    preprocess=_read,
+    postprocess=_load,
+)

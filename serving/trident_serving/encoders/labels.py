@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+
+_LABELS = "labels.json"
 
 
 class Activation(StrEnum):
@@ -17,6 +22,24 @@ class Activation(StrEnum):
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
     NONE = "none"
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """A classifier's labels, in the order of its logits, and what makes scores; `labels.json`."""
+
+    labels: tuple[str, ...]
+    activation: Activation
+
+    @classmethod
+    def load(cls, folder: Path) -> LabelSettings:
+        """Read `folder/labels.json`."""
+        settings = json.loads((folder / _LABELS).read_text(encoding="utf-8"))
+        return cls(tuple(settings["labels"]), Activation(settings["activation"]))
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/labels.json`."""
+        (folder / _LABELS).write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def softmax(logits: Floats) -> Floats:
@@ -37,6 +60,6 @@ def activate(logits: Floats, activation: Activation) -> Floats:
 
 
 def best(scores: Floats, top_k: int) -> tuple[NDArray[Any], Floats]:
-    """Places and values of the largest scores over the last axis, the largest first, [..., top_k]."""
+    """Indices and values of the largest scores over the last axis, the largest first, [..., top_k]."""
     order = np.argsort(-scores, axis=-1, kind="stable")[..., :top_k]
     return order, np.take_along_axis(scores, order, axis=-1)

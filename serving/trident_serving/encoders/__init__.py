@@ -1,0 +1,36 @@
+"""Tasks of models that read whole texts at once. A module each: its tensors, its tokenizer and postprocess stages.
+
+A new task is a module with an `EncoderTask` and a row in `TASKS`; `trident_export.tasks.encoders` has its other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trident_serving.encoders import (
+    classification,
+    embeddings,
+    entities,
+    fill_mask,
+    question_answering,
+    ranking,
+)
+from trident_serving.encoders.task import EncoderTask
+
+# By the transformers pipeline's name.
+TASKS: Mapping[str, EncoderTask] = {
+    module.TASK.name: module.TASK
+    for module in (embeddings, classification, entities, question_answering, ranking, fill_mask)
+}
+
+
+def task_of(parameters: Mapping[str, str]) -> EncoderTask:
+    """The task that a config's `parameters` name.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    task = parameters.get("task")
+    if task is None or task not in TASKS:
+        raise ValueError(f"parameter 'task' must be one of {', '.join(TASKS)}, found {task!r}")
+    return TASKS[task]
