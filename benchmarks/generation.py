@@ -35,7 +35,8 @@ from benchmarks.peers import (
     trident_logits,
 )
 from trident_client import Client
-from trident_export import corpora, fidelity, models_file, sources
+from trident_export import corpora, fidelity, models_file
+from trident_export.huggingface import sources
 from trident_serving.tokenization import TextTokenizer
 
 MODEL = "smollm2"
@@ -79,7 +80,7 @@ def measure(client: Client, models: Path, repository: Path, cache: Path, rounds:
     """Every peer at every concurrency, and the engine's parts."""
     spec = models_file.select(models_file.load(models), MODEL)[0]
     base = models.resolve().parent
-    source = sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr))
+    source = sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr)).path
     tokenizer = TextTokenizer.load(repository / MODEL / "1")
     texts = [text[:240] for text in corpora.held_out() if len(text) > 200]
     prompts = [tokenizer.encode(text) for text in texts]

@@ -34,12 +34,12 @@ from trident_export import (
     recipes,
     report,
     sensitivity,
-    sources,
     tasks,
 )
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, UsageError
-from trident_export.limits import TemplateLimits
+from trident_export.huggingface import sources
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.sensitivity import Grouping
 from trident_serving import artefacts
 
@@ -179,7 +179,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     texts = corpora.read(options.text) if options.text else None
     report: dict[str, quality.Measures] = {}
     for spec in models_file.select(models_file.load(options.models_file), options.model or None, on_demand=True):
-        if isinstance(spec.limits, TemplateLimits):
+        if spec.template:
             continue  # its generator has the measures
         if artefacts.read_manifest(options.repository, spec.name) is None:
             if options.model:
@@ -213,12 +213,12 @@ def _sensitivity(options: argparse.Namespace) -> int:
     return 0
 
 
-def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, Path]:
+def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, HuggingFaceFolder]:
     """The spec that a command is for, and its Hugging Face folder."""
     base = options.models_file.resolve().parent
     (spec,) = models_file.select(models_file.load(options.models_file), options.model)
-    if isinstance(spec.limits, TemplateLimits):
-        raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.limits.generator}")
+    if spec.template:
+        raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.template.generator}")
     return spec, sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
 
 

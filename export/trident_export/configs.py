@@ -26,14 +26,15 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
     Args:
         unverified: variants that the gate refused, with its reason: it becomes a parameter of the public models.
     """
-    if isinstance(spec.limits, GenerationLimits):
-        configs = [_generator(spec.public_name(variant), spec.limits) for variant in spec.variants]
-    elif isinstance(spec.limits, TemplateLimits):
-        configs = [_template(spec, spec.limits)]
-    elif isinstance(spec.limits, Seq2SeqLimits):
-        configs = [_seq2seq(spec.public_name(variant), spec.limits) for variant in spec.variants]
+    if spec.generation:
+        configs = [_generator(spec.public_name(variant), spec.generation) for variant in spec.variants]
+    elif spec.template:
+        configs = [_template(spec, spec.template)]
+    elif spec.seq2seq:
+        configs = [_seq2seq(spec.public_name(variant), spec.seq2seq) for variant in spec.variants]
     else:
-        configs = list(_ensemble(spec, spec.limits))
+        assert spec.encoder
+        configs = list(_ensemble(spec, spec.encoder))
     built = {config.name: config for config in configs}
     for variant, reason in (unverified or {}).items():
         _set_parameters(built[spec.public_name(variant)], {UNVERIFIED: reason})

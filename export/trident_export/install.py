@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trident_export import configs, disk, folder, memory, report, sources, tasks
+from trident_export import configs, disk, memory, report, tasks
 from trident_export.errors import ExportError, ExportsFailed, SourceError, TextError
-from trident_export.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
+from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_export.progress import Progress
 from trident_serving.artefacts import (
@@ -92,13 +92,12 @@ def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
 
 def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
     """The graphs that a variant is served from; a template has none."""
-    if isinstance(spec.limits, TemplateLimits):
+    if spec.template:
         return []
-    if isinstance(spec.limits, Seq2SeqLimits):
+    if spec.seq2seq:
         folder = repository / spec.public_name(variant) / VERSION
         return [folder / "encoder.onnx", folder / "decoder.onnx"]
-    generator = isinstance(spec.limits, GenerationLimits)
-    part = spec.public_name(variant) if generator else configs.model_part(spec, variant)
+    part = spec.public_name(variant) if spec.generation else configs.model_part(spec, variant)
     return [repository / part / VERSION / "model.onnx"]
 
 
@@ -171,10 +170,10 @@ def _check_generator(
     Raises:
         SourceError: the generator's export failed just now, and no older one is there.
     """
-    if not isinstance(spec.limits, TemplateLimits):
+    if not spec.template:
         return
     for other in specs:
-        wanted = spec.limits.generator in map(other.public_name, other.variants)
+        wanted = spec.template.generator in map(other.public_name, other.variants)
         if wanted and other.name in failures and read_manifest(repository, other.name) is None:
             raise SourceError(f"its generator {other.name} is not exported: see there")
 
@@ -199,8 +198,8 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
     for left in work.glob("staging-*"):  # of an export that was killed: the lock says that none is running
         shutil.rmtree(left, ignore_errors=True)
     source = sources.fetch(spec, base, cache, progress, force=force)
-    if not isinstance(spec.limits, TemplateLimits):
-        memory.require(spec.name, folder.parameters(source), spec.kind, force=force)
+    if not spec.template:
+        memory.require(spec.name, source.parameters, spec.kind, force=force)
     staging = Path(tempfile.mkdtemp(prefix="staging-", dir=work))
     try:
         # Said here, because what is left on the disk shows a full one only until the staging folder is removed.

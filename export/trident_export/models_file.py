@@ -70,9 +70,29 @@ class ModelSpec:
     recipes: Mapping[str, recipes.Recipe] = field(default_factory=dict)
 
     @property
+    def generation(self) -> GenerationLimits | None:
+        """The limits of a causal model; None for others."""
+        return self.limits if isinstance(self.limits, GenerationLimits) else None
+
+    @property
+    def seq2seq(self) -> Seq2SeqLimits | None:
+        """The limits of an encoder-decoder model; None for others."""
+        return self.limits if isinstance(self.limits, Seq2SeqLimits) else None
+
+    @property
+    def encoder(self) -> EncoderLimits | None:
+        """The limits of an encoder; None for others."""
+        return self.limits if isinstance(self.limits, EncoderLimits) else None
+
+    @property
+    def template(self) -> TemplateLimits | None:
+        """The limits of a task in front of a generator; None for others."""
+        return self.limits if isinstance(self.limits, TemplateLimits) else None
+
+    @property
     def kind(self) -> Kind:
         """Which passes of a recipe are for it."""
-        return _kind(self.limits)
+        return _kind(type(self.limits))
 
     def public_name(self, variant: str) -> str:
         """The name under which clients call a variant."""
@@ -106,11 +126,11 @@ def load(path: Path) -> list[ModelSpec]:
             if other != spec.name:
                 raise ModelsFileError(f"[{other}] and [{spec.name}] would both serve {spec.public_name(variant)!r}")
     for spec in specs:
-        if isinstance(spec.limits, TemplateLimits):
-            generators = [other.public_name(v) for other in specs for v in other.variants if _generates(other)]
-            if spec.limits.generator not in generators:
+        if spec.template is not None:
+            generators = [other.public_name(v) for other in specs for v in other.variants if other.generation]
+            if spec.template.generator not in generators:
                 choice = ", ".join(generators) or "none"
-                raise ModelsFileError(f"[{spec.name}]: generator {spec.limits.generator!r} is not one of {choice}")
+                raise ModelsFileError(f"[{spec.name}]: generator {spec.template.generator!r} is not one of {choice}")
     return specs
 
 
@@ -118,14 +138,10 @@ def _resolved(spec: ModelSpec, base: Path) -> ModelSpec:
     return replace(spec, calibration=str((base / spec.calibration).resolve())) if spec.calibration else spec
 
 
-def _kind(limits: Limits) -> Kind:
-    if isinstance(limits, EncoderLimits):
+def _kind(limits: type[Limits]) -> Kind:
+    if issubclass(limits, EncoderLimits):
         return Kind.ENCODER
-    return Kind.SEQ2SEQ if isinstance(limits, Seq2SeqLimits) else Kind.DECODER
-
-
-def _generates(spec: ModelSpec) -> bool:
-    return isinstance(spec.limits, GenerationLimits)
+    return Kind.SEQ2SEQ if limits is Seq2SeqLimits else Kind.DECODER
 
 
 def select(specs: list[ModelSpec], name: str | None, *, on_demand: bool = False) -> list[ModelSpec]:
@@ -175,7 +191,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
     limits = _limits(f"{where} limits", LIMITS[task], table["limits"])
-    kind = _kind(limits)
+    kind = _kind(LIMITS[task])
     try:
         for variant in variants:
             known_recipes[variant].check(variant, kind, getattr(limits, "device", "cpu"))

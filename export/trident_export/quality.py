@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from trident_export import configs
-from trident_export.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import VERSION
 
@@ -38,13 +37,20 @@ Probe = tuple[str, int, Callable[[], object]]
 
 def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
     """Size in MiB, resident memory in MiB, and speed: tokens/s of `BATCH` decoding rows, or texts/s in batches."""
-    if isinstance(spec.limits, TemplateLimits):
+    if spec.template:
         return {}
     folder = repository / graph_folder(spec, variant) / VERSION
     size = sum(file.stat().st_size for file in folder.glob("*.onnx*")) / MEBIBYTE
-    command = [sys.executable, "-m", "trident_export.quality", str(folder), _kind(spec), str(spec.limits.threads)]
-    if isinstance(spec.limits, Seq2SeqLimits):
-        command.append(str(spec.limits.max_target_tokens))
+    command = [
+        sys.executable,
+        "-m",
+        "trident_export.quality",
+        str(folder),
+        _kind(spec),
+        str(getattr(spec.limits, "threads", 0)),
+    ]
+    if spec.seq2seq:
+        command.append(str(spec.seq2seq.max_target_tokens))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{folder} could not be run, status {done.returncode}: {done.stderr.strip()}")
@@ -54,7 +60,7 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
 
 def graph_folder(spec: ModelSpec, variant: str) -> str:
     """The Triton model that holds a variant's graph."""
-    return configs.model_part(spec, variant) if isinstance(spec.limits, EncoderLimits) else spec.public_name(variant)
+    return configs.model_part(spec, variant) if spec.encoder else spec.public_name(variant)
 
 
 def as_table(report: Mapping[str, Measures]) -> str:
@@ -113,9 +119,9 @@ def _plot(report: Mapping[str, Measures], path: Path) -> None:
 
 
 def _kind(spec: ModelSpec) -> str:
-    if isinstance(spec.limits, GenerationLimits):
+    if spec.generation:
         return "generation"
-    return "seq2seq" if isinstance(spec.limits, Seq2SeqLimits) else "encoder"
+    return "seq2seq" if spec.seq2seq else "encoder"
 
 
 def _run(folder: Path, kind: str, *numbers: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ import onnx
 
 from trident_export import recipes, tasks
 from trident_export.errors import NoProducts, UsageError
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Pass
 from trident_export.passes.base import Keep
@@ -60,7 +61,7 @@ class Loss:
 
 def analyze(
     spec: ModelSpec,
-    source: Path,
+    source: HuggingFaceFolder,
     recipe: Recipe,
     grouping: Grouping,
     progress: Callable[[str], None],
@@ -82,7 +83,7 @@ def analyze(
         names = [name for file in sorted(job.graphs.glob("*.onnx")) for name in _products(file)]
         if not any(step.for_products for step in recipe.passes[kind]):
             raise UsageError("the recipe quantizes nothing: name another with --variant")
-        judge: tasks.Referee | None = None
+        evaluate: tasks.Evaluator | None = None
         losses = []
         groups = group(names, grouping)
         for number, (label, products) in enumerate(groups.items()):
@@ -91,8 +92,8 @@ def analyze(
                 tasks.write(dataclasses.replace(job, spec=probe), PROBE)
             except NoProducts:
                 continue  # the recipe leaves them alone
-            judge = judge or tasks.referee(probe, source, job.staging, texts)
-            measured = judge(PROBE)
+            evaluate = evaluate or tasks.evaluator(probe, source, job.staging, texts)
+            measured = evaluate(PROBE)
             measure = next(name for name in _LOSSES if name in measured)
             losses.append(Loss(label, products, abs(measured[measure] - _LOSSES[measure]), measure))
             progress(f"{number + 1} of {len(groups)}: {label}: {measure} {measured[measure]:.6g}")

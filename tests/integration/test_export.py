@@ -19,6 +19,7 @@ from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import decoder_passes, fidelity, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
 from trident_serving.generation import decoder
@@ -221,7 +222,9 @@ def test_wrong_positions_are_refused(tiny: dict[str, Path], tmp_path: Path, monk
     monkeypatch.setattr(OnnxDecoder, "run", shifted)
     spec = models_file.parse("llama", _table(tiny["llama"]))
     with pytest.raises(FidelityError, match="kl is"):
-        tasks.build(tasks.Job(spec, tiny["llama"], _made(tmp_path / "staging"), lambda message: None))
+        tasks.build(
+            tasks.Job(spec, HuggingFaceFolder(tiny["llama"]), _made(tmp_path / "staging"), lambda message: None)
+        )
 
 
 def test_answers_that_depend_on_the_batch_are_refused(
@@ -231,7 +234,9 @@ def test_answers_that_depend_on_the_batch_are_refused(
     monkeypatch.setattr(decoder, "MIN_PLACES", 1)
     spec = models_file.parse("llama", _table(tiny["llama"]))
     with pytest.raises(FidelityError, match="computes: batch_effect is .*, must be at most 0"):
-        tasks.build(tasks.Job(spec, tiny["llama"], _made(tmp_path / "staging"), lambda message: None))
+        tasks.build(
+            tasks.Job(spec, HuggingFaceFolder(tiny["llama"]), _made(tmp_path / "staging"), lambda message: None)
+        )
 
 
 def _made(path: Path) -> Path:

@@ -18,8 +18,9 @@ from onnx import numpy_helper
 
 from benchmarks import generation
 from tests.conftest import ROOT
-from trident_export import configs, corpora, fidelity, models_file, sources
+from trident_export import configs, corpora, fidelity, models_file
 from trident_export.errors import FidelityError
+from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import encoders, text_generation
 from trident_serving.artefacts import VERSION
@@ -216,7 +217,7 @@ def test_a_damaged_encoder(default_repository: Path, tmp_path: Path, damage: Dam
     folder.mkdir(parents=True)
     onnx.save(model, str(folder / "model.onnx"))
     source = sources.fetch(spec, ROOT, ROOT / ".cache", lambda message: None)
-    measured = encoders.referee(spec, source, tmp_path, corpora.held_out())("int8")
+    measured = encoders.evaluator(spec, source, tmp_path, corpora.held_out())("int8")
     if not reason:
         fidelity.check(spec.task, "int8", measured)
         return

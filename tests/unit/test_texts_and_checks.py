@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny_models
-from trident_export import corpora, fidelity, gguf_tokenizer
+from trident_export import corpora, fidelity
 from trident_export.errors import FidelityError
+from trident_export.huggingface import gguf_tokenizer
 from trident_serving import triton_adapter
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.service import GenerationSettings, read_eos_token_ids

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trident_export import corpora, quality, tasks
 from trident_export.compression import models, pruning
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
 from trident_export.recipes import Recipe
 from trident_serving.artefacts import VERSION
@@ -24,7 +25,7 @@ ROUNDS = 3
 
 def prune(
     spec: ModelSpec,
-    source: Path,
+    source: HuggingFaceFolder,
     method: pruning.Method,
     sparsities: Sequence[float],
     output: Path,
@@ -53,9 +54,9 @@ def prune(
     folders: list[Path] = []
     with tempfile.TemporaryDirectory(prefix="trident-prune-") as work:
         root = Path(work) / "staging"
-        judge: tasks.Referee | None = None
+        evaluate: tasks.Evaluator | None = None
         for sparsity in (0.0, *sparsities):
-            folder, reached = source, 0.0
+            folder, reached = source.path, 0.0
             if sparsity:
                 model = models.load(spec, source)
                 reached = pruning.prune(model, method, sparsity, runs)
@@ -64,13 +65,13 @@ def prune(
                 folders.append(folder)
                 progress(f"{method} {reached:.3g}: written to {folder}")
             root.mkdir()
-            job = tasks.Job(probe, folder, root, progress)
+            job = tasks.Job(probe, HuggingFaceFolder(folder), root, progress)
             tasks.trace(job)
             tasks.write(job, variant)
             shutil.rmtree(job.graphs)
-            judge = judge or tasks.referee(probe, source, root)
+            evaluate = evaluate or tasks.evaluator(probe, source, root)
             zipped = {"zipped_mib": zipped_mib(root / quality.graph_folder(probe, variant) / VERSION)}
-            rows.append({"sparsity": reached, **judge(variant), **zipped})
+            rows.append({"sparsity": reached, **evaluate(variant), **zipped})
             root.rename(Path(work) / str(len(rows)))
         progress("measuring speed")
         built = [Path(work) / str(number + 1) for number in range(len(rows))]

@@ -4,7 +4,7 @@ A task is a module with three functions, registered in `MODULES` under the trans
 
     trace(job)                write the float32 graph into `job.graphs`, and what all variants share
     write(job, variant)       write the version folders of a variant from it
-    referee(spec, source, root, texts, thorough)
+    evaluator(spec, source, root, texts, thorough)
                               asks Hugging Face, and gives a function from a variant in `root` to what it gets wrong
 """
 
@@ -19,8 +19,9 @@ from typing import Any
 
 from trident_export import corpora, fidelity
 from trident_export.errors import FidelityError
-from trident_export.limits import TemplateLimits
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
+from trident_serving.encoders import TASKS as ENCODER_TASKS
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Job:
     """
 
     spec: ModelSpec
-    source: Path
+    source: HuggingFaceFolder
     staging: Path
     progress: Callable[[str], None]
 
@@ -53,7 +54,7 @@ class Job:
 # Measures of each variant, by its name.
 Measures = dict[str, dict[str, float]]
 # What a variant gets wrong.
-Referee = Callable[[str], dict[str, float]]
+Evaluator = Callable[[str], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,7 @@ MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
     "translation": "trident_export.tasks.seq2seq",
     "summarization": "trident_export.tasks.seq2seq",
-    **dict.fromkeys(
-        (
-            "feature-extraction",
-            "text-classification",
-            "token-classification",
-            "question-answering",
-            "text-ranking",
-            "fill-mask",
-        ),
-        "trident_export.tasks.encoders",
-    ),
+    **dict.fromkeys(ENCODER_TASKS, "trident_export.tasks.encoders"),
 }
 
 
@@ -104,7 +95,7 @@ def build(job: Job, *, force: bool = False) -> Checked:
         write(job, variant)
     for left in (job.graphs, job.assets):
         shutil.rmtree(left, ignore_errors=True)
-    if not isinstance(job.spec.limits, TemplateLimits):
+    if not job.spec.template:
         job.progress("comparing with Hugging Face")
     measures = evaluate(job.spec, job.source, job.staging)
     refused = {}
@@ -138,7 +129,12 @@ def write(job: Job, variant: str) -> None:
 
 
 def evaluate(
-    spec: ModelSpec, source: Path, root: Path, texts: Sequence[str] | None = None, *, thorough: bool = False
+    spec: ModelSpec,
+    source: HuggingFaceFolder,
+    root: Path,
+    texts: Sequence[str] | None = None,
+    *,
+    thorough: bool = False,
 ) -> Measures:
     """What each variant gets wrong.
 
@@ -149,20 +145,25 @@ def evaluate(
         texts: to measure with; None: the packaged ones that nothing is calibrated on.
         thorough: more than the gate needs, see docs/quality.md: what becomes of whole answers.
     """
-    judge = referee(spec, source, root, texts, thorough=thorough)
-    return {variant: judge(variant) for variant in spec.recipes}
+    measure = evaluator(spec, source, root, texts, thorough=thorough)
+    return {variant: measure(variant) for variant in spec.recipes}
 
 
-def referee(
-    spec: ModelSpec, source: Path, root: Path, texts: Sequence[str] | None = None, *, thorough: bool = False
-) -> Referee:
+def evaluator(
+    spec: ModelSpec,
+    source: HuggingFaceFolder,
+    root: Path,
+    texts: Sequence[str] | None = None,
+    *,
+    thorough: bool = False,
+) -> Evaluator:
     """Ask Hugging Face once, to measure variants with; see `evaluate`."""
     samples = corpora.held_out() if texts is None else list(texts)
-    judge: Referee = _module(spec).referee(spec, source, root, samples, thorough=thorough)
-    return judge
+    found: Evaluator = _module(spec).evaluator(spec, source, root, samples, thorough=thorough)
+    return found
 
 
 def _module(spec: ModelSpec) -> Any:
     # Imported when needed: torch and transformers take ten seconds, and a fresh repository needs neither.
-    name = TEMPLATES if isinstance(spec.limits, TemplateLimits) else MODULES[spec.task]
+    name = TEMPLATES if spec.template else MODULES[spec.task]
     return importlib.import_module(name)

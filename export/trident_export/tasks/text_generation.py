@@ -17,15 +17,14 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export import corpora, decoder_passes, disk, fidelity, recipes
-from trident_export import folder as hf
 from trident_export.causal_graph import export_causal_graph
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
-from trident_export.limits import GenerationLimits
+from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
 from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
-from trident_export.tasks import Job, Referee
+from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import MIN_PLACES, RowTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
@@ -56,10 +55,10 @@ def trace(job: Job) -> None:
     job.graphs.mkdir()
     graph = job.graphs / "model.onnx"
     job.progress("tracing the graph")
-    assert isinstance(spec.limits, GenerationLimits)
+    assert spec.generation
     # A row of the cache has room for the padding of the longest run behind its context.
-    export_causal_graph(model, graph, spec.limits.context + max(spec.limits.prefill_chunk, MAX_DRAFT + 1))
-    decoder_passes.optimize_file(graph, ragged=spec.limits.device == "cpu")
+    export_causal_graph(model, graph, spec.generation.context + max(spec.generation.prefill_chunk, MAX_DRAFT + 1))
+    decoder_passes.optimize_file(graph, ragged=spec.generation.device == "cpu")
 
 
 def write(job: Job, variant: str) -> None:
@@ -111,39 +110,41 @@ def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArra
     return feed
 
 
-def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
+def evaluator(
+    spec: ModelSpec, source: HuggingFaceFolder, root: Path, texts: Sequence[str], *, thorough: bool = False
+) -> Evaluator:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
 
     `greedy_match`, the thorough one, is how many of the first `GREEDY_TOKENS` tokens that the variant answers greedily
     are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
     """
-    assert isinstance(spec.limits, GenerationLimits)
+    assert spec.generation
     model = load_model(source)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
-    samples = sample_ids(tokenizer, spec.limits.context, model.config.vocab_size, texts)
+    samples = sample_ids(tokenizer, spec.generation.context, model.config.vocab_size, texts)
     reference = reference_logits(model, samples)
     # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
-    device = spec.limits.device if _has(spec.limits.device) else "cpu"
-    prompts = [ids[: min(len(ids), spec.limits.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
+    device = spec.generation.device if _has(spec.generation.device) else "cpu"
+    prompts = [ids[: min(len(ids), spec.generation.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
     expected = [greedy_answer(model, ids) for ids in prompts] if thorough else []
 
-    def judge(variant: str) -> dict[str, float]:
+    def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
         measured = measure(folder, samples, reference, device)
         if thorough:
             measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))
         return measured
 
-    return judge
+    return evaluate
 
 
 def _has(device: str) -> bool:
     return device == "cpu" or "CUDAExecutionProvider" in ort.get_available_providers()
 
 
-def load_model(source: Path) -> PreTrainedModel:
+def load_model(source: HuggingFaceFolder) -> PreTrainedModel:
     """The model in float32, in evaluation mode."""
-    return hf.model(AutoModelForCausalLM, source)
+    return source.load(AutoModelForCausalLM)
 
 
 def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
@@ -152,22 +153,22 @@ def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
     Raises:
         ModelsFileError: it is larger.
     """
-    assert isinstance(spec.limits, GenerationLimits)
+    assert spec.generation
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and spec.limits.context > longest:
+    if longest is not None and spec.generation.context > longest:
         raise ModelsFileError(
-            f"[{spec.name}] limits.context is {spec.limits.context}, the model was built for {longest} positions"
+            f"[{spec.name}] limits.context is {spec.generation.context}, the model was built for {longest} positions"
         )
 
 
-def save_text_files(source: Path, folder: Path) -> None:
+def save_text_files(source: HuggingFaceFolder, folder: Path) -> None:
     """Write the tokenizer, the chat template and the generation config that the runtime reads."""
     folder.mkdir(parents=True)
-    tokenizer = hf.fast_tokenizer(source)
+    tokenizer = source.fast_tokenizer
     tokenizer.save_pretrained(str(folder))
     for name in ("config.json", "generation_config.json"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if (source.path / name).exists():
+            shutil.copyfile(source.path / name, folder / name)
     kept = {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -181,10 +182,10 @@ def save_text_files(source: Path, folder: Path) -> None:
     check_chat_template(source, folder)
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
-        hf.generation_config(source).save_pretrained(str(folder))
+        source.generation_config.save_pretrained(str(folder))
 
 
-def check_chat_template(source: Path, folder: Path) -> None:
+def check_chat_template(source: HuggingFaceFolder, folder: Path) -> None:
     """The chat template, where there is one, must render a message as a server would ask it to.
 
     Raises:
@@ -196,7 +197,7 @@ def check_chat_template(source: Path, folder: Path) -> None:
     except Exception as error:  # a template can raise whatever its expressions raise
         line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise UnreadableSource(
-            f"{source}: the chat template can't be used ({hf.reason(error)}{line}): mend it in chat_template.jinja or "
+            f"{source}: the chat template can't be used ({reason(error)}{line}): mend it in chat_template.jinja or "
             "tokenizer_config.json, or take it away to serve the model without messages"
         ) from error
 

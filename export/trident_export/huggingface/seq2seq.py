@@ -1,4 +1,4 @@
-"""What an encoder-decoder model's Hugging Face folder says beside its weights: tokenizers, languages, settings."""
+"""What an encoder-decoder model's Hugging Face folder says besides its weights: tokenizers, languages, settings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from trident_export import folder as hf
-from trident_export import spm_tokenizer
 from trident_export.errors import ModelsFileError, UnsupportedModel, UnsupportedTokenizer
+from trident_export.huggingface import spm_tokenizer
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
 from trident_serving.seq2seq.request import GenerationDefaults
 from trident_serving.seq2seq.source import SourceSettings, TargetStyle
@@ -28,7 +28,7 @@ _UNKNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_text_files(spec: ModelSpec, source: Path, folder: Path) -> None:
+def save_text_files(spec: ModelSpec, source: HuggingFaceFolder, folder: Path) -> None:
     """Write the tokenizers, `source.json` and `generation.json` that the runtime reads.
 
     Raises:
@@ -37,7 +37,7 @@ def save_text_files(spec: ModelSpec, source: Path, folder: Path) -> None:
         UnsupportedModel: the generation config asks for something that the search lacks.
     """
     folder.mkdir(parents=True)
-    tokenizer = hf.tokenizer(source)
+    tokenizer = source.tokenizer
     piece_ids = _save_tokenizers(tokenizer, folder)
     _source_settings(spec, source, folder, tokenizer, piece_ids).save(folder)
     read_defaults(source, _task_params(spec, source)).save(folder)
@@ -66,7 +66,11 @@ def _save_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[
 
 
 def _source_settings(
-    spec: ModelSpec, source: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, piece_ids: tuple[int, ...]
+    spec: ModelSpec,
+    source: HuggingFaceFolder,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    piece_ids: tuple[int, ...],
 ) -> SourceSettings:
     languages, style, marks_source = _languages(tokenizer)
     surroundings: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -74,7 +78,7 @@ def _source_settings(
         for code in languages:
             tokenizer.src_lang = code
             surroundings[code] = (tuple(tokenizer.prefix_tokens), tuple(tokenizer.suffix_tokens))
-    pair = _language_pair(spec) in (getattr(hf.config(source), "task_specific_params", None) or {})
+    pair = _language_pair(spec) in (getattr(source.config, "task_specific_params", None) or {})
     for field, known in (("source_lang", surroundings), ("target_lang", languages if style != "fixed" else {})):
         code = getattr(spec, field)
         if code and code not in known and not pair:
@@ -84,7 +88,7 @@ def _source_settings(
     prefix, suffix = ((), ()) if marks_source else _surroundings(tokenizer)
     source_lang = spec.source_lang
     if marks_source and not source_lang:
-        source_lang = str(hf.tokenizer(source).src_lang)
+        source_lang = str(source.tokenizer.src_lang)
     return SourceSettings(
         prefix=prefix,
         suffix=suffix,
@@ -140,27 +144,27 @@ def _language_pair(spec: ModelSpec) -> str:
     return f"translation_{spec.source_lang}_to_{spec.target_lang}"
 
 
-def _task_params(spec: ModelSpec, source: Path) -> dict[str, Any]:
+def _task_params(spec: ModelSpec, source: HuggingFaceFolder) -> dict[str, Any]:
     """The config's settings for the task, as transformers' pipeline takes them; T5 has some for pairs of languages."""
-    params = getattr(hf.config(source), "task_specific_params", None) or {}
+    params = getattr(source.config, "task_specific_params", None) or {}
     found: dict[str, Any] = params.get(_language_pair(spec)) or params.get(spec.task) or {}
     return found
 
 
-def _prefix(spec: ModelSpec, source: Path) -> str:
-    config = hf.config(source)
+def _prefix(spec: ModelSpec, source: HuggingFaceFolder) -> str:
+    config = source.config
     prefix: str = _task_params(spec, source).get("prefix") or getattr(config, "prefix", None) or ""
     return prefix
 
 
-def generation_config(source: Path, params: dict[str, Any]) -> GenerationConfig:
+def generation_config(source: HuggingFaceFolder, params: dict[str, Any]) -> GenerationConfig:
     """The model's generation config with its settings for a task."""
-    config = hf.generation_config(source)
+    config = source.generation_config
     config.update(**{key: value for key, value in params.items() if key != "prefix"})
     return config
 
 
-def read_defaults(source: Path, params: dict[str, Any]) -> GenerationDefaults:
+def read_defaults(source: HuggingFaceFolder, params: dict[str, Any]) -> GenerationDefaults:
     """The generation config as the runtime reads it.
 
     Raises:

