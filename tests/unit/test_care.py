@@ -25,7 +25,7 @@ class Server:
         self.done: list[str] = []
         self.refuses: list[Exception] = []
         self.options = SimpleNamespace(repository=repository, ready_seconds=1.0)
-        self.view = SimpleNamespace(refresh=lambda: [])
+        self.view = SimpleNamespace(refresh=list)
         self.control: Any = SimpleNamespace(
             index=lambda: self.entries,
             live=lambda seconds: True,
