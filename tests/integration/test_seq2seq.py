@@ -107,7 +107,7 @@ class Waiter:
 
 def run_together(folder: Path, family: str, jobs: list[tuple[list[int], SearchParams, tuple[int, ...]]]) -> list[Found]:
     """All at once, in the graphs of the served model."""
-    decoder = Seq2SeqDecoder(folder / "repository" / family / VERSION, rows=24, capacity=40, threads=1)
+    decoder = Seq2SeqDecoder(folder / "repository" / family / VERSION, slots=24, capacity=40, threads=1)
     engine = Engine(decoder, 64)
     waiters = [Waiter() for _ in jobs]
     try:

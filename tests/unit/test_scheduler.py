@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trident_serving.errors import Overloaded
-from trident_serving.generation.rows import RowPool
 from trident_serving.generation.scheduler import Scheduler, Sequence, Step
+from trident_serving.generation.slots import SlotPool
 
 
 def make(slots: int = 2, chunk: int = 8, max_waiting: int = 8, budget: int = 1000) -> Scheduler[str]:
-    return Scheduler(RowPool(slots, budget), chunk, max_waiting)
+    return Scheduler(SlotPool(slots, budget), chunk, max_waiting)
 
 
 def sequence(name: str, length: int, max_tokens: int = 10) -> Sequence[str]:
@@ -125,7 +125,7 @@ def test_removal_of_one_that_waits() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), max_size=80), st.integers(1, 6))
 def test_everybody_is_served_in_order(actions: list[tuple[int, int]], chunk: int) -> None:
-    scheduler: Scheduler[int] = Scheduler(RowPool(3, 90), chunk, 1000)
+    scheduler: Scheduler[int] = Scheduler(SlotPool(3, 90), chunk, 1000)
     waiting, placed = [], []
     for number, (action, length) in enumerate(actions):
         if action < 5:
@@ -141,8 +141,8 @@ def test_everybody_is_served_in_order(actions: list[tuple[int, int]], chunk: int
         for each, _ in step.placed:
             assert each is waiting.pop(0)
             placed.append(each.payload)
-        rows = [each.row for each in scheduler.sequences if each.row is not None]
-        assert len(rows) == len(set(rows)) <= 3
+        slots = [each.slot for each in scheduler.sequences if each.slot is not None]
+        assert len(slots) == len(set(slots)) <= 3
         assert sum(chunk.end - chunk.start for chunk in step.prefill) <= chunk
         assert {each.payload for each in step.decode}.isdisjoint(c.sequence.payload for c in step.prefill)
         run(step)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Runs of the decoder graph over rows of the KV cache.
+"""Runs of the decoder graph over slots of the KV cache.
 
 The graph is the one that `trident_export.causal_graph` writes; its inputs are described there.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trident_serving.generation.batch import MIN_PLACES, PackedBatch, RowTokens, pack, split
+from trident_serving.generation.batch import MIN_POSITIONS, PackedBatch, SlotTokens, pack, split
 from trident_serving.generation.kv_cache import Cache, DeviceKVCache, KVCache
 
 _PAST = "past_key_values."
@@ -30,11 +30,11 @@ class Decoder(Protocol):
 
     @property
     def can_copy(self) -> bool:
-        """Whether rows can be copied."""
+        """Whether slots can be copied."""
         ...
 
-    def run(self, items: Sequence[RowTokens]) -> Logits:
-        """Append tokens to rows.
+    def run(self, items: Sequence[SlotTokens]) -> Logits:
+        """Append tokens to slots.
 
         Returns:
             Logits of the wanted tokens, item by item, float32 [wanted, vocabulary]; valid until the next call.
@@ -42,11 +42,11 @@ class Decoder(Protocol):
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first positions of a row."""
+        """Copy the first positions of a slot."""
         ...
 
-    def release(self, row: int, start: int) -> None:
-        """The row's positions from `start` on are not needed any more."""
+    def release(self, slot: int, start: int) -> None:
+        """The slot's positions from `start` on are not needed any more."""
         ...
 
 
@@ -64,7 +64,7 @@ def open_session(path: Path, device: str, device_id: int, threads: int) -> ort.I
     known = ort.get_available_providers()
     if provider not in known:
         raise DeviceMissing(
-            f"device is {device!r}, but this onnxruntime {ort.__version__} has {', '.join(known)} alone: install "
+            f"device is {device!r}, but this onnxruntime {ort.__version__} has only {', '.join(known)}: install "
             'onnxruntime-gpu in its place, or set device = "cpu" in models.toml'
         )
     options = ort.SessionOptions()
@@ -72,7 +72,7 @@ def open_session(path: Path, device: str, device_id: int, threads: int) -> ort.I
     options.intra_op_num_threads = threads
     # Threads spin while a run lasts, and leave the cores to the sender and the server between two runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # A thread that is held up leaves more of a product to the others: decision 0019.
+    # A thread that is held up leaves more of a matmul to the others: decision 0019.
     options.add_session_config_entry("session.dynamic_block_base", "8")
     providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
@@ -88,11 +88,11 @@ class OnnxDecoder:
 
     Args:
         path: the graph.
-        rows: of the cache.
-        context: positions of a row that hold tokens.
-        longest_run: tokens that one run appends to a row at most.
+        slots: of the cache.
+        context: positions of a slot that hold tokens.
+        longest_run: tokens that one run appends to a slot at most.
         threads: ONNX Runtime's intra-op threads; 0: as many as there are cores.
-        device: `cpu` or `cuda`; the cache lies there, and logits come from there for the wanted tokens alone.
+        device: `cpu` or `cuda`; the cache lies there, and logits come from there for the wanted tokens only.
 
     Raises:
         DeviceMissing: there is no such device here.
@@ -102,7 +102,7 @@ class OnnxDecoder:
         self,
         path: Path,
         *,
-        rows: int,
+        slots: int,
         context: int,
         longest_run: int,
         threads: int,
@@ -115,23 +115,23 @@ class OnnxDecoder:
         past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
         shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
         dtype = _CACHE_TYPES[next(iter(past.values())).type]
-        # Graphs for a GPU lack it: decision 0023. On a CPU, where the gate measures them, rows then run one by one.
+        # Graphs for a GPU lack it: decision 0023. On a CPU, where the gate measures them, slots then run one by one.
         self._ragged = "query_seqlens" in inputs
-        self._min_places = 1 if dtype is np.int8 or (device != "cpu" and not self._ragged) else MIN_PLACES
-        self._held = np.zeros(rows, np.int64)  # positions that each row holds
-        # The operator wants room for the padding of rows that share a run with longer ones.
-        capacity = context + max(longest_run, self._min_places)
+        self._min_positions = 1 if dtype is np.int8 or (device != "cpu" and not self._ragged) else MIN_POSITIONS
+        self._held = np.zeros(slots, np.int64)  # positions that each slot holds
+        # The operator wants room for the padding of slots that share a run with longer ones.
+        capacity = context + max(longest_run, self._min_positions)
         self.cache: Cache = (
-            KVCache(shapes, rows, capacity, dtype)
+            KVCache(shapes, slots, capacity, dtype)
             if device == "cpu"
-            else DeviceKVCache(shapes, rows, capacity, dtype, device_id)
+            else DeviceKVCache(shapes, slots, capacity, dtype, device_id)
         )
         self.context = context
         # An architecture with rotary embeddings may leave `position_ids` unused, one without needs it.
         self._inputs = [name for name in inputs if not name.startswith(_PAST)]
         logits = next(node for node in self._session.get_outputs() if node.name == "logits")
         self.vocabulary_size = int(logits.shape[2])
-        self._logits = np.empty((rows, self.vocabulary_size), np.float32)
+        self._logits = np.empty((slots, self.vocabulary_size), np.float32)
         self._bindings: dict[tuple[int, int], Binding] = {}
 
     @property
@@ -139,61 +139,61 @@ class OnnxDecoder:
         """See `Decoder.can_copy`."""
         return self.cache.can_copy
 
-    def run(self, items: Sequence[RowTokens]) -> Logits:
+    def run(self, items: Sequence[SlotTokens]) -> Logits:
         """See `Decoder.run`."""
         for item in items:
             if item.start + len(item.tokens) > self.context:
                 raise ValueError(
-                    f"{item.start + len(item.tokens)} tokens of row {item.row} exceed the context of {self.context}"
+                    f"{item.start + len(item.tokens)} tokens of slot {item.slot} exceed the context of {self.context}"
                 )
         wanted = sum(item.wanted for item in items)
         if wanted > len(self._logits):
             self._logits = np.empty((wanted, self.vocabulary_size), np.float32)
-        starts: dict[int, int] = {}  # of each row's logits, in the order of the runs
+        starts: dict[int, int] = {}  # of each slot's logits, in the order of the runs
         end = 0
-        for run in split(items, self._min_places, ragged=self._ragged):
+        for run in split(items, self._min_positions, ragged=self._ragged):
             begin = end
             for item in run:
-                starts[item.row] = end
+                starts[item.slot] = end
                 end += item.wanted
-            batch = pack(run, self._min_places, None if self._ragged else self._held)
+            batch = pack(run, self._min_positions, None if self._ragged else self._held)
             self._run(batch, self._logits[begin:end])
             for item in run:
-                self._held[item.row] = item.start + len(item.tokens)
+                self._held[item.slot] = item.start + len(item.tokens)
         logits = self._logits[:wanted]
-        if list(starts) == [item.row for item in items]:
+        if list(starts) == [item.slot for item in items]:
             return logits
-        return logits[[starts[item.row] + index for item in items for index in range(item.wanted)]]
+        return logits[[starts[item.slot] + index for item in items for index in range(item.wanted)]]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder.copy`."""
         self.cache.copy(source, target, length)
         self._held[target] = length
 
-    def release(self, row: int, start: int) -> None:
+    def release(self, slot: int, start: int) -> None:
         """See `Decoder.release`."""
-        self.cache.release(row, start)
-        self._held[row] = start
+        self.cache.release(slot, start)
+        self._held[slot] = start
 
     def _run(self, batch: PackedBatch, logits: Logits) -> None:
-        binding = self._binding(batch.first_row, batch.rows)
+        binding = self._binding(batch.first_slot, batch.slots)
         total = np.array(self.cache.capacity, np.int32)  # an upper bound is all that the operator wants
         for name in self._inputs:
             binding.set_input(name, total if name == "total_sequence_length" else getattr(batch, name))
         binding.set_output("logits", logits.reshape(1, *logits.shape))
         self._session.run_with_iobinding(binding.io)
 
-    def _binding(self, first_row: int, rows: int) -> Binding:
+    def _binding(self, first_slot: int, slots: int) -> Binding:
         """The binding of a window of the cache; made once, since 120 tensors take a while to bind."""
-        binding = self._bindings.get((first_row, rows))
+        binding = self._bindings.get((first_slot, slots))
         if binding is None:
             binding = Binding(self._session.io_binding(), in_place=self.cache.device == "cpu")
             for name in self.cache.names:
-                shape, address = self.cache.window(name, first_row, rows)
-                place = (self.cache.device, self._device_id, self.cache.dtype.type, shape, address)
-                binding.io.bind_input(name, *place)
-                binding.io.bind_output(name.replace(_PAST, "present."), *place)
-            self._bindings[first_row, rows] = binding
+                shape, address = self.cache.window(name, first_slot, slots)
+                where = (self.cache.device, self._device_id, self.cache.dtype.type, shape, address)
+                binding.io.bind_input(name, *where)
+                binding.io.bind_output(name.replace(_PAST, "present."), *where)
+            self._bindings[first_slot, slots] = binding
         return binding
 
 

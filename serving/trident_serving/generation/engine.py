@@ -3,7 +3,7 @@
 The engine knows token ids, not text; a `Consumer` turns them into text and says when it has enough. One
 thread runs the loop; `submit` may be called from any thread.
 
-Every token's numbers are the same to the last bit whatever runs beside it (see `batch`), and that is what reuse
+Every token's numbers are the same to the last bit whatever runs with it (see `batch`), and that is what reuse
 of prefixes and verification of drafts rest on.
 """
 
@@ -21,13 +21,13 @@ from typing import Protocol
 from trident_serving.errors import DeadlineExceeded, Overloaded
 from trident_serving.generation import drafting
 from trident_serving.generation import scheduler as scheduling
-from trident_serving.generation.batch import RowTokens
+from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import Decoder, Logits
 from trident_serving.generation.drafting import Acceptance, PromptLookup, StepTimes
 from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.rows import Placement, RowPool
 from trident_serving.generation.sampling import Sampler, SamplingParams, TokenLogProbs, log_probabilities
 from trident_serving.generation.scheduler import Scheduler
+from trident_serving.generation.slots import Placement, SlotPool
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Consumer(Protocol):
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody wants the answer any more; read before each step."""
+        """Whether the answer is not wanted any more; read before each step."""
         ...
 
     def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
@@ -67,9 +67,9 @@ class Job:
 
     Attributes:
         log_probs: whether the consumer gets log-probabilities.
-        top_log_probs: of how many of the likeliest tokens beside the chosen one.
-        prompt_lookup: whether drafts may be taken from the sequence itself; greedy requests alone.
-        seconds: it fails once so much time is over, waiting included; None: never.
+        top_log_probs: of how many of the likeliest tokens, besides that of the chosen one.
+        prompt_lookup: whether drafts may be taken from the sequence itself; greedy requests only.
+        seconds: it fails once this time is over, waiting included; None: never.
     """
 
     prompt_ids: Sequence[int]
@@ -107,15 +107,15 @@ class EngineSettings:
     """Limits of an engine.
 
     Attributes:
-        rows: sequences that run at once.
+        slots: sequences that run at once.
         cache_tokens: tokens that they may hold together.
         prefill_chunk: prompt tokens in one step at most.
-        max_waiting: requests that may wait for a row.
+        max_waiting: requests that may wait for a slot.
         prefix_reuse: whether prompts start behind what the cache already holds of them.
         prompt_lookup: whether greedy requests may be drafted.
     """
 
-    rows: int
+    slots: int
     cache_tokens: int
     prefill_chunk: int
     max_waiting: int
@@ -127,7 +127,7 @@ class Engine:
     """Continuous batching over a decoder.
 
     Args:
-        decoder: runs the model over rows of its cache.
+        decoder: runs the model over slots of its cache.
         eos_token_ids: tokens that end an answer; they are not handed to the consumer as text.
     """
 
@@ -187,8 +187,8 @@ class Engine:
 
     def _new_scheduler(self) -> Scheduler[_Running]:
         settings = self._settings
-        self._pool = RowPool(
-            settings.rows, settings.cache_tokens, reuse=settings.prefix_reuse, can_copy=self._decoder.can_copy
+        self._pool = SlotPool(
+            settings.slots, settings.cache_tokens, reuse=settings.prefix_reuse, can_copy=self._decoder.can_copy
         )
         return Scheduler(self._pool, settings.prefill_chunk, settings.max_waiting)
 
@@ -240,26 +240,26 @@ class Engine:
                 self._recorder.count("requests_cancelled")
                 self._end(sequence, FinishReason.CANCELLED)
             elif running.overdue:
-                where = f"after {running.generated} tokens" if sequence.row is not None else "while it waited"
+                where = f"after {running.generated} tokens" if sequence.slot is not None else "while it waited"
                 self._remove(sequence)
                 self._fail(running, DeadlineExceeded(f"the timeout of {running.job.seconds:g} s was over {where}"))
 
     def _place(self, sequence: _Sequence, placement: Placement) -> None:
         running = sequence.payload
-        # What the row held beyond is not accounted for any more.
-        self._decoder.release(placement.row, placement.reused if placement.source is None else 0)
+        # What the slot held beyond is not accounted for any more.
+        self._decoder.release(placement.slot, placement.reused if placement.source is None else 0)
         if placement.source is not None:
-            self._decoder.copy(placement.source, placement.row, placement.reused)
-        for row in placement.evicted:
-            self._decoder.release(row, 0)
+            self._decoder.copy(placement.source, placement.slot, placement.reused)
+        for slot in placement.evicted:
+            self._decoder.release(slot, 0)
         self._recorder.observe("queue_time", time.monotonic() - running.submitted)
         self._recorder.count("prompt_tokens", sequence.prompt_length)
         self._recorder.count("prefix_hit_tokens", placement.reused)
 
     def _prefill(self, chunks: Sequence[scheduling.PrefillChunk[_Running]]) -> None:
         items = [
-            RowTokens(
-                _row(chunk.sequence), chunk.start, chunk.sequence.tokens[chunk.start : chunk.end], int(chunk.is_last)
+            SlotTokens(
+                _slot(chunk.sequence), chunk.start, chunk.sequence.tokens[chunk.start : chunk.end], int(chunk.is_last)
             )
             for chunk in chunks
         ]
@@ -272,7 +272,7 @@ class Engine:
     def _decode(self, sequences: Sequence[_Sequence]) -> None:
         drafts = self._drafts(sequences)
         items = [
-            RowTokens(_row(sequence), sequence.cached, [sequence.tokens[-1], *draft], 1 + len(draft))
+            SlotTokens(_slot(sequence), sequence.cached, [sequence.tokens[-1], *draft], 1 + len(draft))
             for sequence, draft in zip(sequences, drafts, strict=True)
         ]
         self._recorder.observe("batch_size", len(sequences))
@@ -283,19 +283,19 @@ class Engine:
             if logits is not None:
                 self._take(sequence, logits, draft)
 
-    def _run(self, sequences: Sequence[_Sequence], items: Sequence[RowTokens]) -> list[Logits | None]:
-        """The wanted logits of each sequence; None for one that failed, which takes nobody else with it.
+    def _run(self, sequences: Sequence[_Sequence], items: Sequence[SlotTokens]) -> list[Logits | None]:
+        """The wanted logits of each sequence; None for one that failed, which leaves the others as they are.
 
-        A run that fails is made again for each sequence alone, which writes to the cache what it would have.
+        A run that fails is made again for one sequence at a time, which writes the same to the cache.
         """
         try:
             logits = self._decoder.run(items)
         except Exception as error:
             if len(items) > 1:
-                alone = zip(sequences, items, strict=True)
+                single = zip(sequences, items, strict=True)
                 return [
                     None if found is None else found.copy()
-                    for sequence, item in alone
+                    for sequence, item in single
                     for found in self._run([sequence], [item])
                 ]
             logger.exception("a run of the model failed")
@@ -325,7 +325,7 @@ class Engine:
         return drafts
 
     def _take(self, sequence: _Sequence, logits: Logits, draft: list[int]) -> None:
-        """Choose the sequence's next tokens and hand them out; what goes wrong here concerns it alone.
+        """Choose the sequence's next tokens and hand them out; an error here ends only this sequence.
 
         Args:
             logits: of the last token and of each token of the draft, [1 + draft, vocabulary].
@@ -333,11 +333,11 @@ class Engine:
         running = sequence.payload
         reason, accepted = None, 0
         try:
-            for index, row in enumerate(logits):
-                token = running.sampler.choose(row)
+            for index, scores in enumerate(logits):
+                token = running.sampler.choose(scores)
                 sequence.cached = len(sequence.tokens)
                 sequence.tokens.append(token)
-                reason = self._hand_out(running, token, row)
+                reason = self._hand_out(running, token, scores)
                 if reason is not None or index == len(draft) or token != draft[index]:
                     break
                 accepted += 1
@@ -398,6 +398,6 @@ class Engine:
             )
 
 
-def _row(sequence: _Sequence) -> int:
-    assert sequence.row is not None
-    return sequence.row
+def _slot(sequence: _Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot

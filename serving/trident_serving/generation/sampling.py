@@ -2,7 +2,7 @@
 
 The processors follow the `transformers` logits processors of the same names, in this order: repetition
 penalty, presence and frequency penalty, minimum length, temperature, top-k, top-p, min-p. Presence and frequency
-penalties, which transformers lacks, are those of the OpenAI API: counted over generated tokens alone.
+penalties, which transformers lacks, are those of the OpenAI API: counted over generated tokens only.
 """
 
 from __future__ import annotations

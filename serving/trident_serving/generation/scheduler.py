@@ -1,7 +1,7 @@
-"""Who does what in the next step of the engine: iteration-level batching over the rows of the KV cache.
+"""Who does what in the next step of the engine: iteration-level batching over the slots of the KV cache.
 
-Pure bookkeeping: no tensors, no I/O. First come, first served: whoever waits longest is placed first, and nobody
-overtakes it while the memory that it needs is taken.
+Pure bookkeeping: no tensors, no I/O. First come, first served: the sequence that waits longest gets the next slot,
+and none overtakes it while the memory that it needs is taken.
 Iteration-level scheduling: Orca (Yu et al., OSDI 2022). Chunked prefill: Sarathi (Agrawal et al., 2023).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from trident_serving.errors import Overloaded
-from trident_serving.generation.rows import Placement, RowPool
+from trident_serving.generation.slots import Placement, SlotPool
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class Sequence(Generic[T]):
     Attributes:
         tokens: the prompt and what was generated.
         cached: how many of them the cache holds.
-        row: where, once it is placed.
+        slot: of the KV cache, once it has one.
     """
 
     def __init__(self, payload: T, prompt: list[int], max_tokens: int) -> None:
@@ -32,7 +32,7 @@ class Sequence(Generic[T]):
         self.prompt_length = len(prompt)
         self.max_tokens = max_tokens
         self.cached = 0
-        self.row: int | None = None
+        self.slot: int | None = None
 
     @property
     def prefilled(self) -> bool:
@@ -64,15 +64,15 @@ class Step(Generic[T]):
 
 
 class Scheduler(Generic[T]):
-    """First come, first served, over the rows of a cache.
+    """First come, first served, over the slots of a cache.
 
     Args:
-        pool: the rows.
+        pool: the slots.
         prefill_chunk: prompt tokens in one step at most, which bounds how long running streams wait.
-        max_waiting: sequences that may wait for a row.
+        max_waiting: sequences that may wait for a slot.
     """
 
-    def __init__(self, pool: RowPool, prefill_chunk: int, max_waiting: int) -> None:
+    def __init__(self, pool: SlotPool, prefill_chunk: int, max_waiting: int) -> None:
         self._pool = pool
         self._prefill_chunk = prefill_chunk
         self._max_waiting = max_waiting
@@ -86,12 +86,12 @@ class Scheduler(Generic[T]):
 
     @property
     def waiting(self) -> int:
-        """Sequences without a row."""
+        """Sequences without a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Sequences with a row."""
+        """Sequences with a slot."""
         return len(self._running)
 
     @property
@@ -133,25 +133,25 @@ class Scheduler(Generic[T]):
         return Step(tuple(placed), tuple(chunks), decode)
 
     def remove(self, sequence: Sequence[T], *, trusted: bool = True) -> None:
-        """Forget a sequence.
+        """Take a sequence out.
 
         Args:
             trusted: whether what the cache holds of it may serve others.
         """
-        if sequence.row is None:
+        if sequence.slot is None:
             self._waiting.remove(sequence)
             return
         self._running.remove(sequence)
         if trusted:
-            self._pool.leave(sequence.row)
+            self._pool.release(sequence.slot)
         else:
-            self._pool.forget(sequence.row)
-        sequence.row = None
+            self._pool.evict(sequence.slot)
+        sequence.slot = None
 
     def _place(self, sequence: Sequence[T]) -> Placement | None:
         placement = self._pool.place(sequence, sequence.prompt_length + sequence.max_tokens)
         if placement is not None:
-            sequence.row, sequence.cached = placement.row, placement.reused
+            sequence.slot, sequence.cached = placement.slot, placement.reused
         return placement
 
     @staticmethod

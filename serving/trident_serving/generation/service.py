@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trident_serving import memory
 from trident_serving.errors import Overloaded
-from trident_serving.generation.batch import RowTokens
+from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings, Job
@@ -177,7 +177,7 @@ class GenerationService:
         )
         decoder = OnnxDecoder(
             folder / "model.onnx",
-            rows=settings.slots,
+            slots=settings.slots,
             context=settings.context,
             longest_run=max(settings.prefill_chunk, MAX_DRAFT + 1),
             threads=settings.threads,
@@ -186,14 +186,14 @@ class GenerationService:
         )
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
         self.memory = plan_memory(settings, decoder, weights, memory.available_bytes())
-        decoder.run([RowTokens(0, 0, [0])])  # a graph that can't run is not served
+        decoder.run([SlotTokens(0, 0, [0])])  # a graph that can't run is not served
         decoder.release(0, 0)
         self.recorder = Recorder()
         self._outbox = Outbox(self._check_unloading)
         self._engine = Engine(
             decoder,
             EngineSettings(
-                rows=settings.slots,
+                slots=settings.slots,
                 cache_tokens=self.memory.cache_tokens,
                 prefill_chunk=settings.prefill_chunk,
                 max_waiting=settings.max_waiting,

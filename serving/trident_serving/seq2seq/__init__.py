@@ -1,4 +1,4 @@
-"""Encoder-decoder models: encode a text once, decode many rows together, search by beams.
+"""Encoder-decoder models: encode a text once, decode many beams together, search by beams.
 
 request     tensors -> checked requests
 source      text -> windows of source tokens; tokens -> text

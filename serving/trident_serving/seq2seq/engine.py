@@ -1,8 +1,8 @@
-"""The loop that answers: admit and encode texts, run a step for all rows, let every search advance.
+"""The loop that answers: admit and encode texts, run a step for all beams, let every search advance.
 
 The engine knows tokens, not text. One thread runs the loop; `submit` may be called from any thread. A text waits until
-as many rows are free as it has beams; first come, first served. A step encodes one text at most while others decode, so
-they wait for one encoder run at a time.
+as many slots are free as it has beams; first come, first served. A step encodes one text at most while others decode,
+so they wait for one encoder run at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Consumer(Protocol):
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody wants the answer any more; read before each step."""
+        """Whether the answer is not wanted any more; read before each step."""
         ...
 
     def finish(self, found: Found | None) -> None:
@@ -61,11 +61,11 @@ class Job:
 
 
 class _Running:
-    def __init__(self, job: Job, rows: list[int], arrived: float) -> None:
+    def __init__(self, job: Job, slots: list[int], arrived: float) -> None:
         self.job = job
         self.arrived = arrived
         self.search: Search = search.start(job.prompt, job.params)
-        self.rows = rows
+        self.slots = slots
         self.generated = 0
 
 
@@ -73,7 +73,7 @@ class Engine:
     """Continuous batching over an encoder-decoder model.
 
     Args:
-        max_waiting: texts that may wait for rows.
+        max_waiting: texts that may wait for slots.
     """
 
     def __init__(self, decoder: Seq2SeqDecoder, max_waiting: int, recorder: Recorder | None = None) -> None:
@@ -141,11 +141,11 @@ class Engine:
         self._admit()
         if not self._running:
             return
-        owners = {row: (running, index) for running in self._running for index, row in enumerate(running.rows)}
+        owners = {slot: (running, index) for running in self._running for index, slot in enumerate(running.slots)}
         tokens = {id(running): running.search.next_tokens for running in self._running}
         rows = []
-        for row in range(len(owners)):
-            running, index = owners[row]
+        for slot in range(len(owners)):
+            running, index = owners[slot]
             rows.append(Row(running.job, tokens[id(running)][index], running.search.position))
         logits = self._decoder.run(rows)
         self._recorder.observe("batch_size", len(rows))
@@ -153,7 +153,7 @@ class Engine:
         copies: list[tuple[int, int]] = []
         for running in list(self._running):
             try:
-                parents = running.search.advance(logits[running.rows])
+                parents = running.search.advance(logits[running.slots])
                 running.generated += 1
             except Exception as error:
                 logger.exception("an answer could not be searched for")
@@ -165,7 +165,7 @@ class Engine:
                 self._remove(running)
                 self._finish(running)
         self._move(copies, length)
-        self._close_gaps(length)
+        self._compact(length)
 
     def _drop_cancelled_and_overdue(self) -> None:
         now = time.monotonic()
@@ -183,11 +183,11 @@ class Engine:
                 self._fail(job, DeadlineExceeded(f"the timeout of {job.seconds:g} s was over {where}"))
 
     def _drop(self, job: Job) -> str:
-        """Take a job out of the queue or out of its rows; says where it was."""
+        """Take a job out of the queue or out of its slots; says where it was."""
         for running in self._running:
             if running.job is job:
                 self._remove(running)
-                self._close_gaps(running.search.position + 1, self._longest())
+                self._compact(running.search.position + 1, self._longest())
                 return f"after {running.generated} tokens"
         with self._changed:
             self._waiting = deque(entry for entry in self._waiting if entry[1] is not job)
@@ -200,8 +200,8 @@ class Engine:
                 if not self._waiting:
                     return
                 arrived, job = self._waiting[0]
-                used = sum(len(running.rows) for running in self._running)
-                if used + job.params.num_beams > self._decoder.rows:
+                used = sum(len(running.slots) for running in self._running)
+                if used + job.params.num_beams > self._decoder.slots:
                     return
                 self._waiting.popleft()
             try:
@@ -218,19 +218,19 @@ class Engine:
                 return
 
     def _follow(self, running: _Running, parents: Sequence[int]) -> list[tuple[int, int]]:
-        """Give each beam the row of its parent, or a copy of it in a row that nobody goes on from."""
-        before = running.rows
-        free = [row for index, row in enumerate(before) if index not in parents]
+        """Give each beam the slot of its parent, or a copy of it in a slot that no beam goes on from."""
+        before = running.slots
+        free = [slot for index, slot in enumerate(before) if index not in parents]
         taken: set[int] = set()
-        rows, copies = [], []
+        slots, copies = [], []
         for parent in parents:
             if parent in taken:
                 copies.append((before[parent], free.pop()))
-                rows.append(copies[-1][1])
+                slots.append(copies[-1][1])
             else:
                 taken.add(parent)
-                rows.append(before[parent])
-        running.rows = rows
+                slots.append(before[parent])
+        running.slots = slots
         return copies
 
     def _move(self, copies: Sequence[tuple[int, int]], length: int) -> None:
@@ -241,15 +241,15 @@ class Engine:
     def _longest(self) -> int:
         return max((running.search.position + 1 for running in self._running), default=0)
 
-    def _close_gaps(self, *lengths: int) -> None:
-        """Move the last rows into those that became free: a run takes the first rows of the cache."""
-        used = sorted(row for running in self._running for row in running.rows)
-        gaps = [row for row in range(len(used)) if row not in set(used)]
-        moved = dict(zip([row for row in used if row >= len(used)], gaps, strict=True))
+    def _compact(self, *lengths: int) -> None:
+        """Move the last slots into those that became free: a run takes the first slots of the cache."""
+        used = sorted(slot for running in self._running for slot in running.slots)
+        free = [slot for slot in range(len(used)) if slot not in set(used)]
+        moved = dict(zip([slot for slot in used if slot >= len(used)], free, strict=True))
         if moved:
             self._move(list(moved.items()), max(lengths))
             for running in self._running:
-                running.rows = [moved.get(row, row) for row in running.rows]
+                running.slots = [moved.get(slot, slot) for slot in running.slots]
 
     def _remove(self, running: _Running) -> None:
         self._running.remove(running)
@@ -282,5 +282,5 @@ class Engine:
             self._fail(job, error)
 
     def _record_state(self) -> None:
-        rows = sum(len(running.rows) for running in self._running)
-        self._recorder.set(requests_running=len(self._running), requests_waiting=len(self._waiting), slots_used=rows)
+        slots = sum(len(running.slots) for running in self._running)
+        self._recorder.set(requests_running=len(self._running), requests_waiting=len(self._waiting), slots_used=slots)

@@ -61,7 +61,7 @@ class GenerationDefaults:
 
 
 def positions(max_target_tokens: int, prompt: Sequence[int]) -> int:
-    """Positions that a row needs: the last token of an answer is never read."""
+    """Positions that a slot needs: the last token of an answer is never read."""
     return max_target_tokens + len(prompt) - 1
 
 

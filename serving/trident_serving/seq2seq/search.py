@@ -76,7 +76,7 @@ class Search(Protocol):
 
     @property
     def position(self) -> int:
-        """Where that token stands."""
+        """The position of that token."""
         ...
 
     def advance(self, logits: Scores) -> list[int]:
@@ -260,16 +260,16 @@ class BeamSearch(_Prompted):
 
 
 def largest(scores: Scores, count: int) -> NDArray[np.int64]:
-    """Places of the largest scores, the largest first; of equal ones the first comes first."""
+    """Indices of the largest scores, the largest first; of equal ones the first comes first."""
     if scores.size > 64 * count:
         # The k-th largest maximum of some blocks is a bound for the k-th largest number, and a maximum is fast.
         width = scores.size // (8 * count)
         blocks = scores[: 8 * count * width].reshape(8 * count, width)
         bound = np.partition(blocks.max(axis=1), -count)[-count]
-        places = np.flatnonzero(scores >= bound)
+        indices = np.flatnonzero(scores >= bound)
     else:
-        places = np.arange(scores.size)
-    best: NDArray[np.int64] = places[np.argsort(-scores[places], kind="stable")[:count]]
+        indices = np.arange(scores.size)
+    best: NDArray[np.int64] = indices[np.argsort(-scores[indices], kind="stable")[:count]]
     return best
 
 

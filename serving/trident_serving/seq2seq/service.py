@@ -29,10 +29,10 @@ class Seq2SeqSettings:
         max_source_tokens: the longest source, special tokens included.
         max_target_tokens: the longest answer.
         default_max_tokens: length of an answer where neither request nor generation config says.
-        slots: rows (beams) that decode at once.
+        slots: beams that decode at once.
         max_beams: of one search.
         max_windows: of one text.
-        max_waiting: texts that may wait for rows.
+        max_waiting: texts that may wait for slots.
         timeout: seconds that a request may take, waiting included.
         max_bytes: the longest text that is tokenized at all.
         long_input: what happens to longer texts where the request does not say.
@@ -100,15 +100,19 @@ class ReplyChannel(Protocol):
         ...
 
 
-class _Pending:
+class _PendingReply:
     """One request whose windows are being answered; the outbox sends when all are."""
 
     urgent = True
-    paced = False
+    pending = False
     last_sent = 0.0
 
     def __init__(
-        self, request: Seq2SeqRequest, source: SourceText, channel: ReplyChannel, notify: Callable[[_Pending], None]
+        self,
+        request: Seq2SeqRequest,
+        source: SourceText,
+        channel: ReplyChannel,
+        notify: Callable[[_PendingReply], None],
     ) -> None:
         self.channel = channel
         self.cancelled = False
@@ -166,7 +170,7 @@ class _Pending:
 
 
 class _WindowConsumer:
-    def __init__(self, pending: _Pending, index: int) -> None:
+    def __init__(self, pending: _PendingReply, index: int) -> None:
         self._pending = pending
         self._index = index
 
@@ -207,7 +211,7 @@ class Seq2SeqService:
         )
         self._parser = RequestParser(self._source, defaults, limits)
         capacity = positions(settings.max_target_tokens, defaults.prompt)
-        decoder = Seq2SeqDecoder(folder, rows=settings.slots, capacity=capacity, threads=settings.threads)
+        decoder = Seq2SeqDecoder(folder, slots=settings.slots, capacity=capacity, threads=settings.threads)
         own = settings.slots * capacity * decoder.bytes_per_token
         cross = settings.slots * settings.max_source_tokens * decoder.bytes_per_token
         self.memory = (
@@ -233,7 +237,7 @@ class Seq2SeqService:
 
         An error where the queue is full goes to the channel too.
         """
-        pending = _Pending(request, self._source, channel, self._outbox.notify)
+        pending = _PendingReply(request, self._source, channel, self._outbox.notify)
         seconds = request.timeout_seconds
         deadline = time.monotonic() + seconds
         jobs = [
