@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from trident_serving.generation.metrics import Recorder
+from trident_serving.runtime.metrics import Recorder
 
 PREFIX = "trident_"
 PERIOD_SECONDS = 0.25

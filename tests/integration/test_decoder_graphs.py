@@ -38,8 +38,10 @@ from trident_export.passes.calibration import moments
 from trident_export.passes.gptq import GptqBlocks, GptqRows
 from trident_export.tasks.text_generation import inputs_of
 from trident_serving.generation.batch import SlotTokens
-from trident_serving.generation.decoder import DeviceMissing, OnnxDecoder
-from trident_serving.generation.service import DoesNotFit, GenerationSettings, plan_memory
+from trident_serving.generation.decoder import OnnxDecoder
+from trident_serving.generation.service import GenerationSettings, plan_memory
+from trident_serving.runtime.memory import DoesNotFit
+from trident_serving.runtime.session import DeviceMissing
 
 VOCABULARY = 128
 SHARED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

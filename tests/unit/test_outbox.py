@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trident_serving.generation.outbox import PendingStreams
+from trident_serving.runtime.outbox import PendingStreams
 
 
 def test_streams_that_are_due_soon_go_out_with_the_first() -> None:

@@ -20,8 +20,8 @@ from trident_serving.generation.sampling import (
     Sampler,
     SamplingParams,
     candidates,
-    log_probabilities,
 )
+from trident_serving.runtime.log_probabilities import log_probabilities
 
 RANDOM = np.random.default_rng(0)
 LOGITS = (RANDOM.standard_normal(200) * 3).astype(np.float32)

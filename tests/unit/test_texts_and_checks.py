@@ -21,7 +21,7 @@ from trident_serving.generation.service import GenerationSettings, read_eos_toke
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
 from trident_serving.launcher.preflight import StartError
-from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
 
 TEMPLATE = """{% for message in messages %}
 {%- if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}

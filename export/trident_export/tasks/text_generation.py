@@ -30,7 +30,7 @@ from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import MIN_POSITIONS, SlotTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.tokenization import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
 GATE_TEXTS = 12

@@ -1,18 +1,14 @@
-"""Continuous-batching text generation.
+"""Continuous-batching text generation, on what `trident_serving.runtime` has.
 
 request      tensors of a request -> a checked `GenerationRequest`
 slots        which slot of the KV cache a sequence gets, and how much of its prompt is there already
 scheduler    which sequence does what in the next step: no tensors, no I/O
-kv_cache     the buffers that hold keys and values, one slot for each sequence
 batch        different numbers of tokens for several slots as one packed run
 decoder      runs of the ONNX graph
 sampling     logits -> token
 drafting     tokens that may come next, found in the sequence itself
 engine       the loop: schedule, run, sample, hand out
-metrics      what the engine counts
-detokenizer  tokens -> text that never breaks a character
 stopping     stop strings, held back until they can't match
 stream       the text side of one request
-outbox       the thread that sends
 service      all of these for one model folder
 """

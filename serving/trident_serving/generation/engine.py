@@ -22,12 +22,13 @@ from trident_serving.errors import DeadlineExceeded, Overloaded
 from trident_serving.generation import drafting
 from trident_serving.generation import scheduler as scheduling
 from trident_serving.generation.batch import SlotTokens
-from trident_serving.generation.decoder import Decoder, Logits
+from trident_serving.generation.decoder import Decoder
 from trident_serving.generation.drafting import Acceptance, PromptLookup, StepTimes
-from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.sampling import Sampler, SamplingParams, TokenLogProbs, log_probabilities
+from trident_serving.generation.sampling import Sampler, SamplingParams
 from trident_serving.generation.scheduler import Scheduler
 from trident_serving.generation.slots import Placement, SlotPool
+from trident_serving.runtime.log_probabilities import Logits, TokenLogProbs, log_probabilities
+from trident_serving.runtime.metrics import Recorder
 
 logger = logging.getLogger(__name__)
 

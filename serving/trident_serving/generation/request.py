@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.sampling import SamplingParams
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
 from trident_serving.text import decode_texts
-from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
 
 MAX_STOP_WORDS = 32
 MAX_TOP_LOG_PROBS = 20

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving.errors import InvalidRequest
-
-Logits = NDArray[np.float32]
+from trident_serving.runtime.log_probabilities import Logits
 
 
 @dataclass(frozen=True)
@@ -72,19 +71,6 @@ def _check(holds: bool, field: str, value: float, expected: str) -> None:
 
 class BrokenModel(RuntimeError):
     """The model gave logits that are no numbers."""
-
-
-@dataclass(frozen=True)
-class TokenLogProbs:
-    """The model's own log-probabilities at one position, before penalties and temperature.
-
-    Attributes:
-        chosen: of the chosen token.
-        top: token and log-probability of the likeliest tokens, the likeliest first.
-    """
-
-    chosen: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
@@ -192,16 +178,3 @@ def _nucleus(probabilities: NDArray[np.float32], top_p: float) -> NDArray[np.int
     before = np.concatenate([[0.0], cumulative[:-1]])
     kept: NDArray[np.int64] = np.sort(order[before < top_p * total])
     return kept
-
-
-def log_probabilities(logits: Logits, token: int, top: int) -> TokenLogProbs:
-    """The model's log-probabilities of `token` and of the `top` likeliest tokens, for logits [vocabulary]."""
-    largest = float(logits.max())
-    normalizer = largest + math.log(float(np.exp(logits - np.float32(largest)).sum(dtype=np.float64)))
-    likeliest: list[int] = []
-    if top:
-        some = np.argpartition(logits, -top)[-top:]
-        likeliest = [int(index) for index in some[np.argsort(-logits[some], kind="stable")]]
-    return TokenLogProbs(
-        float(logits[token]) - normalizer, tuple((index, float(logits[index]) - normalizer) for index in likeliest)
-    )

@@ -7,23 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from trident_serving import memory
 from trident_serving.errors import Overloaded
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings, Job
-from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.outbox import Outbox
 from trident_serving.generation.request import GenerationRequest, Inputs, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
-from trident_serving.tokenization import ChatTemplate, TextTokenizer
-
-MEBIBYTE = 2**20
-
-
-class DoesNotFit(ValueError):
-    """The model's limits and this machine do not fit; the message gives the sum and says which limit to change."""
+from trident_serving.runtime.memory import MEBIBYTE, DoesNotFit, available_bytes
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.outbox import Outbox
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -185,7 +179,7 @@ class GenerationService:
             device_id=device_id,
         )
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-        self.memory = plan_memory(settings, decoder, weights, memory.available_bytes())
+        self.memory = plan_memory(settings, decoder, weights, available_bytes())
         decoder.run([SlotTokens(0, 0, [0])])  # a graph that can't run is not served
         decoder.release(0, 0)
         self.recorder = Recorder()

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from trident_serving.generation.detokenizer import Detokenizer
 from trident_serving.generation.engine import FinishReason
 from trident_serving.generation.request import GenerationRequest
-from trident_serving.generation.sampling import TokenLogProbs
 from trident_serving.generation.stopping import StopStrings
-from trident_serving.tokenization import Codec
+from trident_serving.runtime.detokenizer import Detokenizer
+from trident_serving.runtime.log_probabilities import TokenLogProbs
+from trident_serving.runtime.tokenizer import Codec
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.generation.decoder import bind_array, open_session
-from trident_serving.generation.kv_cache import KVCache
+from trident_serving.runtime.kv_cache import KVCache
+from trident_serving.runtime.session import bind_array, open_session
 
 Floats = NDArray[np.float32]
 

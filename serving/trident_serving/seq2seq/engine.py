@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trident_serving.errors import DeadlineExceeded, Overloaded
-from trident_serving.generation.metrics import Recorder
+from trident_serving.runtime.metrics import Recorder
 from trident_serving.seq2seq import search
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
 from trident_serving.seq2seq.search import Found, Search, SearchParams

@@ -85,10 +85,3 @@ class Rules:
 def _force(scores: Scores, tokens: Sequence[int]) -> None:
     scores[:] = -np.inf
     scores[:, list(tokens)] = 0.0
-
-
-def log_softmax(logits: Scores) -> Scores:
-    """Log-probabilities over the last axis, float32."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: Scores = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result

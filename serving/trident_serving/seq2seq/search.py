@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving.generation.sampling import BrokenModel, SamplingParams, draw
-from trident_serving.seq2seq.processors import Rules, Scores, log_softmax
+from trident_serving.runtime.log_probabilities import log_softmax
+from trident_serving.seq2seq.processors import Rules, Scores
 
 _NEVER = np.float32(-1.0e9)
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from trident_serving import memory
 from trident_serving.errors import Overloaded
-from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.outbox import Outbox
 from trident_serving.generation.request import Inputs
-from trident_serving.generation.service import MEBIBYTE, DoesNotFit
+from trident_serving.runtime.memory import MEBIBYTE, DoesNotFit, available_bytes
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.outbox import Outbox
 from trident_serving.seq2seq.decoder import Seq2SeqDecoder
 from trident_serving.seq2seq.engine import Engine, Job
 from trident_serving.seq2seq.request import GenerationDefaults, RequestLimits, RequestParser, Seq2SeqRequest, positions
@@ -218,7 +217,7 @@ class Seq2SeqService:
             f"{own / MEBIBYTE:.0f} MiB of decoder cache + {cross / MEBIBYTE:.0f} MiB of encoded texts "
             f"({decoder.bytes_per_token} bytes a token) at most"
         )
-        available = memory.available_bytes()
+        available = available_bytes()
         if own + cross > available:
             raise DoesNotFit(
                 f"{self.memory}, of which {available / MEBIBYTE:.0f} MiB are available: lower slots, "

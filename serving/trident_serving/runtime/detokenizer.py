@@ -11,7 +11,7 @@ the run of bytes.
 
 from __future__ import annotations
 
-from trident_serving.tokenization import Codec
+from trident_serving.runtime.tokenizer import Codec
 
 _UNFINISHED = "\ufffd"
 
