@@ -26,8 +26,8 @@ from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings, FinishReason, Job
-from trident_serving.generation.sampling import SamplingParams
 from trident_serving.runtime.log_probabilities import TokenLogProbs
+from trident_serving.runtime.sampling.params import SamplingParams
 
 Prompts = Sequence[Sequence[int]]
 Times = list[list[float]]

@@ -32,7 +32,7 @@ from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 from trident_serving.seq2seq.decoder import Seq2SeqDecoder
 from trident_serving.seq2seq.engine import Engine, Job
-from trident_serving.seq2seq.processors import Rules
+from trident_serving.seq2seq.rules import Rules
 from trident_serving.seq2seq.search import Found, SearchParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from trident_serving.errors import DeadlineExceeded, Overloaded
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.engine import Engine, EngineSettings, FinishReason, Job
-from trident_serving.generation.sampling import BrokenModel, SamplingParams
 from trident_serving.generation.scheduler import Scheduler
 from trident_serving.runtime.log_probabilities import TokenLogProbs
 from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.sampling.sampler import BrokenModel
 
 VOCABULARY = 97
 EOS = 0

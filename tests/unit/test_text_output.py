@@ -14,11 +14,11 @@ from trident_export import corpora
 from trident_serving.errors import Overloaded
 from trident_serving.generation.engine import FinishReason
 from trident_serving.generation.request import GenerationRequest
-from trident_serving.generation.sampling import SamplingParams
 from trident_serving.generation.stopping import StopStrings
 from trident_serving.generation.stream import Chunk, TextStream
 from trident_serving.runtime.detokenizer import Detokenizer
 from trident_serving.runtime.log_probabilities import TokenLogProbs
+from trident_serving.runtime.sampling.params import SamplingParams
 from trident_serving.runtime.tokenizer import TextTokenizer
 
 BYTE_LEVEL = TextTokenizer(tiny_models.byte_level_tokenizer().backend_tokenizer)

@@ -5,7 +5,6 @@ slots        which slot of the KV cache a sequence gets, and how much of its pro
 scheduler    which sequence does what in the next step: no tensors, no I/O
 batch        different numbers of tokens for several slots as one packed run
 decoder      runs of the ONNX graph
-sampling     logits -> token
 drafting     tokens that may come next, found in the sequence itself
 engine       the loop: schedule, run, sample, hand out
 stopping     stop strings, held back until they can't match

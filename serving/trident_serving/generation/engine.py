@@ -24,11 +24,12 @@ from trident_serving.generation import scheduler as scheduling
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import Decoder
 from trident_serving.generation.drafting import Acceptance, PromptLookup, StepTimes
-from trident_serving.generation.sampling import Sampler, SamplingParams
 from trident_serving.generation.scheduler import Scheduler
 from trident_serving.generation.slots import Placement, SlotPool
 from trident_serving.runtime.log_probabilities import Logits, TokenLogProbs, log_probabilities
 from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class _Running:
 
     def __init__(self, job: Job, eos_token_ids: frozenset[int]) -> None:
         self.job = job
-        self.sampler = Sampler(job.sampling, job.prompt_ids, eos_token_ids)
+        self.sampler = Sampler.causal(job.sampling, job.prompt_ids, eos_token_ids)
         self.generated = 0
         self.submitted = time.monotonic()
         self.last_token_at = self.submitted

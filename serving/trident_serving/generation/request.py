@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.sampling import SamplingParams
+from trident_serving.runtime.sampling.params import SamplingParams
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
 from trident_serving.text import decode_texts
 

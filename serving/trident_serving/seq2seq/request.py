@@ -14,8 +14,8 @@ from typing import Any
 
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.request import DEFAULT_TIMEOUT_SECONDS, Inputs, scalar, single_text, timeout_seconds
-from trident_serving.generation.sampling import SamplingParams
-from trident_serving.seq2seq.processors import Rules
+from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.seq2seq.rules import Rules
 from trident_serving.seq2seq.search import EarlyStopping, SearchParams
 from trident_serving.seq2seq.source import LongInput, SourceText, Window
 
