@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from trident_client import Client
+from trident_serving.generation.answer import FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.generation.engine import Engine, EngineSettings, FinishReason, Job
+from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.runtime.log_probabilities import TokenLogProbs
 from trident_serving.runtime.sampling.params import SamplingParams
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trident_serving.errors import DeadlineExceeded, Overloaded
+from trident_serving.generation.answer import FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
-from trident_serving.generation.engine import Engine, EngineSettings, FinishReason, Job
+from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.generation.scheduler import Scheduler
 from trident_serving.runtime.log_probabilities import TokenLogProbs
 from trident_serving.runtime.metrics import Recorder

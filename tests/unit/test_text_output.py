@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests import tiny_models
 from trident_export import corpora
 from trident_serving.errors import Overloaded
-from trident_serving.generation.engine import FinishReason
+from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stopping import StopStrings
 from trident_serving.generation.stream import Chunk, TextStream

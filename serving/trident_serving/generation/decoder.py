@@ -5,7 +5,9 @@ The graph is the one that `trident_export.causal_graph` writes; its inputs are d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +17,8 @@ from trident_serving.generation.batch import MIN_POSITIONS, PackedBatch, SlotTok
 from trident_serving.runtime.kv_cache import Cache, DeviceKVCache, KVCache
 from trident_serving.runtime.log_probabilities import Logits
 from trident_serving.runtime.session import Binding, open_session
+
+logger = logging.getLogger(__name__)
 
 _PAST = "past_key_values."
 _CACHE_TYPES: dict[str, type[np.generic]] = {
@@ -47,6 +51,27 @@ class Decoder(Protocol):
     def release(self, slot: int, start: int) -> None:
         """The slot's positions from `start` on are not needed any more."""
         ...
+
+
+def run_each(decoder: Decoder, items: Sequence[SlotTokens]) -> list[Logits | Exception]:
+    """The wanted logits of each item, or why there are none.
+
+    A run that fails is made again for one item at a time, which writes the same to the cache; so an item that can't
+    run leaves the others as they are.
+    """
+    try:
+        logits = decoder.run(items)
+    except Exception as error:
+        if len(items) > 1:
+            return [
+                found if isinstance(found, Exception) else found.copy()  # the next run overwrites it
+                for item in items
+                for found in run_each(decoder, [item])
+            ]
+        logger.exception("a run of the model failed")
+        return [error]
+    ends = accumulate((item.wanted for item in items), initial=0)
+    return [logits[start:end] for start, end in pairwise(ends)]
 
 
 class OnnxDecoder:

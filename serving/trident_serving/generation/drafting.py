@@ -83,6 +83,27 @@ class Acceptance:
             self._pause = min(2**self._misses, MAX_PAUSE)
 
 
+class SequenceDrafts:
+    """The drafts of one sequence: where they come from, and how they did.
+
+    Args:
+        tokens: of the sequence; the caller appends to them.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._lookup = PromptLookup(tokens)
+        self._acceptance = Acceptance()
+
+    def propose(self, limit: int) -> tuple[float, list[int]]:
+        """The chance of each token to be right, and up to `limit` tokens, often none; call it once a step."""
+        chance = self._acceptance.chance() if limit > 0 else 0.0
+        return chance, self._lookup.draft(limit) if chance else []
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """See `Acceptance.record`."""
+        self._acceptance.record(drafted, accepted)
+
+
 @dataclass(frozen=True)
 class StepCost:
     """What a step takes, in any unit of time: `base`, and an amount for each sequence and each draft token."""
@@ -165,3 +186,29 @@ def allot(chances: Sequence[float], limits: Sequence[int], sequences: int, cost:
         expected += gains[best]
         gains[best] *= chances[best]
     return lengths
+
+
+class Drafter:
+    """The drafts of a step, as long as they pay."""
+
+    def __init__(self) -> None:
+        self._times = StepTimes()
+
+    def draft(self, sequences: Sequence[tuple[SequenceDrafts | None, int]]) -> list[list[int]]:
+        """A draft for each sequence that decodes, mostly empty.
+
+        Args:
+            sequences: the drafts of each, None where it has none, and how long a draft may be.
+        """
+        proposals = [
+            drafts.propose(min(limit, MAX_DRAFT)) if drafts is not None else (0.0, []) for drafts, limit in sequences
+        ]
+        if not any(tokens for _, tokens in proposals):
+            return [[] for _ in sequences]
+        chances, limits = [chance for chance, _ in proposals], [len(tokens) for _, tokens in proposals]
+        lengths = allot(chances, limits, len(sequences), self._times.cost())
+        return [tokens[:length] for (_, tokens), length in zip(proposals, lengths, strict=True)]
+
+    def record(self, drafts: Sequence[Sequence[int]], seconds: float) -> None:
+        """The step with these drafts, one for each sequence that decoded, took `seconds`."""
+        self._times.record(len(drafts), sum(map(len, drafts)), seconds)

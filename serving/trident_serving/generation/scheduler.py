@@ -14,10 +14,8 @@ from typing import Generic, TypeVar
 from trident_serving.errors import Overloaded
 from trident_serving.generation.slots import Placement, SlotPool
 
-T = TypeVar("T")
 
-
-class Sequence(Generic[T]):
+class Sequence:
     """One request in the scheduler.
 
     Attributes:
@@ -26,8 +24,7 @@ class Sequence(Generic[T]):
         slot: of the KV cache, once it has one.
     """
 
-    def __init__(self, payload: T, prompt: list[int], max_tokens: int) -> None:
-        self.payload = payload
+    def __init__(self, prompt: list[int], max_tokens: int) -> None:
         self.tokens = prompt
         self.prompt_length = len(prompt)
         self.max_tokens = max_tokens
@@ -40,11 +37,14 @@ class Sequence(Generic[T]):
         return self.cached >= self.prompt_length
 
 
+S = TypeVar("S", bound=Sequence)
+
+
 @dataclass(frozen=True)
-class PrefillChunk(Generic[T]):
+class PrefillChunk(Generic[S]):
     """Run positions start..end-1 of the sequence's prompt."""
 
-    sequence: Sequence[T]
+    sequence: S
     start: int
     end: int
 
@@ -55,15 +55,15 @@ class PrefillChunk(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Step(Generic[T]):
+class Step(Generic[S]):
     """One iteration: new sequences, chunks of prompts, and a token for every decoding sequence."""
 
-    placed: tuple[tuple[Sequence[T], Placement], ...]
-    prefill: tuple[PrefillChunk[T], ...]
-    decode: tuple[Sequence[T], ...]
+    placed: tuple[tuple[S, Placement], ...]
+    prefill: tuple[PrefillChunk[S], ...]
+    decode: tuple[S, ...]
 
 
-class Scheduler(Generic[T]):
+class Scheduler(Generic[S]):
     """First come, first served, over the slots of a cache.
 
     Args:
@@ -76,13 +76,8 @@ class Scheduler(Generic[T]):
         self._pool = pool
         self._prefill_chunk = prefill_chunk
         self._max_waiting = max_waiting
-        self._waiting: deque[Sequence[T]] = deque()
-        self._running: list[Sequence[T]] = []
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not (self._waiting or self._running)
+        self._waiting: deque[S] = deque()
+        self._running: list[S] = []
 
     @property
     def waiting(self) -> int:
@@ -95,11 +90,11 @@ class Scheduler(Generic[T]):
         return len(self._running)
 
     @property
-    def sequences(self) -> list[Sequence[T]]:
+    def sequences(self) -> list[S]:
         """Every sequence, running ones first."""
         return [*self._running, *self._waiting]
 
-    def add(self, sequence: Sequence[T]) -> None:
+    def add(self, sequence: S) -> None:
         """Queue a sequence.
 
         Raises:
@@ -112,7 +107,7 @@ class Scheduler(Generic[T]):
             )
         self._waiting.append(sequence)
 
-    def schedule(self) -> Step[T]:
+    def schedule(self) -> Step[S]:
         """The next step; the caller runs it, raises `cached` as it does, and reports ends with `remove`."""
         decode = tuple(sequence for sequence in self._running if sequence.prefilled)
         room = self._prefill_chunk
@@ -132,7 +127,7 @@ class Scheduler(Generic[T]):
             room -= chunks[-1].end - chunks[-1].start
         return Step(tuple(placed), tuple(chunks), decode)
 
-    def remove(self, sequence: Sequence[T], *, trusted: bool = True) -> None:
+    def remove(self, sequence: S, *, trusted: bool = True) -> None:
         """Take a sequence out.
 
         Args:
@@ -148,12 +143,12 @@ class Scheduler(Generic[T]):
             self._pool.evict(sequence.slot)
         sequence.slot = None
 
-    def _place(self, sequence: Sequence[T]) -> Placement | None:
+    def _place(self, sequence: S) -> Placement | None:
         placement = self._pool.place(sequence, sequence.prompt_length + sequence.max_tokens)
         if placement is not None:
             sequence.slot, sequence.cached = placement.slot, placement.reused
         return placement
 
     @staticmethod
-    def _chunk(sequence: Sequence[T], room: int) -> PrefillChunk[T]:
+    def _chunk(sequence: S, room: int) -> PrefillChunk[S]:
         return PrefillChunk(sequence, sequence.cached, min(sequence.cached + room, sequence.prompt_length))

@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from trident_serving.errors import Overloaded
+from trident_serving.generation.answer import Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.generation.engine import Engine, EngineSettings, Job
+from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.generation.request import GenerationRequest, Inputs, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.runtime.memory import MEBIBYTE, DoesNotFit, available_bytes

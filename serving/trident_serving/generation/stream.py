@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from trident_serving.generation.engine import FinishReason
+from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stopping import StopStrings
 from trident_serving.runtime.detokenizer import Detokenizer

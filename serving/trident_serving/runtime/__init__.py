@@ -1,5 +1,6 @@
 """What both engines stand on, text generation and encoder-decoder models.
 
+loop                an engine's thread: steps, cancelled and overdue requests, a new start after an error
 kv_cache            the buffers that hold keys and values, one slot for each sequence
 session             ONNX Runtime sessions, and what a run reads and writes
 tokenizer           text to tokens; the chat template

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,10 +236,8 @@ class Seq2SeqService:
         An error where the queue is full goes to the channel too.
         """
         pending = _PendingReply(request, self._source, channel, self._outbox.notify)
-        seconds = request.timeout_seconds
-        deadline = time.monotonic() + seconds
         jobs = [
-            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), deadline, seconds)
+            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), request.timeout_seconds)
             for index, window in enumerate(request.windows)
         ]
         self._outbox.add(pending)
