@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from trident_serving.errors import InvalidRequest
 
@@ -53,6 +53,10 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
+
+
+# The fields of a request that say how tokens are chosen.
+SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name != "seed")
 
 
 def _check(holds: bool, field: str, value: float, expected: str) -> None:
