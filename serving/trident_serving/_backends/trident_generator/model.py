@@ -35,14 +35,11 @@ class TritonPythonModel:
         self.process.start(self.service.steps, self.service.busy)
 
     def execute(self, requests):
-        for request in requests:
-            channel = Channel(triton_adapter.Responder(pb_utils, request, self.process))
-            try:
-                triton_adapter.check_admission(request, self.process)
-                timeout = triton_adapter.timeout(request, self.config)
-                self.service.submit(self.service.parse(triton_adapter.inputs(request), timeout), channel)
-            except Exception as error:
-                channel.fail(error)
+        triton_adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
+
+    def submit(self, request, channel):
+        timeout = triton_adapter.timeout(request, self.config)
+        self.service.submit(self.service.parse(triton_adapter.inputs(request), timeout), channel)
 
     def finalize(self):
         self.service.stop()
@@ -50,16 +47,12 @@ class TritonPythonModel:
         self.process.stop()
 
 
-class Channel:
+class Channel(triton_adapter.Responder):
     """A `ResponseChannel` over Triton's response sender."""
 
-    def __init__(self, responder):
-        self.responder = responder
+    streams = True
 
-    def is_cancelled(self):
-        return self.responder.is_cancelled()
-
-    def send(self, chunk):
+    def tensors(self, chunk):
         reason = chunk.finish_reason
         tensors = {
             "text_output": text.encode_texts([chunk.text]),
@@ -72,8 +65,7 @@ class Channel:
         }
         if not any(token.top for token in chunk.log_probs):
             del tensors["output_top_token_ids"], tensors["output_top_log_probs"]
-        batch = {name: tensor[None] for name, tensor in tensors.items()}
-        self.responder.send(triton_adapter.response(pb_utils, batch), final=reason is not None)
+        return {name: tensor[None] for name, tensor in tensors.items()}
 
-    def fail(self, error):
-        self.responder.send(triton_adapter.stream_error(pb_utils, error), final=True)
+    def is_last(self, chunk):
+        return chunk.finish_reason is not None

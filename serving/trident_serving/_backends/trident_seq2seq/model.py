@@ -25,15 +25,11 @@ class TritonPythonModel:
         self.process.start(self.service.steps, self.service.busy)
 
     def execute(self, requests):
-        for request in requests:
-            channel = Channel(triton_adapter.Responder(pb_utils, request, self.process))
-            try:
-                triton_adapter.check_admission(request, self.process)
-                timeout = triton_adapter.timeout(request, self.config)
-                checked = self.service.parse(triton_adapter.inputs(request), timeout)
-                self.service.submit(checked, channel)
-            except Exception as error:
-                channel.fail(error)
+        triton_adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
+
+    def submit(self, request, channel):
+        timeout = triton_adapter.timeout(request, self.config)
+        self.service.submit(self.service.parse(triton_adapter.inputs(request), timeout), channel)
 
     def finalize(self):
         self.service.stop()
@@ -41,16 +37,10 @@ class TritonPythonModel:
         self.process.stop()
 
 
-class Channel:
+class Channel(triton_adapter.Responder):
     """A `ReplyChannel` over Triton's response sender."""
 
-    def __init__(self, responder):
-        self.responder = responder
-
-    def is_cancelled(self):
-        return self.responder.is_cancelled()
-
-    def send(self, reply):
+    def tensors(self, reply):
         tensors = {
             "text_output": text.encode_texts([reply.text]),
             "finish_reason": text.encode_texts([reply.finish_reason]),
@@ -59,10 +49,4 @@ class Channel:
             "output_log_probs": np.array(reply.log_probs, np.float32),
             "sequence_scores": np.array(reply.scores, np.float32),
         }
-        self._send(triton_adapter.response(pb_utils, {name: tensor[None] for name, tensor in tensors.items()}))
-
-    def fail(self, error):
-        self._send(triton_adapter.response(pb_utils, error))
-
-    def _send(self, response):
-        self.responder.send(response, final=True)
+        return {name: tensor[None] for name, tensor in tensors.items()}

@@ -18,31 +18,12 @@ class TritonPythonModel:
         self.process.start()
 
     def execute(self, requests):
-        for request in requests:
-            channel = Channel(triton_adapter.Responder(pb_utils, request, self.process))
-            try:
-                triton_adapter.check_admission(request, self.process)
-                seconds = triton_adapter.timeout_seconds(request, self.config, self.timeout)
-                self.service.submit(triton_adapter.inputs(request), seconds, channel)
-            except Exception as error:
-                channel.fail(error)
+        triton_adapter.submit_each(pb_utils, requests, self.process, self.submit)
+
+    def submit(self, request, channel):
+        seconds = triton_adapter.timeout_seconds(request, self.config, self.timeout)
+        self.service.submit(triton_adapter.inputs(request), seconds, channel)
 
     def finalize(self):
         self.service.stop()
         self.process.stop()
-
-
-class Channel:
-    """A `template_service.Channel` over Triton's response sender."""
-
-    def __init__(self, responder):
-        self.responder = responder
-
-    def is_cancelled(self):
-        return self.responder.is_cancelled()
-
-    def send(self, result):
-        self.responder.send(triton_adapter.response(pb_utils, result), final=True)
-
-    def fail(self, error):
-        self.responder.send(triton_adapter.response(pb_utils, error), final=True)
