@@ -15,10 +15,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trident_serving import onnx_session
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
+from trident_serving.triton import onnx_session
 
 VOCABULARY = 500
 

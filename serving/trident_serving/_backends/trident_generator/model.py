@@ -5,26 +5,27 @@ import sys
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trident_serving import onnx_runtime, text, triton_adapter
+from trident_serving import onnx_runtime, text
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.schema.reading import read_texts
-from trident_serving.triton_metrics import Publisher
+from trident_serving.triton import adapter
+from trident_serving.triton.metrics import Publisher
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.process = triton_adapter.setup(pb_utils, args)
-        self.config = config = triton_adapter.model_config(args)
-        parameters = triton_adapter.parameters(config)
+        self.process = adapter.setup(pb_utils, args)
+        self.config = config = adapter.model_config(args)
+        parameters = adapter.parameters(config)
         onnx_runtime.choose(parameters.get("device", "cpu"))
         # Imports onnxruntime: the one that was chosen.
         from trident_serving.generation.service import GenerationService
 
         limits = read_texts(GenerationLimits, parameters)
         name, version = args["model_name"], args["model_version"]
-        unloading = triton_adapter.unloading(pb_utils, name, version)
+        unloading = adapter.unloading(pb_utils, name, version)
         device = int(args["model_instance_device_id"])
-        self.service = GenerationService(triton_adapter.version_folder(args), limits, unloading, device)
+        self.service = GenerationService(adapter.version_folder(args), limits, unloading, device)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
         # Not through Triton's logger, whose level hides it: this is how one sees what limits cost.
         print(
@@ -35,11 +36,11 @@ class TritonPythonModel:
         self.process.start(self.service.steps, self.service.busy)
 
     def execute(self, requests):
-        triton_adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
+        adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
 
     def submit(self, request, channel):
-        timeout = triton_adapter.timeout(request, self.config)
-        self.service.submit(self.service.parse(triton_adapter.inputs(request), timeout), channel)
+        timeout = adapter.timeout(request, self.config)
+        self.service.submit(self.service.parse(adapter.inputs(request), timeout), channel)
 
     def finalize(self):
         self.service.stop()
@@ -47,7 +48,7 @@ class TritonPythonModel:
         self.process.stop()
 
 
-class Channel(triton_adapter.Responder):
+class Channel(adapter.Responder):
     """A `ResponseChannel` over Triton's response sender."""
 
     streams = True

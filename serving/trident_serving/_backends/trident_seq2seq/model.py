@@ -5,31 +5,32 @@ import sys
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trident_serving import text, triton_adapter
+from trident_serving import text
 from trident_serving.schema.limits import Seq2SeqLimits
 from trident_serving.schema.reading import read_texts
 from trident_serving.seq2seq.service import Seq2SeqService
-from trident_serving.triton_metrics import Publisher
+from trident_serving.triton import adapter
+from trident_serving.triton.metrics import Publisher
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.process = triton_adapter.setup(pb_utils, args)
-        self.config = config = triton_adapter.model_config(args)
-        limits = read_texts(Seq2SeqLimits, triton_adapter.parameters(config))
+        self.process = adapter.setup(pb_utils, args)
+        self.config = config = adapter.model_config(args)
+        limits = read_texts(Seq2SeqLimits, adapter.parameters(config))
         name, version = args["model_name"], args["model_version"]
-        unloading = triton_adapter.unloading(pb_utils, name, version)
-        self.service = Seq2SeqService(triton_adapter.version_folder(args), limits, unloading)
+        unloading = adapter.unloading(pb_utils, name, version)
+        self.service = Seq2SeqService(adapter.version_folder(args), limits, unloading)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
         print(f"trident: {name}: {limits.slots} slots; {self.service.memory}", file=sys.stderr, flush=True)
         self.process.start(self.service.steps, self.service.busy)
 
     def execute(self, requests):
-        triton_adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
+        adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
 
     def submit(self, request, channel):
-        timeout = triton_adapter.timeout(request, self.config)
-        self.service.submit(self.service.parse(triton_adapter.inputs(request), timeout), channel)
+        timeout = adapter.timeout(request, self.config)
+        self.service.submit(self.service.parse(adapter.inputs(request), timeout), channel)
 
     def finalize(self):
         self.service.stop()
@@ -37,7 +38,7 @@ class TritonPythonModel:
         self.process.stop()
 
 
-class Channel(triton_adapter.Responder):
+class Channel(adapter.Responder):
     """A `ReplyChannel` over Triton's response sender."""
 
     def tensors(self, reply):
