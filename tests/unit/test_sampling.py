@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -19,7 +28,16 @@ from trident_serving.errors import InvalidRequest
 from trident_serving.runtime.log_probabilities import log_probabilities
 from trident_serving.runtime.sampling.candidates import Candidates
 from trident_serving.runtime.sampling.params import SamplingParams
-from trident_serving.runtime.sampling.processors import MinLength, filters
+from trident_serving.runtime.sampling.processors import (
+    BadWords,
+    ForcedTokens,
+    LogitsProcessor,
+    MinLength,
+    NoRepeatNGram,
+    RepetitionPenalty,
+    SuppressTokens,
+    filters,
+)
 from trident_serving.runtime.sampling.sampler import BrokenModel, Sampler
 from trident_serving.seq2seq.rules import Rules
 
@@ -116,6 +134,35 @@ def test_repetition_penalty_equals_transformers() -> None:
     assert len(set(chosen)) > 1
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (RepetitionPenalty(1.3), RepetitionPenaltyLogitsProcessor(1.3)),
+        (NoRepeatNGram(1), NoRepeatNGramLogitsProcessor(1)),
+        (NoRepeatNGram(3), NoRepeatNGramLogitsProcessor(3)),
+        (BadWords(((7,), (1, 2), (5, 6, 8))), NoBadWordsLogitsProcessor([[7], [1, 2], [5, 6, 8]])),
+        (MinLength(5, (3, 4)), MinLengthLogitsProcessor(5, [3, 4])),
+        (ForcedTokens(1, (9,)), ForcedBOSTokenLogitsProcessor(9)),
+        (ForcedTokens(8, (3,)), ForcedEOSTokenLogitsProcessor(9, 3)),
+        (SuppressTokens((2, 11)), SuppressTokensLogitsProcessor([2, 11])),
+        (SuppressTokens((2, 11), 2), SuppressTokensAtBeginLogitsProcessor([2, 11], 2)),
+    ],
+)
+def test_what_seq2seq_forbids_and_forces_equals_transformers(
+    ours: LogitsProcessor, theirs: Callable[..., torch.Tensor], length: int
+) -> None:
+    tokens = np.array([5, 1, 5, 1, 5, 6, 5, 1], np.int64)[:length]
+    expected = theirs(torch.tensor(tokens)[None], torch.tensor(LOGITS)[None].clone())[0].numpy()
+    candidates = Candidates(LOGITS, int(LOGITS.argmax()))
+    ours(tokens, candidates)
+    assert candidates.likeliest() == int(expected.argmax())
+    np.testing.assert_array_equal(candidates.scores, expected)
+    scores = LOGITS.copy()  # as beam search does it
+    ours(tokens, Candidates(scores, in_place=True))
+    np.testing.assert_array_equal(scores, expected)
+
+
 def test_min_tokens_equals_transformers() -> None:
     eos = int(LOGITS.argmax())
     sampler = Sampler.causal(SamplingParams(max_tokens=9, min_tokens=2), [1], frozenset([eos]))
@@ -125,7 +172,7 @@ def test_min_tokens_equals_transformers() -> None:
     assert chosen == [expected, expected, eos]
 
 
-def test_presence_and_frequency_penalties_count_generated_tokens_alone() -> None:
+def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:
     logits = np.array([1.0, 0.95, 0.0], np.float32)
     presence = Sampler.causal(SamplingParams(max_tokens=9, presence_penalty=0.1), [0], frozenset())
     assert [presence.choose(logits) for _ in range(3)] == [0, 1, 0]
