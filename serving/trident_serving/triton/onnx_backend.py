@@ -70,7 +70,7 @@ class OnnxModel:
             wanted: outputs to compute; all of the config's where None.
 
         Returns:
-            For each request its tensors by output name, or what went wrong with it alone.
+            For each request its tensors by output name, or what went wrong with that one.
         """
         names = list(wanted if wanted is not None else self.output_names)
         if self._max_batch_size and len(requests) > 1:
