@@ -36,7 +36,7 @@ from benchmarks.peers import (
 )
 from trident_client import Client
 from trident_export import corpora, fidelity, models_file, sources
-from trident_serving.tokenization import TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 
 MODEL = "smollm2"
 CONCURRENCY = (1, 4, 8, 16, 32)

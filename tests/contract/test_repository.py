@@ -11,7 +11,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import configs, models_file
-from trident_serving.onnx_session import TensorInfo
+from trident_serving.triton.onnx_session import TensorInfo
 
 REPOSITORY = ROOT / "model_repository"
 SPECS = models_file.load(ROOT / "models.toml")

@@ -1,6 +1,6 @@
 """The little that every adapter in `trident_serving/_backends` needs between Triton's Python API and the runtime.
 
-`pb_utils` exists in Triton's processes alone, so the adapters hand it in.
+`pb_utils` exists in Triton's processes only, so the adapters hand it in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trident_serving.errors import Cancelled, DeadlineExceeded, InvalidRequest, 
 from trident_serving.runtime_folder import PASS_PARAMETER, Process
 from trident_serving.schema.fields import timeout_seconds as parse_timeout
 
-# Triton's own, by its protocol's extensions; all but the timeout concern Triton alone.
+# Triton's own, by its protocol's extensions; all but the timeout concern Triton only.
 RESERVED_PARAMETERS = {"id", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "headers"}
 
 
@@ -56,7 +56,9 @@ class _TritonLog(logging.Handler):
 
 
 class Responder:
-    """The response sender of one request, which any thread may use.
+    """Where the answer to one request goes; any thread may use it.
+
+    An adapter derives its own where an answer is not the response's tensors already.
 
     The server frees what a sender stands for when the last response is sent, and a question about cancellation that
     arrives later ends the whole server (seen on 2.51: a segmentation fault). So nothing is asked or sent for a
@@ -66,39 +68,83 @@ class Responder:
         pb_utils: Triton's Python API.
         request: Triton's.
         process: counts the requests that are open.
+
+    Attributes:
+        streams: whether the model is decoupled. gRPC streams carry the message of an error only, so it begins with the
+            code's name. (Triton has a header that turns such errors into status codes; on this version it ends the
+            server with a segmentation fault.)
     """
 
+    streams = False
     _one_at_a_time = threading.Lock()
 
     def __init__(self, pb_utils: Any, request: Any, process: Process) -> None:
-        self._final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._pb_utils = pb_utils
         self._sender = request.get_response_sender()
         self._process = process
         self._ended = False
         process.opened()
+
+    def tensors(self, answer: Any) -> Mapping[str, NDArray[Any]]:
+        """The tensors of a response."""
+        found: Mapping[str, NDArray[Any]] = answer
+        return found
+
+    def is_last(self, answer: Any) -> bool:
+        """Whether no response follows."""
+        return True
 
     def is_cancelled(self) -> bool:
         """Whether the client has gone or has cancelled the request; False for one that has ended."""
         with self._one_at_a_time:
             return not self._ended and bool(self._sender.is_cancelled())
 
-    def send(self, response: Any, *, final: bool) -> None:
+    def send(self, answer: Any) -> None:
         """Send a response; nothing happens where the last one was sent already.
 
         Raises:
             Exception: Triton refuses it; the request has ended then.
         """
+        self._send(response(self._pb_utils, self.tensors(answer)), final=self.is_last(answer))
+
+    def fail(self, exception: Exception) -> None:
+        """Send an error, which is the last response."""
+        found = error(self._pb_utils, exception, name_code=self.streams)
+        self._send(self._pb_utils.InferenceResponse(error=found), final=True)
+
+    def _send(self, message: Any, *, final: bool) -> None:
         with self._one_at_a_time:
             if self._ended:
                 return
             sent = False
             try:
-                self._sender.send(response, flags=self._final if final else 0)
+                self._sender.send(message, flags=self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
                 sent = True
             finally:
                 if final or not sent:
                     self._ended = True
                     self._process.closed()
+
+
+def submit_each(
+    pb_utils: Any,
+    requests: Sequence[Any],
+    process: Process,
+    submit: Callable[[Any, Responder], None],
+    responder: type[Responder] = Responder,
+) -> None:
+    """Start requests that are answered later; what goes wrong before is the answer to that request.
+
+    Args:
+        submit: called with Triton's request and where its answer goes.
+    """
+    for request in requests:
+        channel = responder(pb_utils, request, process)
+        try:
+            check_admission(request, process)
+            submit(request, channel)
+        except Exception as exception:
+            channel.fail(exception)
 
 
 def check_admission(request: Any, process: Process) -> None:
@@ -162,7 +208,7 @@ def request_parameters(request: Any, inputs: Sequence[str] = ()) -> dict[str, An
 
     Raises:
         InvalidRequest: there are some that nothing reads. The generate endpoint makes a parameter of every field that
-            is no input, so that an option with a slip in its name would have no effect and nobody would hear of it.
+            is no input, so an option with a slip in its name would have no effect, and no error would say so.
     """
     given: dict[str, Any] = json.loads(request.parameters() or "{}")
     if unknown := sorted(given.keys() - RESERVED_PARAMETERS - {PASS_PARAMETER}):
@@ -207,15 +253,6 @@ def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> An
     return codes(f"{name}: {message}" if name_code else message, code)
 
 
-def stream_error(pb_utils: Any, exception: Exception) -> Any:
-    """A response of a decoupled model with this error.
-
-    gRPC streams carry the message alone, so it begins with the code's name. (Triton has a header that turns
-    such errors into status codes; on this version it ends the server with a segmentation fault.)
-    """
-    return pb_utils.InferenceResponse(error=error(pb_utils, exception, name_code=True))
-
-
 def response(pb_utils: Any, result: Mapping[str, NDArray[Any]] | Exception) -> Any:
     """A response with these tensors, or with this error."""
     if isinstance(result, Exception):
@@ -229,7 +266,7 @@ def answer(
     request: Any,
     entry: Process | None = None,
 ) -> Any:
-    """The response to one request; an exception becomes its error and concerns nobody else.
+    """The response to one request; an exception becomes its error and leaves the others as they are.
 
     Args:
         entry: the process of the first stage, which lets nothing in while the server shuts down.

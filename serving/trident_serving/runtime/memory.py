@@ -1,6 +1,6 @@
 """How much memory this process may still take: the machine's, or what its control groups leave where that is less.
 
-A container and a systemd unit are control groups, version 2 or 1 or both beside each other. Each group between the
+A container and a systemd unit are control groups, version 2 or 1 or both. Each group between the
 process's own and the root may have a limit, so the smallest room counts. A container that has a namespace of its own
 sees its group as the root of the mount; that is the same walk with no step.
 Sources: the kernel's Documentation/admin-guide, cgroup-v2.rst and cgroup-v1/memory.rst; `si_mem_available` in
@@ -13,6 +13,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+MEBIBYTE = 2**20
+
+
+class DoesNotFit(ValueError):
+    """The model's limits and this machine do not fit; the message gives the sum and says which limit to change."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece, never breaking a character.
+"""Tokens to text, chunk by chunk, never breaking a character.
 
 A token may end in the middle of a character (an emoji is four bytes), and some tokenizers drop a leading
 space. So a short window of tokens is decoded again each time, and its text is handed out only when it does
@@ -11,7 +11,7 @@ the run of bytes.
 
 from __future__ import annotations
 
-from trident_serving.tokenization import Codec
+from trident_serving.runtime.tokenizer import Codec
 
 _UNFINISHED = "\ufffd"
 
@@ -29,17 +29,17 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Add a token; returns the text that became certain, often none."""
         self._ids.append(token)
-        piece = self._pending()
-        if not piece or piece.endswith(_UNFINISHED):
+        chunk = self._pending()
+        if not chunk or chunk.endswith(_UNFINISHED):
             return ""
         self._start, self._read = self._read, len(self._ids)
-        return piece
+        return chunk
 
     def flush(self) -> str:
         """The rest, unfinished characters included."""
-        piece = self._pending()
+        chunk = self._pending()
         self._start = self._read = len(self._ids)
-        return piece
+        return chunk
 
     def _pending(self) -> str:
         known = self._codec.decode(self._ids[self._start : self._read])

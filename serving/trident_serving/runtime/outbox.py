@@ -2,7 +2,7 @@
 
 A response costs this server and its client about a third of a millisecond of processor time, which the model then
 lacks. So the engine only notes that a stream has text, and what waits goes out together: the first token and the end
-of an answer at once, what is between as often as `pace` says, and then that of other streams with it. The same thread
+of an answer at once, what is between as often as `pace` says, together with that of other streams. The same thread
 asks for cancellations, which Triton also answers by a call.
 """
 
@@ -35,11 +35,11 @@ class Stream(Protocol):
 
     Attributes:
         cancelled: set by the outbox once the client has gone.
-        paced: whether it waits for its time; the outbox's own note, as `last_sent` is.
+        pending: whether it waits for its time; the outbox's own note, as `last_sent` is.
     """
 
     cancelled: bool
-    paced: bool
+    pending: bool
     last_sent: float
 
     @property
@@ -58,16 +58,16 @@ class Stream(Protocol):
 
 
 def pace(streams: int) -> float:
-    """Seconds between two responses of a stream, of so many: 33 a second for one, five for many (decision 0010)."""
+    """Seconds between two responses of a stream: 33 a second for one stream, five for many (decision 0010)."""
     return max(0.03, min(0.0075 * streams, 0.2), 0.005 * streams)
 
 
 def poll_interval(streams: int) -> float:
-    """Seconds between two questions for cancellations, less than two steps of the engine with so many streams."""
+    """Seconds between two questions for cancellations, less than two steps of the engine with this many streams."""
     return min(max(0.01, 0.0025 * streams), 0.06)
 
 
-class Paced:
+class PendingStreams:
     """Streams whose text waits for its time."""
 
     def __init__(self) -> None:
@@ -79,13 +79,13 @@ class Paced:
         return self._waiting[0][0] if self._waiting else math.inf
 
     def add(self, due: float, stream: Stream) -> None:
-        """A stream is due then; later than those before it, but for some that ended meanwhile: close enough."""
+        """A stream is due at `due`: later than those before it, or nearly, where some ended meanwhile."""
         self._waiting.append((due, stream))
 
     def take(self, now: float, early: float) -> list[Stream]:
         """Those to send now: none before the first is due, and then also those due in the next `early` seconds.
 
-        One awakening for many responses costs the model less than one each, and streams that went out together once
+        Waking up once for many responses costs the model less than once for each, and streams that went out together
         are due together from then on.
         """
         taken: list[Stream] = []
@@ -107,7 +107,7 @@ class Outbox:
         self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
         self._open: set[Stream] = set()
         self._lock = threading.Lock()
-        self._paced = Paced()
+        self._pending = PendingStreams()
         self._thread = threading.Thread(target=self._loop, name="outbox", daemon=True)
         self._thread.start()
 
@@ -118,7 +118,7 @@ class Outbox:
         self.notify(stream)  # wakes the thread, which asks for cancellations from now on
 
     def discard(self, stream: Stream) -> None:
-        """Forget a stream."""
+        """Stop watching a stream."""
         with self._lock:
             self._open.discard(stream)
 
@@ -135,7 +135,7 @@ class Outbox:
         next_poll = next_watch = time.monotonic()
         while True:
             try:
-                stream = self._ready.get(timeout=self._patience(next_poll))
+                stream = self._ready.get(timeout=self._wait(next_poll))
             except queue.Empty:
                 pass
             else:
@@ -143,33 +143,33 @@ class Outbox:
                     break
                 self._send_or_pace(stream)
             now = time.monotonic()
-            for paced in self._paced.take(now, pace(len(self._open)) / 2):
-                self._send(paced)
+            for due in self._pending.take(now, pace(len(self._open)) / 2):
+                self._send(due)
             if now >= next_poll:
                 self._poll_cancellations()
                 next_poll = time.monotonic() + poll_interval(len(self._open))
             if now >= next_watch and self._open:
                 self._watch()
                 next_watch = now + WATCH_SECONDS
-        for stream in self._paced.take(math.inf, 0.0):
+        for stream in self._pending.take(math.inf, 0.0):
             self._send(stream)
 
-    def _patience(self, next_poll: float) -> float | None:
+    def _wait(self, next_poll: float) -> float | None:
         """How long the thread may sleep."""
         if not self._open:
             return None
-        return max(min(next_poll, self._paced.first) - time.monotonic(), 0.0)
+        return max(min(next_poll, self._pending.first) - time.monotonic(), 0.0)
 
     def _send_or_pace(self, stream: Stream) -> None:
         due = stream.last_sent + pace(len(self._open))
         if stream.urgent or due <= time.monotonic():
             self._send(stream)
-        elif not stream.paced:
-            stream.paced = True
-            self._paced.add(due, stream)
+        elif not stream.pending:
+            stream.pending = True
+            self._pending.add(due, stream)
 
     def _send(self, stream: Stream) -> None:
-        stream.paced = False
+        stream.pending = False
         stream.last_sent = time.monotonic()
         try:
             done = stream.send_pending()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from trident_serving.generation.metrics import Recorder
+from trident_serving.runtime.metrics import Recorder
 
 PREFIX = "trident_"
 PERIOD_SECONDS = 0.25
@@ -30,7 +30,7 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "generated_tokens": ("generated_tokens_total", "Tokens generated"),
     "draft_tokens": ("draft_tokens_total", "Tokens drafted by prompt lookup"),
     "draft_tokens_accepted": ("draft_tokens_accepted_total", "Those of them that the model accepted"),
-    "requests_cancelled": ("requests_cancelled_total", "Requests that nobody waited for any more"),
+    "requests_cancelled": ("requests_cancelled_total", "Requests that were cancelled"),
     "requests_failed": ("requests_failed_total", "Requests that ended with an error once they were queued"),
     "requests_rejected": ("requests_rejected_total", "Requests that found the queue full"),
     "loop_restarts": ("loop_restarts_total", "Restarts of the generation loop after an error"),
@@ -38,7 +38,7 @@ COUNTERS: dict[str, tuple[str, str]] = {
 GAUGES: dict[str, tuple[str, str]] = {
     "requests_running": ("requests_running", "Requests with a slot"),
     "requests_waiting": ("requests_waiting", "Requests in the queue"),
-    "slots_used": ("slots_used", "Rows of the KV cache with a sequence that runs"),
+    "slots_used": ("slots_used", "Slots of the KV cache with a sequence that runs"),
     "kv_cache_tokens": ("kv_cache_tokens", "Tokens that running sequences may grow to, and those kept for reuse"),
 }
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.onnx_session import Config, LoadError, TensorInfo, open_session
 from trident_serving.text import decode_texts, encode_texts
+from trident_serving.triton.onnx_session import Config, LoadError, TensorInfo, open_session
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class OnnxModel:
             wanted: outputs to compute; all of the config's where None.
 
         Returns:
-            For each request its tensors by output name, or what went wrong with it alone.
+            For each request its tensors by output name, or what went wrong with that one.
         """
         names = list(wanted if wanted is not None else self.output_names)
         if self._max_batch_size and len(requests) > 1:
