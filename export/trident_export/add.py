@@ -17,6 +17,7 @@ from trident_export.errors import ModelsFileError
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.seq2seq import generation_config
 from trident_export.tasks import encoders
+from trident_serving.encoders import TASKS
 
 # The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
 _HEADS = (
@@ -24,7 +25,8 @@ _HEADS = (
     ("LMHeadModel", "text-generation"),
     ("ForConditionalGeneration", "translation"),
     ("MTModel", "translation"),
-    *((export.architecture, task) for task, export in encoders.TASKS.items() if export.architecture),
+    *((encoders.of(task).architecture, task) for task in TASKS if encoders.of(task).architecture),
+    ("Model", "feature-extraction"),
 )
 _SUMMARIZERS = ("bart", "pegasus")
 _MAX_CONTEXT = 4096
@@ -132,7 +134,7 @@ def _generation_limits(config: PretrainedConfig, reasons: list[str]) -> dict[str
 
 
 def _encoder_limits(model: HuggingFaceFolder, task: str, reasons: list[str]) -> dict[str, Any]:
-    export, longest = encoders.TASKS[task], model.longest_input or 512
+    export, longest = encoders.of(task), model.longest_input or 512
     most = min(longest, export.proposed_tokens)
     limits = export.proposed_limits(model.config, most)
     if "labels" in limits:

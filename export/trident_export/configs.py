@@ -13,11 +13,12 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_export.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_serving import encoders
 from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
 from trident_serving.encoders.task import Tensor
+from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, TEMPLATE, Field
+from trident_serving.schema.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 
 
 def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[str, pb.ModelConfig]:
@@ -36,6 +37,8 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
         assert spec.encoder
         configs = list(_ensemble(spec, spec.encoder))
     built = {config.name: config for config in configs}
+    for variant in spec.variants:  # by which a client finds the model of a task
+        _set_parameters(built[spec.public_name(variant)], {"task": spec.task})
     for variant, reason in (unverified or {}).items():
         _set_parameters(built[spec.public_name(variant)], {UNVERIFIED: reason})
     return built
@@ -67,9 +70,13 @@ def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | Non
 
 
 def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
-    """What is out of step between models.toml and a repository's configs, a sentence each."""
+    """What is out of step between models.toml and a repository's configs, a sentence each.
+
+    A model that is exported on demand has no configs before.
+    """
     problems = []
-    expected = {name: config for spec in specs for name, config in build(spec, _installed(spec, repository)).items()}
+    needed = [spec for spec in specs if not spec.on_demand or read_manifest(repository, spec.name) is not None]
+    expected = {name: config for spec in needed for name, config in build(spec, _installed(spec, repository)).items()}
     for name, config in expected.items():
         path = repository / name / "config.pbtxt"
         if not path.exists():
@@ -95,6 +102,10 @@ def _tensor(
     return kind(name=name, data_type=pb.DataType.Value(f"TYPE_{data_type}"), dims=list(dims), **more)
 
 
+def _add_fields(config: pb.ModelConfig, fields: Iterable[Field]) -> None:
+    config.input.extend(_tensor(pb.ModelInput, field.name, field.dtype, field.shape, optional=True) for field in fields)
+
+
 def _set_parameters(config: pb.ModelConfig, parameters: dict[str, object]) -> None:
     for key, value in parameters.items():
         config.parameters[key].string_value = str(value).lower() if isinstance(value, bool) else str(value)
@@ -110,37 +121,15 @@ def _base(name: str, backend: str, max_batch_size: int) -> pb.ModelConfig:
     return config
 
 
-# The optional inputs of a generator, with the names and types of Triton's TensorRT-LLM backend where it has them;
-# `top_logprobs` is the OpenAI API's name.
-GENERATION_OPTIONS = {
-    "max_tokens": "INT32",
-    "min_tokens": "INT32",
-    "temperature": "FP32",
-    "top_k": "INT32",
-    "top_p": "FP32",
-    "min_p": "FP32",
-    "repetition_penalty": "FP32",
-    "presence_penalty": "FP32",
-    "frequency_penalty": "FP32",
-    "random_seed": "UINT64",
-    "stream": "BOOL",
-    "return_log_probs": "BOOL",
-    "top_logprobs": "INT32",
-    "exclude_input_in_output": "BOOL",
-    "prompt_lookup": "BOOL",
-}
-
-
 def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     # A batch of one, not none: TensorRT-LLM's clients send [1, 1], and Triton's generate endpoint either.
     config = _base(name, "trident_generator", max_batch_size=1)
     if limits.device == "cuda":
         config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
     config.model_transaction_policy.decoupled = True
-    inputs = [("text_input", "STRING", [1]), ("messages", "STRING", [1])]
-    inputs += [(option, data_type, [1]) for option, data_type in GENERATION_OPTIONS.items()]
-    inputs.append(("stop_words", "STRING", [-1]))
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in inputs)
+    for name_of_prompt in ("text_input", "messages"):
+        config.input.append(_tensor(pb.ModelInput, name_of_prompt, "STRING", [1], optional=True))
+    _add_fields(config, GENERATION)
     outputs = [
         ("text_output", "STRING", [1]),
         ("finish_reason", "STRING", [1]),
@@ -155,30 +144,11 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     return config
 
 
-# The optional inputs of translation and summarization; those of generation that mean the same, and transformers' names.
-SEQ2SEQ_OPTIONS = {
-    **{
-        name: GENERATION_OPTIONS[name]
-        for name in ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p")
-    },
-    "repetition_penalty": "FP32",
-    "random_seed": "UINT64",
-    "num_beams": "INT32",
-    "length_penalty": "FP32",
-    "early_stopping": "BOOL",
-    "no_repeat_ngram_size": "INT32",
-    "source_lang": "STRING",
-    "target_lang": "STRING",
-    "long_input": "STRING",
-}
-
-
 def _seq2seq(name: str, limits: Seq2SeqLimits) -> pb.ModelConfig:
     # Not decoupled: one response, which every client and endpoint can take, and a request still can be cancelled.
     config = _base(name, "trident_seq2seq", max_batch_size=1)
     config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
-    options = [(option, data_type, [1]) for option, data_type in SEQ2SEQ_OPTIONS.items()]
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
+    _add_fields(config, SEQ2SEQ)
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
     config.output.append(_tensor(pb.ModelOutput, "sequence_scores", "FP32", [-1]))
     _set_parameters(config, asdict(limits))
@@ -192,32 +162,19 @@ _TEXT_OUTPUTS: list[tuple[str, str, list[int]]] = [
     ("num_output_tokens", "INT32", [1]),
     ("output_log_probs", "FP32", [-1]),
 ]
-TEMPLATE_OPTIONS = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "random_seed",
-)
 
 
 def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
     """The tensors are those of the task's other models."""
     answers = spec.task == "question-answering"
     config = _base(spec.name, "trident_template", max_batch_size=0 if answers else 1)
-    options = [(name, GENERATION_OPTIONS[name], [1]) for name in TEMPLATE_OPTIONS]
     if answers:
         task = encoders.TASKS[spec.task]
         _add_tensors(config, limits, task.texts, (), task.answers)
     else:
         config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
         config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
-    if spec.task == "translation":
-        options += [("source_lang", "STRING", [1]), ("target_lang", "STRING", [1])]
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
+    _add_fields(config, (*TEMPLATE, *LANGUAGES) if spec.task == "translation" else TEMPLATE)
     languages = {"source_lang": spec.source_lang, "target_lang": spec.target_lang}
     _set_parameters(config, {"task": spec.task, **asdict(limits), **languages})
     return config

@@ -18,13 +18,13 @@ from onnx import numpy_helper
 
 from benchmarks import generation
 from tests.conftest import ROOT
-from trident_export import configs, corpora, fidelity, models_file
+from trident_export import configs, corpora, fidelity, models_file, tasks
 from trident_export.errors import FidelityError
 from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
-from trident_export.tasks import encoders, text_generation
+from trident_export.tasks import text_generation
 from trident_serving.artefacts import VERSION
-from trident_serving.tokenization import TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 
 SPECS = {spec.name: spec for spec in models_file.load(ROOT / "models.toml")}
 Damage = Callable[[onnx.ModelProto], None]
@@ -217,7 +217,7 @@ def test_a_damaged_encoder(default_repository: Path, tmp_path: Path, damage: Dam
     folder.mkdir(parents=True)
     onnx.save(model, str(folder / "model.onnx"))
     source = sources.fetch(spec, ROOT, ROOT / ".cache", lambda message: None)
-    measured = encoders.evaluator(spec, source, tmp_path, corpora.held_out())("int8")
+    measured = tasks.evaluator(spec, source, tmp_path, corpora.held_out())("int8")
     if not reason:
         fidelity.check(spec.task, "int8", measured)
         return

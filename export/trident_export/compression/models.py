@@ -31,7 +31,7 @@ def load(spec: ModelSpec, source: HuggingFaceFolder) -> PreTrainedModel:
     if spec.generation:
         return text_generation.load_model(source)
     if spec.encoder:
-        return source.load(encoders.TASKS[spec.task].head)
+        return source.load(encoders.of(spec.task).head)
     raise UsageError(f"{spec.name} is for {spec.task}: only encoders and decoders can be pruned or distilled")
 
 

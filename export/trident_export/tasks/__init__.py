@@ -21,7 +21,7 @@ from trident_export import corpora, fidelity
 from trident_export.errors import FidelityError
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
-from trident_serving.encoders import TASKS as ENCODER_TASKS
+from trident_serving.encoders import MODULES as ENCODER_MODULES
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
     "translation": "trident_export.tasks.seq2seq",
     "summarization": "trident_export.tasks.seq2seq",
-    **dict.fromkeys(ENCODER_TASKS, "trident_export.tasks.encoders"),
+    **{task: f"trident_export.tasks.encoders.{name}" for task, name in ENCODER_MODULES.items()},
 }
 
 
@@ -163,7 +163,11 @@ def evaluator(
     return found
 
 
+def module_name(spec: ModelSpec) -> str:
+    """The module that exports a model."""
+    return TEMPLATES if spec.template else MODULES[spec.task]
+
+
 def _module(spec: ModelSpec) -> Any:
     # Imported when needed: torch and transformers take ten seconds, and a fresh repository needs neither.
-    name = TEMPLATES if spec.template else MODULES[spec.task]
-    return importlib.import_module(name)
+    return importlib.import_module(module_name(spec))

@@ -15,16 +15,17 @@ from trident_export import disk, fidelity, recipes
 from trident_export.errors import ModelsFileError
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.seq2seq import save_text_files
-from trident_export.limits import Seq2SeqLimits
 from trident_export.models_file import ModelSpec
 from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
+from trident_serving.schema.fields import LongInput
+from trident_serving.schema.limits import Seq2SeqLimits
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
 from trident_serving.seq2seq.request import GenerationDefaults, positions
-from trident_serving.seq2seq.source import LongInput, SourceText
+from trident_serving.seq2seq.source import SourceText
 
 Floats = NDArray[np.float32]
 
@@ -151,7 +152,7 @@ def measure(
     The texts run as they would be served, several at once, each one step behind the other, as two beams that share
     their text. `batch_effect` is the largest difference of a logit from a text that runs alone.
     """
-    decoder = Seq2SeqDecoder(folder, rows=2 * GATE_ROWS, capacity=capacity, threads=threads)
+    decoder = Seq2SeqDecoder(folder, slots=2 * GATE_ROWS, capacity=capacity, threads=threads)
     found: list[Floats] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         rows = slice(start, start + GATE_ROWS)
@@ -168,7 +169,7 @@ def served_answers(
     folder: Path, samples: list[list[int]], lengths: list[int], prompt: tuple[int, ...], capacity: int
 ) -> list[list[int]]:
     """The likeliest tokens, one after the other, as many as asked, by the graphs in a version folder."""
-    decoder = Seq2SeqDecoder(folder, rows=1, capacity=capacity, threads=0)
+    decoder = Seq2SeqDecoder(folder, slots=1, capacity=capacity, threads=0)
     answers = []
     for ids, length in zip(samples, lengths, strict=True):
         decoder.encode(0, ids)

@@ -1,6 +1,7 @@
 """Tasks of models that read whole texts at once. A module each: its tensors, its tokenizer and postprocess stages.
 
-A new task is a module with an `EncoderTask` and a row in `TASKS`; `trident_export.tasks.encoders` has its other half.
+A new task is a module with an `EncoderTask`, named in `_ALL`; `trident_export.tasks.encoders` has its other half in a
+module of the same name.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from trident_serving.encoders import (
 )
 from trident_serving.encoders.task import EncoderTask
 
-# By the transformers pipeline's name.
-TASKS: Mapping[str, EncoderTask] = {
-    module.TASK.name: module.TASK
-    for module in (embeddings, classification, entities, question_answering, ranking, fill_mask)
-}
+_ALL = (embeddings, classification, entities, question_answering, ranking, fill_mask)
+# By the transformers pipeline's name: the tasks, and the modules that have them, here and in the export.
+TASKS: Mapping[str, EncoderTask] = {module.TASK.name: module.TASK for module in _ALL}
+MODULES: Mapping[str, str] = {module.TASK.name: module.__name__.rpartition(".")[2] for module in _ALL}
 
 
 def task_of(parameters: Mapping[str, str]) -> EncoderTask:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
@@ -19,25 +18,12 @@ from trident_serving.encoders.labels import LabelSettings, softmax
 from trident_serving.encoders.task import SCORE, SINGLE, TEXT, TRUNCATE, EncoderTask, Stage, Tensor, Tensors
 from trident_serving.encoders.tokens import TokenRoles, load_tokenizer, read_texts
 from trident_serving.errors import InvalidRequest
+from trident_serving.schema.fields import Aggregation
 from trident_serving.text import decode_texts, encode_texts
 
 Floats = NDArray[np.float32]
 
 OUTSIDE = "O"
-
-
-class Aggregation(StrEnum):
-    """How tokens become entities.
-
-    none: each token is one. simple: neighbours with the same label are one. The others first settle on a label for each
-    word, by its first token, the mean over its tokens, or its surest token.
-    """
-
-    NONE = "none"
-    SIMPLE = "simple"
-    FIRST = "first"
-    AVERAGE = "average"
-    MAX = "max"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 import onnx
@@ -17,7 +17,6 @@ from trident_export import configs, corpora, disk, fidelity, recipes
 from trident_export.encoder_graph import export_encoder_graph
 from trident_export.errors import ModelsFileError, TextError
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.limits import EncoderLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
 from trident_export.progress import track
@@ -28,9 +27,10 @@ from trident_serving.encoders.labels import softmax
 from trident_serving.encoders.task import EncoderTask
 from trident_serving.encoders.tokens import TOKENIZER, TokenRoles
 from trident_serving.errors import InvalidRequest
-from trident_serving.onnx_backend import OnnxModel
+from trident_serving.schema.limits import EncoderLimits
 from trident_serving.text import encode_texts
-from trident_serving.triton_adapter import parameters
+from trident_serving.triton.adapter import parameters
+from trident_serving.triton.onnx_backend import OnnxModel
 
 Floats = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
@@ -118,40 +118,77 @@ class EncoderExport(Generic[Limits]):
         """
         return {}
 
+    def trace(self, job: Job) -> None:
+        """See `trident_export.tasks`."""
+        spec, source, limits = job.spec, job.source, job.spec.encoder
+        self._check_limits(spec, source)
+        disk.require(job.staging, source.weight_bytes, spec.recipes)
+        tokenizer, postprocess = (
+            job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")
+        )
+        for folder in (tokenizer, *([postprocess] if self.tokenizer_in_postprocess else [])):
+            save_tokenizer(source, spec.prompts, folder)
+        postprocess.mkdir(parents=True, exist_ok=True)
+        if (settings := self.settings(source)) is not None:
+            settings.save(postprocess)
+        job.graphs.mkdir()
+        job.progress("tracing the graph")
+        export_encoder_graph(
+            source,
+            job.graphs / "model.onnx",
+            self.optimum_task or spec.task,
+            self.head,
+            inputs=[tensor.name for tensor in self.task.model_inputs],
+            outputs=[tensor.name for tensor in self.task.model_outputs],
+            finish=lambda model: self.finish(model, cast("Limits", limits), source),
+        )
 
-def trace(job: Job, task: EncoderExport[Any]) -> None:
-    """See `trident_export.tasks`."""
-    spec, source, limits = job.spec, job.source, job.spec.encoder
-    assert limits is not None
-    check_limits(spec, source, task)
-    disk.require(job.staging, source.weight_bytes, spec.recipes)
-    tokenizer, postprocess = (job.staging / f"{spec.name}_{stage}" / VERSION for stage in ("tokenizer", "postprocess"))
-    for folder in (tokenizer, *([postprocess] if task.tokenizer_in_postprocess else [])):
-        save_tokenizer(source, spec.prompts, folder)
-    postprocess.mkdir(parents=True, exist_ok=True)
-    if (settings := task.settings(source)) is not None:
-        settings.save(postprocess)
-    job.graphs.mkdir()
-    job.progress("tracing the graph")
-    export_encoder_graph(
-        source,
-        job.graphs / "model.onnx",
-        task.optimum_task or spec.task,
-        task.head,
-        inputs=[tensor.name for tensor in task.task.model_inputs],
-        outputs=[tensor.name for tensor in task.task.model_outputs],
-        finish=lambda model: task.finish(model, limits, source),
-    )
+    def write(self, job: Job, variant: str) -> None:
+        """See `trident_export.tasks`."""
+        spec = job.spec
+        path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
+        feeder = calibration_feeder(job, self)
+        recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, feeder)
+        # An ensemble has no files, and Triton wants the folder.
+        (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True, exist_ok=True)
 
+    def evaluator(
+        self, spec: ModelSpec, source: HuggingFaceFolder, root: Path, texts: Sequence[str], *, thorough: bool = False
+    ) -> Evaluator:
+        """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings` or `compare_scores`.
 
-def write(job: Job, variant: str, task: EncoderExport[Any]) -> None:
-    """See `trident_export.tasks`."""
-    spec = job.spec
-    path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
-    feeder = calibration_feeder(job, task)
-    recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, feeder)
-    # An ensemble has no files, and Triton wants the folder.
-    (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True, exist_ok=True)
+        The thorough ones are `recall_at_10` of embeddings, and `exact_match` and `f1` of answers (see `fidelity`).
+        """
+        served = Served(spec, root, self)
+        samples = [taken for taken, _ in served.readable(self.samples(texts, source))]
+        if not samples:
+            raise TextError(f"the tokenizer of {spec.name} knows none of the texts: give some of its language")
+        searched = self.searched() if thorough else ()
+        reference, *expected = (reference_outputs(spec, source, self, given) for given in (samples, *searched))
+
+        def evaluate(variant: str) -> dict[str, float]:
+            found, *given = served.answers(variant, (samples, *searched), _GATE_BATCH)
+            (alone,) = served.answers(variant, (samples,), 1)
+            effect = max(_difference(a, b) for a, b in zip(found, alone, strict=True))
+            measured = self.compare(reference, found) | {"batch_effect": effect}
+            if thorough:
+                measured |= self.compare_thoroughly(reference, found, list(zip(expected, given, strict=True)))
+            return measured
+
+        return evaluate
+
+    def _check_limits(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        """The limits of models.toml must be those of the model.
+
+        Raises:
+            ModelsFileError: a limit does not fit; the message names the model's value.
+        """
+        assert spec.encoder is not None
+        for problem in self.problems(cast("Limits", spec.encoder), source):
+            raise ModelsFileError(f"[{spec.name}] {problem}")
+        longest, asked = source.longest_input, spec.encoder.max_tokens
+        if longest is not None and asked > longest:
+            raise ModelsFileError(f"[{spec.name}] limits.max_tokens is {asked}, the model's longest text is {longest}")
 
 
 def save_tokenizer(source: HuggingFaceFolder, prompts: Mapping[str, str] | None, folder: Path) -> None:
@@ -167,20 +204,6 @@ def save_tokenizer(source: HuggingFaceFolder, prompts: Mapping[str, str] | None,
     )
     backend.save(str(folder / TOKENIZER))
     source.roles(prompts).save(folder)
-
-
-def check_limits(spec: ModelSpec, source: HuggingFaceFolder, task: EncoderExport[Any]) -> None:
-    """The limits of models.toml must be those of the model.
-
-    Raises:
-        ModelsFileError: a limit does not fit; the message names the model's value.
-    """
-    assert spec.encoder is not None
-    for problem in task.problems(spec.encoder, source):
-        raise ModelsFileError(f"[{spec.name}] {problem}")
-    longest, asked = source.longest_input, spec.encoder.max_tokens
-    if longest is not None and asked > longest:
-        raise ModelsFileError(f"[{spec.name}] limits.max_tokens is {asked}, the model's longest text is {longest}")
 
 
 class Served:
@@ -228,38 +251,6 @@ class Served:
             tensors = self._preprocess(request | {"truncate": np.ones(1, np.bool_)})
             # Of a long context the first window only, which is what Hugging Face's side reads.
             yield {tensor.name: tensors[tensor.name][:size] for tensor in task.model_inputs}
-
-
-def evaluator(
-    spec: ModelSpec,
-    source: HuggingFaceFolder,
-    root: Path,
-    texts: Sequence[str],
-    task: EncoderExport[Any],
-    *,
-    thorough: bool = False,
-) -> Evaluator:
-    """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings` or `compare_scores`.
-
-    The thorough ones are `recall_at_10` of embeddings, and `exact_match` and `f1` of answers (see `fidelity`).
-    """
-    served = Served(spec, root, task)
-    samples = [taken for taken, _ in served.readable(task.samples(texts, source))]
-    if not samples:
-        raise TextError(f"the tokenizer of {spec.name} knows none of the texts: give some of its language")
-    searched = task.searched() if thorough else ()
-    reference, *expected = (reference_outputs(spec, source, task, given) for given in (samples, *searched))
-
-    def evaluate(variant: str) -> dict[str, float]:
-        found, *given = served.answers(variant, (samples, *searched), _GATE_BATCH)
-        (alone,) = served.answers(variant, (samples,), 1)
-        effect = max(_difference(a, b) for a, b in zip(found, alone, strict=True))
-        measured = task.compare(reference, found) | {"batch_effect": effect}
-        if thorough:
-            measured |= task.compare_thoroughly(reference, found, list(zip(expected, given, strict=True)))
-        return measured
-
-    return evaluate
 
 
 def reference_outputs(

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.limits import LabelLimits
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats
 from trident_serving.encoders import classification
 from trident_serving.encoders.labels import Activation, LabelSettings, activate
+from trident_serving.schema.limits import LabelLimits
 
 
 class Classification(EncoderExport[LabelLimits]):
@@ -50,3 +50,7 @@ def label_problems(limits: LabelLimits, source: HuggingFaceFolder) -> Iterator[s
     """What differs between the labels of models.toml and the model's."""
     if limits.labels != source.config.num_labels:
         yield f"limits.labels is {limits.labels}, the model has {source.config.num_labels}"
+
+
+EXPORT = Classification()
+trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator

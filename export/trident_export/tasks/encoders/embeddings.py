@@ -12,10 +12,10 @@ from transformers import AutoModel, PretrainedConfig
 
 from trident_export import corpora, encoder_graph, fidelity
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.limits import EmbeddingLimits
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import embeddings
 from trident_serving.encoders.pooling import PoolingSettings, normalize, pool
+from trident_serving.schema.limits import EmbeddingLimits
 
 
 class Embeddings(EncoderExport[EmbeddingLimits]):
@@ -23,7 +23,6 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
 
     task = embeddings.TASK
     head = AutoModel
-    architecture = "Model"
 
     def problems(self, limits: EmbeddingLimits, source: HuggingFaceFolder) -> Iterator[str]:
         if limits.dimensions != source.config.hidden_size:
@@ -62,3 +61,7 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     ) -> dict[str, float]:
         (passages, found_passages), (questions, found_questions) = (map(np.stack, both) for both in searched)
         return {"recall_at_10": fidelity.recall(passages, questions, found_passages, found_questions)}
+
+
+EXPORT = Embeddings()
+trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import AutoModelForTokenClassification, PretrainedConfig
 
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.limits import EntityLimits
 from trident_export.tasks.encoders.base import EncoderExport
 from trident_export.tasks.encoders.classification import Classification, label_problems
 from trident_serving.encoders import entities
 from trident_serving.encoders.labels import LabelSettings
+from trident_serving.schema.limits import EntityLimits
 
 
 class Entities(EncoderExport[EntityLimits]):
@@ -31,3 +31,7 @@ class Entities(EncoderExport[EntityLimits]):
 
     def settings(self, source: HuggingFaceFolder) -> LabelSettings:
         return Classification().settings(source)
+
+
+EXPORT = Entities()
+trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator

@@ -11,11 +11,11 @@ from transformers import AutoModelForMaskedLM
 
 from trident_export import encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.limits import FillMaskLimits
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import fill_mask
 from trident_serving.encoders.labels import softmax
 from trident_serving.encoders.tokens import TokenRoles
+from trident_serving.schema.limits import FillMaskLimits
 
 
 class FillMask(EncoderExport[FillMaskLimits]):
@@ -56,3 +56,7 @@ class FillMask(EncoderExport[FillMaskLimits]):
             np.put_along_axis(row, tokens[masks], np.exp(scores[masks] - normalizer[masks, None]), axis=1)
             found.append(row)
         return found
+
+
+EXPORT = FillMask()
+trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator

@@ -10,10 +10,10 @@ from transformers import AutoModelForQuestionAnswering, PretrainedConfig
 
 from trident_export import fidelity
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.limits import AnswerLimits
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import question_answering
 from trident_serving.encoders.labels import softmax
+from trident_serving.schema.limits import AnswerLimits
 
 
 class QuestionAnswering(EncoderExport[AnswerLimits]):
@@ -45,3 +45,7 @@ class QuestionAnswering(EncoderExport[AnswerLimits]):
         searched: Sequence[tuple[Sequence[Floats], Sequence[Floats]]],
     ) -> dict[str, float]:
         return fidelity.compare_spans(reference, found)
+
+
+EXPORT = QuestionAnswering()
+trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator

@@ -39,3 +39,7 @@ class Ranking(Classification):
         if name.rsplit(".", 1)[-1] not in _ACTIVATIONS:
             raise UnsupportedModel(f"the cross-encoder's activation {name!r} is not one of {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name.rsplit(".", 1)[-1]]
+
+
+EXPORT = Ranking()
+trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
