@@ -42,6 +42,18 @@ class ClassifyOptions(TextOptions, total=False):
     top_k: int
 
 
+class ZeroShotOptions(TextOptions, total=False):
+    """Options of `classify_zero_shot`, whose `batch_size` is 1.
+
+    Attributes:
+        hypothesis_template: the sentence for a label, with {} in its place; None: "This example is {}."
+        multi_label: whether each label is scored by itself, so that the scores need not add up to 1.
+    """
+
+    hypothesis_template: str | None
+    multi_label: bool | None
+
+
 class EntityOptions(TextOptions, total=False):
     """Options of `entities`; `aggregation_strategy` None leaves it to the server."""
 
@@ -136,6 +148,52 @@ class TaskCalls(Connection):
         options = {"top_k": np.array([top_k], np.int32)}
         model = model or self._only_model("text-classification")
         parts = self._rows(model, columns, truncate, batch_size, timeout, options)
+        labels = [_records(Label, row) for part in parts for row in _split(part, ("label", "score"))]
+        return labels[0] if isinstance(texts, str) else labels
+
+    @overload
+    def classify_zero_shot(  # type: ignore[overload-overlap]
+        self, texts: str, candidate_labels: Sequence[str], **options: Unpack[ZeroShotOptions]
+    ) -> list[Label]: ...
+    @overload
+    def classify_zero_shot(
+        self, texts: Sequence[str], candidate_labels: Sequence[str], **options: Unpack[ZeroShotOptions]
+    ) -> list[list[Label]]: ...
+    def classify_zero_shot(
+        self,
+        texts: str | Sequence[str],
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        multi_label: bool | None = None,
+        model: str | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 1,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """All of the labels for each text, the likeliest first; one list for a single text.
+
+        Args:
+            candidate_labels: what a text may be about, in words.
+            hypothesis_template: the sentence for a label, with {} in its place; None: "This example is {}."
+            multi_label: whether each label is scored by itself, so that the scores need not add up to 1.
+            truncate: see `embed`.
+            batch_size: texts in one request; times the labels at most the model's `max_batch_size`.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        options: dict[str, NDArray[Any]] = {"candidate_labels": _wire.texts(list(candidate_labels))}
+        if hypothesis_template is not None:
+            options["hypothesis_template"] = _wire.texts([hypothesis_template])
+        flags = {"multi_label": multi_label, "truncate": truncate}
+        options |= {name: np.array([value]) for name, value in flags.items() if value is not None}
+        batch = [texts] if isinstance(texts, str) else list(texts)
+        starts = range(0, len(batch), batch_size)
+        requests = [{"text_input": _wire.texts(batch[start : start + batch_size]), **options} for start in starts]
+        parts = self._infer(model or self._only_model("zero-shot-classification"), requests, timeout)
         labels = [_records(Label, row) for part in parts for row in _split(part, ("label", "score"))]
         return labels[0] if isinstance(texts, str) else labels
 

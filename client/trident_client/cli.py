@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--prompt-name", help="which of the model's prompts goes before each text")
     classify = add("classify", _classify, "the likeliest classes of texts: one an argument, or one a line")
     classify.add_argument("--top-k", type=int, default=1, help="classes of each text (default %(default)s)")
+    zero_shot = add("zero-shot", _zero_shot, "which of the labels fit texts: one an argument, or one a line")
+    zero_shot.add_argument("--label", action="append", required=True, dest="labels", help="give it several times")
+    zero_shot.add_argument("--template", help='the sentence for a label (default "This example is {}.")')
+    zero_shot.add_argument("--multi-label", action="store_true", default=None, help="score each label by itself")
     entities = add("entities", _entities, "the entities in texts: one an argument, or one a line")
     entities.add_argument("--aggregation", choices=("none", "simple", "first", "average", "max"))
     rank = add("rank", _rank, "passages by how well they answer --query: one an argument, or one a line")
@@ -71,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     summarize = add("summarize", _translate, "summarize a text")
     for command in (translate, summarize):
         _add_flags(command, TRANSLATION)
-    for command in (embed, classify, entities, rank):
+    for command in (embed, classify, zero_shot, entities, rank):
         command.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
-    for command in (generate, chat, embed, classify, entities, rank, answer, fill, translate, summarize):
+    for command in (generate, chat, embed, classify, zero_shot, entities, rank, answer, fill, translate, summarize):
         command.add_argument("--model", help="default: the server's only model of the task")
         command.add_argument("--file", type=Path, help="read the text from a file")
         command.add_argument("text", nargs="*", help="the text; standard input where there is none")
@@ -164,6 +168,19 @@ def _embed(client: Client, options: argparse.Namespace) -> int:
 def _classify(client: Client, options: argparse.Namespace) -> int:
     texts = _lines(options)
     found = client.classify(texts, model=options.model, top_k=options.top_k, truncate=options.truncate)
+    return _print_records(options, texts, found, lambda item: f"{item.score:.4f}  {item.label}")
+
+
+def _zero_shot(client: Client, options: argparse.Namespace) -> int:
+    texts = _lines(options)
+    found = client.classify_zero_shot(
+        texts,
+        options.labels,
+        hypothesis_template=options.template,
+        multi_label=options.multi_label,
+        model=options.model,
+        truncate=options.truncate,
+    )
     return _print_records(options, texts, found, lambda item: f"{item.score:.4f}  {item.label}")
 
 

@@ -15,10 +15,11 @@ from trident_serving.encoders import (
     fill_mask,
     question_answering,
     ranking,
+    zero_shot,
 )
 from trident_serving.encoders.task import EncoderTask
 
-_ALL = (embeddings, classification, entities, question_answering, ranking, fill_mask)
+_ALL = (embeddings, classification, entities, question_answering, ranking, fill_mask, zero_shot)
 # By the transformers pipeline's name: the tasks, and the modules that have them, here and in the export.
 TASKS: Mapping[str, EncoderTask] = {module.TASK.name: module.TASK for module in _ALL}
 MODULES: Mapping[str, str] = {module.TASK.name: module.__name__.rpartition(".")[2] for module in _ALL}

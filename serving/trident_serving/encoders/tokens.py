@@ -152,6 +152,7 @@ class TextEncoder:
         *,
         names: Iterable[Sequence[str]] | None = None,
         truncate: bool | None = None,
+        cut: str = "longest_first",
         spans: bool = False,
     ) -> Tensors:
         """The model's inputs, padded on the right.
@@ -160,6 +161,7 @@ class TextEncoder:
             pairs: the second text of each, where the model reads two.
             names: what errors call each text, or both of a pair; None: `text_input` and `text_pair`.
             truncate: cut longer texts to `max_tokens`; None takes the model's setting.
+            cut: which of a pair loses tokens, in the words of `tokenizers`; what can't be cut so is too long.
             spans: whether to say which characters a token stands for.
 
         Returns:
@@ -172,7 +174,7 @@ class TextEncoder:
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encodings: list[Encoding] = self._tokenizer.encode_batch(inputs)
         if self._settings.truncate if truncate is None else truncate:
-            encodings = [self._truncated(encoding, text) for encoding, text in zip(encodings, inputs, strict=True)]
+            encodings = [self._truncated(encoding, text, cut) for encoding, text in zip(encodings, inputs, strict=True)]
         names = names or zip(*(numbered(field, len(inputs)) for field in ("text_input", "text_pair")), strict=True)
         for encoding, text, called in zip(encodings, inputs, names, strict=True):
             self._check(encoding, text, called)
@@ -208,12 +210,14 @@ class TextEncoder:
         if knows_nothing(encoding, self._roles.unk_token_id):
             raise InvalidRequest(f"{names[0]} holds no token that the model's vocabulary knows")
 
-    def _truncated(self, encoding: Encoding, text: Any) -> Encoding:
-        if len(encoding.ids) <= self._settings.max_tokens:
+    def _truncated(self, encoding: Encoding, text: Any, cut: str) -> Encoding:
+        limit = self._settings.max_tokens
+        beyond = len(encoding.ids) - limit
+        if beyond <= 0 or (cut == "only_first" and encoding.sequence_ids.count(0) <= beyond):
             return encoding
         # Again, with the special tokens after the cut: the library's own truncation of a finished encoding
         # would cut the closing token off. Of a pair the longer text loses first, as in transformers.
-        self._tokenizer.enable_truncation(self._settings.max_tokens)
+        self._tokenizer.enable_truncation(limit, strategy=cut)
         try:
             return self._tokenizer.encode(*([text] if isinstance(text, str) else text))
         finally:

@@ -105,6 +105,18 @@ class LabelLimits(EncoderLimits):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroShotLimits(LabelLimits):
+    """Limits of zero-shot classification.
+
+    Attributes:
+        labels: of the model of natural language inference: contradiction, neutral, entailment.
+        max_batch_size: pairs of a text and a label in one request.
+    """
+
+    labels: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
 class EntityLimits(LabelLimits):
     """Limits of a token classifier.
 
@@ -212,4 +224,5 @@ LIMITS: dict[str, type[Limits]] = {
     "question-answering": AnswerLimits,
     "text-ranking": LabelLimits,
     "fill-mask": FillMaskLimits,
+    "zero-shot-classification": ZeroShotLimits,
 }
