@@ -18,6 +18,7 @@ from trident_serving.encoders import (
     zero_shot,
 )
 from trident_serving.encoders.task import EncoderTask
+from trident_serving.errors import ReadingError
 
 _ALL = (embeddings, classification, entities, question_answering, ranking, fill_mask, zero_shot)
 # By the transformers pipeline's name: the tasks, and the modules that have them, here and in the export.
@@ -29,9 +30,9 @@ def task_of(parameters: Mapping[str, str]) -> EncoderTask:
     """The task that a config's `parameters` name.
 
     Raises:
-        ValueError: it is unknown.
+        ReadingError: it is unknown.
     """
     task = parameters.get("task")
     if task is None or task not in TASKS:
-        raise ValueError(f"parameter 'task' must be one of {', '.join(TASKS)}, found {task!r}")
+        raise ReadingError(f"parameter 'task' must be one of {', '.join(TASKS)}, found {task!r}")
     return TASKS[task]

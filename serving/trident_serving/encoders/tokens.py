@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from trident_serving.encoders.task import Stage, Tensors, flag
-from trident_serving.errors import InvalidRequest
+from trident_serving.errors import InvalidRequest, ReadingError
 from trident_serving.text import decode_texts, numbered
 
 TOKENIZER = "tokenizer.json"
@@ -46,13 +46,13 @@ class EncodingSettings:
         """Read the settings from a config's parameters.
 
         Raises:
-            ValueError: one is missing or malformed.
+            ReadingError: one is missing or malformed.
         """
         missing = [field.name for field in fields(cls) if field.name not in parameters]
         if missing:
-            raise ValueError(f"parameters {', '.join(missing)} are missing")
+            raise ReadingError(f"parameters {', '.join(missing)} are missing")
         if parameters["truncate"] not in ("true", "false"):
-            raise ValueError(f"parameter truncate must be true or false, found {parameters['truncate']!r}")
+            raise ReadingError(f"parameter truncate must be true or false, found {parameters['truncate']!r}")
         settings = cls(
             max_tokens=int(parameters["max_tokens"]),
             max_bytes=int(parameters["max_bytes"]),
@@ -60,7 +60,9 @@ class EncodingSettings:
             truncate=parameters["truncate"] == "true",
         )
         if list(settings.buckets) != sorted(set(settings.buckets)) or settings.buckets[-1] != settings.max_tokens:
-            raise ValueError(f"buckets must rise to max_tokens ({settings.max_tokens}), found {parameters['buckets']}")
+            raise ReadingError(
+                f"buckets must rise to max_tokens ({settings.max_tokens}), found {parameters['buckets']}"
+            )
         return settings
 
 
