@@ -1,7 +1,7 @@
 """What the engine counts, kept in the process until somebody publishes it.
 
 Recording is cheap and never waits; `drain` hands over what came since the last time. The names that a server
-publishes them under are in `trident_serving.triton_metrics` and docs/metrics.md.
+publishes them under are in `trident_serving.triton_metrics` and docs/reference/metrics.md.
 """
 
 from __future__ import annotations

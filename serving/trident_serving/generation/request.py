@@ -1,7 +1,7 @@
 """A generation request, checked: from the tensors of the call to what the engine runs.
 
 Field names and types are those of Triton's TensorRT-LLM backend (see the config that
-`trident_export.repository` writes), plus `messages` for the chat template. Everything but the prompt is
+`trident_export.configs` writes), plus `messages` for the chat template. Everything but the prompt is
 optional.
 """
 
