@@ -60,7 +60,7 @@ format: $(SETUP) ## format the code
 
 docs: $(SETUP) ## build the documentation as a site, links checked -> site/
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "trident: the documentation is in site/index.html" >&2
 
 quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json,svg}
