@@ -16,7 +16,7 @@ from trident_export import encoder_files, models_file, seq2seq_files
 from trident_export.errors import ModelsFileError
 from trident_export.folder import config as read_config
 from trident_export.folder import tokenizer as read_tokenizer
-from trident_export.limits import EncoderLimits
+from trident_serving.schema.limits import EncoderLimits
 
 # The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
 _HEADS = (

@@ -39,9 +39,9 @@ from trident_export import (
 )
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, UsageError
-from trident_export.limits import TemplateLimits
 from trident_export.sensitivity import Grouping
 from trident_serving import artefacts
+from trident_serving.schema.limits import TemplateLimits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,9 +14,10 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import ensembles
-from trident_export.limits import AnswerLimits, EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
+from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, TEMPLATE, Field
+from trident_serving.schema.limits import AnswerLimits, EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 
 
 def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[str, pb.ModelConfig]:
@@ -93,6 +94,10 @@ def _tensor(
     return kind(name=name, data_type=pb.DataType.Value(f"TYPE_{data_type}"), dims=list(dims), **more)
 
 
+def _add_fields(config: pb.ModelConfig, fields: Iterable[Field]) -> None:
+    config.input.extend(_tensor(pb.ModelInput, field.name, field.dtype, field.shape, optional=True) for field in fields)
+
+
 def _set_parameters(config: pb.ModelConfig, parameters: dict[str, object]) -> None:
     for key, value in parameters.items():
         config.parameters[key].string_value = str(value).lower() if isinstance(value, bool) else str(value)
@@ -108,37 +113,15 @@ def _base(name: str, backend: str, max_batch_size: int) -> pb.ModelConfig:
     return config
 
 
-# The optional inputs of a generator, with the names and types of Triton's TensorRT-LLM backend where it has them;
-# `top_logprobs` is the OpenAI API's name.
-GENERATION_OPTIONS = {
-    "max_tokens": "INT32",
-    "min_tokens": "INT32",
-    "temperature": "FP32",
-    "top_k": "INT32",
-    "top_p": "FP32",
-    "min_p": "FP32",
-    "repetition_penalty": "FP32",
-    "presence_penalty": "FP32",
-    "frequency_penalty": "FP32",
-    "random_seed": "UINT64",
-    "stream": "BOOL",
-    "return_log_probs": "BOOL",
-    "top_logprobs": "INT32",
-    "exclude_input_in_output": "BOOL",
-    "prompt_lookup": "BOOL",
-}
-
-
 def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     # A batch of one, not none: TensorRT-LLM's clients send [1, 1], and Triton's generate endpoint either.
     config = _base(name, "trident_generator", max_batch_size=1)
     if limits.device == "cuda":
         config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
     config.model_transaction_policy.decoupled = True
-    inputs = [("text_input", "STRING", [1]), ("messages", "STRING", [1])]
-    inputs += [(option, data_type, [1]) for option, data_type in GENERATION_OPTIONS.items()]
-    inputs.append(("stop_words", "STRING", [-1]))
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in inputs)
+    for name_of_prompt in ("text_input", "messages"):
+        config.input.append(_tensor(pb.ModelInput, name_of_prompt, "STRING", [1], optional=True))
+    _add_fields(config, GENERATION)
     outputs = [
         ("text_output", "STRING", [1]),
         ("finish_reason", "STRING", [1]),
@@ -153,30 +136,11 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     return config
 
 
-# The optional inputs of translation and summarization; those of generation that mean the same, and transformers' names.
-SEQ2SEQ_OPTIONS = {
-    **{
-        name: GENERATION_OPTIONS[name]
-        for name in ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p")
-    },
-    "repetition_penalty": "FP32",
-    "random_seed": "UINT64",
-    "num_beams": "INT32",
-    "length_penalty": "FP32",
-    "early_stopping": "BOOL",
-    "no_repeat_ngram_size": "INT32",
-    "source_lang": "STRING",
-    "target_lang": "STRING",
-    "long_input": "STRING",
-}
-
-
 def _seq2seq(name: str, limits: Seq2SeqLimits) -> pb.ModelConfig:
     # Not decoupled: one response, which every client and endpoint can take, and a request still can be cancelled.
     config = _base(name, "trident_seq2seq", max_batch_size=1)
     config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
-    options = [(option, data_type, [1]) for option, data_type in SEQ2SEQ_OPTIONS.items()]
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
+    _add_fields(config, SEQ2SEQ)
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
     config.output.append(_tensor(pb.ModelOutput, "sequence_scores", "FP32", [-1]))
     _set_parameters(config, asdict(limits))
@@ -190,23 +154,12 @@ _TEXT_OUTPUTS: list[tuple[str, str, list[int]]] = [
     ("num_output_tokens", "INT32", [1]),
     ("output_log_probs", "FP32", [-1]),
 ]
-TEMPLATE_OPTIONS = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "random_seed",
-)
 
 
 def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
     """The tensors are those of the task's other models."""
     answers = spec.task == "question-answering"
     config = _base(spec.name, "trident_template", max_batch_size=0 if answers else 1)
-    options = [(name, GENERATION_OPTIONS[name], [1]) for name in TEMPLATE_OPTIONS]
     if answers:
         stages = ensembles.stages(spec.task, AnswerLimits())
         config.input.extend(_tensor(pb.ModelInput, *item) for item in stages.texts)
@@ -214,9 +167,7 @@ def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
     else:
         config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
         config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
-    if spec.task == "translation":
-        options += [("source_lang", "STRING", [1]), ("target_lang", "STRING", [1])]
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
+    _add_fields(config, (*TEMPLATE, *LANGUAGES) if spec.task == "translation" else TEMPLATE)
     languages = {"source_lang": spec.source_lang, "target_lang": spec.target_lang}
     _set_parameters(config, {"task": spec.task, **asdict(limits), **languages})
     return config

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from trident_export.limits import (
+from trident_serving.schema.limits import (
     AnswerLimits,
     EmbeddingLimits,
     EncoderLimits,

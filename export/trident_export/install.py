@@ -21,7 +21,6 @@ from pathlib import Path
 
 from trident_export import configs, disk, folder, memory, report, sources, tasks
 from trident_export.errors import ExportError, ExportsFailed, SourceError, TextError
-from trident_export.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_export.progress import Progress
 from trident_serving.artefacts import (
@@ -33,6 +32,7 @@ from trident_serving.artefacts import (
     read_manifest,
     write_failures,
 )
+from trident_serving.schema.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
 
 # What an artefact depends on beside its spec and source.
 _PACKAGES = ("onnx", "onnxruntime", "optimum", "optimum-onnx", "tokenizers", "torch", "transformers")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from trident_export import recipes
 from trident_export.errors import ModelsFileError
-from trident_export.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
 from trident_export.recipes import Kind
+from trident_serving.schema import reading
+from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
 from trident_serving.templates import compile_template
 
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
@@ -271,26 +272,10 @@ def _source(where: str, table: object) -> Source:
 
 
 def _limits(where: str, kind: type[Limits], table: object) -> Limits:
-    if not isinstance(table, dict):
-        raise ModelsFileError(f"{where} must be a table, found {table!r}")
-    required = [f.name for f in fields(kind) if f.default is MISSING]
-    _check_keys(where, table, [f.name for f in fields(kind)], required=required)
-    kinds = {f.name: f.type for f in fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        here = f"{where}.{key}"
-        if kinds[key] == "tuple[int, ...]":
-            values[key] = tuple(_integer(here, size) for size in _typed(here, value, list))
-        elif kinds[key] == "bool":
-            values[key] = _typed(here, value, bool)
-        elif kinds[key] == "str":
-            values[key] = _typed(here, value, str)
-        else:
-            values[key] = _integer(here, value, least=0 if key == "kv_cache_mib" else 1)
     try:
-        return kind(**values)
-    except ModelsFileError as error:
-        raise ModelsFileError(f"{where}.{error}") from None
+        return reading.read(kind, table, where)
+    except reading.ReadingError as error:
+        raise ModelsFileError(str(error)) from None
 
 
 def _check_keys(where: str, table: Mapping[str, Any], known: Any, required: Any = ()) -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from trident_export import configs
-from trident_export.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import VERSION
+from trident_serving.schema.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 
 MEBIBYTE = 2**20
 ROUNDS = 5

@@ -7,31 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from trident_serving.classification import softmax
+from trident_serving.schema.fields import Aggregation
 
 Floats = NDArray[np.float32]
 
 OUTSIDE = "O"
-
-
-class Aggregation(StrEnum):
-    """How tokens become entities.
-
-    none: each token is one. simple: neighbours with the same label are one. The others first settle on a label for each
-    word, by its first token, the mean over its tokens, or its surest token.
-    """
-
-    NONE = "none"
-    SIMPLE = "simple"
-    FIRST = "first"
-    AVERAGE = "average"
-    MAX = "max"
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from trident_serving import question_answering
 from trident_serving.classification import Activation, activate, best
 from trident_serving.encoding import TokenRoles, load_tokenizer
-from trident_serving.entities import Aggregation, Entity, EntityFinder
+from trident_serving.entities import Entity, EntityFinder
 from trident_serving.errors import InvalidRequest
 from trident_serving.pooling import PoolingSettings, normalize
+from trident_serving.schema.fields import Aggregation
 from trident_serving.text import decode_texts, encode_texts
 
 Tensors = Mapping[str, NDArray[Any]]

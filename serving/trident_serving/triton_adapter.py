@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, ServingError
-from trident_serving.generation.request import timeout_seconds as parse_timeout
 from trident_serving.runtime_folder import PASS_PARAMETER, Process
+from trident_serving.schema.fields import timeout_seconds as parse_timeout
 
 # Triton's own, by its protocol's extensions; all but the timeout concern Triton alone.
 RESERVED_PARAMETERS = {"id", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "headers"}

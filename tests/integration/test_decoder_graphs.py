@@ -39,7 +39,8 @@ from trident_export.passes.gptq import GptqBlocks, GptqRows
 from trident_export.tasks.text_generation import inputs_of
 from trident_serving.generation.batch import RowTokens
 from trident_serving.generation.decoder import DeviceMissing, OnnxDecoder
-from trident_serving.generation.service import DoesNotFit, GenerationSettings, plan_memory
+from trident_serving.generation.service import DoesNotFit, plan_memory
+from trident_serving.schema.limits import GenerationLimits
 
 VOCABULARY = 128
 SHARED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -435,7 +436,7 @@ def test_a_device_that_is_missing_is_named(half: Path) -> None:
         OnnxDecoder(half, rows=2, context=32, longest_run=16, threads=1, device="cuda")
 
 
-def settings(**more: Any) -> GenerationSettings:
+def settings(**more: Any) -> GenerationLimits:
     values: dict[str, Any] = {
         "context": 48,
         "slots": 4,
@@ -445,7 +446,7 @@ def settings(**more: Any) -> GenerationSettings:
         "timeout": 60,
     }
     values |= {"default_max_tokens": 8, "prefix_reuse": True, "prompt_lookup": True, "threads": 1, "device": "cpu"}
-    return GenerationSettings(**values | more)
+    return GenerationLimits(**values | more)
 
 
 def test_memory_is_planned(graphs: dict[str, Path]) -> None:

@@ -17,10 +17,12 @@ from trident_export import corpora, fidelity, gguf_tokenizer
 from trident_export.errors import FidelityError
 from trident_serving import triton_adapter
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.service import GenerationSettings, read_eos_token_ids
+from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
 from trident_serving.launcher.preflight import StartError
+from trident_serving.schema.limits import GenerationLimits
+from trident_serving.schema.reading import read_texts
 from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
 
 TEMPLATE = """{% for message in messages %}
@@ -97,7 +99,7 @@ def test_generation_settings() -> None:
     numbers = ("context", "slots", "prefill_chunk", "max_waiting", "timeout", "default_max_tokens", "threads")
     parameters = dict.fromkeys(numbers, "3")
     parameters |= {"kv_cache_mib": "0", "prefix_reuse": "true", "prompt_lookup": "false", "device": "cpu"}
-    settings = GenerationSettings.from_parameters(parameters)
+    settings = read_texts(GenerationLimits, parameters)
     assert (settings.context, settings.kv_cache_mib, settings.prefix_reuse, settings.prompt_lookup) == (
         3,
         0,
@@ -106,9 +108,9 @@ def test_generation_settings() -> None:
     )
     for bad in ("", "0", "-1", "x"):
         with pytest.raises(ValueError, match="'slots' must be a positive integer"):
-            GenerationSettings.from_parameters(parameters | {"slots": bad})
+            read_texts(GenerationLimits, parameters | {"slots": bad})
     with pytest.raises(ValueError, match="'prefix_reuse' must be true or false, found 'yes'"):
-        GenerationSettings.from_parameters(parameters | {"prefix_reuse": "yes"})
+        read_texts(GenerationLimits, parameters | {"prefix_reuse": "yes"})
 
 
 def test_divergence_equals_torch() -> None:

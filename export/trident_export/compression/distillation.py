@@ -37,8 +37,8 @@ from trident_export import corpora
 from trident_export import folder as hf
 from trident_export.compression import layouts, models, pruning
 from trident_export.errors import NoSpace, TextError, UsageError
-from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
+from trident_serving.schema.limits import GenerationLimits
 
 Row = dict[str, float]
 Run = dict[str, torch.Tensor]

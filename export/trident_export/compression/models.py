@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trident_export import disk
 from trident_export import folder as hf
 from trident_export.errors import NoSpace, UsageError
-from trident_export.limits import EncoderLimits, GenerationLimits
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import encoders, text_generation
+from trident_serving.schema.limits import EncoderLimits, GenerationLimits
 
 # Tokens of a text that is looked at.
 LONGEST = 128

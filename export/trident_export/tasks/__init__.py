@@ -19,8 +19,8 @@ from typing import Any
 
 from trident_export import corpora, fidelity
 from trident_export.errors import FidelityError
-from trident_export.limits import TemplateLimits
 from trident_export.models_file import ModelSpec
+from trident_serving.schema.limits import TemplateLimits
 
 
 @dataclass(frozen=True)

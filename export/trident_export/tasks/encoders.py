@@ -23,7 +23,6 @@ from trident_export import configs, corpora, disk, encoder_files, ensembles, fid
 from trident_export import folder as hf
 from trident_export.encoder_graph import TOKEN_TYPES, export_encoder_graph
 from trident_export.errors import ModelsFileError, TextError
-from trident_export.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
 from trident_export.progress import track
@@ -37,6 +36,7 @@ from trident_serving.errors import InvalidRequest
 from trident_serving.onnx_backend import OnnxModel
 from trident_serving.pooling import PoolingSettings, normalize, pool
 from trident_serving.postprocessing import LabelSettings
+from trident_serving.schema.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
 from trident_serving.text import encode_texts
 from trident_serving.triton_adapter import parameters
 

@@ -14,16 +14,17 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from trident_export import disk, encoder_files, fidelity, recipes, seq2seq_files
 from trident_export import folder as hf
 from trident_export.errors import ModelsFileError
-from trident_export.limits import Seq2SeqLimits
 from trident_export.models_file import ModelSpec
 from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
+from trident_serving.schema.fields import LongInput
+from trident_serving.schema.limits import Seq2SeqLimits
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
 from trident_serving.seq2seq.request import GenerationDefaults, positions
-from trident_serving.seq2seq.source import LongInput, SourceText
+from trident_serving.seq2seq.source import SourceText
 
 Floats = NDArray[np.float32]
 

@@ -20,7 +20,6 @@ from trident_export import corpora, decoder_passes, disk, fidelity, recipes
 from trident_export import folder as hf
 from trident_export.causal_graph import export_causal_graph
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
-from trident_export.limits import GenerationLimits
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
 from trident_export.progress import Counted, track
@@ -30,6 +29,7 @@ from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import MIN_PLACES, RowTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
+from trident_serving.schema.limits import GenerationLimits
 from trident_serving.tokenization import ChatTemplate, TextTokenizer
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.

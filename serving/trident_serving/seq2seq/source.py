@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from trident_serving.encoding import knows_nothing
 from trident_serving.errors import InvalidRequest
+from trident_serving.schema.fields import LongInput
 
 _SETTINGS = "source.json"
 _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*\s+|[。！？]+\s*|\n+|$)", re.DOTALL)
@@ -33,14 +34,6 @@ class TargetStyle(StrEnum):
     """The first token of the answer is the language's."""
     TEXT_CODE = "text_code"
     """The source begins with the language's token, in a text as ">>code<<"."""
-
-
-class LongInput(StrEnum):
-    """What happens to a text that is longer than the model reads."""
-
-    ERROR = "error"
-    TRUNCATE = "truncate"
-    WINDOW = "window"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trident_serving import onnx_runtime, text, triton_adapter
+from trident_serving.schema.limits import GenerationLimits
+from trident_serving.schema.reading import read_texts
 from trident_serving.triton_metrics import Publisher
 
 
@@ -16,17 +18,17 @@ class TritonPythonModel:
         parameters = triton_adapter.parameters(config)
         onnx_runtime.choose(parameters.get("device", "cpu"))
         # Imports onnxruntime: the one that was chosen.
-        from trident_serving.generation.service import GenerationService, GenerationSettings
+        from trident_serving.generation.service import GenerationService
 
-        settings = GenerationSettings.from_parameters(parameters)
+        limits = read_texts(GenerationLimits, parameters)
         name, version = args["model_name"], args["model_version"]
         unloading = triton_adapter.unloading(pb_utils, name, version)
         device = int(args["model_instance_device_id"])
-        self.service = GenerationService(triton_adapter.version_folder(args), settings, unloading, device)
+        self.service = GenerationService(triton_adapter.version_folder(args), limits, unloading, device)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
         # Not through Triton's logger, whose level hides it: this is how one sees what limits cost.
         print(
-            f"trident: {name}: {settings.slots} slots of {settings.context} tokens; {self.service.memory}",
+            f"trident: {name}: {limits.slots} slots of {limits.context} tokens; {self.service.memory}",
             file=sys.stderr,
             flush=True,
         )

@@ -6,7 +6,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trident_serving import text, triton_adapter
-from trident_serving.seq2seq.service import Seq2SeqService, Seq2SeqSettings
+from trident_serving.schema.limits import Seq2SeqLimits
+from trident_serving.schema.reading import read_texts
+from trident_serving.seq2seq.service import Seq2SeqService
 from trident_serving.triton_metrics import Publisher
 
 
@@ -14,12 +16,12 @@ class TritonPythonModel:
     def initialize(self, args):
         self.process = triton_adapter.setup(pb_utils, args)
         self.config = config = triton_adapter.model_config(args)
-        settings = Seq2SeqSettings.from_parameters(triton_adapter.parameters(config))
+        limits = read_texts(Seq2SeqLimits, triton_adapter.parameters(config))
         name, version = args["model_name"], args["model_version"]
         unloading = triton_adapter.unloading(pb_utils, name, version)
-        self.service = Seq2SeqService(triton_adapter.version_folder(args), settings, unloading)
+        self.service = Seq2SeqService(triton_adapter.version_folder(args), limits, unloading)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
-        print(f"trident: {name}: {settings.slots} slots; {self.service.memory}", file=sys.stderr, flush=True)
+        print(f"trident: {name}: {limits.slots} slots; {self.service.memory}", file=sys.stderr, flush=True)
         self.process.start(self.service.steps, self.service.busy)
 
     def execute(self, requests):

@@ -11,11 +11,10 @@ class TritonPythonModel:
     def initialize(self, args):
         self.process = triton_adapter.setup(pb_utils, args)
         self.config = triton_adapter.model_config(args)
-        parameters = triton_adapter.parameters(self.config)
-        task = TemplateTask(parameters)
-        self.timeout = float(parameters["timeout"])
-        generator = GrpcGenerator(task.generator, self.process.own_pass)
-        self.service = TemplateService(task, generator, int(parameters["max_waiting"]))
+        task = TemplateTask(triton_adapter.parameters(self.config))
+        self.timeout = task.limits.timeout
+        generator = GrpcGenerator(task.limits.generator, self.process.own_pass)
+        self.service = TemplateService(task, generator, task.limits.max_waiting)
         self.process.start()
 
     def execute(self, requests):

@@ -1,12 +1,15 @@
-"""The limits of models.toml: a dataclass for each kind of model, checked when it is built."""
+"""The limits of a model: a dataclass for each kind.
+
+models.toml gives them, config.pbtxt carries them as parameters, and the server reads them again. Each dataclass checks
+itself when it is built, and raises `ReadingError`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from trident_export.errors import ModelsFileError
-from trident_serving.entities import Aggregation
-from trident_serving.seq2seq.source import LongInput
+from trident_serving.schema.fields import Aggregation, LongInput
+from trident_serving.schema.reading import ReadingError
 
 DEVICES = ("cpu", "cuda")
 BUCKETS = (128, 256)
@@ -32,7 +35,7 @@ class GenerationLimits:
 
     context: int = 1024
     slots: int = 8
-    kv_cache_mib: int = 0
+    kv_cache_mib: int = field(default=0, metadata={"least": 0})
     prefill_chunk: int = 128
     max_waiting: int = 128
     timeout: int = 300
@@ -44,9 +47,9 @@ class GenerationLimits:
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
-            raise ModelsFileError(f"device must be one of {', '.join(DEVICES)}, found {self.device!r}")
+            raise ReadingError(f"device must be one of {', '.join(DEVICES)}, found {self.device!r}")
         if self.context < 2:
-            raise ModelsFileError(f"context must be at least 2, a token and its successor, found {self.context}")
+            raise ReadingError(f"context must be at least 2, a token and its successor, found {self.context}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class EncoderLimits:
 
     def __post_init__(self) -> None:
         if list(self.buckets) != sorted(set(self.buckets)) or max(self.buckets, default=0) > self.max_tokens:
-            raise ModelsFileError(f"buckets must rise to max_tokens ({self.max_tokens}) at most, found {self.buckets}")
+            raise ReadingError(f"buckets must rise to max_tokens ({self.max_tokens}) at most, found {self.buckets}")
 
     @property
     def all_buckets(self) -> tuple[int, ...]:
@@ -109,12 +112,7 @@ class EntityLimits(LabelLimits):
         aggregation: how tokens become entities where the request does not say.
     """
 
-    aggregation: str = "simple"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.aggregation not in list(Aggregation):
-            raise ModelsFileError(f"aggregation must be one of {', '.join(Aggregation)}, found {self.aggregation!r}")
+    aggregation: Aggregation = Aggregation.SIMPLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +131,7 @@ class AnswerLimits(EncoderLimits):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stride > self.max_tokens // 2:
-            raise ModelsFileError(
+            raise ReadingError(
                 f"stride must be at most half of max_tokens ({self.max_tokens // 2}), found {self.stride}"
             )
 
@@ -176,14 +174,12 @@ class Seq2SeqLimits:
     max_waiting: int = 128
     timeout: int = 300
     max_bytes: int = 262144
-    long_input: str = "error"
+    long_input: LongInput = LongInput.ERROR
     threads: int = 2
 
     def __post_init__(self) -> None:
-        if self.long_input not in list(LongInput):
-            raise ModelsFileError(f"long_input must be one of {', '.join(LongInput)}, found {self.long_input!r}")
         if self.max_beams > self.slots:
-            raise ModelsFileError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
+            raise ReadingError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
 
 
 @dataclass(frozen=True, kw_only=True)
