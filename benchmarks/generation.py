@@ -36,7 +36,7 @@ from benchmarks.peers import (
 )
 from trident_client import Client
 from trident_export import corpora, fidelity, models_file, sources
-from trident_serving.tokenization import TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 
 MODEL = "smollm2"
 CONCURRENCY = (1, 4, 8, 16, 32)
@@ -77,7 +77,7 @@ def stream_rate(moments: Sequence[float]) -> float:
 
 def measure(client: Client, models: Path, repository: Path, cache: Path, rounds: int) -> Figures:
     """Every peer at every concurrency, and the engine's parts."""
-    spec = models_file.select(models_file.load(models), MODEL)[0]
+    spec = models_file.as_installed(models_file.select(models_file.load(models), MODEL)[0], repository)
     base = models.resolve().parent
     source = sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr))
     tokenizer = TextTokenizer.load(repository / MODEL / "1")

@@ -112,9 +112,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def default_repository() -> Path:
-    """The default models, exported where `make serve` has them too."""
-    done = run_export_cold("export")
-    assert done.returncode == 0, done.stderr
+    """The default models, exported where `make serve` has them too, and SmolLM2's variants on request."""
+    for arguments in (["smollm2", "--variants", "all"], []):
+        done = run_export_cold("export", *arguments)
+        assert done.returncode == 0, done.stderr
     return ROOT / "model_repository"
 
 

@@ -35,6 +35,8 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
     else:
         configs = list(_ensemble(spec, spec.limits))
     built = {config.name: config for config in configs}
+    for variant in spec.variants:  # by which a client finds the model of a task
+        _set_parameters(built[spec.public_name(variant)], {"task": spec.task})
     for variant, reason in (unverified or {}).items():
         _set_parameters(built[spec.public_name(variant)], {UNVERIFIED: reason})
     return built
@@ -66,9 +68,13 @@ def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | Non
 
 
 def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
-    """What is out of step between models.toml and a repository's configs, a sentence each."""
+    """What is out of step between models.toml and a repository's configs, a sentence each.
+
+    A model that is exported on demand has no configs before.
+    """
     problems = []
-    expected = {name: config for spec in specs for name, config in build(spec, _installed(spec, repository)).items()}
+    needed = [spec for spec in specs if not spec.on_demand or read_manifest(repository, spec.name) is not None]
+    expected = {name: config for spec in needed for name, config in build(spec, _installed(spec, repository)).items()}
     for name, config in expected.items():
         path = repository / name / "config.pbtxt"
         if not path.exists():

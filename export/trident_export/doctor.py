@@ -16,10 +16,10 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import configs, install
 from trident_export.models_file import ModelSpec
-from trident_serving import memory
 from trident_serving.artefacts import VERSION, read_manifest
-from trident_serving.onnx_session import TRITON_TYPES
+from trident_serving.runtime import memory
 from trident_serving.schema.limits import GenerationLimits, TemplateLimits
+from trident_serving.triton.onnx_session import TRITON_TYPES
 
 MEBIBYTE = 2**20
 # What Triton takes of /dev/shm for a Python-based backend, before tensors grow it.

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import importlib.metadata
-import json
 import os
 import shutil
 import tempfile
@@ -20,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trident_export import configs, disk, folder, memory, report, sources, tasks
-from trident_export.errors import ExportError, ExportsFailed, SourceError, TextError
+from trident_export.errors import ExportError, ExportsFailed, SourceError
+from trident_export.fingerprint import fingerprint
 from trident_export.models_file import ModelSpec
 from trident_export.progress import Progress
 from trident_serving.artefacts import (
@@ -33,50 +31,6 @@ from trident_serving.artefacts import (
     write_failures,
 )
 from trident_serving.schema.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
-
-# What an artefact depends on beside its spec and source.
-_PACKAGES = ("onnx", "onnxruntime", "optimum", "optimum-onnx", "tokenizers", "torch", "transformers")
-_NOT_EXPORTING = (
-    "add.py",
-    "cli.py",
-    "compression",
-    "disk.py",
-    "doctor.py",
-    "errors.py",
-    "memory.py",
-    "pin.py",
-    "progress.py",
-    "quality.py",
-    "quiet.py",
-    "report.py",
-    "sensitivity.py",
-)
-
-
-def exporter_version() -> str:
-    """A digest of the exporter's own code and of the versions of the packages that it works with."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for file in sorted(root.rglob("*")):
-        if file.suffix in (".py", ".txt", ".toml") and file.relative_to(root).parts[0] not in _NOT_EXPORTING:
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    for package in _PACKAGES:
-        digest.update(f"{package}=={importlib.metadata.version(package)}\n".encode())
-    return digest.hexdigest()
-
-
-def fingerprint(spec: ModelSpec, base: Path) -> str:
-    """A digest of everything that the artefacts of a spec depend on."""
-    calibration = hashlib.sha256(_content(Path(spec.calibration))).hexdigest() if spec.calibration else ""
-    parts = [spec.as_dict(), calibration, sources.identity(spec, base), exporter_version()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
-
-
-def _content(calibration: Path) -> bytes:
-    try:
-        return calibration.read_bytes()
-    except OSError as error:
-        raise TextError(f"the calibration text {calibration} can't be read: {error.strerror}") from None
 
 
 def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
@@ -204,6 +158,7 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
     staging = Path(tempfile.mkdtemp(prefix="staging-", dir=work))
     try:
         # Said here, because what is left on the disk shows a full one only until the staging folder is removed.
+        digest = fingerprint(spec, base)  # before: what is changed while the export runs is not in it
         with disk.writing(staging), _temporary_files(staging):
             checked = tasks.build(tasks.Job(spec, source, staging, progress), force=force)
             manifest = Manifest(
@@ -214,7 +169,7 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
                     variant: spec.public_name(variant)
                     for variant in sorted(spec.variants, key=lambda variant: variant != spec.default_variant)
                 },
-                fingerprint=fingerprint(spec, base),
+                fingerprint=digest,
                 fidelity=dict(checked.measures),
                 unverified=checked.refused,
             )

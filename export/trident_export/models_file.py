@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from trident_export import recipes
 from trident_export.errors import ModelsFileError
-from trident_export.recipes import Kind
+from trident_export.recipes import Kind, Recipe
+from trident_serving.artefacts import read_manifest
 from trident_serving.schema import reading
 from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
 from trident_serving.templates import compile_template
@@ -53,6 +54,8 @@ class ModelSpec:
         gates: thresholds by variant that replace the default ones (see `fidelity`).
         calibration: a file of representative text, for recipes that look at activations; "": the packaged texts.
         recipes: of the variants.
+        more: recipes of variants that are exported on request, `make export MODEL=name VARIANTS=...`, and kept from
+            then on; see `with_variants`.
     """
 
     name: str
@@ -68,7 +71,8 @@ class ModelSpec:
     prefix: str | None = None
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     calibration: str = ""
-    recipes: Mapping[str, recipes.Recipe] = field(default_factory=dict)
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    more: Mapping[str, Recipe] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -79,9 +83,17 @@ class ModelSpec:
         """The name under which clients call a variant."""
         return self.name if variant == self.default_variant else f"{self.name}_{variant}"
 
+    def with_variants(self, wanted: Iterable[str]) -> ModelSpec:
+        """The same model with some of its variants on request; others are left."""
+        found = {variant: recipe for variant, recipe in self.more.items() if variant in set(wanted)}
+        rest = {variant: recipe for variant, recipe in self.more.items() if variant not in found}
+        return replace(self, variants=(*self.variants, *found), recipes={**self.recipes, **found}, more=rest)
+
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as plain data."""
-        return asdict(self) | {"recipes": repr(self.recipes)}
+        """All that decides its artefacts, as plain data."""
+        values = asdict(replace(self, recipes={}, more={}))
+        del values["more"]
+        return values | {"recipes": repr(self.recipes)}
 
 
 def load(path: Path) -> list[ModelSpec]:
@@ -102,13 +114,15 @@ def load(path: Path) -> list[ModelSpec]:
     specs = [_resolved(parse(name, table, known), path.parent) for name, table in tables.items()]
     names: dict[str, str] = {}
     for spec in specs:
-        for variant in spec.variants:
+        for variant in (*spec.variants, *spec.more):
             other = names.setdefault(spec.public_name(variant), spec.name)
             if other != spec.name:
                 raise ModelsFileError(f"[{other}] and [{spec.name}] would both serve {spec.public_name(variant)!r}")
     for spec in specs:
         if isinstance(spec.limits, TemplateLimits):
-            generators = [other.public_name(v) for other in specs for v in other.variants if _generates(other)]
+            generators = [
+                other.public_name(v) for other in specs for v in (*other.variants, *other.more) if _generates(other)
+            ]
             if spec.limits.generator not in generators:
                 choice = ", ".join(generators) or "none"
                 raise ModelsFileError(f"[{spec.name}]: generator {spec.limits.generator!r} is not one of {choice}")
@@ -143,6 +157,12 @@ def select(specs: list[ModelSpec], name: str | None, *, on_demand: bool = False)
     return chosen
 
 
+def as_installed(spec: ModelSpec, repository: Path, wanted: Iterable[str] = ()) -> ModelSpec:
+    """The model with the variants on request that a repository has of it, and with those that are wanted now."""
+    manifest = read_manifest(repository, spec.name)
+    return spec.with_variants([*(manifest.public_models if manifest is not None else ()), *wanted])
+
+
 def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] | None = None) -> ModelSpec:
     """One table, checked.
 
@@ -161,29 +181,30 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
     if "generator" in table:
         return _template(name, table)
-    known = [f.name for f in fields(ModelSpec) if f.name not in ("name", "recipes")]
+    known = [f.name for f in fields(ModelSpec) if f.name not in ("name", "recipes", "more")] + ["more_variants"]
     known_recipes = recipes.load() if known_recipes is None else known_recipes
     _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
     task = table["task"]
     if task not in LIMITS:
         raise ModelsFileError(f"{where}: task {task!r} is not one of {', '.join(LIMITS)}")
-    variants = tuple(table["variants"])
-    unknown = [variant for variant in variants if variant not in known_recipes]
-    if not variants or unknown or len(set(variants)) < len(variants):
+    variants, more = tuple(table["variants"]), tuple(table.get("more_variants", ()))
+    every = (*variants, *more)
+    unknown = [variant for variant in every if variant not in known_recipes]
+    if not variants or unknown or len(set(every)) < len(every):
         choice = ", ".join(known_recipes)
-        raise ModelsFileError(f"{where}: variants must be different ones of {choice}, found {variants}")
+        raise ModelsFileError(f"{where}: variants must be different ones of {choice}, found {every}")
     default = table.get("default_variant", variants[0])
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
     limits = _limits(f"{where} limits", LIMITS[task], table["limits"])
     kind = _kind(limits)
     try:
-        for variant in variants:
+        for variant in every:
             known_recipes[variant].check(variant, kind, getattr(limits, "device", "cpu"))
     except ModelsFileError as error:
         raise ModelsFileError(f"{where}: {error}") from None
     gates = table.get("gates", {})
-    _check_keys(f"{where} gates", gates, variants)
+    _check_keys(f"{where} gates", gates, every)
     return ModelSpec(
         name=name,
         task=task,
@@ -197,6 +218,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         gates=gates,
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
         recipes={variant: known_recipes[variant] for variant in variants},
+        more={variant: known_recipes[variant] for variant in more},
     )
 
 

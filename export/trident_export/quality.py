@@ -146,17 +146,17 @@ def _rate(work: Callable[[], object], units: int) -> float:
 
 
 def _generation(folder: Path, threads: int) -> Probe:
-    from trident_serving.generation.batch import RowTokens
+    from trident_serving.generation.batch import SlotTokens
     from trident_serving.generation.decoder import OnnxDecoder
 
-    decoder = OnnxDecoder(folder / "model.onnx", rows=BATCH, context=2 * TOKENS, longest_run=TOKENS, threads=threads)
+    decoder = OnnxDecoder(folder / "model.onnx", slots=BATCH, context=2 * TOKENS, longest_run=TOKENS, threads=threads)
     ids = np.random.default_rng(0).integers(0, decoder.vocabulary_size, (BATCH, TOKENS)).tolist()
     for row in range(BATCH):
-        decoder.run([RowTokens(row, 0, ids[row])])
+        decoder.run([SlotTokens(row, 0, ids[row])])
 
     def step() -> None:
         for place in range(8):
-            decoder.run([RowTokens(row, TOKENS + place, [ids[row][place]]) for row in range(BATCH)])
+            decoder.run([SlotTokens(row, TOKENS + place, [ids[row][place]]) for row in range(BATCH)])
 
     return ROWS_SPEED, 8 * BATCH, step
 
@@ -167,7 +167,7 @@ def _seq2seq(folder: Path, threads: int, target_tokens: int) -> Probe:
 
     # The decoder was exported for so many positions.
     capacity = positions(target_tokens, GenerationDefaults.load(folder).prompt)
-    decoder = Seq2SeqDecoder(folder, rows=BATCH, capacity=capacity, threads=threads)
+    decoder = Seq2SeqDecoder(folder, slots=BATCH, capacity=capacity, threads=threads)
     ids = np.random.default_rng(0).integers(0, decoder.vocabulary_size, (BATCH, TOKENS)).tolist()
     for text in range(BATCH):
         decoder.encode(text, ids[text])

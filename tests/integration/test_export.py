@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
-from trident_export import decoder_passes, fidelity, install, models_file, recipes, tasks
+from trident_export import decoder_passes, fidelity, fingerprint, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
@@ -73,10 +73,10 @@ def test_the_exporters_own_version_counts(
     tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = models_file.parse("gpt2", _table(tiny["gpt2"]))
-    before = install.fingerprint(spec, tmp_path)
-    assert install.fingerprint(spec, tmp_path) == before
-    monkeypatch.setattr(install, "exporter_version", lambda: "another")
-    assert install.fingerprint(spec, tmp_path) != before
+    before = fingerprint.fingerprint(spec, tmp_path)
+    assert fingerprint.fingerprint(spec, tmp_path) == before
+    monkeypatch.setattr(fingerprint, "code", lambda module: f"another {module}")
+    assert fingerprint.fingerprint(spec, tmp_path) != before
 
 
 def _table(folder: Path) -> dict[str, object]:
@@ -228,7 +228,7 @@ def test_answers_that_depend_on_the_batch_are_refused(
     tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a single place for a single token, the operator sums in another order than for several."""
-    monkeypatch.setattr(decoder, "MIN_PLACES", 1)
+    monkeypatch.setattr(decoder, "MIN_POSITIONS", 1)
     spec = models_file.parse("llama", _table(tiny["llama"]))
     with pytest.raises(FidelityError, match="computes: batch_effect is .*, must be at most 0"):
         tasks.build(tasks.Job(spec, tiny["llama"], _made(tmp_path / "staging"), lambda message: None))
@@ -286,7 +286,7 @@ def test_a_refused_export_keeps_the_model_that_was_there(
     files = ("llama/1/model.onnx", "llama/config.pbtxt")
     before = [(repository / file).read_bytes() for file in files]
     spec = models_file.parse("llama", _table(tiny["llama"]) | {"limits": {"context": 64}})
-    monkeypatch.setattr(install, "exporter_version", lambda: "newer")
+    monkeypatch.setattr(fingerprint, "code", lambda module: f"newer {module}")
     monkeypatch.setattr(fidelity, "compare_logits", lambda *_: {"kl": float("nan"), "top1": 1.0})
     with pytest.raises(FidelityError, match="kl is nan"):
         install.export([spec], repository, tmp_path, tmp_path, lambda message: None)

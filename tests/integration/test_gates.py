@@ -23,7 +23,7 @@ from trident_export.errors import FidelityError
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import encoders, text_generation
 from trident_serving.artefacts import VERSION
-from trident_serving.tokenization import TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 
 SPECS = {spec.name: spec for spec in models_file.load(ROOT / "models.toml")}
 Damage = Callable[[onnx.ModelProto], None]

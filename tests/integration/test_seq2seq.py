@@ -32,7 +32,7 @@ from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 from trident_serving.seq2seq.decoder import Seq2SeqDecoder
 from trident_serving.seq2seq.engine import Engine, Job
-from trident_serving.seq2seq.processors import Rules
+from trident_serving.seq2seq.rules import Rules
 from trident_serving.seq2seq.search import Found, SearchParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +107,7 @@ class Waiter:
 
 def run_together(folder: Path, family: str, jobs: list[tuple[list[int], SearchParams, tuple[int, ...]]]) -> list[Found]:
     """All at once, in the graphs of the served model."""
-    decoder = Seq2SeqDecoder(folder / "repository" / family / VERSION, rows=24, capacity=40, threads=1)
+    decoder = Seq2SeqDecoder(folder / "repository" / family / VERSION, slots=24, capacity=40, threads=1)
     engine = Engine(decoder, 64)
     waiters = [Waiter() for _ in jobs]
     try:

@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny_models
 from trident_export import corpora, fidelity, gguf_tokenizer
 from trident_export.errors import FidelityError
-from trident_serving import triton_adapter
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
 from trident_serving.launcher.preflight import StartError
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.schema.reading import read_texts
-from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
+from trident_serving.triton import adapter
 
 TEMPLATE = """{% for message in messages %}
 {%- if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
@@ -198,6 +198,6 @@ def test_shared_memory_of_dead_launchers_is_removed(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_model_that_is_being_completed() -> None:
     command = b"/stub\0/models/m/3/model.onnx\0shm\0"
-    assert triton_adapter.folder_to_complete(command) == Path("/models/m/3")
+    assert adapter.folder_to_complete(command) == Path("/models/m/3")
     with pytest.raises(RuntimeError, match="give inputs and outputs in config"):
-        triton_adapter.folder_to_complete(b"/stub\0")
+        adapter.folder_to_complete(b"/stub\0")

@@ -162,7 +162,11 @@ def referee(
     return judge
 
 
+def module_name(spec: ModelSpec) -> str:
+    """The module that exports a model."""
+    return TEMPLATES if isinstance(spec.limits, TemplateLimits) else MODULES[spec.task]
+
+
 def _module(spec: ModelSpec) -> Any:
     # Imported when needed: torch and transformers take ten seconds, and a fresh repository needs neither.
-    name = TEMPLATES if isinstance(spec.limits, TemplateLimits) else MODULES[spec.task]
-    return importlib.import_module(name)
+    return importlib.import_module(module_name(spec))

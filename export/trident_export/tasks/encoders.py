@@ -33,12 +33,12 @@ from trident_serving.artefacts import VERSION
 from trident_serving.classification import Activation, activate, softmax
 from trident_serving.encoding import TokenRoles
 from trident_serving.errors import InvalidRequest
-from trident_serving.onnx_backend import OnnxModel
 from trident_serving.pooling import PoolingSettings, normalize, pool
 from trident_serving.postprocessing import LabelSettings
 from trident_serving.schema.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
 from trident_serving.text import encode_texts
-from trident_serving.triton_adapter import parameters
+from trident_serving.triton.adapter import parameters
+from trident_serving.triton.onnx_backend import OnnxModel
 
 Floats = NDArray[np.float32]
 

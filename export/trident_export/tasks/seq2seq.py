@@ -149,7 +149,7 @@ def measure(
     The texts run as they would be served, several at once, each one step behind the other, as two beams that share
     their text. `batch_effect` is the largest difference of a logit from a text that runs alone.
     """
-    decoder = Seq2SeqDecoder(folder, rows=2 * GATE_ROWS, capacity=capacity, threads=threads)
+    decoder = Seq2SeqDecoder(folder, slots=2 * GATE_ROWS, capacity=capacity, threads=threads)
     found: list[Floats] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         rows = slice(start, start + GATE_ROWS)
@@ -166,7 +166,7 @@ def served_answers(
     folder: Path, samples: list[list[int]], lengths: list[int], prompt: tuple[int, ...], capacity: int
 ) -> list[list[int]]:
     """The likeliest tokens, one after the other, as many as asked, by the graphs in a version folder."""
-    decoder = Seq2SeqDecoder(folder, rows=1, capacity=capacity, threads=0)
+    decoder = Seq2SeqDecoder(folder, slots=1, capacity=capacity, threads=0)
     answers = []
     for ids, length in zip(samples, lengths, strict=True):
         decoder.encode(0, ids)

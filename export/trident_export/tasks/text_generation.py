@@ -26,11 +26,11 @@ from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
 from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
-from trident_serving.generation.batch import MIN_PLACES, RowTokens, pack
+from trident_serving.generation.batch import MIN_POSITIONS, SlotTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
-from trident_serving.tokenization import ChatTemplate, TextTokenizer
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
 GATE_TEXTS = 12
@@ -87,7 +87,7 @@ def calibration_feeder(job: Job) -> Feeder:
         if (template := ChatTemplate.load(job.assets)) is not None:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
             tokens += [tokenizer.encode(chat, add_special_tokens=False)[:CHAT_TOKENS] for chat in chats]
-        tokens = [ids for ids in tokens if len(ids) >= MIN_PLACES]
+        tokens = [ids for ids in tokens if len(ids) >= MIN_POSITIONS]
         starts = range(0, len(tokens), CALIBRATION_ROWS)
         runs = (inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS]) for start in starts)
         return Counted(runs, len(starts))
@@ -96,8 +96,8 @@ def calibration_feeder(job: Job) -> Feeder:
 
 
 def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_PLACES`, from an empty cache."""
-    packed = pack([RowTokens(row, 0, ids) for row, ids in enumerate(texts)])
+    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_POSITIONS`, from an empty cache."""
+    packed = pack([SlotTokens(row, 0, ids) for row, ids in enumerate(texts)])
     longest = max(map(len, texts))
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:
@@ -214,17 +214,17 @@ def served_answers(folder: Path, prompts: list[list[int]], device: str = "cpu") 
     """The same by the decoder in a version folder, several at once."""
     context = max(len(ids) for ids in prompts) + GREEDY_TOKENS
     decoder = OnnxDecoder(
-        folder / "model.onnx", rows=GATE_ROWS, context=context, longest_run=context, threads=0, device=device
+        folder / "model.onnx", slots=GATE_ROWS, context=context, longest_run=context, threads=0, device=device
     )
     answers: list[list[int]] = []
     for start in range(0, len(prompts), GATE_ROWS):
         group = prompts[start : start + GATE_ROWS]
-        items = [RowTokens(row, 0, ids) for row, ids in enumerate(group)]
+        items = [SlotTokens(row, 0, ids) for row, ids in enumerate(group)]
         found: list[list[int]] = [[] for _ in group]
         for step in range(GREEDY_TOKENS):
             for tokens, likeliest in zip(found, decoder.run(items).argmax(axis=-1), strict=True):
                 tokens.append(int(likeliest))
-            items = [RowTokens(row, len(ids) + step, [found[row][-1]]) for row, ids in enumerate(group)]
+            items = [SlotTokens(row, len(ids) + step, [found[row][-1]]) for row, ids in enumerate(group)]
         answers += found
     return answers
 
@@ -266,32 +266,32 @@ def measure(
     """
     longest = max(len(ids) for ids in samples)
     decoder = OnnxDecoder(
-        folder / "model.onnx", rows=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
+        folder / "model.onnx", slots=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
     )
     found: list[NDArray[np.float32]] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
     effect = 0.0
     for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
-        alone = decoder.run([RowTokens(0, 0, ids, len(ids))])
+        alone = decoder.run([SlotTokens(0, 0, ids, len(ids))])
         effect = max(effect, float(np.abs(alone - served).max()))
     return fidelity.compare_logits(reference, found, samples) | {"batch_effect": effect}
 
 
 def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArray[np.float32]]:
     """Logits of texts that run together, a row each; float32 [tokens, vocabulary] for each text."""
-    pieces: list[list[RowTokens]] = []
+    pieces: list[list[SlotTokens]] = []
     for row, ids in enumerate(samples):
         decoded = min(GATE_DECODED + row, len(ids) - 2)
         middle = (len(ids) - decoded) // (2 + row)
         bounds = [0, middle, *range(len(ids) - decoded, len(ids) + 1)]
-        pieces.append([RowTokens(row, a, ids[a:b], b - a) for a, b in pairwise(bounds) if a < b])
+        pieces.append([SlotTokens(row, a, ids[a:b], b - a) for a, b in pairwise(bounds) if a < b])
     logits: list[list[NDArray[np.float32]]] = [[] for _ in samples]
     for step in zip_longest(*pieces):
         items = [item for item in step if item is not None]
         result = decoder.run(items)
         begin = 0
         for item in items:
-            logits[item.row].append(result[begin : begin + item.wanted].copy())
+            logits[item.slot].append(result[begin : begin + item.wanted].copy())
             begin += item.wanted
     return [np.concatenate(parts) for parts in logits]

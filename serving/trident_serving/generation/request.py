@@ -6,12 +6,13 @@ prompt is optional.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.sampling import SamplingParams
+from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
 from trident_serving.schema.fields import (
     DEFAULT_TIMEOUT_SECONDS,
     GENERATION,
@@ -23,10 +24,6 @@ from trident_serving.schema.fields import (
 )
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import decode_texts
-from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
-
-# The fields of a request that say how tokens are chosen.
-SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name != "seed")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class RequestParser:
         if values["max_tokens"] is None:
             values["max_tokens"] = min(self._limits.default_max_tokens, room)
         sampling = SamplingParams(
-            **{name: values[name] for name in SAMPLING},
+            **{name: values[name] for name in SAMPLING if name in values},
             seed=values["random_seed"],
         )
         if sampling.max_tokens > room:

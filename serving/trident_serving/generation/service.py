@@ -7,25 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trident_serving import memory
 from trident_serving.errors import Overloaded
-from trident_serving.generation.batch import RowTokens
+from trident_serving.generation.answer import Job
+from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.generation.engine import Engine, EngineSettings, Job
-from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.outbox import Outbox
+from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
+from trident_serving.runtime.memory import MEBIBYTE, DoesNotFit, available_bytes
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.outbox import Outbox
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
 from trident_serving.schema.fields import Inputs
 from trident_serving.schema.limits import GenerationLimits
-from trident_serving.tokenization import ChatTemplate, TextTokenizer
-
-MEBIBYTE = 2**20
-
-
-class DoesNotFit(ValueError):
-    """The model's limits and this machine do not fit; the message gives the sum and says which limit to change."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ class GenerationService:
         self._parser = RequestParser(tokenizer, ChatTemplate.load(folder), limits)
         decoder = OnnxDecoder(
             folder / "model.onnx",
-            rows=limits.slots,
+            slots=limits.slots,
             context=limits.context,
             longest_run=max(limits.prefill_chunk, MAX_DRAFT + 1),
             threads=limits.threads,
@@ -126,15 +121,15 @@ class GenerationService:
             device_id=device_id,
         )
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-        self.memory = plan_memory(limits, decoder, weights, memory.available_bytes())
-        decoder.run([RowTokens(0, 0, [0])])  # a graph that can't run is not served
+        self.memory = plan_memory(limits, decoder, weights, available_bytes())
+        decoder.run([SlotTokens(0, 0, [0])])  # a graph that can't run is not served
         decoder.release(0, 0)
         self.recorder = Recorder()
         self._outbox = Outbox(self._check_unloading)
         self._engine = Engine(
             decoder,
             EngineSettings(
-                rows=limits.slots,
+                slots=limits.slots,
                 cache_tokens=self.memory.cache_tokens,
                 prefill_chunk=limits.prefill_chunk,
                 max_waiting=limits.max_waiting,

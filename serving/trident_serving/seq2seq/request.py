@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.request import SAMPLING
-from trident_serving.generation.sampling import SamplingParams
+from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
 from trident_serving.schema.fields import SEQ2SEQ, Inputs, LongInput, by_name, single_text, timeout_seconds
 from trident_serving.schema.limits import Seq2SeqLimits
-from trident_serving.seq2seq.processors import Rules
+from trident_serving.seq2seq.rules import Rules
 from trident_serving.seq2seq.search import EarlyStopping, SearchParams
 from trident_serving.seq2seq.source import SourceText, Window
 
@@ -66,7 +65,7 @@ class GenerationDefaults:
 
 
 def positions(max_target_tokens: int, prompt: Sequence[int]) -> int:
-    """Positions that a row needs: the last token of an answer is never read."""
+    """Positions that a slot needs: the last token of an answer is never read."""
     return max_target_tokens + len(prompt) - 1
 
 

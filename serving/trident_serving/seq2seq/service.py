@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from trident_serving import memory
 from trident_serving.errors import Overloaded
-from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.outbox import Outbox
-from trident_serving.generation.service import MEBIBYTE, DoesNotFit
+from trident_serving.runtime.memory import MEBIBYTE, DoesNotFit, available_bytes
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.outbox import Outbox
 from trident_serving.schema.fields import Inputs
 from trident_serving.schema.limits import Seq2SeqLimits
 from trident_serving.seq2seq.decoder import Seq2SeqDecoder
@@ -56,15 +54,19 @@ class ReplyChannel(Protocol):
         ...
 
 
-class _Pending:
+class _PendingReply:
     """One request whose windows are being answered; the outbox sends when all are."""
 
     urgent = True
-    paced = False
+    pending = False
     last_sent = 0.0
 
     def __init__(
-        self, request: Seq2SeqRequest, source: SourceText, channel: ReplyChannel, notify: Callable[[_Pending], None]
+        self,
+        request: Seq2SeqRequest,
+        source: SourceText,
+        channel: ReplyChannel,
+        notify: Callable[[_PendingReply], None],
     ) -> None:
         self.channel = channel
         self.cancelled = False
@@ -122,7 +124,7 @@ class _Pending:
 
 
 class _WindowConsumer:
-    def __init__(self, pending: _Pending, index: int) -> None:
+    def __init__(self, pending: _PendingReply, index: int) -> None:
         self._pending = pending
         self._index = index
 
@@ -159,14 +161,14 @@ class Seq2SeqService:
         )
         self._parser = RequestParser(self._source, defaults, allowed)
         capacity = positions(limits.max_target_tokens, defaults.prompt)
-        decoder = Seq2SeqDecoder(folder, rows=limits.slots, capacity=capacity, threads=limits.threads)
+        decoder = Seq2SeqDecoder(folder, slots=limits.slots, capacity=capacity, threads=limits.threads)
         own = limits.slots * capacity * decoder.bytes_per_token
         cross = limits.slots * limits.max_source_tokens * decoder.bytes_per_token
         self.memory = (
             f"{own / MEBIBYTE:.0f} MiB of decoder cache + {cross / MEBIBYTE:.0f} MiB of encoded texts "
             f"({decoder.bytes_per_token} bytes a token) at most"
         )
-        available = memory.available_bytes()
+        available = available_bytes()
         if own + cross > available:
             raise DoesNotFit(
                 f"{self.memory}, of which {available / MEBIBYTE:.0f} MiB are available: lower slots, "
@@ -185,11 +187,9 @@ class Seq2SeqService:
 
         An error where the queue is full goes to the channel too.
         """
-        pending = _Pending(request, self._source, channel, self._outbox.notify)
-        seconds = request.timeout_seconds
-        deadline = time.monotonic() + seconds
+        pending = _PendingReply(request, self._source, channel, self._outbox.notify)
         jobs = [
-            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), deadline, seconds)
+            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), request.timeout_seconds)
             for index, window in enumerate(request.windows)
         ]
         self._outbox.add(pending)
