@@ -40,6 +40,7 @@ class GenerationOptions(TypedDict, total=False):
         top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
         top_p: sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1).
         min_p: leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1).
+        typical_p: sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1).
         repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100).
         presence_penalty: lowers tokens that the answer has already (default 0.0; between -2 and 2).
         frequency_penalty: lowers tokens by how often the answer has them (default 0.0; between -2 and 2).
@@ -56,6 +57,7 @@ class GenerationOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
@@ -81,6 +83,10 @@ GENERATION: dict[str, Option] = {
     ),
     "min_p": Option(
         "FP32", "leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1)"
+    ),
+    "typical_p": Option(
+        "FP32",
+        "sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1)",
     ),
     "repetition_penalty": Option(
         "FP32",
@@ -114,6 +120,7 @@ class TranslationOptions(TypedDict, total=False):
         top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
         top_p: sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1).
         min_p: leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1).
+        typical_p: sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1).
         repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100).
         random_seed: makes sampling repeatable.
         num_beams: beams of the search; the model's generation config has a default (at least 1).
@@ -131,6 +138,7 @@ class TranslationOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
     repetition_penalty: float | None
     random_seed: int | None
     num_beams: int | None
@@ -157,6 +165,10 @@ TRANSLATION: dict[str, Option] = {
     ),
     "min_p": Option(
         "FP32", "leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1)"
+    ),
+    "typical_p": Option(
+        "FP32",
+        "sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1)",
     ),
     "repetition_penalty": Option(
         "FP32",

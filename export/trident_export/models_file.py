@@ -12,6 +12,7 @@ from trident_export import recipes
 from trident_export.errors import ModelsFileError
 from trident_export.recipes import Kind, Recipe
 from trident_serving.artefacts import read_manifest
+from trident_serving.errors import ReadingError
 from trident_serving.schema import reading
 from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
 from trident_serving.templates import compile_template
@@ -296,7 +297,7 @@ def _source(where: str, table: object) -> Source:
 def _limits(where: str, kind: type[Limits], table: object) -> Limits:
     try:
         return reading.read(kind, table, where)
-    except reading.ReadingError as error:
+    except ReadingError as error:
         raise ModelsFileError(str(error)) from None
 
 

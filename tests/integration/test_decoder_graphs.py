@@ -37,11 +37,10 @@ from trident_export.passes.blocks import Blocks
 from trident_export.passes.calibration import moments
 from trident_export.passes.gptq import GptqBlocks, GptqRows
 from trident_export.tasks.text_generation import inputs_of
+from trident_serving.errors import DeviceMissing, DoesNotFit
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.service import plan_memory
-from trident_serving.runtime.memory import DoesNotFit
-from trident_serving.runtime.session import DeviceMissing
 from trident_serving.schema.limits import GenerationLimits
 
 VOCABULARY = 128

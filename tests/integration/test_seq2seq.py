@@ -312,7 +312,7 @@ def test_sampling_is_reproducible(connected: Client) -> None:
         ("bart", "hi", {"temperature": 1.0}, "temperature 1 needs num_beams 1, found 4"),
         ("bart", "hi", {"length_penalty": 1e9}, "length_penalty must be between -10 and 10"),
         ("bart", "hi", {"length_penalty": float("nan")}, "length_penalty must be between"),
-        ("bart", "hi", {"repetition_penalty": 0.0}, "repetition_penalty must be between above 0"),
+        ("bart", "hi", {"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and at most 100, found 0"),
         ("bart", "hi", {"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be between 0"),
         ("bart", "hi", {"long_input": "cut"}, "long_input must be one of error, truncate, window, found 'cut'"),
         ("bart", "hi", {"target_lang": "de"}, "target_lang 'de' is not known to this model; known: it has no choice"),

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from trident_serving.errors import ControlError, Refused
 from trident_serving.launcher import care
 from trident_serving.launcher.care import Care
-from trident_serving.launcher.control import ControlError, Refused
 from trident_serving.launcher.failures import IndexEntry
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trident_serving.errors import DeadlineExceeded, Overloaded
+from trident_serving.errors import BrokenModel, DeadlineExceeded, Overloaded
 from trident_serving.generation.answer import FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.engine import Engine, EngineSettings
@@ -20,7 +20,6 @@ from trident_serving.generation.scheduler import Scheduler
 from trident_serving.runtime.log_probabilities import TokenLogProbs
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.sampling.params import SamplingParams
-from trident_serving.runtime.sampling.sampler import BrokenModel
 
 VOCABULARY = 97
 EOS = 0

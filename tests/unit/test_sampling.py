@@ -24,7 +24,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from trident_serving.errors import InvalidRequest
+from trident_serving.errors import BrokenModel, InvalidRequest
 from trident_serving.runtime.log_probabilities import log_probabilities
 from trident_serving.runtime.sampling.candidates import Candidates
 from trident_serving.runtime.sampling.params import SamplingParams
@@ -38,7 +38,7 @@ from trident_serving.runtime.sampling.processors import (
     SuppressTokens,
     filters,
 )
-from trident_serving.runtime.sampling.sampler import BrokenModel, Sampler
+from trident_serving.runtime.sampling.sampler import Sampler
 from trident_serving.seq2seq.rules import Rules
 
 RANDOM = np.random.default_rng(0)

@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny_models
 from trident_export import corpora, fidelity, gguf_tokenizer
 from trident_export.errors import FidelityError
-from trident_serving.errors import InvalidRequest
+from trident_serving.errors import InvalidRequest, StartError
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
-from trident_serving.launcher.preflight import StartError
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.schema.reading import read_texts

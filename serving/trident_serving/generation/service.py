@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trident_serving.errors import Overloaded
+from trident_serving.errors import DoesNotFit, Overloaded
 from trident_serving.generation.answer import Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
@@ -15,7 +15,7 @@ from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
-from trident_serving.runtime.memory import MEBIBYTE, DoesNotFit, available_bytes
+from trident_serving.runtime.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer

@@ -8,8 +8,8 @@ import threading
 import time
 
 from trident_serving import artefacts
+from trident_serving.errors import ControlError, Refused
 from trident_serving.launcher import failures
-from trident_serving.launcher.control import ControlError, Refused
 from trident_serving.launcher.server import Server
 
 CARE_SECONDS = 1.0

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
+from trident_serving.errors import StartError
 from trident_serving.launcher import installation
 from trident_serving.launcher.failures import Failure
-from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.server import Server, ServerOptions, check_machine
 from trident_serving.launcher.supervisor import Orders, Policy, Supervisor
 

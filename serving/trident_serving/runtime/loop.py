@@ -89,9 +89,8 @@ class EngineLoop(ABC, Generic[R]):
 
     @property
     def busy(self) -> bool:
-        """Whether there is work."""
-        with self._changed:
-            return bool(self._requests())
+        """Whether there is work; it never waits, so that a loop that hangs is seen."""
+        return bool(self._requests())
 
     def start(self) -> None:
         """Begin."""

@@ -17,10 +17,6 @@ from pathlib import Path, PurePosixPath
 MEBIBYTE = 2**20
 
 
-class DoesNotFit(ValueError):
-    """The model's limits and this machine do not fit; the message gives the sum and says which limit to change."""
-
-
 @dataclass(frozen=True)
 class _Version:
     """The names of one version's files.

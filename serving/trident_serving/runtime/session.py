@@ -8,9 +8,7 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-
-class DeviceMissing(RuntimeError):
-    """The device that the configuration asks for is not there; the message says what is and what to install."""
+from trident_serving.errors import DeviceMissing
 
 
 def open_session(path: Path, device: str, device_id: int, threads: int) -> ort.InferenceSession:

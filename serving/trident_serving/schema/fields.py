@@ -181,6 +181,13 @@ _SAMPLING = (
         Range(0, 1, above=True),
     ),
     Field("min_p", "FP32", "leave out tokens below this share of the likeliest one's probability", 0.0, Range(0, 1)),
+    Field(
+        "typical_p",
+        "FP32",
+        "sample from the tokens nearest to the expected surprise that have this probability together",
+        1.0,
+        Range(0, 1, above=True),
+    ),
 )
 _REPETITION = Field(
     "repetition_penalty",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trident_serving.errors import ReadingError
 from trident_serving.schema.fields import Aggregation, LongInput
-from trident_serving.schema.reading import ReadingError
 
 DEVICES = ("cpu", "cuda")
 BUCKETS = (128, 256)

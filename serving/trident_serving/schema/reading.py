@@ -9,11 +9,9 @@ from dataclasses import MISSING, Field, fields
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from trident_serving.errors import ReadingError
+
 T = TypeVar("T")
-
-
-class ReadingError(ValueError):
-    """A table or text does not fit its dataclass; the message names place, key, value and what is allowed."""
 
 
 def read(kind: type[T], table: object, where: str) -> T:

@@ -14,10 +14,11 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from trident_serving.errors import BrokenModel
 from trident_serving.runtime.log_probabilities import log_softmax
 from trident_serving.runtime.sampling.candidates import Candidates, Scores
 from trident_serving.runtime.sampling.params import SamplingParams
-from trident_serving.runtime.sampling.sampler import BrokenModel, Sampler
+from trident_serving.runtime.sampling.sampler import Sampler
 from trident_serving.seq2seq.rules import Rules
 
 _NEVER = np.float32(-1.0e9)

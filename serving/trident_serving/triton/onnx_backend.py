@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trident_serving.errors import LoadError
 from trident_serving.text import decode_texts, encode_texts
-from trident_serving.triton.onnx_session import Config, LoadError, TensorInfo, open_session
+from trident_serving.triton.onnx_session import Config, TensorInfo, open_session
 
 logger = logging.getLogger(__name__)
 

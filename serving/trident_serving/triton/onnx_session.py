@@ -13,6 +13,8 @@ from typing import Any
 
 import onnxruntime as ort
 
+from trident_serving.errors import LoadError
+
 Config = Mapping[str, Any]
 
 # ONNX Runtime's name of a tensor type -> Triton's; the types that the two share.
@@ -57,10 +59,6 @@ _CUDA_PARAMETERS = (
     "arena_extend_strategy",
     "do_copy_in_default_stream",
 )
-
-
-class LoadError(ValueError):
-    """The model can't be served as its config says."""
 
 
 @dataclass(frozen=True)

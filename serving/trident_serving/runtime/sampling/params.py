@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from trident_serving.errors import InvalidRequest
+from trident_serving.schema.fields import GENERATION, by_name
+
+_FIELDS = by_name(GENERATION)
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,8 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _check(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            self.min_tokens,
-            f"between 0 and max_tokens ({self.max_tokens})",
-        )
-        _check(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "between 0 and 100")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
-        for name in ("top_p", "typical_p"):
-            _check(0.0 < getattr(self, name) <= 1.0, name, getattr(self, name), "above 0 and at most 1")
-        _check(
-            0.0 < self.repetition_penalty <= 100.0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "above 0 and at most 100",
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "between -2 and 2")
+        for name in SAMPLING:
+            _FIELDS[name].check(getattr(self, name), self.max_tokens if name == "min_tokens" else None)
 
     @property
     def greedy(self) -> bool:
@@ -57,8 +41,3 @@ class SamplingParams:
 
 # The fields of a request that say how tokens are chosen.
 SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name != "seed")
-
-
-def _check(holds: bool, field: str, value: float, expected: str) -> None:
-    if not holds:
-        raise InvalidRequest(f"{field} must be {expected}, found {value}")

@@ -7,16 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trident_serving.errors import BrokenModel
 from trident_serving.runtime.sampling.candidates import Candidates, Scores
 from trident_serving.runtime.sampling.params import SamplingParams
 from trident_serving.runtime.sampling.processors import LogitsProcessor, filters, penalties
-
-
-class BrokenModel(RuntimeError):
-    """The model gave logits that are no numbers."""
-
-    def __init__(self) -> None:
-        super().__init__("the model gave logits that are not numbers")
 
 
 class Sampler:
