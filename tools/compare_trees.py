@@ -2,8 +2,8 @@
 
 python tools/compare_trees.py OLD NEW
 
-Each checkout holds its exported repository in model_repository. Its own server serves it, one after the other, and both
-are asked the same: generations with every option, templates, embeddings. What differs is printed; the exit status is
+Each checkout holds its environment in .venv and its exported repository in model_repository. Their servers run one
+after the other and are asked the same: generations with every option, templates, embeddings. What differs is printed; the exit status is
 1 if an answer differs. Configs are shown as a difference, since a change of one may be meant.
 """
 
@@ -82,14 +82,12 @@ def requests() -> Iterator[tuple[str, str, Any]]:
 def answers(tree: Path) -> dict[str, Any]:
     """What a checkout's server answers to each request: its tensors' bytes, or the error."""
     ports = free_ports(3)
-    command = [sys.executable, "-m", "trident_serving", "--repository", str(tree / "model_repository")]
+    command = [str(tree / ".venv/bin/python"), "-m", "trident_serving", "--repository", str(tree / "model_repository")]
     for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
         command += [flag, str(port)]
-    path = os.pathsep.join(str(tree / part) for part in ("client", "serving", "export"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=tree, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
-        )
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=tree, env=environment, start_new_session=True)
         try:
             _wait(server, ports[0])
             with grpc.insecure_channel(f"127.0.0.1:{ports[1]}") as channel:
