@@ -1,4 +1,4 @@
-"""From tables (TOML, JSON) and texts (the parameters of a config) to dataclasses."""
+"""Reads dataclasses from tables (TOML, JSON) and from texts (the parameters of a config)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def read(kind: type[T], table: object, where: str) -> T:
-    """A dataclass from a table, whose values must have the types of its fields.
+    """A dataclass from a table; each value must have its field's type.
 
     A list becomes a tuple. An integer is 1 or more where its field's metadata does not name another `least`.
 
@@ -36,10 +36,10 @@ def read(kind: type[T], table: object, where: str) -> T:
 
 
 def read_texts(kind: type[T], texts: Mapping[str, str]) -> T:
-    """A dataclass from the parameters of a config, which are texts; other parameters are left.
+    """A dataclass from the parameters of a config, which are texts; other parameters are ignored.
 
     Raises:
-        ReadingError: a parameter is missing, or is no value of its field.
+        ReadingError: a parameter is missing, or is not a value of its field.
     """
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def read_texts(kind: type[T], texts: Mapping[str, str]) -> T:
 
 
 def check_keys(where: str, table: Mapping[str, Any], kind: type[Any]) -> None:
-    """See that a table has the keys of a dataclass.
+    """Check that a table has the keys of a dataclass, and no others.
 
     Raises:
         ReadingError: a key is unknown or missing.
