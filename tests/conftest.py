@@ -103,7 +103,7 @@ def triton_request(model: str, tensors: Mapping[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from torch's threads, and beside other work those wait for each other for long."""
+    """Tiny models gain nothing from torch's threads, which wait for each other when the machine has other work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # tiny models gain nothing from threads, which wait for each other beside other work
+    "OMP_NUM_THREADS": "1",  # tiny models gain nothing from threads, which wait for each other when others work
     "ORT_DISABLE_TELEMETRY": "1",  # its thread is in no fork, which then waits for it
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",

@@ -119,7 +119,7 @@ def table(fields: Sequence[Field]) -> str:
 
 
 def requests(text: str) -> str:
-    """The page with its tables made anew, each between its two comments."""
+    """The page with its tables written again, each between its two comments."""
     for name, fields in TABLES.items():
         pattern = rf"(<!-- fields:{name} -->\n).*?(<!-- /fields -->)"
         found = table(fields)

@@ -1,4 +1,4 @@
-"""Run every graph of a repository with the ONNX Runtime that this process finds, and write what comes out.
+"""Run every graph of a repository with the ONNX Runtime that this process finds, and write the outputs.
 
 `python run_graphs.py REPOSITORY OUTPUT.npz MODEL...`: tests/contract/test_runtime_versions.py compares versions. It
 runs the code that serves, on inputs that are the same for every version; a model whose graph can't be loaded is named,
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run(folder: Path) -> dict[str, NDArray[Any]]:
-    """What one model's graphs give."""
+    """The outputs of one model's graphs."""
     random = np.random.default_rng(0)
     if (folder / "decoder.onnx").exists():
         return _seq2seq(folder, random)
@@ -53,7 +53,7 @@ def run(folder: Path) -> dict[str, NDArray[Any]]:
 
 
 def _generator(folder: Path, random: np.random.Generator) -> dict[str, NDArray[Any]]:
-    """Prompts in chunks, single tokens of several rows beside an idle one, and a draft."""
+    """Prompts in chunks, single tokens of several slots while another is idle, and a draft."""
     decoder = OnnxDecoder(folder / "model.onnx", slots=4, context=48, longest_run=16, threads=1)
     texts = random.integers(1, VOCABULARY, (4, 30)).tolist()
     found = [decoder.run([SlotTokens(row, 0, texts[row][:12], 12)]).copy() for row in range(4)]

@@ -1,6 +1,6 @@
-"""One config.pbtxt of each kind, written out: whoever changes what Triton is told sees it in a diff.
+"""One config.pbtxt of each kind is written out, so that a diff shows every change of what Triton is told.
 
-TRIDENT_WRITE_GOLDEN=1 writes the files anew.
+TRIDENT_WRITE_GOLDEN=1 writes the files again.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def tritons(name: str) -> Any:
 
 
 def shown(field: Any) -> tuple[Any, ...]:
-    """All of a field that decides its bytes, and where it is read from."""
+    """Everything about a field that decides its bytes, and where they are read."""
     kind = field.message_type.full_name if field.message_type else None
     return field.name, field.number, field.type, field.is_repeated, field.containing_oneof is not None, kind
 

@@ -147,7 +147,7 @@ def test_the_small_image_and_nvidias_pin_the_version_that_is_tested(expected: di
     [
         # The same kernels: not a bit differs.
         (CUDA, r"(llama|gpt2)-cuda(_.*)?", 5, 0.0),
-        # Other kernels: sums go another way in places, measured up to 2e-6 of 10.
+        # Other kernels add some sums in another order: measured up to 2e-6 of 10.
         (NATIVE, r"(mpnet|bert|deberta-v2|modernbert)_model(_.*)?", 6, 1e-4),
     ],
 )

@@ -159,14 +159,14 @@ class Container:
         return cls(podman, name, {}).with_ports()
 
     def with_ports(self) -> Container:
-        """The same with the ports that it has now; none where it does not run."""
+        """The same container with the ports that it has now; without ports if it does not run."""
         found = self.podman.try_("port", self.name).stdout.split("\n")
         pairs = (line.split(" -> ") for line in found if " -> " in line)
         ports = {int(inside.split("/")[0]): int(outside.rsplit(":", 1)[1]) for inside, outside in pairs}
         return Container(self.podman, self.name, ports)
 
     def python(self, code: str) -> str:
-        """What a Python program prints inside."""
+        """What a Python program prints in the container."""
         return self.podman("exec", self.name, "/opt/trident/venv/bin/python", "-c", code)
 
     def state(self) -> tuple[str, int]:
@@ -212,5 +212,5 @@ class Container:
         raise AssertionError(f"it still runs after {seconds:.0f} s\n{self.logs()[-3000:]}")
 
     def remove(self) -> None:
-        """End and forget it."""
+        """End and remove it."""
         self.podman.try_("rm", "--force", "--time=0", self.name)

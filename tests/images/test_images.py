@@ -62,7 +62,7 @@ def container(image: str, podman: Podman, default_repository: Path) -> Iterator[
 
 @pytest.fixture
 def running(container: Container) -> Container:
-    """Started again where the test before ended it."""
+    """The container, started again if the test before ended it."""
     if container.state()[0] != "running":
         container.podman("start", container.name)
     now = container.with_ports()
@@ -146,7 +146,7 @@ def test_the_health_check_tells_the_truth(running: Container) -> None:
 
 
 def test_large_requests_fit_into_small_shared_memory(running: Container) -> None:
-    """Four megabytes of texts in a request, from two callers at once, and many small ones beside."""
+    """Four megabytes of texts in a request, from two callers at once, and many small requests at the same time."""
     text = "word " * 52_000
 
     def embed(_: int) -> Any:
@@ -224,7 +224,7 @@ def test_a_killed_container_starts_again(running: Container) -> None:
 
 
 def test_a_dead_tritonserver_ends_the_container(running: Container) -> None:
-    """With an error, so that whoever started it starts it again."""
+    """With an error status, so that the container engine starts it again."""
     running.python(KILL)
     code = running.wait_ended(30)
     assert code not in (0, 137)  # 137: killed from outside

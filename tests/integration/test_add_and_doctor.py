@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "labels": ("roberta", AutoModelForSequenceClassification, {"num_labels": 3}),
         "tokens": ("bert", AutoModelForTokenClassification, {"num_labels": 5}),
         "answers": ("distilbert", AutoModelForQuestionAnswering, {}),
-        "gaps": ("bert", AutoModelForMaskedLM, {}),
+        "masks": ("bert", AutoModelForMaskedLM, {}),
         "vectors": ("mpnet", AutoModel, {}),
         "reranker": ("bert", AutoModelForSequenceClassification, {"num_labels": 1}),
     }
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("labels", "text-classification", {"labels": 3, "max_tokens": 128}),
         ("tokens", "token-classification", {"labels": 5, "max_tokens": 130}),
         ("answers", "question-answering", {"max_tokens": 130, "stride": 43}),
-        ("gaps", "fill-mask", {"max_tokens": 130}),
+        ("masks", "fill-mask", {"max_tokens": 130}),
         ("vectors", "feature-extraction", {"dimensions": 32, "max_tokens": 128}),
         ("reranker", "text-ranking", {"labels": 1, "max_tokens": 130}),
         ("gpt", "text-generation", {"context": 128, "slots": 8, "kv_cache_mib": 1024}),

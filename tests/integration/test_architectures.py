@@ -56,7 +56,7 @@ def hugging_face(folder: Path, prompt: str, tokens: int) -> str:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_equals_hugging_face(tiny_client: Client, folders: dict[str, Path], name: str) -> None:
-    """The prompts are longer and shorter than a prefill chunk; alone and with four others."""
+    """The prompts are longer and shorter than a prefill chunk; they run one by one, and with four others."""
     expected = [hugging_face(folders[name], prompt, 32) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)  # the weights are not so flat that every answer is the same
     alone = [tiny_client.generate(prompt, model=name, max_tokens=32).text for prompt in PROMPTS]
@@ -76,7 +76,7 @@ def test_the_whole_context_can_be_used(tiny_client: Client, folders: dict[str, P
 
 
 def test_half_a_character_at_the_end_is_shown_as_such(tiny_client: Client, folders: dict[str, Path]) -> None:
-    """Random weights give invalid UTF-8 all the time: joined chunks equal the answer in one piece."""
+    """Random weights give invalid UTF-8 all the time: joined chunks equal the answer in one chunk."""
     for prompt in PROMPTS:
         options = {"model": "llama", "max_tokens": 40, "temperature": 2.0, "random_seed": 3}
         whole = tiny_client.generate(prompt, **options).text

@@ -20,7 +20,7 @@ from trident_serving.launcher.local import LocalServer
 
 @pytest.fixture
 def neighbour(client: Client) -> Iterator[None]:
-    """A stream that runs while the bad request is made, and must end as it does alone."""
+    """A stream that runs during the bad request, and must give the same answer as without it."""
     alone = client.generate("The capital of France is", max_tokens=40).text
     stream = client.stream("The capital of France is", max_tokens=40)
     text = next(stream).text
@@ -29,8 +29,8 @@ def neighbour(client: Client) -> Iterator[None]:
     assert text == alone
 
 
-def test_bad_requests_beside_32_streams(client: Client) -> None:
-    """All slots are busy; what is wrong is refused at once, and nobody's answer changes."""
+def test_bad_requests_during_32_streams(client: Client) -> None:
+    """All slots are busy; bad requests are refused at once, and no answer changes."""
     prompts = [f"{number}. The capital of" for number in range(32)]
     alone = [client.generate(prompt, max_tokens=30).text for prompt in prompts]
     bad: list[tuple[str, dict[str, Any]]] = [
@@ -171,8 +171,8 @@ def test_http_answers_400(server: LocalServer) -> None:
         ("minilm", {"text_input": "Hello", "normalise": False}, "normalise"),
     ],
 )
-def test_an_option_with_a_slip_in_its_name(server: LocalServer, model: str, body: dict[str, Any], name: str) -> None:
-    """Triton makes a parameter of it, which would have no effect."""
+def test_a_misspelt_option(server: LocalServer, model: str, body: dict[str, Any], name: str) -> None:
+    """Triton makes a parameter of it, which would be ignored without an error."""
     status, text = post(f"{server.http_url}/v2/models/{model}/generate", body)
     assert status == 400
     assert f"unknown input or parameter '{name}'" in text

@@ -1,4 +1,4 @@
-"""Classification, entities, question answering, embeddings, ranking and gaps through the real server.
+"""Classification, entities, question answering, embeddings, ranking and masks through the real server.
 
 Every family of encoders, with random weights and the family's tokenizer class, against the transformers pipeline of
 the same name. Tolerance: float32 noise of two libraries through two layers, 1e-5 on probabilities.
@@ -59,7 +59,7 @@ EMBEDDERS = {f"emb-{family}": family for family in ("mpnet", "xlm-roberta", "mod
 
 
 def _tables(folder: Path, make: bool = True) -> dict[str, dict[str, Any]]:
-    """The tables of models.toml that serve the models, which are made beside."""
+    """The tables of models.toml that serve the models, which are made in the same folder."""
     made: dict[str, dict[str, Any]] = {}
 
     def add(name: str, family: str, head: type, task: str, limits: dict[str, Any], **config: Any) -> None:
@@ -207,8 +207,12 @@ def test_several_questions_at_once(reader: Client) -> None:
 @pytest.mark.parametrize("name", FILLERS)
 def test_fill_mask(reader: Client, folder: Path, name: str) -> None:
     pipe = hugging_face(folder, "fill-mask", name)
-    gap = pipe.tokenizer.mask_token
-    for text in (f"The {gap} sat on the mat.", f"{gap} und {gap} sind da", f"Eine lange {gap}, die noch weiter geht"):
+    mask = pipe.tokenizer.mask_token
+    for text in (
+        f"The {mask} sat on the mat.",
+        f"{mask} und {mask} sind da",
+        f"Eine lange {mask}, die noch weiter geht",
+    ):
         expected = pipe(text, top_k=4)
         expected = expected if isinstance(expected[0], list) else [expected]
         found = reader.fill_mask(text, model=name, top_k=4)

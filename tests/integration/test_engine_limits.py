@@ -50,7 +50,7 @@ def eventually(check: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 @pytest.mark.parametrize("model", ["smollm2", "smollm2_int8_cache"])
-def test_answers_in_random_company_equal_those_alone(client: Client, model: str) -> None:
+def test_answers_do_not_depend_on_their_batch(client: Client, model: str) -> None:
     """Bit for bit: the log-probabilities of every token, greedy and sampled, with and without drafts."""
     source = random.Random(5)
     texts = corpora.held_out()
@@ -208,7 +208,7 @@ def test_a_client_that_dies_frees_the_slot(server: LocalServer) -> None:
 
 
 def test_a_cancellation_is_heard_within_a_few_steps(server: LocalServer, client: Client) -> None:
-    """What is generated beyond the last token seen: up to three tokens that waited to be sent, and two steps."""
+    """Tokens that are generated after the last one seen: up to three that waited to be sent, and two steps."""
     for _ in range(4):
         before = metrics(server)["generated_tokens_total"]
         stream = client.stream("Once upon a time", max_tokens=1500, min_tokens=1500, prompt_lookup=False)
@@ -220,7 +220,7 @@ def test_a_cancellation_is_heard_within_a_few_steps(server: LocalServer, client:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A small model of one's own, for what would harm its neighbours' tests."""
+    """A server with a small model, for tests that would disturb others on a shared server."""
     root = tmp_path_factory.mktemp("engine")
     tiny_models.make_causal(root / "llama", "llama", context=4096)
     entry = tiny_models.causal_entry(root / "llama", slots=4, context=4096, max_waiting=64)
@@ -294,7 +294,7 @@ def stub_parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
-def test_a_slow_reader_costs_nobody_else_anything(tiny: LocalServer) -> None:
+def test_a_slow_reader_delays_no_other_stream(tiny: LocalServer) -> None:
     with Client(tiny.grpc_url, timeout=60) as slow, Client(tiny.grpc_url, timeout=60) as quick:
         expected = quick.generate("B", model="llama", max_tokens=60).text
         stream = slow.stream("A", model="llama", max_tokens=1000, min_tokens=1000)
@@ -305,7 +305,7 @@ def test_a_slow_reader_costs_nobody_else_anything(tiny: LocalServer) -> None:
         assert sum(1 for _ in stream) > 0
 
 
-def test_unloading_ends_what_runs_and_loading_starts_anew(tiny: LocalServer) -> None:
+def test_unloading_ends_running_requests_and_loading_starts_again(tiny: LocalServer) -> None:
     options = {"model": "other", "max_tokens": 4000, "min_tokens": 4000, "prompt_lookup": False}
     url = f"{tiny.http_url}/v2/repository/models/other"
     with Client(tiny.grpc_url, timeout=60) as client:

@@ -423,7 +423,7 @@ def read(descriptor: int) -> bytes:
         return b""
 
 
-def test_onnxruntime_tells_nobody(tmp_path: Path) -> None:
+def test_onnxruntime_sends_no_telemetry(tmp_path: Path) -> None:
     """Its telemetry writes a device id into the cache folder as soon as a graph is loaded, unless it is off."""
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
     body = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])

@@ -1,4 +1,4 @@
-"""A variant that the gate refuses is installed by force alone, and then everything that shows it says so."""
+"""A variant that the gate refuses is installed only by force, and everything that shows it then says so."""
 
 from __future__ import annotations
 

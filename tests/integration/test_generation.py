@@ -56,12 +56,12 @@ def hugging_face(smollm2_folder: Path) -> Iterator[dict[str, str]]:
     yield answers
 
 
-def test_greedy_equals_hugging_face_alone(client: Client, hugging_face: dict[str, str]) -> None:
+def test_greedy_equals_hugging_face_one_by_one(client: Client, hugging_face: dict[str, str]) -> None:
     found = {p: client.generate(p, model=FP32, max_tokens=NEW_TOKENS).text for p in PROMPTS}
     assert found == hugging_face
 
 
-def test_greedy_equals_hugging_face_in_company(client: Client, hugging_face: dict[str, str]) -> None:
+def test_greedy_equals_hugging_face_in_a_batch(client: Client, hugging_face: dict[str, str]) -> None:
     """Eight at a time; they start and end at different times, because the prompts differ in length."""
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda p: client.generate(p, model=FP32, max_tokens=NEW_TOKENS).text, PROMPTS))
@@ -76,7 +76,7 @@ def test_the_capital_of_france(client: Client) -> None:
     assert client.generate([{"role": "user", "content": "What is the capital of France?"}]) == answer
 
 
-def test_default_variant_in_company_equals_alone(client: Client) -> None:
+def test_the_default_variant_gives_the_same_answers_in_a_batch(client: Client) -> None:
     prompts = PROMPTS[:12]
     alone = [client.generate(p, max_tokens=12).text for p in prompts]
     with ThreadPoolExecutor(12) as pool:  # more than there are slots

@@ -1,4 +1,4 @@
-"""Models come, change and go in a running server under load, and nobody else loses a request."""
+"""Models are added, changed and removed in a running server under load, and other models lose no request."""
 
 from __future__ import annotations
 

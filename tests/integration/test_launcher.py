@@ -140,7 +140,7 @@ def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path)
     assert alive(pids) == []
 
 
-def test_a_second_server_beside_the_first(tiny_repository: Path, tmp_path: Path) -> None:
+def test_two_servers_on_one_machine(tiny_repository: Path, tmp_path: Path) -> None:
     servers = [local.start(tiny_repository, tmp_path / name) for name in ("one", "two")]
     try:
         answers = []
@@ -212,7 +212,7 @@ def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_pa
     assert "trident: no model could be loaded: tiny can't be loaded (" in done.stderr
 
 
-def test_a_model_that_does_not_load_keeps_no_other_from_being_served(tiny_repository: Path, tmp_path: Path) -> None:
+def test_the_other_models_are_served_if_one_does_not_load(tiny_repository: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(tiny_repository, repository)
     shutil.copytree(tiny_repository / "tiny", repository / "broken")

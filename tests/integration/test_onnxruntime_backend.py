@@ -116,7 +116,7 @@ def build_repository(root: Path) -> None:
         'input { name: "offset" data_type: TYPE_FP32 dims: 1 optional: true }\n'
         'output { name: "y" data_type: TYPE_FP32 dims: 2 }\n' + CPU
     )
-    # Versions, weights beside the graph, two instances, a warm-up, another file name.
+    # Versions, external weights, two instances, a warm-up, another file name.
     times(root / "versions/1", 2.0, external=True)
     times(root / "versions/2", 3.0, external=True)
     (root / "versions/config.pbtxt").write_text(

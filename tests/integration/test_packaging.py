@@ -1,7 +1,7 @@
-"""What pip installs from a wheel: the server in an empty environment, and the client alone in many.
+"""What pip installs from a wheel: the server in an empty environment, and only the client in many.
 
-The wheel is built of the files of the checkout; nothing but it and the package index reaches the environments. One
-server answers all of it: the installed one, started with proxies in its environment that nobody listens at.
+The wheel is built from the files of the checkout; the environments get only it and the package index. One server
+answers all tests: the installed one, started with proxies in its environment that do not exist.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
 
 
 def stranger(**more: str) -> dict[str, str]:
-    """The environment of somebody who has none of this repository's settings."""
+    """The environment of a user who has none of this repository's settings."""
     dropped = {"ORT_DISABLE_TELEMETRY", "PYTHONPATH", "no_proxy", "NO_PROXY", "no_grpc_proxy", "VIRTUAL_ENV"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped and name not in PROXIES}
     return kept | more
@@ -186,7 +186,7 @@ def test_the_installed_server_answers(server: list[int], expected: Mapping[str, 
     assert (status, json.loads(body)["text_output"]) == (200, expected["text"])
 
 
-def test_proxies_do_not_stand_before_loopback(programs: Path, server: list[int], expected: Mapping[str, Any]) -> None:
+def test_loopback_is_called_without_proxies(programs: Path, server: list[int], expected: Mapping[str, Any]) -> None:
     for host in ("127.0.0.1", "localhost"):
         options = ["--url", f"{host}:{server[1]}", "--timeout", "20"]
         done = run(programs / "trident", "health", *options, env=stranger(**PROXIES))
@@ -244,7 +244,7 @@ def oldest(wheel: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("version", CLIENTS)
-def test_the_client_alone(
+def test_only_the_client(
     wheel: Path, server: list[int], expected: Mapping[str, Any], tmp_path: Path, version: str
 ) -> None:
     found = interpreter(version)

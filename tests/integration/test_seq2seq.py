@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = tiny_models.SEQ2SEQ
 MAX_TOKENS = 24
 LIMITS = {"max_source_tokens": 96, "max_target_tokens": 40, "slots": 24, "threads": 1, "max_waiting": 64}
-# What the families' generation configs ask for beside what they need.
+# Settings of the families' generation configs in addition to the required ones.
 GENERATION: dict[str, dict[str, Any]] = {
     "bart": {"num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 6, "length_penalty": 2.0, "early_stopping": True},
     "pegasus": {"num_beams": 3, "length_penalty": 0.6, "max_length": 23},
@@ -145,7 +145,7 @@ SEARCHES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_token_is_that_of_generate(folder: Path, family: str) -> None:
-    """Greedy and by beams, all texts and all searches in one company."""
+    """Greedy and by beams, all texts and all searches in one batch."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / family).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / family)
     prompt = (model.generation_config.decoder_start_token_id,)
@@ -189,14 +189,14 @@ def test_every_token_is_that_of_generate(folder: Path, family: str) -> None:
 
 
 def test_answers_ended_at_different_times() -> None:
-    """Some of the answers above ended before the others, and gave their rows away."""
+    """Some of the answers above ended before the others, and released their slots."""
     assert sum(len(lengths) > 2 for lengths in LENGTHS.values()) >= len(FAMILIES) // 2
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_answers_do_not_depend_on_the_company(folder: Path, data: st.DataObject) -> None:
-    """To the last bit: log-probabilities alone and in random company are the same numbers."""
+def test_answers_do_not_depend_on_the_batch(folder: Path, data: st.DataObject) -> None:
+    """To the last bit: log-probabilities one by one and in random batches are the same numbers."""
     family = data.draw(st.sampled_from(["bart", "t5", "marian"]))
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / family)
     tokenizer = AutoTokenizer.from_pretrained(folder / family)
@@ -356,7 +356,7 @@ def test_command_line(seq2seq_server: LocalServer, connected: Client, capsys: py
 
 
 def test_cancellation_reaches_the_decoder(seq2seq_server: LocalServer, connected: Client) -> None:
-    """A cancelled call frees its rows: a crowd that would take the queue for long is gone at once."""
+    """A cancelled call frees its slots: many calls that would fill the queue for long are gone at once."""
     import grpc
 
     from trident_client import _wire
@@ -425,8 +425,8 @@ def test_damaged_graphs_are_refused(folder: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("variant", ["int8", "int4"])
-def test_quantized_variants_do_not_depend_on_the_company(folder: Path, tmp_path: Path, variant: str) -> None:
-    """Random weights are no measure of what rounding costs; that no bit depends on the company holds for them too."""
+def test_quantized_variants_do_not_depend_on_the_batch(folder: Path, tmp_path: Path, variant: str) -> None:
+    """Random weights are no measure of what rounding costs; that no bit depends on the batch holds for them too."""
     gates = {variant: {"kl": 20.0, "top1": 0.0}}
     spec = models_file.parse("bart", _table(folder, "bart") | {"variants": [variant], "gates": gates})
     install.export([spec], tmp_path / "repository", tmp_path, tmp_path, lambda message: None)

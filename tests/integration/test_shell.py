@@ -1,4 +1,4 @@
-"""Nothing from outside takes the server over, kills it for good, or leaves it half dead."""
+"""No caller takes the server over, ends it for good, or leaves it half dead."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def until(good: Callable[[], bool], seconds: float) -> float:
 
 
 def ready(server: LocalServer) -> bool:
-    """As a health check asks: who does not answer within a second is not ready."""
+    """As a health check asks: a server that does not answer within a second is not ready."""
     try:
         with urllib.request.urlopen(f"{server.http_url}/v2/health/ready", timeout=1):
             return True
@@ -130,7 +130,7 @@ def ready(server: LocalServer) -> bool:
         return False
 
 
-# Who may do what
+# Permissions
 
 
 ADMINISTRATION = {
@@ -155,14 +155,14 @@ def test_administration_needs_the_key(shell: LocalServer, path: str, headers: di
     )
 
 
-def test_with_the_key_it_is_done(shell: LocalServer) -> None:
+def test_administration_with_the_key(shell: LocalServer) -> None:
     for path in ("repository/index", "systemsharedmemory/unregister", "logging"):
         assert post(f"{shell.http_url}/v2/{path}", {}, shell.admin_headers)[0] == 200
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
 def test_a_caller_runs_no_code(shell: LocalServer, tmp_path: Path, content_type: str) -> None:
-    """A load with a file of one's own, also as a browser sends it from another site without asking first."""
+    """A load with the caller's own file, also as a browser sends it from another site without a preflight request."""
     mark = tmp_path / "mark"
     code = base64.b64encode(f"open({str(mark)!r}, 'w')".encode()).decode()
     config = {"backend": "python", "input": [], "output": []}
@@ -187,7 +187,7 @@ def test_a_browser_on_another_site_reads_nothing(shell: LocalServer) -> None:
     assert not [name for name in refused.value.headers if name.lower().startswith("access-control-")]
 
 
-def test_the_key_is_seen_by_its_owner_alone(shell: LocalServer) -> None:
+def test_only_its_owner_sees_the_key(shell: LocalServer) -> None:
     key = next(iter(shell.admin_headers.values()))
     for pid in [shell.launcher.pid, *children(shell.launcher.pid)]:
         assert key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -213,7 +213,7 @@ def test_the_client_finds_and_sends_the_key(
     assert cli.main(["load", "--url", shell.grpc_url, "cls"]) == 0
 
 
-def test_nobody_ends_the_answers_of_others(shell: LocalServer, connected: Client) -> None:
+def test_no_caller_ends_the_answers_of_others(shell: LocalServer, connected: Client) -> None:
     stream = connected.stream("Once upon a time", model="gen", max_tokens=2000, min_tokens=2000)
     next(stream)
     for field in ("cancel_key", "request_key"):
@@ -281,7 +281,7 @@ def test_a_deep_body_is_refused(shell: LocalServer) -> None:
     assert refused.value.code == 400
 
 
-def test_silent_connections_hold_nothing_up(shell: LocalServer, connected: Client) -> None:
+def test_silent_connections_delay_no_request(shell: LocalServer, connected: Client) -> None:
     ports = [shell.http_port, shell.grpc_port]
     silent = [socket.create_connection(("127.0.0.1", port)) for port in ports for _ in range(100)]
     started = time.monotonic()
@@ -299,7 +299,7 @@ def running(server: LocalServer, model: str) -> int:
     return int(float(re.findall(rf'^trident_requests_running\{{.*model="{model}".*\}} (\S+)$', text, re.MULTILINE)[0]))
 
 
-def test_time_is_bounded_where_nobody_sets_a_limit(shell: LocalServer) -> None:
+def test_requests_without_a_timeout_have_the_models_limit(shell: LocalServer) -> None:
     """An HTTP caller that hangs up is not seen while nothing is written to it: its slot is free after `timeout`."""
     body = {"text_input": "A", **LONG}
     started = time.monotonic()
@@ -322,7 +322,7 @@ def test_time_is_bounded_where_nobody_sets_a_limit(shell: LocalServer) -> None:
 # Template tasks, and every other use of response senders from threads
 
 
-def test_template_tasks_under_load_beside_cancellations(shell: LocalServer, connected: Client) -> None:
+def test_template_tasks_under_load_with_cancellations(shell: LocalServer, connected: Client) -> None:
     expected = [connected.translate(f"text {index}", model="tr", max_tokens=16).text for index in range(20)]
     ended = threading.Event()
 
@@ -352,7 +352,7 @@ def test_template_tasks_under_load_beside_cancellations(shell: LocalServer, conn
     until(lambda: running(shell, "t5") == 0, 10)
 
 
-def test_refusals_beside_cancellations(shell: LocalServer) -> None:
+def test_refusals_with_cancellations(shell: LocalServer) -> None:
     """A request that finds the queue full is told so, although its client may have gone already."""
     with grpc.insecure_channel(shell.grpc_url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -383,7 +383,7 @@ def test_questions_of_one_request_are_answered_together(connected: Client) -> No
 # What dies
 
 
-def test_a_dead_generator_is_told_healed_and_nobody_else_s_model_notices(repository: Path, tmp_path: Path) -> None:
+def test_a_dead_generator_is_reported_and_reloaded_and_other_models_go_on(repository: Path, tmp_path: Path) -> None:
     with own_server(repository, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
         expected = client.generate("A", model="gen", max_tokens=8).text
         label = client.classify("some text", model="cls")
@@ -436,7 +436,7 @@ def test_a_dead_generator_is_told_healed_and_nobody_else_s_model_notices(reposit
     ("model", "number"),
     [("t5", signal.SIGSTOP), ("cls_tokenizer", signal.SIGSTOP), ("cls_model", signal.SIGKILL), ("tr", signal.SIGKILL)],
 )
-def test_an_idle_process_that_hangs_or_dies_costs_nobody_an_answer(
+def test_an_idle_process_that_hangs_or_dies_costs_no_answer(
     repository: Path, tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
     with own_server(repository, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
@@ -462,7 +462,7 @@ def test_an_idle_process_that_hangs_or_dies_costs_nobody_an_answer(
         assert last.num_output_tokens == 4000
 
 
-def test_a_dead_tritonserver_is_started_again_and_then_given_up(repository: Path, tmp_path: Path) -> None:
+def test_a_dead_tritonserver_is_restarted_until_the_limit(repository: Path, tmp_path: Path) -> None:
     with own_server(repository, tmp_path / "log", "--restarts", "1") as server:
         with Client(server.grpc_url, timeout=60) as client:
             expected = client.generate("A", model="gen", max_tokens=8).text
@@ -498,7 +498,7 @@ def test_a_server_ends_with_its_parent(repository: Path, tmp_path: Path) -> None
             list(stream)
 
 
-def test_a_killed_launcher_leaves_nothing_that_works(repository: Path, tmp_path: Path) -> None:
+def test_a_killed_launcher_leaves_no_process(repository: Path, tmp_path: Path) -> None:
     with own_server(repository, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
         pids = list(children(server.launcher.pid))
         streams = [client.stream("A", model="gen", **LONG) for _ in range(4)]
@@ -512,7 +512,7 @@ def test_a_killed_launcher_leaves_nothing_that_works(repository: Path, tmp_path:
             assert all(isinstance(call.exception(), UnavailableError) for call in calls)
 
 
-def test_a_model_that_does_not_come_back_is_its_own_failure(repository: Path, tmp_path: Path) -> None:
+def test_a_model_that_can_not_be_reloaded_affects_no_other(repository: Path, tmp_path: Path) -> None:
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy)
     with own_server(copy, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
@@ -558,7 +558,7 @@ def slow_body(tokens: int) -> dict[str, Any]:
     return {"text_input": "A", "max_tokens": tokens, "min_tokens": tokens, "prompt_lookup": False}
 
 
-def test_a_stop_loses_nothing(repository: Path, tmp_path: Path) -> None:
+def test_a_stop_loses_no_request(repository: Path, tmp_path: Path) -> None:
     """Four ways to ask, answers of 10 s and more, an idle stream: all finished, new ones refused, status 0."""
     with (
         own_server(repository, tmp_path / "log", "--grace", "180") as server,

@@ -1,4 +1,4 @@
-"""Tasks in front of SmolLM2: prompt in, answer out, through the real server."""
+"""Template tasks of SmolLM2: prompt in, answer out, through the real server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARTICLE = (
 
 
 def test_the_answer_is_the_generators(client: Client) -> None:
-    """What the template makes of the text, asked for directly, gives the same."""
+    """The rendered template, sent to the generator directly, gets the same answer."""
     found = client.summarize(ARTICLE, max_tokens=40)
     direct = client.chat(f"Summarize this text in one sentence:\n\n{ARTICLE}", max_tokens=40, return_log_probs=True)
     assert found.text == direct.text.strip()

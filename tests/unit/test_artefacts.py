@@ -10,7 +10,7 @@ from trident_serving import artefacts
 from trident_serving.artefacts import FORMAT, Manifest
 
 # The fields of what an artefact holds, by format. A field that is added with a default, which older artefacts may leave
-# out, changes this list alone; where a reader would misunderstand an older artefact, FORMAT is raised too.
+# out, changes only this list; where a reader would misunderstand an older artefact, FORMAT is raised too.
 HELD = {
     2: {
         "Manifest": "name task triton_models public_models fingerprint fidelity unverified format",

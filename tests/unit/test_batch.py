@@ -1,4 +1,4 @@
-"""Packed runs and the cache, with numpy alone."""
+"""Packed runs and the cache, with only numpy."""
 
 from __future__ import annotations
 

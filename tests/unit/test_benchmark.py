@@ -1,4 +1,4 @@
-"""What the benchmark makes of the moments at which tokens arrive."""
+"""The rates that the benchmark computes from the times at which tokens arrive."""
 
 from __future__ import annotations
 

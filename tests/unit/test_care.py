@@ -1,5 +1,5 @@
-"""What the launcher does about fallen models, by what the server's index says of them; the server is invented here,
-the real one stands in tests/integration/test_shell.py."""
+"""What the launcher does about failed models, by their states in the server's index. The server is a fake here; the
+real one is in tests/integration/test_shell.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trident_serving.launcher.failures import IndexEntry
 
 
 class Server:
-    """Notes what it is asked to do."""
+    """Records its calls."""
 
     def __init__(self, repository: Path, *entries: IndexEntry) -> None:
         self.entries = list(entries)
@@ -53,7 +53,7 @@ def reloaded(server: Server) -> Care:
     return one
 
 
-def test_a_fallen_model_is_unloaded_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_model_is_unloaded_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = Server(tmp_path, IndexEntry("m", "READY"))
     one = reloaded(server)
     said = ""
@@ -69,7 +69,7 @@ def test_a_fallen_model_is_unloaded_and_loaded(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("entry", [IndexEntry("m", "UNLOADING"), IndexEntry("m", "UNAVAILABLE", "unloaded")])
-def test_a_model_that_falls_while_somebody_unloads_it_stays_away(
+def test_a_model_that_dies_while_a_client_unloads_it_stays_unloaded(
     tmp_path: Path, entry: IndexEntry, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = Server(tmp_path, entry, IndexEntry("other", "UNAVAILABLE", "broken"))

@@ -83,9 +83,9 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
                 time.sleep(0.01)
             return
         words = text.split(" ")
-        pieces = [f"{word} " for word in words] if tensors["stream"].item() else [" ".join(words)]
-        for index, piece in enumerate(pieces):
-            yield chunk(piece, "stop" if index == len(pieces) - 1 else "", index + 1, [-0.5])
+        texts = [f"{word} " for word in words] if tensors["stream"].item() else [" ".join(words)]
+        for index, text in enumerate(texts):
+            yield chunk(text, "stop" if index == len(texts) - 1 else "", index + 1, [-0.5])
 
     def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         tensors = decode(request)
@@ -317,7 +317,7 @@ def test_the_users_proxy_for_other_hosts(host: str) -> None:
     assert "grpc.enable_http_proxy" not in dict(channel_options(host))
 
 
-def test_a_proxy_that_nobody_listens_at(served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_proxy(served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch) -> None:
     """The real channel, in both spellings of this machine, and one that takes the proxy: it must fail."""
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)

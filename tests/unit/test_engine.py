@@ -26,7 +26,7 @@ EOS = 0
 
 
 def next_token(sequence: list[int]) -> int:
-    """Never EOS but for sequences that end in 13."""
+    """EOS only for sequences that end in 13."""
     return EOS if sequence[-1] == 13 else 1 + hash(tuple(sequence)) % (VOCABULARY - 1)
 
 
@@ -120,7 +120,7 @@ def make(decoder: ListDecoder, **more: Any) -> Engine:
     st.integers(1, 4),
     st.integers(24, 80),
 )
-def test_answers_do_not_depend_on_the_company(
+def test_answers_do_not_depend_on_the_batch(
     requests: list[tuple[list[int], int]], slots: int, cache_tokens: int
 ) -> None:
     """With reuse of prefixes, drafts and scarce memory."""

@@ -28,7 +28,7 @@ def modules() -> Iterator[tuple[Path, ast.Module]]:
 
 
 def test_every_error_of_the_package_is_in_the_tree() -> None:
-    """An exception class anywhere else is one that nobody prints as a sentence."""
+    """An exception class anywhere else would not be printed as a sentence."""
     known = {name for name, value in vars(builtins).items() if inspect.isclass(value) and issubclass(value, Exception)}
     known |= set(vars(errors))
     strays = [

@@ -1,4 +1,4 @@
-"""What the launcher says of models that could not be loaded, from indexes as Triton 2.51 gives them."""
+"""The launcher's sentences about models that could not be loaded, from indexes as Triton 2.51 gives them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_sentences_say_why_and_what_to_do() -> None:
     assert "\n" not in chat + mood + plain
 
 
-def test_a_part_that_all_variants_need_takes_them_all() -> None:
+def test_a_stage_that_all_variants_need_fails_them_all() -> None:
     index = [
         failures.IndexEntry(name, "UNAVAILABLE" if name == "mood_tokenizer" else "", "why" * (name == "mood_tokenizer"))
         for name in MOOD

@@ -151,7 +151,7 @@ def test_every_backend_is_known() -> None:
 
 
 def test_the_exporter_without_its_packages(tmp_path: Path) -> None:
-    """An installation of the client alone has the command; a package of our own that is missing is a bug."""
+    """An installation of only the client has the command; a missing package of our own is a bug."""
     for lost, mendable in (("tritonclient", True), ("trident_export.recipes", False)):
         code = f"""
 import sys

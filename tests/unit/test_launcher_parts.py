@@ -1,4 +1,4 @@
-"""The launcher's parts without a server: the admin key, the repository it shows, and what it lets out of the log."""
+"""The launcher's modules without a server: the admin key, the models that it shows, and the lines that it hides."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_key: None) -> 
     return tmp_path
 
 
-def test_a_key_is_made_for_its_owner_alone_and_the_client_finds_it(temporary: Path) -> None:
+def test_only_its_owner_can_read_a_key_and_the_client_finds_it(temporary: Path) -> None:
     file = admin_key.default_file(8001)
     one = AdminKey(None, 8001)
     assert len(one.value) >= 32
@@ -54,7 +54,7 @@ def test_a_key_is_made_for_its_owner_alone_and_the_client_finds_it(temporary: Pa
     assert chosen.stat().st_mode & 0o777 == 0o600
 
 
-def test_two_starts_on_one_port_do_not_take_each_other_s_key(temporary: Path) -> None:
+def test_two_starts_on_one_port_do_not_overwrite_a_key(temporary: Path) -> None:
     lock = PortLock(8001)
     with pytest.raises(StartError, match="another server of this user starts or runs on port 8001"):
         PortLock(8001)
@@ -77,7 +77,7 @@ def test_a_key_from_the_environment(temporary: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_somebody_else_is_not_trusted(temporary: Path) -> None:
+def test_a_folder_of_another_user_is_not_trusted(temporary: Path) -> None:
     file = admin_key.default_file(8001)
     file.parent.mkdir(mode=0o700)
     file.write_text("a key of the attacker")

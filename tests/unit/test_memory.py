@@ -1,4 +1,4 @@
-"""What this process may still take, by trees of files like those of a kernel; and what an export asks for."""
+"""The memory that this process may still take, by trees of files like a kernel's; and the memory of an export."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_container_without_a_namespace_has_the_hosts_path_and_a_mount_of_its_o
     assert machine.available == 3
 
 
-def test_both_versions_beside_each_other(machine: Machine) -> None:
+def test_both_versions_together(machine: Machine) -> None:
     """Hybrid: version 2 without controllers at unified/, memory in version 1; a mount point has a space in it."""
     machine.write("proc/self/cgroup", "4:memory:/app/one\n1:name=systemd:/x:y\n0::/app\n")
     unified = "42 31 0:39 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"

@@ -1,4 +1,4 @@
-"""What the sender sends when."""
+"""When the sender sends what."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def record(pid: int, beat: float, model: str = "gen", held: int = 0) -> Record:
     return Record(Path(f"/nowhere/{pid}"), pid, model, "1", beat, held, held)
 
 
-def test_the_dead_are_found_once_and_only_where_nobody_serves() -> None:
+def test_a_dead_process_is_found_once_and_only_if_no_other_serves_its_model() -> None:
     machine = Machine()
     machine.states = {1: ProcessState("S", 1), 2: ProcessState("Z"), 3: ProcessState(""), 4: ProcessState("X")}
     assert machine.look(record(1, 100.0), record(2, 99.0, "other")) == [(2, "has died")]
@@ -95,7 +95,7 @@ def test_the_dead_are_found_once_and_only_where_nobody_serves() -> None:
     assert machine.look(record(1, 100.2), record(3, 99.0), record(4, 0.0, "new")) == []
 
 
-def test_who_hangs_is_ended() -> None:
+def test_a_process_that_hangs_is_ended() -> None:
     machine = Machine()
     machine.states[1] = ProcessState("S", 7)
     assert machine.look(record(1, machine.now)) == []
@@ -106,7 +106,7 @@ def test_who_hangs_is_ended() -> None:
 
 @pytest.mark.parametrize(("letter", "ticks", "seconds"), [("S", 0, 2.0), ("R", 1, 10.0), ("D", 0, 10.0)])
 def test_how_long_silence_may_last(letter: str, ticks: int, seconds: float) -> None:
-    """Two seconds where nothing is done; ten where the processor is used or a disk is waited for."""
+    """Two seconds for an idle process; ten for one that uses the processor or waits for a disk."""
     machine = Machine()
     beat, used = machine.now, 5
     while machine.now - beat < 20:
@@ -117,7 +117,7 @@ def test_how_long_silence_may_last(letter: str, ticks: int, seconds: float) -> N
     assert seconds <= machine.now - beat <= seconds + 0.5
 
 
-def test_a_launcher_that_was_held_up_itself_accuses_nobody() -> None:
+def test_a_launcher_that_was_suspended_itself_reports_no_process() -> None:
     machine = Machine()
     machine.states[1] = ProcessState("S", 5)
     beat = machine.now

@@ -1,4 +1,4 @@
-"""The scheduler with nothing but itself: chunks, order, nobody starves."""
+"""The scheduler without an engine: chunks, order, and that no sequence starves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(step: Step[Named]) -> None:
         decoding.tokens.append(1)
 
 
-def test_long_prompts_run_in_chunks_beside_the_running() -> None:
+def test_long_prompts_run_in_chunks_with_the_running() -> None:
     scheduler = make(chunk=4)
     running, long = sequence("running", 3), sequence("long", 10)
     scheduler.add(running)
@@ -82,7 +82,7 @@ def test_first_come_first_served_and_only_as_many_as_there_are_slots() -> None:
     assert step.decode == (two,)
 
 
-def test_nobody_overtakes_one_that_waits_for_memory() -> None:
+def test_no_request_overtakes_one_that_waits_for_memory() -> None:
     scheduler = make(slots=4, budget=100)
     small, large, tiny = sequence("small", 30, 30), sequence("large", 60, 20), sequence("tiny", 2, 2)
     scheduler.add(small)
@@ -97,7 +97,7 @@ def test_nobody_overtakes_one_that_waits_for_memory() -> None:
     assert [chunk.sequence for chunk in step.prefill] == [large]
 
 
-def test_a_prompt_starts_behind_what_is_cached_of_it() -> None:
+def test_a_prompt_starts_after_its_cached_prefix() -> None:
     scheduler = make()
     first = sequence("x", 20)
     scheduler.add(first)
@@ -130,7 +130,7 @@ def test_removal_of_one_that_waits() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), max_size=80), st.integers(1, 6))
-def test_everybody_is_served_in_order(actions: list[tuple[int, int]], chunk: int) -> None:
+def test_all_requests_are_served_in_order(actions: list[tuple[int, int]], chunk: int) -> None:
     scheduler: Scheduler[Named] = Scheduler(SlotPool(3, 90), chunk, 1000)
     waiting, placed = [], []
     for number, (action, length) in enumerate(actions):

@@ -32,7 +32,7 @@ def ended(pool: SlotPool, text: Text) -> Placement:
     return placement
 
 
-def test_a_conversation_goes_on_in_its_row() -> None:
+def test_a_conversation_goes_on_in_its_slot() -> None:
     pool = SlotPool(slots=2, budget=200)
     first = ended(pool, Text.prompt(1, 2))
     assert first == Placement(slot=0)
@@ -46,7 +46,7 @@ def test_the_whole_prompt_is_never_reused() -> None:
     assert pool.place(Text.prompt(1, 2), 30) == Placement(slot=0, reused=len(SYSTEM) + 1)
 
 
-def test_a_shared_beginning_is_copied_from_a_row_that_runs() -> None:
+def test_a_shared_beginning_is_copied_from_a_running_slot() -> None:
     pool = SlotPool(slots=2, budget=200)
     running = Text.prompt(1)
     assert pool.place(running, 60) == Placement(slot=0)
@@ -56,7 +56,7 @@ def test_a_shared_beginning_is_copied_from_a_row_that_runs() -> None:
     assert pool.place(Text.prompt(2), 60) == Placement(slot=1, reused=len(SYSTEM), source=0)
 
 
-def test_content_is_kept_where_another_row_is_free() -> None:
+def test_content_is_kept_if_another_slot_is_free() -> None:
     pool = SlotPool(slots=2, budget=200)
     ended(pool, Text.prompt(1, 1, 1))
     assert pool.place(Text.prompt(2), 30) == Placement(slot=1, reused=len(SYSTEM), source=0)
@@ -136,7 +136,7 @@ def test_common_prefix(a: list[int], b: list[int], limit: int) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(1, 30)), max_size=60), st.booleans())
-def test_a_row_holds_what_a_placement_promises(actions: list[tuple[int, int, int]], can_copy: bool) -> None:
+def test_a_slot_holds_what_a_placement_promises(actions: list[tuple[int, int, int]], can_copy: bool) -> None:
     """A model of the cache: lists of tokens, copied as placements say. Memory is never exceeded."""
     pool = SlotPool(slots=3, budget=150, can_copy=can_copy)
     cache: list[list[int]] = [[], [], []]

@@ -1,4 +1,4 @@
-"""What a soak concludes from what it has seen."""
+"""The findings of a soak."""
 
 from __future__ import annotations
 

@@ -72,19 +72,19 @@ def streamed(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[str]:
 
 
 @given(st.text(max_size=60))
-def test_pieces_joined_equal_the_text(text: str) -> None:
-    pieces = streamed(BYTE_LEVEL, BYTE_LEVEL.encode(text))
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+def test_chunks_joined_equal_the_text(text: str) -> None:
+    chunks = streamed(BYTE_LEVEL, BYTE_LEVEL.encode(text))
+    assert "".join(chunks) == text
+    assert not any("\ufffd" in chunk for chunk in chunks) or "\ufffd" in text
 
 
 @pytest.mark.parametrize(
     "text", ["😀🚀🐍", "中文，日本語", "مرحبا", "e\u0301a\u0308", "a\0b\r\n\t", "👩‍👩‍👧‍👦 x", "▁x▁"]
 )
 def test_characters_are_never_cut(text: str) -> None:
-    pieces = streamed(BYTE_LEVEL, BYTE_LEVEL.encode(text))
-    assert "".join(pieces) == text
-    assert all("\ufffd" not in piece for piece in pieces)
+    chunks = streamed(BYTE_LEVEL, BYTE_LEVEL.encode(text))
+    assert "".join(chunks) == text
+    assert all("\ufffd" not in chunk for chunk in chunks)
     assert len(BYTE_LEVEL.encode(text)) > 1
 
 
@@ -94,10 +94,10 @@ def test_characters_are_never_cut(text: str) -> None:
     words=st.lists(st.sampled_from(["中", "b", "العا", "\u0308 n", "return", "🚀 "]), max_size=2),
     data=st.data(),
 )
-def test_chunks_joined_equal_the_answer_in_one_piece(
+def test_chunks_joined_equal_the_answer_in_one_chunk(
     name: str, text: str, words: list[str], data: st.DataObject
 ) -> None:
-    """Whenever the sender comes by, streams have the text of the unary answer, and never part of a stop word."""
+    """Whenever the sender looks, streams have the text of the unary answer, and never a part of a stop word."""
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text)
     answers = []
@@ -116,7 +116,7 @@ def test_chunks_joined_equal_the_answer_in_one_piece(
     assert answers[0] == answers[1]
     whole = tokenizer.decode(ids)
     if not any(word in whole for word in words):
-        # That decoder spoils the whole run of bytes around an invalid one, seen in one piece.
+        # That decoder spoils the whole run of bytes around an invalid one, if it sees them at once.
         assert answers[0] == (whole, FinishReason.LENGTH) or "\ufffd" in whole
     else:
         assert whole.startswith(answers[0][0])
@@ -130,14 +130,14 @@ def test_any_byte_level_tokens(ids: list[int]) -> None:
 
 @given(st.text("the cat sat 中😀é ", max_size=40))
 def test_sentencepiece_text(text: str) -> None:
-    """Invalid bytes are left out: that decoder spoils the whole run of bytes around them, seen in one piece."""
+    """Invalid bytes are left out: that decoder spoils the whole run of bytes around them, if it sees them at once."""
     ids = SENTENCEPIECE.encode(text)
     assert "".join(streamed(SENTENCEPIECE, ids)) == SENTENCEPIECE.decode(ids)
 
 
-def test_a_stop_string_is_found_across_pieces_and_not_shown() -> None:
+def test_a_stop_string_is_found_across_chunks_and_not_shown() -> None:
     stops = StopStrings(["STOP", "\n\n"])
-    assert [stops.push(piece) for piece in ["a ST", "A", "ST", "O"]] == [
+    assert [stops.push(chunk) for chunk in ["a ST", "A", "ST", "O"]] == [
         ("a ", False),
         ("STA", False),
         ("", False),
@@ -157,14 +157,14 @@ def test_what_was_held_back_is_shown_at_the_end() -> None:
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
-def test_stopping_does_not_depend_on_the_pieces(text: str, words: list[str], data: st.DataObject) -> None:
+def test_stopping_does_not_depend_on_the_chunks(text: str, words: list[str], data: st.DataObject) -> None:
     found = [text.find(word) for word in words if word in text]
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     stops = StopStrings(words)
     shown, stopped = "", False
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        piece, stopped = stops.push(text[start:end])
-        shown += piece
+        chunk, stopped = stops.push(text[start:end])
+        shown += chunk
         if stopped:
             break
     if not found:
