@@ -118,7 +118,7 @@ def measure(client: Client, models: Path, repository: Path, cache: Path, rounds:
             "bandwidth_share": by_streams["1"]["decode"] * bytes_read(peer.weights) / bandwidth,
             "streams": by_streams,
         }
-    figures["parts"] = parts(client, rounds)
+    figures["features"] = features(client, rounds)
     return figures
 
 
@@ -184,7 +184,7 @@ def divergences(
         }
 
 
-def parts(client: Client, rounds: int) -> Figures:
+def features(client: Client, rounds: int) -> Figures:
     """The gain of drafts and of prefix reuse, and how long running streams wait for a long prompt."""
     texts = [text for text in corpora.held_out() if text.isascii()]
     articles = ["\n".join(texts[start : start + 5])[:1500] for start in range(0, len(texts) - 4, 3)]
@@ -323,8 +323,8 @@ def as_table(figures: Figures) -> str:
             for run in (peer["streams"][str(streams)] for streams in CONCURRENCY)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| parts of the engine, through the server | |", "|---|---:|"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in figures["parts"].items()]
+    lines += ["", "| features of the engine, through the server | |", "|---|---:|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in figures["features"].items()]
     return "\n".join(lines) + "\n"
 
 

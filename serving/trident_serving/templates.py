@@ -51,7 +51,7 @@ def compile_template(task: str, text: str) -> PromptTemplate:
     try:
         used = meta.find_undeclared_variables(environment.parse(text))
     except TemplateError as error:
-        raise ValueError(f"template is no Jinja template: {error}") from None
+        raise ValueError(f"template is not a Jinja template: {error}") from None
     unknown = sorted(used - set(FIELDS[task]))
     needed = [name for name in FIELDS[task] if not name.endswith("_lang") and name not in used]
     if unknown or needed:

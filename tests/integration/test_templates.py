@@ -132,7 +132,7 @@ def test_cancellation_and_deadline_reach_the_generator(server: LocalServer, clie
     [
         ({"template": "Say {{ txt }}"}, "template uses txt; a template of summarization uses text_input"),
         ({"template": "Say it"}, "template uses no field"),
-        ({"template": "{{ text_input"}, "template is no Jinja template"),
+        ({"template": "{{ text_input"}, "template is not a Jinja template"),
         (
             {"task": "text-classification"},
             "a template's task must be one of translation, summarization",

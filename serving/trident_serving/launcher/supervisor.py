@@ -189,7 +189,7 @@ class Supervisor:
         """Close the connections of the callers whose answers the process held: Triton does not tell them."""
         options = self._server.options
         if record.held and not processes.close_connections(self._server.pid, {options.http_port, options.grpc_port}):
-            raise ServerDied(f"{what} with {record.held} requests, which only the end of the server can tell")
+            raise ServerDied(f"{what} with {record.held} requests, whose callers only learn of it when the server ends")
 
     def _drain(self) -> int:
         """Finish the running requests, then end the server."""
@@ -215,7 +215,7 @@ class Supervisor:
         cut += sum(record.open for record in server.runtime.records())
         if server.status is not None or processes.state(server.pid).stopped:
             how = "does not answer" if server.status is None else ending(server.status)
-            say(f"tritonserver {how} while it was shut down; what ran was cut off")
+            say(f"tritonserver {how} while it was shut down; running requests were cut off")
             server.end(0.0)
             return 1
         waited = time.monotonic() - asked

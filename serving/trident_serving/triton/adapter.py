@@ -295,5 +295,5 @@ def folder_to_complete(command_line: bytes | None = None) -> Path:
     command = command_line if command_line is not None else Path("/proc/self/cmdline").read_bytes()
     arguments = command.decode().split("\0")
     if len(arguments) < 2 or not Path(arguments[1]).is_absolute():
-        raise RuntimeError("this server does not tell where the model lies: give inputs and outputs in config.pbtxt")
+        raise RuntimeError("this server does not say where the model is: give inputs and outputs in config.pbtxt")
     return Path(arguments[1]).parent
