@@ -3,8 +3,8 @@
 python tools/compare_trees.py OLD NEW
 
 Each checkout holds its environment in .venv and its exported repository in model_repository. Their servers run one
-after the other and are asked the same: generations with every option, templates, embeddings. What differs is printed; the exit status is
-1 if an answer differs. Configs are shown as a difference, since a change of one may be meant.
+after the other and are asked the same: generations with every option, templates, embeddings. What differs is printed,
+and the exit status is 1 if an answer differs. Configs are shown as a difference, since a change of one may be meant.
 """
 
 from __future__ import annotations
