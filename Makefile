@@ -19,7 +19,7 @@ TEST_WORKERS ?= 2
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test check schema format quality bench load soak image up down clean
+.PHONY: help setup serve export test check schema format docs quality bench load soak image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -64,6 +64,11 @@ format: $(SETUP) ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+docs: $(SETUP) ## build the documentation as a site, links checked -> site/
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "trident: the documentation is in site/index.html" >&2
+
 quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json,svg}
 	@$(BIN)/python -m trident_export evaluate $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
@@ -89,4 +94,4 @@ down: ## stop the production stack
 	docker compose --profile '*' down
 
 clean: ## remove exported artefacts, caches and reports; keep .venv
-	rm -rf .cache reports $(REPOSITORY)/.trident $(REPOSITORY)/*/[0-9]*
+	rm -rf .cache reports site $(REPOSITORY)/.trident $(REPOSITORY)/*/[0-9]*

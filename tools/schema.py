@@ -123,7 +123,7 @@ def requests(text: str) -> str:
     for name, fields in TABLES.items():
         pattern = rf"(<!-- fields:{name} -->\n).*?(<!-- /fields -->)"
         found = table(fields)
-        text = re.sub(pattern, lambda match, found=found: f"{match[1]}{found}\n{match[2]}", text, flags=re.DOTALL)
+        text = re.sub(pattern, lambda match, found=found: f"{match[1]}\n{found}\n\n{match[2]}", text, flags=re.DOTALL)
     return text
 
 

@@ -143,7 +143,7 @@ def evaluate(
         source: its Hugging Face folder.
         root: holds the version folders, as `<root>/<triton model>/<version>`: a repository or a staging folder.
         texts: to measure with; None: the packaged ones that nothing is calibrated on.
-        thorough: more than the gate needs, see docs/quality.md: what becomes of whole answers.
+        thorough: more than the gate needs, see docs/reference/precisions.md: what becomes of whole answers.
     """
     measure = evaluator(spec, source, root, texts, thorough=thorough)
     return {variant: measure(variant) for variant in spec.recipes}

@@ -1,7 +1,7 @@
 """What the engine counts, kept in the process until it is published.
 
 Recording is cheap and never waits; `drain` hands over what was recorded since the last time. The names that a server
-publishes them under are in `trident_serving.triton.metrics` and docs/metrics.md.
+publishes them under are in `trident_serving.triton.metrics` and docs/reference/metrics.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine's counts on Triton's metrics port; docs/metrics.md explains them.
+"""The engine's counts on Triton's metrics port; docs/reference/metrics.md explains them.
 
 An update is a message to the server, about 16 microseconds, so a thread of its own makes them, a few times a second.
 """
