@@ -147,8 +147,8 @@ class EncoderExport(Generic[Limits]):
         """See `trident_export.tasks`."""
         spec = job.spec
         path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
-        feeder = calibration_feeder(job, self)
-        recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, feeder)
+        runs = calibration_runs(job, self)
+        recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, runs)
         # An ensemble has no files, and Triton wants the folder.
         (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True, exist_ok=True)
 
@@ -275,7 +275,7 @@ def _difference(one: Floats, other: Floats) -> float:
     return float(np.nanmax(np.abs(one[..., :width] - other[..., :width])))
 
 
-def calibration_feeder(job: Job, task: EncoderExport[Any]) -> Feeder:
+def calibration_runs(job: Job, task: EncoderExport[Any]) -> Feeder:
     """Calibration texts as the graph's inputs, a text a run.
 
     Raises:
