@@ -35,7 +35,8 @@ from benchmarks.peers import (
     trident_logits,
 )
 from trident_client import Client
-from trident_export import corpora, fidelity, models_file, sources
+from trident_export import corpora, models_file, sources
+from trident_export.measure import fidelity
 from trident_serving.tokenization import TextTokenizer
 
 MODEL = "smollm2"

@@ -29,18 +29,17 @@ from trident_export import (
     models_file,
     pin,
     progress,
-    quality,
     quiet,
     recipes,
     report,
-    sensitivity,
     sources,
     tasks,
 )
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, UsageError
 from trident_export.limits import TemplateLimits
-from trident_export.sensitivity import Grouping
+from trident_export.measure import quality, sensitivity
+from trident_export.measure.sensitivity import Grouping
 from trident_serving import artefacts
 
 

@@ -46,10 +46,10 @@ _NOT_EXPORTING = (
     "memory.py",
     "pin.py",
     "progress.py",
-    "quality.py",
+    "measure/quality.py",
     "quiet.py",
     "report.py",
-    "sensitivity.py",
+    "measure/sensitivity.py",
 )
 
 
@@ -58,7 +58,7 @@ def exporter_version() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parent
     for file in sorted(root.rglob("*")):
-        if file.suffix in (".py", ".txt", ".toml") and file.relative_to(root).parts[0] not in _NOT_EXPORTING:
+        if file.suffix in (".py", ".txt", ".toml") and not file.relative_to(root).as_posix().startswith(_NOT_EXPORTING):
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     for package in _PACKAGES:
         digest.update(f"{package}=={importlib.metadata.version(package)}\n".encode())

@@ -30,8 +30,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from trident_export import decoder_passes, recipes, rotary
-from trident_export.causal_graph import export_causal_graph
+from trident_export import recipes
+from trident_export.graphs import decoder_passes, rotary
+from trident_export.graphs.causal import export_causal_graph
 from trident_export.passes import Cache, Feeder, Feeds, Rotate, calibration
 from trident_export.passes.blocks import Blocks
 from trident_export.passes.calibration import moments

@@ -13,7 +13,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
-from trident_export import fidelity, quality
+from trident_export.measure import fidelity, quality
 
 
 def test_the_default_models(default_repository: Path, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
-from trident_export import decoder_passes, fidelity, install, models_file, recipes, tasks
+from trident_export import install, models_file, recipes, tasks
 from trident_export.errors import FidelityError
+from trident_export.graphs import decoder_passes
+from trident_export.measure import fidelity
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
 from trident_serving.generation import decoder
@@ -242,7 +244,7 @@ def _made(path: Path) -> Path:
 def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     minilm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trident_export import encoder_graph
+    from trident_export.graphs import encoder as encoder_graph
     from trident_serving.pooling import Pooling
 
     table = {

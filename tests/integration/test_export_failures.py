@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export
-from trident_export import cli, decoder_passes, folder, install, models_file, quiet, tasks
+from trident_export import cli, folder, install, models_file, quiet, tasks
 from trident_export.errors import ExportsFailed, NoMemory, NoSpace
+from trident_export.graphs import decoder_passes
 from trident_serving import artefacts
 
 NOBODY = 65534

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import models_file, recipes
-from trident_export.sensitivity import Grouping, group, probing
+from trident_export.measure.sensitivity import Grouping, group, probing
 from trident_serving.artefacts import read_manifest
 
 COARSE = '[coarse]\nprecision = "int8"\ndecoder = [{ pass = "blocks", bits = 4, block = 32 }]\n'

@@ -11,7 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trident_export import encoder_graph, recipes, unpadding
+from trident_export import recipes
+from trident_export.graphs import encoder as encoder_graph
+from trident_export.graphs import unpadding
 from trident_export.passes.rows import quantize_rows
 from trident_serving.pooling import Pooling, pool
 

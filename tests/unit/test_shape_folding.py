@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from trident_export import shape_folding
+from trident_export.graphs import shape_folding
 
 
 class Reshaping(torch.nn.Module):

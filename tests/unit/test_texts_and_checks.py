@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny_models
-from trident_export import corpora, fidelity, gguf_tokenizer
+from trident_export import corpora, gguf_tokenizer
 from trident_export.errors import FidelityError
+from trident_export.measure import fidelity
 from trident_serving import triton_adapter
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.service import GenerationSettings, read_eos_token_ids

@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from trident_export import corpora, quality, tasks
+from trident_export import corpora, tasks
 from trident_export.compression import models, pruning
+from trident_export.measure import quality
 from trident_export.models_file import ModelSpec
 from trident_export.recipes import Recipe
 from trident_serving.artefacts import VERSION

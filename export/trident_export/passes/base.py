@@ -11,8 +11,8 @@ import onnx
 from numpy.typing import NDArray
 
 from trident_export.errors import ModelsFileError, UsageError
-from trident_export.shape_folding import infer_types
-from trident_export.unpadding import is_packed
+from trident_export.graphs.shape_folding import infer_types
+from trident_export.graphs.unpadding import is_packed
 
 # Inputs of a graph by name, a run each.
 Feeds = Iterator[Mapping[str, NDArray[Any]]]

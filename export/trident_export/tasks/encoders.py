@@ -19,11 +19,12 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from trident_export import configs, corpora, disk, encoder_files, ensembles, fidelity, recipes
+from trident_export import configs, corpora, disk, encoder_files, ensembles, recipes
 from trident_export import folder as hf
-from trident_export.encoder_graph import TOKEN_TYPES, export_encoder_graph
 from trident_export.errors import ModelsFileError, TextError
+from trident_export.graphs.encoder import TOKEN_TYPES, export_encoder_graph
 from trident_export.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
 from trident_export.progress import track

@@ -11,14 +11,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from trident_export import disk, encoder_files, fidelity, recipes, seq2seq_files
+from trident_export import disk, encoder_files, recipes, seq2seq_files
 from trident_export import folder as hf
 from trident_export.errors import ModelsFileError
+from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_export.limits import Seq2SeqLimits
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.progress import track
 from trident_export.recipes import Kind
-from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Job, Referee
 from trident_serving.artefacts import VERSION
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder

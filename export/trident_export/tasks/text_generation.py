@@ -16,11 +16,13 @@ from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trident_export import corpora, decoder_passes, disk, fidelity, recipes
+from trident_export import corpora, disk, recipes
 from trident_export import folder as hf
-from trident_export.causal_graph import export_causal_graph
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
+from trident_export.graphs import decoder_passes
+from trident_export.graphs.causal import export_causal_graph
 from trident_export.limits import GenerationLimits
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Feeder, Feeds
 from trident_export.progress import Counted, track

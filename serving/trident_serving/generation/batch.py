@@ -1,6 +1,6 @@
 """Rows with different numbers of tokens as one packed run of the decoder graph.
 
-The graph's inputs are described in `trident_export.causal_graph`. Tokens stand one after another, so products are
+The graph's inputs are described in `trident_export.graphs.causal`. Tokens stand one after another, so products are
 computed for them alone; around the attention operator they are spread over a window of the cache's rows, from the
 first row of the run to the last, each padded to the longest.
 """

@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trident_export import folder as hf
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.unpadding import unpad
+from trident_export.graphs.unpadding import unpad
 from trident_serving.pooling import Pooling
 
 INPUTS = ("input_ids", "attention_mask")

@@ -42,9 +42,10 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
         return {}
     folder = repository / graph_folder(spec, variant) / VERSION
     size = sum(file.stat().st_size for file in folder.glob("*.onnx*")) / MEBIBYTE
-    command = [sys.executable, "-m", "trident_export.quality", str(folder), _kind(spec), str(spec.limits.threads)]
+    numbers = [str(spec.limits.threads)]
     if isinstance(spec.limits, Seq2SeqLimits):
-        command.append(str(spec.limits.max_target_tokens))
+        numbers.append(str(spec.limits.max_target_tokens))
+    command = [sys.executable, "-m", __name__, str(folder), _kind(spec), *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{folder} could not be run, status {done.returncode}: {done.stderr.strip()}")

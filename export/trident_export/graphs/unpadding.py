@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from trident_export.shape_folding import infer_types
+from trident_export.graphs.shape_folding import infer_types
 
 _ELEMENTWISE = frozenset(
     ("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Tanh", "Relu", "Sigmoid", "Gelu", "Softplus", "Identity", "Neg")

@@ -31,7 +31,7 @@ from onnxruntime.transformers.fusion_simplified_layernorm import (
 )
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from trident_export.shape_folding import fold_shapes, infer_types
+from trident_export.graphs.shape_folding import fold_shapes, infer_types
 
 _QUERY_SEQLENS = 16  # position among the attention operator's inputs
 

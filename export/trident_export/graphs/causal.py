@@ -45,8 +45,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trident_export import rotary
 from trident_export.errors import UnsupportedArchitecture
+from trident_export.graphs import rotary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -43,10 +43,10 @@ import torch
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch.nn import functional
 
-from trident_export import decoder_passes
-from trident_export.causal_graph import OPSET
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.shape_folding import fold_shapes
+from trident_export.graphs import decoder_passes
+from trident_export.graphs.causal import OPSET
+from trident_export.graphs.shape_folding import fold_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
