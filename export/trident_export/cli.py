@@ -85,7 +85,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=list(Grouping),
         default=Grouping.LAYER,
         metavar="GROUP",
-        help="what is quantized at a time: layer (default), kind or product",
+        help="what is quantized at a time: layer (default), kind or matmul",
     )
     sensitive.add_argument("--keep", type=int, default=2, help="groups that the printed recipe keeps (default 2)")
     sensitive.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")

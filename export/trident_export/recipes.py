@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import onnx
 
-from trident_export.errors import ModelsFileError, NoProducts, UsageError
-from trident_export.passes import PASSES, Cache, Feeder, Pass, Rotate
+from trident_export.errors import ModelsFileError, NoMatmuls, UsageError
+from trident_export.passes import PASSES, RENAMED_KEYS, RENAMED_PASSES, Cache, CalibrationRuns, Pass, Rotate
 
 FILE = "recipes.toml"
 
@@ -104,16 +105,18 @@ def _recipe(where: str, name: str, table: object) -> Recipe:
     if any(isinstance(step, Cache) for steps in passes.values() for step in steps[:-1]):
         raise ModelsFileError(f"{where}: cache must be the last pass, since the others run the float32 cache")
     if any(isinstance(step, Rotate) for steps in passes.values() for step in steps[1:]):
-        raise ModelsFileError(f"{where}: rotate must be the first pass, since it changes all products")
+        raise ModelsFileError(f"{where}: rotate must be the first pass, since it changes all matmuls")
     return Recipe(precision, size, passes)
 
 
 def _pass(where: str, table: object) -> Pass:
-    if not isinstance(table, dict) or table.get("pass") not in PASSES:
+    name = table.get("pass") if isinstance(table, dict) else None
+    if not isinstance(table, dict) or name not in {**PASSES, **RENAMED_PASSES}:
         raise ModelsFileError(f"{where}: pass must be one of {', '.join(PASSES)}, found {table!r}")
-    values = {key: value for key, value in table.items() if key != "pass"}
-    kind = PASSES[table["pass"]]
+    kind = PASSES[_current(where, name, RENAMED_PASSES)]
     known = {field.name: field for field in fields(kind)}
+    renamed = {old: new for old, new in RENAMED_KEYS.items() if new in known and new not in table}
+    values = {_current(where, key, renamed): value for key, value in table.items() if key != "pass"}
     unknown = sorted(set(values) - set(known))
     missing = [name for name, field in known.items() if field.default is MISSING and name not in values]
     if unknown or missing:
@@ -129,10 +132,18 @@ def _pass(where: str, table: object) -> Pass:
         raise ModelsFileError(f"{where}: {error}") from None
 
 
-def products(model: onnx.ModelProto) -> list[str]:
-    """Names of the products of an activation and a constant matrix, which passes choose from.
+def _current(where: str, name: str, renamed: Mapping[str, str]) -> str:
+    """A name as it is today; one of the last release comes with a warning."""
+    if name in renamed:
+        new = renamed[name]
+        print(f"trident-export: {where}: {name} is called {new} now, the old name goes away", file=sys.stderr)
+    return renamed.get(name, name)
 
-    Layers that are Gemm (gpt2) become products in the model.
+
+def matmuls(model: onnx.ModelProto) -> list[str]:
+    """Names of the matmuls of an activation and a constant matrix, which passes choose from.
+
+    Layers that are Gemm (gpt2) become matmuls in the model.
     """
     from onnxruntime.quantization.onnx_model import ONNXModel
 
@@ -141,27 +152,27 @@ def products(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
 
 
-def transform(model: onnx.ModelProto, passes: Sequence[Pass], feeder: Feeder | None = None) -> onnx.ModelProto:
+def transform(model: onnx.ModelProto, passes: Sequence[Pass], runs: CalibrationRuns | None = None) -> onnx.ModelProto:
     """The model after some passes; the one that is given may be changed.
 
     Args:
-        feeder: gives inputs of the graph, for passes that look at activations.
+        runs: gives inputs of the graph, for passes that look at activations.
 
     Raises:
-        NoProducts: the passes are for products, some are not kept, and none took one: the architecture has no such.
+        NoMatmuls: the passes are for matmuls, some are not kept, and none took one: the architecture has no such.
     """
     if not passes:
         return model
-    names = products(model)
+    names = matmuls(model)
     left, taken = list(names), 0
     for step in passes:
         chosen = [name for name in left if re.search(step.nodes, name)]
-        model, done = step.apply(model, chosen, feeder)
+        model, done = step.apply(model, chosen, runs)
         left = [name for name in left if name not in done]
-        taken += len(done) if step.for_products else 0
-    if not taken and (left or not names) and any(step.for_products for step in passes):
+        taken += len(done) if step.for_matmuls else 0
+    if not taken and (left or not names) and any(step.for_matmuls for step in passes):
         some = ", ".join(names[:4]) or "none"
-        raise NoProducts(f"the recipe fits no product of this architecture; its products are {some} ...")
+        raise NoMatmuls(f"the recipe fits no matmul of this architecture; its matmuls are {some} ...")
     return model
 
 
@@ -170,10 +181,10 @@ def apply(
     kind: Kind,
     graph: Path,
     target: Path,
-    feeder: Feeder | None = None,
+    runs: CalibrationRuns | None = None,
 ) -> None:
     """Write `target` (weights beside it as `<target>.data`) from the float32 graph at `graph`; see `transform`."""
-    save(transform(onnx.load(str(graph)), recipe.passes[kind], feeder), target)
+    save(transform(onnx.load(str(graph)), recipe.passes[kind], runs), target)
 
 
 def as_toml(steps: Sequence[Pass]) -> str:

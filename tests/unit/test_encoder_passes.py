@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from trident_export import recipes
 from trident_export.graphs import encoder as encoder_graph
 from trident_export.graphs import unpadding
-from trident_export.passes.rows import quantize_rows
+from trident_export.passes.per_token import quantize_per_token
 from trident_serving.pooling import Pooling, pool
 
 GENERATOR = np.random.default_rng(3)
@@ -28,7 +28,7 @@ WEIGHTS = {
 
 
 def graph() -> onnx.ModelProto:
-    """Embedding, two products with an activation and a residual, then something that mixes tokens."""
+    """Embedding, two matmuls with an activation and a residual, then something that mixes tokens."""
     nodes = [
         helper.make_node("Gather", ["words", "input_ids"], ["embedded"], name="embed"),
         helper.make_node("MatMul", ["embedded", "first"], ["a"], name="first"),
@@ -58,7 +58,7 @@ def batch() -> dict[str, NDArray[Any]]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def test_products_see_real_tokens_alone() -> None:
+def test_matmuls_see_real_tokens_alone() -> None:
     feeds = batch()
     model = graph()
     expected = run(model, feeds)
@@ -69,8 +69,8 @@ def test_products_see_real_tokens_alone() -> None:
     # Behind a text its last token is repeated: nothing of another text shows.
     np.testing.assert_array_equal(found[0, 4:], np.repeat(found[0, 3:4], 2, axis=0))
     np.testing.assert_array_equal(found[2, 1:], np.repeat(found[2, :1], 5, axis=0))
-    product = next(node for node in model.graph.node if node.name == "first")
-    assert run_shape(model, product.input[0], feeds) == (11, WIDTH)
+    matmul = next(node for node in model.graph.node if node.name == "first")
+    assert run_shape(model, matmul.input[0], feeds) == (11, WIDTH)
 
 
 def run_shape(model: onnx.ModelProto, name: str, feeds: dict[str, NDArray[Any]]) -> tuple[int, ...]:
@@ -81,7 +81,7 @@ def run_shape(model: onnx.ModelProto, name: str, feeds: dict[str, NDArray[Any]])
 
 
 def test_a_weight_that_depends_on_no_token_is_left_alone() -> None:
-    """Embeddings of positions that go through a product are no tokens, whatever their rank."""
+    """Embeddings of positions that go through a matmul are no tokens, whatever their rank."""
     model = graph()
     extra = [
         helper.make_node("MatMul", ["positions", "first"], ["projected"], name="positions"),
@@ -106,7 +106,7 @@ def test_row_quantization_is_what_numpy_says() -> None:
     feeds = batch()
     model = graph()
     unpadding.unpad(model)
-    assert len(quantize_rows(model, recipes.products(model))) == 2
+    assert len(quantize_per_token(model, recipes.matmuls(model))) == 2
     found = run(model, feeds)
     real = feeds["attention_mask"] > 0
     embedded = WEIGHTS["words"][feeds["input_ids"][real]]
@@ -121,7 +121,7 @@ def test_row_quantization_is_what_numpy_says() -> None:
 def test_weights_of_seven_bits_never_saturate_sixteen() -> None:
     model = graph()
     unpadding.unpad(model)
-    quantize_rows(model, {"first"})
+    quantize_per_token(model, {"first"})
     weights = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("/weight")]
     assert [weight.shape for weight in weights] == [(WIDTH, 24)]
     assert np.abs(weights[0].astype(int)).max() == 63

@@ -54,7 +54,7 @@ def prune(
     folders: list[Path] = []
     with tempfile.TemporaryDirectory(prefix="trident-prune-") as work:
         root = Path(work) / "staging"
-        judge: tasks.Referee | None = None
+        evaluate: tasks.Evaluator | None = None
         for sparsity in (0.0, *sparsities):
             folder, reached = source, 0.0
             if sparsity:
@@ -69,9 +69,9 @@ def prune(
             tasks.trace(job)
             tasks.write(job, variant)
             shutil.rmtree(job.graphs)
-            judge = judge or tasks.referee(probe, source, root)
+            evaluate = evaluate or tasks.evaluator(probe, source, root)
             zipped = {"zipped_mib": zipped_mib(root / quality.graph_folder(probe, variant) / VERSION)}
-            rows.append({"sparsity": reached, **judge(variant), **zipped})
+            rows.append({"sparsity": reached, **evaluate(variant), **zipped})
             root.rename(Path(work) / str(len(rows)))
         progress("measuring speed")
         built = [Path(work) / str(number + 1) for number in range(len(rows))]

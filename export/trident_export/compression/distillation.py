@@ -43,7 +43,7 @@ from trident_export.models_file import ModelSpec
 Row = dict[str, float]
 Run = dict[str, torch.Tensor]
 
-# Of the text, what the student never sees and is judged by: every so many-th block, and how many at most.
+# Of the text, what the student never sees and is evaluated on: every twentieth chunk, at most 32.
 HELD_OUT_EVERY = 20
 HELD_OUT_MOST = 32
 _WARM_UP = 20
@@ -173,7 +173,7 @@ def distill(
 
     Args:
         student: see `make_student`.
-        texts: to learn from; some are held out and judge.
+        texts: to learn from; some are held out to evaluate with.
         output: of the folder; checkpoints lie beside it, in `<output>.training`, until it is done.
 
     Returns:

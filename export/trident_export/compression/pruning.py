@@ -1,6 +1,6 @@
 """Pruning: a Hugging Face model with fewer weights.
 
-Structured: `heads`, `columns` (of the feed-forward products) and `layers` are cut out, which leaves a smaller and
+Structured: `heads`, `columns` (of the feed-forward matmuls) and `layers` are cut out, which leaves a smaller and
 faster graph. Unstructured: `magnitude`, `wanda` and `2:4` set weights to zero, which makes a float32 file that
 compresses better; ONNX Runtime multiplies by zero as fast as by anything else.
 What matters least is found on calibration text. Sources: magnitude (Han et al. 2015), Wanda (Sun et al. 2023; 2:4 by
@@ -22,7 +22,7 @@ from trident_export.compression import layouts
 from trident_export.compression.methods import Method as Method
 from trident_export.errors import UnsupportedModel, UsageError
 
-# Sizes that ONNX Runtime's block products like, and what columns are cut to.
+# Sizes that ONNX Runtime's block matmuls like, and what columns are cut to.
 BLOCK = 32
 
 # Inputs of the model, a run each.
@@ -54,7 +54,7 @@ def prune(model: PreTrainedModel, method: Method, sparsity: float, runs: Runs) -
 
 
 def _magnitude(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
-    """The smallest weights of each product."""
+    """The smallest weights of each matmul."""
     shares = []
     for module in layouts.linear_layers(model).values():
         weight = layouts.matrix(module)
@@ -83,7 +83,7 @@ def _two_of_four(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
         weight = layouts.matrix(modules[name])
         scores = weight.abs() * norm
         if scores.shape[1] % 4:
-            raise UnsupportedModel(f"2:4 needs products of a multiple of four inputs, {name} has {scores.shape[1]}")
+            raise UnsupportedModel(f"2:4 needs matmuls of a multiple of four inputs, {name} has {scores.shape[1]}")
         small = _smallest(scores.reshape(-1, 4), 0.5).reshape(weight.shape)
         weight[small] = 0
     return 0.5
@@ -187,7 +187,7 @@ def layer_influence(model: PreTrainedModel, runs: Runs) -> torch.Tensor:
 
 
 def input_norms(model: PreTrainedModel, modules: Mapping[str, nn.Module], runs: Runs) -> dict[str, torch.Tensor]:
-    """The norm of each input of some products over all tokens, [inputs] each."""
+    """The norm of each input of some matmuls over all tokens, [inputs] each."""
     sums: dict[str, torch.Tensor] = {}
     with _watching(modules) as seen:
         for run in runs:
@@ -218,9 +218,9 @@ def _watching(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[torch
             handle.remove()
 
 
-def _column_scores(model: PreTrainedModel, product: str, runs: Runs) -> list[torch.Tensor]:
-    """For each layer, how much each input of a product contributes: its norm times that of its weights."""
-    modules = {str(n): layer.get_submodule(product) for n, layer in enumerate(layouts.layers_of(model))}
+def _column_scores(model: PreTrainedModel, matmul: str, runs: Runs) -> list[torch.Tensor]:
+    """For each layer, how much each input of a matmul contributes: its norm times that of its weights."""
+    modules = {str(n): layer.get_submodule(matmul) for n, layer in enumerate(layouts.layers_of(model))}
     norms = input_norms(model, modules, runs)
     return [norms[name] * layouts.matrix(module).norm(dim=0) for name, module in modules.items()]
 

@@ -6,7 +6,7 @@ buffer, the operator appends in place and every row of a batch has its own lengt
 continuous batching needs, and it makes one engine serve every architecture.
 
 The model runs on packed tokens: those of all rows stand one after another in a batch of one, so that no
-product is computed for padding. Around the operator alone they are spread over rows of the cache, with as
+matmul is computed for padding. Around the operator alone they are spread over rows of the cache, with as
 many tokens for each row as it has: a prompt's chunk, one token, a draft that is verified, or none.
 
 The graph, for a model of L layers with H key-value heads of D numbers each:
@@ -304,7 +304,7 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
             outputs.append(f"present.{layer}.{kind}")
             axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
     with (
-        rotary.left_to_the_operator(model, geometry.head_dim, positions) as caches,
+        rotary.fuse_rotary(model, geometry.head_dim, positions) as caches,
         _attention_replaced(model),
         torch.inference_mode(),
         warnings.catch_warnings(),

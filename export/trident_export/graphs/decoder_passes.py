@@ -4,8 +4,8 @@ casts           to the type that a tensor has already go
 query_seqlens   moved to its place among the attention operator's inputs, or taken out: ONNX Runtime 1.31, the last one
                 for GPUs, does not know it
 reshapes        one that is undone by the next goes
-products        queries, keys and values come from one product, in the packed form of the attention operator, and
-                other products of one input (gate and up projection) are joined too: one stream waits for the
+matmuls        queries, keys and values come from one matmul, in the packed form of the attention operator, and
+                other matmuls of one input (gate and up projection) are joined too: one stream waits for the
                 number of operators as much as for their arithmetic
 norms           ONNX Runtime's fusions of RMS norms, with the addition of the residual before them
 
@@ -60,7 +60,7 @@ def optimize(model: onnx.ModelProto, *, ragged: bool = True) -> None:
         drop_query_seqlens(graph)
     drop_reshape_pairs(graph)
     pack_attention(graph)
-    join_products(graph)
+    join_matmuls(graph)
     fuse_norms(graph)
 
 
@@ -101,7 +101,7 @@ def drop_query_seqlens(graph: OnnxModel) -> None:
 
 
 def drop_reshape_pairs(graph: OnnxModel) -> None:
-    """A product's output that is split into heads, [0, 0, heads, size], and joined again, [0, 0, -1], is itself."""
+    """A matmul's output that is split into heads, [0, 0, heads, size], and joined again, [0, 0, -1], is itself."""
     producers = graph.output_name_to_node()
     for node in graph.get_nodes_by_op_type("Reshape"):
         before = producers.get(node.input[0])
@@ -119,15 +119,15 @@ def drop_reshape_pairs(graph: OnnxModel) -> None:
 
 
 def pack_attention(graph: OnnxModel) -> None:
-    """Queries, keys and values of one input from one product, spread over the cache's rows together."""
+    """Queries, keys and values of one input from one matmul, spread over the cache's rows together."""
     producers = graph.output_name_to_node()
     for node in graph.get_nodes_by_op_type("GroupQueryAttention"):
         chains = [_projection(graph, name, producers) for name in node.input[:3]]
         projections = [chain for chain in chains if chain is not None]
-        inputs = {projection.product.input[0] for projection in projections}
+        inputs = {projection.matmul.input[0] for projection in projections}
         if len(projections) != 3 or len(inputs) != 1 or len({p.bias is None for p in projections}) != 1:
             continue
-        output = _join(graph, [projection.product for projection in projections], "qkv_proj")
+        output = _join(graph, [projection.matmul for projection in projections], "qkv_proj")
         if projections[0].bias is not None:
             bias = np.concatenate([_weight(graph, str(projection.bias)) for projection in projections])
             graph.add_initializer(numpy_helper.from_array(bias, f"{output}_bias"))
@@ -139,8 +139,8 @@ def pack_attention(graph: OnnxModel) -> None:
     graph.topological_sort()
 
 
-def join_products(graph: OnnxModel) -> None:
-    """Two products of one input, with weights of one shape, are computed as one and split."""
+def join_matmuls(graph: OnnxModel) -> None:
+    """Two matmuls of one input, with weights of one shape, are computed as one and split."""
     by_input: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.get_nodes_by_op_type("MatMul"):
         if graph.get_initializer(node.input[1]) is not None:
@@ -160,32 +160,32 @@ def join_products(graph: OnnxModel) -> None:
 
 @dataclass(frozen=True)
 class _Projection:
-    """A product, its bias, and the gather that spreads its output over the cache's rows."""
+    """A matmul, its bias, and the gather that spreads its output over the cache's rows."""
 
-    product: onnx.NodeProto
+    matmul: onnx.NodeProto
     bias: str | None
     gather: onnx.NodeProto
 
 
 def _projection(graph: OnnxModel, name: str, producers: dict[str, onnx.NodeProto]) -> _Projection | None:
     gather = producers.get(name)
-    product = producers.get(gather.input[0]) if gather is not None and gather.op_type == "GatherND" else None
-    if gather is None or product is None:
+    matmul = producers.get(gather.input[0]) if gather is not None and gather.op_type == "GatherND" else None
+    if gather is None or matmul is None:
         return None
     bias = None
-    if product.op_type == "Add":
-        constant = [part for part in product.input if graph.get_initializer(part) is not None]
-        computed = [part for part in product.input if part not in constant]
+    if matmul.op_type == "Add":
+        constant = [part for part in matmul.input if graph.get_initializer(part) is not None]
+        computed = [part for part in matmul.input if part not in constant]
         if len(constant) != 1:
             return None
-        bias, product = constant[0], producers.get(computed[0])
-    if product is None or product.op_type != "MatMul" or graph.get_initializer(product.input[1]) is None:
+        bias, matmul = constant[0], producers.get(computed[0])
+    if matmul is None or matmul.op_type != "MatMul" or graph.get_initializer(matmul.input[1]) is None:
         return None
-    return _Projection(product, bias, gather)
+    return _Projection(matmul, bias, gather)
 
 
 def _join(graph: OnnxModel, nodes: Sequence[onnx.NodeProto], name: str) -> str:
-    """One product in place of several of the same input; returns its output, theirs side by side."""
+    """One matmul in place of several of the same input; returns its output, theirs side by side."""
     path = f"{nodes[0].name.rsplit('/', 2)[0]}/{name}"
     weight = np.concatenate([_weight(graph, node.input[1]) for node in nodes], axis=1)
     graph.add_initializer(numpy_helper.from_array(weight, f"{path}/weight"))

@@ -27,7 +27,7 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 @contextmanager
-def left_to_the_operator(model: PreTrainedModel, head_dim: int, positions: int) -> Iterator[Tables | None]:
+def fuse_rotary(model: PreTrainedModel, head_dim: int, positions: int) -> Iterator[Tables | None]:
     """While this holds, the model does not rotate; None and no change where the operator can't do it.
 
     Yields:

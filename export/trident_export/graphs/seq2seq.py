@@ -3,7 +3,7 @@
 The encoder gives the keys and values of every decoder layer's cross-attention, computed once for a text:
 
     input_ids            int64   [texts, sequence]     texts of one length, without padding
-    -> cross.<layer>.key     float32 [texts, H, D, sequence]   transposed, as the product with the queries reads it
+    -> cross.<layer>.key     float32 [texts, H, D, sequence]   transposed, as the matmul with the queries reads it
     -> cross.<layer>.value   float32 [texts, H, sequence, D]
 
 The decoder appends one token to each row. A row is a beam; its own attention is ONNX Runtime's `GroupQueryAttention`

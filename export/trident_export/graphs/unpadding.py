@@ -1,11 +1,11 @@
-"""A graph pass for encoders: no product is computed for padding.
+"""A graph pass for encoders: no matmul is computed for padding.
 
 A batch of texts is padded to one length, and on a CPU the padding costs as much as the texts. What an encoder does with
-each token alone (products with weights, biases, activations, norms, residuals) is computed for the real tokens, one
+each token alone (matmuls with weights, biases, activations, norms, residuals) is computed for the real tokens, one
 after another; they are spread over the batch again only where tokens meet, in the attention. The graph's inputs and
 outputs stay as they were. Behind a text's last token its outputs repeat that token's.
 
-Which nodes those are is found from the products: a product of a three-dimensional activation with a two-dimensional
+Which nodes those are is found from the matmuls: a matmul of a three-dimensional activation with a two-dimensional
 weight works on [batch, sequence, features], and from there the region grows over operators that leave tokens alone.
 """
 
@@ -43,12 +43,12 @@ def unpad(model: onnx.ModelProto, mask: str = "attention_mask") -> int:
         found = types.get(name)
         return len(found.shape.dim) if found is not None and found.HasField("shape") else None
 
-    def is_product(node: onnx.NodeProto) -> bool:
+    def is_matmul(node: onnx.NodeProto) -> bool:
         if node.op_type != "MatMul":
             return False
         return node.input[0] in data and rank(node.input[0]) == 3 and constants.get(node.input[1]) == 2
 
-    region = {index for index, node in enumerate(graph.node) if is_product(node)}
+    region = {index for index, node in enumerate(graph.node) if is_matmul(node)}
     tokens = {graph.node[index].input[0] for index in region}  # known to be [batch, sequence, ...]
     made = {name for index in region for name in graph.node[index].output}
     grown = True

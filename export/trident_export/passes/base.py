@@ -17,7 +17,7 @@ from trident_export.graphs.unpadding import is_packed
 # Inputs of a graph by name, a run each.
 Feeds = Iterator[Mapping[str, NDArray[Any]]]
 # Some, of so many texts that are drawn by a seed.
-Feeder = Callable[[int, int], Feeds]
+CalibrationRuns = Callable[[int, int], Feeds]
 
 
 @dataclass(frozen=True)
@@ -25,27 +25,27 @@ class Pass:
     """A pass; its fields are the keys of recipes.toml.
 
     Attributes:
-        nodes: regular expression of the products that it is for, searched in their names.
+        nodes: regular expression of the matmuls that it is for, searched in their names.
         refused: devices for which it makes no sense, with the reason.
-        for_products: whether it does nothing for a model without products.
+        for_matmuls: whether it does nothing for a model without matmuls.
     """
 
     nodes: str = ""
     refused: ClassVar[Mapping[str, str]] = {}
-    for_products: ClassVar[bool] = True
+    for_matmuls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         re.compile(self.nodes)
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
-        """The model after the pass, and which of the chosen products it took, so that later passes leave them alone.
+        """The model after the pass, and which of the chosen matmuls it took, so that later passes leave them alone.
 
         Args:
             model: float32 but for what earlier passes took; it may be changed.
-            chosen: names of products, MatMul nodes of an activation and a constant matrix.
-            feeder: gives inputs to run the graph with; None where there are none.
+            chosen: names of matmuls, MatMul nodes of an activation and a constant matrix.
+            runs: gives inputs to run the graph with; None where there are none.
         """
         raise NotImplementedError
 
@@ -66,26 +66,26 @@ class Calibrated(Pass):
         if self.samples < 1:
             raise UsageError(f"samples must be 1 or more, found {self.samples}")
 
-    def feeds(self, feeder: Feeder | None) -> Feeds:
+    def feeds(self, runs: CalibrationRuns | None) -> Feeds:
         """The inputs to calibrate with.
 
         Raises:
             ModelsFileError: there are none.
         """
-        if feeder is None:
+        if runs is None:
             name = re.sub(r"\B(?=[A-Z])", "_", type(self).__name__).lower()
             raise ModelsFileError(f"a recipe with the pass {name} needs calibration text, which this task has none of")
-        return feeder(self.samples, self.seed)
+        return runs(self.samples, self.seed)
 
 
 @dataclass(frozen=True)
 class Keep(Pass):
-    """Products that stay in float32."""
+    """Matmuls that stay in float32."""
 
-    for_products: ClassVar[bool] = False
+    for_matmuls: ClassVar[bool] = False
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`."""
         return model, set(chosen)

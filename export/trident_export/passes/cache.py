@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Calibrated, Feeder
+from trident_export.passes.base import Calibrated, CalibrationRuns
 from trident_export.passes.calibration import peaks
 
 _LARGEST = 127
@@ -35,7 +35,7 @@ class Cache(Calibrated):
 
     margin: float = 1.15
     refused: ClassVar[Mapping[str, str]] = {"cuda": "only the CPU's operator is known to round the cache as it is here"}
-    for_products: ClassVar[bool] = False
+    for_matmuls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,9 +43,9 @@ class Cache(Calibrated):
             raise UsageError(f"margin must be more than 0, found {self.margin:g}")
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
-        """See `Pass`; it takes no products.
+        """See `Pass`; it takes no matmuls.
 
         Raises:
             ModelsFileError: there is nothing to calibrate with.
@@ -55,7 +55,7 @@ class Cache(Calibrated):
             return model, set()
         # A past tensor and its present one, which is the same memory.
         pairs = {node.input[past]: node.output[out] for node in nodes for past, out in zip(_PAST, (1, 2), strict=True)}
-        largest = peaks(model, list(pairs.values()), self.feeds(feeder), kept=(1, 3))
+        largest = peaks(model, list(pairs.values()), self.feeds(runs), kept=(1, 3))
         for node in nodes:
             for past, place in zip(_PAST, _SCALES, strict=True):
                 name = f"{node.input[past]}/scale"

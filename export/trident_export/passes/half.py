@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx
 
-from trident_export.passes.base import Feeder, Pass
+from trident_export.passes.base import CalibrationRuns, Pass
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Half(Pass):
         "cpu": "a CPU would compute it in float32 and convert at every step; it is for a GPU "
         '(text generation with limits.device = "cuda")'
     }
-    for_products: ClassVar[bool] = False
+    for_matmuls: ClassVar[bool] = False
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`."""
         from onnxruntime.transformers.float16 import convert_float_to_float16

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Feeder, Pass, drop_unused
+from trident_export.passes.base import CalibrationRuns, Pass, drop_unused
 
 _ONES = "rotate/ones"
 # Root-mean-square norms by operator: where their scale stands among the inputs.
@@ -30,7 +30,7 @@ _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization":
 
 @dataclass(frozen=True)
 class Rotate(Pass):
-    """Rotates what the blocks of a decoder add up; before all passes that take products.
+    """Rotates what the blocks of a decoder add up; before all passes that take matmuls.
 
     A graph that has something else between its blocks than sums and root-mean-square norms is left as it is.
 
@@ -39,17 +39,17 @@ class Rotate(Pass):
     """
 
     seed: int = 0
-    for_products: ClassVar[bool] = False
+    for_matmuls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nodes:
-            raise UsageError("rotate is for all products, not for some nodes")
+            raise UsageError("rotate is for all matmuls, not for some nodes")
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
-        """See `Pass`; it takes no products."""
+        """See `Pass`; it takes no matmuls."""
         places = find_places(model, set(chosen))
         if places is None:
             return model, set()
@@ -96,7 +96,7 @@ class Places:
 
     Attributes:
         adding: what they give is turned.
-        reading: products of a norm's output, each with the norm's scale.
+        reading: matmuls of a norm's output, each with the norm's scale.
     """
 
     adding: list[str] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Places:
         return {*self.adding, *self.reading, *self.reading.values()}
 
 
-def find_places(model: onnx.ModelProto, products: set[str]) -> Places | None:
+def find_places(model: onnx.ModelProto, matmuls: set[str]) -> Places | None:
     """The weights around the sum that begins at the table of the tokens' embeddings.
 
     None where something reads that sum, or adds to it, that does not turn with it.
@@ -127,7 +127,7 @@ def find_places(model: onnx.ModelProto, products: set[str]) -> Places | None:
             if scale is None and node.op_type != "Add":
                 return None
             for part in node.input[:scale]:
-                if part not in sums and not _add_givers(part, places, makers, weights, products):
+                if part not in sums and not _add_givers(part, places, makers, weights, matmuls):
                     return None
             if scale is None:
                 sums.add(node.output[0])
@@ -137,7 +137,7 @@ def find_places(model: onnx.ModelProto, products: set[str]) -> Places | None:
         elif node.input and node.input[0] in normed:
             if node.op_type == "Gather":  # of the tokens whose logits are wanted
                 normed[node.output[0]] = normed[node.input[0]]
-            elif node.name in products:
+            elif node.name in matmuls:
                 places.reading[node.input[1]] = normed[node.input[0]]
             else:
                 return None
@@ -148,16 +148,16 @@ def find_places(model: onnx.ModelProto, products: set[str]) -> Places | None:
 
 
 def _add_givers(
-    name: str, places: Places, makers: Mapping[str, onnx.NodeProto], weights: Mapping[str, int], products: set[str]
+    name: str, places: Places, makers: Mapping[str, onnx.NodeProto], weights: Mapping[str, int], matmuls: set[str]
 ) -> bool:
     """Note the weights that turn a value which is added to the sum; False where none do."""
     node = makers.get(name)
     if weights.get(name) == 1:
         places.adding.append(name)
-    elif node is not None and node.name in products:
+    elif node is not None and node.name in matmuls:
         places.adding.append(node.input[1])
     elif node is not None and node.op_type == "Add":
-        return all(_add_givers(part, places, makers, weights, products) for part in node.input)
+        return all(_add_givers(part, places, makers, weights, matmuls) for part in node.input)
     else:
         return False
     return True

@@ -1,6 +1,6 @@
 """Activations that are easier to round: what makes some channels of them large moves into the weights behind.
 
-A product of a norm's output is the same when a channel of the norm's scale is divided by a number and the product's
+A matmul of a norm's output is the same when a channel of the norm's scale is divided by a number and the matmul's
 weights for it are multiplied by the same. Source: SmoothQuant (Xiao et al. 2022).
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Calibrated, Feeder
+from trident_export.passes.base import Calibrated, CalibrationRuns
 from trident_export.passes.calibration import peaks
 
 # Norms by operator: the places of their scale and, where they have one, their bias among the inputs.
@@ -31,14 +31,14 @@ _NORMS: Mapping[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Smooth(Calibrated):
-    """Moves a share of the channels' differences from norms to products that nothing else shares the norm with.
+    """Moves a share of the channels' differences from norms to matmuls that nothing else shares the norm with.
 
     Attributes:
         alpha: that share; 0: none, 1: all.
     """
 
     alpha: float = 0.5
-    for_products: ClassVar[bool] = False
+    for_matmuls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,9 +46,9 @@ class Smooth(Calibrated):
             raise UsageError(f"alpha must be from 0 to 1, found {self.alpha:g}")
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
-        """See `Pass`; it takes no products.
+        """See `Pass`; it takes no matmuls.
 
         Raises:
             ModelsFileError: there is nothing to calibrate with.
@@ -57,9 +57,9 @@ class Smooth(Calibrated):
         if not groups:
             return model, set()
         weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        largest = peaks(model, list(groups), self.feeds(feeder))
-        for name, (norm, products) in groups.items():
-            matrices = {node.input[1]: numpy_helper.to_array(weights[node.input[1]]) for node in products}
+        largest = peaks(model, list(groups), self.feeds(runs))
+        for name, (norm, matmuls) in groups.items():
+            matrices = {node.input[1]: numpy_helper.to_array(weights[node.input[1]]) for node in matmuls}
             factors = self.factors(largest[name], np.max([np.abs(m).max(axis=1) for m in matrices.values()], axis=0))
             for place in _NORMS[norm.op_type]:
                 if len(norm.input) > place and norm.input[place]:
@@ -76,7 +76,7 @@ class Smooth(Calibrated):
 
 
 def behind_norms(model: onnx.ModelProto, chosen: set[str]) -> dict[str, tuple[onnx.NodeProto, list[onnx.NodeProto]]]:
-    """Outputs of norms that nothing reads but chosen products, with the norm and the products."""
+    """Outputs of norms that nothing reads but chosen matmuls, with the norm and the matmuls."""
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
         for name in node.input:
@@ -86,10 +86,10 @@ def behind_norms(model: onnx.ModelProto, chosen: set[str]) -> dict[str, tuple[on
     for node in model.graph.node:
         if node.op_type not in _NORMS or node.output[0] in given:
             continue
-        products = readers[node.output[0]]
+        matmuls = readers[node.output[0]]
         own = all(len(readers[node.input[place]]) == 1 for place in _NORMS[node.op_type] if len(node.input) > place)
-        if products and own and all(reader.name in chosen for reader in products):
-            groups[node.output[0]] = (node, products)
+        if matmuls and own and all(reader.name in chosen for reader in matmuls):
+            groups[node.output[0]] = (node, matmuls)
     return groups
 
 

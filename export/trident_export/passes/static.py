@@ -1,6 +1,6 @@
-"""Products in eight bits with scales that are set before serving, from representative text: ONNX Runtime's QDQ form.
+"""Matmuls in eight bits with scales that are set before serving, from representative text: ONNX Runtime's QDQ form.
 
-One scale for each product's input and each column of its weight, so an answer does not depend on who shares the batch.
+One scale for each matmul's input and each column of its weight, so an answer does not depend on who shares the batch.
 Weights are of seven bits, because the AVX2 kernels of machines without VNNI saturate with eight (see `rows`).
 Operator references: ONNX, QuantizeLinear; onnxruntime.quantization.quantize_static.
 """
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Calibrated, Feeder, Feeds, ranks
+from trident_export.passes.base import Calibrated, CalibrationRuns, Feeds, ranks
 
 METHODS = ("minmax", "entropy", "percentile")
 
 
 @dataclass(frozen=True)
 class Static(Calibrated):
-    """Products with calibrated scales.
+    """Matmuls with calibrated scales.
 
     Attributes:
         method: how the range of an input is found from what it was on the calibration text: all of it ("minmax"), what
@@ -42,7 +42,7 @@ class Static(Calibrated):
     percentile: float = 99.99
 
     refused: ClassVar[Mapping[str, str]] = {
-        "cuda": "ONNX Runtime's CUDA provider has no kernel for its products and would compute them in float32"
+        "cuda": "ONNX Runtime's CUDA provider has no kernel for its matmuls and would compute them in float32"
     }
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Static(Calibrated):
             )
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`.
 
@@ -63,7 +63,7 @@ class Static(Calibrated):
         """
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-        feeds = self.feeds(feeder)
+        feeds = self.feeds(runs)
         if not chosen:
             return model, set()
         methods = {
@@ -111,10 +111,10 @@ def _silence() -> Iterator[None]:
 
 
 def add_biases(model: onnx.ModelProto, chosen: Collection[str]) -> None:
-    """Make each product and the constant vector that is added to it one Gemm of the product's name, in place.
+    """Make each matmul and the constant vector that is added to it one Gemm of the matmul's name, in place.
 
     ONNX Runtime does so itself when it loads the graph, and then finds no integer kernel, because the vector is
-    float32. Only for products of [rows, features], which is what Gemm takes.
+    float32. Only for matmuls of [rows, features], which is what Gemm takes.
     """
     graph = model.graph
     known = ranks(model)

@@ -4,7 +4,7 @@ A task is a module with three functions, registered in `MODULES` under the trans
 
     trace(job)                write the float32 graph into `job.graphs`, and what all variants share
     write(job, variant)       write the version folders of a variant from it
-    referee(spec, source, root, texts, thorough)
+    evaluator(spec, source, root, texts, thorough)
                               asks Hugging Face, and gives a function from a variant in `root` to what it gets wrong
 """
 
@@ -54,7 +54,7 @@ class Job:
 # Measures of each variant, by its name.
 Measures = dict[str, dict[str, float]]
 # What a variant gets wrong.
-Referee = Callable[[str], dict[str, float]]
+Evaluator = Callable[[str], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -150,17 +150,17 @@ def evaluate(
         texts: to measure with; None: the packaged ones that nothing is calibrated on.
         thorough: more than the gate needs, see docs/quality.md: what becomes of whole answers.
     """
-    judge = referee(spec, source, root, texts, thorough=thorough)
-    return {variant: judge(variant) for variant in spec.recipes}
+    evaluate = evaluator(spec, source, root, texts, thorough=thorough)
+    return {variant: evaluate(variant) for variant in spec.recipes}
 
 
-def referee(
+def evaluator(
     spec: ModelSpec, source: Path, root: Path, texts: Sequence[str] | None = None, *, thorough: bool = False
-) -> Referee:
+) -> Evaluator:
     """Ask Hugging Face once, to measure variants with; see `evaluate`."""
     samples = corpora.held_out() if texts is None else list(texts)
-    judge: Referee = _module(spec).referee(spec, source, root, samples, thorough=thorough)
-    return judge
+    evaluate: Evaluator = _module(spec).evaluator(spec, source, root, samples, thorough=thorough)
+    return evaluate
 
 
 def _module(spec: ModelSpec) -> Any:

@@ -26,10 +26,10 @@ from trident_export.graphs.encoder import TOKEN_TYPES, export_encoder_graph
 from trident_export.limits import EmbeddingLimits, EncoderLimits, FillMaskLimits, LabelLimits
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
-from trident_export.passes import Feeder, Feeds
+from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import track
 from trident_export.recipes import Kind
-from trident_export.tasks import Job, Referee
+from trident_export.tasks import Evaluator, Job
 from trident_serving import preprocessing
 from trident_serving.artefacts import VERSION
 from trident_serving.classification import Activation, activate, softmax
@@ -86,9 +86,9 @@ def trace(job: Job) -> None:
 def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
-    feeder = calibration_feeder(job, job.staging / f"{spec.name}_tokenizer" / VERSION)
+    runs = calibration_runs(job, job.staging / f"{spec.name}_tokenizer" / VERSION)
     path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
-    recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, feeder)
+    recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, runs)
     # An ensemble has no files, and Triton wants the folder.
     (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True, exist_ok=True)
 
@@ -127,7 +127,7 @@ def check_limits(spec: ModelSpec, source: Path) -> None:
         )
 
 
-def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
+def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Evaluator:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings` or `compare_scores`.
 
     The thorough ones are `recall_at_10` of embeddings, and `exact_match` and `f1` of answers (see `fidelity`).
@@ -144,7 +144,7 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
     retrieves = thorough and spec.task == "feature-extraction"
     expected = [reference_outputs(spec, source, texts) for texts in searched] if retrieves else []
 
-    def judge(variant: str) -> dict[str, float]:
+    def evaluate(variant: str) -> dict[str, float]:
         part = configs.model_part(spec, variant)
         model = OnnxModel(root / part / VERSION, configs.as_backend_json(built[part]))
 
@@ -162,7 +162,7 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
             measured["recall_at_10"] = fidelity.recall(passages, questions, *both)
         return measured
 
-    return judge
+    return evaluate
 
 
 def compare(spec: ModelSpec, reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
@@ -178,7 +178,7 @@ def _difference(one: Floats, other: Floats) -> float:
     return float(np.nanmax(np.abs(one[..., :width] - other[..., :width])))
 
 
-def calibration_feeder(job: Job, tokenizer_folder: Path) -> Feeder:
+def calibration_runs(job: Job, tokenizer_folder: Path) -> CalibrationRuns:
     """Calibration texts as the graph's inputs, a text a run.
 
     Raises:

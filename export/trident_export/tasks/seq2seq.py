@@ -20,7 +20,7 @@ from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.progress import track
 from trident_export.recipes import Kind
-from trident_export.tasks import Job, Referee
+from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
 from trident_serving.seq2seq.request import GenerationDefaults, positions
@@ -59,7 +59,7 @@ def write(job: Job, variant: str) -> None:
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
-def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
+def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Evaluator:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
 
     The thorough ones are BLEU, chrF and ROUGE-L of the variant's greedy answers against Hugging Face's, 0 to 100.
@@ -74,7 +74,7 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
     tokenizer = hf.tokenizer(source)
     expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
 
-    def judge(variant: str) -> dict[str, float]:
+    def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
         measured = measure(folder, samples, targets, reference, capacity, _limits(spec).threads)
         if thorough:
@@ -83,7 +83,7 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
             measured |= fidelity.compare_texts(expected, found)
         return measured
 
-    return judge
+    return evaluate
 
 
 def load_model(source: Path) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trident_export.models_file import ModelSpec
-from trident_export.tasks import Job, Referee
+from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 
 
@@ -19,6 +19,6 @@ def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`: a template has no recipes, and this is never called."""
 
 
-def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
+def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Evaluator:
     """See `trident_export.tasks`: a template's answers have no reference, its generator has its gate."""
     return lambda variant: {}

@@ -24,10 +24,10 @@ from trident_export.graphs.causal import export_causal_graph
 from trident_export.limits import GenerationLimits
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
-from trident_export.passes import Feeder, Feeds
+from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
-from trident_export.tasks import Job, Referee
+from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import MIN_PLACES, RowTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
@@ -67,12 +67,12 @@ def trace(job: Job) -> None:
 def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     folder = job.staging / job.spec.public_name(variant) / VERSION
-    graph, feeder = job.graphs / "model.onnx", calibration_feeder(job)
-    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", feeder)
+    graph, runs = job.graphs / "model.onnx", calibration_runs(job)
+    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", runs)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
-def calibration_feeder(job: Job) -> Feeder:
+def calibration_runs(job: Job) -> CalibrationRuns:
     """Calibration texts as the graph's inputs, some in a run, each from an empty cache.
 
     Where the model has a chat template, a third of them once more as a user's message: its tokens are in no text.
@@ -113,7 +113,7 @@ def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArra
     return feed
 
 
-def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Referee:
+def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Evaluator:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
 
     `greedy_match`, the thorough one, is how many of the first `GREEDY_TOKENS` tokens that the variant answers greedily
@@ -129,14 +129,14 @@ def referee(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, 
     prompts = [ids[: min(len(ids), spec.limits.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
     expected = [greedy_answer(model, ids) for ids in prompts] if thorough else []
 
-    def judge(variant: str) -> dict[str, float]:
+    def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
         measured = measure(folder, samples, reference, device)
         if thorough:
             measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))
         return measured
 
-    return judge
+    return evaluate
 
 
 def _has(device: str) -> bool:

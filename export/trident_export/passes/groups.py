@@ -1,8 +1,8 @@
-"""Weights in blocks along the input, with a scale for each block: ONNX Runtime's MatMulNBits.
+"""Weights in groups along the input, with a scale for each group: ONNX Runtime's MatMulNBits.
 
-Accuracy level 4 quantizes the input in blocks too, at run time, and multiplies in int8. A block belongs to one row of
+Accuracy level 4 quantizes the input in groups too, at run time, and multiplies in int8. A group belongs to one row of
 a batch, so an answer does not depend on who shares the batch; `quantize_dynamic`, which has one scale for a whole batch
-and saturates on AVX2, is no pass here (docs/decisions/0003-int8-by-blocks.md).
+and saturates on AVX2, is no pass here (docs/decisions/0003-int8-by-groups.md).
 Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.MatMulNBits.
 """
 
@@ -18,32 +18,32 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, ranks
+from trident_export.passes.base import CalibrationRuns, Pass, add_domain, drop_unused, ranks
 
 ACCURACY_LEVEL = 4
 _SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class Blocks(Pass):
-    """Weights of 4 or 8 bits in blocks.
+class Groups(Pass):
+    """Weights of 4 or 8 bits in groups.
 
     Attributes:
         bits: of a weight.
-        block: weights in a block, which share a scale.
-        zero_points: whether each block has one; without, 0 is in the middle of the range.
+        group: weights in a group, which share a scale.
+        zero_points: whether each group has one; without, 0 is in the middle of the range.
     """
 
     bits: int = 8
-    block: int = 32
+    group: int = 32
     zero_points: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_blocks(self.bits, self.block)
+        check_group(self.bits, self.group)
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`."""
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -53,7 +53,7 @@ class Blocks(Pass):
         quantizer = MatMulNBitsQuantizer(
             model,
             bits=self.bits,
-            block_size=self.block,
+            block_size=self.group,
             is_symmetric=not self.zero_points,
             accuracy_level=ACCURACY_LEVEL,
             nodes_to_exclude=[
@@ -66,26 +66,26 @@ class Blocks(Pass):
 
 
 @dataclass(frozen=True)
-class BlockMinima(Pass):
-    """Weights of 4 bits in blocks with a scale and a minimum each.
+class GroupMinima(Pass):
+    """Weights of 4 bits in groups with a scale and a minimum each.
 
-    MatMulNBits with a zero point that is no integer leaves its fast kernel. So the product is symmetric, about eight
-    steps above the minimum, and that middle of each block, times the sum of the block's inputs, is a second and
-    smaller product, in float32. Products whose input is no multiple of a block are left.
+    MatMulNBits with a zero point that is no integer leaves its fast kernel. So the matmul is symmetric, about eight
+    steps above the minimum, and that middle of each group, times the sum of the group's inputs, is a second and
+    smaller matmul, in float32. Matmuls whose input is no multiple of a group are left.
 
     Attributes:
-        block: weights in a block.
+        group: weights in a group.
     """
 
-    block: int = 32
+    group: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block not in _SIZES:
-            raise UsageError(f"block must be one of {_SIZES}, found {self.block}")
+        if self.group not in _SIZES:
+            raise UsageError(f"group must be one of {_SIZES}, found {self.group}")
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`."""
         graph = model.graph
@@ -96,14 +96,14 @@ class BlockMinima(Pass):
         sums: set[str] = set()
         for node in graph.node:
             dimensions = known.get(node.input[0]) if node.name in chosen else None
-            if dimensions is None or weights[node.input[1]].dims[0] % self.block:
+            if dimensions is None or weights[node.input[1]].dims[0] % self.group:
                 nodes.append(node)
                 continue
             source = node.input[0]
             if source not in sums:
-                nodes += self._block_sums(graph, source, dimensions, weights[node.input[1]].dims[0], first=not sums)
+                nodes += self._group_sums(graph, source, dimensions, weights[node.input[1]].dims[0], first=not sums)
                 sums.add(source)
-            nodes += self._product(graph, node, numpy_helper.to_array(weights[node.input[1]]).astype(np.float32))
+            nodes += self._matmul(graph, node, numpy_helper.to_array(weights[node.input[1]]).astype(np.float32))
             taken.add(node.name)
         del graph.node[:]
         graph.node.extend(nodes)
@@ -111,12 +111,12 @@ class BlockMinima(Pass):
         add_domain(model)
         return model, taken
 
-    def _block_sums(
+    def _group_sums(
         self, graph: onnx.GraphProto, source: str, dimensions: int, size: int, *, first: bool
     ) -> list[onnx.NodeProto]:
-        """[..., size] to the sums of its blocks, [..., size / block]."""
+        """[..., size] to the sums of its groups, [..., size / group]."""
         path = f"minima/{source}"
-        shape = [0] * (dimensions - 1) + [size // self.block, self.block]
+        shape = [0] * (dimensions - 1) + [size // self.group, self.group]
         graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), f"{path}/shape"))
         if first:
             graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "minima/last"))
@@ -127,23 +127,23 @@ class BlockMinima(Pass):
             ),
         ]
 
-    def _product(
+    def _matmul(
         self, graph: onnx.GraphProto, node: onnx.NodeProto, weight: NDArray[np.float32]
     ) -> list[onnx.NodeProto]:
         path = f"minima/{node.name}"
-        packed, steps, middles = pack(weight, self.block)
+        packed, steps, middles = pack(weight, self.group)
         values = {"weight": packed, "steps": steps, "middles": middles}
         graph.initializer.extend(numpy_helper.from_array(value, f"{path}/{name}") for name, value in values.items())
         inputs, outputs = weight.shape
         return [
-            make_product(
+            make_matmul(
                 node.name,
                 [node.input[0], f"{path}/weight", f"{path}/steps"],
                 f"{path}/about",
                 inputs,
                 outputs,
                 4,
-                self.block,
+                self.group,
             ),
             helper.make_node(
                 "MatMul", [f"minima/{node.input[0]}/sums", f"{path}/middles"], [f"{path}/middle"], name=f"{path}/middle"
@@ -152,20 +152,20 @@ class BlockMinima(Pass):
         ]
 
 
-def check_blocks(bits: int, block: int) -> None:
+def check_group(bits: int, group: int) -> None:
     """Refuse what MatMulNBits has no fast kernel for.
 
     Raises:
         UsageError: so.
     """
-    if bits not in (4, 8) or block not in _SIZES:
-        raise UsageError(f"bits must be 4 or 8 and block one of {_SIZES}, found {bits} and {block}")
+    if bits not in (4, 8) or group not in _SIZES:
+        raise UsageError(f"bits must be 4 or 8 and group one of {_SIZES}, found {bits} and {group}")
 
 
-def make_product(
-    name: str, inputs: Sequence[str], output: str, channels: int, outputs: int, bits: int, block: int
+def make_matmul(
+    name: str, inputs: Sequence[str], output: str, channels: int, outputs: int, bits: int, group: int
 ) -> onnx.NodeProto:
-    """MatMulNBits of an activation, a packed weight and its blocks' scales."""
+    """MatMulNBits of an activation, a packed weight and its groups' scales."""
     return helper.make_node(
         "MatMulNBits",
         inputs,
@@ -175,21 +175,21 @@ def make_product(
         K=channels,
         N=outputs,
         bits=bits,
-        block_size=block,
+        block_size=group,
         accuracy_level=ACCURACY_LEVEL,
     )
 
 
-def pack(weight: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """A matrix [inputs, outputs] in blocks of 16 levels between each block's least and largest weight.
+def pack(weight: NDArray[np.float32], group: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """A matrix [inputs, outputs] in groups of 16 levels between each group's least and largest weight.
 
     Returns:
-        The levels as MatMulNBits reads them, uint8 [outputs, blocks, block / 2]; the steps between levels,
-        float32 [outputs, blocks]; and the weight at level 8, float32 [blocks, outputs].
+        The levels as MatMulNBits reads them, uint8 [outputs, groups, group / 2]; the steps between levels,
+        float32 [outputs, groups]; and the weight at level 8, float32 [groups, outputs].
     """
-    blocks = np.ascontiguousarray(weight.T).reshape(weight.shape[1], -1, block)
-    least = blocks.min(axis=-1)
-    steps = np.maximum((blocks.max(axis=-1) - least) / 15, 1e-12)
-    levels = np.clip(np.rint((blocks - least[..., None]) / steps[..., None]), 0, 15).astype(np.uint8)
+    groups = np.ascontiguousarray(weight.T).reshape(weight.shape[1], -1, group)
+    least = groups.min(axis=-1)
+    steps = np.maximum((groups.max(axis=-1) - least) / 15, 1e-12)
+    levels = np.clip(np.rint((groups - least[..., None]) / steps[..., None]), 0, 15).astype(np.uint8)
     packed = levels[..., 0::2] | (levels[..., 1::2] << 4)
     return packed, steps, np.ascontiguousarray((least + 8 * steps).T)

@@ -1,4 +1,4 @@
-"""Products in eight bits with a scale for each row of the activation and each column of the weight.
+"""Matmuls in eight bits with a scale for each row of the activation and each column of the weight.
 
 A row is a token, so an answer does not depend on who shares its batch. Activations are uint8 about 128. Weights are
 int8 of seven bits: the AVX2 kernels of machines without VNNI add pairs of products in sixteen bits, 2 x 255 x 63 fits
@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from trident_export.passes.base import Feeder, Pass, add_domain, drop_unused, ranks
+from trident_export.passes.base import CalibrationRuns, Pass, add_domain, drop_unused, ranks
 
 _PREFIX = "rowwise"
 _TOKENS, _SELECTION = "input_ids", "logits_tokens"  # inputs of a decoder's graph
@@ -27,30 +27,30 @@ ACTIVATION_LARGEST = 127
 
 
 @dataclass(frozen=True)
-class Rows(Pass):
-    """Products of [rows, features] in eight bits, a scale for each row and column.
+class PerToken(Pass):
+    """Matmuls of [rows, features] in eight bits, a scale for each row and column.
 
-    Of decoders, whose activations are [1, tokens, features], too; other products are left.
+    Of decoders, whose activations are [1, tokens, features], too; other matmuls are left.
     """
 
     refused: ClassVar[Mapping[str, str]] = {
-        "cuda": "ONNX Runtime has no CUDA kernel for its integer products, which would run on the CPU"
+        "cuda": "ONNX Runtime has no CUDA kernel for its integer matmuls, which would run on the CPU"
     }
 
     def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
+        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
     ) -> tuple[onnx.ModelProto, set[str]]:
         """See `Pass`."""
-        return model, quantize_rows(model, set(chosen))
+        return model, quantize_per_token(model, set(chosen))
 
 
-def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
-    """Quantize products of rows of activations and a constant weight, in place; returns which.
+def quantize_per_token(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
+    """Quantize matmuls of rows of activations and a constant weight, in place; returns which.
 
     Rows are those of [rows, features], and in a graph of packed tokens, [1, tokens], those of [1, tokens, features].
 
     Args:
-        chosen: names of products. Those whose activation has another rank are left.
+        chosen: names of matmuls. Those whose activation has another rank are left.
     """
     graph = model.graph
     known = ranks(model)
@@ -77,7 +77,7 @@ def quantize_rows(model: onnx.ModelProto, chosen: Collection[str]) -> set[str]:
                 counted = True
                 nodes += _middles(_EVERY_TOKEN, _TOKENS, start=1)
             nodes += _quantize_activation(source, opset, rank - 2, _EVERY_TOKEN if shared else path)
-        nodes += _product(graph, node, numpy_helper.to_array(weights[node.input[1]]), *quantized[source])
+        nodes += _matmul(graph, node, numpy_helper.to_array(weights[node.input[1]]), *quantized[source])
         taken.add(node.name)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -144,7 +144,7 @@ def _quantize_activation(name: str, opset: int, axis: int, middles: str) -> list
     ]
 
 
-def _product(
+def _matmul(
     graph: onnx.GraphProto, node: onnx.NodeProto, weight: NDArray[np.float32], integers: str, scale: str
 ) -> list[onnx.NodeProto]:
     path = f"{_PREFIX}/{node.name}"
