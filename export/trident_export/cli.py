@@ -118,7 +118,17 @@ def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     pruned = commands.add_parser("prune", help="fewer weights, and the curve of what that costs")
     pruned.add_argument("model", help="one model of models.toml; it need not be exported")
     pruned.add_argument(
-        "--method", type=Method, required=True, choices=list(Method), metavar="METHOD", help=", ".join(Method)
+        "--method",
+        type=Method,
+        required=True,
+        choices=list(Method),
+        metavar="METHOD",
+        help=f"{', '.join(Method.standard())}; with --experimental also {', '.join(Method.experimental())}",
+    )
+    pruned.add_argument(
+        "--experimental",
+        action="store_true",
+        help="allow methods that set single weights to zero, which makes no graph smaller or faster",
     )
     pruned.add_argument("--sparsity", required=True, type=float, nargs="+", metavar="S", help="shares to take away")
     pruned.add_argument("--output", type=Path, default=Path("pruned"), help="for the Hugging Face folders")
@@ -233,6 +243,11 @@ def _prune(options: argparse.Namespace) -> int:
     from trident_export.compression import curve, models  # torch takes seconds to import
 
     quiet.hush_onnxruntime(options.verbose)
+    if options.method in Method.experimental() and not options.experimental:
+        raise UsageError(
+            f"{options.method} sets single weights to zero, which makes no graph smaller or faster: "
+            f"choose {', '.join(Method.standard())}, or add --experimental"
+        )
     spec, source = _model(options)
     variant = options.variant or spec.default_variant
     recipe = _recipe(options, spec, variant)

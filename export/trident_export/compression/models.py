@@ -43,7 +43,7 @@ def tokenize(source: Path, texts: Sequence[str], longest: int = LONGEST) -> list
 
 
 def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Write a Hugging Face folder: the model, and everything beside the weights that its source has.
+    """Write a Hugging Face folder: the model, and every other file of its source but the weights.
 
     It appears complete or not at all.
 
