@@ -1,11 +1,11 @@
 """Graph passes for decoders: what torch's exporter can't write, and fewer, larger operators.
 
-casts           to the type that a tensor has already go
-query_seqlens   moved to its place among the attention operator's inputs, or taken out: ONNX Runtime 1.31, the last one
+casts           a cast to the type that a tensor has already goes
+query_seqlens   moves to its position among the attention operator's inputs, or goes: ONNX Runtime 1.31, the last one
                 for GPUs, does not know it
-reshapes        one that is undone by the next goes
-matmuls        queries, keys and values come from one matmul, in the packed form of the attention operator, and
-                other matmuls of one input (gate and up projection) are joined too: one stream waits for the
+reshapes        one that the next undoes goes
+matmuls         queries, keys and values come from one matmul, in the packed form of the attention operator, and
+                two other matmuls of one input (gate and up projection) are joined, too: one stream waits for the
                 number of operators as much as for their arithmetic
 norms           ONNX Runtime's fusions of RMS norms, with the addition of the residual before them
 
@@ -19,181 +19,169 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+import onnx_ir as ir
 from onnxruntime.transformers.fusion_simplified_layernorm import (
     FusionSimplifiedLayerNormalization,
     FusionSkipSimplifiedLayerNormalization,
 )
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from trident_export.graphs.shape_folding import fold_shapes, infer_types
+from trident_export.graphs import editing
+from trident_export.graphs.editing import array, constant, drop_unused, numbers
+from trident_export.graphs.shape_folding import fold_shapes
 
-_QUERY_SEQLENS = 16  # position among the attention operator's inputs
+QUERY_SEQLENS = 16  # position among the attention operator's inputs
 
 
 def optimize_file(path: Path, *, ragged: bool = True) -> None:
-    """Constant shapes and all passes on the graph of a file, which may have its weights beside it; see `optimize`."""
-    model = onnx.load(str(path))
-    fold_shapes(model)
-    optimize(model, ragged=ragged)
-    data = path.with_name(path.name + ".optimized.data")
-    large = model.ByteSize() > 2**31 - 2**20
-    onnx.save(model, str(path), save_as_external_data=large, location=data.name)
-
-
-def optimize(model: onnx.ModelProto, *, ragged: bool = True) -> None:
-    """All passes, in place.
+    """Constant shapes and all passes on the graph of a file, which is overwritten.
 
     Args:
-        ragged: whether the rows of a run may have different numbers of tokens, which takes ONNX Runtime 1.32.
+        ragged: whether the slots of a run may have different numbers of tokens, which takes ONNX Runtime 1.32.
     """
-    graph = OnnxModel(model)
-    drop_idle_casts(graph)
+    model = ir.load(path)
+    fold_shapes(model)
+    drop_idle_casts(model)
     if ragged:
-        place_query_seqlens(graph)
+        place_query_seqlens(model)
     else:
-        drop_query_seqlens(graph)
-    drop_reshape_pairs(graph)
-    pack_attention(graph)
-    join_matmuls(graph)
-    fuse_norms(graph)
+        drop_query_seqlens(model)
+    drop_reshape_pairs(model)
+    pack_attention(model)
+    join_matmuls(model)
+    editing.save(fuse_norms(model), path)
 
 
-def fuse_norms(graph: OnnxModel) -> None:
-    """ONNX Runtime's fusions of RMS norms, alone and with the addition before them."""
+def attention_nodes(model: ir.Model) -> list[ir.Node]:
+    """Nodes of the attention operator."""
+    return [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+
+
+def fuse_norms(model: ir.Model) -> ir.Model:
+    """The model after ONNX Runtime's fusions of RMS norms, and of these with the addition before them."""
+    message, weights = editing.light(model)
+    graph = OnnxModel(message)
     FusionSimplifiedLayerNormalization(graph).apply()
     FusionSkipSimplifiedLayerNormalization(graph).apply()
-    graph.prune_graph()
     graph.topological_sort()
+    fused = editing.restored(message, weights)
+    drop_unused(fused, inputs=True)
+    return fused
 
 
-def drop_idle_casts(graph: OnnxModel) -> None:
-    """Casts to the type that a tensor has already, which hide norms from the fusions."""
-    types = infer_types(graph.model)
-    for node in graph.get_nodes_by_op_type("Cast"):
-        found = types.get(node.input[0])
-        if found is not None and found.elem_type == node.attribute[0].i:
-            graph.replace_input_of_all_nodes(node.output[0], node.input[0])
-    graph.prune_graph()
+def drop_idle_casts(model: ir.Model) -> None:
+    """Drop casts to the type that a tensor has already, which hide norms from the fusions."""
+    types = editing.infer(model)
+    for node in model.graph:
+        if node.op_type == "Cast" and types[node.inputs[0].name].dtype == node.attributes["to"].as_int():
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+    drop_unused(model, inputs=True)
 
 
-def place_query_seqlens(graph: OnnxModel) -> None:
+def place_query_seqlens(model: ir.Model) -> None:
     """Move the last input of each attention operator behind the absent ones before it."""
-    for node in graph.get_nodes_by_op_type("GroupQueryAttention"):
-        *first, lengths = node.input
-        node.input[:] = [*first, *[""] * (_QUERY_SEQLENS - len(first)), lengths]
+    for node in attention_nodes(model):
+        *first, lengths = node.inputs
+        editing.set_inputs(node, [*first, *[None] * (QUERY_SEQLENS - len(first)), lengths])
 
 
-def drop_query_seqlens(graph: OnnxModel) -> None:
+def drop_query_seqlens(model: ir.Model) -> None:
     """Take the last input of each attention operator away, and the graph's input that it comes from."""
-    for node in graph.get_nodes_by_op_type("GroupQueryAttention"):
-        del node.input[-1]
-        while not node.input[-1]:
-            del node.input[-1]
-    kept = [value for value in graph.model.graph.input if value.name != "query_seqlens"]
-    del graph.model.graph.input[:]
-    graph.model.graph.input.extend(kept)
+    for node in attention_nodes(model):
+        node.resize_inputs(len(node.inputs) - 1)
+    drop_unused(model, inputs=True)
 
 
-def drop_reshape_pairs(graph: OnnxModel) -> None:
-    """A matmul's output that is split into heads, [0, 0, heads, size], and joined again, [0, 0, -1], is itself."""
-    producers = graph.output_name_to_node()
-    for node in graph.get_nodes_by_op_type("Reshape"):
-        before = producers.get(node.input[0])
+def drop_reshape_pairs(model: ir.Model) -> None:
+    """Drop the split of a matmul's output into heads, [0, 0, heads, size], where [0, 0, -1] joins them again."""
+    for node in model.graph:
+        before = node.inputs[0].producer() if node.op_type == "Reshape" else None
         if before is None or before.op_type != "Reshape":
             continue
-        source = producers.get(before.input[0])
+        source = before.inputs[0].producer()
         if source is None or source.op_type not in ("MatMul", "Add", "GatherND"):
-            continue  # of what rank it is does not show
-        shape, split = (graph.get_constant_value(reshape.input[1]) for reshape in (node, before))
+            continue  # the rank of any other is not known here
+        shape, split = (numbers(reshape.inputs[1]) for reshape in (node, before))
         if shape is None or split is None or len(split) != 4 or len(shape) != 3:
             continue
         if not any(shape[:2]) and not any(split[:2]) and shape[2] in (-1, split[2] * split[3]):
-            graph.replace_input_of_all_nodes(node.output[0], before.input[0])
-    graph.prune_graph()
+            node.outputs[0].replace_all_uses_with(before.inputs[0])
+    drop_unused(model, inputs=True)
 
 
-def pack_attention(graph: OnnxModel) -> None:
-    """Queries, keys and values of one input from one matmul, spread over the cache's rows together."""
-    producers = graph.output_name_to_node()
-    for node in graph.get_nodes_by_op_type("GroupQueryAttention"):
-        chains = [_projection(graph, name, producers) for name in node.input[:3]]
-        projections = [chain for chain in chains if chain is not None]
-        inputs = {projection.matmul.input[0] for projection in projections}
+def pack_attention(model: ir.Model) -> None:
+    """Queries, keys and values of one input come from one matmul, and one gather spreads them over the slots."""
+    for node in attention_nodes(model):
+        projections = [found for found in map(_projection, node.inputs[:3]) if found is not None]
+        inputs = {projection.matmul.inputs[0] for projection in projections}
         if len(projections) != 3 or len(inputs) != 1 or len({p.bias is None for p in projections}) != 1:
             continue
-        output = _join(graph, [projection.matmul for projection in projections], "qkv_proj")
+        output = _join([projection.matmul for projection in projections], "qkv_proj")
         if projections[0].bias is not None:
-            bias = np.concatenate([_weight(graph, str(projection.bias)) for projection in projections])
-            graph.add_initializer(numpy_helper.from_array(bias, f"{output}_bias"))
-            graph.add_node(helper.make_node("Add", [output, f"{output}_bias"], [f"{output}_sum"], name=f"{output}_sum"))
-            output = f"{output}_sum"
-        projections[0].gather.input[0] = output
-        node.input[1] = node.input[2] = ""
-    graph.prune_graph()
-    graph.topological_sort()
+            bias = constant(model.graph, f"{output.name}_bias", np.concatenate([array(p.bias) for p in projections]))
+            added = editing.make("Add", [output, bias], f"{output.name}_sum")
+            output.producer().append(added)
+            output = added.outputs[0]
+        projections[0].gather.replace_input_with(0, output)
+        node.replace_input_with(1, None)
+        node.replace_input_with(2, None)
+    drop_unused(model, inputs=True)
+    model.graph.sort()
 
 
-def join_matmuls(graph: OnnxModel) -> None:
+def join_matmuls(model: ir.Model) -> None:
     """Two matmuls of one input, with weights of one shape, are computed as one and split."""
-    by_input: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.get_nodes_by_op_type("MatMul"):
-        if graph.get_initializer(node.input[1]) is not None:
-            by_input[node.input[0]].append(node)
+    by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in model.graph:
+        if node.op_type == "MatMul" and node.inputs[1].is_initializer():
+            by_input[node.inputs[0]].append(node)
     for nodes in by_input.values():
-        shapes = {tuple(graph.get_initializer(node.input[1]).dims) for node in nodes}
-        if len(nodes) != 2 or len(shapes) != 1:
+        if len(nodes) != 2 or nodes[0].inputs[1].shape != nodes[1].inputs[1].shape:
             continue
-        outputs = [node.output[0] for node in nodes]
-        joined = _join(graph, nodes, "gate_up_proj")
-        for node in nodes:
-            node.output[0] += "_unused"
-        graph.add_node(helper.make_node("Split", [joined], outputs, name=f"{joined}_split", axis=-1))
-    graph.prune_graph()
-    graph.topological_sort()
+        joined = _join(nodes, "gate_up_proj")
+        names = [node.outputs[0].name for node in nodes]
+        outputs = [ir.Value(name=name) for name in names]
+        split = ir.node("Split", [joined], {"axis": -1}, outputs=outputs, name=f"{joined.name}_split")
+        joined.producer().append(split)
+        for node, output in zip(nodes, outputs, strict=True):
+            node.outputs[0].replace_all_uses_with(output)
+    drop_unused(model, inputs=True)
+    model.graph.sort()
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """A matmul, its bias, and the gather that spreads its output over the cache's rows."""
+    """A matmul, its bias, and the gather that spreads its output over the cache's slots."""
 
-    matmul: onnx.NodeProto
-    bias: str | None
-    gather: onnx.NodeProto
+    matmul: ir.Node
+    bias: ir.Value | None
+    gather: ir.Node
 
 
-def _projection(graph: OnnxModel, name: str, producers: dict[str, onnx.NodeProto]) -> _Projection | None:
-    gather = producers.get(name)
-    matmul = producers.get(gather.input[0]) if gather is not None and gather.op_type == "GatherND" else None
-    if gather is None or matmul is None:
+def _projection(value: ir.Value | None) -> _Projection | None:
+    gather = value.producer() if value is not None else None
+    matmul = gather.inputs[0].producer() if gather is not None and gather.op_type == "GatherND" else None
+    if matmul is None:
         return None
     bias = None
     if matmul.op_type == "Add":
-        constant = [part for part in matmul.input if graph.get_initializer(part) is not None]
-        computed = [part for part in matmul.input if part not in constant]
-        if len(constant) != 1:
+        constants = [term for term in matmul.inputs if term.is_initializer()]
+        if len(constants) != 1:
             return None
-        bias, matmul = constant[0], producers.get(computed[0])
-    if matmul is None or matmul.op_type != "MatMul" or graph.get_initializer(matmul.input[1]) is None:
+        (computed,) = (term for term in matmul.inputs if term not in constants)
+        bias, matmul = constants[0], computed.producer()
+    if matmul is None or matmul.op_type != "MatMul" or not matmul.inputs[1].is_initializer():
         return None
     return _Projection(matmul, bias, gather)
 
 
-def _join(graph: OnnxModel, nodes: Sequence[onnx.NodeProto], name: str) -> str:
-    """One matmul in place of several of the same input; returns its output, theirs side by side."""
+def _join(nodes: Sequence[ir.Node], name: str) -> ir.Value:
+    """The output of one matmul in place of several of the same input; theirs stand in it side by side."""
     path = f"{nodes[0].name.rsplit('/', 2)[0]}/{name}"
-    weight = np.concatenate([_weight(graph, node.input[1]) for node in nodes], axis=1)
-    graph.add_initializer(numpy_helper.from_array(weight, f"{path}/weight"))
-    output = f"{path}/output"
-    graph.add_node(helper.make_node("MatMul", [nodes[0].input[0], f"{path}/weight"], [output], name=f"{path}/MatMul"))
-    return output
-
-
-def _weight(graph: OnnxModel, name: str) -> NDArray[Any]:
-    weight: NDArray[Any] = numpy_helper.to_array(graph.get_initializer(name))
-    return weight
+    weights = np.concatenate([array(node.inputs[1]) for node in nodes], axis=1)
+    weight = constant(nodes[0].graph, f"{path}/weight", weights)
+    joined = editing.make("MatMul", [nodes[0].inputs[0], weight], f"{path}/output", name=f"{path}/MatMul")
+    nodes[0].prepend(joined)
+    return joined.outputs[0]

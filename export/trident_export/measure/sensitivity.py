@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 
 from trident_export import recipes, tasks
 from trident_export.errors import NoMatmuls, UsageError
@@ -56,7 +56,7 @@ class Loss:
     Attributes:
         group: the layer, kind or matmul.
         matmuls: names of its matmuls.
-        loss: KL, 1 - mean cosine, or score error, with this group alone quantized.
+        loss: KL, 1 - mean cosine, or score error, with only this group quantized.
         measure: which of the three.
     """
 
@@ -87,7 +87,7 @@ def analyze(
     with tempfile.TemporaryDirectory(prefix="trident-sensitivity-") as folder:
         job = tasks.Job(probing(spec, recipe, kind, None), source, Path(folder), progress)
         tasks.trace(job)
-        names = [name for file in sorted(job.graphs.glob("*.onnx")) for name in _matmuls(file)]
+        names = [name for file in sorted(job.graphs.glob("*.onnx")) for name in recipes.matmuls(ir.load(file))]
         if not any(step.for_matmuls for step in recipe.passes[kind]):
             raise UsageError("the recipe quantizes nothing: name another with --variant")
         evaluate: tasks.Evaluator | None = None
@@ -98,7 +98,7 @@ def analyze(
             try:
                 tasks.write(dataclasses.replace(job, spec=probe), PROBE)
             except NoMatmuls:
-                continue  # the recipe leaves them alone
+                continue  # the recipe does not quantize them
             evaluate = evaluate or tasks.evaluator(probe, source, job.staging, texts)
             measured = evaluate(PROBE)
             measure = next(name for name in _LOSSES if name in measured)
@@ -142,7 +142,7 @@ def as_table(losses: Sequence[Loss]) -> str:
     measure = losses[0].measure
     title = f"1 - {measure}" if _LOSSES[measure] else measure
     rows = [f"| {loss.group} | {len(loss.matmuls)} | {loss.loss:.4g} |" for loss in losses]
-    return "\n".join([f"| quantized alone | matmuls | {title} |", "|---|---:|---:|", *rows, ""])
+    return "\n".join([f"| quantized | matmuls | {title} |", "|---|---:|---:|", *rows, ""])
 
 
 def as_json(losses: Sequence[Loss]) -> str:
@@ -151,7 +151,7 @@ def as_json(losses: Sequence[Loss]) -> str:
 
 
 def probing(spec: ModelSpec, recipe: Recipe, kind: Kind, matmuls: Sequence[str] | None) -> ModelSpec:
-    """The spec with one variant, whose recipe leaves everything alone but some matmuls."""
+    """The spec with one variant, whose recipe quantizes only some matmuls."""
     steps: Mapping[Kind, tuple[Pass, ...]] = recipe.passes
     if matmuls is not None:
         others = "|".join(re.escape(name) for name in matmuls)
@@ -160,8 +160,3 @@ def probing(spec: ModelSpec, recipe: Recipe, kind: Kind, matmuls: Sequence[str] 
         steps = {kind: _with(Keep(nodes=f"^(?!({others})$)"), wanted)}
     probe = dataclasses.replace(recipe, passes=steps)
     return dataclasses.replace(spec, variants=(PROBE,), default_variant=PROBE, recipes={PROBE: probe})
-
-
-def _matmuls(file: Path) -> list[str]:
-    model = onnx.load(str(file), load_external_data=False)
-    return recipes.matmuls(model)

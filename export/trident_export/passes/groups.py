@@ -2,23 +2,23 @@
 
 Accuracy level 4 quantizes the input in groups too, at run time, and multiplies in int8. A group belongs to one row of
 a batch, so an answer does not depend on who shares the batch; `quantize_dynamic`, which has one scale for a whole batch
-and saturates on AVX2, is no pass here (docs/decisions/0003-int8-by-groups.md).
+and saturates on AVX2, is no pass here (docs/decisions/0003-int8-by-blocks.md).
 Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.MatMulNBits.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import CalibrationRuns, Pass, add_domain, drop_unused, ranks
+from trident_export.graphs.editing import add_domain, array, constant, drop_unused, make, replace
+from trident_export.passes.base import CalibrationRuns, Pass, matmul_nodes, ranks
 
 ACCURACY_LEVEL = 4
 _SIZES = (16, 32, 64, 128, 256)
@@ -42,27 +42,22 @@ class Groups(Pass):
         super().__post_init__()
         check_group(self.bits, self.group)
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`."""
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+        from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
-        logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-        taken = set(chosen)
-        quantizer = MatMulNBitsQuantizer(
-            model,
-            bits=self.bits,
-            block_size=self.group,
-            is_symmetric=not self.zero_points,
-            accuracy_level=ACCURACY_LEVEL,
-            nodes_to_exclude=[
-                node.name for node in model.graph.node if node.op_type == "MatMul" and node.name not in taken
-            ],
-            op_types_to_quantize=("MatMul",),
-        )
-        quantizer.process()
-        return quantizer.model.model, taken
+        config = nbits.DefaultWeightOnlyQuantConfig(self.group, is_symmetric=not self.zero_points, bits=self.bits)
+        for matmul in matmul_nodes(model, chosen):
+            source, weight = matmul.inputs
+            parts = nbits.DefaultWeightOnlyQuantizer(config).qbits_block_quant(array(weight))
+            names = (f"{weight.name}_Q{self.bits}", f"{weight.name}_scales", f"{weight.name}_zero_points")
+            count = 3 if self.zero_points else 2
+            constants = [constant(model.graph, *pair) for pair in zip(names[:count], parts[:count], strict=True)]
+            name, output = f"{matmul.name}_Q{self.bits}", matmul.outputs[0].name
+            replace(matmul, [make_matmul(name, [source, *constants], output, weight.shape, self.bits, self.group)])
+        drop_unused(model)
+        add_domain(model)
+        return model, set(chosen)
 
 
 @dataclass(frozen=True)
@@ -84,72 +79,45 @@ class GroupMinima(Pass):
         if self.group not in _SIZES:
             raise UsageError(f"group must be one of {_SIZES}, found {self.group}")
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`."""
-        graph = model.graph
         known = ranks(model)
-        weights = {tensor.name: tensor for tensor in graph.initializer}
-        nodes: list[onnx.NodeProto] = []
         taken: set[str] = set()
-        sums: set[str] = set()
-        for node in graph.node:
-            dimensions = known.get(node.input[0]) if node.name in chosen else None
-            if dimensions is None or weights[node.input[1]].dims[0] % self.group:
-                nodes.append(node)
+        sums: dict[ir.Value, ir.Value] = {}
+        for matmul in matmul_nodes(model, chosen):
+            source, weight = matmul.inputs
+            if source.name not in known or weight.shape[0] % self.group:
                 continue
-            source = node.input[0]
             if source not in sums:
-                nodes += self._group_sums(graph, source, dimensions, weights[node.input[1]].dims[0], first=not sums)
-                sums.add(source)
-            nodes += self._matmul(graph, node, numpy_helper.to_array(weights[node.input[1]]).astype(np.float32))
-            taken.add(node.name)
-        del graph.node[:]
-        graph.node.extend(nodes)
-        drop_unused(graph)
+                made = self._group_sums(model.graph, source, known[source.name], weight.shape[0])
+                matmul.prepend(made)
+                sums[source] = made[-1].outputs[0]
+            replace(matmul, self._matmul(matmul, sums[source]))
+            taken.add(matmul.name)
+        drop_unused(model)
         add_domain(model)
         return model, taken
 
-    def _group_sums(
-        self, graph: onnx.GraphProto, source: str, dimensions: int, size: int, *, first: bool
-    ) -> list[onnx.NodeProto]:
+    def _group_sums(self, graph: ir.Graph, source: ir.Value, dimensions: int, size: int) -> list[ir.Node]:
         """[..., size] to the sums of its groups, [..., size / group]."""
-        path = f"minima/{source}"
-        shape = [0] * (dimensions - 1) + [size // self.group, self.group]
-        graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), f"{path}/shape"))
-        if first:
-            graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "minima/last"))
-        return [
-            helper.make_node("Reshape", [source, f"{path}/shape"], [f"{path}/blocks"], name=f"{path}/blocks"),
-            helper.make_node(
-                "ReduceSum", [f"{path}/blocks", "minima/last"], [f"{path}/sums"], name=f"{path}/sums", keepdims=0
-            ),
-        ]
+        path = f"minima/{source.name}"
+        sizes = [0] * (dimensions - 1) + [size // self.group, self.group]
+        shape = constant(graph, f"{path}/shape", np.array(sizes, np.int64))
+        last = constant(graph, "minima/last", np.array([-1], np.int64))
+        groups = make("Reshape", [source, shape], f"{path}/blocks")
+        return [groups, make("ReduceSum", [*groups.outputs, last], f"{path}/sums", keepdims=0)]
 
-    def _matmul(
-        self, graph: onnx.GraphProto, node: onnx.NodeProto, weight: NDArray[np.float32]
-    ) -> list[onnx.NodeProto]:
-        path = f"minima/{node.name}"
-        packed, steps, middles = pack(weight, self.group)
-        values = {"weight": packed, "steps": steps, "middles": middles}
-        graph.initializer.extend(numpy_helper.from_array(value, f"{path}/{name}") for name, value in values.items())
-        inputs, outputs = weight.shape
-        return [
-            make_matmul(
-                node.name,
-                [node.input[0], f"{path}/weight", f"{path}/steps"],
-                f"{path}/about",
-                inputs,
-                outputs,
-                4,
-                self.group,
-            ),
-            helper.make_node(
-                "MatMul", [f"minima/{node.input[0]}/sums", f"{path}/middles"], [f"{path}/middle"], name=f"{path}/middle"
-            ),
-            helper.make_node("Add", [f"{path}/about", f"{path}/middle"], [node.output[0]], name=f"{path}/sum"),
-        ]
+    def _matmul(self, matmul: ir.Node, sums: ir.Value) -> list[ir.Node]:
+        path = f"minima/{matmul.name}"
+        source, weight = matmul.inputs
+        values: list[NDArray[Any]] = [*pack(array(weight), self.group)]
+        names = ("weight", "steps", "middles")
+        packed, steps, middles = (
+            constant(matmul.graph, f"{path}/{name}", value) for name, value in zip(names, values, strict=True)
+        )
+        about = make_matmul(matmul.name, [source, packed, steps], f"{path}/about", weight.shape, 4, self.group)
+        middle = make("MatMul", [sums, middles], f"{path}/middle")
+        return [about, middle, make("Add", [*about.outputs, *middle.outputs], f"{path}/sum")]
 
 
 def check_group(bits: int, group: int) -> None:
@@ -163,21 +131,12 @@ def check_group(bits: int, group: int) -> None:
 
 
 def make_matmul(
-    name: str, inputs: Sequence[str], output: str, channels: int, outputs: int, bits: int, group: int
-) -> onnx.NodeProto:
-    """MatMulNBits of an activation, a packed weight and its groups' scales."""
-    return helper.make_node(
-        "MatMulNBits",
-        inputs,
-        [output],
-        name=name,
-        domain="com.microsoft",
-        K=channels,
-        N=outputs,
-        bits=bits,
-        block_size=group,
-        accuracy_level=ACCURACY_LEVEL,
-    )
+    name: str, inputs: Sequence[ir.Value], output: str, shape: Sequence[int], bits: int, group: int
+) -> ir.Node:
+    """MatMulNBits of an activation, a packed weight of a shape [channels, outputs] and its groups' scales."""
+    channels, outputs = shape
+    sizes = {"K": channels, "N": outputs, "bits": bits, "block_size": group, "accuracy_level": ACCURACY_LEVEL}
+    return make("MatMulNBits", inputs, output, name, "com.microsoft", **sizes)
 
 
 def pack(weight: NDArray[np.float32], group: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:

@@ -1,7 +1,7 @@
 """Matmuls in eight bits with scales that are set before serving, from representative text: ONNX Runtime's QDQ form.
 
 One scale for each matmul's input and each column of its weight, so an answer does not depend on who shares the batch.
-Weights are of seven bits, because the AVX2 kernels of machines without VNNI saturate with eight (see `rows`).
+Weights are of seven bits, because the AVX2 kernels of machines without VNNI saturate with eight (see `per_token`).
 Operator references: ONNX, QuantizeLinear; onnxruntime.quantization.quantize_static.
 """
 
@@ -11,19 +11,19 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Calibrated, CalibrationRuns, Feeds, ranks
+from trident_export.graphs.editing import make, rank_of_weight, save
+from trident_export.passes.base import Calibrated, CalibrationRuns, Feeds, matmul_nodes, ranks
 
 METHODS = ("minmax", "entropy", "percentile")
 
@@ -53,9 +53,7 @@ class Static(Calibrated):
                 f"found {self.method!r} and {self.percentile}"
             )
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], runs: CalibrationRuns | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`.
 
         Raises:
@@ -74,7 +72,7 @@ class Static(Calibrated):
         with tempfile.TemporaryDirectory() as folder, _silence():
             before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
             add_biases(model, chosen)
-            onnx.save(model, str(before), save_as_external_data=True, location="before.data")
+            save(model, before)
             quantize_static(
                 str(before),
                 str(after),
@@ -94,7 +92,7 @@ class Static(Calibrated):
                     "CalibStridedMinMax": 1,
                 },
             )
-            return onnx.load(str(after)), set(chosen)
+            return ir.external_data.load_to_model(ir.load(after)), set(chosen)
 
 
 @contextmanager
@@ -110,38 +108,28 @@ def _silence() -> Iterator[None]:
         root.setLevel(level)
 
 
-def add_biases(model: onnx.ModelProto, chosen: Collection[str]) -> None:
+def add_biases(model: ir.Model, chosen: Sequence[str]) -> None:
     """Make each matmul and the constant vector that is added to it one Gemm of the matmul's name, in place.
 
     ONNX Runtime does so itself when it loads the graph, and then finds no integer kernel, because the vector is
     float32. Only for matmuls of [rows, features], which is what Gemm takes.
     """
-    graph = model.graph
     known = ranks(model)
-    vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            readers[name].append(node)
-    gone = set()
-    for node in graph.node:
-        if node.name not in chosen or known.get(node.input[0]) != 2:
+    for matmul in matmul_nodes(model, chosen):
+        readers = matmul.outputs[0].uses()
+        if len(readers) != 1 or known.get(matmul.inputs[0].name) != 2:
             continue
-        (after, *others) = readers[node.output[0]] or [None]
-        bias = next((name for name in after.input if name in vectors), None) if after is not None else None
-        if after is None or others or after.op_type != "Add" or bias is None:
-            continue
-        node.op_type = "Gemm"
-        node.input.append(bias)
-        node.output[0] = after.output[0]
-        gone.add(after.name)
-    kept = [node for node in graph.node if node.name not in gone]
-    del graph.node[:]
-    graph.node.extend(kept)
+        ((after, _),) = readers
+        bias = [value for value in after.inputs if rank_of_weight(value) == 1]
+        if bias and after.op_type == "Add":
+            gemm = make("Gemm", [*matmul.inputs, bias[0]], after.outputs[0].name, name=matmul.name)
+            matmul.append(gemm)
+            after.outputs[0].replace_all_uses_with(gemm.outputs[0], replace_graph_outputs=True)
+            matmul.graph.remove([matmul, after], safe=True)
 
 
 class _Reader(CalibrationDataReader):
-    """Runs in ranges of one: their tensors have as many rows as a text has tokens, and can't be put together."""
+    """Runs in ranges of one: texts have different numbers of tokens, so their tensors can't be put together."""
 
     def __init__(self, feeds: Feeds) -> None:
         self._feeds = list(feeds)
