@@ -22,11 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnxruntime.transformers.fusion_simplified_layernorm import (
-    FusionSimplifiedLayerNormalization,
-    FusionSkipSimplifiedLayerNormalization,
-)
-from onnxruntime.transformers.onnx_model import OnnxModel
 
 from trident_export.graphs import editing
 from trident_export.graphs.editing import array, constant, drop_unused, numbers
@@ -61,10 +56,14 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
 
 def fuse_norms(model: ir.Model) -> ir.Model:
     """The model after ONNX Runtime's fusions of RMS norms, and of these with the addition before them."""
+    # Imported here: its shape inference takes a second to import, and few commands trace.
+    from onnxruntime.transformers import fusion_simplified_layernorm as fusions
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
     message, weights = editing.light(model)
     graph = OnnxModel(message)
-    FusionSimplifiedLayerNormalization(graph).apply()
-    FusionSkipSimplifiedLayerNormalization(graph).apply()
+    fusions.FusionSimplifiedLayerNormalization(graph).apply()
+    fusions.FusionSkipSimplifiedLayerNormalization(graph).apply()
     graph.topological_sort()
     fused = editing.restored(message, weights)
     drop_unused(fused, inputs=True)

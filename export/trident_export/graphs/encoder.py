@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from trident_export import folder as hf
@@ -81,7 +82,7 @@ def export_encoder_graph(
                     no_post_process=True,
                     local_files_only=True,
                 )
-        model = ir.external_data.load_to_model(ir.load(Path(scratch) / "model.onnx"))
+        model = ir.from_proto(onnx.load(str(Path(scratch) / "model.onnx")))
     if pairs:
         with_token_types(model)
     else:

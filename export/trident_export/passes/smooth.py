@@ -82,7 +82,7 @@ def behind_norms(model: ir.Model, chosen: set[str]) -> dict[str, tuple[ir.Node, 
         if node.op_type not in _NORMS or node.outputs[0].is_graph_output():
             continue
         matmuls = list(node.outputs[0].consumers())
-        own = all(len(scale.uses()) == 1 for scale in _scales(node))
+        own = all(scale.is_initializer() and len(scale.uses()) == 1 for scale in _scales(node))
         if matmuls and own and all(matmul.name in chosen for matmul in matmuls):
             behind[node.outputs[0].name] = (node, matmuls)
     return behind

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 
 from trident_export.errors import UsageError
-from trident_export.graphs.editing import make, rank_of_weight, save
+from trident_export.graphs.editing import make, rank_of_weight, replace, save
 from trident_export.passes.base import Calibrated, CalibrationRuns, Feeds, matmul_nodes, ranks
 
 METHODS = ("minmax", "entropy", "percentile")
@@ -92,7 +93,7 @@ class Static(Calibrated):
                     "CalibStridedMinMax": 1,
                 },
             )
-            return ir.external_data.load_to_model(ir.load(after)), set(chosen)
+            return ir.from_proto(onnx.load(str(after))), set(chosen)
 
 
 @contextmanager
@@ -122,10 +123,8 @@ def add_biases(model: ir.Model, chosen: Sequence[str]) -> None:
         ((after, _),) = readers
         bias = [value for value in after.inputs if rank_of_weight(value) == 1]
         if bias and after.op_type == "Add":
-            gemm = make("Gemm", [*matmul.inputs, bias[0]], after.outputs[0].name, name=matmul.name)
-            matmul.append(gemm)
-            after.outputs[0].replace_all_uses_with(gemm.outputs[0], replace_graph_outputs=True)
-            matmul.graph.remove([matmul, after], safe=True)
+            replace(after, [make("Gemm", [*matmul.inputs, bias[0]], after.outputs[0].name, name=matmul.name)])
+            matmul.graph.remove(matmul, safe=True)
 
 
 class _Reader(CalibrationDataReader):
