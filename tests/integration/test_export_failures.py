@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export
-from trident_export import cli, decoder_passes, install, models_file, quiet, tasks
+from trident_export import cli, install, models_file, quiet, tasks
 from trident_export.errors import ExportsFailed, NoMemory, NoSpace
+from trident_export.graphs import decoder_passes
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_serving import artefacts
 
@@ -141,7 +142,7 @@ def test_other_commands_speak_the_same_way(llama: Path, tmp_path: Path, command:
         ("export", *repository),  # of a single model
         ("add", str(broken)),
         ("sensitivity", "m"),
-        ("prune", "m", "--method", "magnitude", "--sparsity", "0.5"),
+        ("prune", "m", "--method", "heads", "--sparsity", "0.5"),
     ):
         status, said = command(*arguments, *common)
         assert (status, "Traceback" in said) == (1, False), said

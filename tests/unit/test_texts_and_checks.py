@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny_models
-from trident_export import corpora, fidelity
+from trident_export import corpora
 from trident_export.errors import FidelityError
 from trident_export.huggingface import gguf_tokenizer
+from trident_export.measure import fidelity
 from trident_serving.errors import InvalidRequest, StartError
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.launcher import preflight, server

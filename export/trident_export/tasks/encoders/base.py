@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from trident_export import configs, corpora, disk, fidelity, recipes
-from trident_export.encoder_graph import export_encoder_graph
+from trident_export import configs, corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError
+from trident_export.graphs.encoder import export_encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
-from trident_export.passes import Feeder, Feeds
+from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
@@ -275,7 +276,7 @@ def _difference(one: Floats, other: Floats) -> float:
     return float(np.nanmax(np.abs(one[..., :width] - other[..., :width])))
 
 
-def calibration_runs(job: Job, task: EncoderExport[Any]) -> Feeder:
+def calibration_runs(job: Job, task: EncoderExport[Any]) -> CalibrationRuns:
     """Calibration texts as the graph's inputs, a text a run.
 
     Raises:

@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 from transformers import AutoModel, PretrainedConfig
 
-from trident_export import corpora, encoder_graph, fidelity
+from trident_export import corpora
+from trident_export.graphs import encoder as encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import embeddings
 from trident_serving.encoders.pooling import PoolingSettings, normalize, pool

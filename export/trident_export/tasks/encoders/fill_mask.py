@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from transformers import AutoModelForMaskedLM
 
-from trident_export import encoder_graph
+from trident_export.graphs import encoder as encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import fill_mask
