@@ -36,7 +36,7 @@ def optimize_file(path: Path, *, ragged: bool = True) -> None:
     Args:
         ragged: whether the slots of a run may have different numbers of tokens, which takes ONNX Runtime 1.32.
     """
-    model = ir.load(path)
+    model = editing.take(path)
     fold_shapes(model)
     drop_idle_casts(model)
     if ragged:

@@ -20,6 +20,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 SMALL = 1024  # bytes of a constant that shape inference may look at
 
 
+def take(path: Path) -> ir.Model:
+    """Read a traced graph and remove its file, so that the disk never holds it twice when it is written again."""
+    model = ir.load(path)
+    path.unlink()
+    return model
+
+
 def save(model: ir.Model, path: Path) -> None:
     """Write a graph to `path`, its weights to `<path>.data`."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -361,7 +361,7 @@ def _export(
             dynamo=False,
             custom_opsets={"com.microsoft": 1},
         )
-    graph = ir.load(path)
+    graph = editing.take(path)
     for node in attention_nodes(graph):
         place_inputs(node)
     fold_shapes(graph)
