@@ -1,6 +1,6 @@
 """config.pbtxt, built as protobuf from models.toml.
 
-The same config serves on Triton's native backends and on ours; see docs/architecture.md for the tensors.
+The same config serves on Triton's native backends and on ours; docs/reference/requests.md has the tensors.
 """
 
 from __future__ import annotations
