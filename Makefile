@@ -10,6 +10,7 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 MINUTES ?= 15
 MODEL ?=
+VARIANTS ?=
 SOURCE ?=
 FORCE ?=
 SERVICE ?= trident
@@ -18,7 +19,7 @@ TEST_WORKERS ?= 2
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test check format quality bench load soak image up down clean
+.PHONY: help setup serve export test check schema format docs quality bench load soak image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -40,8 +41,8 @@ serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
 	@$(BIN)/python -m trident_export export --keep-going $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@exec $(BIN)/python -m trident_serving --repository $(REPOSITORY) $(PORTS)
 
-export: $(SETUP) ## export models: make export [MODEL=name [SOURCE=folder] [FORCE=1]]
-	@$(BIN)/python -m trident_export export $(MODEL) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+export: $(SETUP) ## export models: make export [MODEL=name [VARIANTS=all] [SOURCE=folder] [FORCE=1]]
+	@$(BIN)/python -m trident_export export $(MODEL) $(if $(VARIANTS),--variants $(VARIANTS)) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 test: $(SETUP) ## run every test, against a real server on free ports
 	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
@@ -51,12 +52,22 @@ check: $(SETUP) ## lint, types, configs in step with models.toml, deployment fil
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy --python-version 3.10 --package trident_client
+	@$(BIN)/python tools/schema.py --check
 	@$(BIN)/python -m trident_export configs --check --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python deploy/validate.py
+
+schema: $(SETUP) ## write what comes from trident_serving.schema: the client's options, tables of the reference
+	@$(BIN)/python tools/schema.py
+	@$(BIN)/ruff format --quiet client/trident_client/_options.py
 
 format: $(SETUP) ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: $(SETUP) ## build the documentation as a site, links checked -> site/
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "trident: the documentation is in site/index.html" >&2
 
 quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json,svg}
 	@$(BIN)/python -m trident_export evaluate $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
@@ -69,6 +80,7 @@ load: $(SETUP) ## perf_analyzer against minilm and smollm2 -> reports/load.md
 	@$(BIN)/python -m benchmarks.load --repository $(REPOSITORY)
 
 soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make soak [MINUTES=15] -> reports/soak.md
+	@$(BIN)/python -m trident_export export smollm2 --variants all --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(REPOSITORY)
 
@@ -82,4 +94,4 @@ down: ## stop the production stack
 	docker compose --profile '*' down
 
 clean: ## remove exported artefacts, caches and reports; keep .venv
-	rm -rf .cache reports $(REPOSITORY)/.trident $(REPOSITORY)/*/[0-9]*
+	rm -rf .cache reports site $(REPOSITORY)/.trident $(REPOSITORY)/*/[0-9]*

@@ -16,7 +16,8 @@ from pathlib import Path
 from benchmarks import generation, tasks
 from benchmarks.tasks import Peers
 from trident_client import Client
-from trident_export import models_file, sources
+from trident_export import models_file
+from trident_export.huggingface import sources
 from trident_serving.launcher import local
 
 
@@ -89,7 +90,7 @@ def as_table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
 def _folder(path: Path, name: str) -> Path:
     spec = models_file.select(models_file.load(path), name)[0]
     base = path.resolve().parent
-    return sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr))
+    return sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr)).path
 
 
 if __name__ == "__main__":

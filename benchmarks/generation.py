@@ -35,9 +35,10 @@ from benchmarks.peers import (
     trident_logits,
 )
 from trident_client import Client
-from trident_export import corpora, models_file, sources
+from trident_export import corpora, models_file
+from trident_export.huggingface import sources
 from trident_export.measure import fidelity
-from trident_serving.tokenization import TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 
 MODEL = "smollm2"
 CONCURRENCY = (1, 4, 8, 16, 32)
@@ -78,9 +79,9 @@ def stream_rate(moments: Sequence[float]) -> float:
 
 def measure(client: Client, models: Path, repository: Path, cache: Path, rounds: int) -> Figures:
     """Every peer at every concurrency, and the engine's parts."""
-    spec = models_file.select(models_file.load(models), MODEL)[0]
+    spec = models_file.as_installed(models_file.select(models_file.load(models), MODEL)[0], repository)
     base = models.resolve().parent
-    source = sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr))
+    source = sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr)).path
     tokenizer = TextTokenizer.load(repository / MODEL / "1")
     texts = [text[:240] for text in corpora.held_out() if len(text) > 200]
     prompts = [tokenizer.encode(text) for text in texts]

@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from trident_client import Client
-from trident_serving.generation.batch import RowTokens
+from trident_serving.generation.answer import FinishReason, Job
+from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.generation.engine import Engine, EngineSettings, FinishReason, Job
-from trident_serving.generation.sampling import SamplingParams, TokenLogProbs
+from trident_serving.generation.engine import Engine, EngineSettings
+from trident_serving.runtime.log_probabilities import TokenLogProbs
+from trident_serving.runtime.sampling.params import SamplingParams
 
 Prompts = Sequence[Sequence[int]]
 Times = list[list[float]]
@@ -78,7 +80,7 @@ class TridentEngine:
         self.name = f"Trident engine {variant}"
         self.weights = folder
         self.decoder = OnnxDecoder(
-            folder / "model.onnx", rows=SLOTS, context=CONTEXT, longest_run=max(128, MAX_DRAFT + 1), threads=THREADS
+            folder / "model.onnx", slots=SLOTS, context=CONTEXT, longest_run=max(128, MAX_DRAFT + 1), threads=THREADS
         )
         settings = EngineSettings(SLOTS, SLOTS * CONTEXT, prefill_chunk=128, max_waiting=SLOTS, prefix_reuse=False)
         self._engine = Engine(self.decoder, settings, eos_token_ids=frozenset())
@@ -282,7 +284,7 @@ def installed(package: str) -> bool:
 
 def trident_logits(decoder: OnnxDecoder) -> Callable[[Sequence[int]], NDArray[np.float32]]:
     """A function from a text's ids to its logits."""
-    return lambda ids: decoder.run([RowTokens(0, 0, ids, len(ids))]).copy()
+    return lambda ids: decoder.run([SlotTokens(0, 0, ids, len(ids))]).copy()
 
 
 def genai_logits(folder: Path) -> Callable[[Sequence[int]], NDArray[np.float32]]:

@@ -112,9 +112,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def default_repository() -> Path:
-    """The default models, exported where `make serve` has them too."""
-    done = run_export_cold("export")
-    assert done.returncode == 0, done.stderr
+    """The default models, exported where `make serve` has them too, and SmolLM2's variants on request."""
+    for arguments in (["smollm2", "--variants", "all"], []):
+        done = run_export_cold("export", *arguments)
+        assert done.returncode == 0, done.stderr
     return ROOT / "model_repository"
 
 
@@ -148,16 +149,18 @@ def client(server: LocalServer) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def smollm2_folder(default_repository: Path) -> Path:
     """SmolLM2 as a Hugging Face folder."""
-    from trident_export import models_file, sources
+    from trident_export import models_file
+    from trident_export.huggingface import sources
 
     spec = models_file.select(models_file.load(ROOT / "models.toml"), "smollm2")[0]
-    return sources.fetch(spec, ROOT, ROOT / ".cache", print)
+    return sources.fetch(spec, ROOT, ROOT / ".cache", print).path
 
 
 @pytest.fixture(scope="session")
 def minilm_folder(default_repository: Path) -> Path:
     """all-MiniLM-L6-v2 as a Hugging Face folder."""
-    from trident_export import models_file, sources
+    from trident_export import models_file
+    from trident_export.huggingface import sources
 
     spec = models_file.select(models_file.load(ROOT / "models.toml"), "minilm")[0]
-    return sources.fetch(spec, ROOT, ROOT / ".cache", print)
+    return sources.fetch(spec, ROOT, ROOT / ".cache", print).path

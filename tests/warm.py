@@ -26,7 +26,7 @@ _ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-_TASKS = ("tasks.encoders", "tasks.seq2seq", "tasks.text_generation")
+_TASKS = ("tasks.encoders.classification", "tasks.seq2seq", "tasks.text_generation")
 _lock = threading.Lock()
 _process: subprocess.Popen[str] | None = None
 

@@ -14,9 +14,9 @@ from benchmarks.soak import faults, report, session
 from benchmarks.soak.answers import RELOADED
 from benchmarks.soak.calls import Address, CallError
 from benchmarks.soak.session import Outcome
+from trident_serving.errors import StartError
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
-from trident_serving.launcher.preflight import StartError
 
 IDLE_AT_THE_END = 10
 

@@ -1,8 +1,8 @@
 """The good requests of a soak, and when an answer to one is right.
 
 What is expected is what the server answers before there is any traffic. A generator's answer is the same to the last
-bit alone and in company, its log-probabilities included; an embedding may differ by what docs/precision.md allows a
-batch to change.
+bit alone and in company, its log-probabilities included; an embedding may differ by what
+docs/reference/precisions.md allows a batch to change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Bad requests over HTTP, and bytes that are no request.
 
-Left out is what ends this server (docs/security.md): bodies of 4 MiB, JSON 100,000 deep as the body itself, `file:`
-names of 256 characters, a million chunks.
+Left out is what ends this server (docs/reference/security.md): bodies of 4 MiB, JSON 100,000 deep as the body itself,
+`file:` names of 256 characters, a million chunks.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from trident_client._errors import (
     TridentError,
     UnavailableError,
 )
+from trident_client._options import GenerationOptions, TranslationOptions
 from trident_client._types import (
     Answer,
     Entity,
@@ -41,6 +42,7 @@ __all__ = [
     "ForbiddenError",
     "Generation",
     "GenerationChunk",
+    "GenerationOptions",
     "Health",
     "InvalidRequestError",
     "Label",
@@ -50,6 +52,7 @@ __all__ = [
     "Ranked",
     "ServerError",
     "Translation",
+    "TranslationOptions",
     "TridentError",
     "UnavailableError",
 ]

@@ -48,6 +48,7 @@ class Connection:
         self._url = url
         self._timeout = timeout
         self._admin_key = admin_key
+        self._only: dict[str, str] = {}
         self._channel = grpc.insecure_channel(url, options=channel_options(url))
         self._stub = pb.Stub(self._channel)
         # Triton's stream may carry many requests; one is all that a caller's iterator has.
@@ -94,11 +95,11 @@ class Connection:
         return str(answer.config.parameters["unverified"].string_value)
 
     def load(self, model: str, *, timeout: float | None = None) -> list[str]:
-        """Take up a model that was exported since the server started, or that was exported again.
+        """Load a model that was exported since the server started, or that was exported again.
 
-        The other models go on. A model of one part is answered by what it was until it is what it will be; an ensemble
-        that is loaded is taken out while its parts change (a new tokenizer before an old graph gives wrong answers):
-        until then its requests get NotFoundError or UnavailableError.
+        The other models go on. A generator goes on too, until its new version is loaded. An ensemble that is loaded
+        is unloaded first, because a new tokenizer before an old graph gives wrong answers; its requests get
+        NotFoundError or UnavailableError until it is loaded again.
 
         Returns:
             The Triton models that were loaded: its parts and variants, the public ones last.
@@ -108,6 +109,7 @@ class Connection:
             ForbiddenError: the admin key is missing or wrong.
             TridentError: see its other subclasses; a model that can't be loaded says why.
         """
+        self._only.clear()
         names = self._parts(model, timeout)
         public = [name for name in names if not name.startswith(_roles(model))]
         if len(public) < len(names):
@@ -129,6 +131,7 @@ class Connection:
             ForbiddenError: the admin key is missing or wrong.
             TridentError: see its other subclasses.
         """
+        self._only.clear()
         names = self._parts(model, timeout)[::-1]
         self._take_out(names, timeout)
         return names
@@ -142,6 +145,31 @@ class Connection:
         except UnavailableError:
             return Health(live=False, ready=False)
         return Health(live=live, ready=ready)
+
+    def _only_model(self, task: str) -> str:
+        """The public name of the server's only model of a task; what was found once is kept.
+
+        Raises:
+            NotFoundError: there is none, or there are several; the message names them.
+        """
+        if task not in self._only:
+            with translated():
+                statistics = self._stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=self._deadline(None))
+                # Names with "_" are stages and variants.
+                names = sorted({model.name for model in statistics.model_stats if "_" not in model.name})
+                tasks = {name: self._task(name) for name in names}
+            found = [name for name, its in tasks.items() if its == task]
+            if len(found) != 1:
+                served = ", ".join(f"{name} ({its})" for name, its in tasks.items() if its)
+                several = f"serves {' and '.join(found)} for {task}" if found else f"serves no model for {task}"
+                raise NotFoundError(f"the server {several}: name one with model=; it serves {served or 'none'}")
+            self._only[task] = found[0]
+        return self._only[task]
+
+    def _task(self, model: str) -> str:
+        request = pb.ModelConfigRequest(name=model)
+        config = self._stub.ModelConfig(request, timeout=self._deadline(None)).config
+        return str(config.parameters["task"].string_value)
 
     def _take_out(self, names: Sequence[str], timeout: float | None) -> None:
         """Unload models and wait until what they were answering is answered."""

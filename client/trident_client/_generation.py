@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,23 +13,11 @@ from trident_client import _protocol as pb
 from trident_client import _wire
 from trident_client._connection import Connection
 from trident_client._errors import InvalidRequestError, TridentError, from_named_code, translated
+from trident_client._options import GENERATION, GenerationOptions
 from trident_client._types import Generation, GenerationChunk, Message
 
-OPTIONS: dict[str, type[np.generic]] = {
-    "max_tokens": np.int32,
-    "min_tokens": np.int32,
-    "temperature": np.float32,
-    "top_k": np.int32,
-    "top_p": np.float32,
-    "min_p": np.float32,
-    "repetition_penalty": np.float32,
-    "presence_penalty": np.float32,
-    "frequency_penalty": np.float32,
-    "random_seed": np.uint64,
-    "return_log_probs": np.bool_,
-    "top_logprobs": np.int32,
-    "prompt_lookup": np.bool_,
-}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GenerationCalls(Connection):
@@ -39,16 +27,16 @@ class GenerationCalls(Connection):
         self,
         prompt: str | Sequence[Message],
         *,
-        model: str = "smollm2",
+        model: str | None = None,
         timeout: float | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> Generation:
         """The continuation of a prompt; a list of messages is a chat.
 
         Args:
-            options: `max_tokens`, `min_tokens`, `temperature` (0 is greedy), `top_k`, `top_p`, `min_p`,
-                `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `random_seed`, `stop_words`
-                (a list of texts), `return_log_probs`, `top_logprobs` (how many), `prompt_lookup` (false: no drafts).
+            prompt: a text to go on with, or the messages of a chat.
+            model: public name; None: the server's only generator.
+            options: see `GenerationOptions`; None leaves one out.
             timeout: seconds; the server gives the request up by then too, even while it waits for a slot.
 
         Raises:
@@ -56,17 +44,17 @@ class GenerationCalls(Connection):
             TypeError: an option is unknown.
             ValueError: an option's number does not fit its type.
         """
-        return _joined(self._chunks(prompt, model, timeout, {**options, "stream": False}))
+        return _joined(self._chunks(prompt, model, timeout, dict(options), stream=False))
 
     def stream(
         self,
         prompt: str | Sequence[Message],
         *,
-        model: str = "smollm2",
+        model: str | None = None,
         timeout: float | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[GenerationChunk]:
-        """The same, piece by piece. Closing the iterator cancels the request.
+        """The same, in chunks as they come. Closing the iterator cancels the request.
 
         Args:
             options: those of `generate`.
@@ -75,15 +63,15 @@ class GenerationCalls(Connection):
             TridentError: see its subclasses; raised while iterating.
             TypeError: an option is unknown.
         """
-        return self._chunks(prompt, model, timeout, {**options, "stream": True})
+        return self._chunks(prompt, model, timeout, dict(options), stream=True)
 
     def chat(
         self,
         messages: str | Sequence[Message],
         *,
-        model: str = "smollm2",
+        model: str | None = None,
         timeout: float | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> Generation:
         """The assistant's next turn, through the model's chat template; a text is one message of the user.
 
@@ -99,21 +87,18 @@ class GenerationCalls(Connection):
         return self.generate(messages, model=model, timeout=timeout, **options)
 
     def _chunks(
-        self, prompt: str | Sequence[Message], model: str, timeout: float | None, options: dict[str, Any]
+        self,
+        prompt: str | Sequence[Message],
+        model: str | None,
+        timeout: float | None,
+        options: dict[str, Any],
+        *,
+        stream: bool,
     ) -> Iterator[GenerationChunk]:
         field, text = ("text_input", prompt) if isinstance(prompt, str) else ("messages", json.dumps(list(prompt)))
-        inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None]}
-        inputs["stream"] = np.array([[options.pop("stream")]])
-        stop_words = options.pop("stop_words", None)
-        if stop_words:
-            inputs["stop_words"] = _wire.texts(list(stop_words))[None]
-        for name, value in options.items():
-            if name not in OPTIONS:
-                known = ", ".join([*OPTIONS, "stop_words"])
-                raise TypeError(f"unknown option {name!r}; known are {known}")
-            if value is not None:
-                inputs[name] = _wire.scalar(name, value, OPTIONS[name])[None]
-        request = _wire.build_request(model, inputs)
+        inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None], "stream": np.array([[stream]])}
+        inputs |= _wire.options(options, GENERATION)
+        request = _wire.build_request(model or self._only_model("text-generation"), inputs)
         deadline = self._deadline(timeout)
         if deadline is not None:
             request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)
@@ -160,13 +145,13 @@ def _chunk(outputs: dict[str, NDArray[Any]]) -> GenerationChunk:
 
 
 def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
-    pieces = list(chunks)
-    last = pieces[-1]
+    every = list(chunks)
+    last = every[-1]
     return Generation(
-        text="".join(piece.text for piece in pieces),
+        text="".join(chunk.text for chunk in every),
         finish_reason=last.finish_reason,
         num_input_tokens=last.num_input_tokens,
         num_output_tokens=last.num_output_tokens,
-        log_probs=tuple(value for piece in pieces for value in piece.log_probs),
-        top_log_probs=tuple(value for piece in pieces for value in piece.top_log_probs),
+        log_probs=tuple(value for chunk in every for value in chunk.log_probs),
+        top_log_probs=tuple(value for chunk in every for value in chunk.top_log_probs),
     )

@@ -32,6 +32,9 @@ _MESSAGES: dict[str, Sequence[tuple[str, str, str, int]]] = {
     "ModelConfig": [("one", "name", "string", 1), ("map", "parameters", "ModelParameter", 14)],
     "ModelConfigRequest": [("one", "name", "string", 1)],
     "ModelConfigResponse": [("one", "config", "ModelConfig", 1)],
+    "ModelStatisticsRequest": [("one", "name", "string", 1)],
+    "ModelStatistics": [("one", "name", "string", 1), ("one", "version", "string", 2)],
+    "ModelStatisticsResponse": [("many", "model_stats", "ModelStatistics", 1)],
     "InferParameter": [
         ("choice", "bool_param", "bool", 1),
         ("choice", "int64_param", "int64", 2),
@@ -119,6 +122,7 @@ ServerLiveRequest = _classes["ServerLiveRequest"]
 ServerReadyRequest = _classes["ServerReadyRequest"]
 ModelMetadataRequest = _classes["ModelMetadataRequest"]
 ModelConfigRequest = _classes["ModelConfigRequest"]
+ModelStatisticsRequest = _classes["ModelStatisticsRequest"]
 ModelInferRequest = _classes["ModelInferRequest"]
 ModelInferResponse = _classes["ModelInferResponse"]
 ModelStreamInferResponse = _classes["ModelStreamInferResponse"]
@@ -142,6 +146,7 @@ class Stub:
         self.ServerReady = call("ServerReady")
         self.ModelMetadata = call("ModelMetadata")
         self.ModelConfig = call("ModelConfig")
+        self.ModelStatistics = call("ModelStatistics")
         self.ModelInfer = call("ModelInfer")
         self.RepositoryIndex = call("RepositoryIndex")
         self.RepositoryModelLoad = call("RepositoryModelLoad")

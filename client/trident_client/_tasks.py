@@ -3,30 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_client import _generation, _wire
+from trident_client import _wire
 from trident_client._connection import Connection
+from trident_client._options import TRANSLATION, TranslationOptions
 from trident_client._types import Answer, Entity, Filling, Label, Ranked, Translation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _Record = TypeVar("_Record")
 
-_SEQ2SEQ_OPTIONS: dict[str, type[np.generic]] = {
-    **{
-        name: _generation.OPTIONS[name]
-        for name in ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p")
-    },
-    "repetition_penalty": np.float32,
-    "random_seed": np.uint64,
-    "num_beams": np.int32,
-    "length_penalty": np.float32,
-    "early_stopping": np.bool_,
-    "no_repeat_ngram_size": np.int32,
-}
-_SEQ2SEQ_TEXTS = ("source_lang", "target_lang", "long_input")
+
+class TextOptions(TypedDict, total=False):
+    """Options of every call that sends texts in batches.
+
+    Attributes:
+        model: public name; None: the server's only model of the task.
+        truncate: whether to cut texts that are longer than the model takes; None leaves it to the server, which
+            refuses them unless its models.toml says otherwise.
+        batch_size: texts in one request, at most the model's `max_batch_size`; 32.
+        timeout: seconds.
+    """
+
+    model: str | None
+    truncate: bool | None
+    batch_size: int
+    timeout: float | None
+
+
+class ClassifyOptions(TextOptions, total=False):
+    """Options of `classify`; `top_k` says how many classes of each text are given, at most the model's; 1."""
+
+    top_k: int
+
+
+class ZeroShotOptions(TextOptions, total=False):
+    """Options of `classify_zero_shot`, whose `batch_size` is 1.
+
+    Attributes:
+        hypothesis_template: the sentence for a label, with {} in its place; None: "This example is {}."
+        multi_label: whether each label is scored by itself, so that the scores need not add up to 1.
+    """
+
+    hypothesis_template: str | None
+    multi_label: bool | None
+
+
+class EntityOptions(TextOptions, total=False):
+    """Options of `entities`; `aggregation_strategy` None leaves it to the server."""
+
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None
+
+
+class AnswerOptions(TypedDict, total=False):
+    """Options of `answer`.
+
+    Attributes:
+        top_k: answers to a question; 1.
+        model: public name; None: the server's only model of the task.
+        max_answer_len: tokens of an answer; None: 15.
+        handle_impossible_answer: whether "" may be an answer.
+        timeout: seconds.
+    """
+
+    top_k: int
+    model: str | None
+    max_answer_len: int | None
+    handle_impossible_answer: bool | None
+    timeout: float | None
 
 
 class TaskCalls(Connection):
@@ -36,7 +85,7 @@ class TaskCalls(Connection):
         self,
         texts: str | Sequence[str],
         *,
-        model: str = "minilm",
+        model: str | None = None,
         prompt_name: str | None = None,
         truncate: bool | None = None,
         batch_size: int = 32,
@@ -55,6 +104,7 @@ class TaskCalls(Connection):
         """
         batch = [texts] if isinstance(texts, str) else texts
         options = {} if prompt_name is None else {"prompt_name": _wire.texts([prompt_name])}
+        model = model or self._only_model("feature-extraction")
         parts = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
         if not parts:
             return np.empty((0, 0), np.float32)
@@ -62,18 +112,21 @@ class TaskCalls(Connection):
         single: NDArray[np.float32] = vectors[0]
         return single if isinstance(texts, str) else vectors
 
+    # A str is a sequence of str too: the first overload wins.
     @overload
-    def classify(self, texts: str, *, text_pairs: str | None = None, **options: Any) -> list[Label]: ...
+    def classify(  # type: ignore[overload-overlap]
+        self, texts: str, *, text_pairs: str | None = None, **options: Unpack[ClassifyOptions]
+    ) -> list[Label]: ...
     @overload
     def classify(
-        self, texts: Sequence[str], *, text_pairs: Sequence[str] | None = None, **options: Any
+        self, texts: Sequence[str], *, text_pairs: Sequence[str] | None = None, **options: Unpack[ClassifyOptions]
     ) -> list[list[Label]]: ...
-    def classify(  # type: ignore[misc]  # the overloads leave the options to this one
+    def classify(
         self,
         texts: str | Sequence[str],
         *,
         text_pairs: str | Sequence[str] | None = None,
-        model: str = "sst2",
+        model: str | None = None,
         top_k: int = 1,
         truncate: bool | None = None,
         batch_size: int = 32,
@@ -93,19 +146,68 @@ class TaskCalls(Connection):
         if text_pairs is not None:
             columns["text_pair"] = [text_pairs] if isinstance(text_pairs, str) else text_pairs
         options = {"top_k": np.array([top_k], np.int32)}
+        model = model or self._only_model("text-classification")
         parts = self._rows(model, columns, truncate, batch_size, timeout, options)
         labels = [_records(Label, row) for part in parts for row in _split(part, ("label", "score"))]
         return labels[0] if isinstance(texts, str) else labels
 
     @overload
-    def entities(self, texts: str, **options: Any) -> list[Entity]: ...
+    def classify_zero_shot(  # type: ignore[overload-overlap]
+        self, texts: str, candidate_labels: Sequence[str], **options: Unpack[ZeroShotOptions]
+    ) -> list[Label]: ...
     @overload
-    def entities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]: ...
-    def entities(  # type: ignore[misc]  # the overloads leave the options to this one
+    def classify_zero_shot(
+        self, texts: Sequence[str], candidate_labels: Sequence[str], **options: Unpack[ZeroShotOptions]
+    ) -> list[list[Label]]: ...
+    def classify_zero_shot(
+        self,
+        texts: str | Sequence[str],
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        multi_label: bool | None = None,
+        model: str | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 1,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """All of the labels for each text, the likeliest first; one list for a single text.
+
+        Args:
+            candidate_labels: what a text may be about, in words.
+            hypothesis_template: the sentence for a label, with {} in its place; None: "This example is {}."
+            multi_label: whether each label is scored by itself, so that the scores need not add up to 1.
+            truncate: see `embed`.
+            batch_size: texts in one request; times the labels at most the model's `max_batch_size`.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        options: dict[str, NDArray[Any]] = {"candidate_labels": _wire.texts(list(candidate_labels))}
+        if hypothesis_template is not None:
+            options["hypothesis_template"] = _wire.texts([hypothesis_template])
+        flags = {"multi_label": multi_label, "truncate": truncate}
+        options |= {name: np.array([value]) for name, value in flags.items() if value is not None}
+        batch = [texts] if isinstance(texts, str) else list(texts)
+        starts = range(0, len(batch), batch_size)
+        requests = [{"text_input": _wire.texts(batch[start : start + batch_size]), **options} for start in starts]
+        parts = self._infer(model or self._only_model("zero-shot-classification"), requests, timeout)
+        labels = [_records(Label, row) for part in parts for row in _split(part, ("label", "score"))]
+        return labels[0] if isinstance(texts, str) else labels
+
+    @overload
+    def entities(  # type: ignore[overload-overlap]
+        self, texts: str, **options: Unpack[EntityOptions]
+    ) -> list[Entity]: ...
+    @overload
+    def entities(self, texts: Sequence[str], **options: Unpack[EntityOptions]) -> list[list[Entity]]: ...
+    def entities(
         self,
         texts: str | Sequence[str],
         *,
-        model: str = "ner",
+        model: str | None = None,
         aggregation_strategy: str | None = None,
         truncate: bool | None = None,
         batch_size: int = 32,
@@ -124,24 +226,27 @@ class TaskCalls(Connection):
         options = {}
         if aggregation_strategy is not None:
             options["aggregation_strategy"] = _wire.texts([aggregation_strategy])
+        model = model or self._only_model("token-classification")
         parts = self._rows(model, columns, truncate, batch_size, timeout, options)
         names = ("entity", "score", "word", "start", "end")
         found = [_records(Entity, row) for part in parts for row in _split(part, names)]
         return found[0] if isinstance(texts, str) else found
 
     @overload
-    def answer(self, question: str, context: str, *, top_k: int = 1, **options: Any) -> list[Answer]: ...
+    def answer(  # type: ignore[overload-overlap]
+        self, question: str, context: str, **options: Unpack[AnswerOptions]
+    ) -> list[Answer]: ...
     @overload
     def answer(
-        self, question: Sequence[str], context: str | Sequence[str], *, top_k: int = 1, **options: Any
+        self, question: Sequence[str], context: str | Sequence[str], **options: Unpack[AnswerOptions]
     ) -> list[list[Answer]]: ...
-    def answer(  # type: ignore[misc]  # the overloads leave the options to this one
+    def answer(
         self,
         question: str | Sequence[str],
         context: str | Sequence[str],
         *,
         top_k: int = 1,
-        model: str = "answer",
+        model: str | None = None,
         max_answer_len: int | None = None,
         handle_impossible_answer: bool | None = None,
         timeout: float | None = None,
@@ -166,7 +271,7 @@ class TaskCalls(Connection):
             inputs["max_answer_len"] = np.array([max_answer_len], np.int32)
         if handle_impossible_answer is not None:
             inputs["handle_impossible_answer"] = np.array([handle_impossible_answer])
-        (outputs,) = self._infer(model, [inputs], timeout)
+        (outputs,) = self._infer(model or self._only_model("question-answering"), [inputs], timeout)
         shape = outputs["answer"].shape
         outputs["no_answer_score"] = np.broadcast_to(outputs["no_answer_score"][:, None], shape)
         names = ("answer", "score", "start", "end", "no_answer_score")
@@ -178,7 +283,7 @@ class TaskCalls(Connection):
         query: str,
         passages: Sequence[str],
         *,
-        model: str = "reranker",
+        model: str | None = None,
         truncate: bool | None = None,
         batch_size: int = 32,
         timeout: float | None = None,
@@ -192,13 +297,14 @@ class TaskCalls(Connection):
             TridentError: see its subclasses.
         """
         columns = {"query": [query] * len(passages), "text_input": passages}
+        model = model or self._only_model("text-ranking")
         parts = self._rows(model, columns, truncate, batch_size, timeout, {})
         scores = [float(score) for part in parts for score in part["score"][:, 0]]
         ranked = [Ranked(index, score) for index, score in enumerate(scores)]
         return sorted(ranked, key=lambda passage: passage.score, reverse=True)
 
     def fill_mask(
-        self, text: str, *, model: str = "fill-mask", top_k: int | None = None, timeout: float | None = None
+        self, text: str, *, model: str | None = None, top_k: int | None = None, timeout: float | None = None
     ) -> list[list[Filling]]:
         """The likeliest tokens for each gap of a text, the likeliest first.
 
@@ -210,24 +316,43 @@ class TaskCalls(Connection):
             TridentError: see its subclasses.
         """
         options = {} if top_k is None else {"top_k": np.array([top_k], np.int32)}
+        model = model or self._only_model("fill-mask")
         (outputs,) = self._rows(model, {"text_input": [text]}, None, 1, timeout, options)
         gaps = {name: values[0] for name, values in outputs.items()}
         return [_records(Filling, row) for row in _split(gaps, ("token_str", "score", "token", "sequence"))]
 
     @overload
-    def translate(self, texts: str, **options: Any) -> Translation: ...
+    def translate(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> Translation: ...
     @overload
-    def translate(self, texts: Sequence[str], **options: Any) -> list[Translation]: ...
     def translate(
-        self, texts: str | Sequence[str], *, model: str = "translate", timeout: float | None = None, **options: Any
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> list[Translation]: ...
+    def translate(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
     ) -> Translation | list[Translation]:
         """Each text in another language; one answer for a single text. Many texts are sent at once.
 
         Args:
-            options: `source_lang` and `target_lang` (codes of the model), `long_input` (what happens to a text that is
-                too long: "error", "truncate" or "window"), `max_tokens`, `min_tokens`, `num_beams`, `length_penalty`,
-                `early_stopping`, `no_repeat_ngram_size`, `repetition_penalty`, `temperature` (0 does not sample),
-                `top_k`, `top_p`, `min_p`, `random_seed`; what is left out is as the model's generation config says.
+            texts: one text or several.
+            model: public name; None: the server's only model of the task.
+            options: see `TranslationOptions`; what is left out is as the model's generation config says.
             timeout: seconds; the server gives the request up by then too.
 
         Raises:
@@ -235,31 +360,50 @@ class TaskCalls(Connection):
             TypeError: an option is unknown.
             ValueError: an option's number does not fit its type.
         """
-        inputs: dict[str, NDArray[Any]] = {}
-        for name, value in options.items():
-            if value is None:
-                continue
-            if name in _SEQ2SEQ_TEXTS:
-                inputs[name] = _wire.texts([value])[None]
-            elif name in _SEQ2SEQ_OPTIONS:
-                inputs[name] = _wire.scalar(name, value, _SEQ2SEQ_OPTIONS[name])[None]
-            else:
-                known = ", ".join([*_SEQ2SEQ_OPTIONS, *_SEQ2SEQ_TEXTS])
-                raise TypeError(f"unknown option {name!r}; known are {known}")
-        batch = [texts] if isinstance(texts, str) else texts
-        requests = [{"text_input": _wire.texts([text])[None], **inputs} for text in batch]
-        found = [_translation(outputs) for outputs in self._infer(model, requests, timeout)]
-        return found[0] if isinstance(texts, str) else found
+        return self._text_to_text("translation", texts, model, timeout, dict(options))
 
     @overload
-    def summarize(self, texts: str, **options: Any) -> Translation: ...
+    def summarize(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> Translation: ...
     @overload
-    def summarize(self, texts: Sequence[str], **options: Any) -> list[Translation]: ...
     def summarize(
-        self, texts: str | Sequence[str], *, model: str = "summarize", **options: Any
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> list[Translation]: ...
+    def summarize(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
     ) -> Translation | list[Translation]:
-        """Each text in short; see `translate`."""
-        return self.translate(texts, model=model, **options)
+        """A summary of each text; see `translate`."""
+        return self._text_to_text("summarization", texts, model, timeout, dict(options))
+
+    def _text_to_text(
+        self,
+        task: str,
+        texts: str | Sequence[str],
+        model: str | None,
+        timeout: float | None,
+        options: Mapping[str, Any],
+    ) -> Translation | list[Translation]:
+        inputs = _wire.options(options, TRANSLATION)
+        batch = [texts] if isinstance(texts, str) else texts
+        requests = [{"text_input": _wire.texts([text])[None], **inputs} for text in batch]
+        found = [_translation(outputs) for outputs in self._infer(model or self._only_model(task), requests, timeout)]
+        return found[0] if isinstance(texts, str) else found
 
 
 def _split(tensors: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[dict[str, list[Any]]]:

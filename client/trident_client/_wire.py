@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_client import _protocol as pb
+from trident_client._options import Option
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -33,6 +34,27 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 def texts(values: list[str]) -> NDArray[np.object_]:
     """Texts as a BYTES tensor."""
     return np.array([value.encode("utf-8") for value in values], dtype=np.object_)
+
+
+def options(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, NDArray[Any]]:
+    """The options of a call as tensors [1, n]; those that are None, or an empty list, are left out.
+
+    Raises:
+        TypeError: one is unknown.
+        ValueError: a number does not fit its type.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, value in given.items():
+        option = known.get(name)
+        if option is None:
+            raise TypeError(f"unknown option {name!r}; known are {', '.join(known)}")
+        if value is None or (option.many and not value):
+            continue
+        if option.dtype == "BYTES":
+            tensors[name] = texts(list(value) if option.many else [value])[None]
+        else:
+            tensors[name] = scalar(name, value, _DTYPES[option.dtype])[None]
+    return tensors
 
 
 def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:

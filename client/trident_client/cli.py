@@ -10,11 +10,12 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trident_client import Client, TridentError
+from trident_client._options import GENERATION, TRANSLATION, Option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--prompt-name", help="which of the model's prompts goes before each text")
     classify = add("classify", _classify, "the likeliest classes of texts: one an argument, or one a line")
     classify.add_argument("--top-k", type=int, default=1, help="classes of each text (default %(default)s)")
+    zero_shot = add("zero-shot", _zero_shot, "which of the labels fit texts: one an argument, or one a line")
+    zero_shot.add_argument("--label", action="append", required=True, dest="labels", help="give it several times")
+    zero_shot.add_argument("--template", help='the sentence for a label (default "This example is {}.")')
+    zero_shot.add_argument("--multi-label", action="store_true", default=None, help="score each label by itself")
     entities = add("entities", _entities, "the entities in texts: one an argument, or one a line")
     entities.add_argument("--aggregation", choices=("none", "simple", "first", "average", "max"))
     rank = add("rank", _rank, "passages by how well they answer --query: one an argument, or one a line")
@@ -69,48 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     translate = add("translate", _translate, "translate a text")
     summarize = add("summarize", _translate, "summarize a text")
     for command in (translate, summarize):
-        command.add_argument("--source-lang", help="code of the text's language, where the model reads several")
-        command.add_argument("--target-lang", help="code of the answer's language, where the model writes several")
-        command.add_argument("--num-beams", type=int)
-        command.add_argument("--max-tokens", type=int)
-        command.add_argument("--temperature", type=float, help="0, the default, does not sample")
-        command.add_argument("--random-seed", type=int)
-        command.add_argument(
-            "--long-input", choices=("error", "truncate", "window"), help="what to do with a text that is too long"
-        )
-    for command in (embed, classify, entities, rank):
+        _add_flags(command, TRANSLATION)
+    for command in (embed, classify, zero_shot, entities, rank):
         command.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
-    for command, model in (
-        (generate, "smollm2"),
-        (chat, "smollm2"),
-        (embed, "minilm"),
-        (classify, "sst2"),
-        (entities, "ner"),
-        (rank, "reranker"),
-        (answer, "answer"),
-        (fill, "fill-mask"),
-        (translate, "translate"),
-        (summarize, "summarize"),
-    ):
-        command.add_argument("--model", default=model, help="default %(default)s")
+    for command in (generate, chat, embed, classify, zero_shot, entities, rank, answer, fill, translate, summarize):
+        command.add_argument("--model", help="default: the server's only model of the task")
         command.add_argument("--file", type=Path, help="read the text from a file")
         command.add_argument("text", nargs="*", help="the text; standard input where there is none")
     for command in (generate, chat):
-        command.add_argument("--max-tokens", type=int)
-        command.add_argument("--min-tokens", type=int)
-        command.add_argument("--temperature", type=float, help="0, the default, always takes the likeliest token")
-        command.add_argument("--top-k", type=int)
-        command.add_argument("--top-p", type=float)
-        command.add_argument("--min-p", type=float)
-        command.add_argument("--repetition-penalty", type=float)
-        command.add_argument("--presence-penalty", type=float)
-        command.add_argument("--frequency-penalty", type=float)
-        command.add_argument("--random-seed", type=int)
-        command.add_argument("--no-prompt-lookup", action="store_false", dest="prompt_lookup", default=None)
-        command.add_argument("--stop", action="append", dest="stop_words", help="may be given several times")
+        _add_flags(command, GENERATION)
     add("models", _models, "list the server's models")
     for name, run, help in (
-        ("load", _load, "take up a model that was exported, or exported again, since the server started"),
+        ("load", _load, "load a model that was exported, or exported again, since the server started"),
         ("unload", _unload, "take a model out of the server"),
     ):
         add(name, run, help).add_argument("model")
@@ -118,20 +93,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_OPTIONS = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "random_seed",
-    "stop_words",
-    "prompt_lookup",
-)
+def _add_flags(command: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
+    """A flag for each option; those of a list may be given several times, those of a bool have a --no- form."""
+    for name, option in options.items():
+        flags = [f"--{name.replace('_', '-')}"]
+        more: dict[str, Any] = {}
+        if option.many:
+            flags.append(f"--{name.split('_')[0]}")  # --stop, as most tools have it
+            more["action"] = "append"
+        elif option.dtype == "BOOL":
+            more["action"] = argparse.BooleanOptionalAction
+        else:
+            more["type"] = {"BYTES": str, "FP32": float}.get(option.dtype, int)
+            more["choices"] = option.choices or None
+        if option.flag:
+            command.add_argument(*flags, help=option.help.replace("%", "%%"), **more)
+
+
+def _chosen(options: argparse.Namespace, known: Mapping[str, Option]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name, option in known.items() if option.flag}
 
 
 def _text(options: argparse.Namespace) -> str:
@@ -155,9 +135,8 @@ def _chat(client: Client, options: argparse.Namespace) -> int:
 
 
 def _print_stream(client: Client, options: argparse.Namespace, prompt: Any) -> int:
-    chosen = {name: getattr(options, name) for name in _OPTIONS}
     chunks = []
-    for chunk in client.stream(prompt, model=options.model, **chosen):
+    for chunk in client.stream(prompt, model=options.model, **_chosen(options, GENERATION)):
         chunks.append(chunk)
         if not options.json:
             print(chunk.text, end="", flush=True)
@@ -189,6 +168,19 @@ def _embed(client: Client, options: argparse.Namespace) -> int:
 def _classify(client: Client, options: argparse.Namespace) -> int:
     texts = _lines(options)
     found = client.classify(texts, model=options.model, top_k=options.top_k, truncate=options.truncate)
+    return _print_records(options, texts, found, lambda item: f"{item.score:.4f}  {item.label}")
+
+
+def _zero_shot(client: Client, options: argparse.Namespace) -> int:
+    texts = _lines(options)
+    found = client.classify_zero_shot(
+        texts,
+        options.labels,
+        hypothesis_template=options.template,
+        multi_label=options.multi_label,
+        model=options.model,
+        truncate=options.truncate,
+    )
     return _print_records(options, texts, found, lambda item: f"{item.score:.4f}  {item.label}")
 
 
@@ -231,20 +223,9 @@ def _fill_mask(client: Client, options: argparse.Namespace) -> int:
     )
 
 
-_TRANSLATION_OPTIONS = (
-    "source_lang",
-    "target_lang",
-    "num_beams",
-    "max_tokens",
-    "temperature",
-    "random_seed",
-    "long_input",
-)
-
-
 def _translate(client: Client, options: argparse.Namespace) -> int:
-    chosen = {name: getattr(options, name) for name in _TRANSLATION_OPTIONS}
-    found = client.translate(_text(options), model=options.model, **chosen)
+    call = client.summarize if options.command == "summarize" else client.translate
+    found = call(_text(options), model=options.model, **_chosen(options, TRANSLATION))
     if options.json:
         result = dataclasses.asdict(found)
         del result["log_probs"]

@@ -12,22 +12,20 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from trident_export import encoder_files, models_file, seq2seq_files
+from trident_export import models_file
 from trident_export.errors import ModelsFileError
-from trident_export.folder import config as read_config
-from trident_export.folder import tokenizer as read_tokenizer
-from trident_export.limits import EncoderLimits
+from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.seq2seq import generation_config
+from trident_export.tasks import encoders
+from trident_serving.encoders import TASKS
 
 # The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
 _HEADS = (
-    ("ForSequenceClassification", "text-classification"),
-    ("ForTokenClassification", "token-classification"),
-    ("ForQuestionAnswering", "question-answering"),
-    ("ForMaskedLM", "fill-mask"),
     ("ForCausalLM", "text-generation"),
     ("LMHeadModel", "text-generation"),
     ("ForConditionalGeneration", "translation"),
     ("MTModel", "translation"),
+    *((encoders.of(task).architecture, task) for task in TASKS if encoders.of(task).architecture),
     ("Model", "feature-extraction"),
 )
 _SUMMARIZERS = ("bart", "pegasus")
@@ -68,7 +66,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     """
     if not (folder / "config.json").is_file():
         raise ModelsFileError(f"{folder} is no Hugging Face folder, it has no config.json")
-    config = read_config(folder)
+    model = HuggingFaceFolder(folder)
+    config = model.config
     task, why = _task(folder, config)
     reasons = [f"task {task}: {why}"]
     table: dict[str, Any] = {"task": task, "source": dict(source)}
@@ -77,14 +76,14 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
         limits = _generation_limits(config, reasons)
     else:
         table["variants"] = ["fp32", "int8"]
-        limits = _seq2seq_limits(folder, config, table, reasons) if config.is_encoder_decoder else {}
-        limits = limits or _encoder_limits(folder, config, task, reasons)
+        limits = _seq2seq_limits(model, table, reasons) if config.is_encoder_decoder else {}
+        limits = limits or _encoder_limits(model, task, reasons)
     reasons.append(f"variants {', '.join(table['variants'])}: the first is served under the plain name")
     if task == "feature-extraction":
-        settings = encoder_files.read_pooling(folder)
+        settings = model.pooling
         normalized = "normalized" if settings.normalize else "not normalized"
         reasons.append(f"pooling {settings.pooling}, {normalized}: the model's files")
-        if prompts := encoder_files.read_roles(folder).prompts:
+        if prompts := model.roles().prompts:
             reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
     table |= {"limits": limits, "on_demand": True}
     proposal = Proposal(name or _name(source), table, tuple(reasons))
@@ -134,39 +133,30 @@ def _generation_limits(config: PretrainedConfig, reasons: list[str]) -> dict[str
     return {"context": context, "slots": 8, "kv_cache_mib": _CACHE_MIB}
 
 
-def _encoder_limits(folder: Path, config: PretrainedConfig, task: str, reasons: list[str]) -> dict[str, Any]:
-    longest = encoder_files.longest_input(folder, config) or 512
-    most = 384 if task == "question-answering" else 512
-    limits: dict[str, Any] = {}
-    if task == "feature-extraction":
-        limits["dimensions"] = config.hidden_size
-    if task in ("text-classification", "token-classification", "text-ranking"):
-        limits["labels"] = config.num_labels
-        shown = [config.id2label[index] for index in range(min(config.num_labels, 6))]
-        reasons.append(f"labels {config.num_labels}: {', '.join(shown)}{' ...' if config.num_labels > 6 else ''}")
-    limits["max_tokens"] = min(longest, most)
-    reasons.append(f"max_tokens {limits['max_tokens']}: the model reads {longest}")
-    if task == "question-answering":
-        limits["stride"] = min(EncoderLimits().max_tokens // 2, limits["max_tokens"] // 3)
-    return limits
+def _encoder_limits(model: HuggingFaceFolder, task: str, reasons: list[str]) -> dict[str, Any]:
+    export, longest = encoders.of(task), model.longest_input or 512
+    most = min(longest, export.proposed_tokens)
+    limits = export.proposed_limits(model.config, most)
+    if "labels" in limits:
+        more = " ..." if len(model.labels) > 6 else ""
+        reasons.append(f"labels {limits['labels']}: {', '.join(model.labels[:6])}{more}")
+    reasons.append(f"max_tokens {most}: the model reads {longest}")
+    return {**limits, "max_tokens": most}
 
 
-def _seq2seq_limits(
-    folder: Path, config: PretrainedConfig, table: dict[str, Any], reasons: list[str]
-) -> dict[str, Any]:
-    longest = encoder_files.longest_input(folder, config) or 512
+def _seq2seq_limits(model: HuggingFaceFolder, table: dict[str, Any], reasons: list[str]) -> dict[str, Any]:
+    longest = model.longest_input or 512
     source = min(longest, 1024)
     reasons.append(f"max_source_tokens {source}: the model reads {longest}")
     target = min(longest, 512)
-    params = (getattr(config, "task_specific_params", None) or {}).get(table["task"], {})
-    generation = seq2seq_files.generation_config(folder, params)
+    params = (getattr(model.config, "task_specific_params", None) or {}).get(table["task"], {})
+    generation = generation_config(model, params)
     if generation.max_length and generation.max_length > 20:
         target = min(target, generation.max_length)
     reasons.append(f"max_target_tokens {target}: the generation config's, as far as the decoder has positions")
-    tokenizer = read_tokenizer(folder)
-    if getattr(tokenizer, "src_lang", None):
-        table["source_lang"] = tokenizer.src_lang
-        reasons.append(f"source_lang {tokenizer.src_lang}: the tokenizer's; a request may name another")
+    if source_lang := getattr(model.tokenizer, "src_lang", None):
+        table["source_lang"] = source_lang
+        reasons.append(f"source_lang {source_lang}: the tokenizer's; a request may name another")
     return {"max_source_tokens": source, "max_target_tokens": target}
 
 

@@ -21,23 +21,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trident_export import (
-    configs,
-    corpora,
-    doctor,
-    install,
-    models_file,
-    pin,
-    progress,
-    quiet,
-    recipes,
-    report,
-    sources,
-    tasks,
-)
+from trident_export import configs, corpora, doctor, install, models_file, pin, progress, quiet, recipes, report, tasks
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, UsageError
-from trident_export.limits import TemplateLimits
+from trident_export.huggingface import sources
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import quality, sensitivity
 from trident_export.measure.sensitivity import Grouping
 from trident_serving import artefacts
@@ -65,6 +53,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--force",
         action="store_true",
         help="install variants that the gate refuses (served as unverified), and begin where memory is short",
+    )
+    export.add_argument(
+        "--variants",
+        default="",
+        metavar="NAMES",
+        help="with a model: which of its more_variants are exported too, parted by commas, or all",
     )
     export.add_argument("--source", type=Path, help="a local copy of the model, in place of its source")
     export.add_argument(
@@ -161,7 +155,7 @@ def _add_distillation(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _export(options: argparse.Namespace) -> int:
-    specs = models_file.select(models_file.load(options.models_file), options.model or None)
+    specs = _specs(options)
     if options.source is not None:
         if not options.model:
             raise UsageError("--source is for one model: name it")
@@ -187,8 +181,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     quiet.hush_onnxruntime(options.verbose)
     texts = corpora.read(options.text) if options.text else None
     report: dict[str, quality.Measures] = {}
-    for spec in models_file.select(models_file.load(options.models_file), options.model or None, on_demand=True):
-        if isinstance(spec.limits, TemplateLimits):
+    for spec in _specs(options, on_demand=True):
+        if spec.template:
             continue  # its generator has the measures
         if artefacts.read_manifest(options.repository, spec.name) is None:
             if options.model:
@@ -222,12 +216,12 @@ def _sensitivity(options: argparse.Namespace) -> int:
     return 0
 
 
-def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, Path]:
+def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, HuggingFaceFolder]:
     """The spec that a command is for, and its Hugging Face folder."""
     base = options.models_file.resolve().parent
-    (spec,) = models_file.select(models_file.load(options.models_file), options.model)
-    if isinstance(spec.limits, TemplateLimits):
-        raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.limits.generator}")
+    (spec,) = _specs(options)
+    if spec.template:
+        raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.template.generator}")
     return spec, sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
 
 
@@ -285,11 +279,27 @@ def _distill(options: argparse.Namespace) -> int:
     return 0
 
 
+def _specs(options: argparse.Namespace, *, on_demand: bool = False) -> list[models_file.ModelSpec]:
+    """The models that a command is for, each with the variants that the repository has of it."""
+    specs = models_file.select(models_file.load(options.models_file), options.model or None, on_demand=on_demand)
+    wanted = [name for name in getattr(options, "variants", "").split(",") if name]
+    if wanted and not options.model:
+        raise UsageError("--variants is for one model: name it")
+    for spec in specs:
+        known = [*spec.variants, *spec.more]
+        if unknown := [name for name in wanted if name not in (*known, "all")]:
+            raise UsageError(f"{spec.name} has no variant {unknown[0]!r}; models.toml has {', '.join(known)}")
+    return [
+        models_file.as_installed(spec, options.repository, spec.more if "all" in wanted else wanted) for spec in specs
+    ]
+
+
 def _configs(options: argparse.Namespace) -> int:
-    specs = models_file.load(options.models_file)
+    specs = [models_file.as_installed(spec, options.repository) for spec in models_file.load(options.models_file)]
     if not options.check:
         for spec in specs:
-            configs.write(spec, options.repository)
+            if not spec.on_demand or artefacts.read_manifest(options.repository, spec.name) is not None:
+                configs.write(spec, options.repository)
         return 0
     problems = configs.drift(specs, options.repository)
     for problem in problems:

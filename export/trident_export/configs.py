@@ -13,10 +13,12 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_export import ensembles
-from trident_export.limits import AnswerLimits, EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
+from trident_serving import encoders
 from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
+from trident_serving.encoders.task import Tensor
+from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, TEMPLATE, Field
+from trident_serving.schema.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 
 
 def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[str, pb.ModelConfig]:
@@ -25,15 +27,18 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
     Args:
         unverified: variants that the gate refused, with its reason: it becomes a parameter of the public models.
     """
-    if isinstance(spec.limits, GenerationLimits):
-        configs = [_generator(spec.public_name(variant), spec.limits) for variant in spec.variants]
-    elif isinstance(spec.limits, TemplateLimits):
-        configs = [_template(spec, spec.limits)]
-    elif isinstance(spec.limits, Seq2SeqLimits):
-        configs = [_seq2seq(spec.public_name(variant), spec.limits) for variant in spec.variants]
+    if spec.generation:
+        configs = [_generator(spec.public_name(variant), spec.generation) for variant in spec.variants]
+    elif spec.template:
+        configs = [_template(spec, spec.template)]
+    elif spec.seq2seq:
+        configs = [_seq2seq(spec.public_name(variant), spec.seq2seq) for variant in spec.variants]
     else:
-        configs = list(_ensemble(spec, spec.limits))
+        assert spec.encoder
+        configs = list(_ensemble(spec, spec.encoder))
     built = {config.name: config for config in configs}
+    for variant in spec.variants:  # by which a client finds the model of a task
+        _set_parameters(built[spec.public_name(variant)], {"task": spec.task})
     for variant, reason in (unverified or {}).items():
         _set_parameters(built[spec.public_name(variant)], {UNVERIFIED: reason})
     return built
@@ -65,9 +70,13 @@ def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | Non
 
 
 def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
-    """What is out of step between models.toml and a repository's configs, a sentence each."""
+    """What is out of step between models.toml and a repository's configs, a sentence each.
+
+    A model that is exported on demand has no configs before.
+    """
     problems = []
-    expected = {name: config for spec in specs for name, config in build(spec, _installed(spec, repository)).items()}
+    needed = [spec for spec in specs if not spec.on_demand or read_manifest(repository, spec.name) is not None]
+    expected = {name: config for spec in needed for name, config in build(spec, _installed(spec, repository)).items()}
     for name, config in expected.items():
         path = repository / name / "config.pbtxt"
         if not path.exists():
@@ -93,6 +102,10 @@ def _tensor(
     return kind(name=name, data_type=pb.DataType.Value(f"TYPE_{data_type}"), dims=list(dims), **more)
 
 
+def _add_fields(config: pb.ModelConfig, fields: Iterable[Field]) -> None:
+    config.input.extend(_tensor(pb.ModelInput, field.name, field.dtype, field.shape, optional=True) for field in fields)
+
+
 def _set_parameters(config: pb.ModelConfig, parameters: dict[str, object]) -> None:
     for key, value in parameters.items():
         config.parameters[key].string_value = str(value).lower() if isinstance(value, bool) else str(value)
@@ -108,37 +121,15 @@ def _base(name: str, backend: str, max_batch_size: int) -> pb.ModelConfig:
     return config
 
 
-# The optional inputs of a generator, with the names and types of Triton's TensorRT-LLM backend where it has them;
-# `top_logprobs` is the OpenAI API's name.
-GENERATION_OPTIONS = {
-    "max_tokens": "INT32",
-    "min_tokens": "INT32",
-    "temperature": "FP32",
-    "top_k": "INT32",
-    "top_p": "FP32",
-    "min_p": "FP32",
-    "repetition_penalty": "FP32",
-    "presence_penalty": "FP32",
-    "frequency_penalty": "FP32",
-    "random_seed": "UINT64",
-    "stream": "BOOL",
-    "return_log_probs": "BOOL",
-    "top_logprobs": "INT32",
-    "exclude_input_in_output": "BOOL",
-    "prompt_lookup": "BOOL",
-}
-
-
 def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     # A batch of one, not none: TensorRT-LLM's clients send [1, 1], and Triton's generate endpoint either.
     config = _base(name, "trident_generator", max_batch_size=1)
     if limits.device == "cuda":
         config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
     config.model_transaction_policy.decoupled = True
-    inputs = [("text_input", "STRING", [1]), ("messages", "STRING", [1])]
-    inputs += [(option, data_type, [1]) for option, data_type in GENERATION_OPTIONS.items()]
-    inputs.append(("stop_words", "STRING", [-1]))
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in inputs)
+    for name_of_prompt in ("text_input", "messages"):
+        config.input.append(_tensor(pb.ModelInput, name_of_prompt, "STRING", [1], optional=True))
+    _add_fields(config, GENERATION)
     outputs = [
         ("text_output", "STRING", [1]),
         ("finish_reason", "STRING", [1]),
@@ -153,30 +144,11 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     return config
 
 
-# The optional inputs of translation and summarization; those of generation that mean the same, and transformers' names.
-SEQ2SEQ_OPTIONS = {
-    **{
-        name: GENERATION_OPTIONS[name]
-        for name in ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p")
-    },
-    "repetition_penalty": "FP32",
-    "random_seed": "UINT64",
-    "num_beams": "INT32",
-    "length_penalty": "FP32",
-    "early_stopping": "BOOL",
-    "no_repeat_ngram_size": "INT32",
-    "source_lang": "STRING",
-    "target_lang": "STRING",
-    "long_input": "STRING",
-}
-
-
 def _seq2seq(name: str, limits: Seq2SeqLimits) -> pb.ModelConfig:
     # Not decoupled: one response, which every client and endpoint can take, and a request still can be cancelled.
     config = _base(name, "trident_seq2seq", max_batch_size=1)
     config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
-    options = [(option, data_type, [1]) for option, data_type in SEQ2SEQ_OPTIONS.items()]
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
+    _add_fields(config, SEQ2SEQ)
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
     config.output.append(_tensor(pb.ModelOutput, "sequence_scores", "FP32", [-1]))
     _set_parameters(config, asdict(limits))
@@ -190,56 +162,42 @@ _TEXT_OUTPUTS: list[tuple[str, str, list[int]]] = [
     ("num_output_tokens", "INT32", [1]),
     ("output_log_probs", "FP32", [-1]),
 ]
-TEMPLATE_OPTIONS = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "random_seed",
-)
 
 
 def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
     """The tensors are those of the task's other models."""
     answers = spec.task == "question-answering"
     config = _base(spec.name, "trident_template", max_batch_size=0 if answers else 1)
-    options = [(name, GENERATION_OPTIONS[name], [1]) for name in TEMPLATE_OPTIONS]
     if answers:
-        stages = ensembles.stages(spec.task, AnswerLimits())
-        config.input.extend(_tensor(pb.ModelInput, *item) for item in stages.texts)
-        config.output.extend(_tensor(pb.ModelOutput, *item) for item in stages.answers)
+        task = encoders.TASKS[spec.task]
+        _add_tensors(config, limits, task.texts, (), task.answers)
     else:
         config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
         config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
-    if spec.task == "translation":
-        options += [("source_lang", "STRING", [1]), ("target_lang", "STRING", [1])]
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in options)
+    _add_fields(config, (*TEMPLATE, *LANGUAGES) if spec.task == "translation" else TEMPLATE)
     languages = {"source_lang": spec.source_lang, "target_lang": spec.target_lang}
     _set_parameters(config, {"task": spec.task, **asdict(limits), **languages})
     return config
 
 
 def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig]:
-    stages = ensembles.stages(spec.task, limits)
+    task = encoders.TASKS[spec.task]
     batch = limits.max_batch_size
-    outer = batch if stages.batched else 0
+    outer = batch if task.batched else 0
 
     tokenizer = _base(f"{spec.name}_tokenizer", "trident_tokenizer", outer)
-    _add_tensors(tokenizer, stages.texts, stages.tokenizer_options, stages.tokens)
-    _set_parameters(tokenizer, {"task": spec.task, **stages.tokenizer_parameters})
+    _add_tensors(tokenizer, limits, task.texts, task.options, task.tokens)
+    _set_parameters(tokenizer, {"task": spec.task} | _taken(limits, task.parameters))
     yield tokenizer
 
     postprocess = _base(f"{spec.name}_postprocess", "trident_postprocess", outer)
-    _add_tensors(postprocess, stages.read, stages.postprocess_options, stages.answers)
-    _set_parameters(postprocess, {"task": spec.task, **stages.postprocess_parameters})
+    _add_tensors(postprocess, limits, task.read_tensors, task.answer_options, task.answers)
+    _set_parameters(postprocess, {"task": spec.task} | _taken(limits, task.answer_parameters))
     yield postprocess
 
     for variant in spec.variants:
         model = _base(model_part(spec, variant), "onnxruntime", batch)
-        _add_tensors(model, stages.model_inputs, (), stages.model_outputs)
+        _add_tensors(model, limits, task.model_inputs, (), task.model_outputs)
         _set_parameters(model, {"intra_op_thread_count": limits.threads})
         yield model
 
@@ -255,15 +213,25 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig
         yield ensemble
 
 
+def _taken(limits: EncoderLimits, parameters: Mapping[str, str]) -> dict[str, object]:
+    """Parameters of a stage with the values of the limits that they come from; lists as "32,64"."""
+    values = {name: getattr(limits, limit) for name, limit in parameters.items()}
+    return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
 def _add_tensors(
     config: pb.ModelConfig,
-    inputs: Iterable[ensembles.Tensor],
-    optional: Iterable[ensembles.Tensor],
-    outputs: Iterable[ensembles.Tensor],
+    limits: object,
+    inputs: Iterable[Tensor],
+    optional: Iterable[Tensor],
+    outputs: Iterable[Tensor],
 ) -> None:
-    config.input.extend(_tensor(pb.ModelInput, *item) for item in inputs)
-    config.input.extend(_tensor(pb.ModelInput, *item, optional=True) for item in optional)
-    config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
+    def add(kind: Any, tensors: Iterable[Tensor], **more: bool) -> Iterable[Any]:
+        return (_tensor(kind, tensor.name, tensor.data_type, tensor.dims(limits), **more) for tensor in tensors)
+
+    config.input.extend(add(pb.ModelInput, inputs))
+    config.input.extend(add(pb.ModelInput, optional, optional=True))
+    config.output.extend(add(pb.ModelOutput, outputs))
     if config.max_batch_size:
         config.dynamic_batching.SetInParent()
 

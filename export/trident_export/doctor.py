@@ -15,11 +15,10 @@ import onnx
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import configs, install
-from trident_export.limits import GenerationLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
-from trident_serving import memory
 from trident_serving.artefacts import VERSION, read_manifest
-from trident_serving.onnx_session import TRITON_TYPES
+from trident_serving.runtime import memory
+from trident_serving.triton.onnx_session import TRITON_TYPES
 
 MEBIBYTE = 2**20
 # What Triton takes of /dev/shm for a Python-based backend, before tensors grow it.
@@ -105,8 +104,8 @@ def _threads(specs: Sequence[ModelSpec]) -> Iterator[Finding]:
         threads = getattr(spec.limits, "threads", 0)
         if threads > cores:
             yield Finding(False, f"[{spec.name}] limits.threads is {threads}, this machine has {cores} cores")
-    sessions = [spec for spec in specs for _ in spec.variants if not isinstance(spec.limits, TemplateLimits)]
-    total = sum(spec.limits.threads for spec in sessions if not isinstance(spec.limits, TemplateLimits))
+    sessions = [spec for spec in specs for _ in spec.variants if not spec.template]
+    total = sum(getattr(spec.limits, "threads", 0) for spec in sessions)
     if total > cores and len(sessions) > 1:
         yield Finding(
             False,
@@ -128,9 +127,7 @@ def _shared_memory(specs: Sequence[ModelSpec]) -> Iterator[Finding]:
 
 
 def _memory(specs: Sequence[ModelSpec]) -> Iterator[Finding]:
-    caches = sum(
-        spec.limits.kv_cache_mib * len(spec.variants) for spec in specs if isinstance(spec.limits, GenerationLimits)
-    )
+    caches = sum(spec.generation.kv_cache_mib * len(spec.variants) for spec in specs if spec.generation)
     available = memory.available_bytes() // MEBIBYTE
     if caches > available:
         yield Finding(

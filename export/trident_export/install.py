@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import importlib.metadata
-import json
 import os
 import shutil
 import tempfile
@@ -19,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trident_export import configs, disk, folder, memory, report, sources, tasks
-from trident_export.errors import ExportError, ExportsFailed, SourceError, TextError
-from trident_export.limits import GenerationLimits, Seq2SeqLimits, TemplateLimits
+from trident_export import configs, disk, memory, report, tasks
+from trident_export.errors import ExportError, ExportsFailed, SourceError
+from trident_export.fingerprint import fingerprint
+from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_export.progress import Progress
 from trident_serving.artefacts import (
@@ -33,50 +31,6 @@ from trident_serving.artefacts import (
     read_manifest,
     write_failures,
 )
-
-# What an artefact depends on beside its spec and source.
-_PACKAGES = ("onnx", "onnxruntime", "optimum", "optimum-onnx", "tokenizers", "torch", "transformers")
-_NOT_EXPORTING = (
-    "add.py",
-    "cli.py",
-    "compression",
-    "disk.py",
-    "doctor.py",
-    "errors.py",
-    "memory.py",
-    "pin.py",
-    "progress.py",
-    "measure/quality.py",
-    "quiet.py",
-    "report.py",
-    "measure/sensitivity.py",
-)
-
-
-def exporter_version() -> str:
-    """A digest of the exporter's own code and of the versions of the packages that it works with."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for file in sorted(root.rglob("*")):
-        if file.suffix in (".py", ".txt", ".toml") and not file.relative_to(root).as_posix().startswith(_NOT_EXPORTING):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    for package in _PACKAGES:
-        digest.update(f"{package}=={importlib.metadata.version(package)}\n".encode())
-    return digest.hexdigest()
-
-
-def fingerprint(spec: ModelSpec, base: Path) -> str:
-    """A digest of everything that the artefacts of a spec depend on."""
-    calibration = hashlib.sha256(_content(Path(spec.calibration))).hexdigest() if spec.calibration else ""
-    parts = [spec.as_dict(), calibration, sources.identity(spec, base), exporter_version()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
-
-
-def _content(calibration: Path) -> bytes:
-    try:
-        return calibration.read_bytes()
-    except OSError as error:
-        raise TextError(f"the calibration text {calibration} can't be read: {error.strerror}") from None
 
 
 def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
@@ -92,13 +46,12 @@ def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
 
 def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
     """The graphs that a variant is served from; a template has none."""
-    if isinstance(spec.limits, TemplateLimits):
+    if spec.template:
         return []
-    if isinstance(spec.limits, Seq2SeqLimits):
+    if spec.seq2seq:
         folder = repository / spec.public_name(variant) / VERSION
         return [folder / "encoder.onnx", folder / "decoder.onnx"]
-    generator = isinstance(spec.limits, GenerationLimits)
-    part = spec.public_name(variant) if generator else configs.model_part(spec, variant)
+    part = spec.public_name(variant) if spec.generation else configs.model_part(spec, variant)
     return [repository / part / VERSION / "model.onnx"]
 
 
@@ -171,10 +124,10 @@ def _check_generator(
     Raises:
         SourceError: the generator's export failed just now, and no older one is there.
     """
-    if not isinstance(spec.limits, TemplateLimits):
+    if not spec.template:
         return
     for other in specs:
-        wanted = spec.limits.generator in map(other.public_name, other.variants)
+        wanted = spec.template.generator in map(other.public_name, other.variants)
         if wanted and other.name in failures and read_manifest(repository, other.name) is None:
             raise SourceError(f"its generator {other.name} is not exported: see there")
 
@@ -199,11 +152,12 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
     for left in work.glob("staging-*"):  # of an export that was killed: the lock says that none is running
         shutil.rmtree(left, ignore_errors=True)
     source = sources.fetch(spec, base, cache, progress, force=force)
-    if not isinstance(spec.limits, TemplateLimits):
-        memory.require(spec.name, folder.parameters(source), spec.kind, force=force)
+    if not spec.template:
+        memory.require(spec.name, source.parameters, spec.kind, force=force)
     staging = Path(tempfile.mkdtemp(prefix="staging-", dir=work))
     try:
         # Said here, because what is left on the disk shows a full one only until the staging folder is removed.
+        digest = fingerprint(spec, base)  # before: what is changed while the export runs is not in it
         with disk.writing(staging), _temporary_files(staging):
             checked = tasks.build(tasks.Job(spec, source, staging, progress), force=force)
             manifest = Manifest(
@@ -214,7 +168,7 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
                     variant: spec.public_name(variant)
                     for variant in sorted(spec.variants, key=lambda variant: variant != spec.default_variant)
                 },
-                fingerprint=fingerprint(spec, base),
+                fingerprint=digest,
                 fidelity=dict(checked.measures),
                 unverified=checked.refused,
             )

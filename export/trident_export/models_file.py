@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from trident_export import recipes
 from trident_export.errors import ModelsFileError
-from trident_export.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
-from trident_export.recipes import Kind
+from trident_export.recipes import Kind, Recipe
+from trident_serving.artefacts import read_manifest
+from trident_serving.errors import ReadingError
+from trident_serving.schema import reading
+from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
 from trident_serving.templates import compile_template
 
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
@@ -52,6 +55,8 @@ class ModelSpec:
         gates: thresholds by variant that replace the default ones (see `fidelity`).
         calibration: a file of representative text, for recipes that look at activations; "": the packaged texts.
         recipes: of the variants.
+        more: recipes of variants that are exported on request, `make export MODEL=name VARIANTS=...`, and kept from
+            then on; see `with_variants`.
     """
 
     name: str
@@ -67,20 +72,49 @@ class ModelSpec:
     prefix: str | None = None
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     calibration: str = ""
-    recipes: Mapping[str, recipes.Recipe] = field(default_factory=dict)
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    more: Mapping[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def generation(self) -> GenerationLimits | None:
+        """The limits of a causal model; None for others."""
+        return self.limits if isinstance(self.limits, GenerationLimits) else None
+
+    @property
+    def seq2seq(self) -> Seq2SeqLimits | None:
+        """The limits of an encoder-decoder model; None for others."""
+        return self.limits if isinstance(self.limits, Seq2SeqLimits) else None
+
+    @property
+    def encoder(self) -> EncoderLimits | None:
+        """The limits of an encoder; None for others."""
+        return self.limits if isinstance(self.limits, EncoderLimits) else None
+
+    @property
+    def template(self) -> TemplateLimits | None:
+        """The limits of a task in front of a generator; None for others."""
+        return self.limits if isinstance(self.limits, TemplateLimits) else None
 
     @property
     def kind(self) -> Kind:
         """Which passes of a recipe are for it."""
-        return _kind(self.limits)
+        return _kind(type(self.limits))
 
     def public_name(self, variant: str) -> str:
         """The name under which clients call a variant."""
         return self.name if variant == self.default_variant else f"{self.name}_{variant}"
 
+    def with_variants(self, wanted: Iterable[str]) -> ModelSpec:
+        """The same model with some of its variants on request; others are left."""
+        found = {variant: recipe for variant, recipe in self.more.items() if variant in set(wanted)}
+        rest = {variant: recipe for variant, recipe in self.more.items() if variant not in found}
+        return replace(self, variants=(*self.variants, *found), recipes={**self.recipes, **found}, more=rest)
+
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as plain data."""
-        return asdict(self) | {"recipes": repr(self.recipes)}
+        """All that decides its artefacts, as plain data."""
+        values = asdict(replace(self, recipes={}, more={}))
+        del values["more"]
+        return values | {"recipes": repr(self.recipes)}
 
 
 def load(path: Path) -> list[ModelSpec]:
@@ -101,16 +135,18 @@ def load(path: Path) -> list[ModelSpec]:
     specs = [_resolved(parse(name, table, known), path.parent) for name, table in tables.items()]
     names: dict[str, str] = {}
     for spec in specs:
-        for variant in spec.variants:
+        for variant in (*spec.variants, *spec.more):
             other = names.setdefault(spec.public_name(variant), spec.name)
             if other != spec.name:
                 raise ModelsFileError(f"[{other}] and [{spec.name}] would both serve {spec.public_name(variant)!r}")
     for spec in specs:
-        if isinstance(spec.limits, TemplateLimits):
-            generators = [other.public_name(v) for other in specs for v in other.variants if _generates(other)]
-            if spec.limits.generator not in generators:
+        if spec.template:
+            generators = [
+                other.public_name(v) for other in specs for v in (*other.variants, *other.more) if other.generation
+            ]
+            if spec.template.generator not in generators:
                 choice = ", ".join(generators) or "none"
-                raise ModelsFileError(f"[{spec.name}]: generator {spec.limits.generator!r} is not one of {choice}")
+                raise ModelsFileError(f"[{spec.name}]: generator {spec.template.generator!r} is not one of {choice}")
     return specs
 
 
@@ -118,14 +154,10 @@ def _resolved(spec: ModelSpec, base: Path) -> ModelSpec:
     return replace(spec, calibration=str((base / spec.calibration).resolve())) if spec.calibration else spec
 
 
-def _kind(limits: Limits) -> Kind:
-    if isinstance(limits, EncoderLimits):
+def _kind(limits: type[Limits]) -> Kind:
+    if issubclass(limits, EncoderLimits):
         return Kind.ENCODER
-    return Kind.SEQ2SEQ if isinstance(limits, Seq2SeqLimits) else Kind.DECODER
-
-
-def _generates(spec: ModelSpec) -> bool:
-    return isinstance(spec.limits, GenerationLimits)
+    return Kind.SEQ2SEQ if limits is Seq2SeqLimits else Kind.DECODER
 
 
 def select(specs: list[ModelSpec], name: str | None, *, on_demand: bool = False) -> list[ModelSpec]:
@@ -140,6 +172,12 @@ def select(specs: list[ModelSpec], name: str | None, *, on_demand: bool = False)
     if not chosen:
         raise ModelsFileError(f"there is no model {name!r}; known are {', '.join(spec.name for spec in specs)}")
     return chosen
+
+
+def as_installed(spec: ModelSpec, repository: Path, wanted: Iterable[str] = ()) -> ModelSpec:
+    """The model with the variants on request that a repository has of it, and with those that are wanted now."""
+    manifest = read_manifest(repository, spec.name)
+    return spec.with_variants([*(manifest.public_models if manifest is not None else ()), *wanted])
 
 
 def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] | None = None) -> ModelSpec:
@@ -160,29 +198,30 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
     if "generator" in table:
         return _template(name, table)
-    known = [f.name for f in fields(ModelSpec) if f.name not in ("name", "recipes")]
+    known = [f.name for f in fields(ModelSpec) if f.name not in ("name", "recipes", "more")] + ["more_variants"]
     known_recipes = recipes.load() if known_recipes is None else known_recipes
     _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
     task = table["task"]
     if task not in LIMITS:
         raise ModelsFileError(f"{where}: task {task!r} is not one of {', '.join(LIMITS)}")
-    variants = tuple(table["variants"])
-    unknown = [variant for variant in variants if variant not in known_recipes]
-    if not variants or unknown or len(set(variants)) < len(variants):
+    variants, more = tuple(table["variants"]), tuple(table.get("more_variants", ()))
+    every = (*variants, *more)
+    unknown = [variant for variant in every if variant not in known_recipes]
+    if not variants or unknown or len(set(every)) < len(every):
         choice = ", ".join(known_recipes)
-        raise ModelsFileError(f"{where}: variants must be different ones of {choice}, found {variants}")
+        raise ModelsFileError(f"{where}: variants must be different ones of {choice}, found {every}")
     default = table.get("default_variant", variants[0])
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
     limits = _limits(f"{where} limits", LIMITS[task], table["limits"])
-    kind = _kind(limits)
+    kind = _kind(LIMITS[task])
     try:
-        for variant in variants:
+        for variant in every:
             known_recipes[variant].check(variant, kind, getattr(limits, "device", "cpu"))
     except ModelsFileError as error:
         raise ModelsFileError(f"{where}: {error}") from None
     gates = table.get("gates", {})
-    _check_keys(f"{where} gates", gates, variants)
+    _check_keys(f"{where} gates", gates, every)
     return ModelSpec(
         name=name,
         task=task,
@@ -196,6 +235,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         gates=gates,
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
         recipes={variant: known_recipes[variant] for variant in variants},
+        more={variant: known_recipes[variant] for variant in more},
     )
 
 
@@ -271,26 +311,10 @@ def _source(where: str, table: object) -> Source:
 
 
 def _limits(where: str, kind: type[Limits], table: object) -> Limits:
-    if not isinstance(table, dict):
-        raise ModelsFileError(f"{where} must be a table, found {table!r}")
-    required = [f.name for f in fields(kind) if f.default is MISSING]
-    _check_keys(where, table, [f.name for f in fields(kind)], required=required)
-    kinds = {f.name: f.type for f in fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        here = f"{where}.{key}"
-        if kinds[key] == "tuple[int, ...]":
-            values[key] = tuple(_integer(here, size) for size in _typed(here, value, list))
-        elif kinds[key] == "bool":
-            values[key] = _typed(here, value, bool)
-        elif kinds[key] == "str":
-            values[key] = _typed(here, value, str)
-        else:
-            values[key] = _integer(here, value, least=0 if key == "kv_cache_mib" else 1)
     try:
-        return kind(**values)
-    except ModelsFileError as error:
-        raise ModelsFileError(f"{where}.{error}") from None
+        return reading.read(kind, table, where)
+    except ReadingError as error:
+        raise ModelsFileError(str(error)) from None
 
 
 def _check_keys(where: str, table: Mapping[str, Any], known: Any, required: Any = ()) -> None:

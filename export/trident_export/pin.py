@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from trident_export import folder as hf
 from trident_export.errors import SourceError
+from trident_export.huggingface.folder import reason
 from trident_export.models_file import ModelSpec
 
 
@@ -26,7 +26,7 @@ def resolve(hub_id: str, revision: str = "") -> str:
     try:
         commit: str | None = HfApi().model_info(hub_id, revision=revision or None).sha
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SourceError(f"the Hugging Face hub did not give {hub_id}: {hf.reason(error)}") from None
+        raise SourceError(f"the Hugging Face hub did not give {hub_id}: {reason(error)}") from None
     if not commit:
         raise SourceError(f"the Hugging Face hub gave no commit id for {hub_id}")
     return commit

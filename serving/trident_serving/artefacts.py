@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 VERSION = "1"
+# Of what an export leaves: the files of a version folder and what they hold. Raise it when a reader of ours would
+# misunderstand an older artefact; tests/unit/test_artefacts.py says when that may be.
+FORMAT = 2
 MANIFEST = "trident.json"
 # Why the last export of a model failed, by its name, for the launcher to say; in the repository.
 FAILURES = ".trident/failures.json"
@@ -33,6 +36,7 @@ class Manifest:
         fingerprint: digest of all that the export depended on.
         fidelity: what the gate measured, by variant.
         unverified: variants that the gate refused and a person installed nevertheless, with the gate's reason.
+        format: of the artefact; 1 where none is written.
     """
 
     name: str
@@ -42,10 +46,11 @@ class Manifest:
     fingerprint: str
     fidelity: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     unverified: dict[str, str] = field(default_factory=dict)
+    format: int = 1
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a version folder."""
-        text = json.dumps(asdict(self), indent=2)
+        text = json.dumps(asdict(self) | {"format": FORMAT}, indent=2)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -55,11 +60,12 @@ def manifest_path(repository: Path, name: str) -> Path:
 
 
 def read_manifest(repository: Path, name: str) -> Manifest | None:
-    """The manifest of a model; None where the model is not (or not completely) exported."""
+    """The manifest of a model; None where it is not exported, not completely, or in another format than this."""
     try:
-        return Manifest(**json.loads(manifest_path(repository, name).read_text(encoding="utf-8")))
+        manifest = Manifest(**json.loads(manifest_path(repository, name).read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
+    return manifest if manifest.format == FORMAT else None
 
 
 def read_manifests(repository: Path) -> list[Manifest]:

@@ -1,10 +1,21 @@
-"""What can go wrong with a request, by what the caller should do about it.
+"""Everything that this package raises on purpose, by who should read it.
 
-    ServingError
-    ├── InvalidRequest     the request can never succeed: Triton's INVALID_ARGUMENT
-    ├── Overloaded         it may succeed later: Triton's UNAVAILABLE
-    ├── DeadlineExceeded   it took longer than its `timeout`, or the model's: gRPC's DEADLINE_EXCEEDED
-    └── Cancelled          nobody waits for it any more: gRPC's CANCELLED
+    ServingError            a request failed: its sender reads the message
+    ├── InvalidRequest      it can never succeed: Triton's INVALID_ARGUMENT
+    ├── Overloaded          it may succeed later: Triton's UNAVAILABLE
+    ├── DeadlineExceeded    it took longer than its `timeout`, or the model's: gRPC's DEADLINE_EXCEEDED
+    └── Cancelled           its sender does not wait any more: gRPC's CANCELLED
+    ModelError              a model can't be served: its owner reads the message in the server's log
+    ├── ReadingError        a table, or a parameter of its config, has an impossible value
+    ├── LoadError           its graph and its config disagree
+    ├── DoesNotFit          it takes more memory than there is
+    ├── DeviceMissing       the device that it is for is not there
+    └── BrokenModel         it gives logits that are no numbers
+    LauncherError           the server can't start or go on: whoever started it reads the message
+    ├── StartError          it can't start
+    ├── ServerDied          tritonserver ended, or can't go on
+    └── ControlError        tritonserver does not do what the launcher asks for, or does not answer
+        └── Refused         it answers that it can't
 
 Anything else that is raised is a defect of the server: Triton's INTERNAL.
 """
@@ -30,3 +41,50 @@ class DeadlineExceeded(ServingError):
 
 class Cancelled(ServingError):
     """The client has gone, or has cancelled the request."""
+
+
+class ModelError(ValueError):
+    """A model can't be served for a reason that its owner can do something about."""
+
+
+class ReadingError(ModelError):
+    """A table or text does not fit its dataclass; the message names place, key, value and what is allowed."""
+
+
+class LoadError(ModelError):
+    """The model can't be served as its config says."""
+
+
+class DoesNotFit(ModelError):
+    """The model's limits and this machine do not fit; the message gives the sum and says which limit to change."""
+
+
+class DeviceMissing(ModelError):
+    """The device that the configuration asks for is not there; the message says what is and what to install."""
+
+
+class BrokenModel(ModelError):
+    """The model gave logits that are no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__("the model gave logits that are not numbers")
+
+
+class LauncherError(RuntimeError):
+    """The server can't start, or can't go on."""
+
+
+class StartError(LauncherError):
+    """The server can't start; the message says why and what to do."""
+
+
+class ServerDied(LauncherError):
+    """tritonserver ended or can't go on; the message says how."""
+
+
+class ControlError(LauncherError):
+    """The server does not do what the launcher asks for, or does not answer."""
+
+
+class Refused(ControlError):
+    """The server answers that it can't do it."""

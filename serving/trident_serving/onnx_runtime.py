@@ -18,7 +18,7 @@ def choose(device: str, environment: Mapping[str, str] = os.environ) -> None:
     """Let `import onnxruntime` find the runtime for a device, `cpu` or `cuda`; called before anything imports it.
 
     Where the variable TRIDENT_CUDA_RUNTIME names a folder with an onnxruntime, `cuda` gets that one. Elsewhere nothing
-    changes, and `generation.decoder.open_session` says what is missing.
+    changes, and `runtime.session.open_session` says what is missing.
 
     Raises:
         RuntimeError: an ONNX Runtime is imported already.

@@ -19,7 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
-from trident_serving.generation.request import scalar, single_text
+from trident_serving.schema.fields import LANGUAGES, TEMPLATE, by_name, single_text
+from trident_serving.schema.limits import TemplateLimits
+from trident_serving.schema.reading import read_texts
 from trident_serving.text import decode_texts, encode_texts
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -30,6 +32,7 @@ FIELDS = {
     "summarization": ("text_input",),
     "question-answering": ("question", "context"),
 }
+_MAX_TOKENS = by_name(TEMPLATE)["max_tokens"]
 _LANGUAGE = re.compile(r"[\w()' -]{1,40}")
 _ERRORS: dict[str, type[ServingError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
@@ -116,10 +119,9 @@ class TemplateTask:
         if missing:
             raise ValueError(f"parameters {', '.join(missing)} are missing")
         self.task = parameters["task"]
-        self.generator = parameters["generator"]
-        self._template = compile_template(self.task, parameters["template"])
-        self._max_tokens = int(parameters["max_tokens"])
-        self._languages = {name: parameters.get(name, "") for name in ("source_lang", "target_lang")}
+        self.limits = read_texts(TemplateLimits, parameters)
+        self._template = compile_template(self.task, self.limits.template)
+        self._languages = {field: parameters.get(field.name, "") for field in LANGUAGES}
 
     def prompts(self, inputs: Tensors) -> list[Prompt]:
         """The generator's calls for a request: one, or one a question.
@@ -146,12 +148,12 @@ class TemplateTask:
         message = json.dumps([{"role": "user", "content": prompt.text}])
         tensors: dict[str, NDArray[Any]] = {
             "messages": encode_texts([message])[None],
-            "max_tokens": np.array([[int(scalar(inputs, "max_tokens", self._max_tokens))]], np.int32),
+            "max_tokens": np.array([[_MAX_TOKENS.read(inputs, self.limits.max_tokens)]], np.int32),
             "return_log_probs": np.array([[True]]),
         }
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "random_seed", "min_tokens"):
-            if name in inputs:
-                tensors[name] = inputs[name].reshape(1, -1)
+        for field in TEMPLATE:
+            if field is not _MAX_TOKENS and field.name in inputs:
+                tensors[field.name] = inputs[field.name].reshape(1, -1)
         return tensors
 
     def answer(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> dict[str, NDArray[Any]]:
@@ -170,11 +172,11 @@ class TemplateTask:
     def _named(self, inputs: Tensors) -> dict[str, str]:
         """Languages by name; a template that names none gets none."""
         found = {}
-        for name, default in self._languages.items():
-            language = single_text(inputs, name) if name in inputs else default
+        for field, default in self._languages.items():
+            language = field.read(inputs, default)
             if language and not _LANGUAGE.fullmatch(language):
-                raise InvalidRequest(f"{name} must be the name of a language, found {language[:80]!r}")
-            found[name] = language
+                raise InvalidRequest(f"{field.name} must be the name of a language, found {language[:80]!r}")
+            found[field.name] = language
         return found
 
     def _render(self, fields: dict[str, str]) -> str:

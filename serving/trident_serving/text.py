@@ -35,11 +35,16 @@ def decode_texts(tensor: NDArray[np.object_], field: str, max_bytes: int | None 
         InvalidRequest: an element is not UTF-8, or is longer than `max_bytes` bytes.
     """
     elements = tensor.reshape(-1).tolist()
-    names = [field if len(elements) == 1 else f"{field}[{row}]" for row in range(len(elements))]
+    names = numbered(field, len(elements))
     for name, element in zip(names, elements, strict=True):
         if max_bytes is not None and len(element) > max_bytes:
             raise InvalidRequest(f"{name} has {len(element)} bytes, the limit is {max_bytes} bytes")
     return [decode_utf8(element, name) for name, element in zip(names, elements, strict=True)]
+
+
+def numbered(field: str, count: int) -> list[str]:
+    """What errors call the elements of a field: by its name, with the row where there are several."""
+    return [field] if count == 1 else [f"{field}[{row}]" for row in range(count)]
 
 
 def encode_texts(texts: Iterable[str]) -> NDArray[np.object_]:

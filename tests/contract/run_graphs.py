@@ -15,10 +15,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trident_serving import onnx_session
-from trident_serving.generation.batch import RowTokens
+from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
+from trident_serving.triton import onnx_session
 
 VOCABULARY = 500
 
@@ -54,18 +54,18 @@ def run(folder: Path) -> dict[str, NDArray[Any]]:
 
 def _generator(folder: Path, random: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Prompts in chunks, single tokens of several rows beside an idle one, and a draft."""
-    decoder = OnnxDecoder(folder / "model.onnx", rows=4, context=48, longest_run=16, threads=1)
+    decoder = OnnxDecoder(folder / "model.onnx", slots=4, context=48, longest_run=16, threads=1)
     texts = random.integers(1, VOCABULARY, (4, 30)).tolist()
-    found = [decoder.run([RowTokens(row, 0, texts[row][:12], 12)]).copy() for row in range(4)]
+    found = [decoder.run([SlotTokens(row, 0, texts[row][:12], 12)]).copy() for row in range(4)]
     for at in range(12, 20):
-        found.append(decoder.run([RowTokens(row, at, texts[row][at : at + 1]) for row in (0, 2, 3)]).copy())
-    found.append(decoder.run([RowTokens(1, 12, texts[1][12:20], 8), RowTokens(3, 20, texts[3][20:21])]).copy())
+        found.append(decoder.run([SlotTokens(row, at, texts[row][at : at + 1]) for row in (0, 2, 3)]).copy())
+    found.append(decoder.run([SlotTokens(1, 12, texts[1][12:20], 8), SlotTokens(3, 20, texts[3][20:21])]).copy())
     return {"logits": np.concatenate(found)}
 
 
 def _seq2seq(folder: Path, random: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Two texts of different lengths, a token at a time; the graph has the model's longest answer as a constant."""
-    decoder = Seq2SeqDecoder(folder, rows=8, capacity=40, threads=1)
+    decoder = Seq2SeqDecoder(folder, slots=8, capacity=40, threads=1)
     for text, length in enumerate((11, 30)):
         decoder.encode(text, random.integers(5, VOCABULARY, length).tolist())
     steps = random.integers(5, VOCABULARY, (8, 2)).tolist()

@@ -11,7 +11,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import configs, models_file
-from trident_serving.onnx_session import TensorInfo
+from trident_serving.triton.onnx_session import TensorInfo
 
 REPOSITORY = ROOT / "model_repository"
 SPECS = models_file.load(ROOT / "models.toml")
@@ -20,13 +20,15 @@ ENSEMBLES = [name for name, config in CONFIGS.items() if config.platform == "ens
 
 
 def test_the_committed_configs_are_in_step() -> None:
-    assert configs.drift(SPECS, REPOSITORY) == []
+    assert configs.drift([models_file.as_installed(spec, REPOSITORY) for spec in SPECS], REPOSITORY) == []
 
 
 def test_drift_is_seen(tmp_path: Path) -> None:
     for spec in SPECS:
-        configs.write(spec, tmp_path)
+        if not spec.on_demand:
+            configs.write(spec, tmp_path)
     assert configs.drift(SPECS, tmp_path) == []
+    configs.write(next(spec for spec in SPECS if spec.name == "gpt2"), tmp_path)
     changed = tmp_path / "smollm2/config.pbtxt"
     changed.write_text(changed.read_text().replace("2048", "4096"))
     (tmp_path / "minilm/config.pbtxt").unlink()
@@ -40,8 +42,13 @@ def test_drift_is_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_survive_a_round_trip(name: str) -> None:
-    text = (REPOSITORY / name / "config.pbtxt").read_text()
-    assert text_format.Parse(text, pb.ModelConfig()) == CONFIGS[name]
+    assert text_format.Parse(configs.to_text(CONFIGS[name]), pb.ModelConfig()) == CONFIGS[name]
+
+
+def test_a_config_is_committed_for_what_a_first_start_serves() -> None:
+    committed = {name for spec in SPECS if not spec.on_demand for name in configs.build(spec)}
+    assert committed <= {path.parent.name for path in REPOSITORY.glob("*/config.pbtxt")}
+    assert len(committed) == 13
 
 
 def _shape(config: pb.ModelConfig, tensor: pb.ModelInput) -> tuple[int, ...]:

@@ -176,7 +176,7 @@ def test_a_generator_on_a_gpu_gets_the_other_runtime_of_the_image() -> None:
     command = [
         sys.executable,
         "-c",
-        f"{code}; from trident_serving.generation import decoder; print(decoder.ort.__version__)",
+        f"{code}; from trident_serving.runtime import session; print(session.ort.__version__)",
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == f"{CUDA}\n"

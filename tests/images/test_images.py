@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.image, pytest.mark.timeout(3600)]
 DOCKERFILES = {"native": "deploy/Dockerfile", "cpu": "deploy/Dockerfile.cpu"}
 CAPITAL = "What is the capital of France?"
 PARIS = "The capital of France is Paris."
-# Of all-MiniLM-L6-v2 in float32, as README.md shows it.
+# Of all-MiniLM-L6-v2 in float32, as docs/quickstart.md shows it.
 TEXT, VECTOR = "A text to compare with others", [0.0150, 0.0809, -0.0329, -0.0246, -0.0007, 0.0260]
 LONG_ANSWER = 480  # tokens: several seconds
 

@@ -82,7 +82,7 @@ def raw_stream(server: LocalServer, request: pb.ModelInferRequest) -> str:
         ({"top_k": -1}, "top_k must be 0 (off) or more, found -1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"presence_penalty": 3.0}, "presence_penalty must be between -2 and 2, found 3.0"),
-        ({"min_tokens": 9, "max_tokens": 4}, "min_tokens must be between 0 and max_tokens (4), found 9"),
+        ({"min_tokens": 9, "max_tokens": 4}, "min_tokens must be between 0 and 4, found 9"),
         ({"stop_words": ["x"] * 33}, "stop_words holds 33 texts, the limit is 32"),
     ],
 )

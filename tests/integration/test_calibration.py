@@ -17,7 +17,7 @@ from trident_export import corpora
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
 from trident_serving.launcher import local
-from trident_serving.tokenization import TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 
 GRAPH = "mood_model_int8_static/1/model.onnx"
 

@@ -34,13 +34,16 @@ from trident_export import recipes
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.passes import Cache, CalibrationRuns, Feeds, Rotate, calibration
+from trident_export.passes.base import matmuls
 from trident_export.passes.calibration import moments
 from trident_export.passes.gptq import GptqGroups, GptqPerChannel
 from trident_export.passes.groups import Groups
 from trident_export.tasks.text_generation import inputs_of
-from trident_serving.generation.batch import RowTokens
-from trident_serving.generation.decoder import DeviceMissing, OnnxDecoder
-from trident_serving.generation.service import DoesNotFit, GenerationSettings, plan_memory
+from trident_serving.errors import DeviceMissing, DoesNotFit
+from trident_serving.generation.batch import SlotTokens
+from trident_serving.generation.decoder import OnnxDecoder
+from trident_serving.generation.service import plan_memory
+from trident_serving.schema.limits import GenerationLimits
 
 VOCABULARY = 128
 SHARED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -164,17 +167,19 @@ def test_rows_of_a_graph_for_gpus_run_together_and_leave_idle_ones_alone(
     decoder_passes.drop_query_seqlens(rounded)
     editing.save(rounded, tmp_path / "model.onnx")
     assert compare_logits(models[name], tmp_path / "model.onnx", tolerance=0.2) > 1e-3
-    decoder = OnnxDecoder(tmp_path / "model.onnx", rows=3, context=48, longest_run=16, threads=1)
+    decoder = OnnxDecoder(tmp_path / "model.onnx", slots=3, context=48, longest_run=16, threads=1)
     texts = np.random.default_rng(2).integers(1, VOCABULARY, (3, 20)).tolist()
-    expected = [decoder.run([RowTokens(row, 0, text, 12)]).copy() for row, text in enumerate(texts)]
+    expected = [decoder.run([SlotTokens(row, 0, text, 12)]).copy() for row, text in enumerate(texts)]
     for row in range(3):
         decoder.release(row, 0)
     for row, text in enumerate(texts):
-        decoder.run([RowTokens(row, 0, text[:8])])
+        decoder.run([SlotTokens(row, 0, text[:8])])
     # Row 1 is idle between the two others, which write a token each in twelve runs; then it goes on.
-    found = [decoder.run([RowTokens(row, at, texts[row][at : at + 1]) for row in (0, 2)]).copy() for at in range(8, 20)]
+    found = [
+        decoder.run([SlotTokens(row, at, texts[row][at : at + 1]) for row in (0, 2)]).copy() for at in range(8, 20)
+    ]
     np.testing.assert_array_equal(np.stack(found, axis=1), [expected[0], expected[2]])
-    np.testing.assert_array_equal(decoder.run([RowTokens(1, 8, texts[1][8:], 12)]), expected[1])
+    np.testing.assert_array_equal(decoder.run([SlotTokens(1, 8, texts[1][8:], 12)]), expected[1])
 
 
 def compare_logits(model: Any, graph: Path, tolerance: float) -> float:
@@ -182,7 +187,7 @@ def compare_logits(model: Any, graph: Path, tolerance: float) -> float:
     random = np.random.default_rng(0)
     lengths = [17, 40, 9]
     texts = [random.integers(1, VOCABULARY, length).tolist() for length in lengths]
-    decoder = OnnxDecoder(graph, rows=5, context=48, longest_run=16, threads=1)
+    decoder = OnnxDecoder(graph, slots=5, context=48, longest_run=16, threads=1)
     largest = 0.0
     found = [[] for _ in texts]  # type: ignore[var-annotated]
     position = [0, 0, 0]
@@ -192,11 +197,11 @@ def compare_logits(model: Any, graph: Path, tolerance: float) -> float:
         for index, row in enumerate((4, 0, 1)):
             piece = texts[index][position[index] :][: random.choice([1, 1, 2, 5, 16])]
             if piece:
-                items.append(RowTokens(row, position[index], piece, len(piece)))
+                items.append(SlotTokens(row, position[index], piece, len(piece)))
                 position[index] += len(piece)
         logits, begin = decoder.run(items), 0
         for item in items:
-            index = (4, 0, 1).index(item.row)
+            index = (4, 0, 1).index(item.slot)
             found[index].append(logits[begin : begin + item.wanted].copy())
             begin += item.wanted
     for index, text in enumerate(texts):
@@ -204,7 +209,7 @@ def compare_logits(model: Any, graph: Path, tolerance: float) -> float:
             expected = model(torch.tensor([text])).logits[0].numpy()
         assert np.abs(expected).max() > 1.0
         largest = max(largest, float(np.abs(np.concatenate(found[index]) - expected).max()))
-        alone = decoder.run([RowTokens(3, 0, text[:16], len(text[:16]))])
+        alone = decoder.run([SlotTokens(3, 0, text[:16], len(text[:16]))])
         np.testing.assert_array_equal(np.concatenate(found[index])[: len(alone)], alone)
     assert largest < tolerance
     return largest
@@ -224,7 +229,7 @@ def test_a_cache_of_eight_bits(models: dict[str, Any], graphs: dict[str, Path], 
     editing.save(recipes.transform(ir.load(graphs[name]), [Cache(samples=32)], runs), tmp_path / "model.onnx")
     assert asked == [32]
     before, after = (
-        OnnxDecoder(path, rows=2, context=48, longest_run=16, threads=1)
+        OnnxDecoder(path, slots=2, context=48, longest_run=16, threads=1)
         for path in (graphs[name], tmp_path / "model.onnx")
     )
     assert before.cache.bytes_per_token == 4 * after.cache.bytes_per_token
@@ -281,7 +286,7 @@ def test_a_rotated_graph_computes_the_same(
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
 def test_a_graph_that_does_not_turn_is_left(graphs: dict[str, Path], name: str) -> None:
     before = ir.load(graphs[name])
-    recipes.matmuls(before)
+    matmuls(before)
     expected = editing.message(before)
     assert editing.message(recipes.transform(before, [Rotate()])) == expected
 
@@ -424,11 +429,11 @@ def half(graphs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 )
 def test_half_precision(models: dict[str, Any], half: Path, device: str) -> None:
     """The logits are up to 20, and float16 keeps 11 bits of every number on the way."""
-    decoder = OnnxDecoder(half, rows=3, context=48, longest_run=16, threads=1, device=device)
+    decoder = OnnxDecoder(half, slots=3, context=48, longest_run=16, threads=1, device=device)
     assert decoder.cache.dtype == np.float16
     text = np.random.default_rng(1).integers(1, VOCABULARY, 20).tolist()
-    first = decoder.run([RowTokens(0, 0, text[:16], 16)]).copy()
-    rest = [decoder.run([RowTokens(0, start, text[start : start + 1])])[0].copy() for start in range(16, 20)]
+    first = decoder.run([SlotTokens(0, 0, text[:16], 16)]).copy()
+    rest = [decoder.run([SlotTokens(0, start, text[start : start + 1])])[0].copy() for start in range(16, 20)]
     with torch.inference_mode():
         expected = models["llama"](torch.tensor([text])).logits[0].numpy()
     np.testing.assert_allclose(np.concatenate([first, rest]), expected, atol=0.2)
@@ -438,10 +443,10 @@ def test_half_precision(models: dict[str, Any], half: Path, device: str) -> None
 @pytest.mark.skipif(HAS_CUDA, reason="this machine has the provider")
 def test_a_device_that_is_missing_is_named(half: Path) -> None:
     with pytest.raises(DeviceMissing, match="device is 'cuda', but this onnxruntime .* install onnxruntime-gpu"):
-        OnnxDecoder(half, rows=2, context=32, longest_run=16, threads=1, device="cuda")
+        OnnxDecoder(half, slots=2, context=32, longest_run=16, threads=1, device="cuda")
 
 
-def settings(**more: Any) -> GenerationSettings:
+def settings(**more: Any) -> GenerationLimits:
     values: dict[str, Any] = {
         "context": 48,
         "slots": 4,
@@ -451,16 +456,16 @@ def settings(**more: Any) -> GenerationSettings:
         "timeout": 60,
     }
     values |= {"default_max_tokens": 8, "prefix_reuse": True, "prompt_lookup": True, "threads": 1, "device": "cpu"}
-    return GenerationSettings(**values | more)
+    return GenerationLimits(**values | more)
 
 
 def test_memory_is_planned(graphs: dict[str, Path]) -> None:
-    decoder = OnnxDecoder(graphs["llama"], rows=4, context=48, longest_run=16, threads=1)
+    decoder = OnnxDecoder(graphs["llama"], slots=4, context=48, longest_run=16, threads=1)
     each = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, numbers, bytes
     needs = plan_memory(settings(), decoder, weights=3 * 2**20, available=2**30)
     assert (needs.bytes_per_token, needs.cache_tokens, needs.cache) == (each, 4 * 48, each * 4 * 48)
     assert str(needs) == f"3 MiB of weights + 0 MiB of KV cache (192 tokens of {each} bytes) + 0 MiB of logits = 3 MiB"
-    long = OnnxDecoder(graphs["llama"], rows=64, context=32768, longest_run=16, threads=1)
+    long = OnnxDecoder(graphs["llama"], slots=64, context=32768, longest_run=16, threads=1)
     wide = settings(slots=64, context=32768)
     assert plan_memory(wide, long, 0, 2**31).cache == 2**30
     assert plan_memory(settings(slots=64, context=32768, kv_cache_mib=32), long, 0, 2**31).cache_tokens == 65536

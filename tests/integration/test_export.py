@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
-from trident_export import install, models_file, recipes, tasks
+from trident_export import fingerprint, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError
 from trident_export.graphs import decoder_passes
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import fidelity
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
@@ -75,10 +76,10 @@ def test_the_exporters_own_version_counts(
     tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = models_file.parse("gpt2", _table(tiny["gpt2"]))
-    before = install.fingerprint(spec, tmp_path)
-    assert install.fingerprint(spec, tmp_path) == before
-    monkeypatch.setattr(install, "exporter_version", lambda: "another")
-    assert install.fingerprint(spec, tmp_path) != before
+    before = fingerprint.fingerprint(spec, tmp_path)
+    assert fingerprint.fingerprint(spec, tmp_path) == before
+    monkeypatch.setattr(fingerprint, "code", lambda module: f"another {module}")
+    assert fingerprint.fingerprint(spec, tmp_path) != before
 
 
 def _table(folder: Path) -> dict[str, object]:
@@ -223,17 +224,21 @@ def test_wrong_positions_are_refused(tiny: dict[str, Path], tmp_path: Path, monk
     monkeypatch.setattr(OnnxDecoder, "run", shifted)
     spec = models_file.parse("llama", _table(tiny["llama"]))
     with pytest.raises(FidelityError, match="kl is"):
-        tasks.build(tasks.Job(spec, tiny["llama"], _made(tmp_path / "staging"), lambda message: None))
+        tasks.build(
+            tasks.Job(spec, HuggingFaceFolder(tiny["llama"]), _made(tmp_path / "staging"), lambda message: None)
+        )
 
 
 def test_answers_that_depend_on_the_batch_are_refused(
     tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a single place for a single token, the operator sums in another order than for several."""
-    monkeypatch.setattr(decoder, "MIN_PLACES", 1)
+    monkeypatch.setattr(decoder, "MIN_POSITIONS", 1)
     spec = models_file.parse("llama", _table(tiny["llama"]))
     with pytest.raises(FidelityError, match="computes: batch_effect is .*, must be at most 0"):
-        tasks.build(tasks.Job(spec, tiny["llama"], _made(tmp_path / "staging"), lambda message: None))
+        tasks.build(
+            tasks.Job(spec, HuggingFaceFolder(tiny["llama"]), _made(tmp_path / "staging"), lambda message: None)
+        )
 
 
 def _made(path: Path) -> Path:
@@ -245,7 +250,7 @@ def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     minilm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trident_export.graphs import encoder as encoder_graph
-    from trident_serving.pooling import Pooling
+    from trident_serving.encoders.pooling import Pooling
 
     table = {
         "task": "feature-extraction",
@@ -288,7 +293,7 @@ def test_a_refused_export_keeps_the_model_that_was_there(
     files = ("llama/1/model.onnx", "llama/config.pbtxt")
     before = [(repository / file).read_bytes() for file in files]
     spec = models_file.parse("llama", _table(tiny["llama"]) | {"limits": {"context": 64}})
-    monkeypatch.setattr(install, "exporter_version", lambda: "newer")
+    monkeypatch.setattr(fingerprint, "code", lambda module: f"newer {module}")
     monkeypatch.setattr(fidelity, "compare_logits", lambda *_: {"kl": float("nan"), "top1": 1.0})
     with pytest.raises(FidelityError, match="kl is nan"):
         install.export([spec], repository, tmp_path, tmp_path, lambda message: None)
@@ -318,6 +323,6 @@ def test_int4_recipe_runs_and_the_gate_knows_it(tiny: dict[str, Path], tmp_path:
         recipes.apply(recipes.load()[variant], recipes.Kind.DECODER, graph, target, lambda *_: iter([inputs]))
         nodes = onnx.load(str(tmp_path / variant / "model.onnx"), load_external_data=False).graph.node
         bits = [a.i for node in nodes if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"]
-        # Four matmuls in each of two layers, and the head, which stays at eight.
+        # Four products in each of two layers, and the head, which stays at eight.
         assert sorted(bits) == ([4] * 8 + [8] if variant == "int4" else [8] * 9)
         assert not [node for node in nodes if node.op_type == "Gemm"]

@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export
-from trident_export import cli, folder, install, models_file, quiet, tasks
+from trident_export import cli, install, models_file, quiet, tasks
 from trident_export.errors import ExportsFailed, NoMemory, NoSpace
 from trident_export.graphs import decoder_passes
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_serving import artefacts
 
 NOBODY = 65534
@@ -141,7 +142,7 @@ def test_other_commands_speak_the_same_way(llama: Path, tmp_path: Path, command:
         ("export", *repository),  # of a single model
         ("add", str(broken)),
         ("sensitivity", "m"),
-        ("prune", "m", "--method", "heads", "--sparsity", "0.5"),
+        ("prune", "m", "--method", "magnitude", "--sparsity", "0.5"),
     ):
         status, said = command(*arguments, *common)
         assert (status, "Traceback" in said) == (1, False), said
@@ -384,14 +385,14 @@ def test_long_steps_have_a_bar_on_a_terminal_and_lines_elsewhere(
     llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference run is slowed down so that it is a long step."""
-    load = folder.model
+    load = HuggingFaceFolder.load
 
     def slow(*arguments: object) -> torch.nn.Module:
         model: torch.nn.Module = load(*arguments)  # type: ignore[arg-type]
         model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
         return model
 
-    monkeypatch.setattr(folder, "model", slow)
+    monkeypatch.setattr(HuggingFaceFolder, "load", slow)
     common = ("--models-file", str(write_models(tmp_path, {"llama": llama})))
     status, said = command("export", *common, "--repository", str(tmp_path / "one"))
     assert status == 0

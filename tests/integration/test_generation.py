@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trident_client import Client
+from trident_client import Client, NotFoundError
 from trident_serving.launcher.local import LocalServer
 
 FP32 = "smollm2_fp32"
@@ -192,3 +192,10 @@ def test_cancellation_frees_the_slot(client: Client) -> None:
     start = time.monotonic()
     client.generate("Hello", max_tokens=2)
     assert time.monotonic() - start < 5  # eight answers of 1,500 tokens take over 20 s
+
+
+def test_a_call_without_a_model_takes_the_server_s_only_one(client: Client) -> None:
+    assert client.generate(PROMPTS[0], max_tokens=3) == client.generate(PROMPTS[0], max_tokens=3, model="smollm2")
+    assert client.embed("a").shape == (384,)
+    with pytest.raises(NotFoundError, match="serves no model for text-classification: name one"):
+        client.classify("a")

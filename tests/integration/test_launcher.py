@@ -76,8 +76,8 @@ def test_the_serving_path_has_neither_torch_nor_transformers(server: LocalServer
         assert "libtorch" not in maps
     assert any("onnxruntime" in Path(f"/proc/{pid}/maps").read_text() for pid in stubs)
     code = (
-        "import sys, trident_serving.generation.service, trident_serving.onnx_backend, trident_serving.encoding,"
-        " trident_serving.preprocessing, trident_serving.postprocessing, trident_serving.seq2seq.service,"
+        "import sys, trident_serving.generation.service, trident_serving.triton.onnx_backend, trident_serving.encoders,"
+        " trident_serving.seq2seq.service,"
         " trident_serving.templates, trident_serving.launcher.cli;"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'trident_export'}))"
     )

@@ -32,7 +32,7 @@ from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 from trident_serving.seq2seq.decoder import Seq2SeqDecoder
 from trident_serving.seq2seq.engine import Engine, Job
-from trident_serving.seq2seq.processors import Rules
+from trident_serving.seq2seq.rules import Rules
 from trident_serving.seq2seq.search import Found, SearchParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +107,7 @@ class Waiter:
 
 def run_together(folder: Path, family: str, jobs: list[tuple[list[int], SearchParams, tuple[int, ...]]]) -> list[Found]:
     """All at once, in the graphs of the served model."""
-    decoder = Seq2SeqDecoder(folder / "repository" / family / VERSION, rows=24, capacity=40, threads=1)
+    decoder = Seq2SeqDecoder(folder / "repository" / family / VERSION, slots=24, capacity=40, threads=1)
     engine = Engine(decoder, 64)
     waiters = [Waiter() for _ in jobs]
     try:
@@ -312,7 +312,7 @@ def test_sampling_is_reproducible(connected: Client) -> None:
         ("bart", "hi", {"temperature": 1.0}, "temperature 1 needs num_beams 1, found 4"),
         ("bart", "hi", {"length_penalty": 1e9}, "length_penalty must be between -10 and 10"),
         ("bart", "hi", {"length_penalty": float("nan")}, "length_penalty must be between"),
-        ("bart", "hi", {"repetition_penalty": 0.0}, "repetition_penalty must be between above 0"),
+        ("bart", "hi", {"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and at most 100, found 0"),
         ("bart", "hi", {"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be between 0"),
         ("bart", "hi", {"long_input": "cut"}, "long_input must be one of error, truncate, window, found 'cut'"),
         ("bart", "hi", {"target_lang": "de"}, "target_lang 'de' is not known to this model; known: it has no choice"),

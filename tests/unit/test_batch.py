@@ -9,17 +9,17 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trident_serving import memory
-from trident_serving.generation.batch import MAX_PLACES, RowTokens, pack, split
-from trident_serving.generation.kv_cache import KVCache
+from trident_serving.generation.batch import MAX_POSITIONS, SlotTokens, pack, split
+from trident_serving.runtime import memory
+from trident_serving.runtime.kv_cache import KVCache
 
 
 def test_a_packed_run() -> None:
-    batch = pack([RowTokens(4, 10, [7, 8, 9], 2), RowTokens(2, 5, [6])])
-    assert (batch.first_row, batch.rows) == (2, 3)
+    batch = pack([SlotTokens(4, 10, [7, 8, 9], 2), SlotTokens(2, 5, [6])])
+    assert (batch.first_slot, batch.slots) == (2, 3)
     assert batch.input_ids.tolist() == [[7, 8, 9, 6]]
     assert batch.position_ids.tolist() == [[10, 11, 12, 5]]
-    # Row 3 is idle; row 2 has a second place for the sake of the sums, which repeats its token.
+    # Slot 3 is idle; slot 2 has a second position for the sake of the sums, which repeats its token.
     assert batch.attention_tokens[:, :, 1].tolist() == [[3, 3, 3], [0, 0, 0], [0, 1, 2]]
     assert batch.query_seqlens.tolist() == [2, 0, 3]
     assert batch.seqlens_k.tolist() == [6, 0, 12]
@@ -27,61 +27,61 @@ def test_a_packed_run() -> None:
     assert batch.logits_tokens.tolist() == [1, 2, 3]
 
 
-def test_a_place_for_each_token_where_sums_allow_it() -> None:
-    batch = pack([RowTokens(1, 10, [7]), RowTokens(0, 5, [6])], min_places=1)
+def test_a_position_for_each_token_where_sums_allow_it() -> None:
+    batch = pack([SlotTokens(1, 10, [7]), SlotTokens(0, 5, [6])], min_positions=1)
     assert batch.attention_tokens.tolist() == [[[0, 1]], [[0, 0]]]
     assert batch.query_seqlens.tolist() == [1, 1]
     assert batch.seqlens_k.tolist() == [5, 10]
 
 
-def test_idle_rows_write_behind_what_they_hold() -> None:
-    """Without `query_seqlens` every row of the window takes part, the idle row 2 with it."""
+def test_idle_slots_write_behind_what_they_hold() -> None:
+    """Without `query_seqlens` every slot of the window takes part, the idle slot 2 with it."""
     held = np.array([9, 5, 7, 4], np.int64)
-    batch = pack([RowTokens(3, 4, [7]), RowTokens(1, 5, [6])], min_places=1, held=held)
-    assert (batch.first_row, batch.rows) == (1, 3)
+    batch = pack([SlotTokens(3, 4, [7]), SlotTokens(1, 5, [6])], min_positions=1, held=held)
+    assert (batch.first_slot, batch.slots) == (1, 3)
     assert batch.seqlens_k.tolist() == [5, 7, 4]
     assert batch.position_ids.tolist() == [[4, 5]]
     assert held.tolist() == [9, 5, 7, 4]
-    single = pack([RowTokens(0, 2, [7, 8, 9])], min_places=2, held=held)  # starts again at 2, whatever it held
+    single = pack([SlotTokens(0, 2, [7, 8, 9])], min_positions=2, held=held)  # starts again at 2, whatever it held
     assert single.seqlens_k.tolist() == [4]
 
 
-def test_runs_of_one_row_or_of_single_tokens() -> None:
-    items = [RowTokens(5, 0, [1]), RowTokens(0, 3, [1, 2]), RowTokens(2, 0, [1]), RowTokens(4, 0, [1, 2, 3])]
+def test_runs_of_one_slot_or_of_single_tokens() -> None:
+    items = [SlotTokens(5, 0, [1]), SlotTokens(0, 3, [1, 2]), SlotTokens(2, 0, [1]), SlotTokens(4, 0, [1, 2, 3])]
     runs = split(items, 1, ragged=False)
-    assert [[item.row for item in run] for run in runs] == [[0], [4], [2, 5]]
-    assert [[item.row for item in run] for run in split(items, 2, ragged=False)] == [[0], [2], [4], [5]]
-    assert [[item.row for item in run] for run in split(items, 2)] == [[0, 2, 4, 5]]
+    assert [[item.slot for item in run] for run in runs] == [[0], [4], [2, 5]]
+    assert [[item.slot for item in run] for run in split(items, 2, ragged=False)] == [[0], [2], [4], [5]]
+    assert [[item.slot for item in run] for run in split(items, 2)] == [[0, 2, 4, 5]]
 
 
 @given(
     st.dictionaries(st.integers(0, 40), st.lists(st.integers(0, 9), min_size=1, max_size=300), min_size=1, max_size=12)
 )
-def test_every_token_stands_in_its_place(rows: dict[int, list[int]]) -> None:
-    items = [RowTokens(row, row * 3, tokens) for row, tokens in rows.items()]
+def test_every_token_stands_in_its_position(slots: dict[int, list[int]]) -> None:
+    items = [SlotTokens(slot, slot * 3, tokens) for slot, tokens in slots.items()]
     runs = split(items)
-    assert sorted(item.row for run in runs for item in run) == sorted(rows)
+    assert sorted(item.slot for run in runs for item in run) == sorted(slots)
     for run in runs:
         batch = pack(run)
-        places = batch.attention_tokens.shape[1]
-        assert len(run) == 1 or batch.rows * places <= MAX_PLACES
-        spread = batch.input_ids[0][batch.attention_tokens[..., 1]]  # [rows, places]
+        positions = batch.attention_tokens.shape[1]
+        assert len(run) == 1 or batch.slots * positions <= MAX_POSITIONS
+        spread = batch.input_ids[0][batch.attention_tokens[..., 1]]  # [slots, positions]
         for item in run:
-            row = item.row - batch.first_row
-            assert spread[row, : len(item.tokens)].tolist() == item.tokens
-            assert batch.seqlens_k[row] + 1 == item.start + max(2, len(item.tokens))
+            slot = item.slot - batch.first_slot
+            assert spread[slot, : len(item.tokens)].tolist() == item.tokens
+            assert batch.seqlens_k[slot] + 1 == item.start + max(2, len(item.tokens))
         packed = spread[batch.attention_places[0, :, 0], batch.attention_places[0, :, 1]]
         np.testing.assert_array_equal(packed, batch.input_ids[0])
 
 
-def filled(rows: int = 3, capacity: int = 1024) -> KVCache:
-    cache = KVCache({"past_key_values.0.key": (2, 16), "past_key_values.0.value": (2, 16)}, rows, capacity)
+def filled(slots: int = 3, capacity: int = 1024) -> KVCache:
+    cache = KVCache({"past_key_values.0.key": (2, 16), "past_key_values.0.value": (2, 16)}, slots, capacity)
     for name, buffer in cache.buffers.items():
         buffer[:] = np.random.default_rng(len(name)).standard_normal(buffer.shape)
     return cache
 
 
-def test_copies_between_rows() -> None:
+def test_copies_between_slots() -> None:
     cache = filled()
     before = {name: buffer.copy() for name, buffer in cache.buffers.items()}
     cache.copy(source=2, target=0, length=100)
@@ -116,7 +116,7 @@ def test_memory_is_taken_when_it_is_used_and_given_back() -> None:
         return pages * resource.getpagesize() // 2**20
 
     start = resident()
-    cache = KVCache({"key": (4, 64)}, rows=8, capacity=16384)  # 128 MiB
+    cache = KVCache({"key": (4, 64)}, slots=8, capacity=16384)  # 128 MiB
     assert resident() - start < 8
     cache.buffers["key"][3] = 1.0
     assert 12 < resident() - start < 24

@@ -35,6 +35,19 @@ from trident_client import (
 from trident_client._connection import channel_options
 from trident_serving.launcher import local
 
+# The public models that the service shows, with their tasks.
+TASKS = {
+    "smollm2": "text-generation",
+    "minilm": "feature-extraction",
+    "sst2": "text-classification",
+    "ner": "token-classification",
+    "answer": "question-answering",
+    "reranker": "text-ranking",
+    "fill-mask": "fill-mask",
+    "de-en": "translation",
+    "en-de": "translation",
+}
+
 
 class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with the words of the prompt; some prompts make it fail."""
@@ -42,6 +55,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.cancelled = threading.Event()
+        self.asked = 0
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
         # This header ends tritonserver 2.51 with a segmentation fault after some hundreds of errors.
@@ -102,7 +116,13 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
         answer.config.name = request.name
         if request.name == "forced":
             answer.config.parameters["unverified"].string_value = "kl is 1"
+        answer.config.parameters["task"].string_value = TASKS.get(request.name, "")
         return answer
+
+    def ModelStatistics(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self.asked += 1
+        names = [*TASKS, "smollm2_fp32", "minilm_model", "other-people-s"]
+        return pb.ModelStatisticsResponse(model_stats=[pb.ModelStatistics(name=name) for name in names])
 
     def ServerLive(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return pb.ServerLiveResponse(live=True)
@@ -166,6 +186,7 @@ def test_exported_names() -> None:
         "ForbiddenError",
         "Generation",
         "GenerationChunk",
+        "GenerationOptions",
         "Health",
         "InvalidRequestError",
         "Label",
@@ -175,6 +196,7 @@ def test_exported_names() -> None:
         "Ranked",
         "ServerError",
         "Translation",
+        "TranslationOptions",
         "TridentError",
         "UnavailableError",
     }
@@ -349,3 +371,16 @@ def test_command_line_errors(served: tuple[str, Service], capsys: pytest.Capture
     assert run(capsys, url, "generate", "--file", str(tmp_path / "latin"))[0] == 2
     with pytest.raises(SystemExit):
         cli.main(["generate", "--temprature", "1", "x"])
+
+
+def test_a_call_without_a_model_takes_the_only_one_of_its_task(connected: Client, served: tuple[str, Service]) -> None:
+    assert connected.generate("one two").text == "one two"
+    assert connected.embed("abc").tolist() == [3.0, 1.0]
+    assert connected.embed("abcd").tolist() == [4.0, 1.0]
+    assert served[1].asked == 2  # once for each task
+    with pytest.raises(NotFoundError, match="serves de-en and en-de for translation: name one with model="):
+        connected.translate("x")
+    with pytest.raises(
+        NotFoundError, match=r"no model for summarization.*it serves answer \(question-answering\), de-en"
+    ):
+        connected.summarize("x")

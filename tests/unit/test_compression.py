@@ -22,6 +22,7 @@ from trident_export import models_file
 from trident_export.compression import distillation, layouts, models, pruning
 from trident_export.compression.pruning import Method
 from trident_export.errors import NoSpace
+from trident_export.huggingface.folder import HuggingFaceFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -202,14 +203,14 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(model, "save_pretrained", full)
         with pytest.raises(NoSpace, match=f"the disk of {tmp_path} is full"):
-            models.save(model, source, tmp_path / "out")
+            models.save(model, HuggingFaceFolder(source), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
     with monkeypatch.context() as patch:
         usage = type("Usage", (), {"free": 10})
         patch.setattr("shutil.disk_usage", lambda path: usage)
         with pytest.raises(NoSpace, match="and 0 MiB are free|, 0 MiB are free"):
-            models.save(model, source, tmp_path / "out")
-    models.save(model, source, tmp_path / "out")
+            models.save(model, HuggingFaceFolder(source), tmp_path / "out")
+    models.save(model, HuggingFaceFolder(source), tmp_path / "out")
     assert {"tokenizer.json", "config.json", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
     torch.testing.assert_close(answer(AutoModel.from_pretrained(tmp_path / "out").eval()), answer(model))
 
@@ -250,11 +251,13 @@ def test_layers_are_spread_evenly(count: int, total: int, expected: list[int]) -
 
 
 def test_a_students_matrices_begin_like_its_teachers(spec: models_file.ModelSpec, tmp_path: Path) -> None:
-    teacher = models.load(spec, tmp_path / "llama")
+    teacher = models.load(spec, HuggingFaceFolder(tmp_path / "llama"))
     config = LlamaConfig.from_pretrained(tmp_path / "llama")
     config.num_hidden_layers, config.intermediate_size = 1, 64
     config.save_pretrained(tmp_path / "small")
-    student, origin = distillation.make_student(spec, tmp_path / "llama", str(tmp_path / "small" / "config.json"))
+    student, origin = distillation.make_student(
+        spec, HuggingFaceFolder(tmp_path / "llama"), str(tmp_path / "small" / "config.json")
+    )
     assert origin == [1]
     mine, theirs = layouts.layers_of(student)[0], layouts.layers_of(teacher)[1]
     torch.testing.assert_close(mine.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight)
@@ -264,10 +267,10 @@ def test_a_students_matrices_begin_like_its_teachers(spec: models_file.ModelSpec
 
 
 def test_a_folder_with_weights_starts_from_them(spec: models_file.ModelSpec, tmp_path: Path) -> None:
-    pruned = models.load(spec, tmp_path / "llama")
+    pruned = models.load(spec, HuggingFaceFolder(tmp_path / "llama"))
     pruning.prune(pruned, Method.COLUMNS, 1 / 3, RUNS)
     pruned.save_pretrained(tmp_path / "pruned")
-    student, origin = distillation.make_student(spec, tmp_path / "llama", str(tmp_path / "pruned"))
+    student, origin = distillation.make_student(spec, HuggingFaceFolder(tmp_path / "llama"), str(tmp_path / "pruned"))
     assert origin == [0, 1]
     torch.testing.assert_close(answer(student), answer(pruned))
 
@@ -282,7 +285,7 @@ def test_impossible_students(spec: models_file.ModelSpec, tmp_path: Path) -> Non
         (str(tmp_path / "other"), "is a llama of 99 tokens, the teacher a llama of 512"),
     ):
         with pytest.raises(ValueError, match=message):
-            distillation.make_student(spec, tmp_path / "llama", student)
+            distillation.make_student(spec, HuggingFaceFolder(tmp_path / "llama"), student)
 
 
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"temperature": 0.0}, {"learning_rate": -1.0}, {"minutes": -1.0}])

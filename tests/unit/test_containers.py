@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from trident_serving import onnx_runtime
+from trident_serving.errors import StartError
 from trident_serving.launcher import health, shared_memory
-from trident_serving.launcher.preflight import StartError
 
 STATUS = {"/v2/health/ready": 200}
 

@@ -20,7 +20,7 @@ from trident_serving.generation.drafting import (
     allot,
 )
 
-COST = StepCost(base=5.0, row=1.0, token=0.6)
+COST = StepCost(base=5.0, sequence=1.0, token=0.6)
 
 
 def test_a_draft_is_what_followed_the_last_time() -> None:
@@ -94,7 +94,7 @@ def test_no_other_lengths_make_more_tokens_a_second(
 
 
 def test_full_batches_draft_what_is_almost_certain() -> None:
-    busy = StepCost(base=5.0, row=1.0, token=1.0)
+    busy = StepCost(base=5.0, sequence=1.0, token=1.0)
     assert allot([0.5] * 16, [4] * 16, 16, busy) == [0] * 16
     assert allot([0.95] + [0.5] * 15, [4] * 16, 16, busy) == [4] + [0] * 15
 
@@ -157,7 +157,7 @@ def run_steps(times: StepTimes, cost: StepCost, count: int, source: random.Rando
 
 @pytest.mark.parametrize("token", [0.0003, 0.0006, 0.001])
 def test_the_cost_of_steps_is_learned(token: float) -> None:
-    times, cost = StepTimes(), StepCost(base=0.005, row=0.001, token=token)
+    times, cost = StepTimes(), StepCost(base=0.005, sequence=0.001, token=token)
     run_steps(times, cost, 200, random.Random(1))
     assert times.cost().of(1, 0) == pytest.approx(cost.of(1, 0), rel=0.1)
     assert times.cost().of(4, 0) == pytest.approx(cost.of(4, 0), rel=0.1)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from trident_serving.encoding import EncodingSettings, TextEncoder
+from trident_serving.encoders.pooling import Pooling, normalize, pool
+from trident_serving.encoders.tokens import EncodingSettings, TextEncoder
 from trident_serving.errors import InvalidRequest
-from trident_serving.pooling import Pooling, normalize, pool
 from trident_serving.text import decode_texts, encode_texts
 
 

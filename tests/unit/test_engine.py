@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trident_serving.errors import DeadlineExceeded, Overloaded
-from trident_serving.generation.batch import RowTokens
-from trident_serving.generation.engine import Engine, EngineSettings, FinishReason, Job
-from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.sampling import BrokenModel, SamplingParams, TokenLogProbs
+from trident_serving.errors import BrokenModel, DeadlineExceeded, Overloaded
+from trident_serving.generation.answer import FinishReason, Job
+from trident_serving.generation.batch import SlotTokens
+from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.generation.scheduler import Scheduler
+from trident_serving.runtime.log_probabilities import TokenLogProbs
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.sampling.params import SamplingParams
 
 VOCABULARY = 97
 EOS = 0
@@ -36,19 +38,19 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 class ListDecoder:
-    """A `Decoder` whose cache is a list of tokens a row; positions that were released hold what is no token."""
+    """A `Decoder` whose cache is a list of tokens for each slot; positions that were released hold what is no token."""
 
     can_copy = True
 
-    def __init__(self, rows: int, seconds: float = 0.0) -> None:
-        self.rows: list[list[int]] = [[] for _ in range(rows)]
+    def __init__(self, slots: int, seconds: float = 0.0) -> None:
+        self.slots: list[list[int]] = [[] for _ in range(slots)]
         self.seconds = seconds
         self.batches: list[int] = []
         self.runs: list[int] = []  # tokens of each
         self.fail_on: int | None = None
         self.nan_on: int | None = None
 
-    def run(self, items: Sequence[RowTokens]) -> np.ndarray:
+    def run(self, items: Sequence[SlotTokens]) -> np.ndarray:
         time.sleep(self.seconds)
         if self.fail_on is not None and any(self.fail_on in item.tokens for item in items):
             raise RuntimeError("the model failed")
@@ -56,23 +58,23 @@ class ListDecoder:
         self.runs.append(sum(len(item.tokens) for item in items))
         logits = []
         for item in items:
-            row = self.rows[item.row]
-            assert len(row) >= item.start
-            assert -1 not in row[: item.start]
-            row[item.start :] = item.tokens
-            for end in range(len(row) - item.wanted + 1, len(row) + 1):
+            held = self.slots[item.slot]
+            assert len(held) >= item.start
+            assert -1 not in held[: item.start]
+            held[item.start :] = item.tokens
+            for end in range(len(held) - item.wanted + 1, len(held) + 1):
                 one = np.zeros(VOCABULARY, np.float32)
-                one[next_token(row[:end])] = 1.0
-                if self.nan_on is not None and self.nan_on in row[:end]:
+                one[next_token(held[:end])] = 1.0
+                if self.nan_on is not None and self.nan_on in held[:end]:
                     one[3] = np.nan
                 logits.append(one)
         return np.array(logits, np.float32).reshape(len(logits), VOCABULARY)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        self.rows[target] = self.rows[source][:length]
+        self.slots[target] = self.slots[source][:length]
 
-    def release(self, row: int, start: int) -> None:
-        self.rows[row][start:] = [-1] * len(self.rows[row][start:])
+    def release(self, slot: int, start: int) -> None:
+        self.slots[slot][start:] = [-1] * len(self.slots[slot][start:])
 
 
 class Collector:
@@ -104,7 +106,7 @@ class Collector:
 def make(decoder: ListDecoder, **more: Any) -> Engine:
     options: dict[str, Any] = {"cache_tokens": 10**7, "prefill_chunk": 4, "max_waiting": 100} | more
     recorder = options.pop("recorder", None)
-    settings = EngineSettings(rows=len(decoder.rows), **options)
+    settings = EngineSettings(slots=len(decoder.slots), **options)
     return Engine(decoder, settings, eos_token_ids=frozenset([EOS]), recorder=recorder)
 
 

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 import trident_export
-from trident_export import disk, errors, folder, report
+from trident_export import disk, errors, report
 from trident_export.errors import ExportError, NoMemory, NoSpace, NotWritable, SourceError, UnreadableSource
+from trident_export.huggingface import folder
+from trident_export.huggingface.folder import HuggingFaceFolder
 
 PACKAGE = Path(trident_export.__file__).parent
 
@@ -131,18 +133,18 @@ def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
     save_file({"c": torch.zeros(())}, tmp_path / "model-00002-of-00002.safetensors")
     save_file(tensors, tmp_path / "consolidated.safetensors")  # the same once more
-    assert folder.parameters(tmp_path) == 15 + 7 + 1
+    assert HuggingFaceFolder(tmp_path).parameters == 15 + 7 + 1
     cut = tmp_path / "model-00002-of-00002.safetensors"
     cut.write_bytes(cut.read_bytes()[:12])
     with pytest.raises(UnreadableSource, match=f"{cut} is cut off: copy the model again"):
-        folder.parameters(tmp_path)
+        str(HuggingFaceFolder(tmp_path).parameters)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_older_weight_files_are_counted_by_their_size(tmp_path: Path, dtype: str, width: int) -> None:
     (tmp_path / "config.json").write_text(f'{{"torch_dtype": "{dtype}"}}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 800)
-    assert folder.parameters(tmp_path) == 800 // width
+    assert HuggingFaceFolder(tmp_path).parameters == 800 // width
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from trident_serving.errors import StartError
 from trident_serving.launcher import backend_folder, installation, preflight
 from trident_serving.launcher.installation import Installation
-from trident_serving.launcher.preflight import StartError
 
 
 def program(path: Path, text: str) -> Path:

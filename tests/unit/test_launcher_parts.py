@@ -13,10 +13,10 @@ import pytest
 from trident_client import _admin_key
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
+from trident_serving.errors import StartError
 from trident_serving.launcher import admin_key, cli, processes, server_log
 from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.failures import IndexEntry, one_line
-from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.repository_view import RepositoryView
 from trident_serving.launcher.server import ServerOptions
 from trident_serving.launcher.supervisor import ending

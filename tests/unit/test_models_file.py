@@ -9,7 +9,7 @@ import pytest
 
 from trident_export import models_file, pin
 from trident_export.errors import ModelsFileError, SourceError
-from trident_export.limits import EmbeddingLimits, GenerationLimits
+from trident_serving.schema.limits import EmbeddingLimits, GenerationLimits
 
 GOOD: dict[str, Any] = {
     "task": "text-generation",

@@ -7,20 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trident_serving.errors import Overloaded
-from trident_serving.generation.rows import RowPool
 from trident_serving.generation.scheduler import Scheduler, Sequence, Step
+from trident_serving.generation.slots import SlotPool
 
 
-def make(slots: int = 2, chunk: int = 8, max_waiting: int = 8, budget: int = 1000) -> Scheduler[str]:
-    return Scheduler(RowPool(slots, budget), chunk, max_waiting)
+class Named(Sequence):
+    def __init__(self, name: str | int, prompt: list[int], max_tokens: int) -> None:
+        super().__init__(prompt, max_tokens)
+        self.name = name
 
 
-def sequence(name: str, length: int, max_tokens: int = 10) -> Sequence[str]:
+def make(slots: int = 2, chunk: int = 8, max_waiting: int = 8, budget: int = 1000) -> Scheduler[Named]:
+    return Scheduler(SlotPool(slots, budget), chunk, max_waiting)
+
+
+def sequence(name: str, length: int, max_tokens: int = 10) -> Named:
     base = sum(map(ord, name)) * 1000
-    return Sequence(name, list(range(base, base + length)), max_tokens)
+    return Named(name, list(range(base, base + length)), max_tokens)
 
 
-def run(step: Step[str]) -> None:
+def run(step: Step[Named]) -> None:
     """What the engine does: the cache grows by the chunks and by a token for each decoding sequence."""
     for chunk in step.prefill:
         chunk.sequence.cached = chunk.end
@@ -52,15 +58,15 @@ def test_short_prompts_share_a_step() -> None:
     for each in sequences:
         scheduler.add(each)
     first = scheduler.schedule()
-    assert [(chunk.sequence.payload, chunk.start, chunk.end) for chunk in first.prefill] == [
+    assert [(chunk.sequence.name, chunk.start, chunk.end) for chunk in first.prefill] == [
         ("a", 0, 4),
         ("b", 0, 4),
         ("c", 0, 2),
     ]
     run(first)
     second = scheduler.schedule()
-    assert [(chunk.sequence.payload, chunk.start, chunk.end) for chunk in second.prefill] == [("c", 2, 4), ("d", 0, 4)]
-    assert [decoding.payload for decoding in second.decode] == ["a", "b"]
+    assert [(chunk.sequence.name, chunk.start, chunk.end) for chunk in second.prefill] == [("c", 2, 4), ("d", 0, 4)]
+    assert [decoding.name for decoding in second.decode] == ["a", "b"]
 
 
 def test_first_come_first_served_and_only_as_many_as_there_are_slots() -> None:
@@ -97,7 +103,7 @@ def test_a_prompt_starts_behind_what_is_cached_of_it() -> None:
     scheduler.add(first)
     while not first.prefilled:
         run(scheduler.schedule())
-    again = Sequence("again", [*first.tokens, 5, 6], 10)
+    again = Named("again", [*first.tokens, 5, 6], 10)
     scheduler.remove(first)
     scheduler.add(again)
     step = scheduler.schedule()
@@ -120,16 +126,16 @@ def test_removal_of_one_that_waits() -> None:
     scheduler.add(two)
     scheduler.remove(two)
     scheduler.remove(one)
-    assert scheduler.idle
+    assert scheduler.sequences == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), max_size=80), st.integers(1, 6))
 def test_everybody_is_served_in_order(actions: list[tuple[int, int]], chunk: int) -> None:
-    scheduler: Scheduler[int] = Scheduler(RowPool(3, 90), chunk, 1000)
+    scheduler: Scheduler[Named] = Scheduler(SlotPool(3, 90), chunk, 1000)
     waiting, placed = [], []
     for number, (action, length) in enumerate(actions):
         if action < 5:
-            each = Sequence(number, [number * 50 + index for index in range(length)], 12)
+            each = Named(number, [number * 50 + index for index in range(length)], 12)
             scheduler.add(each)
             waiting.append(each)
         elif action < 7 and scheduler.sequences:
@@ -140,10 +146,10 @@ def test_everybody_is_served_in_order(actions: list[tuple[int, int]], chunk: int
         step = scheduler.schedule()
         for each, _ in step.placed:
             assert each is waiting.pop(0)
-            placed.append(each.payload)
-        rows = [each.row for each in scheduler.sequences if each.row is not None]
-        assert len(rows) == len(set(rows)) <= 3
+            placed.append(each.name)
+        slots = [each.slot for each in scheduler.sequences if each.slot is not None]
+        assert len(slots) == len(set(slots)) <= 3
         assert sum(chunk.end - chunk.start for chunk in step.prefill) <= chunk
-        assert {each.payload for each in step.decode}.isdisjoint(c.sequence.payload for c in step.prefill)
-        run(step)  # type: ignore[arg-type]
+        assert {each.name for each in step.decode}.isdisjoint(c.sequence.name for c in step.prefill)
+        run(step)
     assert placed == sorted(placed)

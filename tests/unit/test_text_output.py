@@ -12,13 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests import tiny_models
 from trident_export import corpora
 from trident_serving.errors import Overloaded
-from trident_serving.generation.detokenizer import Detokenizer
-from trident_serving.generation.engine import FinishReason
+from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.request import GenerationRequest
-from trident_serving.generation.sampling import SamplingParams, TokenLogProbs
 from trident_serving.generation.stopping import StopStrings
 from trident_serving.generation.stream import Chunk, TextStream
-from trident_serving.tokenization import TextTokenizer
+from trident_serving.runtime.detokenizer import Detokenizer
+from trident_serving.runtime.log_probabilities import TokenLogProbs
+from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.tokenizer import TextTokenizer
 
 BYTE_LEVEL = TextTokenizer(tiny_models.byte_level_tokenizer().backend_tokenizer)
 

@@ -13,16 +13,18 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny_models
-from trident_export import corpora, gguf_tokenizer
+from trident_export import corpora
 from trident_export.errors import FidelityError
+from trident_export.huggingface import gguf_tokenizer
 from trident_export.measure import fidelity
-from trident_serving import triton_adapter
-from trident_serving.errors import InvalidRequest
-from trident_serving.generation.service import GenerationSettings, read_eos_token_ids
+from trident_serving.errors import InvalidRequest, StartError
+from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
-from trident_serving.launcher.preflight import StartError
-from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
+from trident_serving.schema.limits import GenerationLimits
+from trident_serving.schema.reading import read_texts
+from trident_serving.triton import adapter
 
 TEMPLATE = """{% for message in messages %}
 {%- if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
@@ -98,7 +100,7 @@ def test_generation_settings() -> None:
     numbers = ("context", "slots", "prefill_chunk", "max_waiting", "timeout", "default_max_tokens", "threads")
     parameters = dict.fromkeys(numbers, "3")
     parameters |= {"kv_cache_mib": "0", "prefix_reuse": "true", "prompt_lookup": "false", "device": "cpu"}
-    settings = GenerationSettings.from_parameters(parameters)
+    settings = read_texts(GenerationLimits, parameters)
     assert (settings.context, settings.kv_cache_mib, settings.prefix_reuse, settings.prompt_lookup) == (
         3,
         0,
@@ -107,9 +109,9 @@ def test_generation_settings() -> None:
     )
     for bad in ("", "0", "-1", "x"):
         with pytest.raises(ValueError, match="'slots' must be a positive integer"):
-            GenerationSettings.from_parameters(parameters | {"slots": bad})
+            read_texts(GenerationLimits, parameters | {"slots": bad})
     with pytest.raises(ValueError, match="'prefix_reuse' must be true or false, found 'yes'"):
-        GenerationSettings.from_parameters(parameters | {"prefix_reuse": "yes"})
+        read_texts(GenerationLimits, parameters | {"prefix_reuse": "yes"})
 
 
 def test_divergence_equals_torch() -> None:
@@ -197,6 +199,6 @@ def test_shared_memory_of_dead_launchers_is_removed(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_model_that_is_being_completed() -> None:
     command = b"/stub\0/models/m/3/model.onnx\0shm\0"
-    assert triton_adapter.folder_to_complete(command) == Path("/models/m/3")
+    assert adapter.folder_to_complete(command) == Path("/models/m/3")
     with pytest.raises(RuntimeError, match="give inputs and outputs in config"):
-        triton_adapter.folder_to_complete(b"/stub\0")
+        adapter.folder_to_complete(b"/stub\0")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trident_export import corpora, tasks
 from trident_export.compression import models, pruning
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import quality
 from trident_export.models_file import ModelSpec
 from trident_export.recipes import Recipe
@@ -25,7 +26,7 @@ ROUNDS = 3
 
 def prune(
     spec: ModelSpec,
-    source: Path,
+    source: HuggingFaceFolder,
     method: pruning.Method,
     sparsities: Sequence[float],
     output: Path,
@@ -56,7 +57,7 @@ def prune(
         root = Path(work) / "staging"
         evaluate: tasks.Evaluator | None = None
         for sparsity in (0.0, *sparsities):
-            folder, reached = source, 0.0
+            folder, reached = source.path, 0.0
             if sparsity:
                 model = models.load(spec, source)
                 reached = pruning.prune(model, method, sparsity, runs)
@@ -65,7 +66,7 @@ def prune(
                 folders.append(folder)
                 progress(f"{method} {reached:.3g}: written to {folder}")
             root.mkdir()
-            job = tasks.Job(probe, folder, root, progress)
+            job = tasks.Job(probe, HuggingFaceFolder(folder), root, progress)
             tasks.trace(job)
             tasks.write(job, variant)
             shutil.rmtree(job.graphs)

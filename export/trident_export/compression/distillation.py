@@ -34,10 +34,9 @@ from transformers import (
 )
 
 from trident_export import corpora
-from trident_export import folder as hf
 from trident_export.compression import layouts, models, pruning
 from trident_export.errors import NoSpace, TextError, UsageError
-from trident_export.limits import GenerationLimits
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
 
 Row = dict[str, float]
@@ -89,7 +88,7 @@ class Settings:
 
 
 def make_student(
-    spec: ModelSpec, source: Path, student: str, calibration: str = ""
+    spec: ModelSpec, source: HuggingFaceFolder, student: str, calibration: str = ""
 ) -> tuple[PreTrainedModel, list[int]]:
     """A student that starts from its teacher, and the teacher's layer that each of its layers comes from.
 
@@ -116,14 +115,14 @@ def make_student(
     path = Path(student)
     if not path.exists():
         raise UsageError(f"a student is a number of layers, a Hugging Face folder or a config.json: found {student!r}")
-    config = hf.config(path)
+    config = HuggingFaceFolder(path).config
     if config.model_type != teacher.config.model_type or config.vocab_size != teacher.config.vocab_size:
         raise UsageError(
             f"{path} is a {config.model_type} of {config.vocab_size} tokens, the teacher a {teacher.config.model_type} "
             f"of {teacher.config.vocab_size}: both must be of one kind and vocabulary"
         )
     if path.is_dir() and list(path.glob("*.safetensors")):
-        made = models.load(spec, path)
+        made = models.load(spec, HuggingFaceFolder(path))
         return made, spread(len(layouts.layers_of(made)), total)
     torch.manual_seed(0)
     made = type(teacher)(config).eval()
@@ -162,7 +161,7 @@ def begin_like(student: PreTrainedModel, teacher: PreTrainedModel, origin: Seque
 
 def distill(
     spec: ModelSpec,
-    source: Path,
+    source: HuggingFaceFolder,
     student: str,
     texts: Sequence[str],
     output: Path,
@@ -184,9 +183,9 @@ def distill(
         NoSpace: the disk has no room for the student.
     """
     work = output.with_name(f"{output.name}.training")
-    asked = {"student": student, "source": source.name, **dataclasses.asdict(settings), "texts": len(texts)}
+    asked = {"student": student, "source": source.path.name, **dataclasses.asdict(settings), "texts": len(texts)}
     _check_same_run(work, asked)
-    tokenizer: PreTrainedTokenizerBase = hf.tokenizer(source)
+    tokenizer: PreTrainedTokenizerBase = source.tokenizer
     data = chunks(spec, tokenizer, texts, settings.length)
     held_out = data[::HELD_OUT_EVERY][:HELD_OUT_MOST]
     seen = [run for n, run in enumerate(data) if n % HELD_OUT_EVERY or n // HELD_OUT_EVERY >= HELD_OUT_MOST]
@@ -216,7 +215,7 @@ def distill(
 
 def chunks(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[Run]:
     """Runs of the model: of a decoder, chunks of `length` tokens of the running text; of an encoder, one text each."""
-    if not isinstance(spec.limits, GenerationLimits):
+    if not spec.generation:
         found = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts]
         return [{name: rows[0] for name, rows in run.items()} for run in found]
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

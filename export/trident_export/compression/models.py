@@ -12,9 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trident_export import disk
-from trident_export import folder as hf
 from trident_export.errors import NoSpace, UsageError
-from trident_export.limits import EncoderLimits, GenerationLimits
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import encoders, text_generation
 
@@ -23,26 +22,26 @@ LONGEST = 128
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
 
-def load(spec: ModelSpec, source: Path) -> PreTrainedModel:
+def load(spec: ModelSpec, source: HuggingFaceFolder) -> PreTrainedModel:
     """The model of a spec in float32, in evaluation mode.
 
     Raises:
         UsageError: models of this kind can't be compressed.
     """
-    if isinstance(spec.limits, GenerationLimits):
+    if spec.generation:
         return text_generation.load_model(source)
-    if isinstance(spec.limits, EncoderLimits):
-        return hf.model(encoders.HEADS[spec.task], source)
+    if spec.encoder:
+        return source.load(encoders.of(spec.task).head)
     raise UsageError(f"{spec.name} is for {spec.task}: only encoders and decoders can be pruned or distilled")
 
 
-def tokenize(source: Path, texts: Sequence[str], longest: int = LONGEST) -> list[dict[str, torch.Tensor]]:
+def tokenize(source: HuggingFaceFolder, texts: Sequence[str], longest: int = LONGEST) -> list[dict[str, torch.Tensor]]:
     """A run of the model for each text."""
-    tokenizer: PreTrainedTokenizerBase = hf.tokenizer(source)
+    tokenizer: PreTrainedTokenizerBase = source.tokenizer
     return [dict(tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")) for text in texts]
 
 
-def save(model: PreTrainedModel, source: Path, folder: Path) -> None:
+def save(model: PreTrainedModel, source: HuggingFaceFolder, folder: Path) -> None:
     """Write a Hugging Face folder: the model, and every other file of its source but the weights.
 
     It appears complete or not at all.

@@ -18,7 +18,7 @@ import contextlib
 import io
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +26,33 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from trident_export import folder as hf
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs.editing import constant, make, reduced, save
 from trident_export.graphs.unpadding import unpad
-from trident_serving.pooling import Pooling
+from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_serving.encoders.pooling import Pooling
 
-INPUTS = ("input_ids", "attention_mask")
 TOKEN_TYPES = "token_type_ids"
-
-# The transformers task whose head the model has.
-_EXPORTED_AS = {"text-ranking": "text-classification"}
 
 
 def export_encoder_graph(
-    source: Path,
+    source: HuggingFaceFolder,
     path: Path,
     task: str,
     head: Any,
-    outputs: Sequence[str],
     *,
-    pairs: bool,
-    top_k: int,
-    pooling: Pooling | None,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    finish: Callable[[ir.Model], None],
 ) -> None:
     """Write the graph of the Hugging Face folder `source` to `path`, in float32.
 
     Args:
-        task: the transformers pipeline's name.
+        task: optimum's name.
         head: the Auto class of transformers for it.
-        outputs: names that the graph must have, as above.
-        pairs: whether `token_type_ids` is an input.
-        top_k: of fill-mask.
-        pooling: of feature-extraction: a vector a text is a hundredth of what the tokens' vectors are to hand on.
+        inputs: names that the graph must have, as above.
+        outputs: so too.
+        finish: adds the outputs that optimum's graph lacks.
 
     Raises:
         UnsupportedArchitecture: optimum does not know it, or gave a graph with other inputs or outputs.
@@ -76,28 +70,24 @@ def export_encoder_graph(
                 main_export(
                     str(source),
                     output=scratch,
-                    task=_EXPORTED_AS.get(task, task),
+                    task=task,
                     library_name="transformers",
                     do_validation=False,
                     no_post_process=True,
                     local_files_only=True,
                 )
         model = ir.from_proto(onnx.load(str(Path(scratch) / "model.onnx")))
-    if pairs:
+    if TOKEN_TYPES in inputs:
         with_token_types(model)
     else:
         without_token_types(model)
-    if task == "fill-mask":
-        with_top_logits(model, top_k)
-    if pooling is not None:
-        with_pooling(model, pooling)
-    expected = [*INPUTS, *([TOKEN_TYPES] if pairs else [])]
+    finish(model)
     found = [value.name for value in model.graph.inputs]
     given = {value.name: value for value in model.graph.outputs}
-    if sorted(found) != sorted(expected) or not set(outputs) <= set(given):
+    if sorted(found) != sorted(inputs) or not set(outputs) <= set(given):
         raise UnsupportedArchitecture(
             f"{source} gives a graph with the inputs {', '.join(found)} and the outputs {', '.join(given)}, and {task} "
-            f"is served with {', '.join(expected)} and {', '.join(outputs)}: choose a model for that task"
+            f"is served with {', '.join(inputs)} and {', '.join(outputs)}: choose a model for that task"
         )
     model.graph.outputs.clear()
     model.graph.outputs.extend(given[name] for name in outputs)
@@ -105,7 +95,7 @@ def export_encoder_graph(
     save(model, path)
 
 
-def check_architecture(source: Path, task: str, manager: Any) -> None:
+def check_architecture(source: HuggingFaceFolder, task: str, manager: Any) -> None:
     """Optimum must have a form for the folder's architecture.
 
     Args:
@@ -114,10 +104,9 @@ def check_architecture(source: Path, task: str, manager: Any) -> None:
     Raises:
         UnsupportedArchitecture: it has none.
     """
-    kind = hf.config(source).model_type
+    kind = source.config.model_type
     known = manager._SUPPORTED_MODEL_TYPE
-    wanted = _EXPORTED_AS.get(task, task)
-    if kind not in known or wanted not in manager.get_supported_tasks_for_model_type(
+    if kind not in known or task not in manager.get_supported_tasks_for_model_type(
         kind, "onnx", library_name="transformers"
     ):
         raise UnsupportedArchitecture(
@@ -126,12 +115,12 @@ def check_architecture(source: Path, task: str, manager: Any) -> None:
 
 
 @contextlib.contextmanager
-def _read_by_others(source: Path, head: Any) -> Iterator[None]:
+def _read_by_others(source: HuggingFaceFolder, head: Any) -> Iterator[None]:
     """Optimum reads the folder itself; where it fails, reading the folder once more tells whether that is why."""
     try:
         yield
     except Exception:
-        hf.model(head, source)
+        source.load(head)
         raise
 
 
@@ -172,7 +161,7 @@ def with_top_logits(model: ir.Model, k: int) -> None:
 
 
 def with_pooling(model: ir.Model, pooling: Pooling) -> None:
-    """Add the output `pooled`; the numbers are those of `trident_serving.pooling.pool` for padding on the right."""
+    """Add the output `pooled`; the numbers are those of `encoders.pooling.pool` for padding on the right."""
     graph = model.graph
     hidden = next(value for value in graph.outputs if value.name == "last_hidden_state")
     mask = next(value for value in graph.inputs if value.name == "attention_mask")

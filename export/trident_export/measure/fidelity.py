@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_export.errors import FidelityError
+from trident_serving import encoders
 
 Floats = NDArray[np.floating[Any]]
 
@@ -39,7 +40,7 @@ GATES: dict[str, dict[str, dict[str, float]]] = {
 
 
 GATES["translation"] = GATES["summarization"] = GATES["text-generation"]
-for _task in ("text-classification", "token-classification", "question-answering", "text-ranking", "fill-mask"):
+for _task in encoders.TASKS.keys() - GATES.keys():
     GATES[_task] = {
         "fp32": {"agreement": 0.999, "score_error": 1e-4, "batch_effect": 1e-4},
         "int8": {"agreement": 0.95, "score_error": 0.15, "batch_effect": 1e-3},

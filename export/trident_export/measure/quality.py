@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from trident_export import configs
-from trident_export.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import VERSION
 
@@ -38,14 +37,20 @@ Probe = tuple[str, int, Callable[[], object]]
 
 def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
     """Size in MiB, resident memory in MiB, and speed: tokens/s of `BATCH` decoding rows, or texts/s in batches."""
-    if isinstance(spec.limits, TemplateLimits):
+    if spec.template:
         return {}
     folder = repository / graph_folder(spec, variant) / VERSION
     size = sum(file.stat().st_size for file in folder.glob("*.onnx*")) / MEBIBYTE
-    numbers = [str(spec.limits.threads)]
-    if isinstance(spec.limits, Seq2SeqLimits):
-        numbers.append(str(spec.limits.max_target_tokens))
-    command = [sys.executable, "-m", __name__, str(folder), _kind(spec), *numbers]
+    command = [
+        sys.executable,
+        "-m",
+        __name__,
+        str(folder),
+        _kind(spec),
+        str(getattr(spec.limits, "threads", 0)),
+    ]
+    if spec.seq2seq:
+        command.append(str(spec.seq2seq.max_target_tokens))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{folder} could not be run, status {done.returncode}: {done.stderr.strip()}")
@@ -55,7 +60,7 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
 
 def graph_folder(spec: ModelSpec, variant: str) -> str:
     """The Triton model that holds a variant's graph."""
-    return configs.model_part(spec, variant) if isinstance(spec.limits, EncoderLimits) else spec.public_name(variant)
+    return configs.model_part(spec, variant) if spec.encoder else spec.public_name(variant)
 
 
 def as_table(report: Mapping[str, Measures]) -> str:
@@ -114,9 +119,9 @@ def _plot(report: Mapping[str, Measures], path: Path) -> None:
 
 
 def _kind(spec: ModelSpec) -> str:
-    if isinstance(spec.limits, GenerationLimits):
+    if spec.generation:
         return "generation"
-    return "seq2seq" if isinstance(spec.limits, Seq2SeqLimits) else "encoder"
+    return "seq2seq" if spec.seq2seq else "encoder"
 
 
 def _run(folder: Path, kind: str, *numbers: int) -> dict[str, float]:
@@ -147,17 +152,17 @@ def _rate(work: Callable[[], object], units: int) -> float:
 
 
 def _generation(folder: Path, threads: int) -> Probe:
-    from trident_serving.generation.batch import RowTokens
+    from trident_serving.generation.batch import SlotTokens
     from trident_serving.generation.decoder import OnnxDecoder
 
-    decoder = OnnxDecoder(folder / "model.onnx", rows=BATCH, context=2 * TOKENS, longest_run=TOKENS, threads=threads)
+    decoder = OnnxDecoder(folder / "model.onnx", slots=BATCH, context=2 * TOKENS, longest_run=TOKENS, threads=threads)
     ids = np.random.default_rng(0).integers(0, decoder.vocabulary_size, (BATCH, TOKENS)).tolist()
     for row in range(BATCH):
-        decoder.run([RowTokens(row, 0, ids[row])])
+        decoder.run([SlotTokens(row, 0, ids[row])])
 
     def step() -> None:
         for place in range(8):
-            decoder.run([RowTokens(row, TOKENS + place, [ids[row][place]]) for row in range(BATCH)])
+            decoder.run([SlotTokens(row, TOKENS + place, [ids[row][place]]) for row in range(BATCH)])
 
     return ROWS_SPEED, 8 * BATCH, step
 
@@ -168,7 +173,7 @@ def _seq2seq(folder: Path, threads: int, target_tokens: int) -> Probe:
 
     # The number of positions that the decoder was exported for.
     capacity = positions(target_tokens, GenerationDefaults.load(folder).prompt)
-    decoder = Seq2SeqDecoder(folder, rows=BATCH, capacity=capacity, threads=threads)
+    decoder = Seq2SeqDecoder(folder, slots=BATCH, capacity=capacity, threads=threads)
     ids = np.random.default_rng(0).integers(0, decoder.vocabulary_size, (BATCH, TOKENS)).tolist()
     for text in range(BATCH):
         decoder.encode(text, ids[text])

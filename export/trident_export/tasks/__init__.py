@@ -19,9 +19,10 @@ from typing import Any
 
 from trident_export import corpora
 from trident_export.errors import FidelityError
-from trident_export.limits import TemplateLimits
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
+from trident_serving.encoders import MODULES as ENCODER_MODULES
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Job:
     """
 
     spec: ModelSpec
-    source: Path
+    source: HuggingFaceFolder
     staging: Path
     progress: Callable[[str], None]
 
@@ -75,17 +76,7 @@ MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
     "translation": "trident_export.tasks.seq2seq",
     "summarization": "trident_export.tasks.seq2seq",
-    **dict.fromkeys(
-        (
-            "feature-extraction",
-            "text-classification",
-            "token-classification",
-            "question-answering",
-            "text-ranking",
-            "fill-mask",
-        ),
-        "trident_export.tasks.encoders",
-    ),
+    **{task: f"trident_export.tasks.encoders.{name}" for task, name in ENCODER_MODULES.items()},
 }
 
 
@@ -105,7 +96,7 @@ def build(job: Job, *, force: bool = False) -> Checked:
         write(job, variant)
     for left in (job.graphs, job.assets):
         shutil.rmtree(left, ignore_errors=True)
-    if not isinstance(job.spec.limits, TemplateLimits):
+    if not job.spec.template:
         job.progress("comparing with Hugging Face")
     measures = evaluate(job.spec, job.source, job.staging)
     refused = {}
@@ -139,7 +130,12 @@ def write(job: Job, variant: str) -> None:
 
 
 def evaluate(
-    spec: ModelSpec, source: Path, root: Path, texts: Sequence[str] | None = None, *, thorough: bool = False
+    spec: ModelSpec,
+    source: HuggingFaceFolder,
+    root: Path,
+    texts: Sequence[str] | None = None,
+    *,
+    thorough: bool = False,
 ) -> Measures:
     """What each variant gets wrong.
 
@@ -148,22 +144,31 @@ def evaluate(
         source: its Hugging Face folder.
         root: holds the version folders, as `<root>/<triton model>/<version>`: a repository or a staging folder.
         texts: to measure with; None: the packaged ones that nothing is calibrated on.
-        thorough: more than the gate needs, see docs/quality.md: what becomes of whole answers.
+        thorough: more than the gate needs, see docs/reference/precisions.md: what becomes of whole answers.
     """
-    evaluate = evaluator(spec, source, root, texts, thorough=thorough)
-    return {variant: evaluate(variant) for variant in spec.recipes}
+    measure = evaluator(spec, source, root, texts, thorough=thorough)
+    return {variant: measure(variant) for variant in spec.recipes}
 
 
 def evaluator(
-    spec: ModelSpec, source: Path, root: Path, texts: Sequence[str] | None = None, *, thorough: bool = False
+    spec: ModelSpec,
+    source: HuggingFaceFolder,
+    root: Path,
+    texts: Sequence[str] | None = None,
+    *,
+    thorough: bool = False,
 ) -> Evaluator:
     """Ask Hugging Face once, to measure variants with; see `evaluate`."""
     samples = corpora.held_out() if texts is None else list(texts)
-    evaluate: Evaluator = _module(spec).evaluator(spec, source, root, samples, thorough=thorough)
-    return evaluate
+    found: Evaluator = _module(spec).evaluator(spec, source, root, samples, thorough=thorough)
+    return found
+
+
+def module_name(spec: ModelSpec) -> str:
+    """The module that exports a model."""
+    return TEMPLATES if spec.template else MODULES[spec.task]
 
 
 def _module(spec: ModelSpec) -> Any:
     # Imported when needed: torch and transformers take ten seconds, and a fresh repository needs neither.
-    name = TEMPLATES if isinstance(spec.limits, TemplateLimits) else MODULES[spec.task]
-    return importlib.import_module(name)
+    return importlib.import_module(module_name(spec))

@@ -11,20 +11,22 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from trident_export import disk, encoder_files, recipes, seq2seq_files
-from trident_export import folder as hf
+from trident_export import disk, recipes
 from trident_export.errors import ModelsFileError
 from trident_export.graphs.seq2seq import export_decoder, export_encoder
-from trident_export.limits import Seq2SeqLimits
+from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.seq2seq import save_text_files
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
+from trident_serving.schema.fields import LongInput
+from trident_serving.schema.limits import Seq2SeqLimits
 from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
 from trident_serving.seq2seq.request import GenerationDefaults, positions
-from trident_serving.seq2seq.source import LongInput, SourceText
+from trident_serving.seq2seq.source import SourceText
 
 Floats = NDArray[np.float32]
 
@@ -41,9 +43,9 @@ def trace(job: Job) -> None:
     limits = _limits(spec)
     job.progress("loading the model")
     model = load_model(job.source)
-    check_limits(spec, job.source, model)
+    check_limits(spec, job.source)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
-    seq2seq_files.save_text_files(spec, job.source, job.assets)
+    save_text_files(spec, job.source, job.assets)
     capacity = positions(limits.max_target_tokens, GenerationDefaults.load(job.assets).prompt)
     job.graphs.mkdir()
     job.progress("tracing the graphs")
@@ -59,7 +61,9 @@ def write(job: Job, variant: str) -> None:
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
-def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Evaluator:
+def evaluator(
+    spec: ModelSpec, source: HuggingFaceFolder, root: Path, texts: Sequence[str], *, thorough: bool = False
+) -> Evaluator:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
 
     The thorough ones are BLEU, chrF and ROUGE-L of the variant's greedy answers against Hugging Face's, 0 to 100.
@@ -71,7 +75,7 @@ def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *
     targets = [answer_ids(model, ids, prompt) for ids in samples]
     reference = reference_logits(model, samples, targets)
     capacity = positions(_limits(spec).max_target_tokens, prompt)
-    tokenizer = hf.tokenizer(source)
+    tokenizer = source.tokenizer
     expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
 
     def evaluate(variant: str) -> dict[str, float]:
@@ -86,18 +90,18 @@ def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *
     return evaluate
 
 
-def load_model(source: Path) -> PreTrainedModel:
+def load_model(source: HuggingFaceFolder) -> PreTrainedModel:
     """The model in float32, in evaluation mode."""
-    return hf.model(AutoModelForSeq2SeqLM, source)
+    return source.load(AutoModelForSeq2SeqLM)
 
 
-def check_limits(spec: ModelSpec, source: Path, model: PreTrainedModel) -> None:
+def check_limits(spec: ModelSpec, source: HuggingFaceFolder) -> None:
     """The limits of models.toml must be ones that the model was built for.
 
     Raises:
         ModelsFileError: the source is longer than the encoder's positions.
     """
-    longest = encoder_files.longest_input(source, model.config)
+    longest = source.longest_input
     if longest is not None and _limits(spec).max_source_tokens > longest:
         raise ModelsFileError(
             f"[{spec.name}] limits.max_source_tokens is {_limits(spec).max_source_tokens}, the model was built for "
@@ -149,7 +153,7 @@ def measure(
     The texts run as they would be served, several at once, each one step behind the other, as two beams that share
     their text. `batch_effect` is the largest difference of a logit from a text that runs alone.
     """
-    decoder = Seq2SeqDecoder(folder, rows=2 * GATE_ROWS, capacity=capacity, threads=threads)
+    decoder = Seq2SeqDecoder(folder, slots=2 * GATE_ROWS, capacity=capacity, threads=threads)
     found: list[Floats] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         rows = slice(start, start + GATE_ROWS)
@@ -166,7 +170,7 @@ def served_answers(
     folder: Path, samples: list[list[int]], lengths: list[int], prompt: tuple[int, ...], capacity: int
 ) -> list[list[int]]:
     """The likeliest tokens, one after the other, as many as asked, by the graphs in a version folder."""
-    decoder = Seq2SeqDecoder(folder, rows=1, capacity=capacity, threads=0)
+    decoder = Seq2SeqDecoder(folder, slots=1, capacity=capacity, threads=0)
     answers = []
     for ids, length in zip(samples, lengths, strict=True):
         decoder.encode(0, ids)
@@ -203,5 +207,5 @@ def served_logits(
 
 
 def _limits(spec: ModelSpec) -> Seq2SeqLimits:
-    assert isinstance(spec.limits, Seq2SeqLimits)
-    return spec.limits
+    assert spec.seq2seq
+    return spec.seq2seq

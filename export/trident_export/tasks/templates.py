@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
@@ -19,6 +20,8 @@ def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`: a template has no recipes, and this is never called."""
 
 
-def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Evaluator:
+def evaluator(
+    spec: ModelSpec, source: HuggingFaceFolder, root: Path, texts: Sequence[str], *, thorough: bool = False
+) -> Evaluator:
     """See `trident_export.tasks`: a template's answers have no reference, its generator has its gate."""
     return lambda variant: {}

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
-from trident_export import folder as hf
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
 from trident_export.graphs import decoder_passes
 from trident_export.graphs.causal import export_causal_graph
-from trident_export.limits import GenerationLimits
+from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.passes import CalibrationRuns, Feeds
@@ -29,10 +28,10 @@ from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
-from trident_serving.generation.batch import MIN_PLACES, RowTokens, pack
+from trident_serving.generation.batch import MIN_POSITIONS, SlotTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.tokenization import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
 GATE_TEXTS = 12
@@ -58,10 +57,10 @@ def trace(job: Job) -> None:
     job.graphs.mkdir()
     graph = job.graphs / "model.onnx"
     job.progress("tracing the graph")
-    assert isinstance(spec.limits, GenerationLimits)
+    assert spec.generation
     # A row of the cache has room for the padding of the longest run behind its context.
-    export_causal_graph(model, graph, spec.limits.context + max(spec.limits.prefill_chunk, MAX_DRAFT + 1))
-    decoder_passes.optimize_file(graph, ragged=spec.limits.device == "cpu")
+    export_causal_graph(model, graph, spec.generation.context + max(spec.generation.prefill_chunk, MAX_DRAFT + 1))
+    decoder_passes.optimize_file(graph, ragged=spec.generation.device == "cpu")
 
 
 def write(job: Job, variant: str) -> None:
@@ -89,7 +88,7 @@ def calibration_runs(job: Job) -> CalibrationRuns:
         if (template := ChatTemplate.load(job.assets)) is not None:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
             tokens += [tokenizer.encode(chat, add_special_tokens=False)[:CHAT_TOKENS] for chat in chats]
-        tokens = [ids for ids in tokens if len(ids) >= MIN_PLACES]
+        tokens = [ids for ids in tokens if len(ids) >= MIN_POSITIONS]
         starts = range(0, len(tokens), CALIBRATION_ROWS)
         runs = (inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS]) for start in starts)
         return Counted(runs, len(starts))
@@ -98,8 +97,8 @@ def calibration_runs(job: Job) -> CalibrationRuns:
 
 
 def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_PLACES`, from an empty cache."""
-    packed = pack([RowTokens(row, 0, ids) for row, ids in enumerate(texts)])
+    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_POSITIONS`, from an empty cache."""
+    packed = pack([SlotTokens(row, 0, ids) for row, ids in enumerate(texts)])
     longest = max(map(len, texts))
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:
@@ -113,20 +112,22 @@ def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArra
     return feed
 
 
-def evaluator(spec: ModelSpec, source: Path, root: Path, texts: Sequence[str], *, thorough: bool = False) -> Evaluator:
+def evaluator(
+    spec: ModelSpec, source: HuggingFaceFolder, root: Path, texts: Sequence[str], *, thorough: bool = False
+) -> Evaluator:
     """See `trident_export.tasks`; the measures are those of `fidelity.compare_logits`.
 
     `greedy_match`, the thorough one, is how many of the first `GREEDY_TOKENS` tokens that the variant answers greedily
     are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
     """
-    assert isinstance(spec.limits, GenerationLimits)
+    assert spec.generation
     model = load_model(source)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
-    samples = sample_ids(tokenizer, spec.limits.context, model.config.vocab_size, texts)
+    samples = sample_ids(tokenizer, spec.generation.context, model.config.vocab_size, texts)
     reference = reference_logits(model, samples)
     # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
-    device = spec.limits.device if _has(spec.limits.device) else "cpu"
-    prompts = [ids[: min(len(ids), spec.limits.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
+    device = spec.generation.device if _has(spec.generation.device) else "cpu"
+    prompts = [ids[: min(len(ids), spec.generation.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
     expected = [greedy_answer(model, ids) for ids in prompts] if thorough else []
 
     def evaluate(variant: str) -> dict[str, float]:
@@ -143,9 +144,9 @@ def _has(device: str) -> bool:
     return device == "cpu" or "CUDAExecutionProvider" in ort.get_available_providers()
 
 
-def load_model(source: Path) -> PreTrainedModel:
+def load_model(source: HuggingFaceFolder) -> PreTrainedModel:
     """The model in float32, in evaluation mode."""
-    return hf.model(AutoModelForCausalLM, source)
+    return source.load(AutoModelForCausalLM)
 
 
 def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
@@ -154,22 +155,22 @@ def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
     Raises:
         ModelsFileError: it is larger.
     """
-    assert isinstance(spec.limits, GenerationLimits)
+    assert spec.generation
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and spec.limits.context > longest:
+    if longest is not None and spec.generation.context > longest:
         raise ModelsFileError(
-            f"[{spec.name}] limits.context is {spec.limits.context}, the model was built for {longest} positions"
+            f"[{spec.name}] limits.context is {spec.generation.context}, the model was built for {longest} positions"
         )
 
 
-def save_text_files(source: Path, folder: Path) -> None:
+def save_text_files(source: HuggingFaceFolder, folder: Path) -> None:
     """Write the tokenizer, the chat template and the generation config that the runtime reads."""
     folder.mkdir(parents=True)
-    tokenizer = hf.fast_tokenizer(source)
+    tokenizer = source.fast_tokenizer
     tokenizer.save_pretrained(str(folder))
     for name in ("config.json", "generation_config.json"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if (source.path / name).exists():
+            shutil.copyfile(source.path / name, folder / name)
     kept = {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -183,10 +184,10 @@ def save_text_files(source: Path, folder: Path) -> None:
     check_chat_template(source, folder)
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
-        hf.generation_config(source).save_pretrained(str(folder))
+        source.generation_config.save_pretrained(str(folder))
 
 
-def check_chat_template(source: Path, folder: Path) -> None:
+def check_chat_template(source: HuggingFaceFolder, folder: Path) -> None:
     """The chat template, where there is one, must render a message as a server would ask it to.
 
     Raises:
@@ -198,7 +199,7 @@ def check_chat_template(source: Path, folder: Path) -> None:
     except Exception as error:  # a template can raise whatever its expressions raise
         line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise UnreadableSource(
-            f"{source}: the chat template can't be used ({hf.reason(error)}{line}): mend it in chat_template.jinja or "
+            f"{source}: the chat template can't be used ({reason(error)}{line}): mend it in chat_template.jinja or "
             "tokenizer_config.json, or take it away to serve the model without messages"
         ) from error
 
@@ -216,17 +217,17 @@ def served_answers(folder: Path, prompts: list[list[int]], device: str = "cpu") 
     """The same by the decoder in a version folder, several at once."""
     context = max(len(ids) for ids in prompts) + GREEDY_TOKENS
     decoder = OnnxDecoder(
-        folder / "model.onnx", rows=GATE_ROWS, context=context, longest_run=context, threads=0, device=device
+        folder / "model.onnx", slots=GATE_ROWS, context=context, longest_run=context, threads=0, device=device
     )
     answers: list[list[int]] = []
     for start in range(0, len(prompts), GATE_ROWS):
         group = prompts[start : start + GATE_ROWS]
-        items = [RowTokens(row, 0, ids) for row, ids in enumerate(group)]
+        items = [SlotTokens(row, 0, ids) for row, ids in enumerate(group)]
         found: list[list[int]] = [[] for _ in group]
         for step in range(GREEDY_TOKENS):
             for tokens, likeliest in zip(found, decoder.run(items).argmax(axis=-1), strict=True):
                 tokens.append(int(likeliest))
-            items = [RowTokens(row, len(ids) + step, [found[row][-1]]) for row, ids in enumerate(group)]
+            items = [SlotTokens(row, len(ids) + step, [found[row][-1]]) for row, ids in enumerate(group)]
         answers += found
     return answers
 
@@ -268,32 +269,32 @@ def measure(
     """
     longest = max(len(ids) for ids in samples)
     decoder = OnnxDecoder(
-        folder / "model.onnx", rows=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
+        folder / "model.onnx", slots=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
     )
     found: list[NDArray[np.float32]] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
     effect = 0.0
     for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
-        alone = decoder.run([RowTokens(0, 0, ids, len(ids))])
+        alone = decoder.run([SlotTokens(0, 0, ids, len(ids))])
         effect = max(effect, float(np.abs(alone - served).max()))
     return fidelity.compare_logits(reference, found, samples) | {"batch_effect": effect}
 
 
 def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArray[np.float32]]:
     """Logits of texts that run together, a row each; float32 [tokens, vocabulary] for each text."""
-    pieces: list[list[RowTokens]] = []
+    pieces: list[list[SlotTokens]] = []
     for row, ids in enumerate(samples):
         decoded = min(GATE_DECODED + row, len(ids) - 2)
         middle = (len(ids) - decoded) // (2 + row)
         bounds = [0, middle, *range(len(ids) - decoded, len(ids) + 1)]
-        pieces.append([RowTokens(row, a, ids[a:b], b - a) for a, b in pairwise(bounds) if a < b])
+        pieces.append([SlotTokens(row, a, ids[a:b], b - a) for a, b in pairwise(bounds) if a < b])
     logits: list[list[NDArray[np.float32]]] = [[] for _ in samples]
     for step in zip_longest(*pieces):
         items = [item for item in step if item is not None]
         result = decoder.run(items)
         begin = 0
         for item in items:
-            logits[item.row].append(result[begin : begin + item.wanted].copy())
+            logits[item.slot].append(result[begin : begin + item.wanted].copy())
             begin += item.wanted
     return [np.concatenate(parts) for parts in logits]

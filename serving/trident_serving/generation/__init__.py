@@ -1,18 +1,14 @@
-"""Continuous-batching text generation.
+"""Continuous-batching text generation, on what `trident_serving.runtime` has.
 
 request      tensors of a request -> a checked `GenerationRequest`
-rows         which row of the KV cache a sequence gets, and which part of its prompt is there already
+slots        which slot of the KV cache a sequence gets, and how much of its prompt is there already
 scheduler    which sequence does what in the next step: no tensors, no I/O
-kv_cache     the buffers that hold keys and values, one row a sequence
-batch        rows with different numbers of tokens as one packed run
+batch        different numbers of tokens for several slots as one packed run
 decoder      runs of the ONNX graph
-sampling     logits -> token
-drafting     tokens that may come next, from the sequence's own words
-engine       the loop: schedule, run, sample, hand out
-metrics      what the engine counts
-detokenizer  tokens -> text that never breaks a character
+drafting     tokens that may come next, found in the sequence itself
+answer       one answer while it is generated: its sampler, its drafts, its consumer
+engine       a step: schedule, run, let every answer take its tokens
 stopping     stop strings, held back until they can't match
 stream       the text side of one request
-outbox       the thread that sends
 service      all of these for one model folder
 """

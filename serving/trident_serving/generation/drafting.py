@@ -1,4 +1,4 @@
-"""Prompt-lookup speculative decoding: drafts from the sequence's own words, and how many of them pay.
+"""Prompt-lookup speculative decoding: drafts found in the sequence itself, and how many of them pay.
 
 A draft is what followed the last time that the latest tokens stood in the sequence (Saxena, "Prompt Lookup Decoding",
 2023). One run of the model verifies it, and a token that the model would not have chosen ends it, so answers are
@@ -21,7 +21,7 @@ NGRAMS = (3, 2)  # how many of the latest tokens must be found, tried in this or
 MAX_PAUSE = 64
 EXPLORED = 0.35  # the chance of a first token about which nothing is known
 MEMORY = 0.98  # the weight of a step's time once the next one is known
-UNLEARNED = 32  # of the latest steps are kept until somebody asks for the cost
+UNLEARNED = 32  # of the latest steps are kept until the cost is asked for
 LONGEST = 1.5  # times as long as expected; a step that took longer was held up
 
 
@@ -83,29 +83,52 @@ class Acceptance:
             self._pause = min(2**self._misses, MAX_PAUSE)
 
 
+class SequenceDrafts:
+    """The drafts of one sequence: where they come from, and how they did.
+
+    Args:
+        tokens: of the sequence; the caller appends to them.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._lookup = PromptLookup(tokens)
+        self._acceptance = Acceptance()
+
+    def propose(self, limit: int) -> tuple[float, list[int]]:
+        """The chance of each token to be right, and up to `limit` tokens, often none; call it once a step."""
+        chance = self._acceptance.chance() if limit > 0 else 0.0
+        return chance, self._lookup.draft(limit) if chance else []
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """See `Acceptance.record`."""
+        self._acceptance.record(drafted, accepted)
+
+
 @dataclass(frozen=True)
 class StepCost:
-    """What a step takes, in any unit of time: `base`, and so much for each row and each draft token."""
+    """What a step takes, in any unit of time: `base`, and an amount for each sequence and each draft token."""
 
     base: float
-    row: float
+    sequence: float
     token: float
 
-    def of(self, rows: int, drafted: int) -> float:
+    def of(self, sequences: int, drafted: int) -> float:
         """The cost of a step."""
-        return self.base + rows * self.row + drafted * self.token
+        return self.base + sequences * self.sequence + drafted * self.token
 
 
 class StepTimes:
-    """What steps take, learned from those that were run: least squares that forget.
+    """What steps take, learned from those that were run: least squares with fading memory.
 
     Times change while a model is served, with the length of the sequences and with what else the machine does; a
     measurement when the model is loaded would hold what other models' loading took from it for good.
     """
 
     def __init__(self) -> None:
-        guess = StepCost(base=5.0, row=1.0, token=1.0)  # of what has not been seen yet, in proportion to the first step
-        self._guess = np.array([guess.base, guess.row, guess.token])
+        guess = StepCost(
+            base=5.0, sequence=1.0, token=1.0
+        )  # of what has not been seen yet, in proportion to the first step
+        self._guess = np.array([guess.base, guess.sequence, guess.token])
         self._seen = False
         self._cost = guess
         self._gram = np.zeros((3, 3))
@@ -113,53 +136,79 @@ class StepTimes:
         # Learned when the cost is asked for: between two steps it would take 0.1 ms, caches being cold then.
         self._new: deque[tuple[int, int, float]] = deque(maxlen=UNLEARNED)
 
-    def record(self, rows: int, drafted: int, seconds: float) -> None:
-        """A step of so many rows and draft tokens took so long."""
-        self._new.append((rows, drafted, max(seconds, 1e-9)))
+    def record(self, sequences: int, drafted: int, seconds: float) -> None:
+        """A step of `sequences` sequences and `drafted` draft tokens took `seconds`."""
+        self._new.append((sequences, drafted, max(seconds, 1e-9)))
 
     def cost(self) -> StepCost:
-        """Of a step now. A draft token never costs so much that the first one of a lone sequence is not tried."""
+        """Of a step now. A draft token never costs too much for a single sequence to try its first one."""
         while self._new:
             self._learn(*self._new.popleft())
         token = min(self._cost.token, 0.9 * EXPLORED * self._cost.of(1, 0))
-        return StepCost(self._cost.base, self._cost.row, token)
+        return StepCost(self._cost.base, self._cost.sequence, token)
 
-    def _learn(self, rows: int, drafted: int, seconds: float) -> None:
-        usual = self._cost.of(rows, drafted)
+    def _learn(self, sequences: int, drafted: int, seconds: float) -> None:
+        usual = self._cost.of(sequences, drafted)
         if not self._seen:
             self._seen = True
             self._guess *= seconds / usual
         else:
             seconds = min(max(seconds, usual / LONGEST), usual * LONGEST)
-        step = np.array([1.0, rows, drafted])
+        step = np.array([1.0, sequences, drafted])
         self._gram = MEMORY * self._gram + np.outer(step, step)
         self._moment = MEMORY * self._moment + seconds * step
         found = np.linalg.solve(self._gram + np.eye(3), self._moment + self._guess)
         self._cost = StepCost(*np.maximum(found, 0.02 * self._guess).tolist())
 
 
-def allot(chances: Sequence[float], limits: Sequence[int], rows: int, cost: StepCost) -> list[int]:
-    """Draft lengths that make the most tokens a second, if each draft token is right with its row's chance.
+def allot(chances: Sequence[float], limits: Sequence[int], sequences: int, cost: StepCost) -> list[int]:
+    """Draft lengths that make the most tokens a second, if each draft token is right with its sequence's chance.
 
-    The n-th token of a draft counts if all before it are right too. The best next token of any row is added while
+    The n-th token of a draft counts if all before it are right too. The best next token of any sequence is added while
     that raises the tokens that a step is expected to give, over what it takes.
 
     Args:
-        chances: of each drafting row.
+        chances: of each drafting sequence.
         limits: longest draft of each.
-        rows: that decode in the step, drafting or not.
+        sequences: that decode in the step, drafting or not.
     """
     lengths = [0] * len(chances)
     gains = list(chances)
-    expected, drafted = float(rows), 0
+    expected, drafted = float(sequences), 0
     while gains:
-        best = max(range(len(gains)), key=lambda row: gains[row] if lengths[row] < limits[row] else 0.0)
+        best = max(range(len(gains)), key=lambda index: gains[index] if lengths[index] < limits[index] else 0.0)
         if lengths[best] >= limits[best] or gains[best] <= 0.0:
             break
-        if (expected + gains[best]) * cost.of(rows, drafted) <= expected * cost.of(rows, drafted + 1):
+        if (expected + gains[best]) * cost.of(sequences, drafted) <= expected * cost.of(sequences, drafted + 1):
             break
         lengths[best] += 1
         drafted += 1
         expected += gains[best]
         gains[best] *= chances[best]
     return lengths
+
+
+class Drafter:
+    """The drafts of a step, as long as they pay."""
+
+    def __init__(self) -> None:
+        self._times = StepTimes()
+
+    def draft(self, sequences: Sequence[tuple[SequenceDrafts | None, int]]) -> list[list[int]]:
+        """A draft for each sequence that decodes, mostly empty.
+
+        Args:
+            sequences: the drafts of each, None where it has none, and how long a draft may be.
+        """
+        proposals = [
+            drafts.propose(min(limit, MAX_DRAFT)) if drafts is not None else (0.0, []) for drafts, limit in sequences
+        ]
+        if not any(tokens for _, tokens in proposals):
+            return [[] for _ in sequences]
+        chances, limits = [chance for chance, _ in proposals], [len(tokens) for _, tokens in proposals]
+        lengths = allot(chances, limits, len(sequences), self._times.cost())
+        return [tokens[:length] for (_, tokens), length in zip(proposals, lengths, strict=True)]
+
+    def record(self, drafts: Sequence[Sequence[int]], seconds: float) -> None:
+        """The step with these drafts, one for each sequence that decoded, took `seconds`."""
+        self._times.record(len(drafts), sum(map(len, drafts)), seconds)

@@ -1,28 +1,29 @@
 """A generation request, checked: from the tensors of the call to what the engine runs.
 
-Field names and types are those of Triton's TensorRT-LLM backend (see the config that
-`trident_export.repository` writes), plus `messages` for the chat template. Everything but the prompt is
-optional.
+The fields are those of `trident_serving.schema.fields`, plus `messages` for the chat template. Everything but the
+prompt is optional.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.sampling import SamplingParams
+from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
+from trident_serving.schema.fields import (
+    DEFAULT_TIMEOUT_SECONDS,
+    GENERATION,
+    MAX_STOP_WORD_BYTES,
+    MAX_STOP_WORDS,
+    Inputs,
+    single_text,
+    timeout_seconds,
+)
+from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import decode_texts
-from trident_serving.tokenization import ChatTemplate, TextTokenizer, parse_messages
-
-MAX_STOP_WORDS = 32
-MAX_TOP_LOG_PROBS = 20
-DEFAULT_TIMEOUT_SECONDS = 300.0
-Inputs = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -51,28 +52,12 @@ class GenerationRequest:
 
 
 class RequestParser:
-    """Turns tensors into requests for one model.
+    """Turns tensors into requests for one model."""
 
-    Args:
-        context: tokens that prompt and answer may have together.
-        default_max_tokens: length of the answer where the request names none; less where the context ends.
-        timeout: seconds that a request may take, waiting included; a request may ask for less.
-    """
-
-    def __init__(
-        self,
-        tokenizer: TextTokenizer,
-        chat_template: ChatTemplate | None,
-        *,
-        context: int,
-        default_max_tokens: int,
-        timeout: float = DEFAULT_TIMEOUT_SECONDS,
-    ) -> None:
+    def __init__(self, tokenizer: TextTokenizer, chat_template: ChatTemplate | None, limits: GenerationLimits) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._context = context
-        self._default_max_tokens = default_max_tokens
-        self._timeout = timeout
+        self._limits = limits
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """Check the tensors of one request, each of them [1, n].
@@ -84,39 +69,30 @@ class RequestParser:
             InvalidRequest: a field is missing, malformed or out of range.
         """
         prompt, prompt_ids = self._prompt(inputs)
-        room = self._context - len(prompt_ids)
-        max_tokens = int(scalar(inputs, "max_tokens", min(self._default_max_tokens, room)))
+        room = self._limits.context - len(prompt_ids)
+        values = {field.name: field.read(inputs) for field in GENERATION if field.shape == (1,)}
+        if values["max_tokens"] is None:
+            values["max_tokens"] = min(self._limits.default_max_tokens, room)
         sampling = SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=int(scalar(inputs, "min_tokens", 0)),
-            temperature=float(scalar(inputs, "temperature", 0.0)),
-            top_k=int(scalar(inputs, "top_k", 0)),
-            top_p=float(scalar(inputs, "top_p", 1.0)),
-            min_p=float(scalar(inputs, "min_p", 0.0)),
-            repetition_penalty=float(scalar(inputs, "repetition_penalty", 1.0)),
-            presence_penalty=float(scalar(inputs, "presence_penalty", 0.0)),
-            frequency_penalty=float(scalar(inputs, "frequency_penalty", 0.0)),
-            seed=int(inputs["random_seed"].reshape(-1)[0]) if "random_seed" in inputs else None,
+            **{name: values[name] for name in SAMPLING if name in values},
+            seed=values["random_seed"],
         )
-        if max_tokens > room:
+        if sampling.max_tokens > room:
             raise InvalidRequest(
-                f"max_tokens is {max_tokens}, but the prompt's {len(prompt_ids)} tokens leave room for {room} "
-                f"in the context of {self._context}"
+                f"max_tokens is {sampling.max_tokens}, but the prompt's {len(prompt_ids)} tokens leave room for {room} "
+                f"in the context of {self._limits.context}"
             )
-        top_log_probs = int(scalar(inputs, "top_logprobs", 0))
-        if not 0 <= top_log_probs <= MAX_TOP_LOG_PROBS:
-            raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOG_PROBS}, found {top_log_probs}")
         return GenerationRequest(
             prompt=prompt,
             prompt_ids=tuple(prompt_ids),
             sampling=sampling,
             stop_words=_stop_words(inputs),
-            stream=bool(scalar(inputs, "stream", False)),
-            return_log_probs=bool(scalar(inputs, "return_log_probs", False)) or top_log_probs > 0,
-            top_log_probs=top_log_probs,
-            include_prompt=not bool(scalar(inputs, "exclude_input_in_output", True)),
-            prompt_lookup=bool(scalar(inputs, "prompt_lookup", True)),
-            timeout_seconds=timeout_seconds(timeout, self._timeout),
+            stream=values["stream"],
+            return_log_probs=values["return_log_probs"] or values["top_logprobs"] > 0,
+            top_log_probs=values["top_logprobs"],
+            include_prompt=not values["exclude_input_in_output"],
+            prompt_lookup=values["prompt_lookup"],
+            timeout_seconds=timeout_seconds(timeout, self._limits.timeout),
         )
 
     def _prompt(self, inputs: Inputs) -> tuple[str, list[int]]:
@@ -136,10 +112,10 @@ class RequestParser:
         ids = self._tokenizer.encode(prompt, add_special_tokens=field == "text_input")
         if not ids:
             raise InvalidRequest(f"{field} is empty: the model needs at least one token to go on from")
-        if len(ids) >= self._context:
+        if len(ids) >= self._limits.context:
             raise InvalidRequest(
-                f"{field} has {len(ids)} tokens, the model's context of {self._context} allows "
-                f"{self._context - 1} and one generated token"
+                f"{field} has {len(ids)} tokens, the model's context of {self._limits.context} allows "
+                f"{self._limits.context - 1} and one generated token"
             )
         return prompt, ids
 
@@ -147,47 +123,11 @@ class RequestParser:
         """Refuse a hopeless text before tokenizing it: a megabyte takes half a second, which others wait."""
         longest = self._tokenizer.longest_token_bytes
         size = len(text.encode("utf-8", "surrogatepass"))
-        if longest is not None and size > longest * self._context:
+        if longest is not None and size > longest * self._limits.context:
             raise InvalidRequest(
                 f"{field} has {size} bytes, at least {-(-size // longest)} tokens, and the model's context "
-                f"is {self._context} tokens"
+                f"is {self._limits.context} tokens"
             )
-
-
-def timeout_seconds(value: object, limit: float) -> float:
-    """Triton's request parameter `timeout`, in microseconds, where 0 means none; at most the model's limit.
-
-    Args:
-        value: the parameter; None where there is none.
-        limit: seconds.
-
-    Raises:
-        InvalidRequest: it is no such number.
-    """
-    number = 0 if value is None else value if isinstance(value, int | float) and not isinstance(value, bool) else None
-    if number is None and isinstance(value, str) and value.isdecimal():
-        number = int(value)
-    if number is None or not 0 <= number < 2**63:
-        raise InvalidRequest(f"timeout must be a number of microseconds, 0 (none) or more, found {value!r}")
-    return min(number / 1e6, limit) if number else limit
-
-
-def scalar(inputs: Inputs, name: str, default: float | bool) -> Any:
-    """The one value of a tensor, or the default where it is missing."""
-    tensor = inputs.get(name)
-    if tensor is None:
-        return default
-    if tensor.size != 1:
-        raise InvalidRequest(f"{name} must hold one value, found {tensor.size}")
-    return tensor.reshape(-1)[0]
-
-
-def single_text(inputs: Inputs, name: str) -> str:
-    """The one text of a BYTES tensor."""
-    texts = decode_texts(inputs[name], name)
-    if len(texts) != 1:
-        raise InvalidRequest(f"{name} must hold one text, found {len(texts)}")
-    return texts[0]
 
 
 def _stop_words(inputs: Inputs) -> tuple[str, ...]:
@@ -196,4 +136,5 @@ def _stop_words(inputs: Inputs) -> tuple[str, ...]:
         return ()
     if tensor.size > MAX_STOP_WORDS:
         raise InvalidRequest(f"stop_words holds {tensor.size} texts, the limit is {MAX_STOP_WORDS}")
-    return tuple(word for word in decode_texts(tensor.astype(np.object_), "stop_words", 1024) if word)
+    words = decode_texts(tensor.astype(np.object_), "stop_words", MAX_STOP_WORD_BYTES)
+    return tuple(word for word in words if word)

@@ -1,7 +1,7 @@
-"""Who does what in the next step of the engine: iteration-level batching over the rows of the KV cache.
+"""Who does what in the next step of the engine: iteration-level batching over the slots of the KV cache.
 
-Pure bookkeeping: no tensors, no I/O. First come, first served: whoever waits longest is placed first, and nobody
-overtakes it while the memory that it needs is taken.
+Pure bookkeeping: no tensors, no I/O. First come, first served: the sequence that waits longest gets the next slot,
+and none overtakes it while the memory that it needs is taken.
 Iteration-level scheduling: Orca (Yu et al., OSDI 2022). Chunked prefill: Sarathi (Agrawal et al., 2023).
 """
 
@@ -12,27 +12,24 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from trident_serving.errors import Overloaded
-from trident_serving.generation.rows import Placement, RowPool
-
-T = TypeVar("T")
+from trident_serving.generation.slots import Placement, SlotPool
 
 
-class Sequence(Generic[T]):
+class Sequence:
     """One request in the scheduler.
 
     Attributes:
         tokens: the prompt and what was generated.
         cached: how many of them the cache holds.
-        row: where, once it is placed.
+        slot: of the KV cache, once it has one.
     """
 
-    def __init__(self, payload: T, prompt: list[int], max_tokens: int) -> None:
-        self.payload = payload
+    def __init__(self, prompt: list[int], max_tokens: int) -> None:
         self.tokens = prompt
         self.prompt_length = len(prompt)
         self.max_tokens = max_tokens
         self.cached = 0
-        self.row: int | None = None
+        self.slot: int | None = None
 
     @property
     def prefilled(self) -> bool:
@@ -40,11 +37,14 @@ class Sequence(Generic[T]):
         return self.cached >= self.prompt_length
 
 
+S = TypeVar("S", bound=Sequence)
+
+
 @dataclass(frozen=True)
-class PrefillChunk(Generic[T]):
+class PrefillChunk(Generic[S]):
     """Run positions start..end-1 of the sequence's prompt."""
 
-    sequence: Sequence[T]
+    sequence: S
     start: int
     end: int
 
@@ -55,51 +55,46 @@ class PrefillChunk(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Step(Generic[T]):
+class Step(Generic[S]):
     """One iteration: new sequences, chunks of prompts, and a token for every decoding sequence."""
 
-    placed: tuple[tuple[Sequence[T], Placement], ...]
-    prefill: tuple[PrefillChunk[T], ...]
-    decode: tuple[Sequence[T], ...]
+    placed: tuple[tuple[S, Placement], ...]
+    prefill: tuple[PrefillChunk[S], ...]
+    decode: tuple[S, ...]
 
 
-class Scheduler(Generic[T]):
-    """First come, first served, over the rows of a cache.
+class Scheduler(Generic[S]):
+    """First come, first served, over the slots of a cache.
 
     Args:
-        pool: the rows.
+        pool: the slots.
         prefill_chunk: prompt tokens in one step at most, which bounds how long running streams wait.
-        max_waiting: sequences that may wait for a row.
+        max_waiting: sequences that may wait for a slot.
     """
 
-    def __init__(self, pool: RowPool, prefill_chunk: int, max_waiting: int) -> None:
+    def __init__(self, pool: SlotPool, prefill_chunk: int, max_waiting: int) -> None:
         self._pool = pool
         self._prefill_chunk = prefill_chunk
         self._max_waiting = max_waiting
-        self._waiting: deque[Sequence[T]] = deque()
-        self._running: list[Sequence[T]] = []
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not (self._waiting or self._running)
+        self._waiting: deque[S] = deque()
+        self._running: list[S] = []
 
     @property
     def waiting(self) -> int:
-        """Sequences without a row."""
+        """Sequences without a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Sequences with a row."""
+        """Sequences with a slot."""
         return len(self._running)
 
     @property
-    def sequences(self) -> list[Sequence[T]]:
+    def sequences(self) -> list[S]:
         """Every sequence, running ones first."""
         return [*self._running, *self._waiting]
 
-    def add(self, sequence: Sequence[T]) -> None:
+    def add(self, sequence: S) -> None:
         """Queue a sequence.
 
         Raises:
@@ -112,7 +107,7 @@ class Scheduler(Generic[T]):
             )
         self._waiting.append(sequence)
 
-    def schedule(self) -> Step[T]:
+    def schedule(self) -> Step[S]:
         """The next step; the caller runs it, raises `cached` as it does, and reports ends with `remove`."""
         decode = tuple(sequence for sequence in self._running if sequence.prefilled)
         room = self._prefill_chunk
@@ -132,28 +127,28 @@ class Scheduler(Generic[T]):
             room -= chunks[-1].end - chunks[-1].start
         return Step(tuple(placed), tuple(chunks), decode)
 
-    def remove(self, sequence: Sequence[T], *, trusted: bool = True) -> None:
-        """Forget a sequence.
+    def remove(self, sequence: S, *, trusted: bool = True) -> None:
+        """Take a sequence out.
 
         Args:
             trusted: whether what the cache holds of it may serve others.
         """
-        if sequence.row is None:
+        if sequence.slot is None:
             self._waiting.remove(sequence)
             return
         self._running.remove(sequence)
         if trusted:
-            self._pool.leave(sequence.row)
+            self._pool.release(sequence.slot)
         else:
-            self._pool.forget(sequence.row)
-        sequence.row = None
+            self._pool.evict(sequence.slot)
+        sequence.slot = None
 
-    def _place(self, sequence: Sequence[T]) -> Placement | None:
+    def _place(self, sequence: S) -> Placement | None:
         placement = self._pool.place(sequence, sequence.prompt_length + sequence.max_tokens)
         if placement is not None:
-            sequence.row, sequence.cached = placement.row, placement.reused
+            sequence.slot, sequence.cached = placement.slot, placement.reused
         return placement
 
     @staticmethod
-    def _chunk(sequence: Sequence[T], room: int) -> PrefillChunk[T]:
+    def _chunk(sequence: S, room: int) -> PrefillChunk[S]:
         return PrefillChunk(sequence, sequence.cached, min(sequence.cached + room, sequence.prompt_length))

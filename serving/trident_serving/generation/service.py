@@ -3,82 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from trident_serving import memory
-from trident_serving.errors import Overloaded
-from trident_serving.generation.batch import RowTokens
+from trident_serving.errors import DoesNotFit, Overloaded
+from trident_serving.generation.answer import Job
+from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.generation.engine import Engine, EngineSettings, Job
-from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.outbox import Outbox
-from trident_serving.generation.request import GenerationRequest, Inputs, RequestParser
+from trident_serving.generation.engine import Engine, EngineSettings
+from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
-from trident_serving.tokenization import ChatTemplate, TextTokenizer
-
-MEBIBYTE = 2**20
-
-
-class DoesNotFit(ValueError):
-    """The model's limits and this machine do not fit; the message gives the sum and says which limit to change."""
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """The `parameters` of the model's config.pbtxt, which come from models.toml.
-
-    Attributes:
-        context: tokens of prompt and answer together.
-        slots: answers that are generated at once.
-        kv_cache_mib: memory for keys and values; 0: what `slots` full contexts take.
-        prefill_chunk: prompt tokens run in one step at most.
-        max_waiting: requests that may wait for a slot.
-        timeout: seconds that a request may take, waiting included.
-        default_max_tokens: length of an answer where the request names none.
-        prefix_reuse: whether prompts start behind what the cache already holds of them.
-        prompt_lookup: whether greedy answers may be drafted from their prompt.
-        threads: ONNX Runtime's intra-op threads.
-        device: `cpu` or `cuda`.
-    """
-
-    context: int
-    slots: int
-    kv_cache_mib: int
-    prefill_chunk: int
-    max_waiting: int
-    timeout: int
-    default_max_tokens: int
-    prefix_reuse: bool
-    prompt_lookup: bool
-    threads: int
-    device: str
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str]) -> GenerationSettings:
-        """Read the settings.
-
-        Raises:
-            ValueError: one is missing or has no value of its kind.
-        """
-        values: dict[str, int | bool | str] = {}
-        for field in fields(cls):
-            text = parameters.get(field.name, "")
-            if field.type == "bool":
-                if text not in ("true", "false"):
-                    raise ValueError(f"parameter {field.name!r} must be true or false, found {text!r}")
-                values[field.name] = text == "true"
-            elif field.type == "str":
-                values[field.name] = text
-            else:
-                least = 0 if field.name == "kv_cache_mib" else 1
-                if not text.isdecimal() or int(text) < least:
-                    kind = "an integer, 0 or more" if least == 0 else "a positive integer"
-                    raise ValueError(f"parameter {field.name!r} must be {kind}, found {text!r}")
-                values[field.name] = int(text)
-        return cls(**values)  # type: ignore[arg-type]
+from trident_serving.runtime.memory import MEBIBYTE, available_bytes
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.outbox import Outbox
+from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.schema.fields import Inputs
+from trident_serving.schema.limits import GenerationLimits
 
 
 @dataclass(frozen=True)
@@ -111,22 +53,22 @@ class MemoryNeeds:
         )
 
 
-def plan_memory(settings: GenerationSettings, decoder: OnnxDecoder, weights: int, available: int) -> MemoryNeeds:
+def plan_memory(limits: GenerationLimits, decoder: OnnxDecoder, weights: int, available: int) -> MemoryNeeds:
     """What the settings take on this machine, once the weights are loaded.
 
     Raises:
         DoesNotFit: the cache can't hold a single context, or the memory that is available can't hold the cache.
     """
     each = decoder.cache.bytes_per_token
-    tokens = settings.slots * settings.context
-    if settings.kv_cache_mib:
-        tokens = min(tokens, settings.kv_cache_mib * MEBIBYTE // each)
-    if tokens < settings.context:
+    tokens = limits.slots * limits.context
+    if limits.kv_cache_mib:
+        tokens = min(tokens, limits.kv_cache_mib * MEBIBYTE // each)
+    if tokens < limits.context:
         raise DoesNotFit(
-            f"kv_cache_mib is {settings.kv_cache_mib}, but one context of {settings.context} tokens takes "
-            f"{settings.context * each / MEBIBYTE:.0f} MiB: raise kv_cache_mib or lower context"
+            f"kv_cache_mib is {limits.kv_cache_mib}, but one context of {limits.context} tokens takes "
+            f"{limits.context * each / MEBIBYTE:.0f} MiB: raise kv_cache_mib or lower context"
         )
-    needs = MemoryNeeds(weights, tokens, each, settings.slots * decoder.vocabulary_size * 4)
+    needs = MemoryNeeds(weights, tokens, each, limits.slots * decoder.vocabulary_size * 4)
     if decoder.cache.device != "cpu":
         return needs  # a GPU's cache is taken when it is made, and fails there
     if needs.cache + needs.logits > available:
@@ -160,7 +102,7 @@ class GenerationService:
     def __init__(
         self,
         folder: Path,
-        settings: GenerationSettings,
+        limits: GenerationLimits,
         unloading: Callable[[], bool] = lambda: False,
         device_id: int = 0,
     ) -> None:
@@ -168,37 +110,31 @@ class GenerationService:
         self._tokenizer = tokenizer
         self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
-        self._parser = RequestParser(
-            tokenizer,
-            ChatTemplate.load(folder),
-            context=settings.context,
-            default_max_tokens=settings.default_max_tokens,
-            timeout=settings.timeout,
-        )
+        self._parser = RequestParser(tokenizer, ChatTemplate.load(folder), limits)
         decoder = OnnxDecoder(
             folder / "model.onnx",
-            rows=settings.slots,
-            context=settings.context,
-            longest_run=max(settings.prefill_chunk, MAX_DRAFT + 1),
-            threads=settings.threads,
-            device=settings.device,
+            slots=limits.slots,
+            context=limits.context,
+            longest_run=max(limits.prefill_chunk, MAX_DRAFT + 1),
+            threads=limits.threads,
+            device=limits.device,
             device_id=device_id,
         )
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-        self.memory = plan_memory(settings, decoder, weights, memory.available_bytes())
-        decoder.run([RowTokens(0, 0, [0])])  # a graph that can't run is not served
+        self.memory = plan_memory(limits, decoder, weights, available_bytes())
+        decoder.run([SlotTokens(0, 0, [0])])  # a graph that can't run is not served
         decoder.release(0, 0)
         self.recorder = Recorder()
         self._outbox = Outbox(self._check_unloading)
         self._engine = Engine(
             decoder,
             EngineSettings(
-                rows=settings.slots,
+                slots=limits.slots,
                 cache_tokens=self.memory.cache_tokens,
-                prefill_chunk=settings.prefill_chunk,
-                max_waiting=settings.max_waiting,
-                prefix_reuse=settings.prefix_reuse,
-                prompt_lookup=settings.prompt_lookup,
+                prefill_chunk=limits.prefill_chunk,
+                max_waiting=limits.max_waiting,
+                prefix_reuse=limits.prefix_reuse,
+                prompt_lookup=limits.prompt_lookup,
             ),
             eos_token_ids=self._eos_token_ids,
             recorder=self.recorder,

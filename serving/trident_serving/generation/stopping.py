@@ -1,4 +1,4 @@
-"""Stop strings in streamed text: found across pieces, and never leaked in part."""
+"""Stop strings in streamed text: found across chunks, and never shown in part."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class StopStrings:
         self._words = [word for word in words if word]
         self._held = ""
 
-    def push(self, piece: str) -> tuple[str, bool]:
+    def push(self, chunk: str) -> tuple[str, bool]:
         """Add text; returns what may be shown, and whether a stop string was found (it is not shown)."""
-        text = self._held + piece
+        text = self._held + chunk
         found = [position for word in self._words if (position := text.find(word)) >= 0]
         if found:
             self._held = ""

@@ -1,4 +1,4 @@
-"""The text side of one request: tokens in on the engine's thread, chunks of text out on the sender's."""
+"""The text side of one request: tokens in on the engine's thread, chunks of text out on the outbox's."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from trident_serving.generation.detokenizer import Detokenizer
-from trident_serving.generation.engine import FinishReason
+from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.request import GenerationRequest
-from trident_serving.generation.sampling import TokenLogProbs
 from trident_serving.generation.stopping import StopStrings
-from trident_serving.tokenization import Codec
+from trident_serving.runtime.detokenizer import Detokenizer
+from trident_serving.runtime.log_probabilities import TokenLogProbs
+from trident_serving.runtime.tokenizer import Codec
 
 
 @dataclass
 class Chunk:
-    """What one response carries; `finish_reason` is set in the last one alone."""
+    """What one response carries; `finish_reason` is set in the last one only."""
 
     text: str = ""
     finish_reason: FinishReason | None = None
@@ -27,7 +27,7 @@ class Chunk:
 
 
 class ResponseChannel(Protocol):
-    """Where responses go; called on the sender's thread alone."""
+    """Where responses go; called on the outbox's thread only."""
 
     def send(self, chunk: Chunk) -> None:
         """Send one response; the one with a `finish_reason` is the last."""
@@ -43,7 +43,7 @@ class ResponseChannel(Protocol):
 
 
 class TextStream:
-    """Implements the engine's `Consumer`; tokens that wait for the sender go out together.
+    """Implements the engine's `Consumer`; tokens that wait for the outbox go out together.
 
     Args:
         notify: called, on the engine's thread, when there is something to send.
@@ -59,9 +59,9 @@ class TextStream:
     ) -> None:
         self.channel = channel
         self.cancelled = False
-        # The sender's: when it sent last, and whether this stream waits for its next time.
+        # The outbox's: when it sent last, and whether this stream waits for its next time.
         self.last_sent = 0.0
-        self.paced = False
+        self.pending = False
         self._streaming = request.stream
         self._num_input_tokens = len(request.prompt_ids)
         self._eos_token_ids = eos_token_ids
@@ -83,15 +83,15 @@ class TextStream:
 
     def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
         """See `Consumer.accept`."""
-        piece = "" if token in self._eos_token_ids else self._detokenizer.push(token)
-        text, stopped = self._stop_strings.push(piece)
+        new = "" if token in self._eos_token_ids else self._detokenizer.push(token)
+        text, stopped = self._stop_strings.push(new)
         with self._lock:
             self._text += text
             self._num_output_tokens += 1
             if log_probs is not None:
                 self._log_probs.append(log_probs)
             ready = self._streaming and bool(self._text) and not stopped
-        if ready and not self.paced:  # the sender comes by anyway
+        if ready and not self.pending:  # else the outbox sends it anyway
             self._notify(self)
         return stopped
 
@@ -111,11 +111,11 @@ class TextStream:
         self._notify(self)
 
     def send_pending(self) -> bool:
-        """Send what waits, on the sender's thread; True when that was the last response."""
+        """Send what waits, on the outbox's thread; True when that was the last response."""
         with self._lock:
             ended = self._error is not None or self._reason is not None
             if self._closed or not (ended or (self._streaming and self._text)):
-                return False  # nothing yet, or another notification has already taken it along
+                return False  # nothing yet, or an earlier notification has sent it
             self._closed = ended
             error, chunk = self._error, self._take()
         if error is not None:

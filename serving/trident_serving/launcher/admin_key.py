@@ -14,7 +14,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from trident_serving.launcher.preflight import StartError
+from trident_serving.errors import StartError
 
 ENVIRONMENT = "TRIDENT_ADMIN_KEY"
 # What the key is called in a request: an HTTP header; in gRPC Triton wants its own prefix before it.

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trident_serving.launcher.preflight import StartError
+from trident_serving.errors import StartError
 
 if TYPE_CHECKING:
     from trident_serving.launcher.installation import Installation

@@ -8,8 +8,8 @@ import threading
 import time
 
 from trident_serving import artefacts
+from trident_serving.errors import ControlError, Refused
 from trident_serving.launcher import failures
-from trident_serving.launcher.control import ControlError, Refused
 from trident_serving.launcher.server import Server
 
 CARE_SECONDS = 1.0
@@ -76,10 +76,19 @@ class Care:
 
     def _unload(self, model: str, pause: float) -> None:
         try:
+            if self._is_unwanted(model):
+                say(f"{model} was unloaded meanwhile, so it is not loaded again")
+                return
             self._server.control.unload(model)
         except ControlError as error:
             self._give_up(model, error)
         self._due[model] = time.monotonic() + pause
+
+    def _is_unwanted(self, model: str) -> bool:
+        """Whether somebody unloads the model; Triton says READY of one whose process fell by itself."""
+        states = {entry.name: entry for entry in self._server.control.index()}
+        entry = states.get(model, failures.IndexEntry(model))
+        return entry.state == "UNLOADING" or entry.reason == "unloaded"
 
     def _load(self, model: str) -> None:
         del self._due[model]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
+from trident_serving.errors import StartError
 from trident_serving.launcher import installation
 from trident_serving.launcher.failures import Failure
-from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.server import Server, ServerOptions, check_machine
 from trident_serving.launcher.supervisor import Orders, Policy, Supervisor
 
@@ -83,7 +83,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Policy.restarts,
         help="how often tritonserver is started again in five minutes, if it dies (default %(default)s)",
     )
-    parser.add_argument("--admin-key-file", type=Path, help="where the admin key is written (docs/security.md)")
+    parser.add_argument("--admin-key-file", type=Path, help="of the admin key (docs/reference/security.md)")
     parser.add_argument("--check", action="store_true", help="start nothing, say whether a server could start here")
     parser.add_argument("--verbose", action="store_true", help="show all that tritonserver logs")
     parser.add_argument(

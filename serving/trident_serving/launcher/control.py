@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from trident_serving.errors import ControlError, Refused
 from trident_serving.launcher import failures, http
 from trident_serving.launcher.admin_key import HEADER
 from trident_serving.launcher.failures import IndexEntry
@@ -19,14 +20,6 @@ _CONFIG = {"input": [{"name": "A", **_TENSOR}], "output": [{"name": "B", **_TENS
 _FAILS = {"backend": "none", **_CONFIG}
 _LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}], **_CONFIG}
 _CODE = "class TritonPythonModel:\n    def execute(self, requests):\n        return [None] * len(requests)\n"
-
-
-class ControlError(RuntimeError):
-    """The server does not do what the launcher asks for, or does not answer."""
-
-
-class Refused(ControlError):
-    """The server answers that it can't do it."""
 
 
 class Control:

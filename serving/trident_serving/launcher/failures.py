@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trident_serving.artefacts import VERSION, Manifest
+from trident_serving.errors import ModelError
 
 READY = "READY"
 _LONGEST_REASON = 300
 # Triton's names of a status before the reason; they say nothing about the cause.
 _STATUSES = ("Internal: ", "Invalid argument: ", "Not found: ", "Unavailable: ", "Unknown: ", "Unsupported: ")
 # Exceptions of our backends that a user can do something about; their sentences say all.
-_KINDS = ("LoadError: ", "ValueError: ", "DoesNotFit: ", "DeviceMissing: ")
+_KINDS = ("ValueError: ", *(f"{kind.__name__}: " for kind in ModelError.__subclasses__()))
 
 
 @dataclass(frozen=True)

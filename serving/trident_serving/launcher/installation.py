@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from trident_serving.errors import StartError
 from trident_serving.launcher import backend_folder, preflight
-from trident_serving.launcher.preflight import StartError
 
 CONTAINER_ROOT = Path("/opt/tritonserver")
 

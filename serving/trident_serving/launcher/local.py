@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trident_serving.errors import StartError
 from trident_serving.launcher import http
 from trident_serving.launcher.admin_key import HEADER, default_file
-from trident_serving.launcher.preflight import StartError
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+from trident_serving.errors import StartError
+
 SUPPORTED_PYTHON = ((3, 11), (3, 12))
 BACKEND_PACKAGES = ("trident_serving", "numpy", "onnxruntime", "tokenizers", "jinja2")
 
@@ -26,10 +28,6 @@ if "numpy" not in missing:
     numpy = version("numpy")
 print(json.dumps([list(sys.version_info[:2]), missing, numpy]))
 """
-
-
-class StartError(RuntimeError):
-    """The server can't start; the message says why and what to do."""
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> None:

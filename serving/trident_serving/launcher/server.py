@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 from trident_serving import artefacts, runtime_folder
+from trident_serving.errors import StartError
 from trident_serving.launcher import admin_key, backend_folder, preflight, processes, server_log, shared_memory
 from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.control import Control
 from trident_serving.launcher.installation import Installation
-from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.repository_view import RepositoryView
 from trident_serving.launcher.server_log import ServerLog
 from trident_serving.runtime_folder import RuntimeFolder

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trident_serving.launcher.preflight import StartError
+from trident_serving.errors import StartError
 
 FOLDER = Path("/dev/shm")
 MEBIBYTE = 2**20

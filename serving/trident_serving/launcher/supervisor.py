@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trident_serving import artefacts
+from trident_serving.errors import ControlError, ServerDied, StartError
 from trident_serving.launcher import failures, processes
 from trident_serving.launcher.care import NOT_READY, PAUSE_SECONDS, Care, say
-from trident_serving.launcher.control import ControlError
 from trident_serving.launcher.failures import Failure
-from trident_serving.launcher.preflight import StartError
 from trident_serving.launcher.process_watch import ProcessWatch
 from trident_serving.launcher.server import END_SECONDS, Server
 from trident_serving.runtime_folder import Record
@@ -52,10 +51,6 @@ class Orders:
 
     stop: threading.Event = field(default_factory=threading.Event)
     stop_now: threading.Event = field(default_factory=threading.Event)
-
-
-class ServerDied(Exception):
-    """tritonserver ended or can't go on; the message says how."""
 
 
 class Supervisor:

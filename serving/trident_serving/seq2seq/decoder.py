@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.generation.decoder import bind_array, open_session
-from trident_serving.generation.kv_cache import KVCache
+from trident_serving.runtime.kv_cache import KVCache
+from trident_serving.runtime.session import bind_array, open_session
 
 Floats = NDArray[np.float32]
 
 # The keys of texts that decode together are padded to a multiple of this. A sum over the padding then runs in the same
-# order whatever the length, so the numbers of a text are the same to the last bit in any company.
+# order whatever the length, so the numbers of a text are the same to the last bit whatever decodes with it.
 LENGTH_STEP = 64
-# A product of one row sums in another order than that of several.
-MIN_PLACES = 2
+# A matmul of one row sums in another order than one of several.
+MIN_POSITIONS = 2
 _MASKED = np.float32(-1e9)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a run: the text that it belongs to, its token, and where that stands."""
+    """One row of a run: the text that it belongs to, its token, and the position of that token."""
 
     text: Hashable
     token: int
@@ -46,56 +46,56 @@ class CrossCache:
 
     @property
     def texts(self) -> int:
-        """Places for texts."""
+        """Texts that the tensors have room for."""
         return len(self._texts)
 
-    def place(self, text: Hashable) -> int:
-        """Where a text lies."""
+    def index(self, text: Hashable) -> int:
+        """Where a text is in the tensors."""
         return self._texts.index(text)
 
     def add(self, text: Hashable, arrays: dict[str, Floats], length: int) -> None:
-        """Take in a text."""
+        """Add a text."""
         if None not in self._texts or length > self._capacity:
             self._rebuild(len([known for known in self._texts if known is not None]) + 1, length)
-        place = self._texts.index(None)
-        self._texts[place], self._lengths[place] = text, length
-        self._write(place, arrays, length)
+        index = self._texts.index(None)
+        self._texts[index], self._lengths[index] = text, length
+        self._write(index, arrays, length)
 
     def remove(self, text: Hashable) -> None:
-        """Forget a text."""
-        self._texts[self.place(text)] = None
+        """Drop a text."""
+        self._texts[self.index(text)] = None
         left = sum(known is not None for known in self._texts)
         if 2 * left < len(self._texts):
             self._rebuild(left, 0)
 
-    def _write(self, place: int, arrays: dict[str, Floats], length: int) -> None:
+    def _write(self, index: int, arrays: dict[str, Floats], length: int) -> None:
         for name, array in arrays.items():
             if name.endswith("key"):
-                self.tensors[name][place, :, :, :length] = array
-                self.tensors[name][place, :, :, length:] = 0.0
+                self.tensors[name][index, :, :, :length] = array
+                self.tensors[name][index, :, :, length:] = 0.0
             else:
-                self.tensors[name][place, :, :length] = array
-                self.tensors[name][place, :, length:] = 0.0
-        self.mask[place, ..., :length] = 0.0
-        self.mask[place, ..., length:] = _MASKED
+                self.tensors[name][index, :, :length] = array
+                self.tensors[name][index, :, length:] = 0.0
+        self.mask[index, ..., :length] = 0.0
+        self.mask[index, ..., length:] = _MASKED
 
-    def _rebuild(self, places: int, length: int) -> None:
-        kept = [(text, row, self._lengths[row]) for row, text in enumerate(self._texts) if text is not None]
+    def _rebuild(self, texts: int, length: int) -> None:
+        kept = [(text, at, self._lengths[at]) for at, text in enumerate(self._texts) if text is not None]
         longest = max([length, *(size for _, _, size in kept)], default=0)
         capacity = -(-max(longest, 1) // LENGTH_STEP) * LENGTH_STEP
         before, self.tensors = self.tensors, {}
         for name, (heads, width) in self._shapes.items():
             shape = (heads, width, capacity) if name.endswith("key") else (heads, capacity, width)
-            self.tensors[name] = np.zeros((places, *shape), np.float32)
-        self.mask = np.zeros((places, 1, 1, capacity), np.float32)
-        self._texts, self._lengths, self._capacity = [None] * places, [0] * places, capacity
-        for place, (text, row, size) in enumerate(kept):
-            self._texts[place], self._lengths[place] = text, size
+            self.tensors[name] = np.zeros((texts, *shape), np.float32)
+        self.mask = np.zeros((texts, 1, 1, capacity), np.float32)
+        self._texts, self._lengths, self._capacity = [None] * texts, [0] * texts, capacity
+        for index, (text, at, size) in enumerate(kept):
+            self._texts[index], self._lengths[index] = text, size
             arrays = {
-                name: tensor[row, :, :, :size] if name.endswith("key") else tensor[row, :, :size]
+                name: tensor[at, :, :, :size] if name.endswith("key") else tensor[at, :, :size]
                 for name, tensor in before.items()
             }
-            self._write(place, arrays, size)
+            self._write(index, arrays, size)
         self.version += 1
 
 
@@ -104,18 +104,18 @@ class Seq2SeqDecoder:
 
     Args:
         folder: holds encoder.onnx and decoder.onnx.
-        rows: that decode at once.
-        capacity: tokens of a row, start tokens included.
+        slots: of the cache, one for each row of a run.
+        capacity: tokens of a slot, start tokens included.
         threads: ONNX Runtime's intra-op threads; the two sessions never run at the same time.
         device: `cpu`; the caches lie there.
     """
 
-    def __init__(self, folder: Path, *, rows: int, capacity: int, threads: int, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, *, slots: int, capacity: int, threads: int, device: str = "cpu") -> None:
         self._encoder = open_session(folder / "encoder.onnx", device, 0, threads)
         self._decoder = open_session(folder / "decoder.onnx", device, 0, threads)
         nodes = {node.name: node for node in self._decoder.get_inputs()}
         past = {name: node for name, node in nodes.items() if name.startswith("past.")}
-        self._cache = KVCache({name: (node.shape[1], node.shape[3]) for name, node in past.items()}, rows, capacity)
+        self._cache = KVCache({name: (node.shape[1], node.shape[3]) for name, node in past.items()}, slots, capacity)
         cross = {name: node for name, node in nodes.items() if name.startswith("cross.")}
         self._cross = CrossCache(
             {n: (node.shape[1], node.shape[2] if n.endswith("key") else node.shape[3]) for n, node in cross.items()}
@@ -124,42 +124,42 @@ class Seq2SeqDecoder:
         self._inputs = [name for name in nodes if name not in past and name not in cross]
         logits = next(node for node in self._decoder.get_outputs() if node.name == "logits")
         self.vocabulary_size = int(logits.shape[1])
-        self._logits = np.empty((rows, self.vocabulary_size), np.float32)
+        self._logits = np.empty((slots, self.vocabulary_size), np.float32)
         self._binding: Any = None
         self._bound: tuple[int, int] | None = None
-        self.rows = rows
+        self.slots = slots
         self.capacity = capacity
 
     @property
     def bytes_per_token(self) -> int:
-        """Of a row's cache."""
+        """Of one token in one slot of the cache."""
         return self._cache.bytes_per_token
 
     def encode(self, text: Hashable, ids: Sequence[int]) -> None:
-        """Encode a text, alone and without padding, and keep its keys and values until it is removed."""
+        """Encode a text, without others and without padding, and keep its keys and values until it is removed."""
         outputs = self._encoder.run(self._encoded, {"input_ids": np.array([ids], np.int64)})
         self._cross.add(text, {n: array[0] for n, array in zip(self._encoded, outputs, strict=True)}, len(ids))
 
     def remove(self, text: Hashable) -> None:
-        """Forget a text."""
+        """Drop a text."""
         self._cross.remove(text)
 
     def run(self, rows: Sequence[Row]) -> Floats:
-        """Append a token to each of the first rows of the cache.
+        """Append a token to each of the first slots of the cache, one slot for each row.
 
         Returns:
             Logits, float32 [rows, vocabulary]; valid until the next call.
         """
-        places: dict[Hashable, list[int]] = {}
-        for index, row in enumerate(rows):
-            places.setdefault(row.text, []).append(index)
-        width = max(MIN_PLACES, *(len(found) for found in places.values()))
+        by_text: dict[Hashable, list[int]] = {}
+        for number, row in enumerate(rows):
+            by_text.setdefault(row.text, []).append(number)
+        width = max(MIN_POSITIONS, *(len(found) for found in by_text.values()))
         cross_rows = np.zeros((self._cross.texts, width), np.int64)
         cross_places = np.empty(len(rows), np.int64)
-        for text, found in places.items():
-            place = self._cross.place(text)
-            cross_rows[place, : len(found)] = found
-            cross_places[found] = place * width + np.arange(len(found))
+        for text, found in by_text.items():
+            index = self._cross.index(text)
+            cross_rows[index, : len(found)] = found
+            cross_places[found] = index * width + np.arange(len(found))
         positions = np.array([row.position for row in rows], np.int64)
         feeds: dict[str, NDArray[Any]] = {
             "input_ids": np.array([[row.token] for row in rows], np.int64),
@@ -177,18 +177,18 @@ class Seq2SeqDecoder:
         return self._logits[: len(rows)]
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first positions of some rows to others; no target is a source."""
-        self._cache.copy_rows(sources, targets, length)
+        """Copy the first positions of some slots to others; no target is a source."""
+        self._cache.copy_slots(sources, targets, length)
 
     def _bind(self, rows: int) -> Any:
-        """The caches' tensors, bound again only when their number or their place changed."""
+        """The caches' tensors, bound again only when their number or their addresses changed."""
         if self._bound != (rows, self._cross.version):
             self._binding = self._decoder.io_binding()
             for name in self._cache.names:
                 shape, address = self._cache.window(name, 0, rows)
-                place = ("cpu", 0, np.float32, shape, address)
-                self._binding.bind_input(name, *place)
-                self._binding.bind_output(name.replace("past.", "present."), *place)
+                where = ("cpu", 0, np.float32, shape, address)
+                self._binding.bind_input(name, *where)
+                self._binding.bind_output(name.replace("past.", "present."), *where)
             for name, tensor in self._cross.tensors.items():
                 bind_array(self._binding.bind_input, name, tensor)
             bind_array(self._binding.bind_output, "logits", self._logits[:rows])

@@ -14,10 +14,15 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.generation.sampling import BrokenModel, SamplingParams, draw
-from trident_serving.seq2seq.processors import Rules, Scores, log_softmax
+from trident_serving.errors import BrokenModel
+from trident_serving.runtime.log_probabilities import log_softmax
+from trident_serving.runtime.sampling.candidates import Candidates, Scores
+from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.sampling.sampler import Sampler
+from trident_serving.seq2seq.rules import Rules
 
 _NEVER = np.float32(-1.0e9)
+_GREEDY = SamplingParams(max_tokens=1)
 
 EarlyStopping = bool | Literal["never"]
 
@@ -76,7 +81,7 @@ class Search(Protocol):
 
     @property
     def position(self) -> int:
-        """Where that token stands."""
+        """The position of that token."""
         ...
 
     def advance(self, logits: Scores) -> list[int]:
@@ -126,8 +131,7 @@ class TokenSearch(_Prompted):
         super().__init__(prompt, params)
         self._tokens: list[int] = []
         self._log_probs: list[float] = []
-        sampling = params.sampling
-        self._random = None if sampling is None else np.random.Generator(np.random.PCG64(sampling.seed))
+        self._sampler = Sampler(params.sampling or _GREEDY, prompt, params.rules.processors())
 
     @property
     def next_tokens(self) -> list[int]:
@@ -143,17 +147,11 @@ class TokenSearch(_Prompted):
         """See `Search.advance`."""
         if self._reads_on():
             return [0]
-        _check(logits)
         rules = self._params.rules
-        sequence = np.array([[*self._prompt, *self._tokens]], np.int64)
-        scores = rules.apply(sequence, logits)[0]
-        if self._random is None or self._params.sampling is None:
-            token = int(scores.argmax())
-        else:
-            token = draw(scores, self._params.sampling, self._random)
+        token = self._sampler.choose(logits[0])
         self._tokens.append(token)
         self._log_probs.append(float(log_softmax(logits)[0, token]))
-        self.done = token in rules.eos_token_ids or sequence.shape[1] + 1 >= rules.max_length
+        self.done = token in rules.eos_token_ids or len(self._prompt) + len(self._tokens) >= rules.max_length
         return [0]
 
     def found(self) -> Found:
@@ -174,6 +172,7 @@ class BeamSearch(_Prompted):
 
     def __init__(self, prompt: Sequence[int], params: SearchParams) -> None:
         super().__init__(prompt, params)
+        self._processors = params.rules.processors()
         beams = params.num_beams
         self._running = [_Beam((), ())] * beams
         self._running_scores = np.full(beams, _NEVER, np.float32)
@@ -200,16 +199,21 @@ class BeamSearch(_Prompted):
         beams = self.rows
         if self._reads_on():
             return list(range(beams))
-        _check(logits)
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise BrokenModel
         rules = self._params.rules
         sequences = np.array([[*self._prompt, *beam.tokens] for beam in self._running], np.int64)
         length = sequences.shape[1]
-        steps = rules.apply(sequences, log_softmax(logits))
+        steps = log_softmax(logits)
+        for tokens_so_far, row in zip(sequences, steps, strict=True):
+            candidates = Candidates(row, in_place=True)
+            for process in self._processors:
+                process(tokens_so_far, candidates)
         totals = (steps + self._running_scores[:, None]).reshape(-1)
         best = largest(totals, max(2, 1 + len(rules.eos_token_ids)) * beams)
         parents, tokens = np.divmod(best, logits.shape[1])
         scores = totals[best]
-        candidates = [
+        continued = [
             _Beam(
                 (*self._running[parent].tokens, int(token)),
                 (*self._running[parent].log_probs, float(steps[parent, token])),
@@ -218,14 +222,14 @@ class BeamSearch(_Prompted):
         ]
         ends = np.isin(tokens, rules.eos_token_ids) | (length + 1 >= rules.max_length)
         kept = largest(scores + ends * _NEVER, beams)
-        self._collect(candidates, scores, ends, length)
-        self._running = [candidates[index] for index in kept]
+        self._collect(continued, scores, ends, length)
+        self._running = [continued[index] for index in kept]
         self._running_scores = (scores + ends * _NEVER)[kept]
         self._check_stop(length + 1, bool(ends.all()))
         return [int(parents[index]) for index in kept]
 
-    def _collect(self, candidates: list[_Beam], scores: Scores, ends: NDArray[np.bool_], length: int) -> None:
-        """Keep the best of what was finished before and what ended now among the first candidates."""
+    def _collect(self, continued: list[_Beam], scores: Scores, ends: NDArray[np.bool_], length: int) -> None:
+        """Keep the best of what was finished before and what ended now among the first of `continued`."""
         beams = self.rows
         just_ended = ends & (np.arange(len(ends)) < beams)
         generated = length + 1 - len(self._prompt)
@@ -237,7 +241,7 @@ class BeamSearch(_Prompted):
         penalized = penalized + ~just_ended * _NEVER
         merged = np.concatenate([self._finished_scores, penalized.astype(np.float32)])
         chosen = largest(merged, beams)
-        pool = [*self._finished, *candidates]
+        pool = [*self._finished, *continued]
         self._is_finished = np.concatenate([self._is_finished, just_ended])[chosen]
         self._finished = [pool[index] for index in chosen]
         self._finished_scores = merged[chosen]
@@ -260,19 +264,14 @@ class BeamSearch(_Prompted):
 
 
 def largest(scores: Scores, count: int) -> NDArray[np.int64]:
-    """Places of the largest scores, the largest first; of equal ones the first comes first."""
+    """Indices of the largest scores, the largest first; of equal ones the first comes first."""
     if scores.size > 64 * count:
         # The k-th largest maximum of some blocks is a bound for the k-th largest number, and a maximum is fast.
         width = scores.size // (8 * count)
         blocks = scores[: 8 * count * width].reshape(8 * count, width)
         bound = np.partition(blocks.max(axis=1), -count)[-count]
-        places = np.flatnonzero(scores >= bound)
+        indices = np.flatnonzero(scores >= bound)
     else:
-        places = np.arange(scores.size)
-    best: NDArray[np.int64] = places[np.argsort(-scores[places], kind="stable")[:count]]
+        indices = np.arange(scores.size)
+    best: NDArray[np.int64] = indices[np.argsort(-scores[indices], kind="stable")[:count]]
     return best
-
-
-def _check(logits: Scores) -> None:
-    if not np.isfinite(logits.max(axis=-1)).all():
-        raise BrokenModel("the model gave logits that are not numbers")

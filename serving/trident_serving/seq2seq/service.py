@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from trident_serving import memory
-from trident_serving.errors import Overloaded
-from trident_serving.generation.metrics import Recorder
-from trident_serving.generation.outbox import Outbox
-from trident_serving.generation.request import Inputs
-from trident_serving.generation.service import MEBIBYTE, DoesNotFit
+from trident_serving.errors import DoesNotFit, Overloaded
+from trident_serving.runtime.memory import MEBIBYTE, available_bytes
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.outbox import Outbox
+from trident_serving.schema.fields import Inputs
+from trident_serving.schema.limits import Seq2SeqLimits
 from trident_serving.seq2seq.decoder import Seq2SeqDecoder
 from trident_serving.seq2seq.engine import Engine, Job
-from trident_serving.seq2seq.request import GenerationDefaults, RequestLimits, RequestParser, Seq2SeqRequest, positions
+from trident_serving.seq2seq.request import GenerationDefaults, RequestParser, Seq2SeqRequest, positions
 from trident_serving.seq2seq.search import Found
-from trident_serving.seq2seq.source import LongInput, SourceText
-
-
-@dataclass(frozen=True)
-class Seq2SeqSettings:
-    """The `parameters` of the model's config.pbtxt, which come from models.toml.
-
-    Attributes:
-        max_source_tokens: the longest source, special tokens included.
-        max_target_tokens: the longest answer.
-        default_max_tokens: length of an answer where neither request nor generation config says.
-        slots: rows (beams) that decode at once.
-        max_beams: of one search.
-        max_windows: of one text.
-        max_waiting: texts that may wait for rows.
-        timeout: seconds that a request may take, waiting included.
-        max_bytes: the longest text that is tokenized at all.
-        long_input: what happens to longer texts where the request does not say.
-        threads: ONNX Runtime's intra-op threads.
-    """
-
-    max_source_tokens: int
-    max_target_tokens: int
-    default_max_tokens: int
-    slots: int
-    max_beams: int
-    max_windows: int
-    max_waiting: int
-    timeout: int
-    max_bytes: int
-    long_input: LongInput
-    threads: int
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str]) -> Seq2SeqSettings:
-        """Read the settings.
-
-        Raises:
-            ValueError: one is missing or has no value of its kind.
-        """
-        names = [name for name in cls.__annotations__ if name != "long_input"]
-        wrong = [name for name in names if not parameters.get(name, "").isdecimal() or int(parameters[name]) < 1]
-        if wrong:
-            raise ValueError(f"parameters {', '.join(wrong)} must be positive integers")
-        values = {name: int(parameters[name]) for name in names}
-        return cls(**values, long_input=LongInput(parameters.get("long_input", "")))
+from trident_serving.seq2seq.source import SourceText
 
 
 @dataclass(frozen=True)
@@ -100,15 +54,19 @@ class ReplyChannel(Protocol):
         ...
 
 
-class _Pending:
+class _PendingReply:
     """One request whose windows are being answered; the outbox sends when all are."""
 
     urgent = True
-    paced = False
+    pending = False
     last_sent = 0.0
 
     def __init__(
-        self, request: Seq2SeqRequest, source: SourceText, channel: ReplyChannel, notify: Callable[[_Pending], None]
+        self,
+        request: Seq2SeqRequest,
+        source: SourceText,
+        channel: ReplyChannel,
+        notify: Callable[[_PendingReply], None],
     ) -> None:
         self.channel = channel
         self.cancelled = False
@@ -166,7 +124,7 @@ class _Pending:
 
 
 class _WindowConsumer:
-    def __init__(self, pending: _Pending, index: int) -> None:
+    def __init__(self, pending: _PendingReply, index: int) -> None:
         self._pending = pending
         self._index = index
 
@@ -192,29 +150,25 @@ class Seq2SeqService:
         DoesNotFit: the caches take more memory than there is.
     """
 
-    def __init__(self, folder: Path, settings: Seq2SeqSettings, unloading: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, folder: Path, limits: Seq2SeqLimits, unloading: Callable[[], bool] = lambda: False) -> None:
         self._unloading = unloading
-        self._source = SourceText.load(folder, settings.max_source_tokens)
+        self._source = SourceText.load(folder, limits.max_source_tokens)
         defaults = GenerationDefaults.load(folder)
-        limits = RequestLimits(
-            max_target_tokens=settings.max_target_tokens,
-            default_max_tokens=min(settings.default_max_tokens, settings.max_target_tokens),
-            max_beams=min(settings.max_beams, settings.slots),
-            max_windows=min(settings.max_windows, settings.max_waiting),
-            max_bytes=settings.max_bytes,
-            long_input=settings.long_input,
-            timeout=settings.timeout,
+        allowed = replace(
+            limits,
+            default_max_tokens=min(limits.default_max_tokens, limits.max_target_tokens),
+            max_windows=min(limits.max_windows, limits.max_waiting),
         )
-        self._parser = RequestParser(self._source, defaults, limits)
-        capacity = positions(settings.max_target_tokens, defaults.prompt)
-        decoder = Seq2SeqDecoder(folder, rows=settings.slots, capacity=capacity, threads=settings.threads)
-        own = settings.slots * capacity * decoder.bytes_per_token
-        cross = settings.slots * settings.max_source_tokens * decoder.bytes_per_token
+        self._parser = RequestParser(self._source, defaults, allowed)
+        capacity = positions(limits.max_target_tokens, defaults.prompt)
+        decoder = Seq2SeqDecoder(folder, slots=limits.slots, capacity=capacity, threads=limits.threads)
+        own = limits.slots * capacity * decoder.bytes_per_token
+        cross = limits.slots * limits.max_source_tokens * decoder.bytes_per_token
         self.memory = (
             f"{own / MEBIBYTE:.0f} MiB of decoder cache + {cross / MEBIBYTE:.0f} MiB of encoded texts "
             f"({decoder.bytes_per_token} bytes a token) at most"
         )
-        available = memory.available_bytes()
+        available = available_bytes()
         if own + cross > available:
             raise DoesNotFit(
                 f"{self.memory}, of which {available / MEBIBYTE:.0f} MiB are available: lower slots, "
@@ -222,7 +176,7 @@ class Seq2SeqService:
             )
         self.recorder = Recorder()
         self._outbox = Outbox(self._check_unloading)
-        self._engine = Engine(decoder, settings.max_waiting, self.recorder)
+        self._engine = Engine(decoder, limits.max_waiting, self.recorder)
 
     def parse(self, inputs: Inputs, timeout: object = None) -> Seq2SeqRequest:
         """See `RequestParser.parse`."""
@@ -233,11 +187,9 @@ class Seq2SeqService:
 
         An error where the queue is full goes to the channel too.
         """
-        pending = _Pending(request, self._source, channel, self._outbox.notify)
-        seconds = request.timeout_seconds
-        deadline = time.monotonic() + seconds
+        pending = _PendingReply(request, self._source, channel, self._outbox.notify)
         jobs = [
-            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), deadline, seconds)
+            Job(window.ids, request.prompt, request.params, _WindowConsumer(pending, index), request.timeout_seconds)
             for index, window in enumerate(request.windows)
         ]
         self._outbox.add(pending)

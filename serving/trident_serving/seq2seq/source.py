@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from trident_serving.encoding import knows_nothing
+from trident_serving.encoders.tokens import knows_nothing
 from trident_serving.errors import InvalidRequest
+from trident_serving.schema.fields import LongInput
 
 _SETTINGS = "source.json"
 _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*\s+|[。！？]+\s*|\n+|$)", re.DOTALL)
@@ -33,14 +34,6 @@ class TargetStyle(StrEnum):
     """The first token of the answer is the language's."""
     TEXT_CODE = "text_code"
     """The source begins with the language's token, in a text as ">>code<<"."""
-
-
-class LongInput(StrEnum):
-    """What happens to a text that is longer than the model reads."""
-
-    ERROR = "error"
-    TRUNCATE = "truncate"
-    WINDOW = "window"
 
 
 @dataclass(frozen=True)
@@ -82,11 +75,11 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a text that the model reads at once.
+    """A stretch of a text that the model reads at once.
 
     Attributes:
         ids: its tokens, with what surrounds them.
-        separator: what parts its answer from the one before.
+        separator: what stands between its answer and the one before.
     """
 
     ids: tuple[int, ...]
@@ -154,15 +147,15 @@ class SourceText:
         if policy is LongInput.TRUNCATE:
             return [Window((*prefix, *ids[: self._max_tokens - len(prefix) - len(suffix)], *suffix))]
         if policy is LongInput.WINDOW:
-            parts = list(self._packed(text, room))
-            before = ["", *(part for part in parts[:-1])]
+            chunks = list(self._packed(text, room))
+            before = ["", *(chunk for chunk in chunks[:-1])]
             return [
-                Window((*prefix, *self._ids(self._settings.text_prefix + part), *suffix), _separator(previous))
-                for part, previous in zip(parts, before, strict=True)
+                Window((*prefix, *self._ids(self._settings.text_prefix + chunk), *suffix), _separator(previous))
+                for chunk, previous in zip(chunks, before, strict=True)
             ]
         raise InvalidRequest(
             f"text_input has {len(ids) + len(prefix) + len(suffix)} tokens, the model reads {self._max_tokens}: "
-            'shorten it, or set long_input to "truncate" (its beginning alone) or "window" (in parts)'
+            'shorten it, or set long_input to "truncate" (only its beginning) or "window" (in parts)'
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -207,25 +200,25 @@ class SourceText:
             )
 
     def _packed(self, text: str, room: int) -> Iterator[str]:
-        """Parts of a text of `room` tokens at most, at ends of sentences where that is possible."""
-        part = ""
+        """Chunks of a text of `room` tokens at most, at ends of sentences where that is possible."""
+        chunk = ""
         for sentence in _SENTENCE.findall(text):
-            if part and len(self._ids(part + sentence)) > room:
-                yield part
-                part = ""
-            part += sentence
-            while len(self._ids(part)) > room:
-                cut = self._source.encode(part, add_special_tokens=False).offsets[room][0]
-                space = part.rfind(" ", 0, cut)
+            if chunk and len(self._ids(chunk + sentence)) > room:
+                yield chunk
+                chunk = ""
+            chunk += sentence
+            while len(self._ids(chunk)) > room:
+                cut = self._source.encode(chunk, add_special_tokens=False).offsets[room][0]
+                space = chunk.rfind(" ", 0, cut)
                 cut = space + 1 if space > 0 else cut
-                yield part[:cut]
-                part = part[cut:]
-        if part.strip():
-            yield part
+                yield chunk[:cut]
+                chunk = chunk[cut:]
+        if chunk.strip():
+            yield chunk
 
 
 def _separator(before: str) -> str:
-    """What parts two answers, by how the first's source ends."""
+    """What stands between two answers, by how the first's source ends."""
     if before.endswith("\n"):
         return "\n"
     return " " if before[-1:].isspace() else ""

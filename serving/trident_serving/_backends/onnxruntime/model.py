@@ -1,15 +1,15 @@
-"""Stand-in for Triton's C++ ONNX Runtime backend, where the server has none. See `trident_serving.onnx_backend`."""
+"""Stand-in for Triton's C++ ONNX Runtime backend, where the server has none: `trident_serving.triton.onnx_backend`."""
 
 import triton_python_backend_utils as pb_utils
 
-from trident_serving import onnx_backend, triton_adapter
+from trident_serving.triton import adapter, onnx_backend
 
 
 class TritonPythonModel:
     @staticmethod
     def auto_complete_config(auto_complete_model_config):
         config = auto_complete_model_config.as_dict()
-        completion = onnx_backend.complete(triton_adapter.folder_to_complete(), config)
+        completion = onnx_backend.complete(adapter.folder_to_complete(), config)
         if completion is not None:
             auto_complete_model_config.set_max_batch_size(completion.max_batch_size)
             for tensor in completion.inputs:
@@ -21,10 +21,10 @@ class TritonPythonModel:
         return auto_complete_model_config
 
     def initialize(self, args):
-        self.process = triton_adapter.setup(pb_utils, args)
-        self.is_stage = triton_adapter.is_stage(args)  # requests of an ensemble that runs are not new
-        folder = triton_adapter.version_folder(args)
-        self.model = onnx_backend.OnnxModel(folder, triton_adapter.model_config(args))
+        self.process = adapter.setup(pb_utils, args)
+        self.is_stage = adapter.is_stage(args)  # requests of an ensemble that runs are not new
+        folder = adapter.version_folder(args)
+        self.model = onnx_backend.OnnxModel(folder, adapter.model_config(args))
         self.process.start()
 
     def execute(self, requests):
@@ -37,12 +37,12 @@ class TritonPythonModel:
         for index, request in enumerate(requests):
             try:
                 if not self.is_stage:
-                    triton_adapter.check_admission(request, self.process)
-                batch.append((index, self.model.prepare(triton_adapter.inputs(request))))
+                    adapter.check_admission(request, self.process)
+                batch.append((index, self.model.prepare(adapter.inputs(request))))
             except Exception as error:
-                responses[index] = triton_adapter.response(pb_utils, error)
+                responses[index] = adapter.response(pb_utils, error)
         for (index, _), result in zip(batch, self.model.run([feeds for _, feeds in batch])):
-            responses[index] = triton_adapter.response(pb_utils, result)
+            responses[index] = adapter.response(pb_utils, result)
         return responses
 
     def finalize(self):

@@ -5,42 +5,42 @@ import sys
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trident_serving import onnx_runtime, text, triton_adapter
-from trident_serving.triton_metrics import Publisher
+from trident_serving import onnx_runtime, text
+from trident_serving.schema.limits import GenerationLimits
+from trident_serving.schema.reading import read_texts
+from trident_serving.triton import adapter
+from trident_serving.triton.metrics import Publisher
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.process = triton_adapter.setup(pb_utils, args)
-        self.config = config = triton_adapter.model_config(args)
-        parameters = triton_adapter.parameters(config)
+        self.process = adapter.setup(pb_utils, args)
+        self.config = config = adapter.model_config(args)
+        parameters = adapter.parameters(config)
         onnx_runtime.choose(parameters.get("device", "cpu"))
         # Imports onnxruntime: the one that was chosen.
-        from trident_serving.generation.service import GenerationService, GenerationSettings
+        from trident_serving.generation.service import GenerationService
 
-        settings = GenerationSettings.from_parameters(parameters)
+        limits = read_texts(GenerationLimits, parameters)
         name, version = args["model_name"], args["model_version"]
-        unloading = triton_adapter.unloading(pb_utils, name, version)
+        unloading = adapter.unloading(pb_utils, name, version)
         device = int(args["model_instance_device_id"])
-        self.service = GenerationService(triton_adapter.version_folder(args), settings, unloading, device)
+        self.service = GenerationService(adapter.version_folder(args), limits, unloading, device)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
         # Not through Triton's logger, whose level hides it: this is how one sees what limits cost.
         print(
-            f"trident: {name}: {settings.slots} slots of {settings.context} tokens; {self.service.memory}",
+            f"trident: {name}: {limits.slots} slots of {limits.context} tokens; {self.service.memory}",
             file=sys.stderr,
             flush=True,
         )
         self.process.start(self.service.steps, self.service.busy)
 
     def execute(self, requests):
-        for request in requests:
-            channel = Channel(triton_adapter.Responder(pb_utils, request, self.process))
-            try:
-                triton_adapter.check_admission(request, self.process)
-                timeout = triton_adapter.timeout(request, self.config)
-                self.service.submit(self.service.parse(triton_adapter.inputs(request), timeout), channel)
-            except Exception as error:
-                channel.fail(error)
+        adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
+
+    def submit(self, request, channel):
+        timeout = adapter.timeout(request, self.config)
+        self.service.submit(self.service.parse(adapter.inputs(request), timeout), channel)
 
     def finalize(self):
         self.service.stop()
@@ -48,16 +48,12 @@ class TritonPythonModel:
         self.process.stop()
 
 
-class Channel:
+class Channel(adapter.Responder):
     """A `ResponseChannel` over Triton's response sender."""
 
-    def __init__(self, responder):
-        self.responder = responder
+    streams = True
 
-    def is_cancelled(self):
-        return self.responder.is_cancelled()
-
-    def send(self, chunk):
+    def tensors(self, chunk):
         reason = chunk.finish_reason
         tensors = {
             "text_output": text.encode_texts([chunk.text]),
@@ -70,8 +66,7 @@ class Channel:
         }
         if not any(token.top for token in chunk.log_probs):
             del tensors["output_top_token_ids"], tensors["output_top_log_probs"]
-        batch = {name: tensor[None] for name, tensor in tensors.items()}
-        self.responder.send(triton_adapter.response(pb_utils, batch), final=reason is not None)
+        return {name: tensor[None] for name, tensor in tensors.items()}
 
-    def fail(self, error):
-        self.responder.send(triton_adapter.stream_error(pb_utils, error), final=True)
+    def is_last(self, chunk):
+        return chunk.finish_reason is not None

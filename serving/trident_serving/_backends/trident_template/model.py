@@ -2,48 +2,28 @@
 
 import triton_python_backend_utils as pb_utils
 
-from trident_serving import triton_adapter
 from trident_serving.template_service import GrpcGenerator, TemplateService
 from trident_serving.templates import TemplateTask
+from trident_serving.triton import adapter
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.process = triton_adapter.setup(pb_utils, args)
-        self.config = triton_adapter.model_config(args)
-        parameters = triton_adapter.parameters(self.config)
-        task = TemplateTask(parameters)
-        self.timeout = float(parameters["timeout"])
-        generator = GrpcGenerator(task.generator, self.process.own_pass)
-        self.service = TemplateService(task, generator, int(parameters["max_waiting"]))
+        self.process = adapter.setup(pb_utils, args)
+        self.config = adapter.model_config(args)
+        task = TemplateTask(adapter.parameters(self.config))
+        self.timeout = task.limits.timeout
+        generator = GrpcGenerator(task.limits.generator, self.process.own_pass)
+        self.service = TemplateService(task, generator, task.limits.max_waiting)
         self.process.start()
 
     def execute(self, requests):
-        for request in requests:
-            channel = Channel(triton_adapter.Responder(pb_utils, request, self.process))
-            try:
-                triton_adapter.check_admission(request, self.process)
-                seconds = triton_adapter.timeout_seconds(request, self.config, self.timeout)
-                self.service.submit(triton_adapter.inputs(request), seconds, channel)
-            except Exception as error:
-                channel.fail(error)
+        adapter.submit_each(pb_utils, requests, self.process, self.submit)
+
+    def submit(self, request, channel):
+        seconds = adapter.timeout_seconds(request, self.config, self.timeout)
+        self.service.submit(adapter.inputs(request), seconds, channel)
 
     def finalize(self):
         self.service.stop()
         self.process.stop()
-
-
-class Channel:
-    """A `template_service.Channel` over Triton's response sender."""
-
-    def __init__(self, responder):
-        self.responder = responder
-
-    def is_cancelled(self):
-        return self.responder.is_cancelled()
-
-    def send(self, result):
-        self.responder.send(triton_adapter.response(pb_utils, result), final=True)
-
-    def fail(self, error):
-        self.responder.send(triton_adapter.response(pb_utils, error), final=True)

@@ -1,21 +1,23 @@
-"""Tokenizer stage of an ensemble: texts in, padded token ids out. See `trident_serving.preprocessing`."""
+"""Tokenizer stage of an ensemble: texts in, padded token ids out. See `trident_serving.encoders`."""
 
 import triton_python_backend_utils as pb_utils
 
-from trident_serving import preprocessing, triton_adapter
+from trident_serving.encoders import task_of
+from trident_serving.triton import adapter
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.process = triton_adapter.setup(pb_utils, args)
-        config = triton_adapter.model_config(args)
-        self.preprocess = preprocessing.create(triton_adapter.parameters(config), triton_adapter.version_folder(args))
+        self.process = adapter.setup(pb_utils, args)
+        config = adapter.model_config(args)
+        parameters = adapter.parameters(config)
+        self.preprocess = task_of(parameters).preprocess(adapter.version_folder(args), parameters)
         self.outputs = [output["name"] for output in config["output"]]
         self.process.start()
 
     def execute(self, requests):
         with self.process.answering(len(requests)):
-            return [triton_adapter.answer(pb_utils, self.encode, request, self.process) for request in requests]
+            return [adapter.answer(pb_utils, self.encode, request, self.process) for request in requests]
 
     def finalize(self):
         self.process.stop()

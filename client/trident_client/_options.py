@@ -1,0 +1,191 @@
+"""The options of calls that generate, translate or summarize.
+
+Written by `make schema` from `trident_serving.schema.fields`: change that, not this.
+"""
+
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+
+@dataclass(frozen=True)
+class Option:
+    """How an option is sent, and what `trident --help` says of it.
+
+    Attributes:
+        dtype: the tensor's type by its name in the protocol; "BYTES" of texts.
+        help: what it does.
+        choices: the texts that it may have; (): any.
+        many: whether it is a list of texts.
+        flag: whether `trident` has a flag for it.
+    """
+
+    dtype: str
+    help: str
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    flag: bool = True
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Options of `generate`, `stream` and `chat`; None leaves one out.
+
+    Attributes:
+        max_tokens: how long the answer may be, in tokens; the model's limits have a default (at least 1).
+        min_tokens: tokens of the answer at least (default 0; at least 0).
+        temperature: 0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100).
+        top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
+        top_p: sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1).
+        min_p: leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1).
+        typical_p: sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1).
+        repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100).
+        presence_penalty: lowers tokens that the answer has already (default 0.0; between -2 and 2).
+        frequency_penalty: lowers tokens by how often the answer has them (default 0.0; between -2 and 2).
+        random_seed: makes sampling repeatable.
+        return_log_probs: give each token's log-probability (default false).
+        top_logprobs: give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20).
+        prompt_lookup: draft greedy answers from their prompt, which changes their speed only (default true).
+        stop_words: texts that end the answer and are left out of it, at most 32.
+    """
+
+    max_tokens: int | None
+    min_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    random_seed: int | None
+    return_log_probs: bool | None
+    top_logprobs: int | None
+    prompt_lookup: bool | None
+    stop_words: list[str] | None
+
+
+GENERATION: dict[str, Option] = {
+    "max_tokens": Option(
+        "INT32", "how long the answer may be, in tokens; the model's limits have a default (at least 1)"
+    ),
+    "min_tokens": Option("INT32", "tokens of the answer at least (default 0; at least 0)"),
+    "temperature": Option(
+        "FP32", "0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100)"
+    ),
+    "top_k": Option("INT32", "sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more)"),
+    "top_p": Option(
+        "FP32",
+        "sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1)",
+    ),
+    "min_p": Option(
+        "FP32", "leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1)"
+    ),
+    "typical_p": Option(
+        "FP32",
+        "sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1)",
+    ),
+    "repetition_penalty": Option(
+        "FP32",
+        "above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100)",
+    ),
+    "presence_penalty": Option("FP32", "lowers tokens that the answer has already (default 0.0; between -2 and 2)"),
+    "frequency_penalty": Option(
+        "FP32", "lowers tokens by how often the answer has them (default 0.0; between -2 and 2)"
+    ),
+    "random_seed": Option("UINT64", "makes sampling repeatable"),
+    "return_log_probs": Option("BOOL", "give each token's log-probability (default false)", flag=False),
+    "top_logprobs": Option(
+        "INT32",
+        "give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20)",
+        flag=False,
+    ),
+    "prompt_lookup": Option(
+        "BOOL", "draft greedy answers from their prompt, which changes their speed only (default true)"
+    ),
+    "stop_words": Option("BYTES", "texts that end the answer and are left out of it, at most 32", many=True),
+}
+
+
+class TranslationOptions(TypedDict, total=False):
+    """Options of `translate` and `summarize`; None leaves one out.
+
+    Attributes:
+        max_tokens: how long the answer may be, in tokens; the model's limits have a default (at least 1).
+        min_tokens: tokens of the answer at least (default 0; at least 0).
+        temperature: 0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100).
+        top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
+        top_p: sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1).
+        min_p: leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1).
+        typical_p: sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1).
+        repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100).
+        random_seed: makes sampling repeatable.
+        num_beams: beams of the search; the model's generation config has a default (at least 1).
+        length_penalty: above 0 prefers longer answers of a beam search, below 0 shorter ones (between -10 and 10).
+        early_stopping: end a beam search once it has as many answers as beams.
+        no_repeat_ngram_size: no sequence of this many tokens comes twice; 0: off (at least 0).
+        source_lang: the text's language, as the model names it.
+        target_lang: the answer's language, as the model names it.
+        long_input: what happens to a text that is too long (one of error, truncate, window).
+    """
+
+    max_tokens: int | None
+    min_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    random_seed: int | None
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: bool | None
+    no_repeat_ngram_size: int | None
+    source_lang: str | None
+    target_lang: str | None
+    long_input: Literal["error", "truncate", "window"] | None
+
+
+TRANSLATION: dict[str, Option] = {
+    "max_tokens": Option(
+        "INT32", "how long the answer may be, in tokens; the model's limits have a default (at least 1)"
+    ),
+    "min_tokens": Option("INT32", "tokens of the answer at least (default 0; at least 0)"),
+    "temperature": Option(
+        "FP32", "0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100)"
+    ),
+    "top_k": Option("INT32", "sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more)"),
+    "top_p": Option(
+        "FP32",
+        "sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1)",
+    ),
+    "min_p": Option(
+        "FP32", "leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1)"
+    ),
+    "typical_p": Option(
+        "FP32",
+        "sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1)",
+    ),
+    "repetition_penalty": Option(
+        "FP32",
+        "above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100)",
+    ),
+    "random_seed": Option("UINT64", "makes sampling repeatable"),
+    "num_beams": Option("INT32", "beams of the search; the model's generation config has a default (at least 1)"),
+    "length_penalty": Option(
+        "FP32", "above 0 prefers longer answers of a beam search, below 0 shorter ones (between -10 and 10)"
+    ),
+    "early_stopping": Option("BOOL", "end a beam search once it has as many answers as beams"),
+    "no_repeat_ngram_size": Option("INT32", "no sequence of this many tokens comes twice; 0: off (at least 0)"),
+    "source_lang": Option("BYTES", "the text's language, as the model names it"),
+    "target_lang": Option("BYTES", "the answer's language, as the model names it"),
+    "long_input": Option(
+        "BYTES",
+        "what happens to a text that is too long (one of error, truncate, window)",
+        choices=("error", "truncate", "window"),
+    ),
+}

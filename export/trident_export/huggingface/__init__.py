@@ -1,0 +1,1 @@
+"""Hugging Face folders: where they come from, and what their files say."""

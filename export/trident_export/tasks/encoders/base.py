@@ -1,0 +1,304 @@
+"""The export of every encoder task: trace, write, evaluate. What differs between tasks is an `EncoderExport`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
+
+from trident_export import configs, corpora, disk, recipes
+from trident_export.errors import ModelsFileError, TextError
+from trident_export.graphs.encoder import export_encoder_graph
+from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
+from trident_export.models_file import ModelSpec
+from trident_export.passes import CalibrationRuns, Feeds
+from trident_export.progress import track
+from trident_export.recipes import Kind
+from trident_export.tasks import Evaluator, Job
+from trident_serving.artefacts import VERSION
+from trident_serving.encoders.labels import softmax
+from trident_serving.encoders.task import EncoderTask
+from trident_serving.encoders.tokens import TOKENIZER, TokenRoles
+from trident_serving.errors import InvalidRequest
+from trident_serving.schema.limits import EncoderLimits
+from trident_serving.text import encode_texts
+from trident_serving.triton.adapter import parameters
+from trident_serving.triton.onnx_backend import OnnxModel
+
+Floats = NDArray[np.float32]
+Arrays = Mapping[str, NDArray[Any]]
+# One text, or the texts that a request gives together.
+Texts = tuple[str, ...]
+Limits = TypeVar("Limits", bound=EncoderLimits)
+
+_GATE_BATCH = 4
+# Share of a calibration text's tokens that may be unknown; more, and the text is in another tokenizer's language.
+_MOST_UNKNOWN = 0.1
+
+
+class EncoderExport(Generic[Limits]):
+    """What differs between the exports of encoder tasks; the methods here are those of a task that scores tokens.
+
+    Attributes:
+        task: the serving side's declaration.
+        head: the Auto class of transformers.
+        architecture: how the names of transformers' classes with that head end.
+        optimum_task: optimum's name of the task; "": the same as here.
+        proposed_tokens: the longest input that `trident-export add` writes.
+        tokenizer_in_postprocess: whether the postprocess stage reads the tokenizer too.
+    """
+
+    task: ClassVar[EncoderTask]
+    head: ClassVar[Any]
+    architecture: ClassVar[str] = ""
+    optimum_task: ClassVar[str] = ""
+    proposed_tokens: ClassVar[int] = 512
+    tokenizer_in_postprocess: ClassVar[bool] = False
+
+    def problems(self, limits: Limits, source: HuggingFaceFolder) -> Iterator[str]:
+        """What of the limits does not fit the model, a sentence each; it names the model's value."""
+        return iter(())
+
+    def proposed_limits(self, config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
+        """What `trident-export add` writes as limits besides `max_tokens`."""
+        return {}
+
+    def settings(self, source: HuggingFaceFolder) -> Any:
+        """What the postprocess stage reads of the model, as an object that can `save` itself; None: nothing."""
+        return None
+
+    def load_settings(self, folder: Path) -> Any:
+        """The same from the postprocess stage's folder, as far as `read` looks at it."""
+        return None
+
+    def finish(self, model: ir.Model, limits: Limits, source: HuggingFaceFolder) -> None:
+        """Add to the graph that optimum gives the outputs that the task is served with."""
+
+    def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:
+        """Texts as a request would bring them."""
+        return [(text,) for text in texts]
+
+    def tokenize(self, tokenizer: Any, texts: Texts, max_tokens: int) -> Any:
+        """What Hugging Face reads for one of the samples, as torch tensors of one row."""
+        return tokenizer(*texts, truncation=True, max_length=max_tokens, return_tensors="pt")
+
+    def read(self, tensors: Arrays, settings: Any) -> list[Floats]:
+        """From the tensors of a batch, the graph's or Hugging Face's, to what is compared of each text.
+
+        Scores are [choices, classes]: [tokens, labels] here. NaN stands for classes that the graph does not name.
+        """
+        kept = [mask > 0 for mask in tensors["attention_mask"]]
+        return [softmax(row[real]) for row, real in zip(tensors["logits"], kept, strict=True)]
+
+    def compare(self, reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
+        """What a variant's answers get wrong."""
+        return fidelity.compare_scores(reference, found)
+
+    def searched(self) -> Sequence[Sequence[Texts]]:
+        """Sets of texts that the thorough comparison asks for besides."""
+        return ()
+
+    def compare_thoroughly(
+        self,
+        reference: Sequence[Floats],
+        found: Sequence[Floats],
+        searched: Sequence[tuple[Sequence[Floats], Sequence[Floats]]],
+    ) -> dict[str, float]:
+        """More measures than the gate needs.
+
+        Args:
+            searched: of each set of `searched`, the reference and what was found.
+        """
+        return {}
+
+    def trace(self, job: Job) -> None:
+        """See `trident_export.tasks`."""
+        spec, source, limits = job.spec, job.source, job.spec.encoder
+        self._check_limits(spec, source)
+        disk.require(job.staging, source.weight_bytes, spec.recipes)
+        tokenizer, postprocess = (
+            job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")
+        )
+        for folder in (tokenizer, *([postprocess] if self.tokenizer_in_postprocess else [])):
+            save_tokenizer(source, spec.prompts, folder)
+        postprocess.mkdir(parents=True, exist_ok=True)
+        if (settings := self.settings(source)) is not None:
+            settings.save(postprocess)
+        job.graphs.mkdir()
+        job.progress("tracing the graph")
+        export_encoder_graph(
+            source,
+            job.graphs / "model.onnx",
+            self.optimum_task or spec.task,
+            self.head,
+            inputs=[tensor.name for tensor in self.task.model_inputs],
+            outputs=[tensor.name for tensor in self.task.model_outputs],
+            finish=lambda model: self.finish(model, cast("Limits", limits), source),
+        )
+
+    def write(self, job: Job, variant: str) -> None:
+        """See `trident_export.tasks`."""
+        spec = job.spec
+        path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
+        runs = calibration_runs(job, self)
+        recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, runs)
+        # An ensemble has no files, and Triton wants the folder.
+        (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True, exist_ok=True)
+
+    def evaluator(
+        self, spec: ModelSpec, source: HuggingFaceFolder, root: Path, texts: Sequence[str], *, thorough: bool = False
+    ) -> Evaluator:
+        """See `trident_export.tasks`; the measures are those of `fidelity.compare_embeddings` or `compare_scores`.
+
+        The thorough ones are `recall_at_10` of embeddings, and `exact_match` and `f1` of answers (see `fidelity`).
+        """
+        served = Served(spec, root, self)
+        samples = [taken for taken, _ in served.readable(self.samples(texts, source))]
+        if not samples:
+            raise TextError(f"the tokenizer of {spec.name} knows none of the texts: give some of its language")
+        searched = self.searched() if thorough else ()
+        reference, *expected = (reference_outputs(spec, source, self, given) for given in (samples, *searched))
+
+        def evaluate(variant: str) -> dict[str, float]:
+            found, *given = served.answers(variant, (samples, *searched), _GATE_BATCH)
+            (alone,) = served.answers(variant, (samples,), 1)
+            effect = max(_difference(a, b) for a, b in zip(found, alone, strict=True))
+            measured = self.compare(reference, found) | {"batch_effect": effect}
+            if thorough:
+                measured |= self.compare_thoroughly(reference, found, list(zip(expected, given, strict=True)))
+            return measured
+
+        return evaluate
+
+    def _check_limits(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        """The limits of models.toml must be those of the model.
+
+        Raises:
+            ModelsFileError: a limit does not fit; the message names the model's value.
+        """
+        assert spec.encoder is not None
+        for problem in self.problems(cast("Limits", spec.encoder), source):
+            raise ModelsFileError(f"[{spec.name}] {problem}")
+        longest, asked = source.longest_input, spec.encoder.max_tokens
+        if longest is not None and asked > longest:
+            raise ModelsFileError(f"[{spec.name}] limits.max_tokens is {asked}, the model's longest text is {longest}")
+
+
+def save_tokenizer(source: HuggingFaceFolder, prompts: Mapping[str, str] | None, folder: Path) -> None:
+    """Write tokenizer.json with the padding token named in it, and the tokens' roles, as the runtime reads them."""
+    folder.mkdir(parents=True)
+    tokenizer = source.fast_tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.enable_padding(
+        pad_id=tokenizer.pad_token_id or 0,
+        pad_type_id=tokenizer.pad_token_type_id,
+        pad_token=tokenizer.pad_token or "[PAD]",
+    )
+    backend.save(str(folder / TOKENIZER))
+    source.roles(prompts).save(folder)
+
+
+class Served:
+    """A spec's stages and variants as they are served, without a server.
+
+    Args:
+        root: holds the version folders, as `<root>/<triton model>/<version>`.
+    """
+
+    def __init__(self, spec: ModelSpec, root: Path, task: EncoderExport[Any]) -> None:
+        self._spec = spec
+        self._task = task
+        self._root = root
+        self._built = {name: configs.as_backend_json(config) for name, config in configs.build(spec).items()}
+        name = f"{spec.name}_tokenizer"
+        self._preprocess = task.task.preprocess(root / name / VERSION, parameters(self._built[name]))
+        self.settings = task.load_settings(root / f"{spec.name}_postprocess" / VERSION)
+
+    def readable(self, samples: Sequence[Texts]) -> Sequence[tuple[Texts, Arrays]]:
+        """The texts that the tokenizer stage takes, each with the graph's inputs for it alone."""
+        found: list[tuple[Texts, Arrays]] = []
+        for texts in samples:
+            with contextlib.suppress(InvalidRequest):
+                found += [(texts, inputs) for inputs in self._inputs([texts], 1)]
+        return found
+
+    def answers(self, variant: str, sets: Sequence[Sequence[Texts]], batch: int) -> list[list[Floats]]:
+        """What a variant makes of each set of texts in padded batches; see `EncoderExport.read`."""
+        part = configs.model_part(self._spec, variant)
+        model = OnnxModel(self._root / part / VERSION, self._built[part])
+        return [[row for inputs in self._inputs(texts, batch) for row in self._run(model, inputs)] for texts in sets]
+
+    def _run(self, model: OnnxModel, inputs: dict[str, NDArray[Any]]) -> list[Floats]:
+        result = model.run([inputs])[0]
+        if isinstance(result, Exception):
+            raise result
+        return self._task.read({**inputs, **result}, self.settings)
+
+    def _inputs(self, samples: Sequence[Texts], batch: int) -> Iterator[dict[str, NDArray[Any]]]:
+        task = self._task.task
+        size = batch if task.batched else 1
+        for start in track(range(0, len(samples), size), f"texts, {size} at a time"):
+            columns = [encode_texts(column) for column in zip(*samples[start : start + size], strict=True)]
+            request = {tensor.name: column for tensor, column in zip(task.texts, columns, strict=True)}
+            tensors = self._preprocess(request | {"truncate": np.ones(1, np.bool_)})
+            # Of a long context the first window only, which is what Hugging Face's side reads.
+            yield {tensor.name: tensors[tensor.name][:size] for tensor in task.model_inputs}
+
+
+def reference_outputs(
+    spec: ModelSpec, source: HuggingFaceFolder, task: EncoderExport[Any], samples: Sequence[Texts]
+) -> list[Floats]:
+    """What Hugging Face makes of the texts, one at a time and without padding, in float32; see `EncoderExport.read`."""
+    assert spec.encoder is not None
+    tokenizer, model, settings = source.tokenizer, source.load(task.head), task.settings(source)
+    found = []
+    with torch.inference_mode():
+        for texts in track(samples, "Hugging Face"):
+            batch = task.tokenize(tokenizer, texts, spec.encoder.max_tokens)
+            tensors = {name: t.numpy() for name, t in model(**batch).items() if isinstance(t, torch.Tensor)}
+            inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+            found += task.read({**tensors, **inputs}, settings)
+    return found
+
+
+def _difference(one: Floats, other: Floats) -> float:
+    """The largest, where both have a number."""
+    width = min(one.shape[-1], other.shape[-1])
+    return float(np.nanmax(np.abs(one[..., :width] - other[..., :width])))
+
+
+def calibration_runs(job: Job, task: EncoderExport[Any]) -> CalibrationRuns:
+    """Calibration texts as the graph's inputs, a text a run.
+
+    Raises:
+        TextError: when texts are drawn: the file has none, or the tokenizer does not know their language.
+    """
+    spec = job.spec
+
+    def feeds(samples: int, seed: int) -> Feeds:
+        unknown = TokenRoles.load(job.staging / f"{spec.name}_tokenizer" / VERSION).unk_token_id
+        texts = corpora.calibration(spec.calibration, samples, seed)
+        found = Served(spec, job.staging, task).readable(task.samples(texts, job.source))
+        known = [inputs for _, inputs in found if _unknown_share(inputs, unknown) <= _MOST_UNKNOWN]
+        if 2 * len(known) < len(texts):
+            raise TextError(
+                f"the calibration text {spec.calibration or 'that is packaged'} does not fit the tokenizer, which does "
+                f"not know what {len(texts) - len(known)} of {len(texts)} texts are written in: name a file of the "
+                "model's own language with calibration = ..."
+            )
+        return iter(known)
+
+    return feeds
+
+
+def _unknown_share(inputs: Arrays, unknown: int | None) -> float:
+    return float((inputs["input_ids"][inputs["attention_mask"] > 0] == unknown).mean()) if unknown is not None else 0.0

@@ -1,0 +1,129 @@
+"""What an encoder task is: the tensors of its ensemble as data, and the two stages around its graph.
+
+One declaration gives config.pbtxt, the tokenizer stage and the postprocess stage. Knows no task by name; they are
+listed in `trident_serving.encoders`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trident_serving.errors import InvalidRequest
+
+Tensors = Mapping[str, NDArray[Any]]
+# From the tensors that a stage reads to those that it gives.
+Stage = Callable[[Tensors], Tensors]
+# Makes a stage from its version folder and the `parameters` of its config.
+Loader = Callable[[Path, Mapping[str, str]], Stage]
+
+
+class Tensor(NamedTuple):
+    """A tensor of a config.
+
+    Attributes:
+        data_type: Triton's, without TYPE_.
+        shape: without the batch where the task batches; a word is the name of the limit that holds the size.
+    """
+
+    name: str
+    data_type: str
+    shape: tuple[int | str, ...]
+
+    def dims(self, limits: object) -> list[int]:
+        """The shape in numbers."""
+        return [size if isinstance(size, int) else int(getattr(limits, size)) for size in self.shape]
+
+    @property
+    def rows(self) -> Tensor:
+        """The tensor with the rows of the graph as its first dimension."""
+        return self._replace(shape=(-1, *self.shape))
+
+
+INPUT_IDS = Tensor("input_ids", "INT64", (-1,))
+ATTENTION_MASK = Tensor("attention_mask", "INT64", (-1,))
+TOKEN_TYPE_IDS = Tensor("token_type_ids", "INT64", (-1,))
+SINGLE = (INPUT_IDS, ATTENTION_MASK)
+PAIR = (*SINGLE, TOKEN_TYPE_IDS)
+TEXT = Tensor("text_input", "STRING", (1,))
+TRUNCATE = Tensor("truncate", "BOOL", (1,))
+TOP_K = Tensor("top_k", "INT32", (1,))
+SCORE = Tensor("score", "FP32", (-1,))
+
+# Parameters of every tokenizer stage (see `tokens.EncodingSettings`), and the limits that they come from.
+ENCODING = {"max_tokens": "max_tokens", "max_bytes": "max_bytes", "buckets": "all_buckets", "truncate": "truncate"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderTask:
+    """One task: tokenizer stage, graph, postprocess stage.
+
+    Attributes:
+        name: the transformers pipeline's.
+        texts: what a request must give.
+        options: what it may give to the tokenizer stage.
+        model_inputs: what the graph reads.
+        model_outputs: what the graph gives.
+        extra: what the tokenizer stage gives besides the graph's inputs.
+        read: names of what the postprocess stage reads, of all the above.
+        answer_options: what a request may give to the postprocess stage.
+        answers: what the ensemble gives.
+        batched: whether the batch of a request is that of the graph; a question may need several windows.
+        parameters: of the tokenizer stage's config, and the limits that they come from.
+        answer_parameters: of the postprocess stage's.
+        preprocess: makes the tokenizer stage.
+        postprocess: makes the postprocess stage.
+    """
+
+    name: str
+    texts: tuple[Tensor, ...]
+    options: tuple[Tensor, ...] = ()
+    model_inputs: tuple[Tensor, ...]
+    model_outputs: tuple[Tensor, ...]
+    extra: tuple[Tensor, ...] = ()
+    read: tuple[str, ...]
+    answer_options: tuple[Tensor, ...] = ()
+    answers: tuple[Tensor, ...]
+    batched: bool = True
+    parameters: Mapping[str, str] = field(default_factory=lambda: ENCODING)
+    answer_parameters: Mapping[str, str] = field(default_factory=dict)
+    preprocess: Loader
+    postprocess: Loader
+
+    @property
+    def tokens(self) -> tuple[Tensor, ...]:
+        """What the tokenizer stage gives."""
+        return (*self._of_graph(self.model_inputs), *self.extra)
+
+    @property
+    def read_tensors(self) -> tuple[Tensor, ...]:
+        """What the postprocess stage reads."""
+        known = {t.name: t for t in (*self.texts, *self.tokens, *self._of_graph(self.model_outputs))}
+        return tuple(known[name] for name in self.read)
+
+    def _of_graph(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tensors if self.batched else tuple(tensor.rows for tensor in tensors)
+
+
+def flag(tensors: Tensors, name: str) -> bool | None:
+    """An optional yes or no of a request, None where it is left out; of several, whether any is yes."""
+    return bool(tensors[name].any()) if name in tensors else None
+
+
+def count(tensors: Tensors, name: str, default: int, most: int, what: str) -> int:
+    """An optional whole number of a request, from 1 to `most`.
+
+    Raises:
+        InvalidRequest: it is outside of that.
+    """
+    if name not in tensors:
+        return default
+    value = int(np.asarray(tensors[name]).reshape(-1)[0])
+    if not 1 <= value <= most:
+        raise InvalidRequest(f"{name} must be between 1 and {most} ({what}), found {value}")
+    return value

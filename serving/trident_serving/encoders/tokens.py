@@ -1,0 +1,259 @@
+"""Texts to padded batches for an encoder: what the tokenizer stages of all tasks share.
+
+Batches are padded to one of a few lengths, the buckets, so that requests of similar length have the same
+shape and Triton's dynamic batcher can join them.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from trident_serving.encoders.task import Stage, Tensors, flag
+from trident_serving.errors import InvalidRequest, ReadingError
+from trident_serving.text import decode_texts, numbered
+
+TOKENIZER = "tokenizer.json"
+_ROLES = "encoding.json"
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """The `parameters` of the tokenizer stage's config.pbtxt, which come from models.toml.
+
+    Attributes:
+        max_tokens: the longest input of the model, special tokens included.
+        max_bytes: the longest text that is tokenized at all.
+        buckets: lengths that batches are padded to, rising; the last is `max_tokens`.
+        truncate: what happens to longer texts where the request does not say.
+    """
+
+    max_tokens: int
+    max_bytes: int
+    buckets: tuple[int, ...]
+    truncate: bool
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> EncodingSettings:
+        """Read the settings from a config's parameters.
+
+        Raises:
+            ReadingError: one is missing or malformed.
+        """
+        missing = [field.name for field in fields(cls) if field.name not in parameters]
+        if missing:
+            raise ReadingError(f"parameters {', '.join(missing)} are missing")
+        if parameters["truncate"] not in ("true", "false"):
+            raise ReadingError(f"parameter truncate must be true or false, found {parameters['truncate']!r}")
+        settings = cls(
+            max_tokens=int(parameters["max_tokens"]),
+            max_bytes=int(parameters["max_bytes"]),
+            buckets=tuple(int(length) for length in parameters["buckets"].split(",")),
+            truncate=parameters["truncate"] == "true",
+        )
+        if list(settings.buckets) != sorted(set(settings.buckets)) or settings.buckets[-1] != settings.max_tokens:
+            raise ReadingError(
+                f"buckets must rise to max_tokens ({settings.max_tokens}), found {parameters['buckets']}"
+            )
+        return settings
+
+
+@dataclass(frozen=True)
+class TokenRoles:
+    """What tokenizer.json does not say of a model's tokens; `encoding.json`, which the export writes.
+
+    Attributes:
+        unk_token_id: stands for what the vocabulary lacks; None where nothing does.
+        cls_token_id: begins a text; question answering reads "no answer" from it.
+        mask_token_id: the gap that a masked language model fills.
+        prompts: what goes before a text, by the name that a request gives ("query", "passage").
+    """
+
+    unk_token_id: int | None = None
+    cls_token_id: int | None = None
+    mask_token_id: int | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenRoles:
+        """Read `folder/encoding.json`."""
+        return cls(**json.loads((folder / _ROLES).read_text(encoding="utf-8")))
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/encoding.json`."""
+        (folder / _ROLES).write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read `folder/tokenizer.json`."""
+    return Tokenizer.from_file(str(folder / TOKENIZER))
+
+
+def knows_nothing(encoding: Encoding, unk_token_id: int | None) -> bool:
+    """Whether no token of a text is known; special tokens and SentencePiece's bare spaces do not count."""
+    if unk_token_id is None:
+        return False
+    return all(
+        special or token_id == unk_token_id or not token.strip("▁")
+        for token_id, token, special in zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
+    )
+
+
+class Batcher:
+    """Encodings to padded tensors."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
+        self._buckets = settings.buckets
+        padding = tokenizer.padding or {}
+        self._pad_id = int(padding.get("pad_id", 0))
+        self._pad_type_id = int(padding.get("pad_type_id", 0))
+
+    def tensors(self, encodings: Sequence[Encoding]) -> dict[str, NDArray[Any]]:
+        """`input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket], padded on the right."""
+        longest = max(len(encoding.ids) for encoding in encodings)
+        shape = (len(encodings), self._buckets[bisect_left(self._buckets, longest)])
+        input_ids = np.full(shape, self._pad_id, np.int64)
+        attention_mask = np.zeros(shape, np.int64)
+        token_type_ids = np.full(shape, self._pad_type_id, np.int64)
+        for row, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            input_ids[row, :length] = encoding.ids
+            attention_mask[row, :length] = 1
+            token_type_ids[row, :length] = encoding.type_ids
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+
+
+class TextEncoder:
+    """A model's tokenizer with its limits, for texts and for pairs of texts."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings, roles: TokenRoles | None = None) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._roles = roles or TokenRoles()
+        self._batcher = Batcher(tokenizer, settings)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+    @classmethod
+    def load(cls, folder: Path, settings: EncodingSettings) -> TextEncoder:
+        """Read `tokenizer.json`, whose padding entry names the padding token, and `encoding.json`."""
+        return cls(load_tokenizer(folder), settings, TokenRoles.load(folder))
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        names: Iterable[Sequence[str]] | None = None,
+        truncate: bool | None = None,
+        cut: str = "longest_first",
+        spans: bool = False,
+    ) -> Tensors:
+        """The model's inputs, padded on the right.
+
+        Args:
+            pairs: the second text of each, where the model reads two.
+            names: what errors call each text, or both of a pair; None: `text_input` and `text_pair`.
+            truncate: cut longer texts to `max_tokens`; None takes the model's setting.
+            cut: which of a pair loses tokens, in the words of `tokenizers`; what can't be cut so is too long.
+            spans: whether to say which characters a token stands for.
+
+        Returns:
+            `input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket]; with `spans` also `token_spans`,
+            int32 [texts, bucket, 2], the token's characters from start to end, -1 where it stands for none.
+
+        Raises:
+            InvalidRequest: a text is longer than the model takes, or gives no token that the model knows.
+        """
+        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        encodings: list[Encoding] = self._tokenizer.encode_batch(inputs)
+        if self._settings.truncate if truncate is None else truncate:
+            encodings = [self._truncated(encoding, text, cut) for encoding, text in zip(encodings, inputs, strict=True)]
+        names = names or zip(*(numbered(field, len(inputs)) for field in ("text_input", "text_pair")), strict=True)
+        for encoding, text, called in zip(encodings, inputs, names, strict=True):
+            self._check(encoding, text, called)
+        tensors = self._batcher.tensors(encodings)
+        return tensors | {"token_spans": _spans(encodings, tensors["input_ids"].shape)} if spans else tensors
+
+    def with_prompt(self, name: str, texts: Sequence[str]) -> list[str]:
+        """The texts behind the model's prompt of that name.
+
+        Raises:
+            InvalidRequest: the model has none of that name.
+        """
+        prompts = self._roles.prompts
+        if name not in prompts:
+            known = ", ".join(prompts) or "none"
+            raise InvalidRequest(f"prompt_name {name[:80]!r} is not known to this model; known: {known}")
+        return [prompts[name] + text for text in texts]
+
+    def _check(self, encoding: Encoding, text: Any, names: Sequence[str]) -> None:
+        texts = [text] if isinstance(text, str) else text
+        limit = self._settings.max_tokens
+        if len(encoding.ids) > limit:
+            what, length = (names[0], f"has {len(encoding.ids)} tokens")
+            if len(texts) > 1:
+                what, length = f"{names[0]} and {names[1]}", f"have {len(encoding.ids)} tokens together"
+            raise InvalidRequest(
+                f"{what} {length}, the model takes {limit}: shorten it, or set truncate to use its beginning alone"
+            )
+        sequences = {sequence for sequence in encoding.sequence_ids if sequence is not None}
+        for index, part in enumerate(texts):
+            if index not in sequences:
+                raise InvalidRequest(f"{names[index]} is empty: {part[:80]!r} holds no token")
+        if knows_nothing(encoding, self._roles.unk_token_id):
+            raise InvalidRequest(f"{names[0]} holds no token that the model's vocabulary knows")
+
+    def _truncated(self, encoding: Encoding, text: Any, cut: str) -> Encoding:
+        limit = self._settings.max_tokens
+        beyond = len(encoding.ids) - limit
+        if beyond <= 0 or (cut == "only_first" and encoding.sequence_ids.count(0) <= beyond):
+            return encoding
+        # Again, with the special tokens after the cut: the library's own truncation of a finished encoding
+        # would cut the closing token off. Of a pair the longer text loses first, as in transformers.
+        self._tokenizer.enable_truncation(limit, strategy=cut)
+        try:
+            return self._tokenizer.encode(*([text] if isinstance(text, str) else text))
+        finally:
+            self._tokenizer.no_truncation()
+
+
+def read_texts(folder: Path, parameters: Mapping[str, str], *, spans: bool = False) -> Stage:
+    """The tokenizer stage of tasks that read `text_input`, with the options `text_pair`, `prompt_name` and `truncate`.
+
+    Args:
+        spans: see `TextEncoder.encode`.
+    """
+    settings = EncodingSettings.from_parameters(parameters)
+    encoder = TextEncoder.load(folder, settings)
+
+    def preprocess(tensors: Tensors) -> Tensors:
+        texts = decode_texts(tensors["text_input"], "text_input", settings.max_bytes)
+        pairs = None
+        if "text_pair" in tensors:
+            pairs = decode_texts(tensors["text_pair"], "text_pair", settings.max_bytes)
+        if "prompt_name" in tensors:
+            names = set(decode_texts(tensors["prompt_name"], "prompt_name"))
+            if len(names) > 1:
+                raise InvalidRequest(f"prompt_name must be the same for all texts of a request, found {sorted(names)}")
+            texts = encoder.with_prompt(names.pop(), texts)
+        return encoder.encode(texts, pairs, truncate=flag(tensors, "truncate"), spans=spans)
+
+    return preprocess
+
+
+def _spans(encodings: Sequence[Encoding], shape: tuple[int, ...]) -> NDArray[np.int32]:
+    spans = np.full((*shape, 2), -1, np.int32)
+    for row, encoding in enumerate(encodings):
+        offsets = np.array(encoding.offsets, np.int32)
+        offsets[np.array(encoding.special_tokens_mask, bool)] = -1
+        spans[row, : len(offsets)] = offsets
+    return spans

@@ -1,0 +1,119 @@
+"""One answer of a causal model while it is generated: logits in, tokens to the consumer out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from trident_serving.generation import scheduler
+from trident_serving.generation.drafting import SequenceDrafts
+from trident_serving.runtime import loop
+from trident_serving.runtime.log_probabilities import Logits, TokenLogProbs, log_probabilities
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.sampling.sampler import Sampler
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class Consumer(loop.Consumer, Protocol):
+    """Who receives the tokens of one request; called on the engine's thread, so it must be quick."""
+
+    def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
+        """Take one token; True ends the answer (a stop string was found)."""
+        ...
+
+    def finish(self, reason: FinishReason) -> None:
+        """The answer is complete; nothing follows."""
+        ...
+
+
+@dataclass
+class Job:
+    """One request as it is submitted.
+
+    Attributes:
+        log_probs: whether the consumer gets log-probabilities.
+        top_log_probs: of how many of the likeliest tokens, besides that of the chosen one.
+        prompt_lookup: whether drafts may be taken from the sequence itself; greedy requests only.
+        seconds: it fails once this time is over, waiting included; None: never.
+    """
+
+    prompt_ids: Sequence[int]
+    sampling: SamplingParams
+    consumer: Consumer
+    log_probs: bool = False
+    top_log_probs: int = 0
+    prompt_lookup: bool = True
+    seconds: float | None = None
+
+
+class Answer(scheduler.Sequence, loop.Request):
+    """A job with what changes while it runs.
+
+    Attributes:
+        drafts: of its next tokens; None where it is not drafted.
+    """
+
+    def __init__(self, job: Job, eos_token_ids: frozenset[int], recorder: Recorder, *, prompt_lookup: bool) -> None:
+        scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens)
+        loop.Request.__init__(self, job.consumer, job.seconds)
+        self._job = job
+        self._eos_token_ids = eos_token_ids
+        self._recorder = recorder
+        self._sampler = Sampler.causal(job.sampling, job.prompt_ids, eos_token_ids)
+        self._last_token_at = self.submitted
+        drafted = prompt_lookup and job.prompt_lookup and job.sampling.greedy
+        self.drafts = SequenceDrafts(self.tokens) if drafted else None
+
+    def take(self, logits: Logits, draft: Sequence[int]) -> FinishReason | None:
+        """Choose the next tokens and hand them out; returns why the answer ends, if it does.
+
+        Args:
+            logits: of the last token and of each token of the draft, [1 + draft, vocabulary].
+            draft: the tokens that were run behind the last one.
+        """
+        reason, accepted = None, 0
+        for index, scores in enumerate(logits):
+            token = self._sampler.choose(scores)
+            self.cached = len(self.tokens)
+            self.tokens.append(token)
+            reason = self._hand_out(token, scores)
+            if reason is not None or index == len(draft) or token != draft[index]:
+                break
+            accepted += 1
+        if draft and self.drafts is not None:
+            self.drafts.record(len(draft), accepted)
+            self._recorder.count("draft_tokens", len(draft))
+            self._recorder.count("draft_tokens_accepted", accepted)
+        return reason
+
+    def finish(self, reason: FinishReason) -> None:
+        """Tell the consumer that the answer is complete."""
+        self._job.consumer.finish(reason)
+
+    def _hand_out(self, token: int, logits: Logits) -> FinishReason | None:
+        job = self._job
+        log_probs = log_probabilities(logits, token, job.top_log_probs) if job.log_probs else None
+        self.generated += 1
+        self._record_token()
+        stopped = job.consumer.accept(token, log_probs)
+        if stopped or token in self._eos_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.generated >= job.sampling.max_tokens else None
+
+    def _record_token(self) -> None:
+        now = time.monotonic()
+        name = "time_to_first_token" if self.generated == 1 else "inter_token_latency"
+        self._recorder.observe(name, now - self._last_token_at)
+        self._recorder.count("generated_tokens")
+        self._last_token_at = now

@@ -1,0 +1,251 @@
+"""Every field of a request that generates, translates or summarizes: name, type, range, default and help.
+
+Names and types are those of Triton's TensorRT-LLM backend where it has them; `top_logprobs` is the OpenAI API's, those
+of beam search are transformers'. To add a field, add a row here; a sampling field also needs its processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from numpy.typing import NDArray
+
+from trident_serving.errors import InvalidRequest
+from trident_serving.text import decode_texts
+
+Inputs = Mapping[str, NDArray[Any]]
+Value = int | float | bool | str | None
+
+
+class LongInput(StrEnum):
+    """What happens to a text that is longer than the model takes."""
+
+    ERROR = "error"
+    TRUNCATE = "truncate"
+    WINDOW = "window"
+
+
+class Aggregation(StrEnum):
+    """How tokens become entities.
+
+    none: each token is one. simple: neighbours with the same label are one. The others first choose a label for each
+    word: that of its first token, of the mean over its tokens, or of its surest token.
+    """
+
+    NONE = "none"
+    SIMPLE = "simple"
+    FIRST = "first"
+    AVERAGE = "average"
+    MAX = "max"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers a field may have.
+
+    Attributes:
+        low: the least, or what it must be above.
+        high: the largest; None: any.
+        above: whether `low` itself is excluded.
+        off: whether 0 turns the field off, for the message.
+    """
+
+    low: float
+    high: float | None = None
+    above: bool = False
+    off: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        beyond = value > self.low if self.above else value >= self.low
+        return beyond and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"{self.low:g} (off) or more" if self.off else f"at least {self.low:g}"
+        if self.above:
+            return f"above {self.low:g} and at most {self.high:g}"
+        return f"between {self.low:g} and {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One optional field of a request.
+
+    Attributes:
+        name: of the tensor.
+        dtype: Triton's type, without TYPE_.
+        help: what it does, for the reference, the client and `trident --help`.
+        default: where a request is silent; None: the help says what holds.
+        range: of a number. A model's limits may narrow it, see `read`.
+        choices: of a text.
+        shape: without the batch; [-1] is a list.
+        option: whether callers of the client name it. The client sets the others itself.
+        flag: whether `trident` has a flag for it.
+    """
+
+    name: str
+    dtype: str
+    help: str
+    default: Value = None
+    range: Range | None = None
+    choices: tuple[str, ...] = ()
+    shape: tuple[int, ...] = (1,)
+    option: bool = True
+    flag: bool = True
+
+    def read(self, inputs: Inputs, default: Value = None, high: float | None = None) -> Any:
+        """The value that a request gives.
+
+        Args:
+            default: in place of the field's own.
+            high: the largest that this model allows, in place of the range's own.
+
+        Raises:
+            InvalidRequest: the tensor holds another number of values, or one out of range.
+        """
+        tensor = inputs.get(self.name)
+        if tensor is None:
+            return self.default if default is None else default
+        if tensor.size != 1:
+            raise InvalidRequest(f"{self.name} must hold one value, found {tensor.size}")
+        if self.dtype == "STRING":
+            value = single_text(inputs, self.name)
+            if self.choices and value not in self.choices:
+                raise InvalidRequest(f"{self.name} must be one of {', '.join(self.choices)}, found {value[:80]!r}")
+            return value
+        return self.check(tensor.reshape(-1)[0].item(), high)
+
+    def check(self, value: Any, high: float | None = None) -> Any:
+        """The value itself.
+
+        Raises:
+            InvalidRequest: it is out of range; the message names field, range and value.
+        """
+        allowed = self.range
+        if allowed is not None and high is not None:
+            allowed = Range(allowed.low, high, allowed.above)
+        if allowed is not None and value not in allowed:
+            raise InvalidRequest(f"{self.name} must be {allowed}, found {value}")
+        return value
+
+
+def single_text(inputs: Inputs, name: str) -> str:
+    """The one text of a BYTES tensor."""
+    texts = decode_texts(inputs[name], name)
+    if len(texts) != 1:
+        raise InvalidRequest(f"{name} must hold one text, found {len(texts)}")
+    return texts[0]
+
+
+def timeout_seconds(value: object, limit: float) -> float:
+    """Triton's request parameter `timeout`, in microseconds, where 0 means none; at most the model's limit.
+
+    Args:
+        value: the parameter; None where there is none.
+        limit: seconds.
+
+    Raises:
+        InvalidRequest: it is no such number.
+    """
+    number = 0 if value is None else value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if number is None and isinstance(value, str) and value.isdecimal():
+        number = int(value)
+    if number is None or not 0 <= number < 2**63:
+        raise InvalidRequest(f"timeout must be a number of microseconds, 0 (none) or more, found {value!r}")
+    return min(number / 1e6, limit) if number else limit
+
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+MAX_TOP_LOG_PROBS = 20
+MAX_STOP_WORDS = 32
+MAX_STOP_WORD_BYTES = 1024
+
+_SAMPLING = (
+    Field(
+        "max_tokens",
+        "INT32",
+        "how long the answer may be, in tokens; the model's limits have a default",
+        range=Range(1),
+    ),
+    Field("min_tokens", "INT32", "tokens of the answer at least", 0, Range(0)),
+    Field("temperature", "FP32", "0 takes the likeliest token; more spreads the choice", 0.0, Range(0, 100)),
+    Field("top_k", "INT32", "sample from this many of the likeliest tokens; 0: from all", 0, Range(0, off=True)),
+    Field(
+        "top_p",
+        "FP32",
+        "sample from the likeliest tokens that reach this probability together",
+        1.0,
+        Range(0, 1, above=True),
+    ),
+    Field("min_p", "FP32", "leave out tokens below this share of the likeliest one's probability", 0.0, Range(0, 1)),
+    Field(
+        "typical_p",
+        "FP32",
+        "sample from the tokens nearest to the expected surprise that have this probability together",
+        1.0,
+        Range(0, 1, above=True),
+    ),
+)
+_REPETITION = Field(
+    "repetition_penalty",
+    "FP32",
+    "above 1 makes tokens of prompt and answer less likely to come again",
+    1.0,
+    Range(0, 100, above=True),
+)
+_SEED = Field("random_seed", "UINT64", "makes sampling repeatable")
+
+GENERATION = (
+    *_SAMPLING,
+    _REPETITION,
+    Field("presence_penalty", "FP32", "lowers tokens that the answer has already", 0.0, Range(-2, 2)),
+    Field("frequency_penalty", "FP32", "lowers tokens by how often the answer has them", 0.0, Range(-2, 2)),
+    _SEED,
+    Field("stream", "BOOL", "answer in chunks", False, option=False, flag=False),
+    Field("return_log_probs", "BOOL", "give each token's log-probability", False, flag=False),
+    Field(
+        "top_logprobs",
+        "INT32",
+        "give the log-probabilities of this many of the likeliest tokens",
+        0,
+        Range(0, MAX_TOP_LOG_PROBS),
+        flag=False,
+    ),
+    Field(
+        "exclude_input_in_output", "BOOL", "leave the prompt out of the answer's text", True, option=False, flag=False
+    ),
+    Field("prompt_lookup", "BOOL", "draft greedy answers from their prompt, which changes their speed only", True),
+    Field(
+        "stop_words",
+        "STRING",
+        f"texts that end the answer and are left out of it, at most {MAX_STOP_WORDS}",
+        shape=(-1,),
+    ),
+)
+SEQ2SEQ = (
+    *_SAMPLING,
+    _REPETITION,
+    _SEED,
+    Field("num_beams", "INT32", "beams of the search; the model's generation config has a default", range=Range(1)),
+    Field(
+        "length_penalty",
+        "FP32",
+        "above 0 prefers longer answers of a beam search, below 0 shorter ones",
+        range=Range(-10, 10),
+    ),
+    Field("early_stopping", "BOOL", "end a beam search once it has as many answers as beams"),
+    Field("no_repeat_ngram_size", "INT32", "no sequence of this many tokens comes twice; 0: off", range=Range(0)),
+    Field("source_lang", "STRING", "the text's language, as the model names it"),
+    Field("target_lang", "STRING", "the answer's language, as the model names it"),
+    Field("long_input", "STRING", "what happens to a text that is too long", choices=tuple(LongInput)),
+)
+TEMPLATE = (*_SAMPLING, _REPETITION, _SEED)
+LANGUAGES = tuple(field for field in SEQ2SEQ if field.name.endswith("_lang"))
+
+
+def by_name(fields: Sequence[Field]) -> dict[str, Field]:
+    """Fields by their names."""
+    return {field.name: field for field in fields}

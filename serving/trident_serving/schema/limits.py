@@ -1,0 +1,228 @@
+"""The limits of a model: a dataclass for each kind.
+
+models.toml gives them, config.pbtxt carries them as parameters, and the server reads them again. Each dataclass checks
+itself when it is built, and raises `ReadingError`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trident_serving.errors import ReadingError
+from trident_serving.schema.fields import Aggregation, LongInput
+
+DEVICES = ("cpu", "cuda")
+BUCKETS = (128, 256)
+
+
+@dataclass(frozen=True)
+class GenerationLimits:
+    """Limits of a causal model.
+
+    Attributes:
+        context: tokens of prompt and answer together.
+        slots: answers that are generated at once.
+        kv_cache_mib: memory for keys and values; 0: what `slots` full contexts take.
+        prefill_chunk: prompt tokens in one step at most.
+        max_waiting: requests that may wait for a slot.
+        timeout: seconds that a request may take, waiting included; a request may ask for less.
+        default_max_tokens: length of an answer where the request names none.
+        prefix_reuse: whether prompts start behind what the cache already holds of them.
+        prompt_lookup: whether greedy answers may be drafted from their prompt.
+        threads: ONNX Runtime's intra-op threads.
+        device: "cpu" or "cuda".
+    """
+
+    context: int = 1024
+    slots: int = 8
+    kv_cache_mib: int = field(default=0, metadata={"least": 0})
+    prefill_chunk: int = 128
+    max_waiting: int = 128
+    timeout: int = 300
+    default_max_tokens: int = 256
+    prefix_reuse: bool = True
+    prompt_lookup: bool = True
+    threads: int = 2
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ReadingError(f"device must be one of {', '.join(DEVICES)}, found {self.device!r}")
+        if self.context < 2:
+            raise ReadingError(f"context must be at least 2, a token and its successor, found {self.context}")
+
+
+@dataclass(frozen=True)
+class EncoderLimits:
+    """Limits of a model that reads whole texts at once.
+
+    Attributes:
+        max_tokens: the longest input, special tokens included.
+        max_bytes: the longest text that is tokenized at all.
+        buckets: lengths that batches are padded to; `max_tokens` is always the last. None: 128 and 256, where shorter.
+        max_batch_size: texts in one run of the model.
+        truncate: whether longer texts are cut where the request does not say.
+        threads: ONNX Runtime's intra-op threads.
+    """
+
+    max_tokens: int = 256
+    max_bytes: int = 262144
+    buckets: tuple[int, ...] = ()
+    max_batch_size: int = 32
+    truncate: bool = False
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if list(self.buckets) != sorted(set(self.buckets)) or max(self.buckets, default=0) > self.max_tokens:
+            raise ReadingError(f"buckets must rise to max_tokens ({self.max_tokens}) at most, found {self.buckets}")
+
+    @property
+    def all_buckets(self) -> tuple[int, ...]:
+        """The buckets with `max_tokens` as the last."""
+        return (*(size for size in self.buckets or BUCKETS if size < self.max_tokens), self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingLimits(EncoderLimits):
+    """Limits of an embedding model.
+
+    Attributes:
+        dimensions: numbers in an embedding.
+    """
+
+    dimensions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLimits(EncoderLimits):
+    """Limits of a classifier or a cross-encoder.
+
+    Attributes:
+        labels: numbers that the model gives for a text.
+    """
+
+    labels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotLimits(LabelLimits):
+    """Limits of zero-shot classification.
+
+    Attributes:
+        labels: of the model of natural language inference: contradiction, neutral, entailment.
+        max_batch_size: pairs of a text and a label in one request.
+    """
+
+    labels: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntityLimits(LabelLimits):
+    """Limits of a token classifier.
+
+    Attributes:
+        aggregation: how tokens become entities where the request does not say.
+    """
+
+    aggregation: Aggregation = Aggregation.SIMPLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLimits(EncoderLimits):
+    """Limits of extractive question answering.
+
+    Attributes:
+        max_tokens: of a window over the context, question included.
+        stride: tokens that a window repeats of the one before.
+        max_batch_size: windows of one request.
+    """
+
+    max_tokens: int = 384
+    stride: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride > self.max_tokens // 2:
+            raise ReadingError(
+                f"stride must be at most half of max_tokens ({self.max_tokens // 2}), found {self.stride}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillMaskLimits(EncoderLimits):
+    """Limits of a masked language model.
+
+    Attributes:
+        top_k: tokens that a request can ask for.
+    """
+
+    top_k: int = 100
+
+
+@dataclass(frozen=True)
+class Seq2SeqLimits:
+    """Limits of an encoder-decoder model.
+
+    Attributes:
+        max_source_tokens: the longest source, special tokens included.
+        max_target_tokens: the longest answer.
+        default_max_tokens: length of an answer where neither request nor generation config says.
+        slots: rows (beams) that decode at once.
+        max_beams: of one search.
+        max_windows: of one text, where it is read in windows.
+        max_waiting: texts that may wait for rows.
+        timeout: seconds that a request may take, waiting included; a request may ask for less.
+        max_bytes: the longest text that is tokenized at all.
+        long_input: what happens to longer texts where the request does not say: "error", "truncate" or "window".
+        threads: ONNX Runtime's intra-op threads.
+    """
+
+    max_source_tokens: int = 512
+    max_target_tokens: int = 256
+    default_max_tokens: int = 128
+    slots: int = 32
+    max_beams: int = 8
+    max_windows: int = 16
+    max_waiting: int = 128
+    timeout: int = 300
+    max_bytes: int = 262144
+    long_input: LongInput = LongInput.ERROR
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_beams > self.slots:
+            raise ReadingError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateLimits:
+    """A task in front of a generator, whose limits hold.
+
+    Attributes:
+        generator: the public name of the generator that answers.
+        template: the message that it gets, in Jinja; see `trident_serving.templates.FIELDS` for what it may use.
+        max_tokens: length of an answer where the request names none.
+        max_waiting: requests that may be answered or wait at once.
+        timeout: seconds that a request may take, waiting included; a request may ask for less.
+    """
+
+    generator: str
+    template: str
+    max_tokens: int = 128
+    max_waiting: int = 64
+    timeout: int = 300
+
+
+Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits | TemplateLimits
+LIMITS: dict[str, type[Limits]] = {
+    "text-generation": GenerationLimits,
+    "translation": Seq2SeqLimits,
+    "summarization": Seq2SeqLimits,
+    "feature-extraction": EmbeddingLimits,
+    "text-classification": LabelLimits,
+    "token-classification": EntityLimits,
+    "question-answering": AnswerLimits,
+    "text-ranking": LabelLimits,
+    "fill-mask": FillMaskLimits,
+    "zero-shot-classification": ZeroShotLimits,
+}

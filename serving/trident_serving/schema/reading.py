@@ -1,0 +1,110 @@
+"""From tables (TOML, JSON) and texts (the parameters of a config) to dataclasses."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from trident_serving.errors import ReadingError
+
+T = TypeVar("T")
+
+
+def read(kind: type[T], table: object, where: str) -> T:
+    """A dataclass from a table, whose values must have the types of its fields.
+
+    A list becomes a tuple. An integer is 1 or more where its field's metadata does not name another `least`.
+
+    Args:
+        kind: the dataclass; its own checks may raise ReadingError too.
+        where: what the message begins with.
+
+    Raises:
+        ReadingError: a key is unknown or missing, or a value has another type.
+    """
+    if not isinstance(table, Mapping):
+        raise ReadingError(f"{where} must be a table, found {table!r}")
+    check_keys(where, table, kind)
+    hints = typing.get_type_hints(kind)
+    known = {field.name: field for field in _fields(kind)}
+    values = {key: _value(f"{where}.{key}", value, hints[key], known[key]) for key, value in table.items()}
+    return _built(kind, values, f"{where}.")
+
+
+def read_texts(kind: type[T], texts: Mapping[str, str]) -> T:
+    """A dataclass from the parameters of a config, which are texts; other parameters are left.
+
+    Raises:
+        ReadingError: a parameter is missing, or is no value of its field.
+    """
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for field in _fields(kind):
+        if field.name not in texts and not _required(field):
+            continue
+        text, where = texts.get(field.name, ""), f"parameter {field.name!r}"
+        found: Any = text
+        if hints[field.name] is bool:
+            if text not in ("true", "false"):
+                raise ReadingError(f"{where} must be true or false, found {text!r}")
+            found = text == "true"
+        elif hints[field.name] is int:
+            found = int(text) if text.isdecimal() else text
+        values[field.name] = _value(where, found, hints[field.name], field)
+    return _built(kind, values, "parameter ")
+
+
+def check_keys(where: str, table: Mapping[str, Any], kind: type[Any]) -> None:
+    """See that a table has the keys of a dataclass.
+
+    Raises:
+        ReadingError: a key is unknown or missing.
+    """
+    known = [field.name for field in _fields(kind)]
+    if unknown := sorted(set(table) - set(known)):
+        raise ReadingError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+    if missing := [field.name for field in _fields(kind) if _required(field) and field.name not in table]:
+        raise ReadingError(f"{where}: {', '.join(missing)} is missing")
+
+
+def _fields(kind: type[Any]) -> tuple[Field[Any], ...]:
+    return fields(kind)
+
+
+def _required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _built(kind: type[T], values: dict[str, Any], where: str) -> T:
+    try:
+        return kind(**values)
+    except ReadingError as error:
+        raise ReadingError(f"{where}{error}") from None
+
+
+def _value(where: str, value: Any, hint: Any, field: Field[Any]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        wanted = [argument for argument in arguments if argument is not type(None)]
+        return None if value is None else _value(where, value, wanted[0] if len(wanted) == 1 else object, field)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ReadingError(f"{where} must be list, found {value!r}")
+        return tuple(_value(where, item, arguments[0], field) for item in value)
+    if hint is int:
+        least = field.metadata.get("least", 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            wanted_number = "a positive integer" if least == 1 else f"an integer, {least} or more"
+            raise ReadingError(f"{where} must be {wanted_number}, found {value!r}")
+        return value
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        if value not in list(hint):
+            raise ReadingError(f"{where} must be one of {', '.join(hint)}, found {value!r}")
+        return hint(value)
+    if hint in (bool, str, float) and type(value) is not hint:
+        raise ReadingError(f"{where} must be {hint.__name__}, found {value!r}")
+    return value

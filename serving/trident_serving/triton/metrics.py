@@ -1,0 +1,93 @@
+"""The engine's counts on Triton's metrics port; docs/reference/metrics.md explains them.
+
+An update is a message to the server, about 16 microseconds, so a thread of its own makes them, a few times a second.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from trident_serving.runtime.metrics import Recorder
+
+PREFIX = "trident_"
+PERIOD_SECONDS = 0.25
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_GAP_SECONDS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+
+# By the name that the engine records them under: name for Prometheus, description, buckets.
+HISTOGRAMS: dict[str, tuple[str, str, tuple[float, ...]]] = {
+    "time_to_first_token": ("time_to_first_token_seconds", "From a request's arrival to its first token", _SECONDS),
+    "inter_token_latency": ("inter_token_latency_seconds", "Between one token of an answer and the next", _GAP_SECONDS),
+    "request_duration": ("request_duration_seconds", "From a request's arrival to the end of its answer", _SECONDS),
+    "queue_time": ("queue_time_seconds", "From a request's arrival to its slot", _SECONDS),
+    "batch_size": ("batch_size", "Sequences that decode in one step", (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)),
+}
+COUNTERS: dict[str, tuple[str, str]] = {
+    "prompt_tokens": ("prompt_tokens_total", "Tokens of the prompts that got a slot"),
+    "prefix_hit_tokens": ("prefix_hit_tokens_total", "Those of them that the cache already held"),
+    "generated_tokens": ("generated_tokens_total", "Tokens generated"),
+    "draft_tokens": ("draft_tokens_total", "Tokens drafted by prompt lookup"),
+    "draft_tokens_accepted": ("draft_tokens_accepted_total", "Those of them that the model accepted"),
+    "requests_cancelled": ("requests_cancelled_total", "Requests that were cancelled"),
+    "requests_failed": ("requests_failed_total", "Requests that ended with an error once they were queued"),
+    "requests_rejected": ("requests_rejected_total", "Requests that found the queue full"),
+    "loop_restarts": ("loop_restarts_total", "Restarts of the generation loop after an error"),
+}
+GAUGES: dict[str, tuple[str, str]] = {
+    "requests_running": ("requests_running", "Requests with a slot"),
+    "requests_waiting": ("requests_waiting", "Requests in the queue"),
+    "slots_used": ("slots_used", "Slots of the KV cache with a sequence that runs"),
+    "kv_cache_tokens": ("kv_cache_tokens", "Tokens that running sequences may grow to, and those kept for reuse"),
+}
+
+
+class Publisher:
+    """Publishes one recorder until it is stopped.
+
+    Args:
+        pb_utils: Triton's Python API.
+        labels: of every metric, such as the model's name.
+    """
+
+    def __init__(self, pb_utils: Any, recorder: Recorder, labels: dict[str, str]) -> None:
+        self._recorder = recorder
+        kinds = pb_utils.MetricFamily
+        # A family must outlive its metrics.
+        self._families: list[Any] = []
+        self._metrics: dict[str, Any] = {}
+        for key, (name, description, buckets) in HISTOGRAMS.items():
+            family = pb_utils.MetricFamily(name=PREFIX + name, description=description, kind=kinds.HISTOGRAM)
+            self._families.append(family)
+            self._metrics[key] = family.Metric(labels=labels, buckets=list(buckets))
+        for names, kind in ((COUNTERS, kinds.COUNTER), (GAUGES, kinds.GAUGE)):
+            for key, (name, description) in names.items():
+                family = pb_utils.MetricFamily(name=PREFIX + name, description=description, kind=kind)
+                self._families.append(family)
+                self._metrics[key] = family.Metric(labels=labels)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="metrics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Publish what is left, and end."""
+        self._stopping.set()
+        self._thread.join()
+        self._metrics.clear()
+        self._families.clear()
+
+    def _loop(self) -> None:
+        while not self._stopping.wait(PERIOD_SECONDS):
+            self._publish()
+        self._publish()
+
+    def _publish(self) -> None:
+        recorded = self._recorder.drain()
+        for key, amount in recorded.counters.items():
+            self._metrics[key].increment(amount)
+        for key, value in recorded.gauges.items():
+            self._metrics[key].set(value)
+        for key, values in recorded.histograms.items():
+            for value in values:
+                self._metrics[key].observe(value)

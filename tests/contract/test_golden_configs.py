@@ -1,0 +1,51 @@
+"""One config.pbtxt of each kind, written out: whoever changes what Triton is told sees it in a diff.
+
+TRIDENT_WRITE_GOLDEN=1 writes the files anew.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.conftest import ROOT
+from trident_export import configs, models_file
+
+GOLDEN = ROOT / "tests" / "golden"
+GENERATOR = {"task": "text-generation", "source": {"path": "x"}, "variants": ["int8"], "limits": {"slots": 4}}
+SEQ2SEQ = {"task": "translation", "source": {"path": "x"}, "variants": ["fp32"], "limits": {"long_input": "window"}}
+TEMPLATE = {
+    "task": "translation",
+    "generator": "generator",
+    "template": "To {{ target_lang }}: {{ text_input }}",
+    "target_lang": "English",
+}
+
+
+def _encoder(task: str, **limits: object) -> dict[str, object]:
+    return {"task": task, "source": {"path": "x"}, "variants": ["fp32"], "limits": limits}
+
+
+# The file's name by the table and the Triton model of it that is written out.
+KINDS = {
+    "generator": (GENERATOR, "x"),
+    "seq2seq": (SEQ2SEQ, "x"),
+    "template": (TEMPLATE, "x"),
+    "ensemble": (_encoder("text-classification", labels=3), "x"),
+    "tokenizer": (_encoder("text-classification", labels=3), "x_tokenizer"),
+    "onnxruntime": (_encoder("text-classification", labels=3), "x_model"),
+    "postprocess": (_encoder("text-classification", labels=3), "x_postprocess"),
+    "ensemble_of_windows": (_encoder("question-answering", stride=64), "x"),
+    "ensemble_of_embeddings": (_encoder("feature-extraction", dimensions=8), "x"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_is_as_it_was(kind: str) -> None:
+    table, name = KINDS[kind]
+    text = configs.to_text(configs.build(models_file.parse("x", table))[name])
+    file = GOLDEN / f"{kind}.pbtxt"
+    if os.environ.get("TRIDENT_WRITE_GOLDEN"):
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8")

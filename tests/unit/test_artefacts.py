@@ -1,0 +1,50 @@
+"""The format of artefacts: what it covers, and that an artefact of another format is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from trident_serving import artefacts
+from trident_serving.artefacts import FORMAT, Manifest
+
+# The fields of what an artefact holds, by format. A field that is added with a default, which older artefacts may leave
+# out, changes this list alone; where a reader would misunderstand an older artefact, FORMAT is raised too.
+HELD = {
+    2: {
+        "Manifest": "name task triton_models public_models fingerprint fidelity unverified format",
+        "GenerationDefaults": (
+            "prompt eos_token_ids max_length min_length num_beams length_penalty early_stopping repetition_penalty "
+            "no_repeat_ngram_size bad_words forced_bos_token_id forced_eos_token_ids suppress_tokens "
+            "begin_suppress_tokens"
+        ),
+    }
+}
+
+
+def _manifest() -> Manifest:
+    return Manifest("m", "text-generation", ["m"], {"fp32": "m"}, "f")
+
+
+def test_the_fields_that_artefacts_hold_are_those_of_their_format() -> None:
+    from trident_serving.seq2seq.request import GenerationDefaults
+
+    for kind in (Manifest, GenerationDefaults):
+        assert " ".join(field.name for field in dataclasses.fields(kind)) == HELD[FORMAT][kind.__name__]
+
+
+def test_an_artefact_of_another_format_is_not_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "m" / "1"
+    folder.mkdir(parents=True)
+    _manifest().write(folder)
+    found = artefacts.read_manifest(tmp_path, "m")
+    assert found == dataclasses.replace(_manifest(), format=FORMAT)
+    assert artefacts.loadable(tmp_path) == ["m"]
+    written = json.loads((folder / "trident.json").read_text())
+    for other in ({"format": FORMAT + 1}, {"format": FORMAT - 1}, {"format": None}):
+        (folder / "trident.json").write_text(json.dumps(written | other))
+        assert artefacts.read_manifest(tmp_path, "m") is None
+    del written["format"]
+    (folder / "trident.json").write_text(json.dumps(written))
+    assert artefacts.read_manifest(tmp_path, "m") is None

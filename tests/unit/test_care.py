@@ -1,0 +1,93 @@
+"""What the launcher does about fallen models, by what the server's index says of them; the server is invented here,
+the real one stands in tests/integration/test_shell.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trident_serving.errors import ControlError, Refused
+from trident_serving.launcher import care
+from trident_serving.launcher.care import Care
+from trident_serving.launcher.failures import IndexEntry
+
+
+class Server:
+    """Notes what it is asked to do."""
+
+    def __init__(self, repository: Path, *entries: IndexEntry) -> None:
+        self.entries = list(entries)
+        self.done: list[str] = []
+        self.refuses: list[Exception] = []
+        self.options = SimpleNamespace(repository=repository, ready_seconds=1.0)
+        self.view = SimpleNamespace(refresh=list)
+        self.control: Any = SimpleNamespace(
+            index=lambda: self.entries,
+            live=lambda seconds: True,
+            load=self._load,
+            unload=lambda model: self.done.append(f"unload {model}"),
+            forget_failure=lambda model: self.done.append(f"forget {model}"),
+        )
+
+    def _load(self, model: str, seconds: float) -> None:
+        self.done.append(f"load {model}")
+        if self.refuses:
+            raise self.refuses.pop(0)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def reloaded(server: Server) -> Care:
+    one: Care = Care(server)  # type: ignore[arg-type]
+    one.reload("m")
+    return one
+
+
+def test_a_fallen_model_is_unloaded_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = Server(tmp_path, IndexEntry("m", "READY"))
+    one = reloaded(server)
+    said = ""
+
+    def answered() -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return "m answers again" in said
+
+    until(answered)
+    one.stop()
+    assert server.done[:2] == ["unload m", "load m"]
+
+
+@pytest.mark.parametrize("entry", [IndexEntry("m", "UNLOADING"), IndexEntry("m", "UNAVAILABLE", "unloaded")])
+def test_a_model_that_falls_while_somebody_unloads_it_stays_away(
+    tmp_path: Path, entry: IndexEntry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server(tmp_path, entry, IndexEntry("other", "UNAVAILABLE", "broken"))
+    one = reloaded(server)
+    until(lambda: "forget other" in server.done)  # its thread has been through the order by then
+    one.stop()
+    assert not [what for what in server.done if what.endswith(" m")]
+    assert "m was unloaded meanwhile" in capsys.readouterr().err
+
+
+def test_a_refused_load_is_tried_again_and_a_silent_server_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(care, "PAUSE_SECONDS", 0.05)
+    server = Server(tmp_path, IndexEntry("m", "READY"))
+    server.refuses = [Refused("a broken template"), ControlError("timed out")]
+    one = reloaded(server)
+    until(lambda: bool(one.broken))
+    one.stop()
+    assert server.done.count("load m") == 2
+    assert one.broken == "m could not be loaded again (timed out)"
