@@ -214,7 +214,7 @@ def distill(
 
 
 def chunks(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[Run]:
-    """Runs of the model: of a decoder, chunks of `length` tokens of the running text; of an encoder, one text each."""
+    """Runs of the model: of a decoder, chunks of `length` tokens of the running text; of an encoder, a text each."""
     if not spec.generation:
         found = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts]
         return [{name: rows[0] for name, rows in run.items()} for run in found]

@@ -44,7 +44,7 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
     command = [
         sys.executable,
         "-m",
-        __name__,
+        "trident_export.measure.quality",
         str(folder),
         _kind(spec),
         str(getattr(spec.limits, "threads", 0)),
