@@ -43,7 +43,7 @@ def export_encoder_graph(
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    finish: Callable[[onnx.ModelProto], None],
+    finish: Callable[[ir.Model], None],
 ) -> None:
     """Write the graph of the Hugging Face folder `source` to `path`, in float32.
 
