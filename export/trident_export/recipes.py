@@ -7,7 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,8 @@ from trident_export.errors import ModelsFileError, NoMatmuls, UsageError
 from trident_export.graphs.editing import save
 from trident_export.passes import PASSES, RENAMED_KEYS, RENAMED_PASSES, Cache, CalibrationRuns, Pass, Rotate
 from trident_export.passes.base import matmuls
+from trident_serving.errors import ReadingError
+from trident_serving.schema import reading
 
 FILE = "recipes.toml"
 
@@ -116,20 +118,13 @@ def _pass(where: str, table: object) -> Pass:
     if not isinstance(table, dict) or name not in {**PASSES, **RENAMED_PASSES}:
         raise ModelsFileError(f"{where}: pass must be one of {', '.join(PASSES)}, found {table!r}")
     kind = PASSES[_current(where, name, RENAMED_PASSES)]
-    known = {field.name: field for field in fields(kind)}
+    known = [field.name for field in fields(kind)]
     renamed = {old: new for old, new in RENAMED_KEYS.items() if new in known and new not in table}
     values = {_current(where, key, renamed): value for key, value in table.items() if key != "pass"}
-    unknown = sorted(set(values) - set(known))
-    missing = [name for name, field in known.items() if field.default is MISSING and name not in values]
-    if unknown or missing:
-        problem = f"unknown key {', '.join(unknown)}" if unknown else f"{', '.join(missing)} is missing"
-        raise ModelsFileError(f"{where}: {problem}; known are {', '.join(known)}")
-    for key, value in values.items():
-        wanted = {"str": str, "int": int, "float": float, "bool": bool}[str(known[key].type)]
-        if type(value) is not wanted:
-            raise ModelsFileError(f"{where}: {key} must be {wanted.__name__}, found {value!r}")
     try:
-        return kind(**values)
+        return reading.read(kind, values, where, positive=False)
+    except ReadingError as error:
+        raise ModelsFileError(str(error)) from None
     except (UsageError, re.error) as error:
         raise ModelsFileError(f"{where}: {error}") from None
 
