@@ -249,7 +249,7 @@ def _made(path: Path) -> Path:
 def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     minilm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trident_export import encoder_graph
+    from trident_export.graphs import encoder as encoder_graph
     from trident_serving.encoders.pooling import Pooling
 
     table = {
