@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
@@ -79,7 +79,7 @@ class EncoderExport(Generic[Limits]):
         """The same from the postprocess stage's folder, as far as `read` looks at it."""
         return None
 
-    def finish(self, model: onnx.ModelProto, limits: Limits, source: HuggingFaceFolder) -> None:
+    def finish(self, model: ir.Model, limits: Limits, source: HuggingFaceFolder) -> None:
         """Add to the graph that optimum gives the outputs that the task is served with."""
 
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:

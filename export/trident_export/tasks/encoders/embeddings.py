@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from transformers import AutoModel, PretrainedConfig
 
 from trident_export import corpora
@@ -39,7 +39,7 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     def load_settings(self, folder: Path) -> PoolingSettings:
         return PoolingSettings.load(folder)
 
-    def finish(self, model: onnx.ModelProto, limits: EmbeddingLimits, source: HuggingFaceFolder) -> None:
+    def finish(self, model: ir.Model, limits: EmbeddingLimits, source: HuggingFaceFolder) -> None:
         # A vector a text is a hundredth of what the tokens' vectors are to hand on.
         encoder_graph.with_pooling(model, source.pooling.pooling)
 
