@@ -12,12 +12,12 @@ from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from trident_export.errors import ModelsFileError, NoMatmuls, UsageError
-from trident_export.graphs.editing import array, constant, make, rank_of_weight, replace, save
+from trident_export.graphs.editing import save
 from trident_export.passes import PASSES, RENAMED_KEYS, RENAMED_PASSES, Cache, CalibrationRuns, Pass, Rotate
+from trident_export.passes.base import matmuls
 
 FILE = "recipes.toml"
 
@@ -140,32 +140,6 @@ def _current(where: str, name: str, renamed: Mapping[str, str]) -> str:
         new = renamed[name]
         print(f"trident-export: {where}: {name} is called {new} now, the old name goes away", file=sys.stderr)
     return renamed.get(name, name)
-
-
-def matmuls(model: ir.Model) -> list[str]:
-    """Names of the matmuls of an activation and a constant matrix, which passes choose from.
-
-    Layers that are Gemm (gpt2) become matmuls in the model.
-    """
-    split_gemms(model)
-    return [node.name for node in model.graph if node.op_type == "MatMul" and rank_of_weight(node.inputs[1]) == 2]
-
-
-def split_gemms(model: ir.Model) -> None:
-    """Replace each Gemm of a constant matrix by a MatMul, and an Add where it has a bias."""
-    for gemm in [node for node in model.graph if node.op_type == "Gemm" and rank_of_weight(node.inputs[1]) == 2]:
-        source, weight, *bias = gemm.inputs
-        factors = [gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
-        if factors != [1.0, 1.0] or gemm.attributes.get_int("transA", 0):
-            continue
-        if gemm.attributes.get_int("transB", 0):
-            transposed = np.ascontiguousarray(array(weight).T)
-            weight = constant(model.graph, f"{weight.name}_Transposed", transposed)
-        name, output = gemm.name, gemm.outputs[0].name
-        made = [make("MatMul", [source, weight], f"{output}_MatMul" if bias else output, f"{name}_MatMul")]
-        if bias:
-            made.append(make("Add", [*made[0].outputs, *bias], output, f"{name}_Add"))
-        replace(gemm, made)
 
 
 def transform(model: ir.Model, passes: Sequence[Pass], runs: CalibrationRuns | None = None) -> ir.Model:

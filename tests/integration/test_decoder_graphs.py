@@ -34,6 +34,7 @@ from trident_export import recipes
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.passes import Cache, CalibrationRuns, Feeds, Rotate, calibration
+from trident_export.passes.base import matmuls
 from trident_export.passes.calibration import moments
 from trident_export.passes.gptq import GptqGroups, GptqPerChannel
 from trident_export.passes.groups import Groups
@@ -285,7 +286,7 @@ def test_a_rotated_graph_computes_the_same(
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
 def test_a_graph_that_does_not_turn_is_left(graphs: dict[str, Path], name: str) -> None:
     before = ir.load(graphs[name])
-    recipes.matmuls(before)
+    matmuls(before)
     expected = editing.message(before)
     assert editing.message(recipes.transform(before, [Rotate()])) == expected
 

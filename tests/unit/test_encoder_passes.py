@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trident_export import recipes
 from trident_export.graphs import encoder as encoder_graph
 from trident_export.graphs import unpadding
+from trident_export.passes.base import matmuls
 from trident_export.passes.per_token import quantize_per_token
 from trident_serving.encoders.pooling import Pooling, pool
 
@@ -105,7 +105,7 @@ def test_row_quantization_is_what_numpy_says() -> None:
     feeds = batch()
     model = graph()
     unpadding.unpad(model)
-    assert len(quantize_per_token(model, recipes.matmuls(model))) == 2
+    assert len(quantize_per_token(model, matmuls(model))) == 2
     found = run(model, feeds)
     real = feeds["attention_mask"] > 0
     embedded = WEIGHTS["words"][feeds["input_ids"][real]]

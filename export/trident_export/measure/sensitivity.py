@@ -24,6 +24,7 @@ from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
 from trident_export.passes import Pass
 from trident_export.passes.base import Keep
+from trident_export.passes.base import matmuls as matmuls_of
 from trident_export.passes.cache import Cache
 from trident_export.passes.embedding import Embedding
 from trident_export.passes.rotate import Rotate
@@ -88,7 +89,7 @@ def analyze(
     with tempfile.TemporaryDirectory(prefix="trident-sensitivity-") as folder:
         job = tasks.Job(probing(spec, recipe, kind, None), source, Path(folder), progress)
         tasks.trace(job)
-        names = [name for file in sorted(job.graphs.glob("*.onnx")) for name in recipes.matmuls(ir.load(file))]
+        names = [name for file in sorted(job.graphs.glob("*.onnx")) for name in matmuls_of(ir.load(file))]
         if not any(step.for_matmuls for step in recipe.passes[kind]):
             raise UsageError("the recipe quantizes nothing: name another with --variant")
         evaluate: tasks.Evaluator | None = None

@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from trident_export.errors import ModelsFileError, UsageError
-from trident_export.graphs.editing import infer
+from trident_export.graphs.editing import array, constant, infer, make, rank_of_weight, replace
 from trident_export.graphs.unpadding import is_packed
 
 # Inputs of a graph by name, one mapping a run.
@@ -85,6 +86,32 @@ class Keep(Pass):
     def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`."""
         return model, set(chosen)
+
+
+def matmuls(model: ir.Model) -> list[str]:
+    """Names of the matmuls of an activation and a constant matrix, which passes choose from.
+
+    Layers that are Gemm (gpt2) become matmuls in the model.
+    """
+    split_gemms(model)
+    return [node.name for node in model.graph if node.op_type == "MatMul" and rank_of_weight(node.inputs[1]) == 2]
+
+
+def split_gemms(model: ir.Model) -> None:
+    """Replace each Gemm of a constant matrix by a MatMul, and an Add where it has a bias."""
+    for gemm in [node for node in model.graph if node.op_type == "Gemm" and rank_of_weight(node.inputs[1]) == 2]:
+        source, weight, *bias = gemm.inputs
+        factors = [gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+        if factors != [1.0, 1.0] or gemm.attributes.get_int("transA", 0):
+            continue
+        if gemm.attributes.get_int("transB", 0):
+            transposed = np.ascontiguousarray(array(weight).T)
+            weight = constant(model.graph, f"{weight.name}_Transposed", transposed)
+        name, output = gemm.name, gemm.outputs[0].name
+        made = [make("MatMul", [source, weight], f"{output}_MatMul" if bias else output, f"{name}_MatMul")]
+        if bias:
+            made.append(make("Add", [*made[0].outputs, *bias], output, f"{name}_Add"))
+        replace(gemm, made)
 
 
 def matmul_nodes(model: ir.Model, chosen: Collection[str]) -> list[ir.Node]:
