@@ -5,7 +5,8 @@ The graph that is left has the inputs `input_ids` and `attention_mask`, and for 
 single texts, models with token types get zeros for them inside the graph. Its outputs, all float32 but for `top_ids`:
 
     feature-extraction                     pooled [batch, hidden], one vector a text, not normalized
-    text-classification, text-ranking      logits [batch, labels]
+    text-classification, text-ranking,
+    zero-shot-classification               logits [batch, labels]
     token-classification                   logits [batch, sequence, labels]
     question-answering                     start_logits, end_logits [batch, sequence]
     fill-mask                              top_scores, top_ids [batch, sequence, k], log_normalizer [batch, sequence]:
