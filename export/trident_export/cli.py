@@ -219,7 +219,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
 def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, HuggingFaceFolder]:
     """The spec that a command is for, and its Hugging Face folder."""
     base = options.models_file.resolve().parent
-    (spec,) = _specs(options)
+    (spec,) = models_file.select(models_file.load(options.models_file), options.model)
     if spec.template:
         raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.template.generator}")
     return spec, sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
