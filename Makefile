@@ -72,7 +72,7 @@ docs: $(SETUP) ## build the documentation as a site, links checked -> site/
 quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json,svg}
 	@$(BIN)/python -m trident_export evaluate $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
-bench: $(SETUP) ## side by side with its peers in one run -> reports/bench.md
+bench: $(SETUP) ## compare with other libraries, all in one run -> reports/bench.md
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@$(BIN)/python -m benchmarks.bench --repository $(REPOSITORY)
 

@@ -1,3 +1,3 @@
-"""Measurements; what they print is what the documents may state."""
+"""Benchmarks; the documents may state only figures that these print."""
 
 import trident_serving  # noqa: F401  (turns ONNX Runtime's telemetry off, before anything here imports it)

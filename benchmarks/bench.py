@@ -1,7 +1,7 @@
-"""`make bench`: Trident's server beside its peers, in one run on one machine.
+"""`make bench`: compares Trident's server with its peers, in one run on one machine.
 
-The same prompts and texts for all, medians over interleaved rounds, so that a slow minute of the machine hits
-everyone. Writes reports/bench.json, reports/bench.md and a plot, reports/bench.svg.
+All get the same prompts and texts. Figures are medians over interleaved rounds, so that a slow minute of the machine
+affects all of them. Writes reports/bench.json, reports/bench.md and a plot, reports/bench.svg.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--models-file", type=Path, default=Path("models.toml"))
     parser.add_argument("--reports", type=Path, default=Path("reports"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("generation", "tasks"), help="one part")
+    parser.add_argument("--only", choices=("generation", "tasks"), help="measure only this")
     options = parser.parse_args()
     options.reports.mkdir(exist_ok=True)
     cache = options.models_file.resolve().parent / ".cache"

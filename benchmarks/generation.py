@@ -1,8 +1,8 @@
-"""The generation part of `make bench`: throughput, latency and fidelity side by side, and what the engine's parts give.
+"""Generation in `make bench`: throughput, latency and fidelity of every peer, and the gain of the engine's features.
 
-Throughput of decoding is that of the time in which every stream is running: from the last stream's first token to
-the first stream's end. Tokens that come together were made since the stream's response before, so each stream is taken
-from its first to its last response in that time. Medians over interleaved rounds.
+Decode throughput counts the time in which every stream runs: from the last stream's first token to the first stream's
+end. Tokens that arrive together were made since the stream's previous response, so each stream counts from its first
+to its last response in that time. Figures are medians over interleaved rounds.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def summarize(times: Times) -> Measured:
 
 
 def stream_rate(moments: Sequence[float]) -> float:
-    """Tokens a second after those that came first, from the moments when each was there."""
+    """Tokens a second after the first response, from the time of each token, in seconds."""
     later = [moment for moment in moments if moment > moments[0]]
     return len(later) / (later[-1] - moments[0]) if later else 0.0
 
 
 def measure(client: Client, models: Path, repository: Path, cache: Path, rounds: int) -> Figures:
-    """Every peer at every concurrency, and the engine's parts."""
+    """Every peer at every concurrency, and the engine's features."""
     spec = models_file.as_installed(models_file.select(models_file.load(models), MODEL)[0], repository)
     base = models.resolve().parent
     source = sources.fetch(spec, base, base / ".cache", lambda message: print(message, file=sys.stderr)).path
@@ -186,13 +186,13 @@ def divergences(
 
 
 def parts(client: Client, rounds: int) -> Figures:
-    """What drafts and reuse of prefixes give, and how long running streams wait for a long prompt."""
+    """The gain of drafts and of prefix reuse, and how long running streams wait for a long prompt."""
     texts = [text for text in corpora.held_out() if text.isascii()]
     articles = ["\n".join(texts[start : start + 5])[:1500] for start in range(0, len(texts) - 4, 3)]
     tasks: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "quoting": ([f"{text}\n\nThe same text once more:\n\n{text[:120]}" for text in articles], {}),
         "summarizing": ([[{"role": "user", "content": f"Summarize this text:\n\n{text}"}] for text in articles], {}),
-        # The penalty keeps a small model from repeating itself, so that drafts have nothing to find.
+        # The penalty keeps a small model from repeating itself, so that drafts find nothing.
         "new words": (["Write about rivers, trains and winter:"] * 3, {"repetition_penalty": 1.5}),
     }
     article = "\n".join(texts)[:1500]
@@ -229,14 +229,14 @@ def parts(client: Client, rounds: int) -> Figures:
                 note(f"{name}, tokens/s with{'' if lookup else 'out'} drafts", rate(prompts, options, lookup))
         note("400-token beginning, new: first token, ms", 1e3 * first_token(f"{number} {system} What is a river?"))
         note("the same, shared: first token, ms", 1e3 * first_token(f"{number} {system} Where do trains go?"))
-        alone, beside = gaps_beside_a_long_prompt(client, f"{number} {article}" * 4)
-        note("4 streams: longest gap, ms", alone)
-        note("4 streams beside a prompt of 1,800 tokens: longest gap, ms", beside)
+        undisturbed, disturbed = longest_pauses(client, f"{number} {article}" * 4)
+        note("4 streams: longest pause, ms", undisturbed)
+        note("4 streams with a prompt of 1,800 tokens: longest pause, ms", disturbed)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def gaps_beside_a_long_prompt(client: Client, prompt: str) -> tuple[float, float]:
-    """The longest time between two responses of four streams, before and while a long prompt is run."""
+def longest_pauses(client: Client, prompt: str) -> tuple[float, float]:
+    """The longest time between two responses of four streams, in ms: before and while a long prompt runs."""
     moments: list[list[float]] = [[] for _ in range(4)]
 
     def run(row: int) -> None:
@@ -286,12 +286,12 @@ def bytes_of(weights: Path) -> int:
 
 
 def bytes_read(weights: Path) -> int:
-    """Of them, what a token reads: all but a table of embeddings beside the head, of which it takes one row."""
+    """The bytes of weights that a token reads: all but a separate table of embeddings, of which it reads one row."""
     size = bytes_of(weights)
     if not (weights / "model.onnx").exists():
         return size
     graph = onnx.load(str(weights / "model.onnx"), load_external_data=False).graph
-    # A table of eight bits has its scales as a third input.
+    # If the table has eight bits, the lookup has its scales as a third input.
     lookup = next(node for node in graph.node if "Gather" in node.op_type and node.input[1] == "input_ids")
     tables = [tensor for tensor in graph.initializer if tensor.name in lookup.input]
     widths = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.UINT8: 1}

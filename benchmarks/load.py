@@ -1,8 +1,7 @@
-"""`make load`: perf_analyzer against minilm over gRPC and HTTP, and against smollm2 without streaming.
+"""`make load`: runs perf_analyzer against minilm over gRPC and HTTP, and against smollm2 without streaming.
 
-Starts a server of its own, writes reports/load.json and reports/load.md. perf_analyzer rounds the throughput
-of a fixed number of requests, so it is computed here from the requests' own timestamps. It does not check
-answers: the tests do.
+Starts its own server; writes reports/load.json and reports/load.md. perf_analyzer rounds the throughput of a fixed
+number of requests, so it is computed here from the requests' timestamps. Answers are not checked here: the tests do it.
 """
 
 from __future__ import annotations

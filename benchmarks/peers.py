@@ -1,7 +1,7 @@
-"""What generates text in the benchmark: Trident in process, Trident's server, and its peers, behind one interface.
+"""Generators of text for the benchmark, behind one interface: Trident's engine, Trident's server, and their peers.
 
-Each gets the same prompts as token ids and makes the same number of tokens for each, greedily, however likely the end
-of the answer is. It reports when each token was there, in seconds from the start.
+Each gets the same prompts as token ids and makes the same number of tokens for each, greedily and past any end of the
+answer. It reports the time of each token, in seconds from the start.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Peer(Protocol):
     weights: Path  # file or folder whose bytes are read for every token
 
     def generate(self, prompts: Prompts, tokens: int) -> Times:
-        """Answer all prompts at once; when each token of each answer was there."""
+        """Answer all prompts at once; returns the time of each token of each answer, in seconds from the start."""
         ...
 
 
 class _Timed:
-    """A consumer of the engine that notes times alone."""
+    """A consumer of the engine that records only times."""
 
     cancelled = False
 
@@ -260,15 +260,15 @@ class LlamaCpp:
         lib = self._lib
         count = sum(len(ids) for _, _, ids in items)
         batch = lib.llama_batch_init(count, 0, 1)
-        wanted, place = [], 0
+        wanted, index = [], 0
         for row, start, ids in items:
             for offset, token in enumerate(ids):
-                batch.token[place], batch.pos[place] = token, start + offset
-                batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
-                batch.logits[place] = every or offset == len(ids) - 1
-                if batch.logits[place]:
-                    wanted.append(place)
-                place += 1
+                batch.token[index], batch.pos[index] = token, start + offset
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
+                batch.logits[index] = every or offset == len(ids) - 1
+                if batch.logits[index]:
+                    wanted.append(index)
+                index += 1
         batch.n_tokens = count
         if lib.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp could not decode")

@@ -1,7 +1,7 @@
-"""Sets up Triton's perf_analyzer, also where the machine's C library is older than the one it was built for.
+"""Sets up Triton's perf_analyzer, also on machines with an older C library than it was built for.
 
-Its wheel needs glibc 2.38. On an older Debian it runs through the loader of Debian 13's C library, which is
-unpacked into the cache and touches nothing else of the machine.
+Its wheel needs glibc 2.38. On an older Debian it runs through the loader of Debian 13's C library, which is unpacked
+into the cache; nothing else of the machine changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders beside transformers' pipelines and `generate`.
+"""Compares encoders and encoder-decoders with transformers' pipelines and `generate`.
 
 Embeddings are MiniLM's. Classification is MiniLM's body with a random head, translation a model of OPUS-MT's size (six
 and six layers, 512 wide) with random weights, which is as fast as a trained one; answers have a fixed length.

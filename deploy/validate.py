@@ -53,7 +53,7 @@ def compose_services(environment: Mapping[str, str] | None = None) -> dict[str, 
     """The services with every profile, as docker compose itself resolves them.
 
     Args:
-        environment: variables of ours that are set; no others are, whatever this process has.
+        environment: the TRIDENT_ variables that are set; those of this process are not.
     """
     command = [str(TOOLS / "docker-compose"), "--env-file", os.devnull, "--profile", "*", "config", "--format", "json"]
     cleaned = {key: value for key, value in os.environ.items() if not key.startswith("TRIDENT_")}
@@ -67,12 +67,12 @@ def compose_services(environment: Mapping[str, str] | None = None) -> dict[str, 
 
 
 def cuda_runtime(services: Mapping[str, Any]) -> str:
-    """The requirement of the ONNX Runtime for GPUs, of the service that has one."""
+    """The requirement of the ONNX Runtime for GPUs, from the service that has one."""
     return str(services["trident-gpu"]["build"]["args"]["CUDA_RUNTIME"])
 
 
 def service_problems(service: dict[str, Any], dockerfile: Path = NATIVE) -> list[str]:
-    """What a service lacks of what production needs, where the operator sets no variable."""
+    """What a service lacks for production, if the operator sets no variable."""
     mounts = [volume for volume in service.get("volumes", []) if volume["target"] == "/models"]
     ports = service.get("ports", [])
     holds = {
@@ -88,7 +88,7 @@ def service_problems(service: dict[str, Any], dockerfile: Path = NATIVE) -> list
             service.get("stop_grace_period", "10s")
         )
         >= GRACE_SECONDS + 10,
-        f"ports 8000, 8001 and 8002 must be published on {LOOPBACK} alone": {
+        f"ports 8000, 8001 and 8002 must be published only on {LOOPBACK}": {
             (port["target"], port.get("host_ip")) for port in ports
         }
         == {(port, LOOPBACK) for port in PORTS},
@@ -98,7 +98,7 @@ def service_problems(service: dict[str, Any], dockerfile: Path = NATIVE) -> list
 
 
 def opened_problems(service: dict[str, Any]) -> list[str]:
-    """What does not follow the operator's TRIDENT_BIND=0.0.0.0 and TRIDENT_ADMIN_KEY=key."""
+    """What a service does wrong if the operator sets TRIDENT_BIND=0.0.0.0 and TRIDENT_ADMIN_KEY=key."""
     holds = {
         "TRIDENT_BIND must decide where every port is published": {
             (port["target"], port.get("host_ip")) for port in service.get("ports", [])
@@ -141,8 +141,8 @@ def small_problems(text: str) -> list[str]:
 
 
 def image_problems(text: str) -> list[str]:
-    """What every image of ours must have: what runs as whom, how it is looked after, what is not in it."""
-    last = text[text.rfind("\nFROM ") + 1 :]  # the stage that is kept
+    """What an image of ours lacks: its user, health check, entry point and environment, and what must not be in it."""
+    last = text[text.rfind("\nFROM ") + 1 :]  # the last stage, which is the image
     users = re.findall(r"^USER (\S+)$", last, re.MULTILINE)
     instructions = last.replace("\\\n", " ")
     holds = {
@@ -153,7 +153,7 @@ def image_problems(text: str) -> list[str]:
         ),
         "TRIDENT_CONTAINER=1 must tell the launcher where it runs": "TRIDENT_CONTAINER=1" in last,
         "ORT_DISABLE_TELEMETRY=1 is missing": "ORT_DISABLE_TELEMETRY=1" in last,
-        "the exporter's packages have no place in the image": not re.search(r"\[(export|dev|bench)\b", text),
+        "the exporter's packages must not be in the image": not re.search(r"\[(export|dev|bench)\b", text),
         "pip must keep to constraints.txt": all(
             "--constraint" in line or "CUDA_RUNTIME" in line
             for line in text.replace("\\\n", " ").replace("&&", "\n").splitlines()

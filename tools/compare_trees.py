@@ -3,8 +3,8 @@
 python tools/compare_trees.py OLD NEW
 
 Each checkout holds its environment in .venv and its exported repository in model_repository. Their servers run one
-after the other and are asked the same: generations with every option, templates, embeddings. What differs is printed,
-and the exit status is 1 if an answer differs. Configs are shown as a difference, since a change of one may be meant.
+after the other and get the same requests: generations with every option, templates, embeddings. Differences are
+printed; the exit status is 1 if an answer differs. Differences of configs do not count, since they may be meant.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 
 from trident_client import _protocol as pb
 from trident_client import _wire
+from trident_client._options import GENERATION
 from trident_serving.launcher import http
 from trident_serving.launcher.local import free_ports
 
@@ -48,7 +49,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"stop_words": ["the", "\n"]},
     {"prompt_lookup": False},
 )
-DTYPES = {"min_tokens": np.int32, "top_k": np.int32, "random_seed": np.uint64, "prompt_lookup": np.bool_}
+COMMON = {"max_tokens": 16, "return_log_probs": True, "top_logprobs": 3}
 
 
 def requests() -> Iterator[tuple[str, str, Any]]:
@@ -56,18 +57,7 @@ def requests() -> Iterator[tuple[str, str, Any]]:
     for number, text in enumerate(TEXTS):
         for case, options in enumerate(OPTIONS):
             for model in ("smollm2", "smollm2_fp32") if case < 5 else ("smollm2",):
-                tensors = {
-                    "text_input": _wire.texts([text])[None],
-                    "max_tokens": np.array([[16]], np.int32),
-                    "return_log_probs": np.array([[True]]),
-                    "top_logprobs": np.array([[3]], np.int32),
-                }
-                for name, value in options.items():
-                    values = value if isinstance(value, list) else [value]
-                    if isinstance(values[0], str):
-                        tensors[name] = _wire.texts(values)[None]
-                    else:
-                        tensors[name] = np.array([values], DTYPES.get(name, np.float32))
+                tensors = {"text_input": _wire.texts([text])[None], **_wire.options(COMMON | options, GENERATION)}
                 yield f"{model} {number}.{case}", model, _wire.build_request(model, tensors)
         for model in ("translate", "summarize"):
             tensors = {"text_input": _wire.texts([text])[None], "max_tokens": np.array([[12]], np.int32)}

@@ -1,6 +1,6 @@
-"""`make soak`: starts a server of its own, sends it mixed traffic, ends it, writes reports/soak.{md,json,svg}.
+"""`make soak`: starts its own server, sends it mixed traffic, ends it, writes reports/soak.{md,json,svg}.
 
-The exit status is 1 where anything was found that must not be.
+The exit status is 1 if there is a finding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IDLE_AT_THE_END = 10
 
 
 def main() -> int:
-    """Run it all."""
+    """Run the soak; returns the exit status."""
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=15.0, help="of traffic (default %(default)g)")
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))

@@ -1,8 +1,8 @@
-"""The good requests of a soak, and when an answer to one is right.
+"""The good requests of a soak, and the check of their answers.
 
-What is expected is what the server answers before there is any traffic. A generator's answer is the same to the last
-bit alone and in company, its log-probabilities included; an embedding may differ by what
-docs/reference/precisions.md allows a batch to change.
+The expected answers are the server's own before there is any traffic. A generator's answer does not depend on the rest
+of its batch, to the last bit and with its log-probabilities; an embedding may differ by the amount that
+docs/reference/precisions.md gives for a batch.
 """
 
 from __future__ import annotations
@@ -13,20 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tritonclient.utils import triton_to_np_dtype
+
+from trident_serving.schema.fields import GENERATION, by_name
 
 Answer = dict[str, list[Any]]
 
-DTYPES: dict[str, type] = {
-    "max_tokens": np.int32,
-    "min_tokens": np.int32,
-    "top_k": np.int32,
-    "temperature": np.float32,
-    "top_p": np.float32,
-    "repetition_penalty": np.float32,
-    "random_seed": np.uint64,
-    "stream": np.bool_,
-    "return_log_probs": np.bool_,
-}
+FIELDS = by_name(GENERATION)
 GENERATED = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "output_log_probs")
 SPANS = ("answer", "score", "start", "end", "no_answer_score")
 
@@ -36,11 +29,11 @@ class Case:
     """One good request.
 
     Attributes:
-        name: of this case alone.
+        name: of the case; no two are the same.
         model: the Triton model.
         fields: its inputs by name: a text, a number, or a list of texts.
-        outputs: what is compared.
-        tolerance: by how much numbers may differ from what is expected; 0: not at all.
+        outputs: the names of the outputs that are compared.
+        tolerance: by how much numbers may differ from the expected ones; 0: not at all.
         rows: whether each text is a row of the batch, as encoders take them.
     """
 
@@ -118,7 +111,7 @@ def _embeddings(model: str, tolerance: float) -> list[Case]:
     ]
 
 
-# By what makes them, all cases of the default models.
+# All cases of the default models, by kind.
 GENERATIONS = _generations("smollm2")
 CACHED = [Case(f"smollm2_int8_cache {case.name}", "smollm2_int8_cache", case.fields) for case in GENERATIONS[:4]]
 TEMPLATES = _templates()
@@ -138,7 +131,7 @@ def tensors(case: Case) -> dict[str, NDArray[Any]]:
         if isinstance(values[0], str):
             array = np.array([text.encode() for text in values], dtype=np.object_)
         else:
-            array = np.array(values, dtype=DTYPES[name])
+            array = np.array(values, dtype=triton_to_np_dtype(FIELDS[name].dtype))
         if case.rows:
             found[name] = array[:, None]
         else:

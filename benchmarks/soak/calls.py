@@ -1,4 +1,4 @@
-"""Makes good requests as other people's clients do: tritonclient over gRPC and HTTP, and HTTP without any library."""
+"""Makes good requests as other clients do: with tritonclient over gRPC and HTTP, and with plain HTTP."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Caller:
         )
 
     def close(self) -> None:
-        """Let go of them."""
+        """Close the connections."""
         self._grpc.close()
         self._http.close()
 

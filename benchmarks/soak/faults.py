@@ -1,7 +1,7 @@
 """Callers that do not wait for their answers: they cancel, hang up, or are killed.
 
-Each function ends once the server has begun to answer and nobody listens any more, or raises `CallError` where it could
-not get so far.
+Each function ends once the server has begun to answer and the caller has gone; it raises `CallError` if the server does
+not begin to answer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from benchmarks.soak.answers import ARTICLES, Case
 from benchmarks.soak.calls import SECONDS, Address, CallError, code_of, grpc_inputs, post
 from benchmarks.soak.hostile import head
 
-# Long answers, so that there is something to break off: nothing ends them but their length.
+# Long answers, so that callers can break them off: only their length ends them.
 LONG = Case("long", "smollm2", {"text_input": "Once upon a time", "max_tokens": 200, "min_tokens": 200})
-# An answer that nobody can take back: HTTP callers that hang up before the answer are not seen.
+# A short answer, because it can't be cancelled: the server does not see HTTP callers that hang up before the answer.
 BOUNDED = {"text_input": "Once upon a time", "max_tokens": 24}
 _LONG_TASK = {"max_tokens": 160, "min_tokens": 160}
 TASKS = (
@@ -35,7 +35,7 @@ TASKS = (
     Case("long summary", "summarize", {"text_input": ARTICLES[0]} | _LONG_TASK),
     Case("long answer", "answer", {"question": ["Where is it?"], "context": [ARTICLES[1]]} | _LONG_TASK),
 )
-# What a caller that is killed runs: a stream, of which it tells the first response.
+# The program of a caller that is killed: it runs a stream and prints a line at the first response.
 _GRPC_VICTIM = """
 import sys
 import numpy as np
@@ -81,7 +81,7 @@ def cancel_stream(address: Address) -> None:
 
 
 def cancel_task(address: Address) -> None:
-    """Cancel several calls of tasks that stand in front of the generator."""
+    """Cancel several calls of template tasks."""
     client = triton_grpc.InferenceServerClient(address.grpc)
     results: queue.Queue[tuple[Any, Any]] = queue.Queue()
     try:
@@ -105,7 +105,7 @@ def cancel_task(address: Address) -> None:
 
 
 def hang_up_stream(address: Address) -> None:
-    """End an HTTP stream after its first event, now politely, now with a reset."""
+    """End an HTTP stream after its first event, at random with a normal close or a reset."""
     body = dict(LONG.fields) | {"stream": True}
     with post(address, f"/v2/models/{LONG.model}/generate_stream", body) as response:
         line = response.readline()
@@ -116,7 +116,7 @@ def hang_up_stream(address: Address) -> None:
 
 
 def hang_up_early(address: Address) -> None:
-    """Send a request over HTTP and go without its answer."""
+    """Send a request over HTTP and hang up before its answer."""
     with _connected(address) as connection:
         content = json.dumps(BOUNDED).encode()
         connection.sendall(head("/v2/models/smollm2/generate", len(content)) + content)
@@ -126,7 +126,7 @@ def hang_up_early(address: Address) -> None:
 
 
 def hang_up_within(address: Address) -> None:
-    """Go in the middle of a request, its head or its body."""
+    """Hang up in the middle of a request, in its head or its body."""
     content = json.dumps(BOUNDED).encode()
     whole = head("/v2/models/smollm2/generate", len(content)) + content
     with _connected(address) as connection:

@@ -1,7 +1,7 @@
-"""Bad requests over HTTP, and bytes that are no request.
+"""Bad requests over HTTP, and bytes that are not a request.
 
-Left out is what ends this server (docs/reference/security.md): bodies of 4 MiB, JSON 100,000 deep as the body itself,
-`file:` names of 256 characters, a million chunks.
+Requests that end this server (docs/reference/security.md) are left out: bodies of 4 MiB, JSON 100,000 deep as the body
+itself, `file:` names of 256 characters, a million chunks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.soak.refusals import ANSWERED, Refusal, Reply
 
 GENERATE = "/v2/models/smollm2/generate"
 INFER = "/v2/models/minilm/infer"
-# A server may leave the connection open after bytes that are no request; so long it has for an answer.
+# How long the server has for an answer; it may leave the connection open after bytes that are not a request.
 SILENT_SECONDS = 5.0
 
 

@@ -1,6 +1,6 @@
-"""Bad requests over gRPC, each with the codes that answer it rightly.
+"""Bad requests over gRPC, each with the codes of a right answer.
 
-They are made of messages and not with tritonclient, which refuses some of them itself.
+They are built from messages, because tritonclient refuses some of them itself.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Refusal:
 
 
 def is_known(refusal: Refusal, reply: Reply) -> bool:
-    """Whether a wrong code is tritonserver's own, which nothing of ours can change: 500 of its JSON parser (2.51)."""
+    """Whether a wrong code is tritonserver's own, which we can't change: 500 of its JSON parser (2.51)."""
     return "HTTP 400" in refusal.codes and reply.code == "HTTP 500" and reply.message.startswith(PARSER_SAYS)
 
 
@@ -116,7 +116,7 @@ def stream(request: pb.ModelInferRequest) -> Callable[[Address], Reply]:
     def send(address: Address) -> Reply:
         with grpc.insecure_channel(address.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            try:  # to its end: this server keeps something of a stream that is left just when it ends
+            try:  # read to the end: this server leaks memory if a caller leaves a stream just as it ends
                 found = [response.error_message for response in stub.ModelStreamInfer(iter([request]), timeout=SECONDS)]
             except grpc.RpcError as error:
                 return Reply(error.code().name, error.details() or "")
@@ -197,7 +197,7 @@ def _others() -> list[Refusal]:
     output = message("minilm", {"text_input": HELLO})
     output.outputs.add(name="nothing")
     region = message("minilm", {"text_input": HELLO})
-    region.inputs[0].parameters["shared_memory_region"].string_param = "nobody"
+    region.inputs[0].parameters["shared_memory_region"].string_param = "unregistered"
     region.inputs[0].parameters["shared_memory_byte_size"].int64_param = 9
     del region.raw_input_contents[:]
     requests = {
@@ -238,7 +238,7 @@ def _others() -> list[Refusal]:
     return [
         *(Refusal(f"minilm: {name}", unary(request), INVALID) for name, request in requests.items()),
         *(Refusal(name, unary(request), INVALID) for name, request in templates.items()),
-        Refusal("minilm: a region that nobody registered", unary(region), (*INVALID, "NOT_FOUND")),
+        Refusal("minilm: a region that is not registered", unary(region), (*INVALID, "NOT_FOUND")),
         Refusal("unknown model", unary(message("nope", {"text_input": HELLO})), ("NOT_FOUND",)),
         Refusal("unknown version", unary(version), ("NOT_FOUND", "INVALID_ARGUMENT")),
     ]

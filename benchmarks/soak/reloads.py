@@ -1,4 +1,4 @@
-"""Unloads and loads a model beside all traffic, with the admin key and plain HTTP."""
+"""Unloads and loads a model during the traffic, with the admin key and plain HTTP."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from typing import Any
 from benchmarks.soak.calls import SECONDS, Address, CallError
 from trident_serving.launcher.admin_key import HEADER
 
-# The Triton models that a public name stands for, the one that is loaded first: the others come with it.
-PARTS = {"minilm_int8_static": ("minilm_int8_static", "minilm_model_int8_static"), "smollm2_int4": ("smollm2_int4",)}
+# The Triton models of a public name. Only the first is loaded by name: Triton loads the others with it.
+TRITON_MODELS = {
+    "minilm_int8_static": ("minilm_int8_static", "minilm_model_int8_static"),
+    "smollm2_int4": ("smollm2_int4",),
+}
 
 
 def reload(address: Address, key: str, model: str) -> None:
     """Unload a model, wait until it has gone, and load it again.
 
     Raises:
-        CallError: the server does not do it, or not in time.
+        CallError: the server refuses, or does not finish in time.
     """
-    for part in PARTS[model]:
-        _post(address, key, f"/v2/repository/models/{part}/unload")
+    for name in TRITON_MODELS[model]:
+        _post(address, key, f"/v2/repository/models/{name}/unload")
     deadline = time.monotonic() + SECONDS
-    while any(_states(address, key).get(part) not in (None, "UNAVAILABLE") for part in PARTS[model]):
+    while any(_states(address, key).get(name) not in (None, "UNAVAILABLE") for name in TRITON_MODELS[model]):
         if time.monotonic() > deadline:
             raise CallError("timeout", f"{model} was not unloaded within {SECONDS:.0f} s")
         time.sleep(0.1)
-    _post(address, key, f"/v2/repository/models/{PARTS[model][0]}/load")
+    _post(address, key, f"/v2/repository/models/{TRITON_MODELS[model][0]}/load")
 
 
 def _states(address: Address, key: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a soak writes: findings, tables, a plot. A run without findings has passed."""
+"""Writes the results of a soak: findings, tables, a plot. A run without findings has passed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from benchmarks.soak.verdict import Fit
 from benchmarks.soak.watch import Series
 from benchmarks.soak.workers import Entry
 
-# The launcher's promise: so long after the last answer the server is gone.
+# The launcher's promise: the server has ended this long after the last answer.
 STOP_SECONDS = 3.0
-# What no call may end with.
+# The outcomes that no call may have.
 FAULTY = {
     "error": "a good request saw an error",
     "wrong": "an answer is wrong",
     "unexpected": "a bad request is answered otherwise than it should",
 }
 EXAMPLES = 3
-# A generator gives the memory of its cache back and takes it again, so that a shorter run shows what its prompts were.
-JUDGED_SECONDS = 300.0
+# A generator returns the memory of its cache and takes it again, so the memory of a shorter run depends on its prompts.
+FIT_SECONDS = 300.0
 
 
 def fits(outcome: Outcome) -> dict[str, Fit]:
@@ -52,10 +52,10 @@ def _units(series: Series) -> Iterator[tuple[str, list[float]]]:
 
 
 def findings(outcome: Outcome, *, short: bool = False) -> list[str]:
-    """All that must not be, one line each.
+    """Everything that is wrong, one line each.
 
     Args:
-        short: the run is too short to tell whether a series is flat, or for a model that is loaded again and again to
+        short: the run is too short to tell whether a series is flat, or for a model that is reloaded all the time to
             have answered in every way.
     """
     found = []
@@ -68,7 +68,7 @@ def findings(outcome: Outcome, *, short: bool = False) -> list[str]:
         examples = "; ".join(f"{detail[:400]} ({count})" for detail, count in seen)
         found.append(f"{FAULTY[kind]}, {len(several)} times, {name}: {examples}")
     found += [f"{name} is {value:g} at the end, expected 0" for name, value in outcome.left.items()]
-    found += [f"started anew: {line}" for line in outcome.restarts]
+    found += [f"restarted: {line}" for line in outcome.restarts]
     found += [f"the launcher says: {line}" for line in outcome.mended]
     found += [f"traffic failed: {line}" for line in outcome.failed_workers]
     found += [f"nothing was verified of: {kind}" for kind in _never_good(outcome, short)]
@@ -77,14 +77,14 @@ def findings(outcome: Outcome, *, short: bool = False) -> list[str]:
             found.append(f"the launcher ended with status {outcome.stop_status}, expected 0")
         if outcome.stop_seconds > STOP_SECONDS:
             found.append(f"the stop took {outcome.stop_seconds:.1f} s, the limit is {STOP_SECONDS:g} s")
-    for name, fit in fits(outcome).items() if not short and outcome.seconds >= JUDGED_SECONDS else ():
+    for name, fit in fits(outcome).items() if not short and outcome.seconds >= FIT_SECONDS else ():
         if not fit.flat:
             found.append(f"{name} rises by {_amount(name, fit.rise)}, the limit is {_amount(name, fit.limit)}")
     return found
 
 
 def _never_good(outcome: Outcome, short: bool) -> list[str]:
-    """Kinds of traffic of which no call succeeded; in a short run not those that found their model away."""
+    """Kinds of traffic without a successful call; in a short run without those whose model was always away."""
     kinds = Counter(entry.kind for entry in outcome.entries)
     away = Counter(entry.kind for entry in outcome.entries if entry.outcome == "away")
     right = Counter(entry.kind for entry in outcome.entries if entry.outcome in ("good", "refused", "known", "done"))
@@ -134,7 +134,7 @@ def as_markdown(outcome: Outcome) -> str:
         f"| calls broken off, models unloaded and loaded | {count('done')} | |",
         f"| requests of a model that was away meanwhile ({', '.join(outcome.reloaded)}) | {count('away')} | |",
         f"| slots and requests left at the end | {sum(outcome.left.values()):g} | 0 |",
-        f"| processes started anew | {len(outcome.restarts) + len(outcome.mended)} | 0 |",
+        f"| processes restarted | {len(outcome.restarts) + len(outcome.mended)} | 0 |",
     ]
     if outcome.stop_seconds is not None:
         lines += [
@@ -148,7 +148,7 @@ def _resources(outcome: Outcome) -> list[str]:
     lines = [
         "## Memory, threads, files",
         "",
-        f"A line through the samples after the first third. Flat: over the rest of the run it rises by no more than "
+        f"A line is fitted to the samples after the first third. It is flat if it then rises by no more than "
         f"{verdict.ALLOWED['memory'] / 2**20:.0f} MiB of memory, {verdict.ALLOWED['threads']:g} threads, "
         f"{verdict.ALLOWED['files']:g} open files, {verdict.ALLOWED['shared memory'] / 2**20:.0f} MiB of shared "
         f"memory, or {verdict.ALLOWED_SHARE:.1%} of the level, where that is more.",
@@ -162,7 +162,7 @@ def _resources(outcome: Outcome) -> list[str]:
     renewed = {name: len(several) for name, several in outcome.watch.series.items() if len(several) > 1}
     if renewed:
         text = ", ".join(f"{name} ({count} processes seen)" for name, count in renewed.items())
-        lines += ["", f"Not fitted, as they were unloaded and loaded: {text}."]
+        lines += ["", f"Not fitted, because they were unloaded and loaded: {text}."]
     return [*lines, "", "![memory over time](soak.svg)"]
 
 

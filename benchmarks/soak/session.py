@@ -21,10 +21,10 @@ from benchmarks.soak.workers import Entry, Plan
 from trident_serving.launcher import admin_key
 from trident_serving.launcher.local import LocalServer
 
-# For so long the last calls of the workers, and then the requests that nobody waits for, may take.
+# How long the last calls of the workers may take, and then the requests without a caller.
 END_SECONDS = SECONDS + 30
 SETTLE_SECONDS = 60.0
-# What the launcher says when it had to mend something.
+# The launcher's lines about things that it had to repair.
 MENDED = re.compile(r"trident: .*(has died|did not answer|was ended by signal|ended with status|could not be loaded).*")
 TOUCHED_SLOTS = 32
 
@@ -37,9 +37,10 @@ class Outcome:
         entries: every call.
         watch: the processes over time.
         left: gauges that are not 0 at the end.
-        mended: the launcher's lines about parts that died.
+        mended: the launcher's lines about processes that died.
         failed_workers: processes of the traffic that failed by themselves.
-        stop_seconds: how long the server took to end, and its status; None where it was not ended.
+        stop_seconds: how long the server took to end; None if it was not ended.
+        stop_status: its exit status.
     """
 
     seconds: float
@@ -54,16 +55,16 @@ class Outcome:
 
     @property
     def restarts(self) -> list[str]:
-        """Processes that another one has taken the place of, without anybody having asked for it."""
-        parts = {part for model in self.reloaded for part in reloads.PARTS[model]}
+        """Processes that were replaced by others, although no call asked for it."""
+        stages = {stage for model in self.reloaded for stage in reloads.TRITON_MODELS[model]}
         return [
             f"{name}: {len(several)} processes"
             for name, several in self.watch.series.items()
-            if name not in parts and len(several) > 1
+            if name not in stages and len(several) > 1
         ]
 
     def count(self, outcome: str) -> int:
-        """How many calls ended so."""
+        """How many calls had this outcome."""
         return sum(entry.outcome == outcome for entry in self.entries)
 
 
@@ -81,7 +82,7 @@ def run(
     Args:
         seconds: how long new calls are made.
         reloaded: models that are unloaded and loaded meanwhile.
-        say: told what goes on.
+        say: prints progress.
         touch: fill the KV cache once before.
         period: seconds between two samples of the processes.
     """
@@ -129,7 +130,7 @@ def _ask(caller: Caller, case: Case) -> Answer:
 
 
 def touch_slots(address: Address) -> None:
-    """Use every slot of the generators as far as the traffic does, so that the memory of their caches is there then."""
+    """Fill every slot of the generators as far as the traffic will, so that their caches have all their memory."""
 
     def ask(number: int, model: str) -> None:
         caller = Caller(address)
@@ -177,7 +178,7 @@ def _traffic(plan: Plan, folder: Path, say: Callable[[str], None]) -> tuple[list
 
 
 def _settled(address: Address) -> dict[str, float]:
-    """The gauges that are not 0 when all that nobody waits for had time to end."""
+    """The gauges that are not 0 after requests without a caller had time to end."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         try:

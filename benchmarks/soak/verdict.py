@@ -1,9 +1,9 @@
-"""Whether a series of a process is flat once it is warm.
+"""Decides whether a series of a process is flat after its warm-up.
 
-The first third is warm-up: caches fill, threads start. The rest is cut into 20 stretches, of which the least value
-counts: work comes and goes, a leak stays. A line is laid through those so that a few of them do not tilt it (its slope
-is the median of the slopes between all pairs: Theil 1950, Sen 1968). The series is flat if that line rises, over the
-time that it was fitted to, by no more than `ALLOWED`.
+The first third is warm-up: caches fill, threads start. The rest is cut into 20 stretches, and only the least value of
+each counts: work comes and goes, a leak stays. A line is fitted to those values that a few outliers do not tilt (its
+slope is the median of the slopes between all pairs: Theil 1950, Sen 1968). The series is flat if the line rises by no
+more than `ALLOWED` over the time that it was fitted to.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Fit:
 
 
 def fit(times: Sequence[float], values: Sequence[float], unit: str) -> Fit | None:
-    """The line through a series; None where there are too few samples to tell.
+    """The line through a series; None if there are too few samples.
 
     Args:
         times: of the samples, in seconds, rising.
-        values: as many.
+        values: of the samples, one for each time.
         unit: a key of `ALLOWED`.
     """
     moments, amounts = np.asarray(times, float), np.asarray(values, float)

@@ -1,4 +1,4 @@
-"""What Linux and the metrics port tell of a server while it works."""
+"""Samples a server while it works, from Linux and from the metrics port."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Watch:
 
     Args:
         launcher: the process of `python -m trident_serving`.
-        http_port: of the server; a part of its regions' names.
+        http_port: of the server; its regions' names contain it.
         period: seconds between two samples.
 
     Attributes:
@@ -109,7 +109,7 @@ def processes(launcher: int) -> list[tuple[str, int]]:
 
 
 def gauges(address: Address) -> dict[str, float]:
-    """What the engines have in hand, as "gauge of model": slots and requests."""
+    """The slots and requests that the engines hold, by "gauge of model"."""
     with _OPENER.open(f"http://127.0.0.1:{address.metrics_port}/metrics", timeout=30) as response:
         text = response.read().decode()
     return {f"{name} of {model}": float(value) for name, model, value in _GAUGE.findall(text) if name in GAUGES}
@@ -132,7 +132,7 @@ def _model(pid: int) -> str:
 
 
 def _status(pid: int) -> tuple[float, float]:
-    """Memory in bytes, without pages of files, which the system takes and gives as it likes; and threads."""
+    """Memory in bytes, without pages of files, which the system frees as it likes; and the number of threads."""
     threads = re.search(r"^Threads:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     memory = memory_of(Path(f"/proc/{pid}/smaps").read_text())
     if threads is None or not memory:
@@ -141,10 +141,10 @@ def _status(pid: int) -> tuple[float, float]:
 
 
 def memory_of(smaps: str) -> float:
-    """Bytes of a process's own memory: what is resident of its mappings, but a large mapping counts whole.
+    """Bytes of a process's own memory: the resident pages of its mappings; a large mapping counts whole.
 
-    Large mappings are weights and the KV cache, of which the engine keeps and gives back what its slots hold. Their
-    size is fixed, so one that is new, or grows, is seen; what the cache happens to hold is not taken for a leak.
+    Large mappings are weights and the KV cache, whose pages come and go with the slots in use. Their size is fixed, so
+    a new mapping or one that grows is seen, while the use of the cache does not look like a leak.
     """
     total = 0
     for name, size, anonymous in _MAPPING.findall(smaps):

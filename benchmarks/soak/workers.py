@@ -1,6 +1,6 @@
 """The processes that make the traffic: `python -m benchmarks.soak.workers ROLE PLAN JOURNAL`.
 
-Each has a few threads, a call at a time in each, and writes a line of its journal for every call.
+Each has a few threads that make one call at a time, and writes a line of its journal for every call.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from benchmarks.soak import answers, faults, hostile, refusals, reloads
 from benchmarks.soak.answers import Answer, Case
 from benchmarks.soak.calls import STREAMS, UNARY, WHOLE, Address, Caller, CallError, Way
 
-# What a model that is being unloaded or loaded answers, by its own requests alone.
+# What a model that is being unloaded or loaded answers; only requests to such a model may get it.
 AWAY = ("UNAVAILABLE", "HTTP 503")
-# The generate endpoint answers UNAVAILABLE of a decoupled model with status 400, and the code's name in the text.
+# For UNAVAILABLE from a decoupled model the generate endpoint gives status 400 and the code's name in the text.
 AWAY_WORDS = ("has no available versions", "UNAVAILABLE: ")
 SILENT_CONNECTIONS = 100
 # gRPC closes them after two minutes by itself.
 SILENT_SECONDS = 60.0
-# After a call without a right answer, so that a server that is gone is not asked thousands of times.
+# Pause after a call without a right answer, so that a server that has ended is not called thousands of times.
 REST_SECONDS = 0.5
 
 
@@ -49,7 +49,7 @@ class Plan:
     key: str
 
     def save(self, file: Path) -> None:
-        """Write it, for its owner alone."""
+        """Write it to a file that only its owner can read."""
         file.touch(mode=0o600)
         file.write_text(json.dumps(asdict(self)))
 
@@ -67,7 +67,7 @@ class Entry:
     Attributes:
         kind: what it was.
         outcome: "good", "wrong", "error", "away"; "refused", "known", "unexpected" for bad requests; "done" for others.
-        detail: what is to say of it, in one line.
+        detail: the error or the difference, in one line.
         when: its end, on the system's monotonic clock.
         seconds: how long it took.
     """
@@ -134,7 +134,7 @@ def _asked(plan: Plan, caller: Caller, case: Case, way: Way) -> tuple[str, str]:
 
 
 def bad(plan: Plan, journal: Journal, pause: float) -> None:
-    """Make bad requests, each in its turn, until the end."""
+    """Make bad requests, one after the other, until the end."""
     several = refusals.build() + hostile.build()
     random.shuffle(several)
     while time.monotonic() < plan.ends:

@@ -11,6 +11,7 @@ class Client(GenerationCalls, TaskCalls):
 
     Args:
         url: host and port of the server's gRPC endpoint.
-        timeout: seconds that a call may take where it names none; None waits as long as it takes.
-        admin_key: for `models`, `load` and `unload`; found by itself where a server of the same user runs here.
+        timeout: seconds that a call without its own timeout may take; None: no limit.
+        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or the key that a server of the same
+            user on this machine has written to a file.
     """

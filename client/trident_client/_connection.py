@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # typing's is Python 3.11's
 
 _POLL_SECONDS = 0.05
-# A server sees a model within a second of its export.
+# A server sees a new model within a second of its export.
 _EXPORTED_SECONDS = 2.0
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # Who iterates over a stream receives its messages itself, where a thread of the channel would hand them over.
+    # The thread that iterates over a stream receives its messages itself; else a thread of the channel passes them on.
     (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 )
 
 
 class Connection:
-    """What every call needs; `Client` adds the calls.
+    """The channel to a server, and what every call needs; `Client` adds the calls.
 
     Args:
         url: host and port of the server's gRPC endpoint.
-        timeout: seconds that a call may take where it names none; None waits as long as it takes.
-        admin_key: for `models`, `load` and `unload`; None: what TRIDENT_ADMIN_KEY says, or what a server of the same
-            user on this machine left for its clients.
+        timeout: seconds that a call without its own timeout may take; None: no limit.
+        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or the key that a server of the same
+            user on this machine has written to a file.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Connection:
         self._only: dict[str, str] = {}
         self._channel = grpc.insecure_channel(url, options=channel_options(url))
         self._stub = pb.Stub(self._channel)
-        # Triton's stream may carry many requests; one is all that a caller's iterator has.
+        # Triton's stream may carry many requests; each of our calls sends one.
         self._stream_infer = self._channel.unary_stream(
             f"/{pb.SERVICE}/ModelStreamInfer",
             request_serializer=pb.ModelInferRequest.SerializeToString,
@@ -97,12 +97,12 @@ class Connection:
     def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Load a model that was exported since the server started, or that was exported again.
 
-        The other models go on. A generator goes on too, until its new version is loaded. An ensemble that is loaded
-        is unloaded first, because a new tokenizer before an old graph gives wrong answers; its requests get
+        The other models keep answering, and so does a generator until its new version is loaded. An ensemble that is
+        loaded is unloaded first, because a new tokenizer before an old graph gives wrong answers; its requests get
         NotFoundError or UnavailableError until it is loaded again.
 
         Returns:
-            The Triton models that were loaded: its parts and variants, the public ones last.
+            The Triton models that were loaded: its stages and variants, the public ones last.
 
         Raises:
             NotFoundError: the repository has no such model, or it was never exported.
@@ -110,10 +110,10 @@ class Connection:
             TridentError: see its other subclasses; a model that can't be loaded says why.
         """
         self._only.clear()
-        names = self._parts(model, timeout)
+        names = self._triton_models(model, timeout)
         public = [name for name in names if not name.startswith(_roles(model))]
         if len(public) < len(names):
-            self._take_out(public, timeout)
+            self._unload(public, timeout)
         with translated():
             for name in names:
                 request = pb.RepositoryModelLoadRequest(model_name=name)
@@ -121,7 +121,7 @@ class Connection:
         return names
 
     def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
-        """Take a model out of the server; it stays in the repository.
+        """Unload a model, once its running requests are answered; it stays in the repository.
 
         Returns:
             The Triton models that were unloaded.
@@ -132,12 +132,12 @@ class Connection:
             TridentError: see its other subclasses.
         """
         self._only.clear()
-        names = self._parts(model, timeout)[::-1]
-        self._take_out(names, timeout)
+        names = self._triton_models(model, timeout)[::-1]
+        self._unload(names, timeout)
         return names
 
     def health(self, *, timeout: float | None = None) -> Health:
-        """Whether the server answers; no error where it can't be reached."""
+        """Whether the server answers; one that can't be reached is not live, which is no error."""
         try:
             with translated():
                 live = self._stub.ServerLive(pb.ServerLiveRequest(), timeout=self._deadline(timeout)).live
@@ -147,7 +147,7 @@ class Connection:
         return Health(live=live, ready=ready)
 
     def _only_model(self, task: str) -> str:
-        """The public name of the server's only model of a task; what was found once is kept.
+        """The public name of the server's only model of a task; the client asks the server once and keeps the name.
 
         Raises:
             NotFoundError: there is none, or there are several; the message names them.
@@ -171,8 +171,8 @@ class Connection:
         config = self._stub.ModelConfig(request, timeout=self._deadline(None)).config
         return str(config.parameters["task"].string_value)
 
-    def _take_out(self, names: Sequence[str], timeout: float | None) -> None:
-        """Unload models and wait until what they were answering is answered."""
+    def _unload(self, names: Sequence[str], timeout: float | None) -> None:
+        """Unload models and wait until their running requests are answered."""
         with translated():
             for name in names:
                 request = pb.RepositoryModelUnloadRequest(model_name=name)
@@ -180,8 +180,8 @@ class Connection:
         while any(status.name in names and status.state != "UNAVAILABLE" for status in self.models(timeout=timeout)):
             time.sleep(_POLL_SECONDS)
 
-    def _parts(self, model: str, timeout: float | None) -> list[str]:
-        """The Triton models of a public one. A name has no "_" but before a variant or a part; parts come first."""
+    def _triton_models(self, model: str, timeout: float | None) -> list[str]:
+        """The Triton models of a public one, stages first. In a name, "_" comes only before a stage or a variant."""
         deadline = time.monotonic() + _EXPORTED_SECONDS
         while True:
             names = {entry.name for entry in self._index(timeout).models if entry.name.partition("_")[0] == model}
@@ -198,10 +198,10 @@ class Connection:
             )
 
     def _metadata(self) -> list[tuple[str, str]]:
-        """What shows that the caller may administrate; looked for at each call, since servers come and go."""
+        """The admin key, if there is one; looked up at each call, because servers come and go."""
         key = (self._admin_key or _admin_key.find(self._url) or "").strip()
         if not key.isascii() or not key.isprintable():
-            raise ForbiddenError("the admin key holds characters that no key has: it is printable ASCII")
+            raise ForbiddenError("the admin key has impossible characters: a key is printable ASCII")
         return [(_admin_key.METADATA, key)] if key else []
 
     def _deadline(self, timeout: float | None) -> float | None:
@@ -221,7 +221,7 @@ class Connection:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"there must be as many of each, found {lengths}")
+            raise ValueError(f"the lists must have the same length, found {lengths}")
         requests = []
         for start in range(0, max(lengths.values()), batch_size):
             inputs: dict[str, NDArray[Any]] = {
@@ -253,7 +253,7 @@ class Connection:
 
 
 def channel_options(url: str) -> list[tuple[str, int]]:
-    """The options of a channel to `url`: a proxy of the environment is never asked for a server of this machine."""
+    """The options of a channel to `url`; a server of this machine is never called through the environment's proxy."""
     return [*_CHANNEL_OPTIONS, *([("grpc.enable_http_proxy", 0)] if _is_loopback(url) else [])]
 
 
@@ -272,5 +272,5 @@ def _is_loopback(url: str) -> bool:
 
 
 def _roles(model: str) -> tuple[str, ...]:
-    """What the names of an ensemble's parts begin with."""
+    """The beginnings of the names of an ensemble's stages."""
     return tuple(f"{model}_{role}" for role in ("tokenizer", "model", "postprocess"))

@@ -4,7 +4,7 @@ TridentError
 ├── InvalidRequestError     the request can never succeed: its message names field, value and limit
 ├── NotFoundError           there is no such model on the server
 ├── UnavailableError        the server can't be reached, is draining, or has no room: try again later
-├── ForbiddenError          the call needs the server's admin key, and there is none or another
+├── ForbiddenError          the call needs the server's admin key, which is missing or wrong
 ├── DeadlineExceededError   the answer took longer than `timeout`
 ├── CancelledError          the call was cancelled
 └── ServerError             anything else: a defect of the server
@@ -51,9 +51,9 @@ class ServerError(TridentError):
     """The server failed."""
 
 
-# Triton's codes do not tell everything apart: a call that needs a key is UNAVAILABLE, as one that may be sent again is;
-# an answer that is lost with its backend process is INTERNAL, as a defect is; a model that is away while
-# it is loaded again, or as the server ends, is NOT_FOUND, as one that never was there is. Their texts do.
+# Triton uses one code for different errors, which only their texts tell apart. A call without its key is UNAVAILABLE,
+# like one that may be sent again. An answer that is lost with its backend process is INTERNAL, like a defect. A model
+# that is being loaded again, or goes as the server ends, is NOT_FOUND, like one that never was there.
 _RESTRICTED = re.compile(r"This protocol is restricted, expecting header")
 _AWAY = re.compile(r"Stub process '.*' is not healthy|has no available versions")
 
@@ -75,8 +75,8 @@ def translated() -> Iterator[None]:
         details = error.details() or error.code().name
         if _RESTRICTED.match(details):
             raise ForbiddenError(
-                "the server asks for its admin key: set TRIDENT_ADMIN_KEY or give Client(admin_key=...); the key of a "
-                "server on this machine is found where the same user started it"
+                "the server asks for its admin key: set TRIDENT_ADMIN_KEY or give Client(admin_key=...); the client "
+                "finds the key of a server that the same user started on this machine"
             ) from error
         kind = UnavailableError if _AWAY.search(details) else _BY_CODE.get(error.code(), ServerError)
         raise kind(details) from error
@@ -84,7 +84,7 @@ def translated() -> Iterator[None]:
 
 def from_named_code(message: str) -> TridentError | None:
     """The error of a message that begins with the name of a gRPC code, as "INVALID_ARGUMENT: ...", or that says that a
-    model is away for a moment; else None.
+    model is unavailable for a moment; None for any other message.
     """
     if _AWAY.search(message):
         return UnavailableError(message)

@@ -34,10 +34,10 @@ class GenerationCalls(Connection):
         """The continuation of a prompt; a list of messages is a chat.
 
         Args:
-            prompt: a text to go on with, or the messages of a chat.
+            prompt: a text to continue, or the messages of a chat.
             model: public name; None: the server's only generator.
-            options: see `GenerationOptions`; None leaves one out.
-            timeout: seconds; the server gives the request up by then too, even while it waits for a slot.
+            options: see `GenerationOptions`; an option that is None is left out.
+            timeout: seconds; the server then gives up the request too, even one that waits for a slot.
 
         Raises:
             TridentError: see its subclasses.
@@ -116,10 +116,10 @@ class GenerationCalls(Connection):
                 call.cancel()
 
     def _stream_error(self, model: str, message: str) -> TridentError:
-        """What an error on a stream means: streams carry a message and no status code.
+        """The error behind a message of a stream, which carries no status code.
 
-        Trident's generator names the code at the beginning. What Triton itself refuses has none: it is an
-        unknown model, for which the server is asked, or a request that does not fit the model.
+        Trident's generator begins its messages with the code's name. Messages of Triton itself have none: either the
+        model is unknown, which the server is asked, or the request does not fit the model.
         """
         if (error := from_named_code(message)) is not None:
             return error

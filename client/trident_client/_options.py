@@ -35,15 +35,15 @@ class GenerationOptions(TypedDict, total=False):
 
     Attributes:
         max_tokens: how long the answer may be, in tokens; the model's limits have a default (at least 1).
-        min_tokens: tokens of the answer at least (default 0; at least 0).
+        min_tokens: how short the answer may be, in tokens (default 0; at least 0).
         temperature: 0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100).
         top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
         top_p: sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1).
         min_p: leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1).
         typical_p: sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1).
         repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100).
-        presence_penalty: lowers tokens that the answer has already (default 0.0; between -2 and 2).
-        frequency_penalty: lowers tokens by how often the answer has them (default 0.0; between -2 and 2).
+        presence_penalty: lowers the logits of tokens that the answer already has (default 0.0; between -2 and 2).
+        frequency_penalty: lowers the logits of tokens by how often the answer has them (default 0.0; between -2 and 2).
         random_seed: makes sampling repeatable.
         return_log_probs: give each token's log-probability (default false).
         top_logprobs: give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20).
@@ -72,7 +72,7 @@ GENERATION: dict[str, Option] = {
     "max_tokens": Option(
         "INT32", "how long the answer may be, in tokens; the model's limits have a default (at least 1)"
     ),
-    "min_tokens": Option("INT32", "tokens of the answer at least (default 0; at least 0)"),
+    "min_tokens": Option("INT32", "how short the answer may be, in tokens (default 0; at least 0)"),
     "temperature": Option(
         "FP32", "0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100)"
     ),
@@ -92,9 +92,11 @@ GENERATION: dict[str, Option] = {
         "FP32",
         "above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100)",
     ),
-    "presence_penalty": Option("FP32", "lowers tokens that the answer has already (default 0.0; between -2 and 2)"),
+    "presence_penalty": Option(
+        "FP32", "lowers the logits of tokens that the answer already has (default 0.0; between -2 and 2)"
+    ),
     "frequency_penalty": Option(
-        "FP32", "lowers tokens by how often the answer has them (default 0.0; between -2 and 2)"
+        "FP32", "lowers the logits of tokens by how often the answer has them (default 0.0; between -2 and 2)"
     ),
     "random_seed": Option("UINT64", "makes sampling repeatable"),
     "return_log_probs": Option("BOOL", "give each token's log-probability (default false)", flag=False),
@@ -115,7 +117,7 @@ class TranslationOptions(TypedDict, total=False):
 
     Attributes:
         max_tokens: how long the answer may be, in tokens; the model's limits have a default (at least 1).
-        min_tokens: tokens of the answer at least (default 0; at least 0).
+        min_tokens: how short the answer may be, in tokens (default 0; at least 0).
         temperature: 0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100).
         top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
         top_p: sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1).
@@ -154,7 +156,7 @@ TRANSLATION: dict[str, Option] = {
     "max_tokens": Option(
         "INT32", "how long the answer may be, in tokens; the model's limits have a default (at least 1)"
     ),
-    "min_tokens": Option("INT32", "tokens of the answer at least (default 0; at least 0)"),
+    "min_tokens": Option("INT32", "how short the answer may be, in tokens (default 0; at least 0)"),
     "temperature": Option(
         "FP32", "0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100)"
     ),

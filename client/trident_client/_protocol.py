@@ -1,4 +1,4 @@
-"""The messages and calls of Triton's gRPC service that the client uses, for whichever protobuf is installed.
+"""The messages and calls of Triton's gRPC service that the client uses, for any protobuf that is installed.
 
 Code that protoc generates runs with few versions of protobuf and of grpcio; a client has to live with what its user has
 installed (decision 0022). So the messages are declared here, with Triton's names and numbers, and protobuf makes their
@@ -132,7 +132,7 @@ RepositoryModelUnloadRequest = _classes["RepositoryModelUnloadRequest"]
 
 
 class Stub:
-    """The calls with one answer, on a channel."""
+    """The calls of a channel that have one answer each."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         def call(name: str) -> Any:

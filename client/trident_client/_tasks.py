@@ -1,4 +1,4 @@
-"""Embeddings, classification, entities, question answering, ranking, gaps, translation and summarization."""
+"""Embeddings, classification, entities, question answering, ranking, masks, translation and summarization."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ class TaskCalls(Connection):
         batch = [texts] if isinstance(texts, str) else texts
         options = {} if prompt_name is None else {"prompt_name": _wire.texts([prompt_name])}
         model = model or self._only_model("feature-extraction")
-        parts = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
-        if not parts:
+        responses = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
+        if not responses:
             return np.empty((0, 0), np.float32)
-        vectors: NDArray[np.float32] = np.concatenate([part["embedding"] for part in parts])
+        vectors: NDArray[np.float32] = np.concatenate([response["embedding"] for response in responses])
         single: NDArray[np.float32] = vectors[0]
         return single if isinstance(texts, str) else vectors
 
@@ -147,8 +147,8 @@ class TaskCalls(Connection):
             columns["text_pair"] = [text_pairs] if isinstance(text_pairs, str) else text_pairs
         options = {"top_k": np.array([top_k], np.int32)}
         model = model or self._only_model("text-classification")
-        parts = self._rows(model, columns, truncate, batch_size, timeout, options)
-        labels = [_records(Label, row) for part in parts for row in _split(part, ("label", "score"))]
+        responses = self._rows(model, columns, truncate, batch_size, timeout, options)
+        labels = [_records(Label, row) for response in responses for row in _split(response, ("label", "score"))]
         return labels[0] if isinstance(texts, str) else labels
 
     @overload
@@ -193,8 +193,8 @@ class TaskCalls(Connection):
         batch = [texts] if isinstance(texts, str) else list(texts)
         starts = range(0, len(batch), batch_size)
         requests = [{"text_input": _wire.texts(batch[start : start + batch_size]), **options} for start in starts]
-        parts = self._infer(model or self._only_model("zero-shot-classification"), requests, timeout)
-        labels = [_records(Label, row) for part in parts for row in _split(part, ("label", "score"))]
+        responses = self._infer(model or self._only_model("zero-shot-classification"), requests, timeout)
+        labels = [_records(Label, row) for response in responses for row in _split(response, ("label", "score"))]
         return labels[0] if isinstance(texts, str) else labels
 
     @overload
@@ -227,9 +227,9 @@ class TaskCalls(Connection):
         if aggregation_strategy is not None:
             options["aggregation_strategy"] = _wire.texts([aggregation_strategy])
         model = model or self._only_model("token-classification")
-        parts = self._rows(model, columns, truncate, batch_size, timeout, options)
+        responses = self._rows(model, columns, truncate, batch_size, timeout, options)
         names = ("entity", "score", "word", "start", "end")
-        found = [_records(Entity, row) for part in parts for row in _split(part, names)]
+        found = [_records(Entity, row) for response in responses for row in _split(response, names)]
         return found[0] if isinstance(texts, str) else found
 
     @overload
@@ -298,19 +298,19 @@ class TaskCalls(Connection):
         """
         columns = {"query": [query] * len(passages), "text_input": passages}
         model = model or self._only_model("text-ranking")
-        parts = self._rows(model, columns, truncate, batch_size, timeout, {})
-        scores = [float(score) for part in parts for score in part["score"][:, 0]]
+        responses = self._rows(model, columns, truncate, batch_size, timeout, {})
+        scores = [float(score) for response in responses for score in response["score"][:, 0]]
         ranked = [Ranked(index, score) for index, score in enumerate(scores)]
         return sorted(ranked, key=lambda passage: passage.score, reverse=True)
 
     def fill_mask(
         self, text: str, *, model: str | None = None, top_k: int | None = None, timeout: float | None = None
     ) -> list[list[Filling]]:
-        """The likeliest tokens for each gap of a text, the likeliest first.
+        """The likeliest tokens for each mask of a text, the likeliest first.
 
         Args:
             text: with the model's mask token ("[MASK]", "<mask>") in place of a word.
-            top_k: tokens for a gap; None: 5.
+            top_k: tokens for a mask; None: 5.
 
         Raises:
             TridentError: see its subclasses.
@@ -318,8 +318,8 @@ class TaskCalls(Connection):
         options = {} if top_k is None else {"top_k": np.array([top_k], np.int32)}
         model = model or self._only_model("fill-mask")
         (outputs,) = self._rows(model, {"text_input": [text]}, None, 1, timeout, options)
-        gaps = {name: values[0] for name, values in outputs.items()}
-        return [_records(Filling, row) for row in _split(gaps, ("token_str", "score", "token", "sequence"))]
+        masks = {name: values[0] for name, values in outputs.items()}
+        return [_records(Filling, row) for row in _split(masks, ("token_str", "score", "token", "sequence"))]
 
     @overload
     def translate(  # type: ignore[overload-overlap]
@@ -352,8 +352,8 @@ class TaskCalls(Connection):
         Args:
             texts: one text or several.
             model: public name; None: the server's only model of the task.
-            options: see `TranslationOptions`; what is left out is as the model's generation config says.
-            timeout: seconds; the server gives the request up by then too.
+            options: see `TranslationOptions`; the model's generation config has the defaults.
+            timeout: seconds; the server then gives up the request too.
 
         Raises:
             TridentError: see its subclasses.
@@ -407,7 +407,7 @@ class TaskCalls(Connection):
 
 
 def _split(tensors: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[dict[str, list[Any]]]:
-    """Tensors [rows, columns] as a row each of plain lists."""
+    """Tensors [rows, columns] as plain lists: for each row, its values by name."""
     columns = {name: tensors[name].tolist() for name in names}
     return [
         {
@@ -419,7 +419,7 @@ def _split(tensors: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[di
 
 
 def _records(kind: type[_Record], row: Mapping[str, list[Any]]) -> list[_Record]:
-    """The records of one row; those whose `start` is -1 only fill it up."""
+    """The records of one row, without padding, whose `start` is -1."""
     names = list(row)
     records = [dict(zip(names, values, strict=True)) for values in zip(*row.values(), strict=True)]
     return [kind(**record) for record in records if record.get("start") != -1]

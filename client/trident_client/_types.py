@@ -7,7 +7,7 @@ from typing import TypedDict
 
 
 class Message(TypedDict):
-    """One turn of a conversation; roles are the chat template's, usually `system`, `user`, `assistant`."""
+    """One message of a conversation; roles are the chat template's, usually `system`, `user`, `assistant`."""
 
     role: str
     content: str
@@ -15,15 +15,16 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """A piece of an answer.
+    """A chunk of an answer.
 
     Attributes:
-        text: the text that is new.
+        text: the new text.
         finish_reason: "stop", "length" or "cancelled" in the last chunk, "" before.
         num_input_tokens: tokens of the prompt.
         num_output_tokens: tokens generated so far.
-        log_probs: log-probabilities of the new tokens, where they were asked for.
-        top_log_probs: for each new token the likeliest tokens, as id and log-probability, where they were asked for.
+        log_probs: log-probabilities of the new tokens; () unless `return_log_probs` asks for them.
+        top_log_probs: for each new token the likeliest tokens, as (id, log-probability); () unless `top_logprobs`
+            asks for them.
     """
 
     text: str
@@ -44,7 +45,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Entity:
-    """A piece of a text, [start, end) in characters, with its class; `word` is the tokenizer's form of it."""
+    """A span of a text, [start, end) in characters, with its class; `word` is the tokenizer's form of it."""
 
     entity: str
     score: float
@@ -55,11 +56,12 @@ class Entity:
 
 @dataclass(frozen=True)
 class Answer:
-    """A piece of the context, [start, end) in characters.
+    """A span of the context, [start, end) in characters.
 
     Attributes:
-        answer: its text; "" where the context does not answer the question.
-        no_answer_score: of the context not answering the question at all.
+        answer: its text; "" if the context does not answer the question.
+        score: of this answer.
+        no_answer_score: of the statement that the context does not answer the question.
     """
 
     answer: str
@@ -71,7 +73,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Filling:
-    """A token for a gap, and the text with it."""
+    """A token for a mask.
+
+    Attributes:
+        token_str: the token's text.
+        score: its probability.
+        token: its id.
+        sequence: the whole text with the token in place of the mask.
+    """
 
     token_str: str
     score: float
@@ -85,11 +94,12 @@ class Translation:
 
     Attributes:
         text: the answer.
-        finish_reason: "stop", "length" where it was cut off at `max_tokens`, or "cancelled".
+        finish_reason: "stop", "length" if `max_tokens` cut it off, or "cancelled".
         num_input_tokens: tokens of the source.
         num_output_tokens: tokens generated.
         log_probs: of each token.
-        scores: of each window of the source: the sum of the log-probabilities by the length penalty.
+        scores: for each window of the source, the sum of its answer's log-probabilities, divided by the answer's
+            length to the power of the length penalty.
     """
 
     text: str
@@ -102,7 +112,7 @@ class Translation:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A passage of a list, by its place in it, with its score."""
+    """A passage, by its index in the list that was given, with its score."""
 
     index: int
     score: float
@@ -118,8 +128,8 @@ class ModelStatus:
     """A model that the server knows.
 
     Attributes:
-        state: Triton's word, "READY" when it answers.
-        reason: why it does not, where it does not.
+        state: Triton's word, "READY" if it answers.
+        reason: why it does not answer; "" if it does.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tensors of the KServe v2 protocol: named numpy arrays to requests, responses to named numpy arrays."""
+"""Tensors of the KServe v2 protocol: turns named numpy arrays into requests, and responses into such arrays."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 def texts(values: list[str]) -> NDArray[np.object_]:
-    """Texts as a BYTES tensor."""
+    """Texts as a BYTES tensor [texts], in UTF-8."""
     return np.array([value.encode("utf-8") for value in values], dtype=np.object_)
 
 

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (OSError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: that is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, which is no error
             return 0
         print(f"trident: {error}", file=sys.stderr)
         return 2
@@ -68,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     answer = add("answer", _answer, "answer --question from a text")
     answer.add_argument("--question", required=True)
     answer.add_argument("--top-k", type=int, default=1, help="answers (default %(default)s)")
-    answer.add_argument("--may-be-none", action="store_true", default=None, help="the text may not hold the answer")
-    fill = add("fill-mask", _fill_mask, "the likeliest tokens for the gaps ([MASK], <mask>) of a text")
-    fill.add_argument("--top-k", type=int, help="tokens for a gap (default 5)")
+    answer.add_argument("--may-be-none", action="store_true", default=None, help="allow that the text holds no answer")
+    fill = add("fill-mask", _fill_mask, "the likeliest tokens for the masks ([MASK], <mask>) of a text")
+    fill.add_argument("--top-k", type=int, help="tokens for a mask (default 5)")
     translate = add("translate", _translate, "translate a text")
     summarize = add("summarize", _translate, "summarize a text")
     for command in (translate, summarize):
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("models", _models, "list the server's models")
     for name, run, help in (
         ("load", _load, "load a model that was exported, or exported again, since the server started"),
-        ("unload", _unload, "take a model out of the server"),
+        ("unload", _unload, "unload a model from the server"),
     ):
         add(name, run, help).add_argument("model")
     add("health", _health, "say whether the server is ready; the exit status says it too")
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_flags(command: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
-    """A flag for each option; those of a list may be given several times, those of a bool have a --no- form."""
+    """Add a flag for each option; a list's may be given several times, a bool's has a --no- form."""
     for name, option in options.items():
         flags = [f"--{name.replace('_', '-')}"]
         more: dict[str, Any] = {}

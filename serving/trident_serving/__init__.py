@@ -6,5 +6,5 @@ Imports numpy, onnxruntime, tokenizers and jinja2; never torch, transformers or 
 import os
 
 # ONNX Runtime reports its use to Microsoft, and writes a device id into the user's cache folder, unless this is set
-# before it is imported. Whoever imports it imports this package first; processes that are started inherit it.
+# before it is imported. Modules that import it import this package first; child processes inherit the setting.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -1,4 +1,4 @@
-"""What an export leaves in a model repository, and how a reader knows that it is complete.
+"""What an export writes into a model repository, and how a reader knows that it is complete.
 
 Each exported model has a manifest, `<repository>/<name>/1/trident.json`, which the export writes last. A
 model without one was never exported, or its export was cut off: it is not loaded.
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 VERSION = "1"
-# Of what an export leaves: the files of a version folder and what they hold. Raise it when a reader of ours would
-# misunderstand an older artefact; tests/unit/test_artefacts.py says when that may be.
+# The format of an export: the files of a version folder and their contents. Raise it when our code would misread an
+# older artefact; tests/unit/test_artefacts.py says when that may be.
 FORMAT = 2
 MANIFEST = "trident.json"
-# Why the last export of a model failed, by its name, for the launcher to say; in the repository.
+# The file of a repository that says why the last export of a model failed, by its name. The launcher prints it.
 FAILURES = ".trident/failures.json"
-# The config parameter that says why the gate refused a variant which is served nevertheless.
+# The config parameter that says why the gate refused a variant that is served nevertheless.
 UNVERIFIED = "unverified"
 CONFIG_HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
 
@@ -31,9 +31,9 @@ class Manifest:
     Attributes:
         name: the public name.
         task: the transformers pipeline's name.
-        triton_models: every Triton model that belongs to it, parts and variants included.
+        triton_models: every Triton model that belongs to it, stages and variants included.
         public_models: those of them that a client calls, by variant; the default variant first.
-        fingerprint: digest of all that the export depended on.
+        fingerprint: digest of everything that the export depended on.
         fidelity: what the gate measured, by variant.
         unverified: variants that the gate refused and a person installed nevertheless, with the gate's reason.
         format: of the artefact; 1 where none is written.
@@ -55,12 +55,12 @@ class Manifest:
 
 
 def manifest_path(repository: Path, name: str) -> Path:
-    """Where the manifest of a model lies."""
+    """The manifest file of a model."""
     return repository / name / VERSION / MANIFEST
 
 
 def read_manifest(repository: Path, name: str) -> Manifest | None:
-    """The manifest of a model; None where it is not exported, not completely, or in another format than this."""
+    """The manifest of a model; None if it is not exported, not complete, or has another format than this."""
     try:
         manifest = Manifest(**json.loads(manifest_path(repository, name).read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
@@ -84,7 +84,7 @@ def read_failures(repository: Path) -> dict[str, str]:
 
 
 def write_failures(repository: Path, failures: Mapping[str, str]) -> None:
-    """Write what `read_failures` reads; a file that appears whole or not at all."""
+    """Write the file that `read_failures` reads, whole or not at all."""
     path = repository / FAILURES
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
@@ -96,11 +96,11 @@ def unexported(repository: Path) -> list[str]:
     """Public names of models that have a config and no artefacts: `make export MODEL=name` makes them."""
     exported = {manifest.name for manifest in read_manifests(repository)}
     configured = {path.parent.name for path in repository.glob("*/config.pbtxt") if _is_ours(path)}
-    return sorted(name for name in configured - exported if "_" not in name)  # the others are parts and variants
+    return sorted(name for name in configured - exported if "_" not in name)  # the others are stages and variants
 
 
 def plain_models(repository: Path) -> list[str]:
-    """Models that somebody else put into the repository: they have a version folder and no config of ours."""
+    """Models that Trident did not export: they have a version folder and no config of ours."""
     return sorted(
         path.name
         for path in repository.iterdir()
@@ -110,9 +110,9 @@ def plain_models(repository: Path) -> list[str]:
 
 
 def loadable(repository: Path) -> list[str]:
-    """Every Triton model that can be loaded: the parts of complete exports, and plain models."""
-    parts = {model for manifest in read_manifests(repository) for model in manifest.triton_models}
-    return sorted(parts | set(plain_models(repository)))
+    """Every Triton model that can be loaded: those of complete exports, and plain models."""
+    exported = {model for manifest in read_manifests(repository) for model in manifest.triton_models}
+    return sorted(exported | set(plain_models(repository)))
 
 
 def _is_ours(config: Path) -> bool:

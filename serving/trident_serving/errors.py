@@ -11,7 +11,7 @@
     ├── DoesNotFit          it takes more memory than there is
     ├── DeviceMissing       the device that it is for is not there
     └── BrokenModel         it gives logits that are no numbers
-    LauncherError           the server can't start or go on: whoever started it reads the message
+    LauncherError           the server can't start or go on: the person who started it reads the message
     ├── StartError          it can't start
     ├── ServerDied          tritonserver ended, or can't go on
     └── ControlError        tritonserver does not do what the launcher asks for, or does not answer
@@ -36,7 +36,7 @@ class Overloaded(ServingError):
 
 
 class DeadlineExceeded(ServingError):
-    """The request's time is over; the message says where it was by then."""
+    """The request's time is over; the message says how far it had come."""
 
 
 class Cancelled(ServingError):
@@ -48,7 +48,7 @@ class ModelError(ValueError):
 
 
 class ReadingError(ModelError):
-    """A table or text does not fit its dataclass; the message names place, key, value and what is allowed."""
+    """A table or text does not fit its dataclass; the message names table, key, value and what is allowed."""
 
 
 class LoadError(ModelError):
@@ -56,7 +56,7 @@ class LoadError(ModelError):
 
 
 class DoesNotFit(ModelError):
-    """The model's limits and this machine do not fit; the message gives the sum and says which limit to change."""
+    """The model's limits need more memory than there is; the message gives the sum and says which limit to change."""
 
 
 class DeviceMissing(ModelError):

@@ -1,7 +1,7 @@
-"""Which ONNX Runtime a process gets: the environment's own, or the one for GPUs that an image has beside it.
+"""Chooses the ONNX Runtime of a process: the environment's own, or the build for GPUs that an image also holds.
 
-The newest ONNX Runtime has no build for GPUs, and graphs for CPUs need it; so the image for GPUs holds both (decision
-0023). Both are the module `onnxruntime`: a process has one of them, and every served model has a process of its own.
+Graphs for CPUs need the newest ONNX Runtime, which has no build for GPUs, so the image for GPUs holds two (decision
+0023). Both are the module `onnxruntime`, so a process can import only one; every served model has its own process.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ CUDA_RUNTIME = "TRIDENT_CUDA_RUNTIME"
 
 
 def choose(device: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Let `import onnxruntime` find the runtime for a device, `cpu` or `cuda`; called before anything imports it.
+    """Let `import onnxruntime` find the runtime for a device, `cpu` or `cuda`; call it before any such import.
 
-    Where the variable TRIDENT_CUDA_RUNTIME names a folder with an onnxruntime, `cuda` gets that one. Elsewhere nothing
-    changes, and `runtime.session.open_session` says what is missing.
+    `cuda` gets the onnxruntime in the folder that the variable TRIDENT_CUDA_RUNTIME names. Without such a folder
+    nothing changes, and `runtime.session.open_session` says what is missing.
 
     Raises:
         RuntimeError: an ONNX Runtime is imported already.

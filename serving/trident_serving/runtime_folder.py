@@ -1,11 +1,11 @@
-"""What a launcher and the backend processes of its server tell each other, through files in a private folder.
+"""Connects a launcher and the backend processes of its server through files in a private folder.
 
     <folder>/control                        one byte, written by the launcher: whether new requests are refused
     <folder>/pass                           shows that a request comes from a model of this server
     <folder>/processes/<pid>:<ver>:<model>  one record for each backend process: its heartbeat and its open requests
 
-The launcher names the folder in the environment. A server that was started by something else has none; then nothing
-is watched, and a backend works without it. Records are mapped into memory: to write one costs less than a microsecond.
+The launcher names the folder in the environment. A server that another program has started has no such folder; its
+backends work unwatched. Records are mapped into memory, so that a write takes less than a microsecond.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENVIRONMENT = "TRIDENT_RUNTIME_FOLDER"
-# Where the launcher says that the server's gRPC port is.
+# The address of the server's gRPC port, which the launcher sets.
 ADDRESS_ENVIRONMENT = "TRIDENT_GRPC_ADDRESS"
 BEAT_SECONDS = 0.25
 # The request parameter that carries the pass.
 PASS_PARAMETER = "trident_pass"
-# A process whose engine has open requests and makes no step for so long hangs. A step of a large model takes seconds.
+# A process whose engine has open requests and makes no step for this long hangs. A step of a large model takes seconds.
 STALL_SECONDS = 60.0
 
 _RECORD = struct.Struct("<dqq")
@@ -42,8 +42,8 @@ class Record:
         pid: the process.
         model: its Triton model.
         version: the version that it serves.
-        beat: when it last said that it is well, on the system's monotonic clock; 0.0 where it is not ready yet.
-        open: requests that it has not answered to the end.
+        beat: its last heartbeat, in seconds of the system's monotonic clock; 0.0 before it is ready.
+        open: requests whose answers are not complete.
         held: those of them whose callers hear nothing if it dies; Triton answers the others.
     """
 
@@ -71,7 +71,7 @@ class RuntimeFolder:
             file.write(_DRAINING)
 
     def records(self) -> list[Record]:
-        """The backend processes, those included that have died."""
+        """The records of the backend processes, including those that have died."""
         found = []
         for path in self._paths():
             try:
@@ -83,12 +83,12 @@ class RuntimeFolder:
         return found
 
     def clear(self) -> None:
-        """Remove the records, where the server that they belong to has ended."""
+        """Remove all records, once their server has ended."""
         for path in self._paths():
             path.unlink(missing_ok=True)
 
     def _paths(self) -> list[Path]:
-        """None where somebody has removed the folder, as programs that tidy up /tmp do: then nobody is watched."""
+        """The records' files; [] if the folder was removed, as programs that clean /tmp do: then nothing is watched."""
         try:
             return list((self.folder / "processes").iterdir())
         except OSError:
@@ -101,10 +101,10 @@ class Process:
     Args:
         model: the Triton model.
         version: its version.
-        folder: the launcher's folder; None: nobody watches.
+        folder: the launcher's folder; None: no launcher watches.
 
     Attributes:
-        own_pass: what its own requests to this server carry; "" where nobody watches.
+        own_pass: what its own requests to this server carry; "" without a launcher.
     """
 
     def __init__(self, model: str, version: str, folder: Path | None) -> None:
@@ -145,7 +145,7 @@ class Process:
         return bool(self.own_pass) and isinstance(value, str) and secrets.compare_digest(value, self.own_pass)
 
     def start(self, progress: Callable[[], int] = lambda: 0, busy: Callable[[], bool] = lambda: False) -> None:
-        """Begin to beat: the model is loaded.
+        """Start the heartbeat, once the model is loaded.
 
         Args:
             progress: a count that rises while the engine works.
@@ -156,16 +156,16 @@ class Process:
             threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def opened(self) -> None:
-        """A request came that this process answers by a response sender."""
+        """Count a request that this process answers through a response sender."""
         self._add(1, 1)
 
     def closed(self) -> None:
-        """Its last response is sent."""
+        """Count its last response."""
         self._add(-1, -1)
 
     @contextlib.contextmanager
     def answering(self, count: int) -> Iterator[None]:
-        """So many requests are answered by what Triton called, for the time of a `with` block."""
+        """Count requests that `execute` answers by its return value, for the time of a `with` block."""
         self._add(count, 0)
         try:
             yield
@@ -173,7 +173,7 @@ class Process:
             self._add(-count, 0)
 
     def stop(self) -> None:
-        """The process ends as it should: its record goes, so that nobody takes it for dead."""
+        """Remove the record: the process ends as it should, and the launcher must not take it for dead."""
         self._ended.set()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
@@ -189,7 +189,7 @@ class Process:
         assert self._record is not None
         seen, since = -1, time.monotonic()
         while True:
-            if os.getppid() != self._server:  # an idle process sees that by itself; one that works would work on
+            if os.getppid() != self._server:  # an idle process ends without this; a busy one would work on
                 os._exit(1)
             now = time.monotonic()
             if (count := self._progress()) != seen or not self._busy():

@@ -1,7 +1,7 @@
-"""Answers the requests of a template task by calls of its generator, over the server's own gRPC port.
+"""Answers the requests of a template task with calls to its generator, over the server's own gRPC port.
 
-Everything here runs on one thread, in an event loop: calls of the generator, questions whether clients have gone, and
-responses. Why not Triton's calls between models: docs/decisions/0025-templates-call-over-grpc.md.
+Everything here runs on one thread, in an event loop: calls to the generator, checks for clients that have gone, and
+responses. docs/decisions/0025-templates-call-over-grpc.md says why Triton's calls between models are not used.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from trident_serving.templates import Completion, Prompt, TemplateTask, error_fr
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ADDRESS = "127.0.0.1:8001"  # Triton's own, for a server that was started by something else
+DEFAULT_ADDRESS = "127.0.0.1:8001"  # Triton's default, for a server without a launcher
 WATCH_SECONDS = 0.05
-# Questions of one request that are asked at once: more would take the generator's queue from others.
+# Questions of one request that run at once; more would crowd other requests out of the generator's queue.
 QUESTIONS_AT_ONCE = 4
 
-# What Triton says of a model that is loaded again at the moment, or is not loaded: without a code on a stream.
+# Triton's messages about a model that is being loaded again, or is not loaded; on a stream they carry no code.
 _AWAY = re.compile(r"Request for unknown model|is not at ready state|Stub process '.*' is not healthy")
 _METHOD = f"/{pb.SERVICE}/ModelStreamInfer"
 _OPTIONS = (
@@ -44,7 +44,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 class Channel(Protocol):
-    """Where a request's one response goes."""
+    """Takes the one response to a request."""
 
     def is_cancelled(self) -> bool:
         """Whether the client has gone."""
@@ -60,7 +60,7 @@ class Channel(Protocol):
 
 
 class Generator(Protocol):
-    """Who answers a prompt."""
+    """Answers prompts."""
 
     async def complete(self, tensors: Tensors, seconds: float) -> Completion:
         """The answer to one call.
@@ -75,7 +75,7 @@ class Generator(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         ...
 
 
@@ -85,7 +85,7 @@ class GrpcGenerator:
     Args:
         model: its name.
         own_pass: shows that a call comes from a model of this server; see `runtime_folder`.
-        address: of the server's gRPC port; None: what the environment says.
+        address: of the server's gRPC port; None: the environment's, or Triton's default.
     """
 
     def __init__(self, model: str, own_pass: str, address: str | None = None) -> None:
@@ -150,7 +150,7 @@ class TemplateService:
     """Takes requests of one task, from any thread.
 
     Args:
-        task: makes prompts of requests, and answers of completions.
+        task: turns requests into prompts, and completions into answers.
         generator: answers the prompts.
         max_waiting: requests that may be open at once.
     """
@@ -208,7 +208,7 @@ class TemplateService:
 
     def _begin(self, entry: _Open) -> None:
         entry.work = self._loop.create_task(self._answer(entry))
-        # Not at the end of the coroutine, which a task that is cancelled before its first step never enters.
+        # Not at the end of the coroutine: a task that is cancelled before its first step never enters it.
         entry.work.add_done_callback(lambda work: self._finish(entry, work))
 
     async def _watch(self) -> None:
@@ -220,7 +220,7 @@ class TemplateService:
                     if entry.work is not None and entry.channel.is_cancelled():
                         entry.work.cancel()
                 except Exception:
-                    logger.exception("a client could not be asked for")
+                    logger.exception("can't tell whether a client has gone")
 
     async def _answer(self, entry: _Open) -> Tensors:
         at_once = asyncio.Semaphore(QUESTIONS_AT_ONCE)
@@ -250,7 +250,7 @@ class TemplateService:
 
 
 async def _all(calls: list[Any]) -> list[Completion]:
-    """The results of all calls; where one fails the others are cancelled."""
+    """The results of all calls; if one fails, the others are cancelled."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))

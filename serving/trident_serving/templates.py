@@ -1,7 +1,7 @@
-"""Tasks for an instruction-tuned generator: a request's texts into a prompt, its answer into the task's tensors.
+"""Tasks of an instruction-tuned generator: turns a request into prompts, and the answers into the task's tensors.
 
-The template is data: a Jinja text over the request's fields, one message of the user. The generator is another model of
-the same server, so its weights are there once, whatever is asked of it.
+The template is data: a Jinja text over the request's fields, which becomes one message of the user. The generator is
+another model of the same server, so that several tasks share its weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trident_serving.text import decode_texts, encode_texts
 
 Tensors = Mapping[str, NDArray[Any]]
 
-# What a template of each task may use.
+# The fields that a template of each task may use.
 FIELDS = {
     "translation": ("text_input", "source_lang", "target_lang"),
     "summarization": ("text_input",),
@@ -42,10 +42,10 @@ _ERRORS: dict[str, type[ServingError]] = {
 
 
 def compile_template(task: str, text: str) -> PromptTemplate:
-    """A template that is known to use the task's fields alone.
+    """A template that uses the task's fields and no others.
 
     Raises:
-        ValueError: it is no Jinja template, or uses another name.
+        ValueError: it is not a Jinja template, uses another name, or lacks a field of the request.
     """
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
     try:
@@ -61,7 +61,7 @@ def compile_template(task: str, text: str) -> PromptTemplate:
 
 
 class PromptTemplate:
-    """Fields in, prompt out."""
+    """Makes a prompt of a request's fields."""
 
     def __init__(self, template: Any) -> None:
         self._template = template
@@ -78,7 +78,7 @@ class Prompt:
 
     Attributes:
         text: the message of the user.
-        context: of question answering, where the answer is looked for.
+        context: of question answering: the text that may hold the answer.
     """
 
     text: str
@@ -87,7 +87,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the generator gives."""
+    """One answer of the generator; `log_probs` has one for each of its tokens."""
 
     text: str
     finish_reason: str
@@ -124,10 +124,10 @@ class TemplateTask:
         self._languages = {field: parameters.get(field.name, "") for field in LANGUAGES}
 
     def prompts(self, inputs: Tensors) -> list[Prompt]:
-        """The generator's calls for a request: one, or one a question.
+        """The prompts of a request: one, or one for each question.
 
         Raises:
-            InvalidRequest: a field is empty, or a language is no name of one.
+            InvalidRequest: a field is empty, or a language is not the name of one.
         """
         if self.task == "question-answering":
             questions, contexts = (decode_texts(inputs[name], name) for name in ("question", "context"))
@@ -144,7 +144,7 @@ class TemplateTask:
         return [Prompt(self._render({"text_input": single_text(inputs, "text_input"), **self._named(inputs)}))]
 
     def generator_inputs(self, inputs: Tensors, prompt: Prompt) -> dict[str, NDArray[Any]]:
-        """The tensors of one call, [1, n] each; sampling options go through as they came."""
+        """The tensors of one call, [1, n] each; sampling options are passed on unchanged."""
         message = json.dumps([{"role": "user", "content": prompt.text}])
         tensors: dict[str, NDArray[Any]] = {
             "messages": encode_texts([message])[None],
@@ -157,7 +157,7 @@ class TemplateTask:
         return tensors
 
     def answer(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> dict[str, NDArray[Any]]:
-        """The task's tensors, as its other models give them."""
+        """The task's tensors, the same as those of the task's other models."""
         if self.task == "question-answering":
             return _answers(prompts, completions)
         (only,) = completions
@@ -170,7 +170,7 @@ class TemplateTask:
         }
 
     def _named(self, inputs: Tensors) -> dict[str, str]:
-        """Languages by name; a template that names none gets none."""
+        """The languages by field; "" where neither the request nor the model's config names one."""
         found = {}
         for field, default in self._languages.items():
             language = field.read(inputs, default)
@@ -187,7 +187,7 @@ class TemplateTask:
 
 
 def _answers(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> dict[str, NDArray[Any]]:
-    """[questions, 1] each. An answer that is a span of the context is told as one, another has the span 0 to 0."""
+    """Tensors [questions, 1]. An answer that the context holds has its span there; any other has the span 0 to 0."""
     texts, starts, ends, scores = [], [], [], []
     for prompt, completion in zip(prompts, completions, strict=True):
         text = completion.text.strip()
@@ -211,7 +211,7 @@ def _answers(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> di
 
 
 def error_from(message: str) -> Exception:
-    """The generator's error, whose message begins with the name of its code, as an error of this request."""
+    """The generator's error as an error of this request; its message begins with the name of a code."""
     name, separator, text = message.partition(": ")
     if separator and name in _ERRORS:
         return _ERRORS[name](text.replace("messages has", "the text with its template has"))

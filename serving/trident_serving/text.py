@@ -29,7 +29,7 @@ def decode_utf8(value: object, field: str) -> str:
 
 
 def decode_texts(tensor: NDArray[np.object_], field: str, max_bytes: int | None = None) -> list[str]:
-    """Every element of a BYTES tensor as text, in row order.
+    """Every element of a BYTES tensor of any shape as text, in C order.
 
     Raises:
         InvalidRequest: an element is not UTF-8, or is longer than `max_bytes` bytes.
@@ -43,10 +43,10 @@ def decode_texts(tensor: NDArray[np.object_], field: str, max_bytes: int | None 
 
 
 def numbered(field: str, count: int) -> list[str]:
-    """What errors call the elements of a field: by its name, with the row where there are several."""
-    return [field] if count == 1 else [f"{field}[{row}]" for row in range(count)]
+    """The names of a field's elements in error messages: the field's own, with an index if there are several."""
+    return [field] if count == 1 else [f"{field}[{index}]" for index in range(count)]
 
 
 def encode_texts(texts: Iterable[str]) -> NDArray[np.object_]:
-    """Texts as a one-dimensional BYTES tensor."""
+    """Texts as a BYTES tensor [texts], in UTF-8."""
     return np.array([text.encode("utf-8") for text in texts], dtype=np.object_)

@@ -31,7 +31,7 @@ class Server:
             live=lambda seconds: True,
             load=self._load,
             unload=lambda model: self.done.append(f"unload {model}"),
-            forget_failure=lambda model: self.done.append(f"forget {model}"),
+            clear_failure=lambda model: self.done.append(f"clear {model}"),
         )
 
     def _load(self, model: str, seconds: float) -> None:
@@ -74,7 +74,7 @@ def test_a_model_that_falls_while_somebody_unloads_it_stays_away(
 ) -> None:
     server = Server(tmp_path, entry, IndexEntry("other", "UNAVAILABLE", "broken"))
     one = reloaded(server)
-    until(lambda: "forget other" in server.done)  # its thread has been through the order by then
+    until(lambda: "clear other" in server.done)  # its thread has been through the order by then
     one.stop()
     assert not [what for what in server.done if what.endswith(" m")]
     assert "m was unloaded meanwhile" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_the_sentences_say_why_and_what_to_do() -> None:
     assert chat == (
         "chat can't be loaded (SyntaxError: odd '}'): mend it, or remove /r/chat/1 and run make export MODEL=chat"
     )
-    assert mood.startswith("mood can't be loaded (its part mood_model: there is no model.onnx in /r/mood")
+    assert mood.startswith("mood can't be loaded (its stage mood_model: there is no model.onnx in /r/mood")
     assert "unable to load shared library x" in plain
     assert "\n" not in chat + mood + plain
 

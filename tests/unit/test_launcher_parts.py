@@ -83,7 +83,7 @@ def test_a_folder_of_somebody_else_is_not_trusted(temporary: Path) -> None:
     file.write_text("a key of the attacker")
     os.chown(file.parent, 65534, 65534)
     assert _admin_key.find("localhost:8001") is None
-    with pytest.raises(StartError, match="is not a folder that this user alone can read"):
+    with pytest.raises(StartError, match="is not a folder that only this user can read"):
         AdminKey(None, 8001)
 
 
@@ -95,7 +95,7 @@ def test_a_folder_that_others_reach_is_not_trusted(temporary: Path, how: str) ->
         file.parent.symlink_to(temporary / "elsewhere")
     else:
         file.parent.mkdir(mode=0o755)
-    with pytest.raises(StartError, match="is not a folder that this user alone can read"):
+    with pytest.raises(StartError, match="is not a folder that only this user can read"):
         AdminKey(None, 8001)
 
 

@@ -196,7 +196,7 @@ def test_processes_that_leak_or_were_replaced_are_found() -> None:
     assert report.findings(outcome) == []
     outcome.watch.series["smollm2"] = [_series(8, lambda moment: MIB), _series(9, lambda moment: MIB)]
     outcome.watch.series["smollm2_int4"] = [_series(10, lambda moment: MIB), _series(11, lambda moment: MIB)]
-    assert report.findings(outcome) == ["started anew: smollm2: 2 processes"]
+    assert report.findings(outcome) == ["restarted: smollm2: 2 processes"]
 
 
 def test_a_kind_that_never_succeeded_is_found() -> None:

@@ -1,7 +1,7 @@
-"""The key of a server's administration: who has it may load models, which is to run code as the server's user.
+"""The admin key of a server. A caller with the key may load models, and so run code as the server's user.
 
-It is taken from the environment, or made at each start and written into a file that its owner alone can read:
-`<temporary folder>/trident-<uid>/<gRPC port>.key`. The client looks there (`trident_client._admin_key`).
+The launcher takes the key from the environment, or makes one at each start and writes it into a file that only its
+user can read: `<temporary folder>/trident-<uid>/<gRPC port>.key`. The client looks there (`trident_client._admin_key`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from trident_serving.errors import StartError
 
 ENVIRONMENT = "TRIDENT_ADMIN_KEY"
-# What the key is called in a request: an HTTP header; in gRPC Triton wants its own prefix before it.
+# The name of the key in a request: an HTTP header. In gRPC, Triton wants its own prefix before it.
 HEADER = "trident-admin-key"
-# What needs the key, by Triton's names.
+# The protocols that need the key, by Triton's names.
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
 
 
 def default_file(grpc_port: int) -> Path:
-    """Where the key of the server on this port lies."""
+    """The file with the key of the server on this port."""
     return Path(tempfile.gettempdir(), f"trident-{os.getuid()}", f"{grpc_port}.key")
 
 
@@ -32,11 +32,16 @@ class AdminKey:
     """The key of one server.
 
     Args:
-        file: where a key that is made is written; None: `default_file`, in a folder that is made for it.
-        grpc_port: of the server.
+        file: where to write a new key; None: `default_file`, whose folder is created.
+        grpc_port: the server's gRPC port.
+
+    Attributes:
+        value: the key.
+        file: the file that holds it; None: the key comes from the environment.
 
     Raises:
-        StartError: the key from the environment is none, or the file's folder belongs to somebody else.
+        StartError: the environment's key is not valid, the folder belongs to another user, or the file can't be
+            written.
     """
 
     def __init__(self, file: Path | None, grpc_port: int) -> None:
@@ -65,10 +70,10 @@ class AdminKey:
 
 
 def private_folder() -> Path:
-    """The folder in which a user's launchers keep what is theirs; it is made where it is not there.
+    """The folder of this user's launchers, which is created if it is missing.
 
     Raises:
-        StartError: somebody else made it, or others can read it.
+        StartError: another user made it, or others can read it.
     """
     folder = default_file(0).parent
     try:
@@ -78,17 +83,17 @@ def private_folder() -> Path:
         raise StartError(f"{folder} can't be made: {error.strerror}; set {ENVIRONMENT}") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise StartError(
-            f"{folder} is not a folder that this user alone can read, so the admin key can't be kept there: remove it, "
+            f"{folder} is not a folder that only this user can read, so the admin key can't be kept there: remove it, "
             f"or set {ENVIRONMENT}"
         )
     return folder
 
 
 class PortLock:
-    """Held while a server of this user is started or runs on a port: two starts at once would take each other's.
+    """A lock that is held while a server of this user starts or runs on a port: two starts would overwrite one key.
 
     Raises:
-        StartError: another holds it.
+        StartError: another launcher holds it.
     """
 
     def __init__(self, port: int) -> None:
@@ -102,7 +107,7 @@ class PortLock:
             ) from None
 
     def release(self) -> None:
-        """Let the next one start."""
+        """Release the lock, so that the next launcher can start."""
         self._file.close()
 
 

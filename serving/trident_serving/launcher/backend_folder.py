@@ -1,4 +1,4 @@
-"""One backend folder for the server: its own backends and ours.
+"""Makes one backend folder for the server: its own backends and ours.
 
 A Python-based backend may carry any name, so `onnxruntime` is our stand-in where the server has no native
 one, and the same config.pbtxt is served in both places.
@@ -28,7 +28,7 @@ NAMES = (
 
 
 def missing(installation: Installation, ours: Path = OUR_BACKENDS) -> list[Path]:
-    """Our backends that the installation does not have, the stand-in only where there is no native one."""
+    """Our backends that the installation lacks; the stand-in counts only where there is no native backend."""
     folders = sorted(path.parent for path in ours.glob("*/model.py"))
     return [
         folder
@@ -39,11 +39,11 @@ def missing(installation: Installation, ours: Path = OUR_BACKENDS) -> list[Path]
 
 
 def check(installation: Installation, ours: Path = OUR_BACKENDS) -> None:
-    """The server must have every backend, or `prepare` must be able to give it a folder with them.
+    """Check that the server has every backend, or that `prepare` can make a folder with all of them.
 
     Raises:
-        StartError: the package lacks some, or the installation has native backends beside Python's, which can't be
-            moved.
+        StartError: this package lacks backends; or the installation lacks ours and has native ones, which can't be
+            copied.
     """
     if lost := [name for name in NAMES if not (ours / name / "model.py").exists()]:
         raise StartError(
@@ -60,8 +60,8 @@ def check(installation: Installation, ours: Path = OUR_BACKENDS) -> None:
 
 
 def prepare(folder: Path, installation: Installation) -> Path:
-    """The backend folder to start with: the installation's own where ours are in it (a container image has
-    them there), else `folder`, which is filled.
+    """The backend folder for the server: the installation's own if it has ours, as in our images; else `folder`, which
+    is filled.
 
     Raises:
         StartError: see `check`.
@@ -70,8 +70,8 @@ def prepare(folder: Path, installation: Installation) -> Path:
     ours = missing(installation)
     if not ours:
         return installation.backends
-    # The server refuses a library that is a link out of the folder, so files are copied; but the stub finds
-    # its libraries by a path relative to itself, so that one is linked.
+    # Files are copied, because the server refuses a library that is a link out of the folder. The stub is linked,
+    # because it finds its libraries by a path relative to itself.
     shutil.copytree(installation.backends / "python", folder / "python", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "python" / installation.stub.name).unlink(missing_ok=True)
     (folder / "python" / installation.stub.name).symlink_to(installation.stub)

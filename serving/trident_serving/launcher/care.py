@@ -1,4 +1,4 @@
-"""What takes its time while a server is watched: health checks, models that are loaded again, failures forgotten."""
+"""Slow work while a server is watched: health checks, models that are loaded again, failed loads that are cleared."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from trident_serving.launcher.server import Server
 
 CARE_SECONDS = 1.0
 HEALTH_SECONDS = 3.0
-# One that dies often, or can't be loaded, is away for so long each time: it shall not keep the machine busy.
+# A model that dies often, or can't be loaded, stays unloaded for this long, so that it does not keep the machine busy.
 PAUSE_SECONDS = 20.0
-# The model by which the launcher makes a server unready when it shuts down.
+# The launcher makes a server unready with a failed load of this model, when it shuts down.
 NOT_READY = "shutting-down"
 
 
 class Care:
-    """A thread for what takes its time: health checks, models that are loaded again, failed loads that are forgotten.
+    """Two threads for slow work: health checks; models that are loaded again and failed loads that are cleared.
 
     Attributes:
-        silent_seconds: for how long the server has answered no health check. The checks' own time is added up, not the
-            clock's: a machine that is suspended accuses nobody.
+        silent_seconds: for how long the server has answered no health check. It adds up the time of the checks, not the
+            clock's, so that a machine that was suspended does not count as a silent server.
         broken: why the server can't go on; "" while it can.
     """
 
@@ -33,8 +33,8 @@ class Care:
         self._server = server
         self._orders: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
         self._due: dict[str, float] = {}
-        # Models that were forgotten as failures; an ensemble among them failed with one of its stages.
-        self._forgotten: set[str] = set()
+        # Models whose failed load was cleared; an ensemble among them failed with one of its stages.
+        self._cleared: set[str] = set()
         self.silent_seconds = 0.0
         self.broken = ""
         self._threads = [
@@ -46,11 +46,11 @@ class Care:
             thread.start()
 
     def reload(self, model: str, pause: float = 0.0) -> None:
-        """Unload a model, and load it so many seconds later."""
+        """Unload a model, and load it `pause` seconds later."""
         self._orders.put((model, pause))
 
     def stop(self) -> None:
-        """Begin nothing new."""
+        """Tell the threads to end; they begin nothing new."""
         self._stopping.set()
         self._orders.put(None)
 
@@ -67,7 +67,7 @@ class Care:
             try:
                 order = self._orders.get(timeout=CARE_SECONDS)
             except queue.Empty:
-                self._forget_failures()
+                self._clear_failures()
             else:
                 if order is not None:
                     self._unload(*order)
@@ -85,7 +85,7 @@ class Care:
         self._due[model] = time.monotonic() + pause
 
     def _is_unwanted(self, model: str) -> bool:
-        """Whether somebody unloads the model; Triton says READY of one whose process fell by itself."""
+        """Whether a client unloads the model; Triton still reports READY for a model whose process has died."""
         states = {entry.name: entry for entry in self._server.control.index()}
         entry = states.get(model, failures.IndexEntry(model))
         return entry.state == "UNLOADING" or entry.reason == "unloaded"
@@ -96,39 +96,39 @@ class Care:
             self._server.view.refresh()
             self._server.control.load(model, self._server.options.ready_seconds)
             for ensemble in self._ensembles_of(model):
-                self._forgotten.discard(ensemble)
+                self._cleared.discard(ensemble)
                 self._server.control.load(ensemble, self._server.options.ready_seconds)
             say(f"{model} answers again")
-        except Refused as error:  # its own failure, which the other models need not share
+        except Refused as error:  # only this model failed; the others are served
             say(f"{model} can't be loaded: {failures.one_line(str(error))}; it is tried again in {PAUSE_SECONDS:.0f} s")
             self._due[model] = time.monotonic() + PAUSE_SECONDS
         except (ControlError, OSError) as error:
             self._give_up(model, error)
 
     def _ensembles_of(self, model: str) -> list[str]:
-        """The public models that went with a stage, and that Triton does not load again by itself."""
+        """The public models that failed with a stage; Triton does not load them again by itself."""
         manifests = artefacts.read_manifests(self._server.options.repository)
         owners = [manifest for manifest in manifests if model in manifest.triton_models]
         public = {name for manifest in owners for name in manifest.public_models.values()}
-        return sorted((public & self._forgotten) - {model})
+        return sorted((public & self._cleared) - {model})
 
     def _give_up(self, model: str, error: Exception) -> None:
         if not self._stopping.is_set():
             self.broken = f"{model} could not be loaded again ({error})"
 
-    def _forget_failures(self) -> None:
-        """See that links follow the repository, and that a load that failed leaves the server ready."""
+    def _clear_failures(self) -> None:
+        """Update the links to the repository, and clear failed loads, so that the server stays ready."""
         try:
             self._server.view.refresh()
             for entry in self._server.control.index():
                 if entry.failed and entry.name != NOT_READY:
                     say(f"{entry.name} could not be loaded: {failures.one_line(entry.reason)}")
-                    self._server.control.forget_failure(entry.name)
-                    self._forgotten.add(entry.name)
+                    self._server.control.clear_failure(entry.name)
+                    self._cleared.add(entry.name)
         except (ControlError, OSError):
-            return  # whether the server is well is for the health check to find out
+            return  # the health check finds out whether the server is well
 
 
 def say(text: str) -> None:
-    """Tell whoever reads the launcher's output."""
+    """Print a line of the launcher to standard error."""
     print(f"trident: {text}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ CONTAINER = "TRIDENT_CONTAINER"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve; returns the exit status: 0 where no request was cut off."""
+    """Serve; returns the exit status, 0 if no request was cut off."""
     options = _parse(arguments)
     orders = Orders()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end_with_stdin(orders: Orders) -> None:
-    """End at once when standard input ends: whoever held its other end is no more."""
+    """End at once when standard input ends, because the program that held its other end is gone."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
     orders.stop.set()
@@ -83,11 +83,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Policy.restarts,
         help="how often tritonserver is started again in five minutes, if it dies (default %(default)s)",
     )
-    parser.add_argument("--admin-key-file", type=Path, help="of the admin key (docs/reference/security.md)")
+    parser.add_argument("--admin-key-file", type=Path, help="file for the admin key (docs/reference/security.md)")
     parser.add_argument("--check", action="store_true", help="start nothing, say whether a server could start here")
     parser.add_argument("--verbose", action="store_true", help="show all that tritonserver logs")
     parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="end when standard input does: with the program that holds it"
+        "--until-stdin-closes", action="store_true", help="end when standard input closes, as when its holder ends"
     )
     return parser.parse_args(arguments)
 
@@ -131,12 +131,12 @@ def welcome(options: ServerOptions, failed: Sequence[Failure]) -> str:
 
 
 def in_container() -> bool:
-    """Whether this is one of the images, whose users type commands elsewhere."""
+    """Whether this runs in one of our images, whose users type commands outside of it."""
     return CONTAINER in os.environ
 
 
 def examples(options: ServerOptions, manifests: Sequence[Manifest]) -> list[str]:
-    """Up to three commands that work on these models, from where the reader is."""
+    """Up to three commands that work with these models, as a user types them in the current folder."""
     names = {manifest.task: manifest.name for manifest in reversed(manifests)}
     host = options.own_host
     url = "" if (host, options.grpc_port) == ("127.0.0.1", 8001) else f" --url {host}:{options.grpc_port}"

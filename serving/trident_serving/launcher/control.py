@@ -1,4 +1,4 @@
-"""What the launcher asks of its own tritonserver, over HTTP and with the admin key."""
+"""Calls the launcher's own tritonserver, over HTTP and with the admin key."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from trident_serving.launcher.failures import IndexEntry
 
 _TENSOR = {"data_type": "TYPE_INT32", "dims": [1]}
 _CONFIG = {"input": [{"name": "A", **_TENSOR}], "output": [{"name": "B", **_TENSOR}]}
-# Under strict readiness a server is not ready while it holds a model that could not be loaded. A load with this config
-# fails at once; one with the other succeeds, and only what was loaded can be unloaded and forgotten.
+# Under strict readiness a server is not ready while it knows a model that could not be loaded. A load with the first
+# config fails at once. A load with the second succeeds, and the unload of a loaded model clears its failure.
 _FAILS = {"backend": "none", **_CONFIG}
 _LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}], **_CONFIG}
 _CODE = "class TritonPythonModel:\n    def execute(self, requests):\n        return [None] * len(requests)\n"
 
 
 class Control:
-    """One server.
+    """Calls to one server.
 
     Args:
-        url: of its HTTP port.
+        url: of its HTTP port, without a path.
         key: the admin key.
     """
 
@@ -55,7 +55,7 @@ class Control:
 
         Raises:
             Refused: it can't be loaded.
-            ControlError: not in time.
+            ControlError: the server does not answer in time.
         """
         self._post(f"/v2/repository/models/{model}/load", {}, seconds)
 
@@ -68,21 +68,21 @@ class Control:
         self._post(f"/v2/repository/models/{model}/unload", {}, seconds)
 
     def be_unready(self, reason: str) -> None:
-        """Say from now on that the server is not ready.
+        """Make the server report from now on that it is not ready.
 
         Args:
-            reason: a name, as of a model, that the server's index shows.
+            reason: a model name, which the server's index then shows.
         """
         try:
             self._override(reason, _FAILS)
         except ControlError:
-            return  # which is how it works
+            return  # the load fails, as it should
 
-    def forget_failure(self, model: str) -> None:
-        """Let a model that could not be loaded no longer make the server unready.
+    def clear_failure(self, model: str) -> None:
+        """Clear the failed load of a model, so that it no longer makes the server unready.
 
         Raises:
-            ControlError: the server does not do it.
+            ControlError: the server refuses it, or does not answer.
         """
         self._override(model, _LOADS)
         self.unload(model)

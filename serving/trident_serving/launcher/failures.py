@@ -1,8 +1,8 @@
-"""Which models a server was to load and could not, in sentences; from Triton's repository index, without a server.
+"""Finds the models that a server should have loaded and could not, in Triton's repository index; needs no server.
 
 Triton goes on past a failed model with --exit-on-error=false. It answers on its ports once every model of the start is
-loaded or has failed, so the first index that it gives is whole. A failed model is UNAVAILABLE, with a reason; an
-ensemble that waits for a failed part has neither.
+loaded or has failed, so its first index is complete. A failed model is UNAVAILABLE, with a reason; an ensemble that
+waits for a failed stage has neither state nor reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ READY = "READY"
 _LONGEST_REASON = 300
 # Triton's names of a status before the reason; they say nothing about the cause.
 _STATUSES = ("Internal: ", "Invalid argument: ", "Not found: ", "Unavailable: ", "Unknown: ", "Unsupported: ")
-# Exceptions of our backends that a user can do something about; their sentences say all.
+# Exceptions of our backends that a user can act on; their sentences need no class name.
 _KINDS = ("ValueError: ", *(f"{kind.__name__}: " for kind in ModelError.__subclasses__()))
 
 
@@ -49,7 +49,7 @@ class Failure:
     Attributes:
         name: the public name, by which it is exported.
         missing: public Triton models that can't be called.
-        cause: the Triton model that failed, a part or the model itself.
+        cause: the Triton model that failed, a stage or the model itself.
         reason: Triton's, in one line.
     """
 
@@ -60,7 +60,7 @@ class Failure:
 
     def sentence(self, repository: Path) -> str:
         """What failed, why, and what to do."""
-        about = self.reason if self.cause in self.missing else f"its part {self.cause}: {self.reason}"
+        about = self.reason if self.cause in self.missing else f"its stage {self.cause}: {self.reason}"
         return (
             f"{', '.join(self.missing)} can't be loaded ({about}): mend it, or remove "
             f"{repository / self.name / VERSION} and run make export MODEL={self.name}"
@@ -68,29 +68,29 @@ class Failure:
 
 
 def entries(index: Iterable[Mapping[str, str]]) -> list[IndexEntry]:
-    """Of the JSON that `POST /v2/repository/index` answers, the newest version of each model."""
+    """The entries of the JSON that `POST /v2/repository/index` answers: the newest version of each model."""
     return [IndexEntry(item["name"], item.get("state", ""), item.get("reason", "")) for item in index]
 
 
 def find(index: Sequence[IndexEntry], wanted: Sequence[str], manifests: Sequence[Manifest]) -> list[Failure]:
-    """The models that were to be loaded and are not, by public name, in the order of the manifests.
+    """The models that should be loaded and are not, by public name, in the order of the manifests.
 
     Args:
-        index: what Triton says.
-        wanted: Triton models that it was started with.
-        manifests: of the repository; models without one (plain ones) stand for themselves.
+        index: Triton's repository index.
+        wanted: the Triton models that it was started with.
+        manifests: of the repository; a plain model has none and is reported by its own name.
     """
     known = {entry.name: entry for entry in index}
     broken = [name for name in wanted if name not in known or known[name].state != READY]
     failures = []
     owners = {model: manifest for manifest in manifests for model in manifest.triton_models}
     for manifest in manifests:
-        parts = [name for name in broken if name in manifest.triton_models]
-        if parts:
-            # The part that failed has a reason; what depends on it only waits.
-            cause = next((name for name in parts if name in known and known[name].reason), parts[0])
-            missing = tuple(name for name in manifest.public_models.values() if name in parts)
-            missing = missing or tuple(manifest.public_models.values())  # a part that all variants need
+        own = [name for name in broken if name in manifest.triton_models]
+        if own:
+            # The stage that failed has a reason; the models that need it only wait.
+            cause = next((name for name in own if name in known and known[name].reason), own[0])
+            missing = tuple(name for name in manifest.public_models.values() if name in own)
+            missing = missing or tuple(manifest.public_models.values())  # a stage that all variants need
             failures.append(Failure(manifest.name, missing, cause, _reason(known.get(cause))))
     for name in broken:
         if name not in owners:
@@ -104,7 +104,7 @@ def anything_ready(index: Sequence[IndexEntry], wanted: Sequence[str]) -> bool:
 
 
 def one_line(reason: str) -> str:
-    """A reason of Triton's without status, stack and line breaks."""
+    """Triton's reason without status, traceback and line breaks, 300 characters at most."""
     text = reason.split("\n\nAt:")[0]
     while text.startswith((*_STATUSES, *_KINDS)):
         text = text.split(": ", 1)[1]

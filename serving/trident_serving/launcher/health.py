@@ -1,6 +1,6 @@
-"""`python -m trident_serving.launcher.health`: what a container's health check runs, where the image has no curl.
+"""`python -m trident_serving.launcher.health`: the health check of our images, which have no curl.
 
-Status 0 if the server of this container is ready, else 1. It imports little: it runs every ten seconds.
+Status 0 if the server of this container is ready, else 1. It runs every ten seconds, so it imports little.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SECONDS = 4.0  # less than the images' HEALTHCHECK --timeout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Ask the HTTP port, 8000 or the one that is given; returns the exit status."""
+    """Ask the HTTP port, 8000 or the first argument; returns the exit status."""
     port = next(iter(sys.argv[1:] if arguments is None else arguments), "8000")
     try:
         with http.open(READY.format(port=port), timeout=SECONDS):

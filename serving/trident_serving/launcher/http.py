@@ -1,4 +1,4 @@
-"""HTTP to a server of this machine: the environment's proxies are for other machines."""
+"""HTTP to a server of this machine, never through the environment's proxies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def open(url: str | urllib.request.Request, timeout: float) -> Any:
-    """The response to a request, a context manager, asked for without any proxy.
+    """The response to a request, as a context manager.
 
     Args:
         timeout: seconds that connecting, and each wait for data, may take.

@@ -22,7 +22,7 @@ class Installation:
         binary: the program.
         backends: its backend folder.
         stub: the Python backend's stub for this interpreter.
-        caches: its folder of response caches, where it has one of its own.
+        caches: its folder of response caches; None: the server's default.
     """
 
     binary: Path
@@ -40,7 +40,7 @@ def find(container_root: Path = CONTAINER_ROOT) -> Installation:
     """The installation to start.
 
     Raises:
-        StartError: there is none, none that runs, or none with a stub for this interpreter or with our backends.
+        StartError: there is no installation, it does not run, or it lacks our backends or a stub for this interpreter.
     """
     preflight.check_python()
     if (container_root / "bin" / "tritonserver").exists():
@@ -78,7 +78,7 @@ def _checked(installation: Installation) -> Installation:
                 f"the {what} is missing: {path} (Python {sys.version_info.major}.{sys.version_info.minor})"
             )
     try:
-        # It prints its flags and leaves with a status of its own choice; one that can't be loaded has 127.
+        # It prints its flags and exits with any status; a program that can't be loaded exits with 127.
         run = subprocess.run([str(installation.binary), "--help"], capture_output=True, text=True, check=False)
         problem = run.stderr.strip().splitlines()[-1] if run.returncode == 127 and run.stderr.strip() else ""
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A server of one's own on free ports of this machine, for tests and measurements."""
+"""Starts a private server on free ports of this machine, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LocalServer:
 
     Attributes:
         launcher: the process of `python -m trident_serving`.
-        log: what it and tritonserver print.
+        log: the file with its output and tritonserver's.
     """
 
     http_port: int
@@ -38,21 +38,21 @@ class LocalServer:
 
     @property
     def http_url(self) -> str:
-        """Beginning of the HTTP endpoint's addresses."""
+        """Base URL of the HTTP endpoint."""
         return f"http://127.0.0.1:{self.http_port}"
 
     @property
     def admin_headers(self) -> dict[str, str]:
-        """What an HTTP request for the server's administration carries."""
+        """The headers of an HTTP request that needs the admin key."""
         return {HEADER: default_file(self.grpc_port).read_text(encoding="ascii")}
 
     @property
     def metrics_url(self) -> str:
-        """Address of the metrics."""
+        """URL of the metrics."""
         return f"http://127.0.0.1:{self.metrics_port}/metrics"
 
     def stop(self) -> None:
-        """Drain and stop; nothing happens where the launcher has ended."""
+        """Drain and stop the server; does nothing if the launcher has ended."""
         self.launcher.terminate()
         self.launcher.wait(60)
         if self.launcher.stdin is not None:
@@ -60,7 +60,7 @@ class LocalServer:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now, all different."""
+    """Different ports of 127.0.0.1 on which nothing listens now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -71,7 +71,7 @@ def free_ports(count: int) -> list[int]:
 def start(repository: Path, log: Path, ready_seconds: float = 120, flags: Sequence[str] = ()) -> LocalServer:
     """Start a server on free ports and wait until it is ready; the caller stops it.
 
-    The server ends with this process too, however that ends.
+    The server also ends with this process, even if this process is killed.
 
     Raises:
         StartError: it ended or was not ready in time; the message holds its log.

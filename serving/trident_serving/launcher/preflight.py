@@ -1,4 +1,4 @@
-"""What must hold before a server starts; each failure is one sentence with what to do."""
+"""Checks before a server starts; each failure is one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ print(json.dumps([list(sys.version_info[:2]), missing, numpy]))
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> None:
-    """The interpreter must be one that the pinned packages and the server's stub support."""
+    """Check that the pinned packages and the server's stub support this interpreter."""
     if version not in SUPPORTED_PYTHON:
         supported = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_PYTHON)
         raise StartError(
@@ -40,7 +40,7 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> None:
 
 
 def check_packages(environment: Mapping[str, str]) -> None:
-    """The interpreter that the backends will run in must have what they import; it is the first python3 of the PATH."""
+    """Check that the interpreter of the backends, the first python3 on the PATH, has the packages that they import."""
     python = shutil.which("python3", path=environment.get("PATH", ""))
     if python is None:
         raise StartError(
@@ -68,13 +68,13 @@ def check_packages(environment: Mapping[str, str]) -> None:
 
 
 def check_numpy(version: str) -> None:
-    """Numpy 2 makes this server's Python backend send tensors without bytes."""
+    """Refuse numpy 2, with which this server's Python backend sends tensors without bytes."""
     if int(version.split(".")[0]) >= 2:
         raise StartError(f"numpy {version} makes tritonserver send empty tensors without an error: install 'numpy<2'")
 
 
 def libpython_folder(folder: str | None = None, name: str | None = None) -> Path | None:
-    """The folder of the shared libpython that the stub loads; None where the loader finds it by itself."""
+    """The folder of the shared libpython that the stub loads; None if the loader finds it by itself."""
     folder = folder if folder is not None else sysconfig.get_config_var("LIBDIR")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     name = name or f"libpython{version}.so.1.0"
@@ -89,7 +89,7 @@ def libpython_folder(folder: str | None = None, name: str | None = None) -> Path
 
 
 def check_ports(host: str, ports: Mapping[str, int]) -> None:
-    """The ports must be free, and different from each other."""
+    """Check that the ports are free and different from each other."""
     for name, port in ports.items():
         others = [other for other, number in ports.items() if number == port and other != name]
         if others:

@@ -10,8 +10,8 @@ from trident_serving.launcher import processes
 from trident_serving.launcher.processes import ProcessState
 from trident_serving.runtime_folder import Record
 
-# A process that is well beats four times a second. One that neither beats nor uses the processor hangs; one that does
-# use it, or waits for a disk, may be at something long.
+# A healthy process beats four times a second. A process that neither beats nor uses the processor hangs. One that uses
+# the processor, or waits for a disk, may be in a long step, so it gets more time.
 SILENT_SECONDS = 2.0
 BUSY_SECONDS = 10.0
 
@@ -20,8 +20,9 @@ class ProcessWatch:
     """Finds backend processes that have died or hang.
 
     Args:
-        look: the state of a process.
-        kill: ends one that hangs.
+        look: gives the state of a process.
+        kill: ends a process that hangs.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -34,13 +35,13 @@ class ProcessWatch:
         self._kill = kill
         self._clock = clock
         self._last_look = clock()
-        # By process: its processor time when it changed last, and when that was.
+        # By process id: its processor time when it last changed, and when that was.
         self._ticks: dict[int, tuple[int, float]] = {}
 
     def fallen(self, records: list[Record]) -> list[tuple[Record, str]]:
-        """The processes that serve no more, each once, with what has become of them."""
+        """The processes that no longer serve, each reported once, with what happened to it."""
         now = self._clock()
-        late = now - self._last_look > SILENT_SECONDS  # this process was held up, and perhaps all of them were
+        late = now - self._last_look > SILENT_SECONDS  # this process was suspended, and the others perhaps too
         self._last_look = now
         alive = Counter((r.model, r.version) for r in records if not self._look(r.pid).dead)
         found = []
@@ -49,8 +50,8 @@ class ProcessWatch:
             if state.dead:
                 record.path.unlink(missing_ok=True)
                 self._ticks.pop(record.pid, None)
-                # One that never was ready: Triton says that its model could not be loaded. One that has a successor:
-                # the model was loaded again meanwhile.
+                # Not reported: a process that never was ready, because Triton reports the failed load itself; and one
+                # with a successor, because its model was loaded again.
                 if record.beat and not alive[record.model, record.version]:
                     found.append((record, "has died"))
             elif record.beat and not late and self._hangs(record, state, now):

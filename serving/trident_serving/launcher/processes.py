@@ -1,4 +1,4 @@
-"""What Linux tells of other processes, and what it lets one do to them."""
+"""Reads and changes other processes of Linux: state, memory, connections, limits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ProcessState:
     """A process as /proc shows it.
 
     Attributes:
-        letter: its state: R, S, D (waits for a disk), T and t (stopped), Z and X (dead); "" where there is none.
-        ticks: processor time that it has used.
+        letter: its state: R, S, D (waits for a disk), T and t (stopped), Z and X (dead); "" if it does not exist.
+        ticks: processor time that it has used, in clock ticks.
     """
 
     letter: str
@@ -32,12 +32,12 @@ class ProcessState:
 
     @property
     def dead(self) -> bool:
-        """Whether it has ended, waited for or not."""
+        """Whether it has ended; a zombie has."""
         return self.letter in ("", "Z", "X")
 
     @property
     def stopped(self) -> bool:
-        """Whether something holds it."""
+        """Whether a signal or a debugger has stopped it."""
         return self.letter in ("T", "t")
 
 
@@ -59,15 +59,15 @@ def has_children(pid: int) -> bool:
 
 
 def kill(pid: int) -> None:
-    """End a process at once, if it is there."""
+    """End a process at once, if it exists."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 def before_server() -> None:
-    """For `preexec_fn`: a launcher that is killed outright leaves no server behind, and the server gets many files.
+    """For `preexec_fn`: end the server with its launcher, even a killed one, and raise its limit of open files.
 
-    Streams that are cancelled leave a socket in the server each now and then (2.51).
+    A cancelled stream sometimes leaves a socket open in the server (2.51).
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,7 +1,7 @@
 """The folder that a server reads: links to the models of a repository that can be loaded.
 
-A repository also holds configs of models that were never exported. A server that is asked to load one is not ready any
-more until it is started anew (2.51), so it does not see them.
+A repository also holds configs of models that were never exported. The server must not see them: a request to load one
+would make it unready until its restart (2.51).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class RepositoryView:
         self.refresh()
 
     def refresh(self) -> list[str]:
-        """Add what can be loaded by now, remove what has gone; returns the names of all."""
+        """Link the models that can be loaded now, unlink those that are gone; returns all names, sorted."""
         names = set(artefacts.loadable(self._repository))
         linked = {link.name for link in self.folder.iterdir()}
         for name in names - linked:
             (self.folder / name).symlink_to(self._repository / name, target_is_directory=True)
         for name in linked - names:
-            # An export takes the manifest away while it installs; a folder that is still there is still served.
+            # An export removes the manifest while it installs; a model whose folder remains is still served.
             if not (self._repository / name).exists():
                 (self.folder / name).unlink()
         return sorted(names)

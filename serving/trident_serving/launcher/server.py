@@ -1,4 +1,4 @@
-"""The server process: its command line and environment, its start and its end. `supervisor` decides about both."""
+"""The server process: its command line and environment, its start and its end. `supervisor` decides when."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trident_serving.launcher.server_log import ServerLog
 from trident_serving.runtime_folder import RuntimeFolder
 
 SHARED_MEMORY = Path("/dev/shm")
-# What the server has left to do once nothing is in flight; open streams that wait for nothing must not hold it up.
+# The server's time to end once no request is in flight; open streams without a request must not delay it.
 END_SECONDS = 2.0
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
@@ -37,8 +37,8 @@ class ServerOptions:
         repository: the model repository.
         host: the address to listen on.
         admin_key_file: where the admin key is written; None: where the client looks for it.
-        verbose: let the server log each model and request, not warnings and errors alone.
-        ready_seconds: how long loading may take.
+        verbose: let the server log each model and request, not only warnings and errors.
+        ready_seconds: seconds that loading may take.
     """
 
     repository: Path
@@ -69,8 +69,8 @@ class Server:
     """One tritonserver with the folders that it needs; a context manager that ends it.
 
     Attributes:
-        control: what may be asked of it.
-        runtime: what its backend processes tell.
+        control: calls to it with the admin key.
+        runtime: the records of its backend processes.
         view: the models that it sees.
 
     Raises:
@@ -84,7 +84,7 @@ class Server:
         if not models:
             raise StartError(f"{options.repository} holds no exported model: run make export")
         shared_memory.check(len(models))
-        # A key that is given needs no folder, and nobody's is overwritten.
+        # A given key needs no folder, and overwrites no other key.
         self._lock = None if os.environ.get(admin_key.ENVIRONMENT) else PortLock(options.grpc_port)
         try:
             self._key = AdminKey(options.admin_key_file, options.grpc_port)
@@ -151,7 +151,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which drains the server
+            start_new_session=True,  # Ctrl-C reaches only the launcher, which drains the server
             preexec_fn=processes.before_server,
         )
         assert self._process.stdout is not None
@@ -165,9 +165,9 @@ class Server:
             processes.hide_argument(self.pid, self._key.value)
 
     def close_shared_memory(self) -> None:
-        """Let nobody else read the regions through which requests and answers pass.
+        """Keep other users from reading the regions through which requests and answers pass.
 
-        Triton makes them readable for every user of the machine, whatever the umask; its own processes have them open.
+        Triton makes them readable for every user of the machine, whatever the umask. Its own processes have them open.
         """
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             with contextlib.suppress(FileNotFoundError):
@@ -178,7 +178,7 @@ class Server:
         """End every process of the server.
 
         Args:
-            seconds: how long it may take to do so by itself; 0: it is killed.
+            seconds: that it gets to end by itself; 0: it is killed at once.
         """
         if self._process is None:
             return
@@ -216,13 +216,13 @@ def check_machine(options: ServerOptions) -> dict[str, str]:
 
 
 def remove_shared_memory(prefix: str, folder: Path = SHARED_MEMORY) -> None:
-    """Remove the regions of a server: a backend that did not end by itself leaves its own behind."""
+    """Remove the regions of a server; a killed backend leaves its own behind."""
     for region in folder.glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
 
 
 def remove_abandoned_shared_memory(folder: Path = SHARED_MEMORY) -> None:
-    """Remove the regions of launchers that are no more: one that is killed outright can't do it."""
+    """Remove the regions of launchers that no longer run; a killed launcher leaves its own behind."""
     for region in folder.glob("trident-*"):
         launcher = region.name.split("-")[1]
         if launcher.isdecimal() and not Path("/proc", launcher).exists():
@@ -230,9 +230,9 @@ def remove_abandoned_shared_memory(folder: Path = SHARED_MEMORY) -> None:
 
 
 def _environment(libpython: Path | None) -> dict[str, str]:
-    """The stub takes the first python3 on the PATH, and loads libpython from the loader's path."""
+    """The server's environment: the stub takes the first python3 on the PATH, and libpython from the loader's path."""
     environment = dict(os.environ)
-    # numpy's own threads would spin beside ONNX Runtime's: pooling took four milliseconds of processor time with them.
+    # numpy's threads would spin while ONNX Runtime's work: pooling took four milliseconds of processor time with them.
     environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     environment["ORT_DISABLE_TELEMETRY"] = "1"
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
@@ -263,7 +263,7 @@ def _command(
         "--model-repository": str(models),
         "--backend-directory": str(backends),
         "--model-control-mode": "explicit",
-        "--exit-on-error": "false",  # a model that can't be loaded keeps no other from being served
+        "--exit-on-error": "false",  # the other models are served if one can't be loaded
         "--strict-readiness": "true",
         "--http-address": options.host,
         "--http-port": str(options.http_port),
@@ -271,7 +271,7 @@ def _command(
         "--grpc-port": str(options.grpc_port),
         "--metrics-address": options.host,
         "--metrics-port": str(options.metrics_port),
-        "--exit-timeout-secs": "5",  # nothing is in flight any more when the launcher ends it
+        "--exit-timeout-secs": "5",  # no request is in flight when the launcher ends it
         "--log-info": str(options.verbose).lower(),
         "--cache-directory": str(installation.caches) if installation.caches else "",
         # Two servers on one machine must not share a region.
@@ -284,10 +284,10 @@ def _command(
 
 
 def _restrictions(flags: Iterable[str], key: str) -> Sequence[str]:
-    """What needs the admin key.
+    """The flags that make protocols need the admin key.
 
     Raises:
-        StartError: this server can't restrict anything, so that whoever reaches it could run code on it.
+        StartError: this server can't restrict protocols, so that any caller could run code on it.
     """
     wanted = ("--http-restricted-api", "--grpc-restricted-protocol")
     if missing := [flag for flag in wanted if flag not in set(flags)]:

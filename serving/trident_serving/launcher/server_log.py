@@ -1,4 +1,4 @@
-"""What tritonserver and its backends print, without what a user can do nothing about."""
+"""Prints the output of tritonserver and its backends, without lines that the user can't act on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
-# On a machine without a GPU, or of Triton's own making on any (2.51); each was seen in a start that served well.
+# Lines about a missing GPU, and Triton's own on every machine (2.51); each appeared in a start that served well.
 _NOISE = re.compile(
     r"CUDA driver version is insufficient|CudaDriverHelper has not been initialized|pinned system memory"
     r"|Failed to initialize NVML|DCGM unable to start|unable to create stream for|CUDA memory pool disabled"
@@ -26,7 +26,7 @@ class ServerLog:
 
     Args:
         source: the server's standard output and error.
-        everything: let nothing out.
+        everything: print every line.
     """
 
     def __init__(self, source: IO[bytes], *, everything: bool) -> None:
@@ -36,7 +36,7 @@ class ServerLog:
         self._thread.start()
 
     def join(self, seconds: float) -> None:
-        """Wait until all is passed on."""
+        """Wait until all output is printed, at most this many seconds."""
         self._thread.join(seconds)
 
     def _pass_on(self) -> None:
@@ -47,5 +47,5 @@ class ServerLog:
 
 
 def is_noise(line: str) -> bool:
-    """Whether a line says nothing that its reader could act on."""
+    """Whether the reader of a line can't act on it."""
     return bool(_NOISE.search(line))

@@ -1,8 +1,8 @@
-"""Whether /dev/shm is large enough: tensors travel through it between tritonserver and its Python backends.
+"""Checks that /dev/shm is large enough: tensors travel through it between tritonserver and its Python backends.
 
-Each Python backend takes one region of a mebibyte when it is loaded. It grows with the largest requests and answers
-that the model has seen, and never shrinks. Where there is no room a load fails, or the request that wanted to grow
-a region, with INTERNAL. A container has 64 MiB where nobody says otherwise.
+Each Python backend takes one region of a mebibyte when it is loaded. The region grows with the largest requests and
+answers of its model, and never shrinks. Without room a load fails, and a request that needs a larger region fails with
+INTERNAL. A container has 64 MiB by default.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from trident_serving.errors import StartError
 
 FOLDER = Path("/dev/shm")
 MEBIBYTE = 2**20
-REGION_MIB = 1  # of a Python backend, from its load on
-# For requests and answers to grow into. Four callers at once, each with 32 texts of 256 KiB, the most that one request
-# may hold, took 16 MiB.
+REGION_MIB = 1  # of each Python backend when it is loaded
+# Room for requests and answers. Four callers at once, each with 32 texts of 256 KiB, the most that one request may
+# hold, took 16 MiB.
 SPARE_MIB = 32
 
 
 def check(models: int, folder: Path = FOLDER) -> None:
-    """There must be room for the regions of so many models, and for requests.
+    """Check that there is room for the regions of this many models, and for requests.
 
     Raises:
         StartError: there is less; the message says what a container needs.

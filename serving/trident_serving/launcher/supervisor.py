@@ -1,8 +1,9 @@
-"""Keeps a server whole from its start to its end: what is dead is started anew, what runs is finished before the end.
+"""Runs a server from its start to its end: restarts what has died, and finishes running requests before the end.
 
-A backend process that died or hangs is noticed by its record (see `runtime_folder`); its model is unloaded and loaded,
-and no other model notices. Callers whose answers it held hear nothing from Triton (2.51), so their connections are
-closed; where the system does not allow that, or the server does not answer, the whole server is started anew.
+The record of a backend process (see `runtime_folder`) shows that it has died or hangs. Its model is then unloaded and
+loaded again; the other models go on. Triton tells nothing to the callers whose answers the process held (2.51), so
+their connections are closed. If the system does not allow that, or the server does not answer, the whole server is
+restarted.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from trident_serving.launcher.server import END_SECONDS, Server
 from trident_serving.runtime_folder import Record
 
 TICK_SECONDS = 0.2
-# A server that answers no health check for so long hangs.
+# A server that answers no health check for this long hangs.
 SERVER_SILENT_SECONDS = 10.0
 # Restarts of the server, and of a model, are counted over this time.
 WINDOW_SECONDS = 300.0
 MODEL_RESTARTS = 3
-# Nothing open in two looks so far apart: no request is between two stages.
+# If no request is open in two looks this far apart, none is between two stages.
 QUIET_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How a server is kept.
+    """How long a server drains, and how often it is restarted.
 
     Attributes:
-        grace: seconds that running requests get when the server is to end.
+        grace: seconds that running requests get when the server shuts down.
         restarts: of tritonserver in five minutes, before the launcher gives up.
     """
 
@@ -47,7 +48,7 @@ class Policy:
 
 @dataclass
 class Orders:
-    """What the launcher was told from outside: to end, and to end at once."""
+    """Orders to the launcher: to end, and to end at once."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     stop_now: threading.Event = field(default_factory=threading.Event)
@@ -58,7 +59,7 @@ class Supervisor:
 
     Args:
         server: not started yet.
-        orders: told from another thread or a signal's handler.
+        orders: set by another thread or a signal handler.
         announce: called once when the server is ready for the first time, with the models that are not served.
     """
 
@@ -79,7 +80,7 @@ class Supervisor:
         """Serve until the end.
 
         Returns:
-            The exit status: 0 where no request was cut off.
+            The exit status: 0 if no request was cut off.
         """
         while True:
             try:
@@ -117,10 +118,10 @@ class Supervisor:
         return self._drain()
 
     def _wait_loaded(self, wanted: list[str]) -> list[Failure] | None:
-        """Wait until the models are loaded; None where the launcher was told to end before.
+        """Wait until the models are loaded.
 
         Returns:
-            The models that are not served.
+            The models that are not served; None if the launcher was told to end before.
 
         Raises:
             ServerDied: the server ended, or did not load its models in time.
@@ -154,7 +155,7 @@ class Supervisor:
             raise StartError("no model could be loaded: " + "; ".join(one.sentence(repository) for one in failed))
         for entry in index:
             if entry.failed:
-                control.forget_failure(entry.name)
+                control.clear_failure(entry.name)
         while not control.ready():
             if self._orders.stop.wait(0.1):
                 return None
@@ -173,7 +174,7 @@ class Supervisor:
             raise ServerDied(care.broken)
 
     def _restore(self, record: Record, why: str, care: Care) -> None:
-        """Bring back the model of a process that has fallen."""
+        """Load the model of a dead process again."""
         what = f"the backend process of {record.model} {why}"
         self._tell_callers(record, what)
         reloads = self._reloads.setdefault(record.model, deque())
@@ -185,13 +186,13 @@ class Supervisor:
             care.reload(record.model, PAUSE_SECONDS)
 
     def _tell_callers(self, record: Record, what: str) -> None:
-        """Let the callers hear whose answers the process held: nothing else would tell them."""
+        """Close the connections of the callers whose answers the process held: Triton does not tell them."""
         options = self._server.options
         if record.held and not processes.close_connections(self._server.pid, {options.http_port, options.grpc_port}):
             raise ServerDied(f"{what} with {record.held} requests, which only the end of the server can tell")
 
     def _drain(self) -> int:
-        """Let what runs end, then end the server."""
+        """Finish the running requests, then end the server."""
         server, policy = self._server, self._policy
         say("shutting down: running requests are finished, new ones are refused")
         server.runtime.drain()
@@ -202,7 +203,7 @@ class Supervisor:
         while not (self._orders.stop_now.is_set() or server.status is not None or processes.state(server.pid).stopped):
             records = server.runtime.records()
             for record, _ in self._watch.fallen(records):
-                # Its callers hear of it when the server ends: to tell them now would cut the others off.
+                # Its callers learn of it when the server ends; closing connections now would cut off the others.
                 cut += record.held
                 records.remove(record)
             now = time.monotonic()
@@ -232,7 +233,7 @@ def ending(status: int) -> str:
 
 
 def _within(times: deque[float], limit: int) -> bool:
-    """Whether one more is allowed in the window; it is counted then."""
+    """Whether the window allows one more event, which is then counted."""
     now = time.monotonic()
     while times and now - times[0] > WINDOW_SECONDS:
         times.popleft()

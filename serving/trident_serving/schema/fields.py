@@ -78,11 +78,11 @@ class Field:
         name: of the tensor.
         dtype: Triton's type, without TYPE_.
         help: what it does, for the reference, the client and `trident --help`.
-        default: where a request is silent; None: the help says what holds.
+        default: the value for a request without the field; None: `help` says which value holds.
         range: of a number. A model's limits may narrow it, see `read`.
-        choices: of a text.
-        shape: without the batch; [-1] is a list.
-        option: whether callers of the client name it. The client sets the others itself.
+        choices: the texts that are allowed; (): any.
+        shape: of its tensor, without the batch; [-1] is a list.
+        option: whether it is an option of the client's calls. The client sets the others itself.
         flag: whether `trident` has a flag for it.
     """
 
@@ -97,14 +97,14 @@ class Field:
     flag: bool = True
 
     def read(self, inputs: Inputs, default: Value = None, high: float | None = None) -> Any:
-        """The value that a request gives.
+        """The field's value in a request.
 
         Args:
-            default: in place of the field's own.
-            high: the largest that this model allows, in place of the range's own.
+            default: replaces the field's own default.
+            high: the largest number that this model allows; replaces the range's own.
 
         Raises:
-            InvalidRequest: the tensor holds another number of values, or one out of range.
+            InvalidRequest: the tensor does not hold exactly one value, or the value is not allowed.
         """
         tensor = inputs.get(self.name)
         if tensor is None:
@@ -119,7 +119,7 @@ class Field:
         return self.check(tensor.reshape(-1)[0].item(), high)
 
     def check(self, value: Any, high: float | None = None) -> Any:
-        """The value itself.
+        """The value, if it is in the range.
 
         Raises:
             InvalidRequest: it is out of range; the message names field, range and value.
@@ -141,14 +141,14 @@ def single_text(inputs: Inputs, name: str) -> str:
 
 
 def timeout_seconds(value: object, limit: float) -> float:
-    """Triton's request parameter `timeout`, in microseconds, where 0 means none; at most the model's limit.
+    """The seconds that a request may take: its `timeout` parameter, at most the model's limit.
 
     Args:
-        value: the parameter; None where there is none.
-        limit: seconds.
+        value: the parameter, in microseconds; 0 or None: no timeout of the request's own.
+        limit: the model's, in seconds.
 
     Raises:
-        InvalidRequest: it is no such number.
+        InvalidRequest: it is not a number of microseconds.
     """
     number = 0 if value is None else value if isinstance(value, int | float) and not isinstance(value, bool) else None
     if number is None and isinstance(value, str) and value.isdecimal():
@@ -170,7 +170,7 @@ _SAMPLING = (
         "how long the answer may be, in tokens; the model's limits have a default",
         range=Range(1),
     ),
-    Field("min_tokens", "INT32", "tokens of the answer at least", 0, Range(0)),
+    Field("min_tokens", "INT32", "how short the answer may be, in tokens", 0, Range(0)),
     Field("temperature", "FP32", "0 takes the likeliest token; more spreads the choice", 0.0, Range(0, 100)),
     Field("top_k", "INT32", "sample from this many of the likeliest tokens; 0: from all", 0, Range(0, off=True)),
     Field(
@@ -201,8 +201,10 @@ _SEED = Field("random_seed", "UINT64", "makes sampling repeatable")
 GENERATION = (
     *_SAMPLING,
     _REPETITION,
-    Field("presence_penalty", "FP32", "lowers tokens that the answer has already", 0.0, Range(-2, 2)),
-    Field("frequency_penalty", "FP32", "lowers tokens by how often the answer has them", 0.0, Range(-2, 2)),
+    Field("presence_penalty", "FP32", "lowers the logits of tokens that the answer already has", 0.0, Range(-2, 2)),
+    Field(
+        "frequency_penalty", "FP32", "lowers the logits of tokens by how often the answer has them", 0.0, Range(-2, 2)
+    ),
     _SEED,
     Field("stream", "BOOL", "answer in chunks", False, option=False, flag=False),
     Field("return_log_probs", "BOOL", "give each token's log-probability", False, flag=False),

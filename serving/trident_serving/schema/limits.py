@@ -1,4 +1,4 @@
-"""The limits of a model: a dataclass for each kind.
+"""The limits of a model: one dataclass for each kind of model.
 
 models.toml gives them, config.pbtxt carries them as parameters, and the server reads them again. Each dataclass checks
 itself when it is built, and raises `ReadingError`.
@@ -22,12 +22,12 @@ class GenerationLimits:
     Attributes:
         context: tokens of prompt and answer together.
         slots: answers that are generated at once.
-        kv_cache_mib: memory for keys and values; 0: what `slots` full contexts take.
-        prefill_chunk: prompt tokens in one step at most.
+        kv_cache_mib: MiB for keys and values; 0: enough for `slots` full contexts.
+        prefill_chunk: the most prompt tokens in one step.
         max_waiting: requests that may wait for a slot.
         timeout: seconds that a request may take, waiting included; a request may ask for less.
         default_max_tokens: length of an answer where the request names none.
-        prefix_reuse: whether prompts start behind what the cache already holds of them.
+        prefix_reuse: whether a prompt reuses the tokens of its beginning that the cache already holds.
         prompt_lookup: whether greedy answers may be drafted from their prompt.
         threads: ONNX Runtime's intra-op threads.
         device: "cpu" or "cuda".
@@ -59,7 +59,7 @@ class EncoderLimits:
     Attributes:
         max_tokens: the longest input, special tokens included.
         max_bytes: the longest text that is tokenized at all.
-        buckets: lengths that batches are padded to; `max_tokens` is always the last. None: 128 and 256, where shorter.
+        buckets: lengths that batches are padded to; `max_tokens` is always the last. (): 128 and 256, if shorter.
         max_batch_size: texts in one run of the model.
         truncate: whether longer texts are cut where the request does not say.
         threads: ONNX Runtime's intra-op threads.
@@ -133,7 +133,7 @@ class AnswerLimits(EncoderLimits):
 
     Attributes:
         max_tokens: of a window over the context, question included.
-        stride: tokens that a window repeats of the one before.
+        stride: tokens that a window shares with the one before.
         max_batch_size: windows of one request.
     """
 
@@ -167,10 +167,10 @@ class Seq2SeqLimits:
         max_source_tokens: the longest source, special tokens included.
         max_target_tokens: the longest answer.
         default_max_tokens: length of an answer where neither request nor generation config says.
-        slots: rows (beams) that decode at once.
-        max_beams: of one search.
-        max_windows: of one text, where it is read in windows.
-        max_waiting: texts that may wait for rows.
+        slots: beams that decode at once.
+        max_beams: the most beams of one search.
+        max_windows: the most windows of one text.
+        max_waiting: texts that may wait for slots.
         timeout: seconds that a request may take, waiting included; a request may ask for less.
         max_bytes: the longest text that is tokenized at all.
         long_input: what happens to longer texts where the request does not say: "error", "truncate" or "window".

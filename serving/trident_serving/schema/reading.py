@@ -1,4 +1,4 @@
-"""From tables (TOML), files (JSON) and texts (the parameters of a config) to dataclasses, and to files again."""
+"""Reads dataclasses from tables (TOML), files (JSON) and texts (the parameters of a config), and writes files."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def read(kind: type[T], table: object, where: str, *, positive: bool = True) -> 
 
 
 def read_parameters(kind: type[T], texts: Mapping[str, str]) -> T:
-    """A dataclass from the parameters of a config, which are texts; other parameters are left.
+    """A dataclass from the parameters of a config, which are texts; other parameters are ignored.
 
     Raises:
-        ReadingError: a parameter is missing, or is no value of its field.
+        ReadingError: a parameter is missing, or is not a value of its field.
     """
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
@@ -83,7 +83,7 @@ def save(value: DataclassInstance, file: Path) -> None:
 
 
 def check_keys(where: str, table: Mapping[str, Any], kind: type[Any]) -> None:
-    """See that a table has the keys of a dataclass.
+    """Check that a table has the keys of a dataclass, and no others.
 
     Raises:
         ReadingError: a key is unknown or missing.

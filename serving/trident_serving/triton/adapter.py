@@ -1,6 +1,6 @@
-"""The little that every adapter in `trident_serving/_backends` needs between Triton's Python API and the runtime.
+"""What the adapters in `trident_serving/_backends` share: requests, responses and errors of Triton's Python API.
 
-`pb_utils` exists in Triton's processes only, so the adapters hand it in.
+`pb_utils` exists only in Triton's processes, so the adapters pass it in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trident_serving.errors import Cancelled, DeadlineExceeded, InvalidRequest, 
 from trident_serving.runtime_folder import PASS_PARAMETER, Process
 from trident_serving.schema.fields import timeout_seconds as parse_timeout
 
-# Triton's own, by its protocol's extensions; all but the timeout concern Triton only.
+# Request parameters of Triton's own protocol extensions; only the timeout concerns us.
 RESERVED_PARAMETERS = {"id", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "headers"}
 
 
@@ -27,7 +27,7 @@ def setup(pb_utils: Any, args: Mapping[str, str]) -> Process:
     """Send Python's log records to Triton's log, and refuse a numpy that loses the bytes of every tensor.
 
     Returns:
-        What the launcher sees of this process; the adapter starts it once the model is loaded.
+        This process as the launcher sees it; the adapter starts it once the model is loaded.
 
     Raises:
         RuntimeError: numpy is version 2 or later.
@@ -56,13 +56,13 @@ class _TritonLog(logging.Handler):
 
 
 class Responder:
-    """Where the answer to one request goes; any thread may use it.
+    """Sends the answer to one request; any thread may use it.
 
-    An adapter derives its own where an answer is not the response's tensors already.
+    An adapter derives its own class if its answers are not yet the tensors of a response.
 
-    The server frees what a sender stands for when the last response is sent, and a question about cancellation that
-    arrives later ends the whole server (seen on 2.51: a segmentation fault). So nothing is asked or sent for a
-    request that has ended, and one thread of the process at a time talks to the server.
+    The server frees a sender's state when the last response is sent. A later question about cancellation ends the
+    whole server (seen on 2.51: a segmentation fault). So nothing is asked or sent for a request that has ended, and
+    only one thread of the process at a time talks to the server.
 
     Args:
         pb_utils: Triton's Python API.
@@ -70,9 +70,9 @@ class Responder:
         process: counts the requests that are open.
 
     Attributes:
-        streams: whether the model is decoupled. gRPC streams carry the message of an error only, so it begins with the
-            code's name. (Triton has a header that turns such errors into status codes; on this version it ends the
-            server with a segmentation fault.)
+        streams: whether the model is decoupled. A gRPC stream carries only the message of an error, so the message
+            begins with the code's name. (Triton has a header that turns such errors into status codes; on this version
+            it ends the server with a segmentation fault.)
     """
 
     streams = False
@@ -91,19 +91,19 @@ class Responder:
         return found
 
     def is_last(self, answer: Any) -> bool:
-        """Whether no response follows."""
+        """Whether this is the last response."""
         return True
 
     def is_cancelled(self) -> bool:
-        """Whether the client has gone or has cancelled the request; False for one that has ended."""
+        """Whether the client has gone or has cancelled the request; False once the request has ended."""
         with self._one_at_a_time:
             return not self._ended and bool(self._sender.is_cancelled())
 
     def send(self, answer: Any) -> None:
-        """Send a response; nothing happens where the last one was sent already.
+        """Send a response; does nothing after the last one.
 
         Raises:
-            Exception: Triton refuses it; the request has ended then.
+            Exception: Triton refuses it; the request then has ended.
         """
         self._send(response(self._pb_utils, self.tensors(answer)), final=self.is_last(answer))
 
@@ -133,10 +133,10 @@ def submit_each(
     submit: Callable[[Any, Responder], None],
     responder: type[Responder] = Responder,
 ) -> None:
-    """Start requests that are answered later; what goes wrong before is the answer to that request.
+    """Start requests that are answered later; an error at the start is the answer to that request.
 
     Args:
-        submit: called with Triton's request and where its answer goes.
+        submit: called with Triton's request and the responder that takes its answer.
     """
     for request in requests:
         channel = responder(pb_utils, request, process)
@@ -148,10 +148,10 @@ def submit_each(
 
 
 def check_admission(request: Any, process: Process) -> None:
-    """Let no new request in while the server shuts down; those that a model of this server makes for one are not new.
+    """Refuse new requests while the server shuts down; calls of its own models are not new, but serve a running one.
 
     Raises:
-        Overloaded: it is a new one.
+        Overloaded: the server shuts down, and the request is new.
     """
     if process.draining and not process.holds_pass(json.loads(request.parameters() or "{}").get(PASS_PARAMETER)):
         raise Overloaded("the server is shutting down and takes no new requests: ask another, or try again later")
@@ -185,9 +185,9 @@ def inputs(request: Any) -> dict[str, NDArray[Any]]:
 
 
 def unloading(pb_utils: Any, name: str, version: str) -> Callable[[], bool]:
-    """A function that says whether the model is being unloaded; Triton tells the backend only when all is over.
+    """A function that says whether the model is being unloaded; Triton itself tells the backend only at the end.
 
-    While the whole server drains it is not: then requests in flight may end, and the question raises an error.
+    It says False while the whole server drains: Triton's answer is an error then, and requests in flight may finish.
     """
 
     def asked() -> bool:
@@ -204,11 +204,11 @@ def request_parameters(request: Any, inputs: Sequence[str] = ()) -> dict[str, An
 
     Args:
         request: Triton's.
-        inputs: names for the message.
+        inputs: the names of the model's inputs, for the message.
 
     Raises:
-        InvalidRequest: there are some that nothing reads. The generate endpoint makes a parameter of every field that
-            is no input, so an option with a slip in its name would have no effect, and no error would say so.
+        InvalidRequest: a parameter is unknown. The generate endpoint makes a parameter of every field that is not an
+            input, so without this error a misspelt option would silently have no effect.
     """
     given: dict[str, Any] = json.loads(request.parameters() or "{}")
     if unknown := sorted(given.keys() - RESERVED_PARAMETERS - {PASS_PARAMETER}):
@@ -218,26 +218,26 @@ def request_parameters(request: Any, inputs: Sequence[str] = ()) -> dict[str, An
 
 
 def timeout(request: Any, config: Mapping[str, Any]) -> object:
-    """The request parameter `timeout`: gRPC hands it to Triton, the generate endpoint among other parameters.
+    """The request parameter `timeout`, in microseconds: Triton has gRPC's, the parameters have the generate endpoint's.
 
     Raises:
-        InvalidRequest: there are parameters that nothing reads.
+        InvalidRequest: a parameter is unknown.
     """
     given = request_parameters(request, [entry["name"] for entry in config["input"]])
     return request.timeout() or given.get("timeout")
 
 
 def timeout_seconds(request: Any, config: Mapping[str, Any], limit: float) -> float:
-    """The same in seconds, at most the model's limit."""
+    """The timeout in seconds, at most the model's limit."""
     return parse_timeout(timeout(request, config), limit)
 
 
 def error(pb_utils: Any, exception: Exception, *, name_code: bool = False) -> Any:
-    """The exception as Triton's error: the code says whether to repair the request, to retry, or to report it.
+    """The exception as Triton's error: the code says whether to fix the request, to retry, or to report a defect.
 
     Args:
         pb_utils: Triton's Python API.
-        exception: what went wrong.
+        exception: why the request failed.
         name_code: begin the message with the code's gRPC name.
     """
     codes = pb_utils.TritonError
@@ -266,10 +266,11 @@ def answer(
     request: Any,
     entry: Process | None = None,
 ) -> Any:
-    """The response to one request; an exception becomes its error and leaves the others as they are.
+    """The response to one request; an exception becomes its error and does not affect the other requests.
 
     Args:
-        entry: the process of the first stage, which lets nothing in while the server shuts down.
+        serve: makes the response's tensors from the request's.
+        entry: the process of a first stage, which refuses new requests while the server shuts down; None: a later one.
     """
     try:
         if entry is not None:
@@ -285,8 +286,11 @@ def answer(
 def folder_to_complete(command_line: bytes | None = None) -> Path:
     """The version folder of the model whose config is being completed.
 
-    Triton completes a config before it tells the backend where the model lies; the command line of the
-    backend's own process, which Triton wrote, does say so: its first argument is the model's file.
+    Triton completes a config before it tells the backend where the model is. The command line of the backend's own
+    process has it: Triton puts the model's file there as the first argument.
+
+    Raises:
+        RuntimeError: the command line does not name the file.
     """
     command = command_line if command_line is not None else Path("/proc/self/cmdline").read_bytes()
     arguments = command.decode().split("\0")

@@ -1,6 +1,7 @@
-"""The engine's counts on Triton's metrics port; docs/reference/metrics.md explains them.
+"""Publishes an engine's counts on Triton's metrics port; docs/reference/metrics.md explains them.
 
-An update is a message to the server, about 16 microseconds, so a thread of its own makes them, a few times a second.
+An update is a message to the server and takes about 16 microseconds, so a separate thread sends them, four times a
+second.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What Triton's C++ ONNX Runtime backend does with a model, for the stand-in that serves where it is missing.
+"""Serves an ONNX model as Triton's C++ ONNX Runtime backend does, on servers that lack that backend.
 
-The config's meaning is the native backend's (triton-inference-server/onnxruntime_backend, README and
-src/onnxruntime.cc): automatic completion, session parameters, the checks of inputs and outputs. What the
-native backend would accept and this one can't do is refused when the model loads. Knows nothing of Triton's
-Python API; configs are the parsed JSON that Triton hands to a backend.
+A config means the same as to the native backend (triton-inference-server/onnxruntime_backend, README and
+src/onnxruntime.cc): automatic completion, session parameters, the checks of inputs and outputs. A config that the
+native backend accepts and this one can't honour is refused at load. This module does not use Triton's Python API;
+configs are the parsed JSON that Triton passes to a backend.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class OnnxModel:
 
     Args:
         folder: the version folder, which holds the model file.
-        config: the model's config as Triton hands it to a backend.
+        config: the model's config as Triton passes it to a backend.
 
     Raises:
         LoadError: a file is missing, the graph is broken, or graph and config disagree.
@@ -54,7 +54,7 @@ class OnnxModel:
         self._check_outputs(config)
 
     def prepare(self, request: Mapping[str, NDArray[Any]]) -> Tensors:
-        """One request's tensors as ONNX Runtime takes them.
+        """One request's tensors in the shapes and types that ONNX Runtime takes.
 
         Args:
             request: tensors by input name; BYTES tensors hold bytes.
@@ -68,10 +68,10 @@ class OnnxModel:
         """Run prepared requests of the same shapes, as one batch where the model batches.
 
         Args:
-            wanted: outputs to compute; all of the config's where None.
+            wanted: outputs to compute; None: all of the config's.
 
         Returns:
-            For each request its tensors by output name, or what went wrong with that one.
+            For each request its tensors by output name, or its error.
         """
         names = list(wanted if wanted is not None else self.output_names)
         if self._max_batch_size and len(requests) > 1:
@@ -96,7 +96,7 @@ class OnnxModel:
                 raise ValueError(f"output {name!r} has the shape {list(output.shape)} for a batch of {sum(sizes)}")
         ends = np.cumsum(sizes)[:-1]
         split = {name: np.split(output, ends) for name, output in outputs.items()}
-        return [{name: parts[row] for name, parts in split.items()} for row in range(len(requests))]
+        return [{name: arrays[index] for name, arrays in split.items()} for index in range(len(requests))]
 
     def _run_one(self, feeds: Tensors, names: list[str]) -> Tensors:
         values = self._session.run(names, feeds, self._run_options)
@@ -185,7 +185,7 @@ class Completion:
 
 
 def complete(folder: Path, config: Config, default_max_batch_size: int = DEFAULT_MAX_BATCH_SIZE) -> Completion | None:
-    """What the native backend would complete in a config; None where inputs and outputs are all given.
+    """What the native backend would complete in a config; None if the config gives all inputs and outputs.
 
     Raises:
         LoadError: the model can't be opened, or can't batch although the config says so.

@@ -1,7 +1,7 @@
-"""An ONNX Runtime session with the options that a Triton config asks for.
+"""Opens an ONNX Runtime session with the options of a Triton config.
 
-The meaning of the options is the native backend's (triton-inference-server/onnxruntime_backend, README and
-src/onnxruntime.cc). What it would accept and this one can't do is refused when the model loads.
+The options mean the same as to the native backend (triton-inference-server/onnxruntime_backend, README and
+src/onnxruntime.cc). An option that the native backend accepts and this one can't honour is refused at load.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class TensorInfo:
 
 
 def open_session(folder: Path, config: Config) -> tuple[ort.InferenceSession, ort.RunOptions | None]:
-    """The session of the model file that the config names, with the config's options.
+    """The session of the config's model file, with the config's options; and options for each run, or None.
 
     Raises:
         LoadError: the file is missing or broken, or an option is unknown here.
@@ -121,7 +121,7 @@ def session_options(config: Config, parameters: Mapping[str, str]) -> ort.Sessio
         if kind == "cpu_execution_accelerator" and accelerators:
             raise LoadError(f"unknown Execution Accelerator {accelerators[0]['name']!r} is requested")
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors: what it warns of, a user can do nothing about
+    options.log_severity_level = 3  # errors only: the user can't act on its warnings
     level = int(optimization.get("graph", {}).get("level", 0))
     options.graph_optimization_level = _GRAPH_LEVELS.get(level, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     options.intra_op_num_threads = _integer(parameters, "intra_op_thread_count", 0)
@@ -132,7 +132,7 @@ def session_options(config: Config, parameters: Mapping[str, str]) -> ort.Sessio
     options.execution_mode = ort.ExecutionMode.ORT_PARALLEL if mode else ort.ExecutionMode.ORT_SEQUENTIAL
     options.enable_cpu_mem_arena = _boolean(parameters, "enable_mem_arena", True)
     options.enable_mem_pattern = _boolean(parameters, "enable_mem_pattern", True)
-    # Each instance is a process here, so a session can't be shared; the answers are the same without.
+    # Each instance is a process here, so instances can't share a session; the answers are the same.
     _boolean(parameters, "share_session_between_instances", False)
     key = "session.use_device_allocator_for_initializers"
     if key in parameters:

@@ -22,7 +22,7 @@ class TritonPythonModel:
 
     def initialize(self, args):
         self.process = adapter.setup(pb_utils, args)
-        self.is_stage = adapter.is_stage(args)  # requests of an ensemble that runs are not new
+        self.is_stage = adapter.is_stage(args)  # a request to a stage belongs to one that runs, so it is not new
         folder = adapter.version_folder(args)
         self.model = onnx_backend.OnnxModel(folder, adapter.model_config(args))
         self.process.start()

@@ -18,7 +18,7 @@ class TritonPythonModel:
         self.config = config = adapter.model_config(args)
         parameters = adapter.parameters(config)
         onnx_runtime.choose(parameters.get("device", "cpu"))
-        # Imports onnxruntime: the one that was chosen.
+        # Imports the onnxruntime that was chosen.
         from trident_serving.generation.service import GenerationService
 
         limits = read_parameters(GenerationLimits, parameters)
@@ -27,7 +27,7 @@ class TritonPythonModel:
         device = int(args["model_instance_device_id"])
         self.service = GenerationService(adapter.version_folder(args), limits, unloading, device)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
-        # Not through Triton's logger, whose level hides it: this is how one sees what limits cost.
+        # Not through Triton's logger, whose level would hide the line. It shows the memory that the limits take.
         print(
             f"trident: {name}: {limits.slots} slots of {limits.context} tokens; {self.service.memory}",
             file=sys.stderr,
