@@ -35,8 +35,9 @@ from benchmarks.peers import (
     trident_logits,
 )
 from trident_client import Client
-from trident_export import corpora, fidelity, models_file
+from trident_export import corpora, models_file
 from trident_export.huggingface import sources
+from trident_export.measure import fidelity
 from trident_serving.runtime.tokenizer import TextTokenizer
 
 MODEL = "smollm2"

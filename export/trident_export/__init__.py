@@ -3,10 +3,9 @@
 models_file     models.toml -> specs
 sources         a spec's source -> a Hugging Face folder
 folder          what transformers reads of a Hugging Face folder
-causal_graph, encoder_graph     a model -> an ONNX graph
-shape_folding   shapes that never change -> constants
+graphs          a model -> an ONNX graph
 recipes         a graph -> its variants: fp32, int8, ...
-fidelity        what a variant gets wrong, and the gate
+measure         what a variant gets wrong and what it costs, and the gate
 configs         specs -> config.pbtxt
 tasks           the parts above, put together for each task
 install         build aside, check, move into place

@@ -21,26 +21,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trident_export import (
-    configs,
-    corpora,
-    doctor,
-    install,
-    models_file,
-    pin,
-    progress,
-    quality,
-    quiet,
-    recipes,
-    report,
-    sensitivity,
-    tasks,
-)
+from trident_export import configs, corpora, doctor, install, models_file, pin, progress, quiet, recipes, report, tasks
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, UsageError
 from trident_export.huggingface import sources
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.sensitivity import Grouping
+from trident_export.measure import quality, sensitivity
+from trident_export.measure.sensitivity import Grouping
 from trident_serving import artefacts
 
 
@@ -92,7 +79,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=list(Grouping),
         default=Grouping.LAYER,
         metavar="GROUP",
-        help="what is quantized at a time: layer (default), kind or product",
+        help="what is quantized at a time: layer (default), kind or matmul",
     )
     sensitive.add_argument("--keep", type=int, default=2, help="groups that the printed recipe keeps (default 2)")
     sensitive.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")
@@ -125,7 +112,17 @@ def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     pruned = commands.add_parser("prune", help="fewer weights, and the curve of what that costs")
     pruned.add_argument("model", help="one model of models.toml; it need not be exported")
     pruned.add_argument(
-        "--method", type=Method, required=True, choices=list(Method), metavar="METHOD", help=", ".join(Method)
+        "--method",
+        type=Method,
+        required=True,
+        choices=list(Method),
+        metavar="METHOD",
+        help=f"{', '.join(Method.standard())}; with --experimental also {', '.join(Method.experimental())}",
+    )
+    pruned.add_argument(
+        "--experimental",
+        action="store_true",
+        help="allow methods that set single weights to zero, which makes no graph smaller or faster",
     )
     pruned.add_argument("--sparsity", required=True, type=float, nargs="+", metavar="S", help="shares to take away")
     pruned.add_argument("--output", type=Path, default=Path("pruned"), help="for the Hugging Face folders")
@@ -222,7 +219,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
 def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, HuggingFaceFolder]:
     """The spec that a command is for, and its Hugging Face folder."""
     base = options.models_file.resolve().parent
-    (spec,) = _specs(options)
+    (spec,) = models_file.select(models_file.load(options.models_file), options.model)
     if spec.template:
         raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.template.generator}")
     return spec, sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
@@ -240,6 +237,11 @@ def _prune(options: argparse.Namespace) -> int:
     from trident_export.compression import curve, models  # torch takes seconds to import
 
     quiet.hush_onnxruntime(options.verbose)
+    if options.method in Method.experimental() and not options.experimental:
+        raise UsageError(
+            f"{options.method} sets single weights to zero, which makes no graph smaller or faster: "
+            f"choose {', '.join(Method.standard())}, or add --experimental"
+        )
     spec, source = _model(options)
     variant = options.variant or spec.default_variant
     recipe = _recipe(options, spec, variant)

@@ -1,6 +1,6 @@
 """config.pbtxt, built as protobuf from models.toml.
 
-The same config serves on Triton's native backends and on ours; see docs/architecture.md for the tensors.
+The same config serves on Triton's native backends and on ours; docs/reference/requests.md has the tensors.
 """
 
 from __future__ import annotations
@@ -75,13 +75,16 @@ def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
     A model that is exported on demand has no configs before.
     """
     problems = []
-    needed = [spec for spec in specs if not spec.on_demand or read_manifest(repository, spec.name) is not None]
-    expected = {name: config for spec in needed for name, config in build(spec, _installed(spec, repository)).items()}
+    expected: dict[str, pb.ModelConfig] = {}
+    for spec in specs:
+        built = build(spec, _installed(spec, repository))
+        expected |= built
+        if not spec.on_demand or read_manifest(repository, spec.name) is not None:
+            missing = [repository / name / "config.pbtxt" for name in built]
+            problems += [f"{path} is missing" for path in missing if not path.exists()]
     for name, config in expected.items():
         path = repository / name / "config.pbtxt"
-        if not path.exists():
-            problems.append(f"{path} is missing")
-        elif path.read_text(encoding="utf-8") != to_text(config):
+        if path.exists() and path.read_text(encoding="utf-8") != to_text(config):
             problems.append(f"{path} differs from models.toml")
     for path in sorted(repository.glob("*/config.pbtxt")):
         if path.parent.name not in expected and path.read_text(encoding="utf-8").startswith(CONFIG_HEADER):

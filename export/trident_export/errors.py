@@ -9,7 +9,7 @@
     ├── UnsupportedModel        Trident has no form for what the model is
     │   ├── UnsupportedArchitecture
     │   ├── UnsupportedTokenizer
-    │   ├── NoProducts          the recipe finds nothing to quantize
+    │   ├── NoMatmuls           the recipe finds nothing to quantize
     │   └── GraphTooLarge       beyond a limit of the file format
     ├── FidelityError           a variant is further from Hugging Face than its gate allows
     ├── NoSpace                 a disk is too full
@@ -63,8 +63,8 @@ class UnsupportedTokenizer(UnsupportedModel):
     """The tokenizer is of a kind that is not handled."""
 
 
-class NoProducts(UnsupportedModel):
-    """A recipe fits no product of a model."""
+class NoMatmuls(UnsupportedModel):
+    """A recipe fits no matmul of a model."""
 
 
 class GraphTooLarge(UnsupportedModel):

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trident_export import recipes
 from trident_export.errors import ModelsFileError
@@ -20,6 +20,7 @@ from trident_serving.templates import compile_template
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
 TEMPLATE_VARIANT = "template"
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
+T = TypeVar("T")
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.")
 
 
@@ -213,7 +214,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
     default = table.get("default_variant", variants[0])
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
-    limits = _limits(f"{where} limits", LIMITS[task], table["limits"])
+    limits = _read(f"{where} limits", LIMITS[task], table["limits"])
     kind = _kind(LIMITS[task])
     try:
         for variant in every:
@@ -296,10 +297,8 @@ def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | None:
 
 
 def _source(where: str, table: object) -> Source:
-    if not isinstance(table, dict):
-        raise ModelsFileError(f"{where} must be a table, found {table!r}")
-    _check_keys(where, table, [f.name for f in fields(Source)])
-    source = Source(**{key: _typed(f"{where}.{key}", value, str) for key, value in table.items()})
+    source = _read(where, Source, table)
+    assert isinstance(table, dict)
     shapes = ({"hub"}, {"hub", "revision"}, {"path"}, {"package", "path"})
     if set(table) not in shapes:
         raise ModelsFileError(
@@ -310,7 +309,7 @@ def _source(where: str, table: object) -> Source:
     return source
 
 
-def _limits(where: str, kind: type[Limits], table: object) -> Limits:
+def _read(where: str, kind: type[T], table: object) -> T:
     try:
         return reading.read(kind, table, where)
     except ReadingError as error:

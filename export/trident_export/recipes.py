@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 
-from trident_export.errors import ModelsFileError, NoProducts, UsageError
-from trident_export.passes import PASSES, Cache, Feeder, Pass, Rotate
+from trident_export.errors import ModelsFileError, NoMatmuls, UsageError
+from trident_export.graphs.editing import save
+from trident_export.passes import PASSES, RENAMED_KEYS, RENAMED_PASSES, Cache, CalibrationRuns, Pass, Rotate
+from trident_export.passes.base import matmuls
+from trident_serving.errors import ReadingError
+from trident_serving.schema import reading
 
 FILE = "recipes.toml"
 
@@ -87,7 +92,7 @@ def parse(text: str, where: str) -> dict[str, Recipe]:
 
 def _recipe(where: str, name: str, table: object) -> Recipe:
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise ModelsFileError(f"{where}: a variant's name has lower-case letters, digits and '_' alone")
+        raise ModelsFileError(f"{where}: a variant's name has only lower-case letters, digits and '_'")
     known = ("precision", "size", *Kind)
     if not isinstance(table, dict) or not set(table) <= set(known) or not set(Kind) & set(table):
         raise ModelsFileError(f"{where} must be a table of {', '.join(known)}, with {' or '.join(Kind)} among them")
@@ -95,7 +100,7 @@ def _recipe(where: str, name: str, table: object) -> Recipe:
     if not isinstance(size, float) or not 0 < size <= 1 or not isinstance(precision, str):
         raise ModelsFileError(f"{where}: size must be a number up to 1.0 and precision a variant's name")
     passes = {
-        kind: tuple(_pass(f"{where} {kind}[{place}]", step) for place, step in enumerate(table[kind]))
+        kind: tuple(_pass(f"{where} {kind}[{index}]", step) for index, step in enumerate(table[kind]))
         for kind in Kind
         if kind in table
     }
@@ -104,76 +109,61 @@ def _recipe(where: str, name: str, table: object) -> Recipe:
     if any(isinstance(step, Cache) for steps in passes.values() for step in steps[:-1]):
         raise ModelsFileError(f"{where}: cache must be the last pass, since the others run the float32 cache")
     if any(isinstance(step, Rotate) for steps in passes.values() for step in steps[1:]):
-        raise ModelsFileError(f"{where}: rotate must be the first pass, since it changes all products")
+        raise ModelsFileError(f"{where}: rotate must be the first pass, since it changes all matmuls")
     return Recipe(precision, size, passes)
 
 
 def _pass(where: str, table: object) -> Pass:
-    if not isinstance(table, dict) or table.get("pass") not in PASSES:
+    name = table.get("pass") if isinstance(table, dict) else None
+    if not isinstance(table, dict) or name not in {**PASSES, **RENAMED_PASSES}:
         raise ModelsFileError(f"{where}: pass must be one of {', '.join(PASSES)}, found {table!r}")
-    values = {key: value for key, value in table.items() if key != "pass"}
-    kind = PASSES[table["pass"]]
-    known = {field.name: field for field in fields(kind)}
-    unknown = sorted(set(values) - set(known))
-    missing = [name for name, field in known.items() if field.default is MISSING and name not in values]
-    if unknown or missing:
-        problem = f"unknown key {', '.join(unknown)}" if unknown else f"{', '.join(missing)} is missing"
-        raise ModelsFileError(f"{where}: {problem}; known are {', '.join(known)}")
-    for key, value in values.items():
-        wanted = {"str": str, "int": int, "float": float, "bool": bool}[str(known[key].type)]
-        if type(value) is not wanted:
-            raise ModelsFileError(f"{where}: {key} must be {wanted.__name__}, found {value!r}")
+    kind = PASSES[_current(where, name, RENAMED_PASSES)]
+    known = [field.name for field in fields(kind)]
+    renamed = {old: new for old, new in RENAMED_KEYS.items() if new in known and new not in table}
+    values = {_current(where, key, renamed): value for key, value in table.items() if key != "pass"}
     try:
-        return kind(**values)
+        return reading.read(kind, values, where, positive=False)
+    except ReadingError as error:
+        raise ModelsFileError(str(error)) from None
     except (UsageError, re.error) as error:
         raise ModelsFileError(f"{where}: {error}") from None
 
 
-def products(model: onnx.ModelProto) -> list[str]:
-    """Names of the products of an activation and a constant matrix, which passes choose from.
-
-    Layers that are Gemm (gpt2) become products in the model.
-    """
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    ONNXModel(model).replace_gemm_with_matmul()
-    weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+def _current(where: str, name: str, renamed: Mapping[str, str]) -> str:
+    """A name as it is today; one of the last release comes with a warning."""
+    if name in renamed:
+        new = renamed[name]
+        print(f"trident-export: {where}: {name} is called {new} now, the old name goes away", file=sys.stderr)
+    return renamed.get(name, name)
 
 
-def transform(model: onnx.ModelProto, passes: Sequence[Pass], feeder: Feeder | None = None) -> onnx.ModelProto:
+def transform(model: ir.Model, passes: Sequence[Pass], runs: CalibrationRuns | None = None) -> ir.Model:
     """The model after some passes; the one that is given may be changed.
 
     Args:
-        feeder: gives inputs of the graph, for passes that look at activations.
+        runs: inputs of the graph, for passes that look at activations.
 
     Raises:
-        NoProducts: the passes are for products, some are not kept, and none took one: the architecture has no such.
+        NoMatmuls: the passes are for matmuls, some are not kept, and none took one: the architecture has no such.
     """
     if not passes:
         return model
-    names = products(model)
+    names = matmuls(model)
     left, taken = list(names), 0
     for step in passes:
         chosen = [name for name in left if re.search(step.nodes, name)]
-        model, done = step.apply(model, chosen, feeder)
+        model, done = step.apply(model, chosen, runs)
         left = [name for name in left if name not in done]
-        taken += len(done) if step.for_products else 0
-    if not taken and (left or not names) and any(step.for_products for step in passes):
+        taken += len(done) if step.for_matmuls else 0
+    if not taken and (left or not names) and any(step.for_matmuls for step in passes):
         some = ", ".join(names[:4]) or "none"
-        raise NoProducts(f"the recipe fits no product of this architecture; its products are {some} ...")
+        raise NoMatmuls(f"the recipe fits no matmul of this architecture; its matmuls are {some} ...")
     return model
 
 
-def apply(
-    recipe: Recipe,
-    kind: Kind,
-    graph: Path,
-    target: Path,
-    feeder: Feeder | None = None,
-) -> None:
-    """Write `target` (weights beside it as `<target>.data`) from the float32 graph at `graph`; see `transform`."""
-    save(transform(onnx.load(str(graph)), recipe.passes[kind], feeder), target)
+def apply(recipe: Recipe, kind: Kind, graph: Path, target: Path, runs: CalibrationRuns | None = None) -> None:
+    """Write `target` (weights in `<target>.data`) from the float32 graph at `graph`; see `transform`."""
+    save(transform(ir.load(graph), recipe.passes[kind], runs), target)
 
 
 def as_toml(steps: Sequence[Pass]) -> str:
@@ -186,12 +176,3 @@ def as_toml(steps: Sequence[Pass]) -> str:
         keys = {"pass": names[type(step)], **changed}
         shown.append("{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()) + " }")
     return "[\n" + "".join(f"    {text},\n" for text in shown) + "]"
-
-
-def save(model: onnx.ModelProto, target: Path) -> None:
-    """Write a graph, with its weights beside it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    data = target.with_name(target.name + ".data")
-    onnx.save(model, str(target), save_as_external_data=True, location=data.name, size_threshold=1024)
-    if data.exists():
-        data.chmod(0o644)  # onnx makes it private to this user, and the server may be another

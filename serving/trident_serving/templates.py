@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
 from trident_serving.schema.fields import LANGUAGES, TEMPLATE, by_name, single_text
 from trident_serving.schema.limits import TemplateLimits
-from trident_serving.schema.reading import read_texts
+from trident_serving.schema.reading import read_parameters
 from trident_serving.text import decode_texts, encode_texts
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -119,7 +119,7 @@ class TemplateTask:
         if missing:
             raise ValueError(f"parameters {', '.join(missing)} are missing")
         self.task = parameters["task"]
-        self.limits = read_texts(TemplateLimits, parameters)
+        self.limits = read_parameters(TemplateLimits, parameters)
         self._template = compile_template(self.task, self.limits.template)
         self._languages = {field: parameters.get(field.name, "") for field in LANGUAGES}
 

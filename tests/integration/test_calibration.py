@@ -115,11 +115,12 @@ def test_bad_calibration_leaves_what_is_installed(folder: Path, text: str | None
 
 
 def test_a_recipe_that_fits_nothing_is_refused(folder: Path) -> None:
-    (folder / "recipes.toml").write_text('[odd]\nprecision = "int8"\nencoder = [{ pass = "rows", nodes = "conv" }]\n')
+    recipe = '[{ pass = "per_token", nodes = "conv" }]'
+    (folder / "recipes.toml").write_text(f'[odd]\nprecision = "int8"\nencoder = {recipe}\n')
     write(folder, variants='"fp32", "odd"')
     status, log = export(folder)
     assert status == 1
-    assert "the recipe fits no product of this architecture; its products are" in log
+    assert "the recipe fits no matmul of this architecture; its matmuls are" in log
     assert np.all([name not in log for name in ("Traceback", "KeyError")])
 
 
@@ -130,7 +131,7 @@ def test_generators_with_a_chat_template_are_calibrated_with_chats_too(default_r
         graphs=default_repository / "smollm2_fp32/1",
         spec=SimpleNamespace(calibration=""),
     )
-    feeds = list(text_generation.calibration_feeder(job)(6, 0))  # type: ignore[arg-type]
+    feeds = list(text_generation.calibration_runs(job)(6, 0))  # type: ignore[arg-type]
     tokenizer = TextTokenizer.load(job.assets)
     texts = "".join(tokenizer.decode(feed["input_ids"][0].tolist()) for feed in feeds)
     drawn = corpora.calibration("", 6, 0)

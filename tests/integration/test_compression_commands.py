@@ -79,7 +79,7 @@ def test_a_pruned_generator_is_exported_and_served(folder: Path, method: str, sp
 
 def test_zeros_make_a_graph_that_compresses_and_is_as_large(folder: Path) -> None:
     done = run_export_cold(
-        "prune", "vectors", "--method", "wanda", "--sparsity", "0.2", "0.6",
+        "prune", "vectors", "--method", "wanda", "--experimental", "--sparsity", "0.2", "0.6",
         "--output", str(folder / "pruned"), *options(folder),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -98,9 +98,10 @@ def test_impossible_prunings_leave_nothing(folder: Path) -> None:
     (folder / "empty.txt").write_text("\n")
     for arguments, message in (
         (("--method", "layers", "--sparsity", "0.1"), "takes 0 of 2 layers"),
-        (("--method", "2:4", "--sparsity", "0.3"), "sparsity must be 0.5"),
-        (("--method", "wanda", "--sparsity", "0.5", "--text", str(folder / "empty.txt")), "empty.txt has no text"),
-        (("--method", "wanda", "--sparsity", "0.5", "--variant", "int7"), "there is no recipe 'int7'"),
+        (("--method", "2:4", "--sparsity", "0.5"), "choose heads, columns, layers, or add --experimental"),
+        (("--method", "2:4", "--experimental", "--sparsity", "0.3"), "sparsity must be 0.5"),
+        (("--method", "heads", "--sparsity", "0.5", "--text", str(folder / "empty.txt")), "empty.txt has no text"),
+        (("--method", "heads", "--sparsity", "0.5", "--variant", "int7"), "there is no recipe 'int7'"),
     ):
         done = run_export("prune", "llama", *arguments, "--output", str(folder / "pruned"), *options(folder))
         assert done.returncode == 1
@@ -166,7 +167,7 @@ def test_impossible_distillations(folder: Path) -> None:
     common = ("distill", "llama", "--output", str(folder / "student"), *options(folder))
     for arguments, message in (
         (("--student", "5", "--text", str(folder / "text.txt")), "1 to 1: found 5"),
-        (("--student", "1", "--text", str(folder / "short.txt")), "the text gives 0 blocks of 128 tokens"),
+        (("--student", "1", "--text", str(folder / "short.txt")), "the text gives 0 chunks of 128 tokens"),
         (("--student", "1", "--text", str(folder / "none.txt")), "none.txt"),
         (
             ("--student", "1", "--text", str(folder / "text.txt"), "--deepspeed", str(folder / "deepspeed.json")),

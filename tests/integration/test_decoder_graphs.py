@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from onnxruntime.transformers.onnx_model import OnnxModel
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -30,12 +30,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from trident_export import decoder_passes, recipes, rotary
-from trident_export.causal_graph import export_causal_graph
-from trident_export.passes import Cache, Feeder, Feeds, Rotate, calibration
-from trident_export.passes.blocks import Blocks
+from trident_export import recipes
+from trident_export.graphs import decoder_passes, editing, rotary
+from trident_export.graphs.causal import export_causal_graph
+from trident_export.passes import Cache, CalibrationRuns, Feeds, Rotate, calibration
+from trident_export.passes.base import matmuls
 from trident_export.passes.calibration import moments
-from trident_export.passes.gptq import GptqBlocks, GptqRows
+from trident_export.passes.gptq import GptqGroups, GptqPerChannel
+from trident_export.passes.groups import Groups
 from trident_export.tasks.text_generation import inputs_of
 from trident_serving.errors import DeviceMissing, DoesNotFit
 from trident_serving.generation.batch import SlotTokens
@@ -155,15 +157,15 @@ def test_rows_of_a_graph_for_gpus_run_together_and_leave_idle_ones_alone(
     models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     """With a cache of 8 bits one place is enough on a CPU too, so that rows of one token share runs, as on a GPU."""
-    graph = onnx.load(str(graphs[name]))
+    graph = onnx.load(str(graphs[name])).graph
 
-    def feeder(samples: int, seed: int) -> Feeds:
+    def runs(samples: int, seed: int) -> Feeds:
         random = np.random.default_rng(seed)
-        return iter([inputs_of(graph.graph, random.integers(1, VOCABULARY, 40).tolist()) for _ in range(samples)])
+        return iter([inputs_of(graph, random.integers(1, VOCABULARY, 40).tolist()) for _ in range(samples)])
 
-    rounded = recipes.transform(graph, [Cache(samples=32)], feeder)
-    decoder_passes.drop_query_seqlens(OnnxModel(rounded))
-    recipes.save(rounded, tmp_path / "model.onnx")
+    rounded = recipes.transform(ir.load(graphs[name]), [Cache(samples=32)], runs)
+    decoder_passes.drop_query_seqlens(rounded)
+    editing.save(rounded, tmp_path / "model.onnx")
     assert compare_logits(models[name], tmp_path / "model.onnx", tolerance=0.2) > 1e-3
     decoder = OnnxDecoder(tmp_path / "model.onnx", slots=3, context=48, longest_run=16, threads=1)
     texts = np.random.default_rng(2).integers(1, VOCABULARY, (3, 20)).tolist()
@@ -219,12 +221,12 @@ def test_a_cache_of_eight_bits(models: dict[str, Any], graphs: dict[str, Path], 
     graph = onnx.load(str(graphs[name]), load_external_data=False).graph
     asked = []
 
-    def feeder(samples: int, seed: int) -> Feeds:
+    def runs(samples: int, seed: int) -> Feeds:
         random = np.random.default_rng(seed)
         asked.append(samples)
         return iter([inputs_of(graph, random.integers(1, VOCABULARY, 40).tolist()) for _ in range(samples)])
 
-    recipes.save(recipes.transform(onnx.load(str(graphs[name])), [Cache(samples=32)], feeder), tmp_path / "model.onnx")
+    editing.save(recipes.transform(ir.load(graphs[name]), [Cache(samples=32)], runs), tmp_path / "model.onnx")
     assert asked == [32]
     before, after = (
         OnnxDecoder(path, slots=2, context=48, longest_run=16, threads=1)
@@ -238,31 +240,32 @@ def test_a_cache_of_eight_bits(models: dict[str, Any], graphs: dict[str, Path], 
 def test_a_cache_that_clips_is_far_off(models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path) -> None:
     graph = onnx.load(str(graphs["llama"]), load_external_data=False).graph
 
-    def feeder(samples: int, seed: int) -> Feeds:
+    def runs(samples: int, seed: int) -> Feeds:
         return iter([inputs_of(graph, list(range(1, 41)))] * samples)
 
-    clipped = recipes.transform(onnx.load(str(graphs["llama"])), [Cache(margin=0.1, samples=1)], feeder)
-    recipes.save(clipped, tmp_path / "model.onnx")
+    clipped = recipes.transform(ir.load(graphs["llama"]), [Cache(margin=0.1, samples=1)], runs)
+    editing.save(clipped, tmp_path / "model.onnx")
     with pytest.raises(AssertionError, match="< 0.2"):
         compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=0.2)
 
 
-def random_feeder(graph: onnx.GraphProto) -> Feeder:
-    def feeder(samples: int, seed: int) -> Feeds:
+def random_runs(path: Path) -> CalibrationRuns:
+    graph = onnx.load(str(path), load_external_data=False).graph
+
+    def runs(samples: int, seed: int) -> Feeds:
         random = np.random.default_rng(seed)
         texts = random.integers(1, VOCABULARY, (samples, 40)).tolist()
         return iter([inputs_of(graph, *texts[start : start + 4]) for start in range(0, samples, 4)])
 
-    return feeder
+    return runs
 
 
-def with_wide_channel(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with one channel that is five hundred times as large as the others in all that blocks add up."""
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    table = next(node.input[0] for node in model.graph.node if node.op_type == "Gather")
-    value = onnx.numpy_helper.to_array(weights[table]).copy()
+def with_wide_channel(model: ir.Model) -> ir.Model:
+    """The graph with one channel that is five hundred times as large as the others in the residual stream."""
+    table = next(node.inputs[0] for node in model.graph if node.op_type == "Gather")
+    value = editing.array(table).copy()
     value[:, 5] *= 500
-    weights[table].CopyFrom(onnx.numpy_helper.from_array(value, table))
+    editing.store(table, value)
     return model
 
 
@@ -270,44 +273,48 @@ def with_wide_channel(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_a_rotated_graph_computes_the_same(
     models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    before = onnx.load(str(graphs[name]))
-    weights = {tensor.name: tensor.raw_data for tensor in before.graph.initializer}
+    before = ir.load(graphs[name])
+    weights = {weight: value.const_value.tobytes() for weight, value in before.graph.initializers.items()}
     rotated = recipes.transform(before, [Rotate()])
-    same = [tensor for tensor in rotated.graph.initializer if weights.get(tensor.name) == tensor.raw_data]
-    assert not any(len(tensor.dims) == 2 and VOCABULARY in tensor.dims for tensor in same)  # table and head
-    recipes.save(rotated, tmp_path / "model.onnx")
+    after = rotated.graph.initializers.values()
+    same = [value for value in after if weights.get(value.name) == value.const_value.tobytes()]
+    assert not any(len(value.shape) == 2 and VOCABULARY in value.shape for value in same)  # table and head
+    editing.save(rotated, tmp_path / "model.onnx")
     compare_logits(models[name], tmp_path / "model.onnx", tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
 def test_a_graph_that_does_not_turn_is_left(graphs: dict[str, Path], name: str) -> None:
-    before = onnx.load(str(graphs[name]))
-    recipes.products(before)
-    expected = before.SerializeToString()
-    assert recipes.transform(before, [Rotate()]).SerializeToString() == expected
+    before = ir.load(graphs[name])
+    matmuls(before)
+    expected = editing.message(before)
+    assert editing.message(recipes.transform(before, [Rotate()])) == expected
 
 
 def test_a_rotation_spreads_a_wide_channel(graphs: dict[str, Path]) -> None:
-    def crest(model: onnx.ModelProto) -> float:
-        norms = [node.output[0] for node in model.graph.node if "LayerNormalization" in node.op_type]
-        channels = dict.fromkeys(norms, 64)
-        feeder = random_feeder(model.graph)
-        return max(seen.peak / seen.root_mean_square for _, seen in moments(model, channels, lambda: feeder(8, 0)))
+    def peak_to_rms(model: ir.Model) -> float:
+        runs = random_runs(graphs["llama"])
+        return max(seen.peak / seen.root_mean_square for _, seen in moments(model, norms(model), lambda: runs(8, 0)))
 
-    wide = with_wide_channel(onnx.load(str(graphs["llama"])))
-    assert crest(wide) > 7.5
-    assert crest(recipes.transform(wide, [Rotate()])) < 5
+    wide = with_wide_channel(ir.load(graphs["llama"]))
+    assert peak_to_rms(wide) > 7.5
+    assert peak_to_rms(recipes.transform(wide, [Rotate()])) < 5
+
+
+def norms(model: ir.Model) -> dict[str, int]:
+    """Outputs of all norms, with the number of channels."""
+    return {node.outputs[0].name: 64 for node in model.graph if "LayerNormalization" in node.op_type}
 
 
 def test_moments_do_not_depend_on_how_many_fit_into_memory(
     graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = onnx.load(str(graphs["llama"]))
-    channels = {node.output[0]: 64 for node in model.graph.node if "LayerNormalization" in node.op_type}
-    feeder = random_feeder(model.graph)
-    together = dict(moments(model, channels, lambda: feeder(8, 0)))
+    model = ir.load(graphs["llama"])
+    channels = norms(model)
+    runs = random_runs(graphs["llama"])
+    together = dict(moments(model, channels, lambda: runs(8, 0)))
     monkeypatch.setattr(calibration, "_GRAM_BYTES", 2 * 4 * 64**2)  # two of five at once
-    apart = dict(moments(model, channels, lambda: feeder(8, 0)))
+    apart = dict(moments(model, channels, lambda: runs(8, 0)))
     assert list(apart) == list(together) == list(channels)
     for name, seen in together.items():
         np.testing.assert_array_equal(apart[name].gram, seen.gram)
@@ -320,42 +327,42 @@ def test_rows_with_one_scale_are_for_narrow_activations(
 ) -> None:
     """Those behind a norm of a wide channel are left to the next pass; of a rotated graph they are taken, and close."""
 
-    def kinds(model: onnx.ModelProto) -> Counter[str]:
-        return Counter(node.op_type for node in model.graph.node)
+    def kinds(model: ir.Model) -> Counter[str]:
+        return Counter(node.op_type for node in model.graph)
 
-    products = GptqRows(nodes="gate_up_proj|lm_head", samples=32)
-    graph = onnx.load(str(graphs["llama"]))
-    feeder = random_feeder(graph.graph)
-    left = kinds(recipes.transform(with_wide_channel(graph), [products, Blocks(block=16)], feeder))
+    matmuls = GptqPerChannel(nodes="gate_up_proj|lm_head", samples=32)
+    graph = ir.load(graphs["llama"])
+    runs = random_runs(graphs["llama"])
+    left = kinds(recipes.transform(with_wide_channel(graph), [matmuls, Groups(group=16)], runs))
     assert left["MatMulIntegerToFloat"] == 0
     assert left["MatMulNBits"] == 9
-    taken = recipes.transform(onnx.load(str(graphs["llama"])), [Rotate(), products, Blocks(block=16)], feeder)
+    taken = recipes.transform(ir.load(graphs["llama"]), [Rotate(), matmuls, Groups(group=16)], runs)
     assert kinds(taken)["MatMulIntegerToFloat"] == kinds(taken)["QuantizeLinear"] == 3
     assert kinds(taken)["MatMulNBits"] == 6
-    recipes.save(taken, tmp_path / "model.onnx")
+    editing.save(taken, tmp_path / "model.onnx")
     assert compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=0.5) > 1e-3
 
 
 def test_rows_with_one_scale_that_clip_are_far_off(
     models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path
 ) -> None:
-    graph = onnx.load(str(graphs["llama"]))
-    passes = [Rotate(), GptqRows(nodes="gate_up_proj|lm_head", samples=32, margin=0.1)]
-    recipes.save(recipes.transform(graph, passes, random_feeder(graph.graph)), tmp_path / "model.onnx")
+    graph = ir.load(graphs["llama"])
+    passes = [Rotate(), GptqPerChannel(nodes="gate_up_proj|lm_head", samples=32, margin=0.1)]
+    editing.save(recipes.transform(graph, passes, random_runs(graphs["llama"])), tmp_path / "model.onnx")
     with pytest.raises(AssertionError, match="< 0.5"):
         compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=0.5)
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.3), (4, 4.0)])
-def test_blocks_that_are_rounded_by_what_goes_together(
+def test_groups_rounded_by_gptq(
     models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, bits: int, tolerance: float
 ) -> None:
-    """`down_proj` has 48 channels, which are no whole number of blocks of 32."""
-    graph = onnx.load(str(graphs["llama"]))
-    feeder = random_feeder(graph.graph)
-    recipes.save(recipes.transform(graph, [GptqBlocks(bits=bits, samples=32)], feeder), tmp_path / "model.onnx")
+    """`down_proj` has 48 channels, which are no whole number of groups of 32."""
+    graph = ir.load(graphs["llama"])
+    runs = random_runs(graphs["llama"])
+    editing.save(recipes.transform(graph, [GptqGroups(bits=bits, samples=32)], runs), tmp_path / "model.onnx")
     difference = compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=tolerance)
-    recipes.save(recipes.transform(onnx.load(str(graphs["llama"])), [Blocks(bits=bits)]), tmp_path / "plain.onnx")
+    editing.save(recipes.transform(ir.load(graphs["llama"]), [Groups(bits=bits)]), tmp_path / "plain.onnx")
     plain = compare_logits(models["llama"], tmp_path / "plain.onnx", tolerance=2 * tolerance)
     assert 1e-3 < difference < 1.5 * plain
 
@@ -396,13 +403,13 @@ def test_a_rotation_of_another_kind_is_left_in_the_graph(
 
     model = models["llama"]
     original = module.apply_rotary_pos_emb
-    with rotary.left_to_the_operator(model, 16, 64) as tables:
+    with rotary.fuse_rotary(model, 16, 64) as tables:
         assert tables is not None
         assert tables[0].shape == (64, 8)
         assert module.apply_rotary_pos_emb is not original
     assert module.apply_rotary_pos_emb is original
     monkeypatch.setattr(module, "apply_rotary_pos_emb", interleaved)
-    with rotary.left_to_the_operator(model, 16, 64) as tables:
+    with rotary.fuse_rotary(model, 16, 64) as tables:
         assert tables is None
         assert module.apply_rotary_pos_emb is interleaved
 

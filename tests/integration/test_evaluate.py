@@ -13,7 +13,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
-from trident_export import fidelity, quality
+from trident_export.measure import fidelity, quality
 
 
 def test_the_default_models(default_repository: Path, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def tiny_models_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.make_causal(folder / "llama", "llama")
     tiny_models.make_seq2seq(folder / "t5", "t5")
     tiny_models.make_reader(folder / "qa", "bert", AutoModelForQuestionAnswering)
-    recipe = '[{ pass = "blocks", bits = 4, block = 32 }]'
+    recipe = '[{ pass = "groups", bits = 4, group = 32 }]'
     (folder / "recipes.toml").write_text(f'[coarse]\nprecision = "int4"\ndecoder = {recipe}\nencoder = {recipe}\n')
     limits = {
         "llama": ("text-generation", "context = 128, slots = 4, threads = 1"),

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
-from trident_export import decoder_passes, fidelity, fingerprint, install, models_file, recipes, tasks
+from trident_export import fingerprint, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError
+from trident_export.graphs import decoder_passes
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
 from trident_export.tasks import text_generation
 from trident_serving import artefacts
 from trident_serving.generation import decoder
@@ -247,7 +249,7 @@ def _made(path: Path) -> Path:
 def test_a_damaged_encoder_and_wrong_pooling_are_refused(
     minilm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trident_export import encoder_graph
+    from trident_export.graphs import encoder as encoder_graph
     from trident_serving.encoders.pooling import Pooling
 
     table = {
@@ -321,6 +323,6 @@ def test_int4_recipe_runs_and_the_gate_knows_it(tiny: dict[str, Path], tmp_path:
         recipes.apply(recipes.load()[variant], recipes.Kind.DECODER, graph, target, lambda *_: iter([inputs]))
         nodes = onnx.load(str(tmp_path / variant / "model.onnx"), load_external_data=False).graph.node
         bits = [a.i for node in nodes if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"]
-        # Four products in each of two layers, and the head, which stays at eight.
+        # Four matmuls in each of two layers, and the head, which stays at eight.
         assert sorted(bits) == ([4] * 8 + [8] if variant == "int4" else [8] * 9)
         assert not [node for node in nodes if node.op_type == "Gemm"]

@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export
-from trident_export import cli, decoder_passes, install, models_file, quiet, tasks
+from trident_export import cli, install, models_file, quiet, tasks
 from trident_export.errors import ExportsFailed, NoMemory, NoSpace
+from trident_export.graphs import decoder_passes
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_serving import artefacts
 

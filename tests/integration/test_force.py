@@ -19,7 +19,7 @@ from trident_serving.launcher.cli import welcome
 from trident_serving.launcher.server import ServerOptions
 
 # A mixed recipe of the models file's own, and gates that no rounding passes.
-RECIPES = '[mixed]\nprecision = "int8"\ndecoder = [{ pass = "keep", nodes = "attn" }, { pass = "blocks", bits = 8 }]\n'
+RECIPES = '[mixed]\nprecision = "int8"\ndecoder = [{ pass = "keep", nodes = "attn" }, { pass = "groups", bits = 8 }]\n'
 
 
 @pytest.fixture

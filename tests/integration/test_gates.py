@@ -18,9 +18,10 @@ from onnx import numpy_helper
 
 from benchmarks import generation
 from tests.conftest import ROOT
-from trident_export import configs, corpora, fidelity, models_file, tasks
+from trident_export import configs, corpora, models_file, tasks
 from trident_export.errors import FidelityError
 from trident_export.huggingface import sources
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import text_generation
 from trident_serving.artefacts import VERSION

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import models_file, recipes
-from trident_export.sensitivity import Grouping, group, probing
+from trident_export.measure.sensitivity import Grouping, group, probing
 from trident_serving.artefacts import read_manifest
 
-COARSE = '[coarse]\nprecision = "int8"\ndecoder = [{ pass = "blocks", bits = 4, block = 32 }]\n'
+COARSE = '[coarse]\nprecision = "int8"\ndecoder = [{ pass = "groups", bits = 4, group = 32 }]\n'
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_the_recipe_that_it_prints_is_closer(folder: Path) -> None:
     assert losses[0]["group"] == "model/model/layers.1"
     assert losses[0]["measure"] == "kl"
     assert losses[0]["loss"] > 2 * by_group["model/model/layers.0"]["loss"] > 0
-    assert len(losses[0]["products"]) == 4
+    assert len(losses[0]["matmuls"]) == 4
     assert "| model/model/layers.1 | 4 |" in done.stdout
 
     recipe = done.stdout[done.stdout.index("[coarse_kept]") :]
@@ -63,7 +63,7 @@ def test_the_recipe_that_it_prints_is_closer(folder: Path) -> None:
 
 
 def test_both_graphs_of_a_translation_model(tmp_path: Path) -> None:
-    """One product at a time: the other graph is kept as a whole, which is no misfit of the recipe."""
+    """One matmul at a time: the other graph is kept as a whole, which is no misfit of the recipe."""
     tiny_models.make_seq2seq(tmp_path / "t5", "t5")
     (tmp_path / "recipes.toml").write_text(COARSE)
     (tmp_path / "models.toml").write_text(
@@ -90,7 +90,7 @@ def test_what_can_not_be_analyzed(folder: Path) -> None:
         assert message in done.stderr
 
 
-def test_a_group_has_the_loss_of_its_products_alone() -> None:
+def test_a_group_has_the_loss_of_its_matmuls_alone() -> None:
     """And not that of the embedding table or the cache, which are rounded whatever the group."""
     spec = models_file.load(ROOT / "models.toml")[0]
     probe = probing(spec, recipes.load()["int8_cache"], recipes.Kind.DECODER, ["a"])
@@ -99,9 +99,9 @@ def test_a_group_has_the_loss_of_its_products_alone() -> None:
         "Rotate",
         "Keep",
         "Smooth",
-        "GptqRows",
-        "GptqBlocks",
-        "Blocks",
+        "GptqPerChannel",
+        "GptqGroups",
+        "Groups",
     ]
 
 
@@ -113,4 +113,4 @@ def test_groups() -> None:
         "lm_head/MatMul": names[3:],
     }
     assert group(names, Grouping.KIND) == {"attn/q": [names[0], names[2]], "mlp/up": names[1:2], "lm_head": names[3:]}
-    assert [re.sub(r"^.*/(layers|lm)", r"\1", key) for key in group(names, Grouping.PRODUCT)][3] == "lm_head/MatMul"
+    assert [re.sub(r"^.*/(layers|lm)", r"\1", key) for key in group(names, Grouping.MATMUL)][3] == "lm_head/MatMul"

@@ -410,7 +410,7 @@ def test_damaged_graphs_are_refused(folder: Path, tmp_path: Path, monkeypatch: p
     """Positions off by one, and texts that see each other's padding."""
     spec = models_file.parse("bart", _table(folder, "bart"))
     with monkeypatch.context() as patch:
-        from trident_export import seq2seq_graph
+        from trident_export.graphs import seq2seq as seq2seq_graph
 
         table = seq2seq_graph._position_table
         patch.setattr(seq2seq_graph, "_position_table", lambda model, capacity: table(model, capacity).roll(1, 0))

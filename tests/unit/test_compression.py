@@ -59,10 +59,10 @@ def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return type(model).from_pretrained(folder).eval()
 
 
-def silence(model: PreTrainedModel, product: str, kept: Callable[[int], list[int]]) -> None:
-    """Nothing but some inputs of a product of each layer says anything."""
+def silence(model: PreTrainedModel, matmul: str, kept: Callable[[int], list[int]]) -> None:
+    """Nothing but some inputs of a matmul of each layer says anything."""
     for number, layer in enumerate(layouts.layers_of(model)):
-        weight = layouts.matrix(layer.get_submodule(product))
+        weight = layouts.matrix(layer.get_submodule(matmul))
         quiet = sorted(set(range(weight.shape[1])) - set(kept(number)))
         weight[:, quiet] = 0
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trident_export import encoder_graph, recipes, unpadding
-from trident_export.passes.rows import quantize_rows
+from trident_export.graphs import encoder as encoder_graph
+from trident_export.graphs import unpadding
+from trident_export.passes.base import matmuls
+from trident_export.passes.per_token import quantize_per_token
 from trident_serving.encoders.pooling import Pooling, pool
 
 GENERATOR = np.random.default_rng(3)
@@ -25,8 +27,8 @@ WEIGHTS = {
 }
 
 
-def graph() -> onnx.ModelProto:
-    """Embedding, two products with an activation and a residual, then something that mixes tokens."""
+def graph() -> ir.Model:
+    """Embedding, two matmuls with an activation and a residual, then something that mixes tokens."""
     nodes = [
         helper.make_node("Gather", ["words", "input_ids"], ["embedded"], name="embed"),
         helper.make_node("MatMul", ["embedded", "first"], ["a"], name="first"),
@@ -39,13 +41,13 @@ def graph() -> onnx.ModelProto:
     output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["b", "s", WIDTH])
     initializers = [numpy_helper.from_array(value, name) for name, value in WEIGHTS.items()]
     made = helper.make_graph(nodes, "small", inputs, [output], initializers)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return ir.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
 
 
-def run(model: onnx.ModelProto, feeds: dict[str, NDArray[Any]], output: str = "last_hidden_state") -> NDArray[Any]:
+def run(model: ir.Model, feeds: dict[str, NDArray[Any]], output: str = "last_hidden_state") -> NDArray[Any]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     result: NDArray[Any] = session.run([output], {node.name: feeds[node.name] for node in session.get_inputs()})[0]
     return result
 
@@ -56,7 +58,7 @@ def batch() -> dict[str, NDArray[Any]]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def test_products_see_real_tokens_alone() -> None:
+def test_matmuls_see_real_tokens_alone() -> None:
     feeds = batch()
     model = graph()
     expected = run(model, feeds)
@@ -67,28 +69,27 @@ def test_products_see_real_tokens_alone() -> None:
     # Behind a text its last token is repeated: nothing of another text shows.
     np.testing.assert_array_equal(found[0, 4:], np.repeat(found[0, 3:4], 2, axis=0))
     np.testing.assert_array_equal(found[2, 1:], np.repeat(found[2, :1], 5, axis=0))
-    product = next(node for node in model.graph.node if node.name == "first")
-    assert run_shape(model, product.input[0], feeds) == (11, WIDTH)
+    assert run_shape(model, model.graph.node("first").inputs[0].name, feeds) == (11, WIDTH)
 
 
-def run_shape(model: onnx.ModelProto, name: str, feeds: dict[str, NDArray[Any]]) -> tuple[int, ...]:
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
+def run_shape(model: ir.Model, name: str, feeds: dict[str, NDArray[Any]]) -> tuple[int, ...]:
+    shown = ir.to_proto(model)
     shown.graph.output.append(helper.make_empty_tensor_value_info(name))
-    return run(shown, feeds, name).shape
+    return run(ir.from_proto(shown), feeds, name).shape
 
 
 def test_a_weight_that_depends_on_no_token_is_left_alone() -> None:
-    """Embeddings of positions that go through a product are no tokens, whatever their rank."""
-    model = graph()
+    """Embeddings of positions that go through a matmul are no tokens, whatever their rank."""
+    model = ir.to_proto(graph())
     extra = [
         helper.make_node("MatMul", ["positions", "first"], ["projected"], name="positions"),
         helper.make_node("ReduceSum", ["projected"], ["sum"], name="sum"),
     ]
     model.graph.node.extend(extra)
     model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 9, WIDTH), np.float32), "positions"))
-    assert unpadding.unpad(model) == 5
-    assert next(node for node in model.graph.node if node.name == "positions").input[0] == "positions"
+    changed = ir.from_proto(model)
+    assert unpadding.unpad(changed) == 5
+    assert changed.graph.node("positions").inputs[0].name == "positions"
 
 
 def quantized(activation: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -104,7 +105,7 @@ def test_row_quantization_is_what_numpy_says() -> None:
     feeds = batch()
     model = graph()
     unpadding.unpad(model)
-    assert len(quantize_rows(model, recipes.products(model))) == 2
+    assert len(quantize_per_token(model, matmuls(model))) == 2
     found = run(model, feeds)
     real = feeds["attention_mask"] > 0
     embedded = WEIGHTS["words"][feeds["input_ids"][real]]
@@ -119,8 +120,8 @@ def test_row_quantization_is_what_numpy_says() -> None:
 def test_weights_of_seven_bits_never_saturate_sixteen() -> None:
     model = graph()
     unpadding.unpad(model)
-    quantize_rows(model, {"first"})
-    weights = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("/weight")]
+    quantize_per_token(model, {"first"})
+    weights = [v.const_value.numpy() for n, v in model.graph.initializers.items() if n.endswith("/weight")]
     assert [weight.shape for weight in weights] == [(WIDTH, 24)]
     assert np.abs(weights[0].astype(int)).max() == 63
     assert 2 * 255 * 63 < 2**15

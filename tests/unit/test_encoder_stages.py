@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from trident_serving.encoders.pooling import Pooling, normalize, pool
 from trident_serving.encoders.tokens import EncodingSettings, TextEncoder
 from trident_serving.errors import InvalidRequest
+from trident_serving.schema.reading import read_parameters
 from trident_serving.text import decode_texts, encode_texts
 
 
@@ -57,14 +58,16 @@ def test_a_text_without_a_token() -> None:
 @pytest.mark.parametrize("buckets", ["8,4", "4,4,8", "4", "4,x"])
 def test_buckets_must_rise_to_the_longest(buckets: str) -> None:
     with pytest.raises(ValueError, match="buckets|invalid literal"):
-        EncodingSettings.from_parameters({"max_tokens": "8", "max_bytes": "9", "buckets": buckets, "truncate": "false"})
+        read_parameters(
+            EncodingSettings, {"max_tokens": "8", "max_bytes": "9", "buckets": buckets, "truncate": "false"}
+        )
 
 
 def test_settings_from_a_config() -> None:
     parameters = {"max_tokens": "8", "max_bytes": "9", "buckets": "4,8", "truncate": "true"}
-    assert EncodingSettings.from_parameters(parameters) == EncodingSettings(8, 9, (4, 8), True)
+    assert read_parameters(EncodingSettings, parameters) == EncodingSettings(8, 9, (4, 8), True)
     with pytest.raises(ValueError, match="truncate"):
-        EncodingSettings.from_parameters(parameters | {"truncate": "yes"})
+        read_parameters(EncodingSettings, parameters | {"truncate": "yes"})
 
 
 HIDDEN = np.array([[[1, 2], [3, -4], [9, 9]], [[5, 6], [7, 8], [-1, 0]]], np.float32)

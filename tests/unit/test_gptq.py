@@ -18,7 +18,7 @@ def activations() -> np.ndarray:
 
 
 @pytest.mark.parametrize("damp", [0.001, 0.1])
-def test_products_are_closer_than_those_of_the_nearest_numbers(activations: np.ndarray, damp: float) -> None:
+def test_matmuls_are_closer_than_those_of_the_nearest_numbers(activations: np.ndarray, damp: float) -> None:
     weight = np.random.default_rng(1).standard_normal((48, 30)).astype(np.float32)
     steps = np.abs(weight).max(axis=0, keepdims=True) / 7
     seen, fresh = activations[:200], activations[200:]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
@@ -14,12 +16,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trident_export import corpora, models_file, recipes
 from trident_export.errors import ModelsFileError
-from trident_export.passes import Feeds, Pass
+from trident_export.measure.sensitivity import Grouping
+from trident_export.passes import CalibrationRuns, Feeds, Pass
 from trident_export.passes.base import Keep, ranks
-from trident_export.passes.blocks import BlockMinima, Blocks, pack
 from trident_export.passes.cache import Cache
 from trident_export.passes.embedding import Embedding
-from trident_export.passes.rows import Rows
+from trident_export.passes.gptq import GptqGroups, GptqPerChannel
+from trident_export.passes.groups import GroupMinima, Groups, pack
+from trident_export.passes.per_token import PerToken
 from trident_export.passes.smooth import Smooth, behind_norms
 from trident_export.passes.static import Static
 
@@ -34,8 +38,8 @@ def graph(shape: Sequence[str | int] = ("rows", INPUTS)) -> onnx.ModelProto:
     """tanh(x @ FIRST + BIAS) @ SECOND"""
     out = [*shape[:-1], OUTPUTS]
     nodes = [
-        helper.make_node("MatMul", ["x", "first_weight"], ["products"], name="first"),
-        helper.make_node("Add", ["products", "bias"], ["sums"], name="sum"),
+        helper.make_node("MatMul", ["x", "first_weight"], ["matmuls"], name="first"),
+        helper.make_node("Add", ["matmuls", "bias"], ["sums"], name="sum"),
         helper.make_node("Tanh", ["sums"], ["hidden"], name="tanh"),
         helper.make_node("MatMul", ["hidden", "second_weight"], ["y"], name="second"),
     ]
@@ -50,6 +54,10 @@ def graph(shape: Sequence[str | int] = ("rows", INPUTS)) -> onnx.ModelProto:
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
 
 
+def transform(model: onnx.ModelProto, steps: Sequence[Pass], runs: CalibrationRuns | None = None) -> onnx.ModelProto:
+    return ir.to_proto(recipes.transform(ir.from_proto(model), steps, runs))
+
+
 def run(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     result: NDArray[np.float32] = session.run(None, {"x": x})[0]
@@ -61,7 +69,7 @@ def exact(x: NDArray[np.float32], first: NDArray[np.float32] = FIRST) -> NDArray
     return result
 
 
-def feeder(samples: int, seed: int) -> Feeds:
+def runs(samples: int, seed: int) -> Feeds:
     """Runs of as many rows as no other."""
     random = np.random.default_rng(seed)
     return iter([{"x": random.normal(0, 1, (rows + 1, INPUTS)).astype(np.float32)} for rows in range(samples)])
@@ -73,29 +81,29 @@ def test_four_bits_between_least_and_largest() -> None:
     levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(INNER, 2, 32)
     back = ((levels.astype(np.float32) - 8) * steps[..., None] + middles.T[..., None]).reshape(INNER, INPUTS).T
     np.testing.assert_allclose(back, FIRST, atol=float(steps.max()) / 2 + 1e-6)
-    blocks = FIRST.T.reshape(INNER, 2, 32)
-    for extreme in (blocks.min(axis=-1), blocks.max(axis=-1)):
+    groups = FIRST.T.reshape(INNER, 2, 32)
+    for extreme in (groups.min(axis=-1), groups.max(axis=-1)):
         assert np.abs(back.T.reshape(INNER, 2, 32) - extreme[..., None]).min(axis=-1).max() < 1e-6
 
 
 @pytest.mark.parametrize("shape", [("rows", INPUTS), ("batch", "rows", INPUTS)])
-def test_block_minima_are_what_numpy_says(shape: Sequence[str | int]) -> None:
+def test_group_minima_are_what_numpy_says(shape: Sequence[str | int]) -> None:
     x = RANDOM.normal(0, 1, (5, INPUTS)).astype(np.float32).reshape((1,) * (len(shape) - 2) + (5, INPUTS))
-    model = recipes.transform(graph(shape), [BlockMinima(nodes="first")])
+    model = transform(graph(shape), [GroupMinima(nodes="first")])
     assert [node.name for node in model.graph.node if node.op_type == "MatMulNBits"] == ["first"]
     packed, steps, middles = pack(FIRST, 32)
     levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(INNER, 2, 32).astype(np.float32)
     weight = ((levels - 8) * steps[..., None]).reshape(INNER, INPUTS).T
-    # The fast product reads its input in eight bits, block by block; the small one as it is.
-    blocks = x.reshape(-1, 2, 32)
-    units = np.abs(blocks).max(axis=-1, keepdims=True) / 127
-    rounded = (np.rint(blocks / units) * units).reshape(-1, INPUTS)
-    expected = np.tanh(rounded @ weight + blocks.sum(axis=-1) @ middles + BIAS) @ SECOND
+    # The fast matmul reads its input in eight bits, group by group; the small one as it is.
+    groups = x.reshape(-1, 2, 32)
+    units = np.abs(groups).max(axis=-1, keepdims=True) / 127
+    rounded = (np.rint(groups / units) * units).reshape(-1, INPUTS)
+    expected = np.tanh(rounded @ weight + groups.sum(axis=-1) @ middles + BIAS) @ SECOND
     np.testing.assert_allclose(run(model, x).reshape(-1, OUTPUTS), expected, atol=1e-4)
 
 
 def test_ranks_behind_operators_that_onnx_does_not_know() -> None:
-    """RMS norms with the residual are ONNX Runtime's own, and every product of a decoder is behind one."""
+    """RMS norms with the residual are ONNX Runtime's own, and every matmul of a decoder is behind one."""
     model = graph(("batch", "rows", INPUTS))
     scale = numpy_helper.from_array(np.ones(INPUTS, np.float32), "scale")
     norm = helper.make_node(
@@ -105,20 +113,20 @@ def test_ranks_behind_operators_that_onnx_does_not_know() -> None:
     model.graph.initializer.append(scale)
     model.graph.node.insert(0, norm)
     model.graph.node[1].input[0] = "normed"
-    assert {ranks(model)[name] for name in ("normed", "products", "hidden", "y")} == {3}
-    _, taken = BlockMinima().apply(model, ["first", "second"], None)
+    assert {ranks(ir.from_proto(model))[name] for name in ("normed", "matmuls", "hidden", "y")} == {3}
+    _, taken = GroupMinima().apply(ir.from_proto(model), ["first", "second"], None)
     assert taken == {"first", "second"}
 
 
-def test_products_that_are_no_multiple_of_a_block_are_left_to_later_passes() -> None:
-    _, taken = BlockMinima(block=64).apply(graph(), ["first", "second"], None)
+def test_matmuls_that_are_no_multiple_of_a_group_are_left_to_later_passes() -> None:
+    _, taken = GroupMinima(group=64).apply(ir.from_proto(graph()), ["first", "second"], None)
     assert taken == {"first"}
-    done = recipes.transform(graph(), [BlockMinima(block=64), Blocks()])
+    done = transform(graph(), [GroupMinima(group=64), Groups()])
     assert sorted(node.name for node in done.graph.node if node.op_type == "MatMulNBits") == ["first", "second_Q8"]
 
 
 def normed_graph() -> onnx.ModelProto:
-    """A norm, and a product of its output that has a channel twenty times as large as the others."""
+    """A norm, and a matmul of its output that has a channel twenty times as large as the others."""
     scale = np.ones(INPUTS, np.float32)
     scale[5] = 20
     nodes = [
@@ -139,14 +147,14 @@ def normed_graph() -> onnx.ModelProto:
 def test_smoothing_changes_nothing_and_makes_rounding_easier() -> None:
     x = RANDOM.normal(0, 1, (6, INPUTS)).astype(np.float32)
     expected = run(normed_graph(), x)
-    smoothed = recipes.transform(normed_graph(), [Smooth()], feeder)
+    smoothed = transform(normed_graph(), [Smooth()], runs)
     np.testing.assert_allclose(run(smoothed, x), expected, atol=2e-4)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in smoothed.graph.initializer}
     # The channel's activations are about 20 times the others', its weights are like theirs: the root goes over.
     others = np.delete(weights["scale"], 5)
     assert weights["scale"][5] / np.median(others) == pytest.approx(np.sqrt(20), rel=0.25)
-    rough = recipes.transform(normed_graph(), [Rows()])
-    fine = recipes.transform(normed_graph(), [Smooth(), Rows()], feeder)
+    rough = transform(normed_graph(), [PerToken()])
+    fine = transform(normed_graph(), [Smooth(), PerToken()], runs)
     errors = [float(np.abs(run(model, x) - expected).mean()) for model in (rough, fine)]
     assert errors[1] < 0.8 * errors[0]
 
@@ -154,11 +162,11 @@ def test_smoothing_changes_nothing_and_makes_rounding_easier() -> None:
 def test_a_norm_that_something_else_reads_is_left() -> None:
     model = normed_graph()
     model.graph.node.append(helper.make_node("Relu", ["normed"], ["z"], name="other"))
-    assert behind_norms(model, {"first"}) == {}
-    assert list(behind_norms(normed_graph(), {"first"})) == ["normed"]
-    assert behind_norms(normed_graph(), set()) == {}
+    assert behind_norms(ir.from_proto(model), {"first"}) == {}
+    assert list(behind_norms(ir.from_proto(normed_graph()), {"first"})) == ["normed"]
+    assert behind_norms(ir.from_proto(normed_graph()), set()) == {}
     with pytest.raises(ValueError, match="the pass smooth needs calibration text"):
-        recipes.transform(normed_graph(), [Smooth()])
+        transform(normed_graph(), [Smooth()])
 
 
 def test_rows_of_a_decoders_tokens() -> None:
@@ -166,7 +174,7 @@ def test_rows_of_a_decoders_tokens() -> None:
     model = graph((1, "tokens", INPUTS))
     model.graph.input[0].name = model.graph.node[0].input[0] = "input_ids"
     x = RANDOM.normal(0, 1, (1, 5, INPUTS)).astype(np.float32)
-    done = recipes.transform(model, [Rows()])
+    done = transform(model, [PerToken()])
     assert [node.op_type for node in done.graph.node].count("MatMulIntegerToFloat") == 2
     session = ort.InferenceSession(done.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {"input_ids": x})[0]
@@ -188,7 +196,7 @@ def test_rows_of_chosen_tokens() -> None:
     choice = helper.make_node("Gather", ["input_ids", "logits_tokens"], ["kept"], name="choice", axis=1)
     model.graph.node.insert(0, choice)
     x = RANDOM.normal(0, 1, (1, 5, INPUTS)).astype(np.float32)
-    done = recipes.transform(model, [Rows()])
+    done = transform(model, [PerToken()])
     session = ort.InferenceSession(done.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {"input_ids": x, "logits_tokens": np.array([4, 1])})[0]
     assert [node.op_type for node in done.graph.node].count("MatMulIntegerToFloat") == 2
@@ -208,15 +216,15 @@ def test_embedding_tables_in_eight_bits() -> None:
     weights = [numpy_helper.from_array(table, "words"), numpy_helper.from_array(small, "kinds")]
     made = helper.make_graph(nodes, "tables", inputs, [output], weights)
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    model = recipes.transform(model, [Embedding()])
+    model = transform(model, [Embedding()])
     assert [node.op_type for node in model.graph.node] == ["GatherBlockQuantized", "Gather", "Add"]
     assert {t.name for t in model.graph.initializer} == {"kinds", "words/levels", "words/steps"}
     ids, kind = np.array([[0, 299, 7]]), np.array([[1, 0, 1]])
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {"ids": ids, "kind": kind})[0]
-    blocks = table.reshape(300, 2, 32)
-    steps = np.abs(blocks).max(axis=-1, keepdims=True) / 127
-    rounded = (np.rint(blocks / steps) * steps).reshape(300, 64)
+    groups = table.reshape(300, 2, 32)
+    steps = np.abs(groups).max(axis=-1, keepdims=True) / 127
+    rounded = (np.rint(groups / steps) * steps).reshape(300, 64)
     np.testing.assert_allclose(found, rounded[ids] + small[kind], atol=1e-6)
 
 
@@ -232,52 +240,52 @@ def test_a_table_that_is_also_a_head_is_left() -> None:
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "s", 300])
     made = helper.make_graph(nodes, "tied", [ids], [output], [numpy_helper.from_array(table, "words")])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    assert recipes.transform(model, [Embedding()]).graph.node[0].op_type == "Gather"
+    assert transform(model, [Embedding()]).graph.node[0].op_type == "Gather"
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
 def test_calibrated_scales_are_close_and_reproducible(method: str) -> None:
-    x = np.concatenate([feed["x"] for feed in feeder(9, seed=3)])
-    models = [recipes.transform(graph(), [Static(method=method)], feeder) for _ in range(2)]
+    x = np.concatenate([feed["x"] for feed in runs(9, seed=3)])
+    models = [transform(graph(), [Static(method=method)], runs) for _ in range(2)]
     assert models[0].SerializeToString() == models[1].SerializeToString()
     assert [node.op_type for node in models[0].graph.node].count("QuantizeLinear") == 2
     found = run(models[0], x)
     np.testing.assert_allclose(found, exact(x), atol=0.2)
     assert np.abs(found - exact(x)).max() > 1e-4
     np.testing.assert_array_equal(run(models[0], x[:1]), found[:1])
-    other = recipes.transform(graph(), [Static(method=method, seed=5)], feeder)
+    other = transform(graph(), [Static(method=method, seed=5)], runs)
     assert other.SerializeToString() != models[0].SerializeToString()
 
 
 def test_the_range_of_an_input_is_what_calibration_saw() -> None:
-    model = recipes.transform(graph(), [Static(samples=8)], feeder)
+    model = transform(graph(), [Static(samples=8)], runs)
     scales = {t.name: float(numpy_helper.to_array(t)) for t in model.graph.initializer if t.name == "x_scale"}
-    seen = np.concatenate([feed["x"].ravel() for feed in feeder(8, 0)])
+    seen = np.concatenate([feed["x"].ravel() for feed in runs(8, 0)])
     assert scales["x_scale"] == pytest.approx((seen.max() - seen.min()) / 255, rel=1e-5)
 
 
 def test_static_needs_calibration_text() -> None:
     with pytest.raises(ValueError, match="needs calibration text"):
-        recipes.transform(graph(), [Static()])
+        transform(graph(), [Static()])
 
 
-def test_the_first_pass_that_matches_takes_a_product() -> None:
-    model = recipes.transform(graph(), [Keep(nodes="second"), Blocks(bits=8)])
+def test_the_first_pass_that_matches_takes_a_matmul() -> None:
+    model = transform(graph(), [Keep(nodes="second"), Groups(bits=8)])
     assert [node.name for node in model.graph.node if node.op_type == "MatMul"] == ["second"]
     x = RANDOM.normal(0, 1, (3, INPUTS)).astype(np.float32)
     assert 0 < np.abs(run(model, x) - exact(x)).max() < 0.05
 
 
-@pytest.mark.parametrize("steps", [[Blocks(nodes="no such")], [Keep(nodes="no"), BlockMinima(nodes="third")]])
-def test_a_recipe_that_fits_no_product_is_refused(steps: list[Pass]) -> None:
-    with pytest.raises(ValueError, match=r"fits no product of this architecture; its products are first, second"):
-        recipes.transform(graph(), steps)
+@pytest.mark.parametrize("steps", [[Groups(nodes="no such")], [Keep(nodes="no"), GroupMinima(nodes="third")]])
+def test_a_recipe_that_fits_no_matmul_is_refused(steps: list[Pass]) -> None:
+    with pytest.raises(ValueError, match=r"fits no matmul of this architecture; its matmuls are first, second"):
+        transform(graph(), steps)
 
 
 def test_passes_can_be_written_as_they_are_read() -> None:
     steps = [
         Keep(nodes=r"^/a\.0/(b|c)$"),
-        Blocks(bits=4, zero_points=True),
+        Groups(bits=4, zero_points=True),
         Static(method="percentile", percentile=99.5),
     ]
     (recipe,) = recipes.parse(f'[x]\nprecision = "int8"\nencoder = {recipes.as_toml(steps)}\n', "x").values()
@@ -289,16 +297,47 @@ def test_passes_can_be_written_as_they_are_read() -> None:
 
 
 def test_translation_is_made_by_its_own_passes_or_those_for_decoders() -> None:
-    own = recipes.parse('[x]\ndecoder = [{ pass = "blocks" }]\nseq2seq = []\n', "x")["x"]
-    assert own.passes == {recipes.Kind.DECODER: (Blocks(),), recipes.Kind.SEQ2SEQ: ()}
-    shared = recipes.parse('[x]\ndecoder = [{ pass = "blocks" }]\n', "x")["x"]
-    assert shared.passes[recipes.Kind.SEQ2SEQ] == (Blocks(),)
+    own = recipes.parse('[x]\ndecoder = [{ pass = "groups" }]\nseq2seq = []\n', "x")["x"]
+    assert own.passes == {recipes.Kind.DECODER: (Groups(),), recipes.Kind.SEQ2SEQ: ()}
+    shared = recipes.parse('[x]\ndecoder = [{ pass = "groups" }]\n', "x")["x"]
+    assert shared.passes[recipes.Kind.SEQ2SEQ] == (Groups(),)
     assert recipes.Kind.SEQ2SEQ not in recipes.parse("[x]\nencoder = []\n", "x")["x"].passes
 
 
 def test_a_graph_without_a_cache_stays_as_it_is() -> None:
-    before = graph().SerializeToString()
-    assert recipes.transform(graph(), [Cache()], None).SerializeToString() == before
+    before = ir.to_proto(ir.from_proto(graph()))
+    assert transform(graph(), [Cache()], None) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('pass = "blocks", block = 64', Groups(group=64)),
+        ('pass = "block_minima", block = 16', GroupMinima(group=16)),
+        ('pass = "rows"', PerToken()),
+        ('pass = "gptq_rows", crest = 5.0', GptqPerChannel(peak_to_rms=5.0)),
+        ('pass = "gptq_blocks", block = 64', GptqGroups(group=64)),
+        ('pass = "embedding", block = 64', Embedding(group=64)),
+    ],
+)
+def test_names_of_the_last_release_are_known_and_warned_of(
+    old: str, new: Pass, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipes.parse(f"[x]\nencoder = [{{ {old} }}]\n", "recipes.toml")["x"]
+    assert recipe.passes[recipes.Kind.ENCODER] == (new,)
+    warnings = capsys.readouterr().err.splitlines()
+    renamed = [*re.findall('"(.*)"', old)][new.__class__ is Embedding :] + re.findall(r"(\w+) = [\d.]", old)
+    assert [line.split(": ")[2].split()[0] for line in warnings] == renamed
+    assert all(line.endswith(" now, the old name goes away") for line in warnings)
+
+
+def test_by_product_is_an_alias(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Grouping("product") is Grouping.MATMUL
+    assert capsys.readouterr().err == (
+        "trident-export: --by product is called --by matmul now, the old name goes away\n"
+    )
+    with pytest.raises(ValueError, match="nonsense"):
+        Grouping("nonsense")
 
 
 @pytest.mark.parametrize(
@@ -309,18 +348,19 @@ def test_a_graph_without_a_cache_stays_as_it_is() -> None:
         ("[x]\nencoder = []\nspeed = 1", "must be a table of precision, size, decoder, seq2seq, encoder"),
         ("[X]\nencoder = []", "lower-case letters"),
         ("[x]\nencoder = []\nsize = 2.0", "size must be a number up to 1.0"),
-        ('[x]\nencoder = [{ pass = "magic" }]', r"encoder\[0\]: pass must be one of keep, blocks, .*found .*magic"),
-        ('[x]\nencoder = [{ pass = "blocks", bit = 8 }]', "unknown key bit; known are nodes, bits, block, zero_points"),
-        ('[x]\nencoder = [{ pass = "blocks", bits = "8" }]', "bits must be int, found '8'"),
-        ('[x]\nencoder = [{ pass = "blocks", bits = 3 }]', "bits must be 4 or 8"),
+        ('[x]\nencoder = [{ pass = "magic" }]', r"encoder\[0\]: pass must be one of keep, groups, .*found .*magic"),
+        ('[x]\nencoder = [{ pass = "groups", bit = 8 }]', "unknown key bit; known are nodes, bits, group, zero_points"),
+        ('[x]\nencoder = [{ pass = "groups", block = 8, group = 8 }]', "unknown key block"),
+        ('[x]\nencoder = [{ pass = "groups", bits = "8" }]', "bits must be int, found '8'"),
+        ('[x]\nencoder = [{ pass = "groups", bits = 3 }]', "bits must be 4 or 8"),
         ('[x]\nencoder = [{ pass = "static", method = "best" }]', "method must be one of minmax, entropy, percentile"),
-        ('[x]\nencoder = [{ pass = "rows", nodes = "(" }]', r"encoder\[0\]: "),
+        ('[x]\nencoder = [{ pass = "per_token", nodes = "(" }]', r"encoder\[0\]: "),
         ('[x]\ndecoder = [{ pass = "cache" }, { pass = "smooth" }]', "cache must be the last pass"),
         ('[x]\ndecoder = [{ pass = "smooth" }, { pass = "rotate" }]', "rotate must be the first pass"),
-        ('[x]\ndecoder = [{ pass = "rotate", nodes = "attn" }]', "rotate is for all products"),
-        ('[x]\ndecoder = [{ pass = "gptq_rows", margin = 0.0 }]', "margin and crest must be more than 0"),
-        ('[x]\ndecoder = [{ pass = "gptq_blocks", block = 24 }]', "block one of .*24"),
-        ('[x]\ndecoder = [{ pass = "gptq_blocks", damp = 0.0 }]', "damp must be more than 0"),
+        ('[x]\ndecoder = [{ pass = "rotate", nodes = "attn" }]', "rotate is for all matmuls"),
+        ('[x]\ndecoder = [{ pass = "gptq_per_channel", margin = 0.0 }]', "margin and peak_to_rms must be more than 0"),
+        ('[x]\ndecoder = [{ pass = "gptq_groups", group = 24 }]', "group one of .*24"),
+        ('[x]\ndecoder = [{ pass = "gptq_groups", damp = 0.0 }]', "damp must be more than 0"),
         ('[x]\ndecoder = [{ pass = "cache", margin = 0.0 }]', "margin must be more than 0"),
         ("[x", "is not TOML"),
     ],
@@ -339,7 +379,7 @@ def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
         ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_cache, int8_mixed, int4, int4_mixed"
     ):
         models_file.load(tmp_path / "models.toml")
-    (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "rows" }]\n')
+    (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "per_token" }]\n')
     (spec,) = models_file.load(tmp_path / "models.toml")
     assert spec.recipes["mine"].precision == "int8"
     assert spec.calibration == str(tmp_path / "own.txt")
@@ -361,7 +401,7 @@ def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
 def test_nonsense_pairs_are_refused_with_the_reason(
     task: str, variant: str, limits: dict[str, object], message: str
 ) -> None:
-    known = recipes.load() | recipes.parse('[dynamic]\ndecoder = [{ pass = "rows" }]', "x")
+    known = recipes.load() | recipes.parse('[dynamic]\ndecoder = [{ pass = "per_token" }]', "x")
     table = {"task": task, "source": {"path": "x"}, "variants": [variant], "limits": limits}
     with pytest.raises(ModelsFileError, match=rf"\[m\]: variant {message}"):
         models_file.parse("m", table, known)

@@ -13,16 +13,17 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny_models
-from trident_export import corpora, fidelity
+from trident_export import corpora
 from trident_export.errors import FidelityError
 from trident_export.huggingface import gguf_tokenizer
+from trident_export.measure import fidelity
 from trident_serving.errors import InvalidRequest, StartError
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
 from trident_serving.schema.limits import GenerationLimits
-from trident_serving.schema.reading import read_texts
+from trident_serving.schema.reading import read_parameters
 from trident_serving.triton import adapter
 
 TEMPLATE = """{% for message in messages %}
@@ -99,7 +100,7 @@ def test_generation_settings() -> None:
     numbers = ("context", "slots", "prefill_chunk", "max_waiting", "timeout", "default_max_tokens", "threads")
     parameters = dict.fromkeys(numbers, "3")
     parameters |= {"kv_cache_mib": "0", "prefix_reuse": "true", "prompt_lookup": "false", "device": "cpu"}
-    settings = read_texts(GenerationLimits, parameters)
+    settings = read_parameters(GenerationLimits, parameters)
     assert (settings.context, settings.kv_cache_mib, settings.prefix_reuse, settings.prompt_lookup) == (
         3,
         0,
@@ -108,9 +109,9 @@ def test_generation_settings() -> None:
     )
     for bad in ("", "0", "-1", "x"):
         with pytest.raises(ValueError, match="'slots' must be a positive integer"):
-            read_texts(GenerationLimits, parameters | {"slots": bad})
+            read_parameters(GenerationLimits, parameters | {"slots": bad})
     with pytest.raises(ValueError, match="'prefix_reuse' must be true or false, found 'yes'"):
-        read_texts(GenerationLimits, parameters | {"prefix_reuse": "yes"})
+        read_parameters(GenerationLimits, parameters | {"prefix_reuse": "yes"})
 
 
 def test_divergence_equals_torch() -> None:

@@ -11,9 +11,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from trident_export import corpora, quality, tasks
+from trident_export import corpora, tasks
 from trident_export.compression import models, pruning
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import quality
 from trident_export.models_file import ModelSpec
 from trident_export.recipes import Recipe
 from trident_serving.artefacts import VERSION
@@ -34,7 +35,7 @@ def prune(
     calibration: str,
     progress: Callable[[str], None],
 ) -> tuple[list[Row], list[Path]]:
-    """Prune a model to each sparsity and measure what became of it, beside the model itself.
+    """Prune a model to each sparsity and measure the result, and the model itself.
 
     Args:
         output: where the pruned Hugging Face folders are written, `<method>-<percent>`.
@@ -76,9 +77,9 @@ def prune(
         progress("measuring speed")
         built = [Path(work) / str(number + 1) for number in range(len(rows))]
         costs: list[list[Row]] = [[] for _ in rows]
-        for _ in range(ROUNDS):  # in turn, because a machine is faster at some times than at others
-            for place, folder in enumerate(built):
-                costs[place].append(quality.cost(probe, variant, folder))
+        for _ in range(ROUNDS):  # round by round, because a machine is faster at some times than at others
+            for index, folder in enumerate(built):
+                costs[index].append(quality.cost(probe, variant, folder))
     for row, found in zip(rows, costs, strict=True):
         row |= {name: statistics.median(cost[name] for cost in found) for name in found[0]}
     return rows, folders

@@ -42,7 +42,7 @@ from trident_export.models_file import ModelSpec
 Row = dict[str, float]
 Run = dict[str, torch.Tensor]
 
-# Of the text, what the student never sees and is judged by: every so many-th block, and how many at most.
+# Of the text, what the student never sees and is evaluated on: every twentieth chunk, at most 32.
 HELD_OUT_EVERY = 20
 HELD_OUT_MOST = 32
 _WARM_UP = 20
@@ -57,11 +57,11 @@ class Settings:
     Attributes:
         steps: of the optimizer; 0: once through the text.
         minutes: after which training ends, whatever is left; 0: no limit. The learning rate falls to nothing by then.
-        batch_size: texts or blocks in a step.
-        length: tokens in a block.
+        batch_size: texts or chunks in a step.
+        length: tokens in a chunk.
         learning_rate: of AdamW, at its highest.
         temperature: by which both distributions are softened.
-        hidden_weight: of the hidden states beside the distribution.
+        hidden_weight: of the hidden states; the distribution has 1.
         save_every: steps between checkpoints.
         seed: of the order of the text.
         deepspeed: a DeepSpeed configuration file, for machines with GPUs; "": none.
@@ -93,8 +93,8 @@ def make_student(
     """A student that starts from its teacher, and the teacher's layer that each of its layers comes from.
 
     Args:
-        student: how many layers to keep (those that turn their input most); a Hugging Face folder, for example of a
-            pruned model; or a config.json, whose matrices begin with what fits of the teacher's.
+        student: the number of layers to keep (those that change their input's direction most); a Hugging Face folder,
+            for example of a pruned model; or a config.json, whose matrices begin with what fits of the teacher's.
         calibration: text by which layers are chosen; "": the packaged texts.
 
     Raises:
@@ -139,7 +139,7 @@ def spread(count: int, total: int) -> list[int]:
     """
     if count > total:
         raise UsageError(f"the student has {count} layers, its teacher {total}")
-    return [math.ceil((place + 1) * total / count) - 1 for place in range(count)]
+    return [math.ceil((layer + 1) * total / count) - 1 for layer in range(count)]
 
 
 def begin_like(student: PreTrainedModel, teacher: PreTrainedModel, origin: Sequence[int]) -> None:
@@ -150,8 +150,8 @@ def begin_like(student: PreTrainedModel, teacher: PreTrainedModel, origin: Seque
         for name, parameter in student.named_parameters():
             given = name
             if name.startswith(f"{prefix}."):
-                place, _, rest = name.removeprefix(f"{prefix}.").partition(".")
-                given = f"{prefix}.{origin[int(place)]}.{rest}"
+                layer, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+                given = f"{prefix}.{origin[int(layer)]}.{rest}"
             found = weights.get(given)
             if found is None or found.dim() != parameter.dim():
                 continue
@@ -172,8 +172,8 @@ def distill(
 
     Args:
         student: see `make_student`.
-        texts: to learn from; some are held out and judge.
-        output: of the folder; checkpoints lie beside it, in `<output>.training`, until it is done.
+        texts: to learn from; some are held out to evaluate with.
+        output: of the folder; checkpoints lie in `<output>.training` until it is done.
 
     Returns:
         Measures of the teacher and of the student before and after, on the text that was held out.
@@ -186,12 +186,12 @@ def distill(
     asked = {"student": student, "source": source.path.name, **dataclasses.asdict(settings), "texts": len(texts)}
     _check_same_run(work, asked)
     tokenizer: PreTrainedTokenizerBase = source.tokenizer
-    data = blocks(spec, tokenizer, texts, settings.length)
+    data = chunks(spec, tokenizer, texts, settings.length)
     held_out = data[::HELD_OUT_EVERY][:HELD_OUT_MOST]
-    seen = [run for place, run in enumerate(data) if place % HELD_OUT_EVERY or place // HELD_OUT_EVERY >= HELD_OUT_MOST]
+    seen = [run for n, run in enumerate(data) if n % HELD_OUT_EVERY or n // HELD_OUT_EVERY >= HELD_OUT_MOST]
     if len(seen) < settings.batch_size:
         raise TextError(
-            f"the text gives {len(seen)} blocks of {settings.length} tokens, one step takes {settings.batch_size}: "
+            f"the text gives {len(seen)} chunks of {settings.length} tokens, one step takes {settings.batch_size}: "
             "give more text, or lower --length or --batch-size"
         )
     teacher = models.load(spec, source)
@@ -213,8 +213,8 @@ def distill(
     return report
 
 
-def blocks(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[Run]:
-    """Runs of the model: of a decoder, blocks of so many tokens of the running text; of an encoder, a text each."""
+def chunks(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[Run]:
+    """Runs of the model: of a decoder, chunks of `length` tokens of the running text; of an encoder, a text each."""
     if not spec.generation:
         found = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts]
         return [{name: rows[0] for name, rows in run.items()} for run in found]
@@ -354,8 +354,8 @@ class _Distiller(Trainer):
             parts = soft_divergence(mine, theirs, self._settings.temperature)
             loss = loss + (parts[mask] if parts.shape == mask.shape else parts).mean()
         pairs = [
-            (found.hidden_states[place + 1], expected.hidden_states[layer + 1])
-            for place, layer in enumerate(targets(self._origin, len(expected.hidden_states) - 1))
+            (found.hidden_states[own + 1], expected.hidden_states[layer + 1])
+            for own, layer in enumerate(targets(self._origin, len(expected.hidden_states) - 1))
         ]
         if pairs[0][0].shape == pairs[0][1].shape:
             states = torch.stack([state_distance(mine, theirs)[mask].mean() for mine, theirs in pairs]).mean()
@@ -403,12 +403,12 @@ class _Runs(torch.utils.data.Dataset[Run]):
     def __len__(self) -> int:
         return len(self._runs)
 
-    def __getitem__(self, place: int) -> Run:
-        return self._runs[place]
+    def __getitem__(self, index: int) -> Run:
+        return self._runs[index]
 
 
 def _distributions(output: Any) -> list[torch.Tensor]:
-    """Logits of a model's output, [..., classes] each; none where it has hidden states alone."""
+    """Logits of a model's output, [..., classes] each; none where it has only hidden states."""
     names = ("logits", "start_logits", "end_logits")
     found = [getattr(output, name, None) for name in names]
     return [logits.float() for logits in found if logits is not None]

@@ -20,8 +20,8 @@ class Layout:
     Attributes:
         layers: the list of layers.
         queries, keys, values, joined: projections into heads and back; "" where heads can't be removed.
-        inner: products into the feed-forward columns.
-        outer: the product out of them.
+        inner: matmuls into the feed-forward columns.
+        outer: the matmul out of them.
         layers_key, inner_key: what the config calls their numbers.
         grouped: whether queries share keys and values by group, with numbers of heads and their size in the config;
             otherwise transformers' own `prune_heads` removes heads.
@@ -102,7 +102,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every product of the model's layers by name; embeddings and heads are none of them."""
+    """Every matmul of the model's layers by name; embeddings and heads are none of them."""
     prefix = next(name for name, module in model.named_modules() if module is layers_of(model))
     return {
         name: module
@@ -112,14 +112,14 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def matrix(module: nn.Module) -> torch.Tensor:
-    """The weight of a product as [outputs, inputs]; a view, so it can be changed in place."""
+    """The weight of a matmul as [outputs, inputs]; a view, so it can be changed in place."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.data.T if isinstance(module, Conv1D) else weight.data
 
 
 def keep_rows(module: nn.Module, kept: Sequence[int]) -> None:
-    """Leave some of the outputs of a product."""
+    """Leave some of the outputs of a matmul."""
     index = torch.tensor(list(kept))
     _replace(module, matrix(module)[index])
     bias = module.bias
@@ -128,7 +128,7 @@ def keep_rows(module: nn.Module, kept: Sequence[int]) -> None:
 
 
 def keep_columns(module: nn.Module, kept: Sequence[int]) -> None:
-    """Leave some of the inputs of a product."""
+    """Leave some of the inputs of a matmul."""
     _replace(module, matrix(module)[:, torch.tensor(list(kept))])
 
 

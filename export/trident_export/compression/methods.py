@@ -1,4 +1,4 @@
-"""What pruning can take away; a module of its own, because torch takes seconds to import."""
+"""What pruning can remove; a module of its own, because torch takes seconds to import."""
 
 from __future__ import annotations
 
@@ -6,16 +6,26 @@ from enum import StrEnum
 
 
 class Method(StrEnum):
-    """What is taken away."""
+    """What is removed."""
 
-    MAGNITUDE = "magnitude"
-    WANDA = "wanda"
-    TWO_OF_FOUR = "2:4"
     HEADS = "heads"
     COLUMNS = "columns"
     LAYERS = "layers"
+    MAGNITUDE = "magnitude"
+    WANDA = "wanda"
+    TWO_OF_FOUR = "2:4"
 
     @property
     def structured(self) -> bool:
-        """Whether the graph gets smaller."""
+        """Whether the graph gets smaller and faster."""
         return self in (Method.HEADS, Method.COLUMNS, Method.LAYERS)
+
+    @classmethod
+    def standard(cls) -> list[Method]:
+        """Methods that make a graph smaller and faster."""
+        return [method for method in cls if method.structured]
+
+    @classmethod
+    def experimental(cls) -> list[Method]:
+        """Methods that make none, and want --experimental."""
+        return [method for method in cls if not method.structured]

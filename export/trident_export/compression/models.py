@@ -42,7 +42,7 @@ def tokenize(source: HuggingFaceFolder, texts: Sequence[str], longest: int = LON
 
 
 def save(model: PreTrainedModel, source: HuggingFaceFolder, folder: Path) -> None:
-    """Write a Hugging Face folder: the model, and everything beside the weights that its source has.
+    """Write a Hugging Face folder: the model, and every other file of its source but the weights.
 
     It appears complete or not at all.
 

@@ -1,8 +1,8 @@
 """Pruning: a Hugging Face model with fewer weights.
 
-Structured: `heads`, `columns` (of the feed-forward products) and `layers` are cut out, which leaves a smaller and
-faster graph. Unstructured: `magnitude`, `wanda` and `2:4` set weights to zero, which makes a float32 file that
-compresses better; ONNX Runtime multiplies by zero as fast as by anything else.
+Structured: `heads`, `columns` (of the feed-forward matmuls) and `layers` are cut out, which leaves a smaller and
+faster graph. Unstructured, and experimental: `magnitude`, `wanda` and `2:4` set weights to zero, which makes a float32
+file that compresses better; ONNX Runtime multiplies by zero as fast as by anything else.
 What matters least is found on calibration text. Sources: magnitude (Han et al. 2015), Wanda (Sun et al. 2023; 2:4 by
 its scores), layers by the change of direction that they make (ShortGPT, Men et al. 2024).
 """
@@ -22,15 +22,15 @@ from trident_export.compression import layouts
 from trident_export.compression.methods import Method as Method
 from trident_export.errors import UnsupportedModel, UsageError
 
-# Sizes that ONNX Runtime's block products like, and what columns are cut to.
-BLOCK = 32
+# Columns are cut to a multiple of the group size of ONNX Runtime's quantized matmuls.
+GROUP = 32
 
 # Inputs of the model, a run each.
 Runs = Sequence[Mapping[str, torch.Tensor]]
 
 
 def prune(model: PreTrainedModel, method: Method, sparsity: float, runs: Runs) -> float:
-    """Take away a share of the weights, heads, columns or layers, in place; returns the share that it became.
+    """Remove a share of the weights, heads, columns or layers, in place; returns the share that was removed.
 
     Args:
         runs: representative inputs, on the model's device.
@@ -54,7 +54,7 @@ def prune(model: PreTrainedModel, method: Method, sparsity: float, runs: Runs) -
 
 
 def _magnitude(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
-    """The smallest weights of each product."""
+    """The smallest weights of each matmul."""
     shares = []
     for module in layouts.linear_layers(model).values():
         weight = layouts.matrix(module)
@@ -83,14 +83,14 @@ def _two_of_four(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
         weight = layouts.matrix(modules[name])
         scores = weight.abs() * norm
         if scores.shape[1] % 4:
-            raise UnsupportedModel(f"2:4 needs products of a multiple of four inputs, {name} has {scores.shape[1]}")
+            raise UnsupportedModel(f"2:4 needs matmuls of a multiple of four inputs, {name} has {scores.shape[1]}")
         small = _smallest(scores.reshape(-1, 4), 0.5).reshape(weight.shape)
         weight[small] = 0
     return 0.5
 
 
 def _heads(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
-    """Heads whose outputs say least; of queries that share keys and values, whole groups, as many in every layer."""
+    """Heads whose outputs say least, the same number in every layer; groups where queries share keys and values."""
     layout, config = layouts.layout_of(model), model.config
     if not layout.joined:
         raise UnsupportedModel(f"heads of {config.model_type} models can't be removed; columns and layers can")
@@ -121,13 +121,13 @@ def _heads(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
 
 
 def _columns(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
-    """Feed-forward columns that say least, as many in every layer; a multiple of `BLOCK` stays where one was."""
+    """Feed-forward columns that say least, the same number in every layer; a multiple of `GROUP` stays one."""
     layout = layouts.layout_of(model)
     scores = _column_scores(model, layout.outer, runs)
     width = len(scores[0])
     left = width - _count(width, sparsity, "columns")
-    if width % BLOCK == 0:
-        left = max(BLOCK, round(left / BLOCK) * BLOCK)
+    if width % GROUP == 0:
+        left = max(GROUP, round(left / GROUP) * GROUP)
     for layer, score in zip(layouts.layers_of(model), scores, strict=True):
         kept = sorted(score.argsort(descending=True)[:left].tolist())
         for name in layout.inner:
@@ -138,7 +138,7 @@ def _columns(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
 
 
 def _layers(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
-    """Layers that turn their input least."""
+    """Layers that change their input's direction least."""
     layers = layouts.layers_of(model)
     removed = _count(len(layers), sparsity, "layers")
     influence = layer_influence(model, runs)
@@ -149,18 +149,18 @@ def _layers(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Leave some of the layers, in place."""
+    """Keep some of the layers, in place."""
     layout = layouts.layout_of(model)
     *path, name = layout.layers.split(".")
     parent = model.base_model.get_submodule(".".join(path)) if path else model.base_model
-    setattr(parent, name, nn.ModuleList([layouts.layers_of(model)[place] for place in kept]))
-    for place, layer in enumerate(layouts.layers_of(model)):
+    setattr(parent, name, nn.ModuleList([layouts.layers_of(model)[index] for index in kept]))
+    for index, layer in enumerate(layouts.layers_of(model)):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", place)  # noqa: B010  (a module's attributes are modules to mypy)
+                setattr(module, "layer_idx", index)  # noqa: B010  (a module's attributes are modules to mypy)
     setattr(model.config, layout.layers_key, len(kept))
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[place] for place in kept]
+        model.config.layer_types = [model.config.layer_types[index] for index in kept]
 
 
 def layer_influence(model: PreTrainedModel, runs: Runs) -> torch.Tensor:
@@ -168,15 +168,15 @@ def layer_influence(model: PreTrainedModel, runs: Runs) -> torch.Tensor:
     layers = layouts.layers_of(model)
     changes: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def watch(place: int) -> Callable[..., None]:
+    def watch(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
             after = output[0] if isinstance(output, tuple) else output
             similar = torch.cosine_similarity(inputs[0].float(), after.float(), dim=-1)
-            changes[place].append(1 - similar.flatten())
+            changes[index].append(1 - similar.flatten())
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(place)) for place, layer in enumerate(layers)]
+    handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
     try:
         for run in runs:
             model(**run)
@@ -187,7 +187,7 @@ def layer_influence(model: PreTrainedModel, runs: Runs) -> torch.Tensor:
 
 
 def input_norms(model: PreTrainedModel, modules: Mapping[str, nn.Module], runs: Runs) -> dict[str, torch.Tensor]:
-    """The norm of each input of some products over all tokens, [inputs] each."""
+    """The norm of each input of some matmuls over all tokens, [inputs] each."""
     sums: dict[str, torch.Tensor] = {}
     with _watching(modules) as seen:
         for run in runs:
@@ -218,9 +218,9 @@ def _watching(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[torch
             handle.remove()
 
 
-def _column_scores(model: PreTrainedModel, product: str, runs: Runs) -> list[torch.Tensor]:
-    """For each layer, how much each input of a product contributes: its norm times that of its weights."""
-    modules = {str(n): layer.get_submodule(product) for n, layer in enumerate(layouts.layers_of(model))}
+def _column_scores(model: PreTrainedModel, matmul: str, runs: Runs) -> list[torch.Tensor]:
+    """For each layer, how much each input of a matmul contributes: its norm times that of its weights."""
+    modules = {str(n): layer.get_submodule(matmul) for n, layer in enumerate(layouts.layers_of(model))}
     norms = input_norms(model, modules, runs)
     return [norms[name] * layouts.matrix(module).norm(dim=0) for name, module in modules.items()]
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import onnx
+import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from trident_export.errors import ModelsFileError, UsageError
-from trident_export.shape_folding import infer_types
-from trident_export.unpadding import is_packed
+from trident_export.graphs.editing import array, constant, infer, make, rank_of_weight, replace
+from trident_export.graphs.unpadding import is_packed
 
-# Inputs of a graph by name, a run each.
+# Inputs of a graph by name, one mapping a run.
 Feeds = Iterator[Mapping[str, NDArray[Any]]]
-# Some, of so many texts that are drawn by a seed.
-Feeder = Callable[[int, int], Feeds]
+# Runs on some calibration texts: how many texts, and the seed that draws them.
+CalibrationRuns = Callable[[int, int], Feeds]
 
 
 @dataclass(frozen=True)
@@ -25,27 +26,25 @@ class Pass:
     """A pass; its fields are the keys of recipes.toml.
 
     Attributes:
-        nodes: regular expression of the products that it is for, searched in their names.
+        nodes: regular expression of the matmuls that it is for, searched in their names.
         refused: devices for which it makes no sense, with the reason.
-        for_products: whether it does nothing for a model without products.
+        for_matmuls: whether it does nothing for a model without matmuls.
     """
 
     nodes: str = ""
     refused: ClassVar[Mapping[str, str]] = {}
-    for_products: ClassVar[bool] = True
+    for_matmuls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         re.compile(self.nodes)
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
-        """The model after the pass, and which of the chosen products it took, so that later passes leave them alone.
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
+        """Return the model after the pass, and which of the chosen matmuls it took: later passes do not see them.
 
         Args:
             model: float32 but for what earlier passes took; it may be changed.
-            chosen: names of products, MatMul nodes of an activation and a constant matrix.
-            feeder: gives inputs to run the graph with; None where there are none.
+            chosen: names of matmuls, MatMul nodes of an activation and a constant matrix.
+            runs: inputs to run the graph with; None where there are none.
         """
         raise NotImplementedError
 
@@ -66,43 +65,59 @@ class Calibrated(Pass):
         if self.samples < 1:
             raise UsageError(f"samples must be 1 or more, found {self.samples}")
 
-    def feeds(self, feeder: Feeder | None) -> Feeds:
+    def feeds(self, runs: CalibrationRuns | None) -> Feeds:
         """The inputs to calibrate with.
 
         Raises:
             ModelsFileError: there are none.
         """
-        if feeder is None:
+        if runs is None:
             name = re.sub(r"\B(?=[A-Z])", "_", type(self).__name__).lower()
             raise ModelsFileError(f"a recipe with the pass {name} needs calibration text, which this task has none of")
-        return feeder(self.samples, self.seed)
+        return runs(self.samples, self.seed)
 
 
 @dataclass(frozen=True)
 class Keep(Pass):
-    """Products that stay in float32."""
+    """Matmuls that stay in float32."""
 
-    for_products: ClassVar[bool] = False
+    for_matmuls: ClassVar[bool] = False
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`."""
         return model, set(chosen)
 
 
-def drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove weights that no node uses any more."""
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+def matmuls(model: ir.Model) -> list[str]:
+    """Names of the matmuls of an activation and a constant matrix, which passes choose from.
+
+    Layers that are Gemm (gpt2) become matmuls in the model.
+    """
+    split_gemms(model)
+    return [node.name for node in model.graph if node.op_type == "MatMul" and rank_of_weight(node.inputs[1]) == 2]
 
 
-def add_domain(model: onnx.ModelProto) -> None:
-    """Say that the model has operators of ONNX Runtime's own."""
-    if "com.microsoft" not in [entry.domain for entry in model.opset_import]:
-        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+def split_gemms(model: ir.Model) -> None:
+    """Replace each Gemm of a constant matrix by a MatMul, and an Add where it has a bias."""
+    for gemm in [node for node in model.graph if node.op_type == "Gemm" and rank_of_weight(node.inputs[1]) == 2]:
+        source, weight, *bias = gemm.inputs
+        factors = [gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+        if factors != [1.0, 1.0] or gemm.attributes.get_int("transA", 0):
+            continue
+        if gemm.attributes.get_int("transB", 0):
+            transposed = np.ascontiguousarray(array(weight).T)
+            weight = constant(model.graph, f"{weight.name}_Transposed", transposed)
+        name, output = gemm.name, gemm.outputs[0].name
+        made = [make("MatMul", [source, weight], f"{output}_MatMul" if bias else output, f"{name}_MatMul")]
+        if bias:
+            made.append(make("Add", [*made[0].outputs, *bias], output, f"{name}_Add"))
+        replace(gemm, made)
+
+
+def matmul_nodes(model: ir.Model, chosen: Collection[str]) -> list[ir.Node]:
+    """The nodes of some matmuls, in the order of the graph."""
+    names = set(chosen)
+    return [node for node in model.graph if node.name in names]
 
 
 # Operators whose outputs have as many dimensions as the input that has most; onnx does not know ONNX Runtime's own.
@@ -114,19 +129,18 @@ _KEEPING_RANK = frozenset(
 )
 
 
-def ranks(model: onnx.ModelProto) -> dict[str, int]:
+def ranks(model: ir.Model) -> dict[str, int]:
     """Numbers of dimensions by value, as far as anything says."""
-    found = {name: len(kind.shape.dim) for name, kind in infer_types(model).items() if kind.HasField("shape")}
-    found |= {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-    sizes = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 1}
-    for node in model.graph.node:
-        known = [found[name] for name in node.input if name in found]
-        for name in node.output:
+    found = {name: len(value.shape) for name, value in infer(model).items() if value.shape is not None}
+    for node in model.graph:
+        names = [value.name if value is not None else "" for value in node.inputs]
+        known = [found[name] for name in names if name in found]
+        for name in (value.name for value in node.outputs):
             if is_packed(name):
                 found[name] = 2
-            elif node.op_type == "Reshape" and node.input[1] in sizes:
-                found[name] = sizes[node.input[1]]
-            elif node.op_type == "Gather" and name not in found and len(known) == len(node.input):
+            elif node.op_type == "Reshape" and node.inputs[1].is_initializer():
+                found[name] = node.inputs[1].shape[0]
+            elif node.op_type == "Gather" and name not in found and len(known) == len(names):
                 found[name] = known[0] + known[1] - 1
             elif name and name not in found and known and node.op_type in _KEEPING_RANK:
                 found[name] = max(known)

@@ -1,4 +1,4 @@
-"""What values of a graph look like on calibration text."""
+"""Statistics of a graph's values on calibration text."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import helper
 
+from trident_export.graphs.editing import save
 from trident_export.passes.base import Feeds
 from trident_export.progress import track
 
 _GRAM_BYTES = 2**29  # held at once
 
 
-def watch(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Iterator[Mapping[str, NDArray[np.float32]]]:
+def watch(model: ir.Model, names: Sequence[str], feeds: Feeds) -> Iterator[Mapping[str, NDArray[np.float32]]]:
     """Some float32 values of each run."""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    given = {output.name for output in model.graph.output}
-    watched.graph.output.extend(
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in given
-    )
+    values = ir.convenience.create_value_mapping(model.graph)
+    added = [values[name] for name in names if not values[name].is_graph_output()]
+    types = [value.type for value in added]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "watched.onnx"
-        onnx.save(watched, str(path), save_as_external_data=True, location="watched.data")
-        del watched
+        for value in added:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            model.graph.outputs.append(value)
+        save(model, path)
+        for value, before in zip(reversed(added), reversed(types), strict=True):
+            model.graph.outputs.pop()
+            value.type = before
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         for feed in track(feeds, "calibration"):
             yield dict(zip(names, session.run(list(names), dict(feed)), strict=True))
 
 
 def peaks(
-    model: onnx.ModelProto, names: Sequence[str], feeds: Feeds, kept: tuple[int, ...] = (-1,)
+    model: ir.Model, names: Sequence[str], feeds: Feeds, kept: tuple[int, ...] = (-1,)
 ) -> dict[str, NDArray[np.float32]]:
     """The largest absolute numbers of some values over all runs.
 
@@ -55,7 +57,7 @@ def peaks(
 
 @dataclass(frozen=True)
 class Moments:
-    """What an activation [.., channels] looks like.
+    """Statistics of an activation [.., channels].
 
     Attributes:
         gram: the sum over all rows of the products of each two channels [channels, channels].
@@ -73,10 +75,8 @@ class Moments:
         return float(np.sqrt(self.gram.trace() / (self.rows * len(self.gram))))
 
 
-def moments(
-    model: onnx.ModelProto, channels: Mapping[str, int], feeds: Callable[[], Feeds]
-) -> Iterator[tuple[str, Moments]]:
-    """Of each activation, by name and number of channels; runs are repeated where memory is not for all at once."""
+def moments(model: ir.Model, channels: Mapping[str, int], feeds: Callable[[], Feeds]) -> Iterator[tuple[str, Moments]]:
+    """Statistics of activations, given by name and number of channels; runs repeat where memory can't hold all."""
     group: list[str] = []
     for name in channels:
         if group and 4 * sum(channels[other] ** 2 for other in [*group, name]) > _GRAM_BYTES:
@@ -87,7 +87,7 @@ def moments(
         yield from _moments(model, group, feeds())
 
 
-def _moments(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> Iterator[tuple[str, Moments]]:
+def _moments(model: ir.Model, names: Sequence[str], feeds: Feeds) -> Iterator[tuple[str, Moments]]:
     found: dict[str, Moments] = {}
     for values in watch(model, names, feeds):
         for name, value in values.items():

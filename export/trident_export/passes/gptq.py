@@ -13,22 +13,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Calibrated, Feeder, add_domain, drop_unused
-from trident_export.passes.blocks import check_blocks, make_product
+from trident_export.graphs.editing import add_domain, array, constant, drop_unused, make, replace
+from trident_export.passes.base import Calibrated, CalibrationRuns, matmul_nodes
 from trident_export.passes.calibration import Moments, moments
-from trident_export.passes.rows import ACTIVATION_LARGEST, Rows
+from trident_export.passes.groups import check_group, make_matmul
+from trident_export.passes.per_token import ACTIVATION_LARGEST, PerToken
 from trident_export.progress import Counted, track
 
 Floats = NDArray[np.float32]
 
-_MIDDLE = "gptq/middle"
 _WEIGHT_LARGEST, _PAIR_LARGEST = 127, 128
-_OUTPUTS = 2**14  # that are rounded at once: a head has ten times as many
+_OUTPUTS = 2**14  # outputs rounded at once: a head has ten times more
 _TOGETHER = 64  # channels that are rounded before the weights of all later ones are corrected
 
 
@@ -47,152 +46,135 @@ class _Gptq(Calibrated):
         if self.damp <= 0:
             raise UsageError(f"damp must be more than 0, found {self.damp:g}")
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`.
 
         Raises:
             ModelsFileError: there is nothing to calibrate with.
         """
-        graph, names = model.graph, set(chosen)
-        weights = {tensor.name: tensor for tensor in graph.initializer}
-        readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in graph.node:
-            if node.name in names:
-                readers[node.input[0]].append(node)
-        channels = {source: weights[nodes[0].input[1]].dims[0] for source, nodes in readers.items()}
-        new: dict[str, list[onnx.NodeProto]] = {}
-        seen_of_each = moments(model, channels, lambda: self.feeds(feeder))
-        for source, seen in track(Counted(seen_of_each, len(channels)), "GPTQ"):
-            if not self.fits(seen):
-                continue
-            matrices = [numpy_helper.to_array(weights[node.input[1]]) for node in readers[source]]
-            products = self.products(graph, readers[source], matrices, seen)
-            new |= zip((node.name for node in readers[source]), products, strict=True)
-        if new:
-            nodes = [made for node in graph.node for made in new.get(node.name, [node])]
-            del graph.node[:]
-            graph.node.extend(nodes)
-            drop_unused(graph)
+        readers: dict[str, list[ir.Node]] = defaultdict(list)
+        for matmul in matmul_nodes(model, chosen):
+            readers[matmul.inputs[0].name].append(matmul)
+        channels = {source: nodes[0].inputs[1].shape[0] for source, nodes in readers.items()}
+        taken: set[str] = set()
+        moments_of_each = moments(model, channels, lambda: self.feeds(runs))
+        for source, seen in track(Counted(moments_of_each, len(channels)), "GPTQ"):
+            if self.fits(seen):
+                self.quantize(readers[source], seen)
+                taken.update(matmul.name for matmul in readers[source])
+        if taken:
+            drop_unused(model)
             add_domain(model)
-        return model, set(new)
+        return model, taken
 
     def fits(self, seen: Moments) -> bool:
-        """Whether the products of an activation are for this pass; if not, they are left to later ones."""
+        """Whether the matmuls of an activation are for this pass; if not, they are left to later ones."""
         return True
 
-    def products(
-        self, graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], weights: Sequence[Floats], seen: Moments
-    ) -> list[list[onnx.NodeProto]]:
-        """What takes the place of each of the products of one activation; weights go into the graph."""
+    def quantize(self, matmuls: Sequence[ir.Node], seen: Moments) -> None:
+        """Replace each of the matmuls of one activation."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class GptqRows(_Gptq):
-    """Products in eight bits with a scale for each column of the weight and one fixed scale for all activations.
+class GptqPerChannel(_Gptq):
+    """Matmuls in eight bits with a scale for each column of the weight and one fixed scale for all activations.
 
     That is fine enough where rows are about as wide as each other: behind norms, after `rotate`. It costs one operator,
     and integers add up to the same whatever else is in the batch. The AVX2 kernels of machines without VNNI add the
     products of two neighbouring channels in sixteen bits, so two weights of one sign are together 128 at most.
 
     Attributes:
-        crest: products of activations whose largest number is more than so many times their root mean square are left.
-        margin: activations that are larger than so many times the largest in the text are clipped.
+        peak_to_rms: matmuls are left where the largest number of their input is more times its root mean square.
+        margin: the largest activation that is not clipped, as a multiple of the largest in the text.
     """
 
-    crest: float = 6.0  # of a normal distribution, two numbers in a billion are larger
+    peak_to_rms: float = 6.0  # of a normal distribution, two numbers in a billion are larger
     margin: float = 0.85  # of a normal distribution, the error is smallest if a little is clipped
-    refused: ClassVar[Mapping[str, str]] = Rows.refused
+    refused: ClassVar[Mapping[str, str]] = PerToken.refused
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.margin <= 0 or self.crest <= 0:
-            raise UsageError(f"margin and crest must be more than 0, found {self.margin:g} and {self.crest:g}")
+        if self.margin <= 0 or self.peak_to_rms <= 0:
+            found = f"{self.margin:g} and {self.peak_to_rms:g}"
+            raise UsageError(f"margin and peak_to_rms must be more than 0, found {found}")
 
     def fits(self, seen: Moments) -> bool:
         """See `_Gptq`."""
-        return seen.peak <= self.crest * seen.root_mean_square
+        return seen.peak <= self.peak_to_rms * seen.root_mean_square
 
-    def products(
-        self, graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], weights: Sequence[Floats], seen: Moments
-    ) -> list[list[onnx.NodeProto]]:
+    def quantize(self, matmuls: Sequence[ir.Node], seen: Moments) -> None:
         """See `_Gptq`."""
-        source = nodes[0].input[0]
-        integers, step = f"gptq/{source}/integers", f"gptq/{source}/step"
-        _add(graph, _MIDDLE, np.array(128, np.uint8))
-        _add(graph, step, np.array(max(seen.peak * self.margin, 1e-6) / ACTIVATION_LARGEST, np.float32))
-        before = [helper.make_node("QuantizeLinear", [source, step, _MIDDLE], [integers], name=integers)]
-        found = []
-        for node, weight in zip(nodes, weights, strict=True):
-            path = f"gptq/{node.name}"
+        graph, source = matmuls[0].graph, matmuls[0].inputs[0]
+        middle = constant(graph, "gptq/middle", np.array(128, np.uint8))
+        step = max(seen.peak * self.margin, 1e-6) / ACTIVATION_LARGEST
+        step = constant(graph, f"gptq/{source.name}/step", np.array(step, np.float32))
+        integers = make("QuantizeLinear", [source, step, middle], f"gptq/{source.name}/integers")
+        matmuls[0].prepend(integers)
+        for matmul in matmuls:
+            path, weight = f"gptq/{matmul.name}", array(matmul.inputs[1])
             steps = np.maximum(_largest_pair(weight) / _PAIR_LARGEST, np.abs(weight).max(axis=0) / _WEIGHT_LARGEST)
             steps = np.maximum(steps, 1e-12).astype(np.float32)
             limits = (-_WEIGHT_LARGEST, _WEIGHT_LARGEST)
             rounded = round_weights(weight, steps[None], seen.gram, self.damp, limits, _PAIR_LARGEST)
-            _add(graph, f"{path}/weight", rounded.astype(np.int8))
-            _add(graph, f"{path}/steps", steps)
-            product = helper.make_node(
-                "MatMulIntegerToFloat",
-                [integers, f"{path}/weight", step, f"{path}/steps", _MIDDLE],
-                [node.output[0]],
-                name=node.name,
-                domain="com.microsoft",
-            )
-            found.append([*before, product])
-            before = []  # shared by the others
-        return found
+            inputs = [
+                *integers.outputs,
+                constant(graph, f"{path}/weight", rounded.astype(np.int8)),
+                step,
+                constant(graph, f"{path}/steps", steps),
+                middle,
+            ]
+            output = matmul.outputs[0].name
+            replace(matmul, [make("MatMulIntegerToFloat", inputs, output, matmul.name, "com.microsoft")])
 
 
 @dataclass(frozen=True)
-class GptqBlocks(_Gptq):
-    """Weights of 4 or 8 bits in blocks, without zero points, as `Blocks` makes them but for how they are rounded.
+class GptqGroups(_Gptq):
+    """Weights of 4 or 8 bits in groups, without zero points, as `Groups` makes them but for how they are rounded.
 
     Attributes:
         bits: of a weight.
-        block: weights in a block, which share a scale.
+        group: weights in a group, which share a scale.
     """
 
     bits: int = 8
-    block: int = 32
+    group: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_blocks(self.bits, self.block)
+        check_group(self.bits, self.group)
 
-    def products(
-        self, graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], weights: Sequence[Floats], seen: Moments
-    ) -> list[list[onnx.NodeProto]]:
+    def quantize(self, matmuls: Sequence[ir.Node], seen: Moments) -> None:
         """See `_Gptq`."""
-        found = []
-        for node, weight in zip(nodes, weights, strict=True):
-            path = f"gptq/{node.name}"
+        for matmul in matmuls:
+            path, weight = f"gptq/{matmul.name}", array(matmul.inputs[1])
             channels, outputs = weight.shape
             middle = 2 ** (self.bits - 1)
-            padded = np.pad(weight, ((0, -channels % self.block), (0, 0)))
-            blocks = padded.reshape(-1, self.block, outputs)
+            padded = np.pad(weight, ((0, -channels % self.group), (0, 0)))
+            groups = padded.reshape(-1, self.group, outputs)
             # There is one more level below the middle than above: for the largest weight, by a step of its sign.
-            largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
+            largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
             steps = (np.where(np.abs(largest) < 1e-12, 1e-12, largest) / -middle).astype(np.float32)
-            every = np.repeat(steps, self.block, axis=0)[:channels]
+            every = np.repeat(steps, self.group, axis=0)[:channels]
             levels = np.full(padded.shape, middle, np.uint8)
             rounded = round_weights(weight, every, seen.gram, self.damp, (-middle, middle - 1))
             levels[:channels] = (rounded + middle).astype(np.uint8)
-            packed = np.ascontiguousarray(levels.T).reshape(outputs, -1, self.block)
+            packed = np.ascontiguousarray(levels.T).reshape(outputs, -1, self.group)
             if self.bits == 4:
                 packed = packed[..., 0::2] | (packed[..., 1::2] << np.uint8(4))
-            _add(graph, f"{path}/weight", packed)
-            _add(graph, f"{path}/steps", np.ascontiguousarray(steps.T))
-            inputs = [node.input[0], f"{path}/weight", f"{path}/steps"]
-            found.append([make_product(node.name, inputs, node.output[0], channels, outputs, self.bits, self.block)])
-        return found
+            inputs = [
+                matmul.inputs[0],
+                constant(matmul.graph, f"{path}/weight", packed),
+                constant(matmul.graph, f"{path}/steps", np.ascontiguousarray(steps.T)),
+            ]
+            output = matmul.outputs[0].name
+            replace(matmul, [make_matmul(matmul.name, inputs, output, weight.shape, self.bits, self.group)])
 
 
 def round_weights(
     weight: Floats, steps: Floats, gram: Floats, damp: float, limits: tuple[int, int], pair: int | None = None
 ) -> Floats:
-    """Whole numbers that times `steps` are weights with nearly the same products.
+    """Whole numbers that times `steps` are weights with nearly the same matmuls.
 
     Args:
         weight: [channels, outputs].
@@ -248,8 +230,3 @@ def _largest_pair(weight: Floats) -> Floats:
     one, other = padded[0::2], padded[1::2]
     found: Floats = np.where(one * other > 0, np.abs(one + other), 0).max(axis=0)
     return found
-
-
-def _add(graph: onnx.GraphProto, name: str, value: NDArray[np.generic]) -> None:
-    if all(tensor.name != name for tensor in graph.initializer):
-        graph.initializer.append(numpy_helper.from_array(value, name))

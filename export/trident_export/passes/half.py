@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import onnx
+import onnx_ir as ir
 
-from trident_export.passes.base import Feeder, Pass
+from trident_export.graphs.editing import message
+from trident_export.passes.base import CalibrationRuns, Pass
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,12 @@ class Half(Pass):
         "cpu": "a CPU would compute it in float32 and convert at every step; it is for a GPU "
         '(text generation with limits.device = "cuda")'
     }
-    for_products: ClassVar[bool] = False
+    for_matmuls: ClassVar[bool] = False
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`."""
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        kept = [output.name for output in model.graph.output if output.name in ("logits", "last_hidden_state")]
-        half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=kept, disable_shape_infer=True)
-        return half, set(chosen)
+        kept = [output.name for output in model.graph.outputs if output.name in ("logits", "last_hidden_state")]
+        half = convert_float_to_float16(message(model), keep_io_types=kept, disable_shape_infer=True)
+        return ir.from_proto(half), set(chosen)

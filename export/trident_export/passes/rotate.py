@@ -1,82 +1,71 @@
-"""Activations without large channels: what blocks add up is rotated, and the weights with it.
+"""Activations without large channels: the residual stream is rotated, and the weights around it with it.
 
-What a root-mean-square norm computes turns with its input, once its scale is in the weights behind it. So a rotation of
-the sum that all blocks read and add to changes no answer and costs nothing: what adds to it is turned, what reads it is
-turned back. A number that was large in one channel is spread over all of them, and a row of a norm's output, whose mean
-square is 1, has no large numbers at all. Sources: QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al. 2024).
+What a root-mean-square norm computes rotates with its input, once its scale is in the weights behind it. So a rotation
+of the sum that all layers read and add to changes no answer and costs nothing: what adds to it is rotated, what reads
+it is rotated back. A number that was large in one channel is spread over all of them, and a row of a norm's output,
+whose mean square is 1, has no large numbers at all.
+Sources: QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al. 2024).
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import ClassVar
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Feeder, Pass, drop_unused
+from trident_export.graphs.editing import array, constant, drop_unused, rank_of_weight, store
+from trident_export.passes.base import CalibrationRuns, Pass
 
-_ONES = "rotate/ones"
 # Root-mean-square norms by operator: where their scale stands among the inputs.
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
 
 
 @dataclass(frozen=True)
 class Rotate(Pass):
-    """Rotates what the blocks of a decoder add up; before all passes that take products.
+    """Rotates the residual stream of a decoder; before all passes that take matmuls.
 
-    A graph that has something else between its blocks than sums and root-mean-square norms is left as it is.
+    A graph that has something else between its layers than sums and root-mean-square norms is left as it is.
 
     Attributes:
         seed: of the rotation's signs.
     """
 
     seed: int = 0
-    for_products: ClassVar[bool] = False
+    for_matmuls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nodes:
-            raise UsageError("rotate is for all products, not for some nodes")
+            raise UsageError("rotate is for all matmuls, not for some nodes")
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
-        """See `Pass`; it takes no products."""
-        places = find_places(model, set(chosen))
-        if places is None:
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
+        """See `Pass`; it takes no matmuls."""
+        found = find_rotated(model, set(chosen))
+        if found is None:
             return model, set()
-        weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        values = {name: numpy_helper.to_array(weights[name]) for name in places.all}
-        (channels,) = {values[name].shape[-1] for name in places.adding}
-        turn = rotation(channels, self.seed)
-        for name in places.adding:
-            _store(weights[name], values[name] @ turn)
-        for name, scale in places.reading.items():
-            _store(weights[name], turn.T @ (values[scale][:, None] * values[name]))
+        (channels,) = {weight.shape[-1] for weight in found.adding}
+        rotate = rotation(channels, self.seed)
+        for weight, scale in found.reading.items():
+            store(weight, rotate.T @ (array(scale)[:, None] * array(weight)))
+        for weight in found.adding:
+            store(weight, array(weight) @ rotate)
         # All norms have one scale then, which passes that would change it for one of them see.
-        model.graph.initializer.append(numpy_helper.from_array(np.ones(channels, np.float32), _ONES))
-        for node in model.graph.node:
-            place = _NORMS.get(node.op_type)
-            if place is not None and node.input[place] in places.reading.values():
-                node.input[place] = _ONES
-        drop_unused(model.graph)
+        ones = constant(model.graph, "rotate/ones", np.ones(channels, np.float32))
+        for scale in set(found.reading.values()):
+            scale.replace_all_uses_with(ones)
+        drop_unused(model)
         return model, set()
 
 
-def _store(tensor: onnx.TensorProto, value: NDArray[np.float32]) -> None:
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), tensor.name))
-
-
 def rotation(channels: int, seed: int) -> NDArray[np.float32]:
-    """An orthogonal matrix [channels, channels] whose numbers are all about as large, so that it spreads what it turns.
+    """An orthogonal matrix [channels, channels] of numbers that are all about as large, so that it spreads a channel.
 
     The Kronecker product of a Hadamard matrix, as large as fits, and a cosine transform; rows have random signs.
     """
@@ -86,78 +75,73 @@ def rotation(channels: int, seed: int) -> NDArray[np.float32]:
     cosines = np.cos(np.pi * (np.arange(rest)[None] + 0.5) * np.arange(rest)[:, None] / rest)
     cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], channels)
-    turn: NDArray[np.float32] = (signs[:, None] * np.kron(hadamard / math.sqrt(size), cosines)).astype(np.float32)
-    return turn
+    rotated: NDArray[np.float32] = (signs[:, None] * np.kron(hadamard / math.sqrt(size), cosines)).astype(np.float32)
+    return rotated
 
 
 @dataclass
-class Places:
+class Rotated:
     """Weights that a rotation changes.
 
     Attributes:
-        adding: what they give is turned.
-        reading: products of a norm's output, each with the norm's scale.
+        adding: those whose output is rotated.
+        reading: weights of a norm's output, each with the norm's scale.
     """
 
-    adding: list[str] = field(default_factory=list)
-    reading: dict[str, str] = field(default_factory=dict)
+    adding: list[ir.Value] = field(default_factory=list)
+    reading: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     @property
-    def all(self) -> set[str]:
+    def all(self) -> set[ir.Value]:
         """Every weight, norms' scales included."""
         return {*self.adding, *self.reading, *self.reading.values()}
 
 
-def find_places(model: onnx.ModelProto, products: set[str]) -> Places | None:
+def find_rotated(model: ir.Model, matmuls: set[str]) -> Rotated | None:
     """The weights around the sum that begins at the table of the tokens' embeddings.
 
-    None where something reads that sum, or adds to it, that does not turn with it.
+    None where something reads that sum, or adds to it, that does not rotate with it.
     """
-    places = Places()
-    weights = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-    makers = {name: node for node in model.graph.node for name in node.output if name}
-    sums: set[str] = set()
-    normed: dict[str, str] = {}  # outputs of norms, with the norm's scale
-    for node in model.graph.node:
-        if node.op_type == "Gather" and weights.get(node.input[0]) == 2 and not sums:
-            places.adding.append(node.input[0])
-            sums.add(node.output[0])
-        elif sums.intersection(node.input):
+    found = Rotated()
+    sums: set[ir.Value] = set()
+    normed: dict[ir.Value, ir.Value] = {}  # outputs of norms, with the norm's scale
+    for node in model.graph:
+        if node.op_type == "Gather" and rank_of_weight(node.inputs[0]) == 2 and not sums:
+            found.adding.append(node.inputs[0])
+            sums.add(node.outputs[0])
+        elif sums.intersection(node.inputs):
             scale = _NORMS.get(node.op_type)
             if scale is None and node.op_type != "Add":
                 return None
-            for part in node.input[:scale]:
-                if part not in sums and not _add_givers(part, places, makers, weights, products):
+            for term in node.inputs[:scale]:
+                if term not in sums and not _add_terms(term, found, matmuls):
                     return None
             if scale is None:
-                sums.add(node.output[0])
+                sums.add(node.outputs[0])
             else:
-                normed[node.output[0]] = node.input[scale]
-                sums.update(node.output[3:])
-        elif node.input and node.input[0] in normed:
+                normed[node.outputs[0]] = node.inputs[scale]
+                sums.update(node.outputs[3:])
+        elif node.inputs and node.inputs[0] in normed:
             if node.op_type == "Gather":  # of the tokens whose logits are wanted
-                normed[node.output[0]] = normed[node.input[0]]
-            elif node.name in products:
-                places.reading[node.input[1]] = normed[node.input[0]]
+                normed[node.outputs[0]] = normed[node.inputs[0]]
+            elif node.name in matmuls:
+                found.reading[node.inputs[1]] = normed[node.inputs[0]]
             else:
                 return None
-    readers = Counter(name for node in model.graph.node for name in node.input)
-    given = {output.name for output in model.graph.output}
-    alone = all(readers[name] == 1 for name in places.all)
-    return places if places.reading and alone and not given & (sums | set(normed)) else None
+    unshared = all(len(weight.uses()) == 1 for weight in found.all)
+    inner = not any(value.is_graph_output() for value in [*sums, *normed])
+    return found if found.reading and unshared and inner else None
 
 
-def _add_givers(
-    name: str, places: Places, makers: Mapping[str, onnx.NodeProto], weights: Mapping[str, int], products: set[str]
-) -> bool:
-    """Note the weights that turn a value which is added to the sum; False where none do."""
-    node = makers.get(name)
-    if weights.get(name) == 1:
-        places.adding.append(name)
-    elif node is not None and node.name in products:
-        places.adding.append(node.input[1])
+def _add_terms(value: ir.Value, found: Rotated, matmuls: set[str]) -> bool:
+    """Note the weights that rotate a value which is added to the sum; False where none do."""
+    node = value.producer()
+    if rank_of_weight(value) == 1:
+        found.adding.append(value)
+    elif node is not None and node.name in matmuls:
+        found.adding.append(node.inputs[1])
     elif node is not None and node.op_type == "Add":
-        return all(_add_givers(part, places, makers, weights, products) for part in node.input)
+        return all(_add_terms(term, found, matmuls) for term in node.inputs)
     else:
         return False
     return True

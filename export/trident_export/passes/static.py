@@ -1,7 +1,7 @@
-"""Products in eight bits with scales that are set before serving, from representative text: ONNX Runtime's QDQ form.
+"""Matmuls in eight bits with scales that are set before serving, from representative text: ONNX Runtime's QDQ form.
 
-One scale for each product's input and each column of its weight, so an answer does not depend on who shares the batch.
-Weights are of seven bits, because the AVX2 kernels of machines without VNNI saturate with eight (see `rows`).
+One scale for each matmul's input and each column of its weight, so an answer does not depend on who shares the batch.
+Weights are of seven bits, because the AVX2 kernels of machines without VNNI saturate with eight (see `per_token`).
 Operator references: ONNX, QuantizeLinear; onnxruntime.quantization.quantize_static.
 """
 
@@ -11,26 +11,27 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 
 from trident_export.errors import UsageError
-from trident_export.passes.base import Calibrated, Feeder, Feeds, ranks
+from trident_export.graphs.editing import make, rank_of_weight, replace, save
+from trident_export.passes.base import Calibrated, CalibrationRuns, Feeds, matmul_nodes, ranks
 
 METHODS = ("minmax", "entropy", "percentile")
 
 
 @dataclass(frozen=True)
 class Static(Calibrated):
-    """Products with calibrated scales.
+    """Matmuls with calibrated scales.
 
     Attributes:
         method: how the range of an input is found from what it was on the calibration text: all of it ("minmax"), what
@@ -42,7 +43,7 @@ class Static(Calibrated):
     percentile: float = 99.99
 
     refused: ClassVar[Mapping[str, str]] = {
-        "cuda": "ONNX Runtime's CUDA provider has no kernel for its products and would compute them in float32"
+        "cuda": "ONNX Runtime's CUDA provider has no kernel for its matmuls and would compute them in float32"
     }
 
     def __post_init__(self) -> None:
@@ -53,9 +54,7 @@ class Static(Calibrated):
                 f"found {self.method!r} and {self.percentile}"
             )
 
-    def apply(
-        self, model: onnx.ModelProto, chosen: Sequence[str], feeder: Feeder | None
-    ) -> tuple[onnx.ModelProto, set[str]]:
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`.
 
         Raises:
@@ -63,7 +62,7 @@ class Static(Calibrated):
         """
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-        feeds = self.feeds(feeder)
+        feeds = self.feeds(runs)
         if not chosen:
             return model, set()
         methods = {
@@ -74,7 +73,7 @@ class Static(Calibrated):
         with tempfile.TemporaryDirectory() as folder, _silence():
             before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
             add_biases(model, chosen)
-            onnx.save(model, str(before), save_as_external_data=True, location="before.data")
+            save(model, before)
             quantize_static(
                 str(before),
                 str(after),
@@ -94,7 +93,7 @@ class Static(Calibrated):
                     "CalibStridedMinMax": 1,
                 },
             )
-            return onnx.load(str(after)), set(chosen)
+            return ir.from_proto(onnx.load(str(after))), set(chosen)
 
 
 @contextmanager
@@ -110,38 +109,26 @@ def _silence() -> Iterator[None]:
         root.setLevel(level)
 
 
-def add_biases(model: onnx.ModelProto, chosen: Collection[str]) -> None:
-    """Make each product and the constant vector that is added to it one Gemm of the product's name, in place.
+def add_biases(model: ir.Model, chosen: Sequence[str]) -> None:
+    """Make each matmul and the constant vector that is added to it one Gemm of the matmul's name, in place.
 
     ONNX Runtime does so itself when it loads the graph, and then finds no integer kernel, because the vector is
-    float32. Only for products of [rows, features], which is what Gemm takes.
+    float32. Only for matmuls of [rows, features], which is what Gemm takes.
     """
-    graph = model.graph
     known = ranks(model)
-    vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            readers[name].append(node)
-    gone = set()
-    for node in graph.node:
-        if node.name not in chosen or known.get(node.input[0]) != 2:
+    for matmul in matmul_nodes(model, chosen):
+        readers = matmul.outputs[0].uses()
+        if len(readers) != 1 or known.get(matmul.inputs[0].name) != 2:
             continue
-        (after, *others) = readers[node.output[0]] or [None]
-        bias = next((name for name in after.input if name in vectors), None) if after is not None else None
-        if after is None or others or after.op_type != "Add" or bias is None:
-            continue
-        node.op_type = "Gemm"
-        node.input.append(bias)
-        node.output[0] = after.output[0]
-        gone.add(after.name)
-    kept = [node for node in graph.node if node.name not in gone]
-    del graph.node[:]
-    graph.node.extend(kept)
+        ((after, _),) = readers
+        bias = [value for value in after.inputs if rank_of_weight(value) == 1]
+        if bias and after.op_type == "Add":
+            replace(after, [make("Gemm", [*matmul.inputs, bias[0]], after.outputs[0].name, name=matmul.name)])
+            matmul.graph.remove(matmul, safe=True)
 
 
 class _Reader(CalibrationDataReader):
-    """Runs in ranges of one: their tensors have as many rows as a text has tokens, and can't be put together."""
+    """Runs in ranges of one: texts have different numbers of tokens, so their tensors can't be put together."""
 
     def __init__(self, feeds: Feeds) -> None:
         self._feeds = list(feeds)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trident_export import corpora, fidelity
+from trident_export import corpora
 from trident_export.errors import FidelityError
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_serving.encoders import MODULES as ENCODER_MODULES
 

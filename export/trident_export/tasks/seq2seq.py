@@ -11,14 +11,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from trident_export import disk, fidelity, recipes
+from trident_export import disk, recipes
 from trident_export.errors import ModelsFileError
+from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.seq2seq import save_text_files
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.progress import track
 from trident_export.recipes import Kind
-from trident_export.seq2seq_graph import export_decoder, export_encoder
 from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 from trident_serving.schema.fields import LongInput

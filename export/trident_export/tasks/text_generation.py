@@ -16,12 +16,14 @@ from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trident_export import corpora, decoder_passes, disk, fidelity, recipes
-from trident_export.causal_graph import export_causal_graph
+from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
+from trident_export.graphs import decoder_passes
+from trident_export.graphs.causal import export_causal_graph
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
-from trident_export.passes import Feeder, Feeds
+from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
@@ -64,12 +66,12 @@ def trace(job: Job) -> None:
 def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     folder = job.staging / job.spec.public_name(variant) / VERSION
-    graph, feeder = job.graphs / "model.onnx", calibration_feeder(job)
-    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", feeder)
+    graph, runs = job.graphs / "model.onnx", calibration_runs(job)
+    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", runs)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
-def calibration_feeder(job: Job) -> Feeder:
+def calibration_runs(job: Job) -> CalibrationRuns:
     """Calibration texts as the graph's inputs, some in a run, each from an empty cache.
 
     Where the model has a chat template, a third of them once more as a user's message: its tokens are in no text.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trident_serving.schema import reading
 
 Floats = NDArray[np.float32]
 
@@ -34,12 +35,11 @@ class LabelSettings:
     @classmethod
     def load(cls, folder: Path) -> LabelSettings:
         """Read `folder/labels.json`."""
-        settings = json.loads((folder / _LABELS).read_text(encoding="utf-8"))
-        return cls(tuple(settings["labels"]), Activation(settings["activation"]))
+        return reading.load(cls, folder / _LABELS)
 
     def save(self, folder: Path) -> None:
         """Write `folder/labels.json`."""
-        (folder / _LABELS).write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
+        reading.save(self, folder / _LABELS)
 
 
 def softmax(logits: Floats) -> Floats:

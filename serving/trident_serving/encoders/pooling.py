@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trident_serving.schema import reading
 
 Floats = NDArray[np.float32]
 
@@ -32,13 +33,11 @@ class PoolingSettings:
     @classmethod
     def load(cls, folder: Path) -> PoolingSettings:
         """Read `folder/pooling.json`."""
-        settings = json.loads((folder / "pooling.json").read_text(encoding="utf-8"))
-        return cls(Pooling(settings["pooling"]), bool(settings["normalize"]))
+        return reading.load(cls, folder / "pooling.json")
 
     def save(self, folder: Path) -> None:
         """Write `folder/pooling.json`."""
-        settings = {"pooling": self.pooling.value, "normalize": self.normalize}
-        (folder / "pooling.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        reading.save(self, folder / "pooling.json")
 
 
 def pool(hidden: Floats, attention_mask: NDArray[np.int64], pooling: Pooling) -> Floats:

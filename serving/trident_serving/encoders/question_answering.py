@@ -21,6 +21,7 @@ from trident_serving.encoders.entities import Entity, padded_spans
 from trident_serving.encoders.task import ENCODING, PAIR, TOP_K, EncoderTask, Stage, Tensor, Tensors, count, flag
 from trident_serving.encoders.tokens import Batcher, EncodingSettings, TokenRoles, load_tokenizer
 from trident_serving.errors import InvalidRequest
+from trident_serving.schema.reading import read_parameters
 from trident_serving.text import decode_texts
 
 Floats = NDArray[np.float32]
@@ -220,7 +221,7 @@ def _characters(first: NDArray[np.int32], last: NDArray[np.int32]) -> tuple[int,
 
 
 def _read(folder: Path, parameters: Mapping[str, str]) -> Stage:
-    settings = EncodingSettings.from_parameters(parameters)
+    settings = read_parameters(EncodingSettings, parameters)
     encoder = QuestionEncoder.load(folder, settings, WindowSettings.from_parameters(parameters))
 
     def preprocess(tensors: Tensors) -> Tensors:

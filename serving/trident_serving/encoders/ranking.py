@@ -8,11 +8,12 @@ from pathlib import Path
 from trident_serving.encoders.labels import LabelSettings, activate
 from trident_serving.encoders.task import PAIR, TEXT, TRUNCATE, EncoderTask, Stage, Tensor, Tensors, flag
 from trident_serving.encoders.tokens import EncodingSettings, TextEncoder
+from trident_serving.schema.reading import read_parameters
 from trident_serving.text import decode_texts, numbered
 
 
 def _read(folder: Path, parameters: Mapping[str, str]) -> Stage:
-    settings = EncodingSettings.from_parameters(parameters)
+    settings = read_parameters(EncodingSettings, parameters)
     encoder = TextEncoder.load(folder, settings)
 
     def preprocess(tensors: Tensors) -> Tensors:

@@ -6,10 +6,9 @@ shape and Triton's dynamic batcher can join them.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from tokenizers import Encoding, Tokenizer
 
 from trident_serving.encoders.task import Stage, Tensors, flag
 from trident_serving.errors import InvalidRequest, ReadingError
+from trident_serving.schema import reading
+from trident_serving.schema.reading import read_parameters
 from trident_serving.text import decode_texts, numbered
 
 TOKENIZER = "tokenizer.json"
@@ -41,29 +42,9 @@ class EncodingSettings:
     buckets: tuple[int, ...]
     truncate: bool
 
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str]) -> EncodingSettings:
-        """Read the settings from a config's parameters.
-
-        Raises:
-            ReadingError: one is missing or malformed.
-        """
-        missing = [field.name for field in fields(cls) if field.name not in parameters]
-        if missing:
-            raise ReadingError(f"parameters {', '.join(missing)} are missing")
-        if parameters["truncate"] not in ("true", "false"):
-            raise ReadingError(f"parameter truncate must be true or false, found {parameters['truncate']!r}")
-        settings = cls(
-            max_tokens=int(parameters["max_tokens"]),
-            max_bytes=int(parameters["max_bytes"]),
-            buckets=tuple(int(length) for length in parameters["buckets"].split(",")),
-            truncate=parameters["truncate"] == "true",
-        )
-        if list(settings.buckets) != sorted(set(settings.buckets)) or settings.buckets[-1] != settings.max_tokens:
-            raise ReadingError(
-                f"buckets must rise to max_tokens ({settings.max_tokens}), found {parameters['buckets']}"
-            )
-        return settings
+    def __post_init__(self) -> None:
+        if list(self.buckets) != sorted(set(self.buckets)) or self.buckets[-1] != self.max_tokens:
+            raise ReadingError(f"buckets must rise to max_tokens ({self.max_tokens}), found {self.buckets}")
 
 
 @dataclass(frozen=True)
@@ -85,11 +66,11 @@ class TokenRoles:
     @classmethod
     def load(cls, folder: Path) -> TokenRoles:
         """Read `folder/encoding.json`."""
-        return cls(**json.loads((folder / _ROLES).read_text(encoding="utf-8")))
+        return reading.load(cls, folder / _ROLES)
 
     def save(self, folder: Path) -> None:
         """Write `folder/encoding.json`."""
-        (folder / _ROLES).write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
+        reading.save(self, folder / _ROLES)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -232,7 +213,7 @@ def read_texts(folder: Path, parameters: Mapping[str, str], *, spans: bool = Fal
     Args:
         spans: see `TextEncoder.encode`.
     """
-    settings = EncodingSettings.from_parameters(parameters)
+    settings = read_parameters(EncodingSettings, parameters)
     encoder = TextEncoder.load(folder, settings)
 
     def preprocess(tensors: Tensors) -> Tensors:

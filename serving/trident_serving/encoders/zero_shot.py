@@ -6,9 +6,8 @@ transformers pipeline. Reference: transformers, `ZeroShotClassificationPipeline`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,8 @@ from trident_serving.encoders.labels import softmax
 from trident_serving.encoders.task import ENCODING, PAIR, TRUNCATE, EncoderTask, Stage, Tensor, Tensors, flag
 from trident_serving.encoders.tokens import EncodingSettings, TextEncoder
 from trident_serving.errors import InvalidRequest
+from trident_serving.schema import reading
+from trident_serving.schema.reading import read_parameters
 from trident_serving.text import decode_texts, numbered
 
 DEFAULT_TEMPLATE = "This example is {}."
@@ -33,11 +34,11 @@ class InferenceSettings:
     @classmethod
     def load(cls, folder: Path) -> InferenceSettings:
         """Read `folder/inference.json`."""
-        return cls(**json.loads((folder / _SETTINGS).read_text(encoding="utf-8")))
+        return reading.load(cls, folder / _SETTINGS)
 
     def save(self, folder: Path) -> None:
         """Write `folder/inference.json`."""
-        (folder / _SETTINGS).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        reading.save(self, folder / _SETTINGS)
 
 
 def hypothesis(template: str, label: str) -> str:
@@ -53,7 +54,7 @@ def hypothesis(template: str, label: str) -> str:
 
 
 def _read(folder: Path, parameters: Mapping[str, str]) -> Stage:
-    settings = EncodingSettings.from_parameters(parameters)
+    settings = read_parameters(EncodingSettings, parameters)
     encoder = TextEncoder.load(folder, settings)
     max_pairs = int(parameters["max_pairs"])
 

@@ -1,6 +1,6 @@
 """Different numbers of tokens for several slots as one packed run of the decoder graph.
 
-The graph's inputs are described in `trident_export.causal_graph`. Tokens stand one after another, so the
+The graph's inputs are described in `trident_export.graphs.causal`. Tokens stand one after another, so the
 matmuls are computed for real tokens only; around the attention operator they are spread over a window of the cache's
 slots, from the first slot of the run to the last, each padded to the longest.
 """

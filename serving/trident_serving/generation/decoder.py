@@ -1,6 +1,6 @@
 """Runs of the decoder graph over slots of the KV cache.
 
-The graph is the one that `trident_export.causal_graph` writes; its inputs are described there.
+The graph is the one that `trident_export.graphs.causal` writes; its inputs are described there.
 """
 
 from __future__ import annotations

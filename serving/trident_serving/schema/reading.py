@@ -1,27 +1,31 @@
-"""Reads dataclasses from tables (TOML, JSON) and from texts (the parameters of a config)."""
+"""Reads dataclasses from tables (TOML), files (JSON) and texts (the parameters of a config), and writes files."""
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, asdict, fields
 from enum import StrEnum
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trident_serving.errors import ReadingError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
 
-def read(kind: type[T], table: object, where: str) -> T:
-    """A dataclass from a table; each value must have its field's type.
-
-    A list becomes a tuple. An integer is 1 or more where its field's metadata does not name another `least`.
+def read(kind: type[T], table: object, where: str, *, positive: bool = True) -> T:
+    """A dataclass from a table, whose values must have the types of its fields. A list becomes a tuple.
 
     Args:
         kind: the dataclass; its own checks may raise ReadingError too.
         where: what the message begins with.
+        positive: whether an integer must be 1 or more, or what its field's metadata names as `least`.
 
     Raises:
         ReadingError: a key is unknown or missing, or a value has another type.
@@ -31,11 +35,14 @@ def read(kind: type[T], table: object, where: str) -> T:
     check_keys(where, table, kind)
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in _fields(kind)}
-    values = {key: _value(f"{where}.{key}", value, hints[key], known[key]) for key, value in table.items()}
+    values = {
+        key: _value(f"{where}.{key}", value, hints[key], known[key].metadata.get("least", 1) if positive else None)
+        for key, value in table.items()
+    }
     return _built(kind, values, f"{where}.")
 
 
-def read_texts(kind: type[T], texts: Mapping[str, str]) -> T:
+def read_parameters(kind: type[T], texts: Mapping[str, str]) -> T:
     """A dataclass from the parameters of a config, which are texts; other parameters are ignored.
 
     Raises:
@@ -54,8 +61,25 @@ def read_texts(kind: type[T], texts: Mapping[str, str]) -> T:
             found = text == "true"
         elif hints[field.name] is int:
             found = int(text) if text.isdecimal() else text
-        values[field.name] = _value(where, found, hints[field.name], field)
+        elif typing.get_origin(hints[field.name]) is tuple:
+            found = [int(item) if item.isdecimal() else item for item in text.split(",")]
+        values[field.name] = _value(where, found, hints[field.name], field.metadata.get("least", 1))
     return _built(kind, values, "parameter ")
+
+
+def load(kind: type[T], file: Path) -> T:
+    """A dataclass from a JSON file that `save` wrote.
+
+    Raises:
+        ReadingError: the file holds something else.
+        OSError: it can't be read.
+    """
+    return read(kind, json.loads(file.read_text(encoding="utf-8")), file.name, positive=False)
+
+
+def save(value: DataclassInstance, file: Path) -> None:
+    """Write a dataclass as a JSON file."""
+    file.write_text(json.dumps(asdict(value), ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_keys(where: str, table: Mapping[str, Any], kind: type[Any]) -> None:
@@ -86,19 +110,19 @@ def _built(kind: type[T], values: dict[str, Any], where: str) -> T:
         raise ReadingError(f"{where}{error}") from None
 
 
-def _value(where: str, value: Any, hint: Any, field: Field[Any]) -> Any:
+def _value(where: str, value: Any, hint: Any, least: int | None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         wanted = [argument for argument in arguments if argument is not type(None)]
-        return None if value is None else _value(where, value, wanted[0] if len(wanted) == 1 else object, field)
+        return None if value is None else _value(where, value, wanted[0] if len(wanted) == 1 else object, least)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ReadingError(f"{where} must be list, found {value!r}")
-        return tuple(_value(where, item, arguments[0], field) for item in value)
+        return tuple(_value(where, item, arguments[0], least) for item in value)
     if hint is int:
-        least = field.metadata.get("least", 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            wanted_number = "a positive integer" if least == 1 else f"an integer, {least} or more"
+        if type(value) is not int or (least is not None and value < least):
+            least_of = {None: "int", 1: "a positive integer"}
+            wanted_number = least_of.get(least, f"an integer, {least} or more")
             raise ReadingError(f"{where} must be {wanted_number}, found {value!r}")
         return value
     if isinstance(hint, type) and issubclass(hint, StrEnum):

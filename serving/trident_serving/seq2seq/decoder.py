@@ -1,4 +1,4 @@
-"""Runs of the two graphs that `trident_export.seq2seq_graph` writes; their inputs are described there."""
+"""Runs of the two graphs that `trident_export.graphs.seq2seq` writes; their inputs are described there."""
 
 from __future__ import annotations
 

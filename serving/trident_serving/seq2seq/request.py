@@ -6,14 +6,13 @@ The fields are those of text generation where they mean the same; `num_beams`, `
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trident_serving.errors import InvalidRequest
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
+from trident_serving.schema import reading
 from trident_serving.schema.fields import SEQ2SEQ, Inputs, LongInput, by_name, single_text, timeout_seconds
 from trident_serving.schema.limits import Seq2SeqLimits
 from trident_serving.seq2seq.rules import Rules
@@ -53,15 +52,11 @@ class GenerationDefaults:
     @classmethod
     def load(cls, folder: Path) -> GenerationDefaults:
         """Read `folder/generation.json`."""
-        values: dict[str, Any] = json.loads((folder / _DEFAULTS).read_text(encoding="utf-8"))
-        for name, value in values.items():
-            if isinstance(value, list):
-                values[name] = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-        return cls(**values)
+        return reading.load(cls, folder / _DEFAULTS)
 
     def save(self, folder: Path) -> None:
         """Write `folder/generation.json`."""
-        (folder / _DEFAULTS).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        reading.save(self, folder / _DEFAULTS)
 
 
 def positions(max_target_tokens: int, prompt: Sequence[int]) -> int:

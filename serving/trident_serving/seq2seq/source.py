@@ -7,10 +7,9 @@ target.json       of the target, where it is another
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 
 from trident_serving.encoders.tokens import knows_nothing
 from trident_serving.errors import InvalidRequest
+from trident_serving.schema import reading
 from trident_serving.schema.fields import LongInput
 
 _SETTINGS = "source.json"
@@ -64,13 +64,11 @@ class SourceSettings:
     @classmethod
     def load(cls, folder: Path) -> SourceSettings:
         """Read `folder/source.json`."""
-        values = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-        values["target_style"] = TargetStyle(values["target_style"])
-        return cls(**values)
+        return reading.load(cls, folder / _SETTINGS)
 
     def save(self, folder: Path) -> None:
         """Write `folder/source.json`."""
-        (folder / _SETTINGS).write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
+        reading.save(self, folder / _SETTINGS)
 
 
 @dataclass(frozen=True)

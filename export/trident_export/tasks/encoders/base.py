@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from trident_export import configs, corpora, disk, fidelity, recipes
-from trident_export.encoder_graph import export_encoder_graph
+from trident_export import configs, corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError
+from trident_export.graphs.encoder import export_encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
-from trident_export.passes import Feeder, Feeds
+from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import track
 from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
@@ -78,7 +79,7 @@ class EncoderExport(Generic[Limits]):
         """The same from the postprocess stage's folder, as far as `read` looks at it."""
         return None
 
-    def finish(self, model: onnx.ModelProto, limits: Limits, source: HuggingFaceFolder) -> None:
+    def finish(self, model: ir.Model, limits: Limits, source: HuggingFaceFolder) -> None:
         """Add to the graph that optimum gives the outputs that the task is served with."""
 
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:
@@ -147,8 +148,8 @@ class EncoderExport(Generic[Limits]):
         """See `trident_export.tasks`."""
         spec = job.spec
         path = job.staging / configs.model_part(spec, variant) / VERSION / "model.onnx"
-        feeder = calibration_feeder(job, self)
-        recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, feeder)
+        runs = calibration_runs(job, self)
+        recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / "model.onnx", path, runs)
         # An ensemble has no files, and Triton wants the folder.
         (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True, exist_ok=True)
 
@@ -275,7 +276,7 @@ def _difference(one: Floats, other: Floats) -> float:
     return float(np.nanmax(np.abs(one[..., :width] - other[..., :width])))
 
 
-def calibration_feeder(job: Job, task: EncoderExport[Any]) -> Feeder:
+def calibration_runs(job: Job, task: EncoderExport[Any]) -> CalibrationRuns:
     """Calibration texts as the graph's inputs, a text a run.
 
     Raises:

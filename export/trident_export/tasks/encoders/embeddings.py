@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from transformers import AutoModel, PretrainedConfig
 
-from trident_export import corpora, encoder_graph, fidelity
+from trident_export import corpora
+from trident_export.graphs import encoder as encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import embeddings
 from trident_serving.encoders.pooling import PoolingSettings, normalize, pool
@@ -37,7 +39,7 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     def load_settings(self, folder: Path) -> PoolingSettings:
         return PoolingSettings.load(folder)
 
-    def finish(self, model: onnx.ModelProto, limits: EmbeddingLimits, source: HuggingFaceFolder) -> None:
+    def finish(self, model: ir.Model, limits: EmbeddingLimits, source: HuggingFaceFolder) -> None:
         # A vector a text is a hundredth of what the tokens' vectors are to hand on.
         encoder_graph.with_pooling(model, source.pooling.pooling)
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from transformers import AutoModelForMaskedLM
 
-from trident_export import encoder_graph
+from trident_export.graphs import encoder as encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import fill_mask
@@ -36,7 +36,7 @@ class FillMask(EncoderExport[FillMaskLimits]):
     def settings(self, source: HuggingFaceFolder) -> TokenRoles:
         return source.roles()
 
-    def finish(self, model: onnx.ModelProto, limits: FillMaskLimits, source: HuggingFaceFolder) -> None:
+    def finish(self, model: ir.Model, limits: FillMaskLimits, source: HuggingFaceFolder) -> None:
         encoder_graph.with_top_logits(model, limits.top_k)
 
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForQuestionAnswering, PretrainedConfig
 
-from trident_export import fidelity
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import question_answering
 from trident_serving.encoders.labels import softmax

@@ -7,7 +7,7 @@ import triton_python_backend_utils as pb_utils
 
 from trident_serving import onnx_runtime, text
 from trident_serving.schema.limits import GenerationLimits
-from trident_serving.schema.reading import read_texts
+from trident_serving.schema.reading import read_parameters
 from trident_serving.triton import adapter
 from trident_serving.triton.metrics import Publisher
 
@@ -21,7 +21,7 @@ class TritonPythonModel:
         # Imports the onnxruntime that was chosen.
         from trident_serving.generation.service import GenerationService
 
-        limits = read_texts(GenerationLimits, parameters)
+        limits = read_parameters(GenerationLimits, parameters)
         name, version = args["model_name"], args["model_version"]
         unloading = adapter.unloading(pb_utils, name, version)
         device = int(args["model_instance_device_id"])

@@ -7,7 +7,7 @@ import triton_python_backend_utils as pb_utils
 
 from trident_serving import text
 from trident_serving.schema.limits import Seq2SeqLimits
-from trident_serving.schema.reading import read_texts
+from trident_serving.schema.reading import read_parameters
 from trident_serving.seq2seq.service import Seq2SeqService
 from trident_serving.triton import adapter
 from trident_serving.triton.metrics import Publisher
@@ -17,7 +17,7 @@ class TritonPythonModel:
     def initialize(self, args):
         self.process = adapter.setup(pb_utils, args)
         self.config = config = adapter.model_config(args)
-        limits = read_texts(Seq2SeqLimits, adapter.parameters(config))
+        limits = read_parameters(Seq2SeqLimits, adapter.parameters(config))
         name, version = args["model_name"], args["model_version"]
         unloading = adapter.unloading(pb_utils, name, version)
         self.service = Seq2SeqService(adapter.version_folder(args), limits, unloading)

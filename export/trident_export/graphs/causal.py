@@ -2,30 +2,30 @@
 
 The attention of the model is replaced, while it is traced, by ONNX Runtime's `GroupQueryAttention`
 operator (com.microsoft), whose past and present tensors have the same shape. Bound to the same
-buffer, the operator appends in place and every row of a batch has its own length: this is what
+buffer, the operator appends in place and every slot of the cache has its own length: this is what
 continuous batching needs, and it makes one engine serve every architecture.
 
-The model runs on packed tokens: those of all rows stand one after another in a batch of one, so that no
-product is computed for padding. Around the operator alone they are spread over rows of the cache, with as
-many tokens for each row as it has: a prompt's chunk, one token, a draft that is verified, or none.
+The model runs on packed tokens: those of all slots stand one after another in a batch of one, so that no
+matmul is computed for padding. Only around the operator they are spread over slots of the cache. A slot has any
+number of tokens: a prompt's chunk, one token, a draft that is verified, or none.
 
 The graph, for a model of L layers with H key-value heads of D numbers each:
 
     input_ids              int64   [1, tokens]
     position_ids           int64   [1, tokens]       where the architecture looks positions up
-    attention_tokens       int64   [rows, places, 2] which token stands in each place of a row: (0, token)
-    attention_places       int64   [1, tokens, 2]    where each token stands: (row, place)
-    query_seqlens          int32   [rows]            places of the row that count, from the first; 0: idle. Not in
+    attention_tokens       int64   [slots, positions, 2] the token at each position of a slot: (0, token)
+    attention_places       int64   [1, tokens, 2]    where each token is: (slot, position)
+    query_seqlens          int32   [slots]           positions of the slot that count; 0: idle. Not in
                                                      graphs for a GPU, see `decoder_passes`
-    seqlens_k              int32   [rows]            tokens in the row's cache after this run, minus one
+    seqlens_k              int32   [slots]           tokens in the slot's cache after this run, minus one
     total_sequence_length  int32   []                at least the largest of these counts
     logits_tokens          int64   [kept]            which tokens get logits
-    past_key_values.<layer>.{key,value}   float32 [rows, H, capacity, D]
+    past_key_values.<layer>.{key,value}   float32 [slots, H, capacity, D]
     -> logits              float32 [1, kept, vocabulary]
-    -> present.<layer>.{key,value}        float32 [rows, H, capacity, D]
+    -> present.<layer>.{key,value}        float32 [slots, H, capacity, D]
 
-Rotary embeddings are left to the operator where the model's own function turns out to compute the usual
-rotation, which is checked with numbers; elsewhere they are traced.
+The operator computes rotary embeddings where the model's own function computes the usual rotation, which is
+checked with numbers; elsewhere they are traced.
 
 This module traces; it does not load weights from a source, quantize, or check the result.
 Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQueryAttention.
@@ -45,8 +45,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trident_export import rotary
 from trident_export.errors import UnsupportedArchitecture
+from trident_export.graphs import rotary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -86,24 +86,24 @@ class AttentionGeometry:
 class _GroupQueryAttention(torch.autograd.Function):
     """Traced for its shapes, written to the graph as one operator between two gathers.
 
-    `query_seqlens` is written as the operator's last input: `decoder_passes` moves it to its place, behind
+    `query_seqlens` is written as the operator's last input: `decoder_passes` moves it to its position, behind
     optional inputs that are absent here and that torch's exporter can't leave out.
     """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, geometry, options, query, key, value, past_key, past_value, tokens, places, *others
+        ctx, geometry, options, query, key, value, past_key, past_value, tokens, positions, *others
     ):
         return query.transpose(1, 2).clone(), past_key.clone(), past_value.clone()
 
     @staticmethod
     def symbolic(  # type: ignore[no-untyped-def]
-        g, geometry, options, query, key, value, past_key, past_value, tokens, places, *others
+        g, geometry, options, query, key, value, past_key, past_value, tokens, positions, *others
     ):
         def constant(*values: int):  # type: ignore[no-untyped-def]
             return g.op("Constant", value_t=torch.tensor(values))
 
-        # [1, heads, tokens, head_dim] to [rows, places, heads x head_dim], by constants: torch would write a
+        # [1, heads, tokens, head_dim] to [slots, positions, heads x head_dim], by constants: torch would write a
         # dozen nodes that compute the same shape at every run.
         def spread(tensor):  # type: ignore[no-untyped-def]
             merged = g.op("Reshape", g.op("Transpose", tensor, perm_i=[0, 2, 1, 3]), constant(0, 0, -1))
@@ -120,7 +120,7 @@ class _GroupQueryAttention(torch.autograd.Function):
             outputs=3,
             **options,
         )
-        packed = g.op("GatherND", attention, places)
+        packed = g.op("GatherND", attention, positions)
         attention = g.op("Reshape", packed, constant(0, 0, geometry.heads, -1))
         attention.setType(query.type().with_sizes([None, None, geometry.heads, geometry.head_dim]))
         present_key.setType(past_key.type())
@@ -172,7 +172,7 @@ class _Trace:
             value,
             *self.past[layer],
             batch.tokens,
-            batch.places,
+            batch.positions,
             *lengths,
         )
         self.present[layer] = (present_key, present_value)
@@ -183,7 +183,7 @@ class _Batch(NamedTuple):
     """The graph's inputs that say where tokens stand; see the module's docstring."""
 
     tokens: torch.Tensor
-    places: torch.Tensor
+    positions: torch.Tensor
     query_seqlens: torch.Tensor
     seqlens_k: torch.Tensor
     total: torch.Tensor
@@ -228,7 +228,7 @@ class _CausalGraph(torch.nn.Module):
         head = self.model.get_output_embeddings()
         if head is None:
             raise UnsupportedArchitecture(f"{type(self.model).__name__} has no output embedding: {_SUPPORTED}")
-        # Logits of the wanted tokens alone: a prefill of 256 tokens needs one row of the head, not 256.
+        # Only the wanted tokens get logits: a prefill of 256 tokens needs one row of the head, not 256.
         hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].index_select(1, logits_tokens),))
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, trace.attend)
         try:
@@ -262,7 +262,7 @@ def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
 
 
 def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> None:
-    """Write `model` (float32, in evaluation mode) to `path`; weights beyond 2 GB lie beside it.
+    """Write `model` (float32, in evaluation mode) to `path`; weights beyond 2 GB go to files next to it.
 
     Args:
         positions: the largest capacity of a cache that the graph will be used with.
@@ -272,8 +272,8 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
             uses a kind of attention that the operator lacks.
     """
     geometry = AttentionGeometry.of(model.config)
-    rows, places, tokens, capacity = 2, 3, 5, 16
-    kv_shape = (rows, geometry.kv_heads, capacity, geometry.head_dim)
+    slots, positions_in_slot, tokens, capacity = 2, 3, 5, 16
+    kv_shape = (slots, geometry.kv_heads, capacity, geometry.head_dim)
     arguments = (
         torch.zeros(1, tokens, dtype=torch.long),
         torch.arange(tokens)[None],
@@ -281,7 +281,7 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
         torch.tensor([[[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]]),
         torch.tensor([3, 2], dtype=torch.int32),
         torch.tensor([2, 1], dtype=torch.int32),
-        torch.tensor(places, dtype=torch.int32),
+        torch.tensor(positions_in_slot, dtype=torch.int32),
         torch.tensor([2, 4, 3]),
         *(torch.zeros(kv_shape) for _ in range(2 * geometry.layers)),
     )
@@ -304,7 +304,7 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
             outputs.append(f"present.{layer}.{kind}")
             axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
     with (
-        rotary.left_to_the_operator(model, geometry.head_dim, positions) as caches,
+        rotary.fuse_rotary(model, geometry.head_dim, positions) as caches,
         _attention_replaced(model),
         torch.inference_mode(),
         warnings.catch_warnings(),

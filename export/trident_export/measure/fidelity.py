@@ -178,7 +178,7 @@ def mean_match(reference: Sequence[Sequence[int]], found: Sequence[Sequence[int]
     """Tokens of each answer that are the reference's, up to the first that is not; the mean."""
     matches = []
     for expected, actual in zip(reference, found, strict=True):
-        different = [place for place, pair in enumerate(zip(expected, actual, strict=False)) if pair[0] != pair[1]]
+        different = [index for index, pair in enumerate(zip(expected, actual, strict=False)) if pair[0] != pair[1]]
         matches.append(different[0] if different else min(len(expected), len(actual)))
     return float(np.mean(matches))
 
@@ -186,7 +186,7 @@ def mean_match(reference: Sequence[Sequence[int]], found: Sequence[Sequence[int]
 def recall(
     passages: Floats, questions: Floats, found_passages: Floats, found_questions: Floats, best: int = 10
 ) -> float:
-    """Of the `best` passages that the reference puts first for a question, the share that is found among as many.
+    """Of the `best` passages that the reference puts first for a question, the share that is among the `best` found.
 
     Args:
         passages: the reference's embeddings, [passages, dimensions], and so on.

@@ -44,7 +44,7 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
     command = [
         sys.executable,
         "-m",
-        "trident_export.quality",
+        "trident_export.measure.quality",
         str(folder),
         _kind(spec),
         str(getattr(spec.limits, "threads", 0)),
@@ -65,15 +65,15 @@ def graph_folder(spec: ModelSpec, variant: str) -> str:
 
 def as_table(report: Mapping[str, Measures]) -> str:
     """A Markdown table for each model, a row for each variant."""
-    blocks = []
+    tables = []
     for model, variants in report.items():
         names = list(dict.fromkeys(name for measures in variants.values() for name in measures))
         lines = [f"## {model}", "", "| variant | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
         for variant, measures in variants.items():
             shown = [f"{measures[name]:.4g}" if name in measures else "" for name in names]
             lines.append(f"| {variant} | " + " | ".join(shown) + " |")
-        blocks.append("\n".join(lines) + "\n")
-    return "\n".join(blocks)
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
 
 
 # What a plot shows of a variant: the first that it was measured by, and whether 0 or 1 is best.
@@ -171,7 +171,7 @@ def _seq2seq(folder: Path, threads: int, target_tokens: int) -> Probe:
     from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
     from trident_serving.seq2seq.request import GenerationDefaults, positions
 
-    # The decoder was exported for so many positions.
+    # The number of positions that the decoder was exported for.
     capacity = positions(target_tokens, GenerationDefaults.load(folder).prompt)
     decoder = Seq2SeqDecoder(folder, slots=BATCH, capacity=capacity, threads=threads)
     ids = np.random.default_rng(0).integers(0, decoder.vocabulary_size, (BATCH, TOKENS)).tolist()

@@ -5,7 +5,8 @@ The graph that is left has the inputs `input_ids` and `attention_mask`, and for 
 single texts, models with token types get zeros for them inside the graph. Its outputs, all float32 but for `top_ids`:
 
     feature-extraction                     pooled [batch, hidden], one vector a text, not normalized
-    text-classification, text-ranking      logits [batch, labels]
+    text-classification, text-ranking,
+    zero-shot-classification               logits [batch, labels]
     token-classification                   logits [batch, sequence, labels]
     question-answering                     start_logits, end_logits [batch, sequence]
     fill-mask                              top_scores, top_ids [batch, sequence, k], log_normalizer [batch, sequence]:
@@ -24,16 +25,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
 from trident_export.errors import UnsupportedArchitecture
+from trident_export.graphs.editing import constant, make, reduced, save
+from trident_export.graphs.unpadding import unpad
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.unpadding import unpad
 from trident_serving.encoders.pooling import Pooling
 
 TOKEN_TYPES = "token_type_ids"
-# Bytes of a graph in one file: protobuf takes 2 GiB, and a little is left for what passes add.
-ONE_FILE = 2**31 - 2**20
 
 
 def export_encoder_graph(
@@ -44,7 +44,7 @@ def export_encoder_graph(
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    finish: Callable[[onnx.ModelProto], None],
+    finish: Callable[[ir.Model], None],
 ) -> None:
     """Write the graph of the Hugging Face folder `source` to `path`, in float32.
 
@@ -77,23 +77,23 @@ def export_encoder_graph(
                     no_post_process=True,
                     local_files_only=True,
                 )
-        model = onnx.load(str(Path(scratch) / "model.onnx"))
+        model = ir.from_proto(onnx.load(str(Path(scratch) / "model.onnx")))
     if TOKEN_TYPES in inputs:
         with_token_types(model)
     else:
         without_token_types(model)
     finish(model)
-    found = [node.name for node in model.graph.input]
-    given = {node.name: node for node in model.graph.output}
+    found = [value.name for value in model.graph.inputs]
+    given = {value.name: value for value in model.graph.outputs}
     if sorted(found) != sorted(inputs) or not set(outputs) <= set(given):
         raise UnsupportedArchitecture(
             f"{source} gives a graph with the inputs {', '.join(found)} and the outputs {', '.join(given)}, and {task} "
             f"is served with {', '.join(inputs)} and {', '.join(outputs)}: choose a model for that task"
         )
-    del model.graph.output[:]
-    model.graph.output.extend(given[name] for name in outputs)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(given[name] for name in outputs)
     unpad(model)
-    onnx.save(model, str(path), save_as_external_data=model.ByteSize() > ONE_FILE, location=path.name + ".data")
+    save(model, path)
 
 
 def check_architecture(source: HuggingFaceFolder, task: str, manager: Any) -> None:
@@ -125,87 +125,79 @@ def _read_by_others(source: HuggingFaceFolder, head: Any) -> Iterator[None]:
         raise
 
 
-def without_token_types(model: onnx.ModelProto) -> None:
+def without_token_types(model: ir.Model) -> None:
     """Replace the input `token_type_ids`, where there is one, by zeros of the shape of `input_ids`."""
-    for node in list(model.graph.input):
-        if node.name == TOKEN_TYPES:
-            model.graph.input.remove(node)
-            zeros = helper.make_node("Sub", ["input_ids", "input_ids"], [TOKEN_TYPES], name="zero_token_types")
-            model.graph.node.insert(0, zeros)
+    inputs = {value.name: value for value in model.graph.inputs}
+    if TOKEN_TYPES in inputs:
+        given, ids = inputs[TOKEN_TYPES], inputs["input_ids"]
+        zeros = make("Sub", [ids, ids], TOKEN_TYPES, name="zero_token_types")
+        given.replace_all_uses_with(zeros.outputs[0])
+        model.graph.inputs.remove(given)
+        model.graph.insert_before(model.graph[0], zeros)
 
 
-def with_token_types(model: onnx.ModelProto) -> None:
+def with_token_types(model: ir.Model) -> None:
     """Add the input `token_type_ids` where the architecture has none; nothing reads it then."""
-    inputs = {node.name: node for node in model.graph.input}
+    inputs = {value.name: value for value in model.graph.inputs}
     if TOKEN_TYPES not in inputs:
-        added = onnx.ValueInfoProto()
-        added.CopyFrom(inputs["input_ids"])
-        added.name = TOKEN_TYPES
-        model.graph.input.append(added)
+        ids = inputs["input_ids"]
+        model.graph.inputs.append(ir.Value(name=TOKEN_TYPES, type=ids.type, shape=ids.shape))
 
 
-def with_top_logits(model: onnx.ModelProto, k: int) -> None:
+def with_top_logits(model: ir.Model, k: int) -> None:
     """Add the outputs of fill-mask: a vocabulary of logits for every token is too much to hand from stage to stage."""
     graph = model.graph
-    graph.initializer.append(numpy_helper.from_array(np.array([k], np.int64), "top_k"))
-    graph.node.append(
-        helper.make_node("TopK", ["logits", "top_k"], ["top_scores", "top_ids"], name="top_logits", axis=-1)
-    )
-    # From opset 18 on the axes are an input, as they are in the graphs that optimum writes by default.
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "last_axis"))
-    inputs, attributes = (["logits", "last_axis"], {}) if opset >= 18 else (["logits"], {"axes": [-1]})
-    graph.node.append(
-        helper.make_node("ReduceLogSumExp", inputs, ["log_normalizer"], "log_normalizer", keepdims=0, **attributes)
-    )
-    rows = ["batch", "sequence"]
-    graph.output.extend(
-        [
-            helper.make_tensor_value_info("top_scores", TensorProto.FLOAT, [*rows, k]),
-            helper.make_tensor_value_info("top_ids", TensorProto.INT64, [*rows, k]),
-            helper.make_tensor_value_info("log_normalizer", TensorProto.FLOAT, rows),
-        ]
-    )
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    axes: list[int | str] = ["batch", "sequence"]
+    scores = ir.val("top_scores", ir.DataType.FLOAT, [*axes, k])
+    ids = ir.val("top_ids", ir.DataType.INT64, [*axes, k])
+    count = constant(graph, "top_k", np.array([k], np.int64))
+    top = ir.node("TopK", [logits, count], {"axis": -1}, outputs=[scores, ids], name="top_logits")
+    last = constant(graph, "last_axis", np.array([-1], np.int64))
+    inputs, axis = reduced(model, logits, last)
+    normalizer = make("ReduceLogSumExp", inputs, "log_normalizer", keepdims=0, **axis)
+    graph.extend([top, normalizer])
+    normalizer.outputs[0].type, normalizer.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(axes)
+    graph.outputs.extend([scores, ids, *normalizer.outputs])
 
 
-def with_pooling(model: onnx.ModelProto, pooling: Pooling) -> None:
+def with_pooling(model: ir.Model, pooling: Pooling) -> None:
     """Add the output `pooled`; the numbers are those of `encoders.pooling.pool` for padding on the right."""
     graph = model.graph
-    constants = {
-        "zero": np.array(0, np.int64),
-        "one": np.array([1], np.int64),
-        "two": np.array([2], np.int64),
-        "lowest": np.array(np.finfo(np.float32).min, np.float32),
-    }
-    graph.initializer.extend(numpy_helper.from_array(value, f"pooling/{name}") for name, value in constants.items())
+    hidden = next(value for value in graph.outputs if value.name == "last_hidden_state")
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    zero, one, two, lowest = (
+        constant(graph, f"pooling/{name}", value)
+        for name, value in (
+            ("zero", np.array(0, np.int64)),
+            ("one", np.array([1], np.int64)),
+            ("two", np.array([2], np.int64)),
+            ("lowest", np.array(np.finfo(np.float32).min, np.float32)),
+        )
+    )
 
-    def add(kind: str, inputs: list[str], output: str, **attributes: object) -> None:
-        graph.node.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+    def add(kind: str, inputs: list[ir.Value], output: str, **attributes: Any) -> ir.Value:
+        graph.append(make(kind, inputs, output, **attributes))
+        return graph[-1].outputs[0]
 
-    hidden, mask = "last_hidden_state", "attention_mask"
     if pooling is Pooling.CLS:
-        add("Gather", [hidden, "pooling/zero"], "pooled", axis=1)
+        pooled = add("Gather", [hidden, zero], "pooled", axis=1)
     elif pooling is Pooling.LAST_TOKEN:
-        add("ReduceSum", [mask, "pooling/one"], "pooling/lengths", keepdims=1)
-        add("Sub", ["pooling/lengths", "pooling/one"], "pooling/ends")
-        add("GatherND", [hidden, "pooling/ends"], "pooled", batch_dims=1)
+        lengths = add("ReduceSum", [mask, one], "pooling/lengths", keepdims=1)
+        ends = add("Sub", [lengths, one], "pooling/ends")
+        pooled = add("GatherND", [hidden, ends], "pooled", batch_dims=1)
     elif pooling is Pooling.MAX:
-        add("Unsqueeze", [mask, "pooling/two"], "pooling/column")
-        add("Cast", ["pooling/column"], "pooling/real", to=TensorProto.BOOL)
-        add("Where", ["pooling/real", hidden, "pooling/lowest"], "pooling/kept")
-        _reduce_max(model, "pooling/kept", "pooled")
+        column = add("Unsqueeze", [mask, two], "pooling/column")
+        real = add("Cast", [column], "pooling/real", to=ir.DataType.BOOL)
+        kept = add("Where", [real, hidden, lowest], "pooling/kept")
+        inputs, axis = reduced(model, kept, one)
+        pooled = add("ReduceMax", inputs, "pooled", keepdims=0, **axis)
     else:
-        add("Cast", [mask], "pooling/weights", to=TensorProto.FLOAT)
-        add("Unsqueeze", ["pooling/weights", "pooling/one"], "pooling/row")
-        add("MatMul", ["pooling/row", hidden], "pooling/sum")
-        add("Squeeze", ["pooling/sum", "pooling/one"], "pooling/total")
-        add("ReduceSum", ["pooling/weights", "pooling/one"], "pooling/count", keepdims=1)
-        add("Div", ["pooling/total", "pooling/count"], "pooled")
-    size = next(node for node in graph.output if node.name == hidden).type.tensor_type.shape.dim[2].dim_value
-    graph.output.append(helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["batch", size]))
-
-
-def _reduce_max(model: onnx.ModelProto, name: str, output: str) -> None:
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    inputs, attributes = ([name, "pooling/one"], {}) if opset >= 18 else ([name], {"axes": [1]})
-    model.graph.node.append(helper.make_node("ReduceMax", inputs, [output], output, keepdims=0, **attributes))
+        weights = add("Cast", [mask], "pooling/weights", to=ir.DataType.FLOAT)
+        row = add("Unsqueeze", [weights, one], "pooling/row")
+        summed = add("MatMul", [row, hidden], "pooling/sum")
+        total = add("Squeeze", [summed, one], "pooling/total")
+        count = add("ReduceSum", [weights, one], "pooling/count", keepdims=1)
+        pooled = add("Div", [total, count], "pooled")
+    pooled.type, pooled.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", hidden.shape[2]])
+    graph.outputs.append(pooled)

@@ -1,21 +1,21 @@
-"""Export of transformers' encoder-decoder models to two ONNX graphs: encode once, decode many rows together.
+"""Export of transformers' encoder-decoder models to two ONNX graphs: encode once, decode many beams together.
 
 The encoder gives the keys and values of every decoder layer's cross-attention, computed once for a text:
 
     input_ids            int64   [texts, sequence]     texts of one length, without padding
-    -> cross.<layer>.key     float32 [texts, H, D, sequence]   transposed, as the product with the queries reads it
+    -> cross.<layer>.key     float32 [texts, H, D, sequence]   transposed, as the matmul with the queries reads it
     -> cross.<layer>.value   float32 [texts, H, sequence, D]
 
-The decoder appends one token to each row. A row is a beam; its own attention is ONNX Runtime's `GroupQueryAttention`
-with a cache that is bound in place, so every row has its own length. The beams of one text share the text's keys and
-values: around the cross-attention the rows are spread over (text, place).
+The decoder appends one token to each row. A row is a beam; its self-attention is ONNX Runtime's `GroupQueryAttention`
+with a cache that is bound in place, so every beam has its own length. The beams of one text share the text's keys and
+values: around the cross-attention the rows are spread over (text, position).
 
     input_ids              int64   [rows, 1]
     positions              int64   [rows]            of the token in its row, from 0
     seqlens_k              int32   [rows]            the same, as the operator reads it
     total_sequence_length  int32   []                the capacity
-    cross_rows             int64   [texts, places]   which row stands in each place of a text
-    cross_places           int64   [rows]            where each row stands: text x places + place
+    cross_rows             int64   [texts, places]   which row is at each position of a text
+    cross_places           int64   [rows]            where each row is: text x places + position
     cross_mask             float32 [texts, 1, 1, L]  0 for the text's tokens, a large negative number behind them
     cross.<layer>.key      float32 [texts, H, D, L]
     cross.<layer>.value    float32 [texts, H, L, D]
@@ -38,15 +38,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx
+import onnx_ir as ir
 import torch
-from onnxruntime.transformers.onnx_model import OnnxModel
 from torch.nn import functional
 
-from trident_export import decoder_passes
-from trident_export.causal_graph import OPSET
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.shape_folding import fold_shapes
+from trident_export.graphs import editing
+from trident_export.graphs.causal import OPSET
+from trident_export.graphs.decoder_passes import attention_nodes, drop_idle_casts, fuse_norms
+from trident_export.graphs.shape_folding import fold_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ _BIAS = 10  # position of `attention_bias` among the attention operator's inputs
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention module of a decoder layer, whatever its architecture calls its parts."""
+    """One attention module of a decoder layer, whatever its architecture calls its projections."""
 
     module: torch.nn.Module
     query: torch.nn.Linear
@@ -122,7 +122,7 @@ class _Encoder(torch.nn.Module):
 
 
 class _SelfAttention(torch.autograd.Function):
-    """Traced for its shapes, written to the graph as one operator; `place_inputs` moves its inputs to their places."""
+    """Traced for its shapes, written to the graph as one operator; `place_inputs` moves its inputs."""
 
     @staticmethod
     def forward(ctx, heads, head_dim, scale, packed, past_key, past_value, seqlens_k, total, *bias):  # type: ignore[no-untyped-def]
@@ -361,18 +361,16 @@ def _export(
             dynamo=False,
             custom_opsets={"com.microsoft": 1},
         )
-    model = onnx.load(str(path))
-    graph = OnnxModel(model)
-    place_inputs(graph)
-    fold_shapes(model)
-    decoder_passes.drop_idle_casts(graph)
-    decoder_passes.fuse_norms(graph)
-    onnx.save(model, str(path), save_as_external_data=model.ByteSize() > 2**31 - 2**20, location=path.name + ".data")
+    graph = editing.take(path)
+    for node in attention_nodes(graph):
+        place_inputs(node)
+    fold_shapes(graph)
+    drop_idle_casts(graph)
+    editing.save(fuse_norms(graph), path)
 
 
-def place_inputs(graph: OnnxModel) -> None:
-    """Move the attention operator's inputs to their places behind optional ones that are absent."""
-    for node in graph.get_nodes_by_op_type("GroupQueryAttention"):
-        packed, past_key, past_value, seqlens_k, total, *bias = node.input
-        placed = [packed, "", "", past_key, past_value, seqlens_k, total]
-        node.input[:] = [*placed, *[""] * (_BIAS - len(placed)), *bias] if bias else placed
+def place_inputs(node: ir.Node) -> None:
+    """Move the attention operator's inputs to their positions behind optional ones that are absent."""
+    packed, past_key, past_value, seqlens_k, total, *bias = node.inputs
+    placed = [packed, None, None, past_key, past_value, seqlens_k, total]
+    editing.set_inputs(node, [*placed, *[None] * (_BIAS - len(placed)), *bias] if bias else placed)

@@ -1,7 +1,7 @@
-"""Rotary embeddings left to the attention operator, where the model's are the usual ones.
+"""Rotary embeddings that the attention operator computes, where the model's are the usual ones.
 
 transformers' models rotate queries and keys with a function of their own module, `apply_rotary_pos_emb`, by cosines
-and sines that a rotary module computes from positions. Where that function turns out, with numbers, to rotate the two
+and sines that a rotary module computes from positions. Where numbers show that this function rotates the two
 halves of the first numbers of each head (Su et al., RoFormer, 2021, in GPT-NeoX's layout), the operator does the same
 with `do_rotary`: then the function hands queries and keys on unchanged while the model is traced. Frequencies that
 depend on the length of the text can't be a table, and are traced; so are heads of a size that the operator refuses.
@@ -27,7 +27,7 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 @contextmanager
-def left_to_the_operator(model: PreTrainedModel, head_dim: int, positions: int) -> Iterator[Tables | None]:
+def fuse_rotary(model: PreTrainedModel, head_dim: int, positions: int) -> Iterator[Tables | None]:
     """While this holds, the model does not rotate; None and no change where the operator can't do it.
 
     Yields:
@@ -63,7 +63,7 @@ def _is_usual(function: Any, head_dim: int, tables: Tables) -> bool:
     length = min(8, tables[0].shape[0])
     cos, sin = (table[:length] for table in tables)
     size = cos.shape[1]
-    # Some models hand the function the rotated part of a head alone, others the whole head.
+    # Some models hand the function only the rotated part of a head, others the whole head.
     for width in {size, head_dim}:
         generator = torch.Generator().manual_seed(0)
         query, key = (torch.randn(1, heads, length, width, generator=generator) for heads in (2, 1))

@@ -1,0 +1,9 @@
+"""From a model to a float32 ONNX graph, and the passes on that graph before any recipe.
+
+causal, seq2seq     transformers' decoders and encoder-decoders, by tracing
+encoder             encoders, by optimum
+rotary              rotary embeddings that the attention operator computes
+shape_folding       shapes that never change become constants
+decoder_passes      fewer and larger operators for decoders
+unpadding           encoders compute real tokens only
+"""

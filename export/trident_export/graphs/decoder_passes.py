@@ -1,0 +1,186 @@
+"""Graph passes for decoders: what torch's exporter can't write, and fewer, larger operators.
+
+casts           a cast to the type that a tensor has already goes
+query_seqlens   moves to its position among the attention operator's inputs, or goes: ONNX Runtime 1.31, the last one
+                for GPUs, does not know it
+reshapes        one that the next undoes goes
+matmuls         queries, keys and values come from one matmul, in the packed form of the attention operator, and
+                two other matmuls of one input (gate and up projection) are joined, too: one stream waits for the
+                number of operators as much as for their arithmetic
+norms           ONNX Runtime's fusions of RMS norms, with the addition of the residual before them
+
+All work on the float32 graph, before weights are quantized, and none changes what is computed.
+Operator references: onnxruntime docs/ContribOperators.md, GroupQueryAttention, SkipSimplifiedLayerNormalization.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from trident_export.graphs import editing
+from trident_export.graphs.editing import array, constant, drop_unused, numbers
+from trident_export.graphs.shape_folding import fold_shapes
+
+QUERY_SEQLENS = 16  # position among the attention operator's inputs
+
+
+def optimize_file(path: Path, *, ragged: bool = True) -> None:
+    """Constant shapes and all passes on the graph of a file, which is overwritten.
+
+    Args:
+        ragged: whether the slots of a run may have different numbers of tokens, which takes ONNX Runtime 1.32.
+    """
+    model = editing.take(path)
+    fold_shapes(model)
+    drop_idle_casts(model)
+    if ragged:
+        place_query_seqlens(model)
+    else:
+        drop_query_seqlens(model)
+    drop_reshape_pairs(model)
+    pack_attention(model)
+    join_matmuls(model)
+    editing.save(fuse_norms(model), path)
+
+
+def attention_nodes(model: ir.Model) -> list[ir.Node]:
+    """Nodes of the attention operator."""
+    return [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+
+
+def fuse_norms(model: ir.Model) -> ir.Model:
+    """The model after ONNX Runtime's fusions of RMS norms, and of these with the addition before them."""
+    # Imported here: its shape inference takes a second to import, and few commands trace.
+    from onnxruntime.transformers import fusion_simplified_layernorm as fusions
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    message, weights = editing.light(model)
+    graph = OnnxModel(message)
+    fusions.FusionSimplifiedLayerNormalization(graph).apply()
+    fusions.FusionSkipSimplifiedLayerNormalization(graph).apply()
+    graph.topological_sort()
+    fused = editing.restored(message, weights)
+    drop_unused(fused, inputs=True)
+    return fused
+
+
+def drop_idle_casts(model: ir.Model) -> None:
+    """Drop casts to the type that a tensor has already, which hide norms from the fusions."""
+    types = editing.infer(model)
+    for node in model.graph:
+        if node.op_type == "Cast" and types[node.inputs[0].name].dtype == node.attributes["to"].as_int():
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+    drop_unused(model, inputs=True)
+
+
+def place_query_seqlens(model: ir.Model) -> None:
+    """Move the last input of each attention operator behind the absent ones before it."""
+    for node in attention_nodes(model):
+        *first, lengths = node.inputs
+        editing.set_inputs(node, [*first, *[None] * (QUERY_SEQLENS - len(first)), lengths])
+
+
+def drop_query_seqlens(model: ir.Model) -> None:
+    """Take the last input of each attention operator away, and the graph's input that it comes from."""
+    for node in attention_nodes(model):
+        node.resize_inputs(len(node.inputs) - 1)
+    drop_unused(model, inputs=True)
+
+
+def drop_reshape_pairs(model: ir.Model) -> None:
+    """Drop the split of a matmul's output into heads, [0, 0, heads, size], where [0, 0, -1] joins them again."""
+    for node in model.graph:
+        before = node.inputs[0].producer() if node.op_type == "Reshape" else None
+        if before is None or before.op_type != "Reshape":
+            continue
+        source = before.inputs[0].producer()
+        if source is None or source.op_type not in ("MatMul", "Add", "GatherND"):
+            continue  # the rank of any other is not known here
+        shape, split = (numbers(reshape.inputs[1]) for reshape in (node, before))
+        if shape is None or split is None or len(split) != 4 or len(shape) != 3:
+            continue
+        if not any(shape[:2]) and not any(split[:2]) and shape[2] in (-1, split[2] * split[3]):
+            node.outputs[0].replace_all_uses_with(before.inputs[0])
+    drop_unused(model, inputs=True)
+
+
+def pack_attention(model: ir.Model) -> None:
+    """Queries, keys and values of one input come from one matmul, and one gather spreads them over the slots."""
+    for node in attention_nodes(model):
+        projections = [found for found in map(_projection, node.inputs[:3]) if found is not None]
+        inputs = {projection.matmul.inputs[0] for projection in projections}
+        if len(projections) != 3 or len(inputs) != 1 or len({p.bias is None for p in projections}) != 1:
+            continue
+        output = _join([projection.matmul for projection in projections], "qkv_proj")
+        if projections[0].bias is not None:
+            bias = constant(model.graph, f"{output.name}_bias", np.concatenate([array(p.bias) for p in projections]))
+            added = editing.make("Add", [output, bias], f"{output.name}_sum")
+            output.producer().append(added)
+            output = added.outputs[0]
+        projections[0].gather.replace_input_with(0, output)
+        node.replace_input_with(1, None)
+        node.replace_input_with(2, None)
+    drop_unused(model, inputs=True)
+    model.graph.sort()
+
+
+def join_matmuls(model: ir.Model) -> None:
+    """Two matmuls of one input, with weights of one shape, are computed as one and split."""
+    by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in model.graph:
+        if node.op_type == "MatMul" and node.inputs[1].is_initializer():
+            by_input[node.inputs[0]].append(node)
+    for nodes in by_input.values():
+        if len(nodes) != 2 or nodes[0].inputs[1].shape != nodes[1].inputs[1].shape:
+            continue
+        joined = _join(nodes, "gate_up_proj")
+        names = [node.outputs[0].name for node in nodes]
+        outputs = [ir.Value(name=name) for name in names]
+        split = ir.node("Split", [joined], {"axis": -1}, outputs=outputs, name=f"{joined.name}_split")
+        joined.producer().append(split)
+        for node, output in zip(nodes, outputs, strict=True):
+            node.outputs[0].replace_all_uses_with(output)
+    drop_unused(model, inputs=True)
+    model.graph.sort()
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A matmul, its bias, and the gather that spreads its output over the cache's slots."""
+
+    matmul: ir.Node
+    bias: ir.Value | None
+    gather: ir.Node
+
+
+def _projection(value: ir.Value | None) -> _Projection | None:
+    gather = value.producer() if value is not None else None
+    matmul = gather.inputs[0].producer() if gather is not None and gather.op_type == "GatherND" else None
+    if matmul is None:
+        return None
+    bias = None
+    if matmul.op_type == "Add":
+        constants = [term for term in matmul.inputs if term.is_initializer()]
+        if len(constants) != 1:
+            return None
+        (computed,) = (term for term in matmul.inputs if term not in constants)
+        bias, matmul = constants[0], computed.producer()
+    if matmul is None or matmul.op_type != "MatMul" or not matmul.inputs[1].is_initializer():
+        return None
+    return _Projection(matmul, bias, gather)
+
+
+def _join(nodes: Sequence[ir.Node], name: str) -> ir.Value:
+    """The output of one matmul in place of several of the same input; theirs stand in it side by side."""
+    path = f"{nodes[0].name.rsplit('/', 2)[0]}/{name}"
+    weights = np.concatenate([array(node.inputs[1]) for node in nodes], axis=1)
+    weight = constant(nodes[0].graph, f"{path}/weight", weights)
+    joined = editing.make("MatMul", [nodes[0].inputs[0], weight], f"{path}/output", name=f"{path}/MatMul")
+    nodes[0].prepend(joined)
+    return joined.outputs[0]

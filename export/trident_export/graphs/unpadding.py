@@ -1,0 +1,165 @@
+"""A graph pass for encoders: nothing is computed for padding but the attention.
+
+A batch of texts is padded to one length, and on a CPU the padding costs as much as the texts. What an encoder does
+token by token (matmuls with weights, biases, activations, norms, residuals) is computed for the real tokens, one
+after another; they are spread over the batch again only where tokens meet, in the attention. The graph's inputs and
+outputs stay as they were. Behind a text's last token its outputs repeat that token's.
+
+Which nodes those are is found from the matmuls: a matmul of a three-dimensional activation with a two-dimensional
+weight works on [batch, sequence, features], and from there the region grows over operators that do not mix tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from trident_export.graphs.editing import constant, infer, make
+
+_ELEMENTWISE = frozenset(
+    ("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Tanh", "Relu", "Sigmoid", "Gelu", "Softplus", "Identity", "Neg")
+)
+_LAST_AXIS = frozenset(("LayerNormalization", "TopK", "ReduceLogSumExp", "ReduceMean", "Softmax"))
+_PREFIX = "unpadded"
+
+
+def unpad(model: ir.Model, mask: str = "attention_mask") -> int:
+    """Apply the pass in place; returns how many nodes work on real tokens only."""
+    graph = model.graph
+    types = infer(model)
+    data = _depends_on(graph, "input_ids")
+
+    def is_matmul(node: ir.Node) -> bool:
+        if node.op_type != "MatMul" or node.inputs[0] not in data or constant_rank(node.inputs[1]) != 2:
+            return False
+        shape = types[node.inputs[0].name].shape
+        return shape is not None and len(shape) == 3
+
+    region = {node for node in graph if is_matmul(node)}
+    tokens = {node.inputs[0] for node in region}  # known to be [batch, sequence, ...]
+    tokens |= {output for node in region for output in node.outputs}
+    grown = True
+    while grown:
+        grown = False
+        for node in graph:
+            if node not in region and _keeps_tokens_apart(node, tokens):
+                region.add(node)
+                tokens.update(node.outputs)
+                grown = True
+    if region:
+        _rewrite(graph, region, mask)
+    return len(region)
+
+
+def constant_rank(value: ir.Value | None) -> int | None:
+    """Number of dimensions of a constant; None for anything else. A weight that two layers share is an Identity."""
+    if value is not None and value.producer() is not None and value.producer().op_type == "Identity":
+        return constant_rank(value.producer().inputs[0])
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else len(tensor.shape)
+
+
+def _keeps_tokens_apart(node: ir.Node, known: set[ir.Value]) -> bool:
+    """Whether a node computes each token's output from that token only."""
+    if node.op_type in _LAST_AXIS:
+        attributes = [node.attributes[name] for name in ("axis", "axes") if name in node.attributes]
+        axes = [axis for a in attributes for axis in (a.as_ints() if a.name == "axes" else [a.as_int()])]
+        # An axis that is an input, of later opsets, is -1 wherever this exporter writes one.
+        keeps = node.op_type != "ReduceMean" or node.attributes.get_int("keepdims", 1) == 1
+        return node.inputs[0] in known and all(axis == -1 for axis in axes) and keeps
+    if node.op_type not in _ELEMENTWISE:
+        return False
+    inputs = [value for value in node.inputs if value is not None]
+    return not known.isdisjoint(inputs) and all(value in known or constant_rank(value) in (0, 1) for value in inputs)
+
+
+def _depends_on(graph: ir.Graph, source: str) -> set[ir.Value]:
+    """All values that depend on the numbers of an input, not only on its shape."""
+    found = {value for value in graph.inputs if value.name == source}
+    for node in graph:
+        if node.op_type != "Shape" and found.intersection(node.inputs):
+            found.update(node.outputs)
+    return found
+
+
+def _rewrite(graph: ir.Graph, region: set[ir.Node], mask: str) -> None:
+    where = _indices(graph, mask)
+    packed: dict[ir.Value, ir.Value] = {}  # values from outside, to what the region reads instead
+    inside = {output for node in region for output in node.outputs}
+    for node in [node for node in graph if node in region]:
+        for position, value in enumerate(node.inputs):
+            if value is None or value in inside or constant_rank(value) is not None:
+                continue
+            if value not in packed:
+                made = _pack(value, where)
+                node.prepend(made)
+                packed[value] = made[-1].outputs[0]
+            node.replace_input_with(position, packed[value])
+        for value in node.outputs:
+            readers = [(user, position) for user, position in value.uses() if user not in region]
+            if readers or value.is_graph_output():
+                made = _spread(value, where)
+                node.append(made)
+                spread = made[-1].outputs[0]
+                spread.type, spread.shape = value.type, value.shape
+                for user, position in readers:
+                    user.replace_input_with(position, spread)
+                for position, output in enumerate(graph.outputs):
+                    if output is value:
+                        graph.outputs[position] = spread
+            value.name = _packed(value.name)
+            value.type = value.shape = None  # what the file says is of the padded value
+
+
+def _packed(name: str) -> str:
+    return f"{_PREFIX}/{name}"
+
+
+def is_packed(name: str) -> bool:
+    """Whether a value of a graph after the pass holds real tokens only, [tokens, features]."""
+    return name.startswith(f"{_PREFIX}/")
+
+
+def _indices(graph: ir.Graph, mask: str) -> dict[str, ir.Value]:
+    """Where the real tokens are in the batch, and which of them each position of the batch shows."""
+    values = {value.name: value for value in graph.inputs if value.name == mask}
+    for name, number in (("all", [-1]), ("one", [1]), ("zero", [0]), ("axis", 0)):
+        values[name] = constant(graph, _packed(name), np.array(number, np.int64))
+    made = []
+    for kind, inputs, output in (
+        ("Reshape", (mask, "all"), "flat_mask"),
+        ("NonZero", ("flat_mask",), "places"),
+        ("Reshape", ("places", "all"), "token_places"),
+        ("CumSum", ("flat_mask", "axis"), "counts"),
+        ("Sub", ("counts", "one"), "last_tokens"),
+        ("Max", ("last_tokens", "zero"), "place_tokens"),
+        ("Shape", (mask,), "batch_shape"),
+    ):
+        made.append(make(kind, [values[name] for name in inputs], _packed(output)))
+        values[output] = made[-1].outputs[0]
+    graph.insert_before(graph[0], made)
+    return values
+
+
+def _pack(value: ir.Value, where: dict[str, ir.Value]) -> list[ir.Node]:
+    """[batch, sequence, ...] to [tokens, ...]."""
+    path = _packed(value.name)
+    shape = make("Shape", [value], f"{path}/shape", start=2)
+    rows = make("Concat", [where["all"], *shape.outputs], f"{path}/rows", axis=0)
+    flat = make("Reshape", [value, *rows.outputs], f"{path}/flat")
+    return [
+        shape,
+        rows,
+        flat,
+        make("Gather", [*flat.outputs, where["token_places"]], path, name=f"{path}/pack", axis=0),
+    ]
+
+
+def _spread(value: ir.Value, where: dict[str, ir.Value]) -> list[ir.Node]:
+    """[tokens, ...] to [batch, sequence, ...]."""
+    path = _packed(value.name)
+    spread = make("Gather", [value, where["place_tokens"]], f"{path}/spread", axis=0)
+    features = make("Shape", [value], f"{path}/features", start=1)
+    shape = make("Concat", [where["batch_shape"], *features.outputs], f"{path}/whole", axis=0)
+    batch = make("Reshape", [*spread.outputs, *shape.outputs], value.name, name=f"{path}/batch")
+    return [spread, features, shape, batch]
