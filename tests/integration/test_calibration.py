@@ -135,8 +135,8 @@ def test_generators_with_a_chat_template_are_calibrated_with_chats_too(default_r
     tokenizer = TextTokenizer.load(job.assets)
     texts = "".join(tokenizer.decode(feed["input_ids"][0].tolist()) for feed in feeds)
     drawn = corpora.calibration("", 6, 0)
-    for place, text in enumerate(drawn):
-        assert texts.count(text[:30]) == (2 if place % 3 == 0 else 1)
+    for index, text in enumerate(drawn):
+        assert texts.count(text[:30]) == (2 if index % 3 == 0 else 1)
     (begin,) = tokenizer.encode("<|im_start|>")
     ids = [token for feed in feeds for token in feed["input_ids"][0].tolist()]
     assert ids.count(begin) == 3 * 2  # the system's message, the user's, and where the answer begins

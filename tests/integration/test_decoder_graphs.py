@@ -1,7 +1,7 @@
 """Decoder graphs of many architectures against Hugging Face, with random weights and without a server.
 
-Each graph runs as the engine runs it: several rows at once, chunks, single tokens, drafts, an idle row. The logits are
-up to 20, and the largest difference from Hugging Face was 2e-5; rows alone and in company are compared to the bit.
+Each graph runs as the engine runs it: several slots at once, chunks, single tokens, drafts, an idle slot. Logits are up
+to 20, and the largest difference from Hugging Face was 2e-5; slots one by one and in a batch are compared to the bit.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def test_a_graph_for_gpus_has_sixteen_inputs_and_the_same_logits(
 def test_rows_of_a_graph_for_gpus_run_together_and_leave_idle_ones_alone(
     models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    """With a cache of 8 bits one place is enough on a CPU too, so that rows of one token share runs, as on a GPU."""
+    """With a cache of 8 bits one position suffices on a CPU too, so that slots of one token share runs, as on a GPU."""
     graph = onnx.load(str(graphs[name])).graph
 
     def runs(samples: int, seed: int) -> Feeds:
@@ -217,7 +217,7 @@ def compare_logits(model: Any, graph: Path, tolerance: float) -> float:
 
 @pytest.mark.parametrize("name", ["llama", "llama, small heads", "qwen3", "mistral", "gpt2"])
 def test_a_cache_of_eight_bits(models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """One place for a token is enough for the same numbers, and a quarter of the memory."""
+    """One position for a token is enough for the same numbers, and a quarter of the memory."""
     graph = onnx.load(str(graphs[name]), load_external_data=False).graph
     asked = []
 

@@ -335,7 +335,7 @@ def test_command_line(reader_server: LocalServer, capsys: pytest.CaptureFixture[
 def test_a_damaged_model_is_refused(
     reader_server: LocalServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """The weights of one product three percent too large."""
+    """The weights of one matmul three percent too large."""
     spec = models_file.parse(name, _tables(folder, make=False)[name])
     original = recipes.apply
 

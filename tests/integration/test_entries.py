@@ -53,7 +53,7 @@ def test_every_entry_is_proven() -> None:
 
 
 def _made(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """The entry with tiny weights in place of the hub's, and limits that they have."""
+    """The entry with tiny weights instead of the hub's, and limits that fit them."""
     path = folder / spec.name
     changes: dict[str, Any] = {}
     if spec.name in READERS:

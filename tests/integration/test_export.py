@@ -232,7 +232,7 @@ def test_wrong_positions_are_refused(tiny: dict[str, Path], tmp_path: Path, monk
 def test_answers_that_depend_on_the_batch_are_refused(
     tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a single place for a single token, the operator sums in another order than for several."""
+    """With only one position for a single token, the operator sums in another order than for several."""
     monkeypatch.setattr(decoder, "MIN_POSITIONS", 1)
     spec = models_file.parse("llama", _table(tiny["llama"]))
     with pytest.raises(FidelityError, match="computes: batch_effect is .*, must be at most 0"):

@@ -262,7 +262,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(
 
 
 def test_a_move_that_fails_is_taken_back(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rename of an installation fails once, each in its turn."""
+    """Every rename of an installation fails once, one after the other."""
     repository = tmp_path / "repository"
     (spec,) = models_file.load(write_models(tmp_path, {"llama": llama}))
     install.export([spec], repository, tmp_path, tmp_path, lambda message: None)

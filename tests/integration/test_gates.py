@@ -40,9 +40,9 @@ def change(model: onnx.ModelProto, names: set[str], how: Callable[[NDArray[np.ge
         tensor.CopyFrom(numpy_helper.from_array(how(value).astype(value.dtype), tensor.name))
 
 
-def weights_of(model: onnx.ModelProto, part: str, *places: int) -> set[str]:
-    nodes = [node for node in model.graph.node if part in node.name and len(node.input) > max(places)]
-    return {node.input[place] for node in nodes for place in places}
+def weights_of(model: onnx.ModelProto, part: str, *indices: int) -> set[str]:
+    nodes = [node for node in model.graph.node if part in node.name and len(node.input) > max(indices)]
+    return {node.input[index] for node in nodes for index in indices}
 
 
 def nothing(model: onnx.ModelProto) -> None:
@@ -60,7 +60,7 @@ def scales_off(model: onnx.ModelProto) -> None:
 def cache_clipped(model: onnx.ModelProto) -> None:
     """Scales of keys and values, inputs 12 and 13 of the attention, as they are for numbers half as large."""
     nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
-    change(model, {node.input[place] for node in nodes for place in (12, 13)}, lambda scales: scales / 2)
+    change(model, {node.input[index] for node in nodes for index in (12, 13)}, lambda scales: scales / 2)
 
 
 def layer_zeroed(model: onnx.ModelProto) -> None:
@@ -127,8 +127,8 @@ def test_a_damaged_generator(
 
 def test_every_product_of_int4_but_the_head_has_four_bits(default_repository: Path) -> None:
     model = onnx.load(str(default_repository / "smollm2_int4" / VERSION / "model.onnx"), load_external_data=False)
-    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    bits = {node.name: next(a.i for a in node.attribute if a.name == "bits") for node in products}
+    matmuls = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    bits = {node.name: next(a.i for a in node.attribute if a.name == "bits") for node in matmuls}
     assert [name for name, number in bits.items() if number == 8] == ["/model/lm_head/MatMul_Q8"]
     assert list(bits.values()).count(4) == 4 * 30
 
@@ -143,7 +143,7 @@ def test_what_a_token_reads_is_all_but_the_embedding_table(default_repository: P
 def test_quantize_dynamic_is_refused(
     default_repository: Path, generator_check: Callable[[str, Path], None], tmp_path: Path
 ) -> None:
-    """The usual recipe: its products saturate on AVX2, and everywhere strangers share a scale for their inputs."""
+    """The usual recipe: its matmuls saturate on AVX2, and unrelated requests share a scale for their inputs."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -160,7 +160,7 @@ def test_quantize_dynamic_is_refused(
 
 
 def saturated(activation: Floats, weight: NDArray[np.int8]) -> NDArray[np.int64]:
-    """u8s8 products as AVX2's vpmaddubsw makes them: pairs are added in sixteen bits."""
+    """u8s8 matmuls as AVX2's vpmaddubsw makes them: pairs are added in sixteen bits."""
     pairs = activation.astype(np.int64)[:, :, None] * weight.astype(np.int64)[None]
     sums = pairs.reshape(len(activation), -1, 2, weight.shape[1]).sum(axis=2)
     return np.clip(sums, -(2**15), 2**15 - 1).sum(axis=1)
@@ -177,7 +177,7 @@ def test_seven_bits_do_not_saturate_where_eight_do() -> None:
 
 
 def encoder_scales_off(model: onnx.ModelProto) -> None:
-    """The scales of all products three percent too large; those of products by rows are `steps`."""
+    """The scales of all matmuls three percent too large; those of per-channel weights are `steps`."""
     names = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith("/steps")}
     change(model, names, lambda scales: scales * np.float32(1.03))
 

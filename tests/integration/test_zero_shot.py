@@ -30,7 +30,7 @@ from trident_serving.launcher.local import LocalServer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-4
-# Families of encoders with the places that entailment has in published models.
+# Families of encoders, with the index of entailment in published models.
 LABELS = {
     "bert": ["contradiction", "neutral", "entailment"],
     "deberta-v2": ["entailment", "neutral", "contradiction"],
@@ -193,7 +193,7 @@ def test_command_line(server: LocalServer, client: Client, capsys: pytest.Captur
 def test_a_damaged_model_is_refused(
     folder: Path, server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights of one product three percent too large."""
+    """The weights of one matmul three percent too large."""
     original = recipes.apply
 
     def damaged(recipe: Any, kind: Any, graph: Path, *more: Any) -> None:

@@ -122,7 +122,7 @@ def test_a_layer_that_does_nothing_is_taken_first(architecture: str, tmp_path: P
     smaller = reloaded(model, tmp_path)
     assert len(layouts.layers_of(smaller)) == 1
     torch.testing.assert_close(answer(smaller), expected, atol=2e-5, rtol=1e-4)
-    # The cache numbers layers anew.
+    # The cache numbers layers from 0 again.
     with torch.inference_mode():
         model.generation_config.eos_token_id = None
         ids = model.generate(IDS[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
