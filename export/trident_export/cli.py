@@ -332,7 +332,7 @@ def _add(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    specs = models_file.load(options.models_file)
+    specs = [models_file.as_installed(spec, options.repository) for spec in models_file.load(options.models_file)]
     found = doctor.examine(specs, options.repository, options.models_file.resolve().parent)
     for finding in found:
         print(f"{'problem' if finding.problem else 'warning'}: {finding.text}")

@@ -1,13 +1,17 @@
-"""Text in and out of Triton's BYTES tensors."""
+"""Text in and out of Triton's BYTES tensors, and whether a tokenizer knows it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 
 def decode_utf8(value: object, field: str) -> str:
@@ -50,3 +54,13 @@ def numbered(field: str, count: int) -> list[str]:
 def encode_texts(texts: Iterable[str]) -> NDArray[np.object_]:
     """Texts as a BYTES tensor [texts], in UTF-8."""
     return np.array([text.encode("utf-8") for text in texts], dtype=np.object_)
+
+
+def knows_nothing(encoding: Encoding, unk_token_id: int | None) -> bool:
+    """Whether no token of a text is known; special tokens and SentencePiece's bare spaces do not count."""
+    if unk_token_id is None:
+        return False
+    return all(
+        special or token_id == unk_token_id or not token.strip("▁")
+        for token_id, token, special in zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
+    )

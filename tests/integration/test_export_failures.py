@@ -142,7 +142,7 @@ def test_other_commands_speak_the_same_way(llama: Path, tmp_path: Path, command:
         ("export", *repository),  # of a single model
         ("add", str(broken)),
         ("sensitivity", "m"),
-        ("prune", "m", "--method", "magnitude", "--sparsity", "0.5"),
+        ("prune", "m", "--method", "heads", "--sparsity", "0.5"),
     ):
         status, said = command(*arguments, *common)
         assert (status, "Traceback" in said) == (1, False), said

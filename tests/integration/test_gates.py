@@ -27,7 +27,7 @@ from trident_export.tasks import text_generation
 from trident_serving.artefacts import VERSION
 from trident_serving.runtime.tokenizer import TextTokenizer
 
-SPECS = {spec.name: spec for spec in models_file.load(ROOT / "models.toml")}
+SPECS = {spec.name: spec.with_variants(spec.more) for spec in models_file.load(ROOT / "models.toml")}
 Damage = Callable[[onnx.ModelProto], None]
 Floats = NDArray[np.float32]
 

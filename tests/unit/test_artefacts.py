@@ -48,3 +48,13 @@ def test_an_artefact_of_another_format_is_not_loaded(tmp_path: Path) -> None:
     del written["format"]
     (folder / "trident.json").write_text(json.dumps(written))
     assert artefacts.read_manifest(tmp_path, "m") is None
+
+
+def test_a_config_without_an_artefact_of_this_format_is_called_unexported(tmp_path: Path) -> None:
+    for name in ("m", "m_int8", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.pbtxt").write_text(artefacts.CONFIG_HEADER if name != "other" else "")
+    assert artefacts.unexported(tmp_path) == ["m"]
+    (tmp_path / "m" / "1").mkdir()
+    _manifest().write(tmp_path / "m" / "1")
+    assert artefacts.unexported(tmp_path) == []

@@ -20,7 +20,7 @@ from trident_serving.encoders.task import Stage, Tensors, flag
 from trident_serving.errors import InvalidRequest, ReadingError
 from trident_serving.schema import reading
 from trident_serving.schema.reading import read_parameters
-from trident_serving.text import decode_texts, numbered
+from trident_serving.text import decode_texts, knows_nothing, numbered
 
 TOKENIZER = "tokenizer.json"
 _ROLES = "encoding.json"
@@ -76,16 +76,6 @@ class TokenRoles:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read `folder/tokenizer.json`."""
     return Tokenizer.from_file(str(folder / TOKENIZER))
-
-
-def knows_nothing(encoding: Encoding, unk_token_id: int | None) -> bool:
-    """Whether no token of a text is known; special tokens and SentencePiece's bare spaces do not count."""
-    if unk_token_id is None:
-        return False
-    return all(
-        special or token_id == unk_token_id or not token.strip("▁")
-        for token_id, token, special in zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
-    )
 
 
 class Batcher:

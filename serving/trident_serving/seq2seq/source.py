@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from trident_serving.encoders.tokens import knows_nothing
 from trident_serving.errors import InvalidRequest
 from trident_serving.schema import reading
 from trident_serving.schema.fields import LongInput
+from trident_serving.text import knows_nothing
 
 _SETTINGS = "source.json"
 _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*\s+|[。！？]+\s*|\n+|$)", re.DOTALL)
