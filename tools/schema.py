@@ -1,4 +1,4 @@
-"""Writes what is made from trident_serving.schema: the client's options, and the tables of docs/reference/requests.md.
+"""Writes what is made from trident_serving.schema: the client's options, and the tables of docs/reference.
 
 python tools/schema.py          writes them (`make schema`)
 python tools/schema.py --check  says which are out of step, with status 1
@@ -6,16 +6,21 @@ python tools/schema.py --check  says which are out of step, with status 1
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trident_serving.encoders import TASKS
+from trident_serving.encoders.task import Tensor
 from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, TEMPLATE, Field
+from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ROOT / "client" / "trident_client" / "_options.py"
 REQUESTS = ROOT / "docs" / "reference" / "requests.md"
+MODELS = ROOT / "docs" / "reference" / "models-toml.md"
 TABLES = {"generation": GENERATION, "seq2seq": SEQ2SEQ, "template": (*TEMPLATE, *LANGUAGES)}
 
 _TYPES = {"INT32": "int", "UINT64": "int", "FP32": "float", "BOOL": "bool", "STRING": "str"}
@@ -118,25 +123,89 @@ def table(fields: Sequence[Field]) -> str:
     return "\n".join(rows)
 
 
-def requests(text: str) -> str:
-    """The page with its tables written again, each between its two comments."""
-    for name, fields in TABLES.items():
-        pattern = rf"(<!-- fields:{name} -->\n).*?(<!-- /fields -->)"
-        found = table(fields)
+def limits_table(*kinds: type[Limits]) -> str:
+    """The limits of dataclasses as a table of Markdown; those of all but the first name the tasks that have them."""
+    rows = ["| key | default | meaning |", "|---|---:|---|"]
+    base = {field.name: field.default for field in dataclasses.fields(kinds[0])}
+    seen: dict[str, list[str]] = {}
+    for kind in kinds:
+        described_by = meanings(kind)
+        tasks = ", ".join(f"`{task}`" for task, its in LIMITS.items() if its is kind)
+        for field in dataclasses.fields(kind):
+            if kind is not kinds[0] and field.name in base and base[field.name] == field.default:
+                continue
+            default = "required" if field.default is dataclasses.MISSING else f"`{_plain(field.default)}`"
+            line = f"| `{field.name}` | {default} | {described_by[field.name]} |"
+            seen.setdefault(line, []).append("" if kind is kinds[0] else tasks)
+    for line, tasks_of in seen.items():
+        only = ", ".join(filter(None, tasks_of))
+        rows.append(line.removesuffix(" |") + f" (only {only}) |" if only else line)
+    return "\n".join(rows)
+
+
+def meanings(kind: type[object]) -> dict[str, str]:
+    """What the fields of a dataclass mean, by the Attributes of its docstring and those of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        _, _, attributes = (base.__doc__ or "").partition("Attributes:\n")
+        for name, text in re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", attributes, flags=re.MULTILINE):
+            found[name] = " ".join(text.split()).rstrip(".")
+    return found
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "by length" if value == () else str(value)
+
+
+def encoders_table() -> str:
+    """The tensors of every encoder task as a table of Markdown."""
+    rows = ["| task | a request gives | and may give | the answer |", "|---|---|---|---|"]
+    for name, task in TASKS.items():
+        columns = (task.texts, (*task.options, *task.answer_options), task.answers)
+        rows.append(f"| `{name}` | " + " | ".join(", ".join(map(_tensor, tensors)) for tensors in columns) + " |")
+    return "\n".join(rows)
+
+
+def _tensor(tensor: Tensor) -> str:
+    return f"`{tensor.name}` {tensor.data_type} [{', '.join(map(str, tensor.shape))}]"
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """A page with its tables written again, each between its two comments."""
+    for name, found in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name.partition(':')[0]} -->)"
         text = re.sub(pattern, lambda match, found=found: f"{match[1]}\n{found}\n\n{match[2]}", text, flags=re.DOTALL)
     return text
 
 
+def made() -> dict[Path, str]:
+    """Every file that comes from the schema, with its text."""
+    fields = {f"fields:{name}": table(fields) for name, fields in TABLES.items()}
+    limits = {
+        "limits:generation": limits_table(GenerationLimits),
+        "limits:encoders": limits_table(
+            EncoderLimits, *dict.fromkeys(kind for kind in LIMITS.values() if issubclass(kind, EncoderLimits))
+        ),
+        "limits:seq2seq": limits_table(Seq2SeqLimits),
+        "limits:template": limits_table(TemplateLimits),
+    }
+    pages = {REQUESTS: fields | {"fields:encoders": encoders_table()}, MODELS: limits}
+    found = {page: with_tables(page.read_text(encoding="utf-8"), tables) for page, tables in pages.items()}
+    return found | {OPTIONS: options()}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write or check; returns the exit status."""
-    made = {OPTIONS: options(), REQUESTS: requests(REQUESTS.read_text(encoding="utf-8"))}
-    stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    texts = made()
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is not what trident_serving.schema says: run make schema", file=sys.stderr)
         return 1 if stale else 0
     for path in stale:
-        path.write_text(made[path], encoding="utf-8")
+        path.write_text(texts[path], encoding="utf-8")
     return 0
 
 

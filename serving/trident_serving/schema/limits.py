@@ -23,14 +23,15 @@ class GenerationLimits:
         context: tokens of prompt and answer together.
         slots: answers that are generated at once.
         kv_cache_mib: MiB for keys and values; 0: enough for `slots` full contexts.
-        prefill_chunk: the most prompt tokens in one step.
-        max_waiting: requests that may wait for a slot.
-        timeout: seconds that a request may take, waiting included; a request may ask for less.
+        prefill_chunk: the most prompt tokens in one step; running streams wait that long.
+        max_waiting: requests that may wait for a slot; more get UNAVAILABLE at once.
+        timeout: seconds that a request may take, waiting included; then it fails with DEADLINE_EXCEEDED. A request may
+            ask for less.
         default_max_tokens: length of an answer where the request names none.
         prefix_reuse: whether a prompt reuses the tokens of its beginning that the cache already holds.
         prompt_lookup: whether greedy answers may be drafted from their prompt.
         threads: ONNX Runtime's intra-op threads.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; the graph is made for it (decision 0023).
     """
 
     context: int = 1024
@@ -171,7 +172,8 @@ class Seq2SeqLimits:
         max_beams: the most beams of one search.
         max_windows: the most windows of one text.
         max_waiting: texts that may wait for slots.
-        timeout: seconds that a request may take, waiting included; a request may ask for less.
+        timeout: seconds that a request may take, waiting included; then it fails with DEADLINE_EXCEEDED. A request may
+            ask for less.
         max_bytes: the longest text that is tokenized at all.
         long_input: what happens to longer texts where the request does not say: "error", "truncate" or "window".
         threads: ONNX Runtime's intra-op threads.
@@ -203,7 +205,8 @@ class TemplateLimits:
         template: the message that it gets, in Jinja; see `trident_serving.templates.FIELDS` for what it may use.
         max_tokens: length of an answer where the request names none.
         max_waiting: requests that may be answered or wait at once.
-        timeout: seconds that a request may take, waiting included; a request may ask for less.
+        timeout: seconds that a request may take, waiting included; then it fails with DEADLINE_EXCEEDED. A request may
+            ask for less.
     """
 
     generator: str
