@@ -140,3 +140,14 @@ def test_generators_with_a_chat_template_are_calibrated_with_chats_too(default_r
     (begin,) = tokenizer.encode("<|im_start|>")
     ids = [token for feed in feeds for token in feed["input_ids"][0].tolist()]
     assert ids.count(begin) == 3 * 2  # the system's message, the user's, and where the answer begins
+
+
+def test_calibration_stays_within_a_context_that_is_shorter_than_its_texts(tmp_path: Path) -> None:
+    source = tiny_models.make_causal(tmp_path / "llama", "llama", context=32)
+    (source / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    entry = tiny_models.causal_entry(source, context=32, prefill_chunk=8)
+    entry = entry.replace('variants = ["fp32"]', 'variants = ["fp32", "int8"]\ngates = { int8 = { top1 = 0.5 } }')
+    (tmp_path / "models.toml").write_text(tiny_models.models_toml({"llama": entry}))
+    status, log = export(tmp_path)
+    assert status == 0, log
+    assert "int8: passed" in log

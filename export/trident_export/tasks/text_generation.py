@@ -32,6 +32,7 @@ from trident_serving.generation.batch import MIN_POSITIONS, SlotTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.schema.limits import GenerationLimits
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
 GATE_TEXTS = 12
@@ -58,9 +59,13 @@ def trace(job: Job) -> None:
     graph = job.graphs / "model.onnx"
     job.progress("tracing the graph")
     assert spec.generation
-    # A row of the cache has room for the padding of the longest run behind its context.
-    export_causal_graph(model, graph, spec.generation.context + max(spec.generation.prefill_chunk, MAX_DRAFT + 1))
+    export_causal_graph(model, graph, positions(spec.generation))
     decoder_passes.optimize_file(graph, ragged=spec.generation.device == "cpu")
+
+
+def positions(limits: GenerationLimits) -> int:
+    """Positions of a slot: its context, and room for the padding of the longest run behind it."""
+    return limits.context + max(limits.prefill_chunk, MAX_DRAFT + 1)
 
 
 def write(job: Job, variant: str) -> None:
@@ -84,10 +89,12 @@ def calibration_runs(job: Job) -> CalibrationRuns:
         tokenizer = TextTokenizer.load(job.assets)
         graph = onnx.load(str(job.graphs / "model.onnx"), load_external_data=False).graph
         texts = corpora.calibration(job.spec.calibration, samples, seed)
-        tokens = [tokenizer.encode(text, add_special_tokens=False)[:GATE_TOKENS] for text in texts]
+        assert job.spec.generation
+        room = positions(job.spec.generation)
+        tokens = [tokenizer.encode(text, add_special_tokens=False)[: min(GATE_TOKENS, room)] for text in texts]
         if (template := ChatTemplate.load(job.assets)) is not None:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
-            tokens += [tokenizer.encode(chat, add_special_tokens=False)[:CHAT_TOKENS] for chat in chats]
+            tokens += [tokenizer.encode(chat, add_special_tokens=False)[: min(CHAT_TOKENS, room)] for chat in chats]
         tokens = [ids for ids in tokens if len(ids) >= MIN_POSITIONS]
         starts = range(0, len(tokens), CALIBRATION_ROWS)
         runs = (inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS]) for start in starts)
@@ -123,7 +130,8 @@ def evaluator(
     assert spec.generation
     model = load_model(source)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
-    samples = sample_ids(tokenizer, spec.generation.context, model.config.vocab_size, texts)
+    # A text runs whole, so a slot needs twice its length.
+    samples = sample_ids(tokenizer, positions(spec.generation) // 2, model.config.vocab_size, texts)
     reference = reference_logits(model, samples)
     # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
     device = spec.generation.device if _has(spec.generation.device) else "cpu"
@@ -217,7 +225,12 @@ def served_answers(folder: Path, prompts: list[list[int]], device: str = "cpu") 
     """The same by the decoder in a version folder, several at once."""
     context = max(len(ids) for ids in prompts) + GREEDY_TOKENS
     decoder = OnnxDecoder(
-        folder / "model.onnx", slots=GATE_ROWS, context=context, longest_run=context, threads=0, device=device
+        folder / "model.onnx",
+        slots=GATE_ROWS,
+        context=context,
+        longest_run=max(map(len, prompts)),
+        threads=0,
+        device=device,
     )
     answers: list[list[int]] = []
     for start in range(0, len(prompts), GATE_ROWS):
@@ -232,14 +245,14 @@ def served_answers(folder: Path, prompts: list[list[int]], device: str = "cpu") 
     return answers
 
 
-def sample_ids(tokenizer: TextTokenizer, context: int, vocabulary: int, texts: Sequence[str]) -> list[list[int]]:
+def sample_ids(tokenizer: TextTokenizer, longest: int, vocabulary: int, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of some of the texts, each at most GATE_TOKENS long.
 
     Raises:
         UnreadableSource: the tokenizer is not this model's.
         TextError: the texts are too short for it.
     """
-    length = min(GATE_TOKENS, context)
+    length = min(GATE_TOKENS, longest)
     samples = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in texts]
     largest = max((token for ids in samples for token in ids), default=0)
     if largest >= vocabulary:
