@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trident_serving.launcher.backend_folder import NAMES
+
 ROOT = Path(__file__).parents[1]
 TOOLS = Path(sys.executable).parent
 NATIVE = ROOT / "deploy" / "Dockerfile"
@@ -29,7 +31,6 @@ ENTRYPOINT = re.compile(
     re.MULTILINE,
 )
 BACKEND_FOLDER = "serving/trident_serving/_backends"
-BACKENDS = ("trident_generator", "trident_postprocess", "trident_seq2seq", "trident_template", "trident_tokenizer")
 
 
 def main() -> int:
@@ -121,7 +122,7 @@ def native_problems(text: str) -> list[str]:
     image = re.search(r"^FROM \S+/tritonserver:(\d+)\.(\d+)-py3$", text, re.MULTILINE)
     if not image or (int(image[1]), int(image[2])) < OLDEST_IMAGE:
         problems.append(f"the image must be tritonserver:{OLDEST_IMAGE[0]}.{OLDEST_IMAGE[1]:02}-py3 or later, pinned")
-    missing = [name for name in BACKENDS if not (ROOT / BACKEND_FOLDER / name / "model.py").exists()]
+    missing = [name for name in NAMES if not (ROOT / BACKEND_FOLDER / name / "model.py").exists()]
     if missing or f"{BACKEND_FOLDER}/trident_* /opt/tritonserver/backends/" not in text:
         problems.append(f"the image must hold every backend of {BACKEND_FOLDER}")
     if re.search(r"-m venv (?!--without-pip)", text):
