@@ -235,7 +235,8 @@ def _add_tensors(
     config.input.extend(add(pb.ModelInput, inputs))
     config.input.extend(add(pb.ModelInput, optional, optional=True))
     config.output.extend(add(pb.ModelOutput, outputs))
-    if config.max_batch_size:
+    # Triton fails all requests of a batch for one whose BYTES are malformed (decision 0035), so texts are not batched.
+    if config.max_batch_size and not any(tensor.data_type == pb.TYPE_STRING for tensor in config.input):
         config.dynamic_batching.SetInParent()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -240,3 +241,32 @@ def test_malformed_embedding_requests(server: LocalServer, tensors: dict[str, An
             stub.ModelInfer(triton_request("minilm", tensors), timeout=60)
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert message in error.value.details()
+
+
+def test_malformed_bytes_hurt_no_request_next_to_them(server: LocalServer) -> None:
+    """Triton fails every request of a batch in which one has malformed BYTES, so requests with texts share none."""
+    texts = [f"text {number} " + "word " * number for number in range(8)]
+    malformed = triton_request("minilm", {"text_input": _wire.texts(["ab"])[:, None]})
+    malformed.raw_input_contents[0] = (2**31 - 1).to_bytes(4, "little") + b"ab"
+    ended = threading.Event()
+
+    def send_malformed() -> int:
+        refused = 0
+        with grpc.insecure_channel(server.grpc_url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            while not ended.is_set():
+                with pytest.raises(grpc.RpcError, match="incomplete string data"):
+                    stub.ModelInfer(malformed, timeout=30)
+                refused += 1
+        return refused
+
+    with Client(server.grpc_url, timeout=60) as client, ThreadPoolExecutor(12) as pool:
+        alone = [client.embed(text, model="minilm") for text in texts]
+        attackers = [pool.submit(send_malformed) for _ in range(4)]
+        try:
+            answers = list(pool.map(lambda number: client.embed(texts[number % 8], model="minilm"), range(200)))
+        finally:
+            ended.set()
+        assert all(attacker.result() > 20 for attacker in attackers)
+    for number, answer in enumerate(answers):
+        np.testing.assert_allclose(answer, alone[number % 8], atol=1e-5)

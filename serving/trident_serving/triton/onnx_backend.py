@@ -204,11 +204,12 @@ def complete(folder: Path, config: Config, default_max_batch_size: int = DEFAULT
     if batches and not max_batch_size:
         max_batch_size = default_max_batch_size
     scheduled = "sequence_batching" in config or "dynamic_batching" in config
+    texts = any(info.data_type == "TYPE_STRING" for info in inputs)  # one malformed text would fail the whole batch
     return Completion(
         max_batch_size=max_batch_size,
         inputs=[] if config.get("input") else [_completed(info, max_batch_size) for info in inputs],
         outputs=[] if config.get("output") else [_completed(info, max_batch_size) for info in outputs],
-        dynamic_batching=max_batch_size > 1 and not scheduled,
+        dynamic_batching=max_batch_size > 1 and not scheduled and not texts,
     )
 
 
