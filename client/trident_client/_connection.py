@@ -146,7 +146,7 @@ class Connection:
             return Health(live=False, ready=False)
         return Health(live=live, ready=ready)
 
-    def _only_model(self, task: str) -> str:
+    def _only_model(self, task: str, timeout: float | None) -> str:
         """The public name of the server's only model of a task; the client asks the server once and keeps the name.
 
         Raises:
@@ -154,10 +154,10 @@ class Connection:
         """
         if task not in self._only:
             with translated():
-                statistics = self._stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=self._deadline(None))
+                statistics = self._stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=self._deadline(timeout))
                 # Names with "_" are stages and variants.
                 names = sorted({model.name for model in statistics.model_stats if "_" not in model.name})
-                tasks = {name: self._task(name) for name in names}
+                tasks = {name: self._task(name, timeout) for name in names}
             found = [name for name, its in tasks.items() if its == task]
             if len(found) != 1:
                 served = ", ".join(f"{name} ({its})" for name, its in tasks.items() if its)
@@ -166,9 +166,9 @@ class Connection:
             self._only[task] = found[0]
         return self._only[task]
 
-    def _task(self, model: str) -> str:
+    def _task(self, model: str, timeout: float | None) -> str:
         request = pb.ModelConfigRequest(name=model)
-        config = self._stub.ModelConfig(request, timeout=self._deadline(None)).config
+        config = self._stub.ModelConfig(request, timeout=self._deadline(timeout)).config
         return str(config.parameters["task"].string_value)
 
     def _unload(self, names: Sequence[str], timeout: float | None) -> None:

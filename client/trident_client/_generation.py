@@ -60,7 +60,7 @@ class GenerationCalls(Connection):
             options: those of `generate`.
 
         Raises:
-            TridentError: see its subclasses; raised while iterating.
+            TridentError: see its subclasses; raised while iterating, but for a model that is not named and not found.
             TypeError: an option is unknown.
         """
         return self._chunks(prompt, model, timeout, dict(options), stream=True)
@@ -98,7 +98,7 @@ class GenerationCalls(Connection):
         field, text = ("text_input", prompt) if isinstance(prompt, str) else ("messages", json.dumps(list(prompt)))
         inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None], "stream": np.array([[stream]])}
         inputs |= _wire.options(options, GENERATION)
-        request = _wire.build_request(model or self._only_model("text-generation"), inputs)
+        request = _wire.build_request(model or self._only_model("text-generation", timeout), inputs)
         deadline = self._deadline(timeout)
         if deadline is not None:
             request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)

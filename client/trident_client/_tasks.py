@@ -104,7 +104,7 @@ class TaskCalls(Connection):
         """
         batch = [texts] if isinstance(texts, str) else texts
         options = {} if prompt_name is None else {"prompt_name": _wire.texts([prompt_name])}
-        model = model or self._only_model("feature-extraction")
+        model = model or self._only_model("feature-extraction", timeout)
         responses = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
         if not responses:
             return np.empty((0, 0), np.float32)
@@ -146,7 +146,7 @@ class TaskCalls(Connection):
         if text_pairs is not None:
             columns["text_pair"] = [text_pairs] if isinstance(text_pairs, str) else text_pairs
         options = {"top_k": np.array([top_k], np.int32)}
-        model = model or self._only_model("text-classification")
+        model = model or self._only_model("text-classification", timeout)
         responses = self._rows(model, columns, truncate, batch_size, timeout, options)
         labels = [_records(Label, row) for response in responses for row in _split(response, ("label", "score"))]
         return labels[0] if isinstance(texts, str) else labels
@@ -193,7 +193,7 @@ class TaskCalls(Connection):
         batch = [texts] if isinstance(texts, str) else list(texts)
         starts = range(0, len(batch), batch_size)
         requests = [{"text_input": _wire.texts(batch[start : start + batch_size]), **options} for start in starts]
-        responses = self._infer(model or self._only_model("zero-shot-classification"), requests, timeout)
+        responses = self._infer(model or self._only_model("zero-shot-classification", timeout), requests, timeout)
         labels = [_records(Label, row) for response in responses for row in _split(response, ("label", "score"))]
         return labels[0] if isinstance(texts, str) else labels
 
@@ -226,7 +226,7 @@ class TaskCalls(Connection):
         options = {}
         if aggregation_strategy is not None:
             options["aggregation_strategy"] = _wire.texts([aggregation_strategy])
-        model = model or self._only_model("token-classification")
+        model = model or self._only_model("token-classification", timeout)
         responses = self._rows(model, columns, truncate, batch_size, timeout, options)
         names = ("entity", "score", "word", "start", "end")
         found = [_records(Entity, row) for response in responses for row in _split(response, names)]
@@ -271,7 +271,7 @@ class TaskCalls(Connection):
             inputs["max_answer_len"] = np.array([max_answer_len], np.int32)
         if handle_impossible_answer is not None:
             inputs["handle_impossible_answer"] = np.array([handle_impossible_answer])
-        (outputs,) = self._infer(model or self._only_model("question-answering"), [inputs], timeout)
+        (outputs,) = self._infer(model or self._only_model("question-answering", timeout), [inputs], timeout)
         shape = outputs["answer"].shape
         outputs["no_answer_score"] = np.broadcast_to(outputs["no_answer_score"][:, None], shape)
         names = ("answer", "score", "start", "end", "no_answer_score")
@@ -297,7 +297,7 @@ class TaskCalls(Connection):
             TridentError: see its subclasses.
         """
         columns = {"query": [query] * len(passages), "text_input": passages}
-        model = model or self._only_model("text-ranking")
+        model = model or self._only_model("text-ranking", timeout)
         responses = self._rows(model, columns, truncate, batch_size, timeout, {})
         scores = [float(score) for response in responses for score in response["score"][:, 0]]
         ranked = [Ranked(index, score) for index, score in enumerate(scores)]
@@ -316,7 +316,7 @@ class TaskCalls(Connection):
             TridentError: see its subclasses.
         """
         options = {} if top_k is None else {"top_k": np.array([top_k], np.int32)}
-        model = model or self._only_model("fill-mask")
+        model = model or self._only_model("fill-mask", timeout)
         (outputs,) = self._rows(model, {"text_input": [text]}, None, 1, timeout, options)
         masks = {name: values[0] for name, values in outputs.items()}
         return [_records(Filling, row) for row in _split(masks, ("token_str", "score", "token", "sequence"))]
@@ -402,7 +402,10 @@ class TaskCalls(Connection):
         inputs = _wire.options(options, TRANSLATION)
         batch = [texts] if isinstance(texts, str) else texts
         requests = [{"text_input": _wire.texts([text])[None], **inputs} for text in batch]
-        found = [_translation(outputs) for outputs in self._infer(model or self._only_model(task), requests, timeout)]
+        found = [
+            _translation(outputs)
+            for outputs in self._infer(model or self._only_model(task, timeout), requests, timeout)
+        ]
         return found[0] if isinstance(texts, str) else found
 
 

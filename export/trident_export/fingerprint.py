@@ -25,7 +25,9 @@ _PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "optimum", "optimum-onnx", "token
 _ROOT = Path(__file__).parent
 # Modules that decide nothing about an artefact: what is said meanwhile, whether there is room, how the tables are read
 # (what they say counts by itself), and the list of all passes.
-_OUTSIDE = frozenset({"disk", "errors", "memory", "models_file", "passes", "progress", "quiet", "recipes", "report"})
+_OUTSIDE = frozenset({"disk", "errors", "memory", "models_file", "passes", "progress", "quiet", "report"})
+# It applies passes, and imports all of them to read recipes: only those of the model's own recipes count.
+_NOT_FOLLOWED = frozenset({"recipes"})
 
 
 def fingerprint(spec: ModelSpec, base: Path) -> str:
@@ -54,7 +56,7 @@ def makers(spec: ModelSpec) -> frozenset[str]:
         module = waiting.pop().removeprefix("trident_export.")
         if module not in found and module not in _OUTSIDE:
             found.add(module)
-            waiting += imports(module)
+            waiting += imports(module) if module not in _NOT_FOLLOWED else ()
     return frozenset(found)
 
 

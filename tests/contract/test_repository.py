@@ -11,6 +11,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import configs, models_file
+from trident_serving.encoders import TASKS
 from trident_serving.triton.onnx_session import TensorInfo
 
 REPOSITORY = ROOT / "model_repository"
@@ -117,3 +118,22 @@ def test_the_command_finds_drift(tmp_path: Path) -> None:
         1,
         f"trident-export: there is no models file {tmp_path / 'none.toml'}\n",
     )
+
+
+def test_no_stage_that_reads_texts_is_batched() -> None:
+    """Triton fails all requests of a batch for one with malformed BYTES, options of a later stage among them."""
+    limits: dict[str, dict[str, object]] = {
+        "feature-extraction": {"dimensions": 8},
+        "token-classification": {"labels": 4},
+    }
+    limits |= dict.fromkeys(("text-classification", "text-ranking"), {"labels": 2})
+    batched = {}
+    for task in TASKS:
+        table = {"task": task, "source": {"path": "x"}, "variants": ["fp32"], "limits": limits.get(task, {})}
+        for name, config in configs.build(models_file.parse("x", table)).items():
+            batched[task, name] = config.HasField("dynamic_batching")
+            if any(tensor.data_type == pb.TYPE_STRING for tensor in config.input):
+                assert not batched[task, name], (task, name)
+    assert batched["token-classification", "x_model"]
+    assert not batched["token-classification", "x_postprocess"]  # aggregation_strategy is a text
+    assert batched["feature-extraction", "x_postprocess"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import sys
 import threading
 import time
@@ -384,3 +385,15 @@ def test_a_call_without_a_model_takes_the_only_one_of_its_task(connected: Client
         NotFoundError, match=r"no model for summarization.*it serves answer \(question-answering\), de-en"
     ):
         connected.summarize("x")
+
+
+def test_the_search_for_a_model_has_the_call_s_timeout() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # takes connections and never answers
+        with Client(f"127.0.0.1:{silent.getsockname()[1]}") as client:
+            for call in (client.embed, client.generate, client.translate):
+                started = time.monotonic()
+                with pytest.raises((DeadlineExceededError, UnavailableError)):
+                    call("x", timeout=0.3)
+                assert time.monotonic() - started < 5
