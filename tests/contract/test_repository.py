@@ -126,7 +126,7 @@ def test_no_stage_that_reads_texts_is_batched() -> None:
         "feature-extraction": {"dimensions": 8},
         "token-classification": {"labels": 4},
     }
-    limits |= dict.fromkeys(("text-classification", "text-ranking"), {"labels": 2})
+    limits |= {key: {"labels": 2} for key in ("text-classification", "text-ranking")}
     batched = {}
     for task in TASKS:
         table = {"task": task, "source": {"path": "x"}, "variants": ["fp32"], "limits": limits.get(task, {})}
