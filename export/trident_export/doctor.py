@@ -16,8 +16,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export import configs, install
 from trident_export.models_file import ModelSpec
+from trident_serving import memory
 from trident_serving.artefacts import VERSION, read_manifest
-from trident_serving.runtime import memory
 from trident_serving.triton.onnx_session import TRITON_TYPES
 
 MEBIBYTE = 2**20

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from trident_export.errors import NoMemory
 from trident_export.recipes import Kind
-from trident_serving.runtime.memory import available_bytes
+from trident_serving.memory import available_bytes
 
 GIGABYTE = 10**9
 # By kind of model: what the libraries and the gate take whatever the model is, and copies of the weights.

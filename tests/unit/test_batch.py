@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trident_serving import memory
 from trident_serving.generation.batch import MAX_POSITIONS, SlotTokens, pack, split
-from trident_serving.runtime import memory
 from trident_serving.runtime.kv_cache import KVCache
 
 

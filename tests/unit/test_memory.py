@@ -9,7 +9,7 @@ import pytest
 from trident_export import memory as export_memory
 from trident_export.errors import NoMemory
 from trident_export.recipes import Kind
-from trident_serving.runtime import memory
+from trident_serving import memory
 
 GIB = 1 << 30
 V1_MOUNT = "35 31 0:32 {root} /sys/fs/cgroup/memory rw,relatime shared:7 - cgroup cgroup rw,memory"

@@ -15,7 +15,7 @@ from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
-from trident_serving.runtime.memory import MEBIBYTE, available_bytes
+from trident_serving.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trident_serving.errors import DoesNotFit, Overloaded
-from trident_serving.runtime.memory import MEBIBYTE, available_bytes
+from trident_serving.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
 from trident_serving.schema.fields import Inputs
