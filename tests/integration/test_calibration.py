@@ -18,6 +18,7 @@ from trident_export.tasks import text_generation
 from trident_serving import artefacts
 from trident_serving.launcher import local
 from trident_serving.runtime.tokenizer import TextTokenizer
+from trident_serving.schema.limits import GenerationLimits
 
 GRAPH = "mood_model_int8_static/1/model.onnx"
 
@@ -129,7 +130,7 @@ def test_generators_with_a_chat_template_are_calibrated_with_chats_too(default_r
     job = SimpleNamespace(
         assets=default_repository / "smollm2/1",
         graphs=default_repository / "smollm2_fp32/1",
-        spec=SimpleNamespace(calibration=""),
+        spec=SimpleNamespace(calibration="", generation=GenerationLimits()),
     )
     feeds = list(text_generation.calibration_runs(job)(6, 0))  # type: ignore[arg-type]
     tokenizer = TextTokenizer.load(job.assets)

@@ -163,7 +163,7 @@ def infer(stub: Any, model: str, version: str = "", **tensors: Any) -> dict[str,
 def test_every_type_without_a_config(stub: Any) -> None:
     config = stub.ModelConfig(pb.ModelConfigRequest(name="types")).config
     assert config.max_batch_size == 4
-    assert config.HasField("dynamic_batching")
+    assert not config.HasField("dynamic_batching")  # malformed texts would fail everybody's request in the batch
     assert {(i.name, tuple(i.dims)) for i in config.input} == {(f"in_{name}", (-1,)) for name in TYPES}
     tensors = {}
     for name, (_, dtype) in TYPES.items():

@@ -467,7 +467,7 @@ def test_a_dead_tritonserver_is_restarted_until_the_limit(repository: Path, tmp_
         with Client(server.grpc_url, timeout=60) as client:
             expected = client.generate("A", model="gen", max_tokens=8).text
         os.kill(tritonserver(server), signal.SIGKILL)
-        until(lambda: "the server is ready again" in server.log.read_text(), 40)
+        until(lambda: "the server is ready again" in server.log.read_text(), 120)
         with Client(server.grpc_url, timeout=60) as client:
             assert client.generate("A", model="gen", max_tokens=8).text == expected
         os.kill(tritonserver(server), signal.SIGSTOP)
