@@ -21,7 +21,7 @@ from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import FORMAT
 
-_PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "optimum", "optimum-onnx", "tokenizers", "torch", "transformers")
+_PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
 _ROOT = Path(__file__).parent
 # Modules that decide nothing about an artefact: what is said meanwhile, whether there is room, how the tables are read
 # (what they say counts by itself), and the list of all passes.

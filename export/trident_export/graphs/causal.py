@@ -33,7 +33,6 @@ Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQue
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,18 +41,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs import rotary
+from trident_export.graphs.tracing import trace
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = "trident_group_query_attention"
 _SUPPORTED = "choose a decoder that attends through transformers' attention interface (Llama, Qwen, Gemma, GPT-2, ...)"
-OPSET = 17
 
 
 @dataclass(frozen=True)
@@ -201,8 +199,8 @@ class _PassThroughCache(Cache):
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0
 
-    def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int) -> tuple[int, int]:
-        return cache_position.shape[0], 0
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
 
 
 class _CausalGraph(torch.nn.Module):
@@ -253,7 +251,6 @@ class _CausalGraph(torch.nn.Module):
 def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *args, **kwargs: None)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *args, **kwargs: None)
     model.set_attn_implementation(ATTENTION)
     try:
         yield
@@ -303,21 +300,6 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
             inputs.append(f"past_key_values.{layer}.{kind}")
             outputs.append(f"present.{layer}.{kind}")
             axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
-    with (
-        rotary.fuse_rotary(model, geometry.head_dim, positions) as caches,
-        _attention_replaced(model),
-        torch.inference_mode(),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # tracer warnings about constants: shapes are checked by the gate
-        torch.onnx.export(
-            _CausalGraph(model, geometry, caches).eval(),  # the exporter restores this mode on the model
-            arguments,
-            str(path),
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_axes=axes,
-            opset_version=OPSET,
-            dynamo=False,
-            custom_opsets={"com.microsoft": 1},
-        )
+    with rotary.fuse_rotary(model, geometry.head_dim, positions) as caches, _attention_replaced(model):
+        graph = _CausalGraph(model, geometry, caches)
+        trace(graph, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")

@@ -1,6 +1,6 @@
-"""Export of an encoder through optimum, with one contract for every architecture.
+"""Export of an encoder, with one contract for every architecture.
 
-The graph that is left has the inputs `input_ids` and `attention_mask`, and for tasks that read pairs of texts
+The graph has the inputs `input_ids` and `attention_mask`, and for tasks that read pairs of texts
 `token_type_ids`, int64 [batch, sequence] each, whether or not the architecture has token types; where a task reads
 single texts, models with token types get zeros for them inside the graph. Its outputs, all float32 but for `top_ids`:
 
@@ -11,35 +11,44 @@ single texts, models with token types get zeros for them inside the graph. Its o
     question-answering                     start_logits, end_logits [batch, sequence]
     fill-mask                              top_scores, top_ids [batch, sequence, k], log_normalizer [batch, sequence]:
                                            the k largest logits, and the logarithm of the sum of all their powers
+
+While the model is traced, its attention is a plain one in few operators; an architecture that does not attend through
+transformers' attention interface is traced as it is.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
+from trident_export.graphs import editing
 from trident_export.graphs.editing import constant, make, reduced, save
+from trident_export.graphs.tracing import running, trace
 from trident_export.graphs.unpadding import unpad
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_serving.encoders.pooling import Pooling
 
+ATTENTION = "trident_encoder_attention"
 TOKEN_TYPES = "token_type_ids"
+_INPUTS = ("input_ids", "attention_mask", TOKEN_TYPES)
+_OUTPUTS = ("last_hidden_state", "logits", "start_logits", "end_logits")
+# What is computed once, when the graph is traced, must not be taken for the same at other lengths: no two are equal.
+_BATCH, _LENGTH = 2, 7
 
 
 def export_encoder_graph(
     source: HuggingFaceFolder,
     path: Path,
-    task: str,
     head: Any,
     *,
     inputs: Sequence[str],
@@ -49,91 +58,122 @@ def export_encoder_graph(
     """Write the graph of the Hugging Face folder `source` to `path`, in float32.
 
     Args:
-        task: optimum's name.
-        head: the Auto class of transformers for it.
+        head: the Auto class of transformers for the task.
         inputs: names that the graph must have, as above.
         outputs: so too.
-        finish: adds the outputs that optimum's graph lacks.
+        finish: adds the outputs that the model itself does not give.
 
     Raises:
-        UnsupportedArchitecture: optimum does not know it, or gave a graph with other inputs or outputs.
+        UnsupportedArchitecture: there is no such head, or it can't be traced, or gives other outputs.
         UnreadableSource: the weights are missing or damaged.
     """
-    from optimum.exporters.onnx import main_export
-    from optimum.exporters.tasks import TasksManager
-
-    check_architecture(source, task, TasksManager)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with _read_by_others(source, head):
-                # "transformers": optimum would otherwise export a sentence-transformers graph with the pooling inside.
-                main_export(
-                    str(source),
-                    output=scratch,
-                    task=task,
-                    library_name="transformers",
-                    do_validation=False,
-                    no_post_process=True,
-                    local_files_only=True,
-                )
-        model = ir.from_proto(onnx.load(str(Path(scratch) / "model.onnx")))
+    model, taken = _load(source, head)
+    names = [name for name in taken if name in inputs]
+    arguments = _arguments(names)
+    traced = _Encoder(model, names, zeros=names != taken)
+    said = f"{source}, a {type(model).__name__},"
+    with running(said), torch.inference_mode():
+        given = model(**arguments)
+    traced.wanted = [name for name in _OUTPUTS if isinstance(given.get(name), torch.Tensor)]
+    batch: dict[int, str] = {0: "batch"}
+    whole = batch | {1: "sequence"}
+    axes = dict.fromkeys(names, whole)
+    axes |= {name: whole if given[name].shape[1:2] == (_LENGTH,) else batch for name in traced.wanted}
+    trace(traced, list(arguments.values()), path, inputs=names, outputs=traced.wanted, axes=axes, of=said)
+    graph = editing.take(path)
     if TOKEN_TYPES in inputs:
-        with_token_types(model)
-    else:
-        without_token_types(model)
-    finish(model)
-    found = [value.name for value in model.graph.inputs]
-    given = {value.name: value for value in model.graph.outputs}
-    if sorted(found) != sorted(inputs) or not set(outputs) <= set(given):
+        with_token_types(graph)
+    finish(graph)
+    found = {value.name: value for value in graph.graph.outputs}
+    if not set(outputs) <= set(found):
         raise UnsupportedArchitecture(
-            f"{source} gives a graph with the inputs {', '.join(found)} and the outputs {', '.join(given)}, and {task} "
-            f"is served with {', '.join(inputs)} and {', '.join(outputs)}: choose a model for that task"
+            f"{source} gives a graph with the outputs {', '.join(found)}, and what is asked of it is served with "
+            f"{', '.join(outputs)}: choose a model for that task"
         )
-    model.graph.outputs.clear()
-    model.graph.outputs.extend(given[name] for name in outputs)
-    unpad(model)
-    save(model, path)
+    graph.graph.outputs.clear()
+    graph.graph.outputs.extend(found[name] for name in outputs)
+    unpad(graph)
+    save(graph, path)
 
 
-def check_architecture(source: HuggingFaceFolder, task: str, manager: Any) -> None:
-    """Optimum must have a form for the folder's architecture.
-
-    Args:
-        manager: optimum's TasksManager.
+def _load(source: HuggingFaceFolder, head: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model with the attention that is traced, and which of the graph's inputs it reads.
 
     Raises:
-        UnsupportedArchitecture: it has none.
+        UnsupportedArchitecture: the architecture has no such head, or reads no text.
+        UnreadableSource: the weights are missing or damaged.
     """
-    kind = source.config.model_type
-    known = manager._SUPPORTED_MODEL_TYPE
-    if kind not in known or task not in manager.get_supported_tasks_for_model_type(
-        kind, "onnx", library_name="transformers"
-    ):
+    model = source.load(head)
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
+    taken = inspect.signature(type(model).forward).parameters
+    names = [name for name in _INPUTS if name in taken]
+    if "input_ids" not in names or "attention_mask" not in names:
         raise UnsupportedArchitecture(
-            f"{source} is a model of type {kind!r}, for which optimum has no ONNX form for {task}: choose another model"
+            f"{source} is a {type(model).__name__}, which reads no texts with an attention mask: choose another"
         )
+    types = getattr(model.config, "type_vocab_size", None)
+    if (types if types is not None else TOKEN_TYPES in source.tokenizer.model_input_names) in (0, 1, False):
+        names = [name for name in names if name != TOKEN_TYPES]
+    if model._supports_attention_backend:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, eager_mask)
+        model.set_attn_implementation(ATTENTION)
+    return model, names
 
 
-@contextlib.contextmanager
-def _read_by_others(source: HuggingFaceFolder, head: Any) -> Iterator[None]:
-    """Optimum reads the folder itself; where it fails, reading the folder once more tells whether that is why."""
-    try:
-        yield
-    except Exception:
-        source.load(head)
-        raise
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface: [batch, heads, tokens, head_dim] in, heads last but one out.
+
+    Raises:
+        UnsupportedArchitecture: it is asked for what it lacks.
+    """
+    for name in ("s_aux", "position_bias", "head_mask"):
+        if options.get(name) is not None:
+            raise UnsupportedArchitecture(f"attention with {name!r} is not supported in encoders: choose another model")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    # Scaled queries, not scores: there are fewer.
+    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return torch.matmul(scores.softmax(dim=-1), value).transpose(1, 2).contiguous(), None
 
 
-def without_token_types(model: ir.Model) -> None:
-    """Replace the input `token_type_ids`, where there is one, by zeros of the shape of `input_ids`."""
-    inputs = {value.name: value for value in model.graph.inputs}
-    if TOKEN_TYPES in inputs:
-        given, ids = inputs[TOKEN_TYPES], inputs["input_ids"]
-        zeros = make("Sub", [ids, ids], TOKEN_TYPES, name="zero_token_types")
-        given.replace_all_uses_with(zeros.outputs[0])
-        model.graph.inputs.remove(given)
-        model.graph.insert_before(model.graph[0], zeros)
+def _arguments(names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """A batch to trace with; the second text is shorter."""
+    mask = torch.ones(_BATCH, _LENGTH, dtype=torch.long)
+    mask[1, _LENGTH - 2 :] = 0
+    values = {"input_ids": torch.ones_like(mask), "attention_mask": mask, TOKEN_TYPES: torch.zeros_like(mask)}
+    return {name: values[name] for name in names}
+
+
+class _Encoder(torch.nn.Module):
+    """The model with flat tensors in and out."""
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], *, zeros: bool) -> None:
+        super().__init__()
+        self.model, self.names, self.zeros = model, names, zeros
+        self.wanted: list[str] = []
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = dict(zip(self.names, tensors, strict=True))
+        if self.zeros:
+            given[TOKEN_TYPES] = given["input_ids"] - given["input_ids"]
+        found = self.model(**given)
+        return tuple(found[name] for name in self.wanted)
 
 
 def with_token_types(model: ir.Model) -> None:

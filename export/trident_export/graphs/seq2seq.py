@@ -31,7 +31,6 @@ modules share: BART's (Marian, mBART, Pegasus, M2M100) and T5's, whose relative 
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,9 +43,9 @@ from torch.nn import functional
 
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs import editing
-from trident_export.graphs.causal import OPSET
 from trident_export.graphs.decoder_passes import attention_nodes, drop_idle_casts, fuse_norms
 from trident_export.graphs.shape_folding import fold_shapes
+from trident_export.graphs.tracing import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,6 +104,7 @@ def decoder_attentions(model: PreTrainedModel) -> list[tuple[Attention, Attentio
 class _Encoder(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        self.model = model
         self.encoder = model.get_encoder()
         self.attentions = [cross for _, cross in decoder_attentions(model)]
         self.projections = torch.nn.ModuleList([part for a in self.attentions for part in (a.key, a.value)])
@@ -348,19 +348,7 @@ def _export(
     outputs: list[str],
     axes: dict[str, dict[int, str]],
 ) -> None:
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracer warnings about constants: shapes are checked by the gate
-        torch.onnx.export(
-            module.eval(),  # the exporter restores this mode on the model
-            arguments,
-            str(path),
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_axes=axes,
-            opset_version=OPSET,
-            dynamo=False,
-            custom_opsets={"com.microsoft": 1},
-        )
+    trace(module, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(module.model).__name__}")
     graph = editing.take(path)
     for node in attention_nodes(graph):
         place_inputs(node)

@@ -244,7 +244,7 @@ class HuggingFaceFolder(os.PathLike[str]):
         return older // width
 
     def load(self, head: Any) -> PreTrainedModel:
-        """The model in float32, in evaluation mode; read again at each call.
+        """The model in float32, in evaluation mode, with its own attention ("eager"); read again at each call.
 
         Args:
             head: an Auto class of transformers.
@@ -261,7 +261,9 @@ class HuggingFaceFolder(os.PathLike[str]):
                 f"{head.__name__.removeprefix('Auto')}: choose another task in models.toml"
             )
         with reading(self.path, "the weights"):
-            return head.from_pretrained(self.path, dtype=torch.float32, trust_remote_code=False).eval()
+            return head.from_pretrained(
+                self.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            ).eval()
 
 
 def _elements(entry: Mapping[str, Any]) -> int:

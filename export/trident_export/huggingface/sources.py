@@ -148,7 +148,7 @@ def _from_gguf(path: Path, cache: Path, progress: Progress, force: bool) -> Path
         return folder
     progress(f"dequantizing {path.name}")
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     from trident_export.huggingface import gguf_tokenizer
 
@@ -161,7 +161,12 @@ def _from_gguf(path: Path, cache: Path, progress: Progress, force: bool) -> Path
     try:
         disk.require_room(scratch, 4 * parameters)
         with reading(path, "the GGUF file"):
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
         with disk.writing(scratch):
             model.save_pretrained(scratch)
         with reading(path, "the tokenizer in the GGUF file"), disk.writing(scratch):

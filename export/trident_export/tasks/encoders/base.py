@@ -51,7 +51,6 @@ class EncoderExport(Generic[Limits]):
         task: the serving side's declaration.
         head: the Auto class of transformers.
         architecture: how the names of transformers' classes with that head end.
-        optimum_task: optimum's name of the task; "": the same as here.
         proposed_tokens: the longest input that `trident-export add` writes.
         tokenizer_in_postprocess: whether the postprocess stage reads the tokenizer too.
     """
@@ -59,7 +58,6 @@ class EncoderExport(Generic[Limits]):
     task: ClassVar[EncoderTask]
     head: ClassVar[Any]
     architecture: ClassVar[str] = ""
-    optimum_task: ClassVar[str] = ""
     proposed_tokens: ClassVar[int] = 512
     tokenizer_in_postprocess: ClassVar[bool] = False
 
@@ -80,7 +78,7 @@ class EncoderExport(Generic[Limits]):
         return None
 
     def finish(self, model: ir.Model, limits: Limits, source: HuggingFaceFolder) -> None:
-        """Add to the graph that optimum gives the outputs that the task is served with."""
+        """Add to the traced graph the outputs that the task is served with."""
 
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:
         """Texts as a request would bring them."""
@@ -137,7 +135,6 @@ class EncoderExport(Generic[Limits]):
         export_encoder_graph(
             source,
             job.graphs / "model.onnx",
-            self.optimum_task or spec.task,
             self.head,
             inputs=[tensor.name for tensor in self.task.model_inputs],
             outputs=[tensor.name for tensor in self.task.model_outputs],

@@ -21,7 +21,6 @@ class Ranking(Classification):
 
     task = ranking.TASK
     architecture = ""
-    optimum_task = "text-classification"
 
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:
         return list(zip(texts, [*texts[1:], *texts[:1]], strict=True))

@@ -25,7 +25,6 @@ class ZeroShot(EncoderExport[ZeroShotLimits]):
 
     task = zero_shot.TASK
     head = AutoModelForSequenceClassification
-    optimum_task = "text-classification"
 
     def problems(self, limits: ZeroShotLimits, source: HuggingFaceFolder) -> Iterator[str]:
         yield from label_problems(limits, source)
