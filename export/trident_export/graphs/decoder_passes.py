@@ -74,7 +74,9 @@ def drop_idle_casts(model: ir.Model) -> None:
     """Drop casts to the type that a tensor has already, which hide norms from the fusions."""
     types = editing.infer(model)
     for node in model.graph:
-        if node.op_type == "Cast" and types[node.inputs[0].name].dtype == node.attributes["to"].as_int():
+        if node.op_type != "Cast" or node.outputs[0].is_graph_output():  # whose name is kept
+            continue
+        if types[node.inputs[0].name].dtype == node.attributes["to"].as_int():
             node.outputs[0].replace_all_uses_with(node.inputs[0])
     drop_unused(model, inputs=True)
 
