@@ -37,6 +37,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -338,11 +339,16 @@ class _Atanh(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """Traced for its shapes, written to the graph as one operator."""
+    """Computed by torch, written to the graph as one operator."""
 
     @staticmethod
     def forward(ctx, activation, channels, hidden_states, weight, slots, starts, past, *bias):  # type: ignore[no-untyped-def]
-        return hidden_states.clone(), past.clone()
+        output, present, taps = hidden_states.clone(), past.clone(), weight.shape[2] - 1
+        for slot, (start, end) in zip(slots.tolist(), pairwise(starts.tolist()), strict=True):
+            inputs = torch.cat((past[slot], hidden_states[0, :, start:end]), dim=1)
+            output[0, :, start:end] = torch.nn.functional.conv1d(inputs[None], weight, *bias, groups=channels)[0]
+            present[slot] = inputs[:, inputs.shape[1] - taps :]
+        return torch.nn.functional.silu(output) if activation == "silu" else output, present
 
     @staticmethod
     def symbolic(g, activation, channels, hidden_states, weight, slots, starts, past, *bias):  # type: ignore[no-untyped-def]
@@ -361,15 +367,27 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Recurrence(torch.autograd.Function):
-    """Traced for its shapes, written to the graph as one operator.
+    """Computed by torch, written to the graph as one operator.
 
     `sizes` are the heads of the query, those of the value, and its size; then the numbers of a token in each of the
     tensors [1, tokens, heads, ...]: query, key, value, decay, and beta or none.
     """
 
     @staticmethod
-    def forward(ctx, rule, scale, sizes, tokens, mask, places, past, query, key, value, *others):  # type: ignore[no-untyped-def]
-        return value.clone(), past.clone()
+    def forward(ctx, rule, scale, sizes, tokens, mask, places, past, query, key, value, decay, *others):  # type: ignore[no-untyped-def]
+        output, present = value.clone(), past.clone()
+        (query_heads, heads, _), *_ = sizes
+        query = query.repeat_interleave(heads // query_heads, dim=2)
+        decay = decay.exp().reshape(*decay.shape[:2], heads, -1, 1)
+        for slot, step in mask[..., 0].nonzero().tolist():
+            token = int(tokens[slot, step])
+            state = present[slot] * decay[0, token]
+            update = value[0, token]
+            for beta in others:
+                update = (update - torch.einsum("hkv,hk->hv", state, key[0, token])) * beta[0, token][:, None]
+            present[slot] = state + key[0, token][:, :, None] * update[:, None, :]
+            output[0, token] = scale * torch.einsum("hkv,hk->hv", present[slot], query[0, token])
+        return output, present
 
     @staticmethod
     def symbolic(g, rule, scale, sizes, tokens, mask, places, past, *tensors):  # type: ignore[no-untyped-def]
