@@ -344,9 +344,10 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, activation, channels, hidden_states, weight, slots, starts, past, *bias):  # type: ignore[no-untyped-def]
         output, present, taps = hidden_states.clone(), past.clone(), weight.shape[2] - 1
+        offset = bias[0] if bias else None
         for slot, (start, end) in zip(slots.tolist(), pairwise(starts.tolist()), strict=True):
             inputs = torch.cat((past[slot], hidden_states[0, :, start:end]), dim=1)
-            output[0, :, start:end] = torch.nn.functional.conv1d(inputs[None], weight, *bias, groups=channels)[0]
+            output[0, :, start:end] = torch.nn.functional.conv1d(inputs[None], weight, offset, groups=channels)[0]
             present[slot] = inputs[:, inputs.shape[1] - taps :]
         return torch.nn.functional.silu(output) if activation == "silu" else output, present
 
