@@ -79,7 +79,8 @@ def export_encoder_graph(
     whole = batch | {1: "sequence"}
     axes = dict.fromkeys(names, whole)
     axes |= {name: whole if given[name].shape[1:2] == (_LENGTH,) else batch for name in traced.wanted}
-    trace(traced, list(arguments.values()), path, inputs=names, outputs=traced.wanted, axes=axes, of=said)
+    tensors = list(arguments.values())
+    trace(traced, tensors, path, inputs=names, outputs=traced.wanted, axes=axes, of=said, operators=False)
     graph = editing.take(path)
     if TOKEN_TYPES in inputs:
         with_token_types(graph)

@@ -349,7 +349,16 @@ def _export(
     outputs: list[str],
     axes: dict[str, dict[int, str]],
 ) -> None:
-    trace(module, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(module.model).__name__}")
+    trace(
+        module,
+        arguments,
+        path,
+        inputs=inputs,
+        outputs=outputs,
+        axes=axes,
+        of=f"a {type(module.model).__name__}",
+        operators=isinstance(module, _Decoder),
+    )
     graph = editing.take(path)
     for node in attention_nodes(graph):
         place_inputs(node)

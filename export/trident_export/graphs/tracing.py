@@ -27,6 +27,7 @@ def trace(
     outputs: Sequence[str],
     axes: Mapping[str, Mapping[int, str]],
     of: str,
+    operators: bool = True,
 ) -> None:
     """Write the graph of one run of `module` to `path`; weights beyond 2 GB go to files next to it.
 
@@ -34,6 +35,7 @@ def trace(
         arguments: the run's inputs, in the order of `inputs`.
         axes: names of the sizes that may differ from run to run, by input or output and dimension.
         of: what is traced, as errors name it.
+        operators: whether the graph has ONNX Runtime's own operators.
 
     Raises:
         UnsupportedArchitecture: the model can't be run like this, or does what ONNX can't express.
@@ -49,7 +51,7 @@ def trace(
             dynamic_axes={name: dict(sizes) for name, sizes in axes.items()},
             opset_version=OPSET,
             dynamo=False,
-            custom_opsets={"com.microsoft": 1},
+            custom_opsets={"com.microsoft": 1} if operators else None,
         )
 
 
