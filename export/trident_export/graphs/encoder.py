@@ -31,7 +31,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.graphs import editing
 from trident_export.graphs.editing import constant, make, reduced, save
 from trident_export.graphs.tracing import running, trace
 from trident_export.graphs.unpadding import unpad
@@ -79,8 +78,7 @@ def export_encoder_graph(
     whole = batch | {1: "sequence"}
     axes = dict.fromkeys(names, whole)
     axes |= {name: whole if given[name].shape[1:2] == (_LENGTH,) else batch for name in traced.wanted}
-    trace(traced, list(arguments.values()), path, inputs=names, outputs=traced.wanted, axes=axes, of=said)
-    graph = editing.take(path)
+    graph = trace(traced, list(arguments.values()), inputs=names, outputs=traced.wanted, axes=axes, of=said)
     if TOKEN_TYPES in inputs:
         with_token_types(graph)
     finish(graph)

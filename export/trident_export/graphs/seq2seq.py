@@ -348,8 +348,7 @@ def _export(
     outputs: list[str],
     axes: dict[str, dict[int, str]],
 ) -> None:
-    trace(module, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(module.model).__name__}")
-    graph = editing.take(path)
+    graph = trace(module, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(module.model).__name__}")
     for node in attention_nodes(graph):
         place_inputs(node)
     fold_shapes(graph)
