@@ -167,7 +167,7 @@ def test_a_defect_of_ours_is_a_traceback_that_says_so(
     def broken(*_: object, **__: object) -> None:
         raise ValueError("cannot reshape array")
 
-    monkeypatch.setattr(decoder_passes, "optimize_file", broken)
+    monkeypatch.setattr(decoder_passes, "optimize", broken)
     common = ("--models-file", str(write_models(tmp_path, {"a": llama, "b": llama})))
     common += ("--repository", str(tmp_path / "repository"))
     for model, expected in ((("a",), 70), ((), 1)):

@@ -20,6 +20,7 @@ from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
 from trident_export.graphs import decoder_passes
 from trident_export.graphs.causal import export_causal_graph
+from trident_export.graphs.editing import save
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
@@ -56,11 +57,10 @@ def trace(job: Job) -> None:
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
     save_text_files(job.source, job.assets)
     job.graphs.mkdir()
-    graph = job.graphs / "model.onnx"
     job.progress("tracing the graph")
     assert spec.generation
-    export_causal_graph(model, graph, positions(spec.generation))
-    decoder_passes.optimize_file(graph, ragged=spec.generation.device == "cpu")
+    traced = export_causal_graph(model, positions(spec.generation))
+    save(decoder_passes.optimize(traced, ragged=spec.generation.device == "cpu"), job.graphs / "model.onnx")
 
 
 def positions(limits: GenerationLimits) -> int:
