@@ -128,10 +128,10 @@ def evaluator(
     are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
     """
     assert spec.generation
-    model = load_model(source)
+    model = source.load_whole(AutoModelForCausalLM)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
     # A text runs whole, so a slot needs twice its length.
-    samples = sample_ids(tokenizer, positions(spec.generation) // 2, model.config.vocab_size, texts)
+    samples = sample_ids(tokenizer, positions(spec.generation) // 2, source.text_config.vocab_size, texts)
     reference = reference_logits(model, samples)
     # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
     device = spec.generation.device if _has(spec.generation.device) else "cpu"
@@ -175,6 +175,7 @@ def save_text_files(source: HuggingFaceFolder, folder: Path) -> None:
     """Write the tokenizer, the chat template and the generation config that the runtime reads."""
     folder.mkdir(parents=True)
     tokenizer = source.fast_tokenizer
+    tokenizer.chat_template = default_template(source, tokenizer.chat_template)
     tokenizer.save_pretrained(str(folder))
     for name in ("config.json", "generation_config.json"):
         if (source.path / name).exists():
@@ -188,11 +189,27 @@ def save_text_files(source: HuggingFaceFolder, folder: Path) -> None:
     }
     for path in folder.iterdir():
         if path.name not in kept:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     check_chat_template(source, folder)
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
         source.generation_config.save_pretrained(str(folder))
+
+
+def default_template(source: HuggingFaceFolder, templates: str | dict[str, str] | None) -> str | None:
+    """The chat template that is served: the only one, or of several that are named the one called default.
+
+    Raises:
+        UnreadableSource: none of several is called default.
+    """
+    if not isinstance(templates, dict):
+        return templates
+    if "default" not in templates:
+        raise UnreadableSource(
+            f"{source}: of the chat templates {', '.join(sorted(templates))} none is named default, which is the one "
+            "that is served: name it so, or take them away to serve the model without messages"
+        )
+    return templates["default"]
 
 
 def check_chat_template(source: HuggingFaceFolder, folder: Path) -> None:
