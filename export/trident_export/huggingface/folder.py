@@ -141,7 +141,9 @@ class HuggingFaceFolder(os.PathLike[str]):
     @property
     def _written_by(self) -> str:
         """The version of transformers that wrote the folder; "" where it does not say."""
-        return str(self._raw_config.get("transformers_version") or "")
+        with contextlib.suppress(UnreadableSource):
+            return str(self._raw_config.get("transformers_version") or "")
+        return ""
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -307,6 +309,7 @@ class HuggingFaceFolder(os.PathLike[str]):
     def load_whole(self, head: Any) -> PreTrainedModel:
         """The same, but a multimodal model with all its parts: what a text part is compared with."""
         import torch
+        import transformers
 
         head = self._multimodal(head) or head
         own_code = self.trust_remote_code and head.__name__ in (getattr(self.config, "auto_map", None) or {})
@@ -315,6 +318,7 @@ class HuggingFaceFolder(os.PathLike[str]):
                 f"{self} is a model of type {self.config.model_type!r}, for which transformers has no "
                 f"{head.__name__.removeprefix('Auto')}: choose another task in models.toml"
             )
+        transformers.utils.logging.disable_progress_bar()  # an export has its own
         with self._reading("the weights"):
             model, said = head.from_pretrained(
                 self.path,
