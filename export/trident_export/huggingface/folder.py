@@ -307,11 +307,15 @@ class HuggingFaceFolder(os.PathLike[str]):
         return text_part.of(self.load_whole(head), self) if self._multimodal(head) else self.load_whole(head)
 
     def load_whole(self, head: Any) -> PreTrainedModel:
-        """The same, but a multimodal model with all its parts: what a text part is compared with."""
+        """The same, but a multimodal model with all its parts: what a text part is compared with.
+
+        Llama 4's is a wrapper around transformers' own class for text, which fails without images: there it is that.
+        """
         import torch
         import transformers
 
-        head = self._multimodal(head) or head
+        multimodal = self._multimodal(head)
+        head = multimodal or head
         own_code = self.trust_remote_code and head.__name__ in (getattr(self.config, "auto_map", None) or {})
         if type(self.config) not in head._model_mapping and not own_code:
             raise UnsupportedArchitecture(
@@ -330,7 +334,7 @@ class HuggingFaceFolder(os.PathLike[str]):
             )
         self._check_weights(model, said)
         found: PreTrainedModel = model.eval()
-        return found
+        return text_part.inner(found) or found if multimodal else found
 
     def _multimodal(self, head: Any) -> Any | None:
         """The Auto class of the whole model, where the head asks for the text part of a multimodal one."""
@@ -363,7 +367,11 @@ class HuggingFaceFolder(os.PathLike[str]):
         shapes = {re.sub(r"\d+", "*", name) for name, _ in model.named_parameters()}
         for name in sorted(said["unexpected_keys"]):
             parent = modules.get(name.rpartition(".")[0])
-            leaf = parent is not None and not any(parent.children()) and any(parent.parameters(recurse=False))
+            leaf = (
+                parent is not None
+                and not any(parent.children())
+                and next(parent.parameters(recurse=False), None) is not None
+            )
             if leaf or re.sub(r"\d+", "*", name) in shapes:
                 raise UnreadableSource(
                     f"{self}: the weights have {name}, which config.json leaves out: it is another model's, or of "

@@ -38,6 +38,16 @@ def left_out(config: PretrainedConfig) -> list[str]:
     return [part for part in parts if getattr(config, f"{part}_config", None) is not None]
 
 
+def inner(whole: PreTrainedModel) -> PreTrainedModel | None:
+    """The model with a head for text alone that a multimodal one is built around; None where it is built otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM._model_mapping.get(type(whole.config.get_text_config()), None)
+    found = (module for module in whole.modules() if kind is not None and isinstance(module, kind))
+    model: PreTrainedModel | None = next(found, None)
+    return model
+
+
 def of(whole: PreTrainedModel, folder: object) -> PreTrainedModel:
     """The text part of a multimodal model.
 
@@ -60,9 +70,8 @@ def of(whole: PreTrainedModel, folder: object) -> PreTrainedModel:
             f"{folder} is a model of type {whole.config.model_type!r}, whose text part ({kind!r}) transformers has no "
             "class for: choose another model"
         )
-    for module in whole.modules():
-        if isinstance(module, causal):
-            return module
+    if (found := inner(whole)) is not None:
+        return found
     wanted: Any = AutoModel._model_mapping[type(whole.config.get_text_config())]
     language = next((module for module in whole.modules() if isinstance(module, wanted)), None)
     head = whole.get_output_embeddings()
