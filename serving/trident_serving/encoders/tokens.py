@@ -56,12 +56,16 @@ class TokenRoles:
         cls_token_id: begins a text; question answering reads "no answer" from it.
         mask_token_id: the gap that a masked language model fills.
         prompts: what goes before a text, by the name that a request gives ("query", "passage").
+        default_prompt: the name that holds where a request gives none.
+        counts_prompt: whether the tokens of a prompt are pooled.
     """
 
     unk_token_id: int | None = None
     cls_token_id: int | None = None
     mask_token_id: int | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    counts_prompt: bool = True
 
     @classmethod
     def load(cls, folder: Path) -> TokenRoles:
@@ -154,17 +158,34 @@ class TextEncoder:
         tensors = self._batcher.tensors(encodings)
         return tensors | {"token_spans": _spans(encodings, tensors["input_ids"].shape)} if spans else tensors
 
-    def with_prompt(self, name: str, texts: Sequence[str]) -> list[str]:
-        """The texts behind the model's prompt of that name.
+    def prompt(self, name: str | None) -> str:
+        """What goes before a text: the model's prompt of that name, or its default one.
 
         Raises:
             InvalidRequest: the model has none of that name.
         """
         prompts = self._roles.prompts
+        if name is None:
+            return prompts[self._roles.default_prompt] if self._roles.default_prompt is not None else ""
         if name not in prompts:
             known = ", ".join(prompts) or "none"
             raise InvalidRequest(f"prompt_name {name[:80]!r} is not known to this model; known: {known}")
-        return [prompts[name] + text for text in texts]
+        return prompts[name]
+
+    def uncounted(self, prompt: str) -> int:
+        """How many tokens at the beginning of a text are a prompt's that is left out of the pooling.
+
+        Raises:
+            InvalidRequest: nothing would be left.
+        """
+        if not prompt or self._roles.counts_prompt:
+            return 0
+        ids = self._tokenizer.encode(prompt).ids
+        closing = self._tokenizer.get_added_tokens_decoder().get(ids[-1])
+        length = len(ids) - (closing is not None and closing.special)
+        if length >= self._settings.max_tokens:
+            raise InvalidRequest(f"the prompt has {length} tokens, and the model takes {self._settings.max_tokens}")
+        return length
 
     def _check(self, encoding: Encoding, text: Any, names: Sequence[str]) -> None:
         texts = [text] if isinstance(text, str) else text
@@ -197,11 +218,13 @@ class TextEncoder:
             self._tokenizer.no_truncation()
 
 
-def read_texts(folder: Path, parameters: Mapping[str, str], *, spans: bool = False) -> Stage:
+def read_texts(folder: Path, parameters: Mapping[str, str], *, spans: bool = False, prompts: bool = False) -> Stage:
     """The tokenizer stage of tasks that read `text_input`, with the options `text_pair`, `prompt_name` and `truncate`.
 
     Args:
         spans: see `TextEncoder.encode`.
+        prompts: whether the model's default prompt goes before a text where a request names none. Tokens of a prompt
+            that is left out of the pooling have a 2 in `attention_mask`.
     """
     settings = read_parameters(EncodingSettings, parameters)
     encoder = TextEncoder.load(folder, settings)
@@ -211,14 +234,29 @@ def read_texts(folder: Path, parameters: Mapping[str, str], *, spans: bool = Fal
         pairs = None
         if "text_pair" in tensors:
             pairs = decode_texts(tensors["text_pair"], "text_pair", settings.max_bytes)
-        if "prompt_name" in tensors:
-            names = set(decode_texts(tensors["prompt_name"], "prompt_name"))
-            if len(names) > 1:
-                raise InvalidRequest(f"prompt_name must be the same for all texts of a request, found {sorted(names)}")
-            texts = encoder.with_prompt(names.pop(), texts)
-        return encoder.encode(texts, pairs, truncate=flag(tensors, "truncate"), spans=spans)
+        prompt = encoder.prompt(prompt_name(tensors)) if prompts else ""
+        uncounted = encoder.uncounted(prompt)
+        texts = [prompt + text for text in texts]
+        encoded = dict(encoder.encode(texts, pairs, truncate=flag(tensors, "truncate"), spans=spans))
+        if uncounted:
+            encoded["attention_mask"][:, :uncounted] *= 2
+        return encoded
 
     return preprocess
+
+
+def prompt_name(tensors: Tensors) -> str | None:
+    """The prompt that a request names; None where it names none.
+
+    Raises:
+        InvalidRequest: it names several.
+    """
+    if "prompt_name" not in tensors:
+        return None
+    names = set(decode_texts(tensors["prompt_name"], "prompt_name"))
+    if len(names) > 1:
+        raise InvalidRequest(f"prompt_name must be the same for all texts of a request, found {sorted(names)}")
+    return names.pop()
 
 
 def _spans(encodings: Sequence[Encoding], shape: tuple[int, ...]) -> NDArray[np.int32]:

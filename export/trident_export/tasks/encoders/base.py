@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -11,7 +11,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from tokenizers.normalizers import Lowercase, Normalizer
+from tokenizers.normalizers import Sequence as Normalizers
+from transformers import PreTrainedModel
 
 from trident_export import configs, corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError
@@ -65,9 +67,16 @@ class EncoderExport(Generic[Limits]):
         """What of the limits does not fit the model, a sentence each; it names the model's value."""
         return iter(())
 
-    def proposed_limits(self, config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
+    def proposed_limits(self, source: HuggingFaceFolder, max_tokens: int) -> dict[str, Any]:
         """What `trident-export add` writes as limits besides `max_tokens`."""
         return {}
+
+    def head_of(self, source: HuggingFaceFolder) -> Any:
+        """The Auto class of transformers for a model."""
+        return self.head
+
+    def prepare(self, model: PreTrainedModel, source: HuggingFaceFolder) -> None:
+        """Change the model before it is traced."""
 
     def settings(self, source: HuggingFaceFolder) -> Any:
         """What the postprocess stage reads of the model, as an object that can `save` itself; None: nothing."""
@@ -95,6 +104,20 @@ class EncoderExport(Generic[Limits]):
         """
         kept = [mask > 0 for mask in tensors["attention_mask"]]
         return [softmax(row[real]) for row, real in zip(tensors["logits"], kept, strict=True)]
+
+    def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
+        """What Hugging Face makes of a text, by itself and without padding, in float32; see `read`."""
+        assert spec.encoder is not None
+        limit = spec.encoder.max_tokens
+        tokenizer, model, settings = source.tokenizer, source.load(self.head_of(source)), self.settings(source)
+
+        def ask(texts: Texts) -> list[Floats]:
+            batch = self.tokenize(tokenizer, texts, limit)
+            tensors = {name: t.numpy() for name, t in model(**batch).items() if isinstance(t, torch.Tensor)}
+            inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+            return self.read({**tensors, **inputs}, settings)
+
+        return ask
 
     def compare(self, reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
         """What a variant's answers get wrong."""
@@ -135,9 +158,10 @@ class EncoderExport(Generic[Limits]):
         export_encoder_graph(
             source,
             job.graphs / "model.onnx",
-            self.head,
+            self.head_of(source),
             inputs=[tensor.name for tensor in self.task.model_inputs],
             outputs=[tensor.name for tensor in self.task.model_outputs],
+            prepare=lambda model: self.prepare(model, source),
             finish=lambda model: self.finish(model, cast("Limits", limits), source),
         )
 
@@ -194,9 +218,13 @@ def save_tokenizer(source: HuggingFaceFolder, prompts: Mapping[str, str] | None,
     folder.mkdir(parents=True)
     tokenizer = source.fast_tokenizer
     backend = tokenizer.backend_tokenizer
+    if source.sentence.lower_case:
+        own: list[Normalizer] = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = Normalizers([Lowercase(), *own])
     backend.no_truncation()
+    padding = source.padding_token
     backend.enable_padding(
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=(tokenizer.pad_token_id or 0) if padding is None else padding,
         pad_type_id=tokenizer.pad_token_type_id,
         pad_token=tokenizer.pad_token or "[PAD]",
     )
@@ -254,17 +282,10 @@ class Served:
 def reference_outputs(
     spec: ModelSpec, source: HuggingFaceFolder, task: EncoderExport[Any], samples: Sequence[Texts]
 ) -> list[Floats]:
-    """What Hugging Face makes of the texts, one at a time and without padding, in float32; see `EncoderExport.read`."""
-    assert spec.encoder is not None
-    tokenizer, model, settings = source.tokenizer, source.load(task.head), task.settings(source)
-    found = []
+    """What Hugging Face makes of the texts; see `EncoderExport.reference`."""
+    ask = task.reference(spec, source)
     with torch.inference_mode():
-        for texts in track(samples, "Hugging Face"):
-            batch = task.tokenize(tokenizer, texts, spec.encoder.max_tokens)
-            tensors = {name: t.numpy() for name, t in model(**batch).items() if isinstance(t, torch.Tensor)}
-            inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
-            found += task.read({**tensors, **inputs}, settings)
-    return found
+        return [row for texts in track(samples, "Hugging Face") for row in ask(texts)]
 
 
 def _difference(one: Floats, other: Floats) -> float:

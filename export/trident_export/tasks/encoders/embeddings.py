@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel
 
 from trident_export import corpora
 from trident_export.graphs import encoder as encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.sentence_transformers import applied
 from trident_export.measure import fidelity
+from trident_export.models_file import ModelSpec
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats, Texts
 from trident_serving.encoders import embeddings
 from trident_serving.encoders.pooling import PoolingSettings, normalize, pool
@@ -27,11 +29,16 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     head = AutoModel
 
     def problems(self, limits: EmbeddingLimits, source: HuggingFaceFolder) -> Iterator[str]:
-        if limits.dimensions != source.config.hidden_size:
-            yield f"limits.dimensions is {limits.dimensions}, the model's is {source.config.hidden_size}"
+        dimensions = _dimensions(source)
+        if limits.dimensions != dimensions:
+            yield f"limits.dimensions is {limits.dimensions}, the model's is {dimensions}"
 
-    def proposed_limits(self, config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
-        return {"dimensions": config.hidden_size}
+    def proposed_limits(self, source: HuggingFaceFolder, max_tokens: int) -> dict[str, Any]:
+        dimensions = _dimensions(source)
+        sizes = sorted(
+            size for size in getattr(source.config, "matryoshka_dimensions", None) or () if size < dimensions
+        )
+        return {"dimensions": dimensions} | ({"matryoshka": sizes} if sizes else {})
 
     def settings(self, source: HuggingFaceFolder) -> PoolingSettings:
         return source.pooling
@@ -40,14 +47,36 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
         return PoolingSettings.load(folder)
 
     def finish(self, model: ir.Model, limits: EmbeddingLimits, source: HuggingFaceFolder) -> None:
+        if not source.sentence.counts_prompt:
+            encoder_graph.with_marked_prompt(model)
         # A vector a text is a hundredth of what the tokens' vectors are to hand on.
-        encoder_graph.with_pooling(model, source.pooling.pooling)
+        encoder_graph.with_pooling(model, source.pooling.pooling, *source.pooling.more)
+        encoder_graph.with_layers(model, source.sentence.layers)
 
     def read(self, tensors: Arrays, settings: PoolingSettings) -> list[Floats]:
-        vectors = tensors.get("pooled")
-        if vectors is None:  # Hugging Face's side
-            vectors = pool(tensors["last_hidden_state"], tensors["attention_mask"], settings.pooling)
+        vectors = tensors["pooled"]
         return list(normalize(vectors) if settings.normalize else vectors)
+
+    def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
+        assert spec.encoder is not None
+        limit, sentence, settings = spec.encoder.max_tokens, source.sentence, source.pooling
+        roles, tokenizer, model = source.roles(spec.prompts), source.tokenizer, source.load(self.head)
+        prompt = roles.prompts[roles.default_prompt] if roles.default_prompt is not None else ""
+        uncounted = 0
+        if prompt and not roles.counts_prompt:
+            ids = tokenizer(prompt).input_ids
+            uncounted = len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+        def ask(texts: Texts) -> list[Floats]:
+            text = prompt + texts[0]
+            batch = self.tokenize(tokenizer, (text.lower() if sentence.lower_case else text,), limit)
+            hidden, mask = model(**batch).last_hidden_state.numpy(), batch["attention_mask"].numpy()
+            mask[:, :uncounted] = 2
+            kinds = (settings.pooling, *settings.more)
+            vectors = np.concatenate([pool(hidden, mask, kind) for kind in kinds], axis=1)
+            return self.read({"pooled": applied(sentence.layers, vectors)}, settings)
+
+        return ask
 
     def compare(self, reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
         return fidelity.compare_embeddings(np.stack(reference), np.stack(found))
@@ -63,6 +92,10 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     ) -> dict[str, float]:
         (passages, found_passages), (questions, found_questions) = (map(np.stack, both) for both in searched)
         return {"recall_at_10": fidelity.recall(passages, questions, found_passages, found_questions)}
+
+
+def _dimensions(source: HuggingFaceFolder) -> int:
+    return source.sentence.dimensions(source.config.get_text_config().hidden_size)
 
 
 EXPORT = Embeddings()
