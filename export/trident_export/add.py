@@ -79,7 +79,7 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
         limits = _seq2seq_limits(model, table, reasons) if config.is_encoder_decoder else {}
         limits = limits or _encoder_limits(model, task, reasons)
     reasons.append(f"variants {', '.join(table['variants'])}: the first is served under the plain name")
-    if task == "feature-extraction":
+    if task in ("feature-extraction", "hybrid-embedding"):
         settings = model.pooling
         normalized = "normalized" if settings.normalize else "not normalized"
         pooling = ", ".join((settings.pooling, *settings.more))

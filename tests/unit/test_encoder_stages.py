@@ -36,8 +36,23 @@ def test_batches_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
 
 
 def test_spans_are_characters_and_special_tokens_have_none() -> None:
-    spans = encoder().encode(["a  b"], spans=True)["token_spans"]
+    spans = encoder().windows(["a  b"], 1)["token_spans"]
     np.testing.assert_array_equal(spans, [[[-1, -1], [0, 1], [3, 4], [-1, -1]]])
+
+
+def test_windows_overlap_and_show_each_token_once() -> None:
+    texts = ["a", "a b c a b c a b c a b c", "b c"]
+    found = encoder().windows(texts, 5)
+    np.testing.assert_array_equal(found["window_text"], [0, 1, 1, 1, 2])  # six tokens each, of which two come again
+    np.testing.assert_array_equal(found["input_ids"][1:4, 1:7], [[4, 5, 6] * 2, [5, 6, 4] * 2, [6, 4, 5, 6, 3, 0]])
+    for row, text in enumerate(texts):
+        starts = found["token_spans"][found["window_text"] == row, :, 0]
+        assert starts[starts >= 0].tolist() == list(range(0, len(text), 2))
+    assert encoder().windows(texts, 3, truncate=True)["window_text"].tolist() == [0, 1, 2]
+    with pytest.raises(InvalidRequest, match="text_input takes 5 windows of 8 tokens, the limit is 4"):
+        encoder().windows(texts, 4)
+    with pytest.raises(InvalidRequest, match=r"text_input\[1\] is empty"):
+        encoder().windows(["a", " "], 4)
 
 
 def test_too_long_is_an_error_or_is_cut_before_the_closing_token() -> None:

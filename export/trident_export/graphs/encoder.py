@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -124,9 +125,15 @@ def _load(source: HuggingFaceFolder, head: Any) -> tuple[PreTrainedModel, list[s
         names = [name for name in names if name != TOKEN_TYPES]
     if model._supports_attention_backend:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, eager_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
         model.set_attn_implementation(ATTENTION)
     return model, names
+
+
+def _mask(*sizes: Any, **options: Any) -> torch.Tensor | None:
+    """Transformers' eager mask, computed from positions: the exporter can't record `vmap`."""
+    mask: torch.Tensor | None = eager_mask(*sizes, **(options | {"use_vmap": False}))
+    return mask
 
 
 def _attend(
@@ -272,6 +279,78 @@ def _pooled(model: ir.Model, hidden: ir.Value, pooling: Pooling, output: str) ->
     if pooling is Pooling.MEAN_BY_ROOT:
         count = add("Sqrt", [count], f"{path}/root")
     return add("Div", [total, count], output)
+
+
+def with_last_score(model: ir.Model) -> None:
+    """Let `logits` be one number a text: at its last token the first logit, less the second where there are two."""
+    graph = model.graph
+    logits = graph.outputs.pop([found.name for found in graph.outputs].index("logits"))
+    logits.name = "token_logits"
+    one = constant(graph, "score/one", np.array([1], np.int64))
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    length = make("ReduceSum", [mask, one], "score/length", keepdims=1)
+    end = make("Sub", [*length.outputs, one], "score/end")
+    last = make("GatherND", [logits, *end.outputs], "score/last", batch_dims=1)
+    answers = logits.shape[2]
+    signs = constant(graph, "score/signs", np.array([[1.0], [-1.0]][:answers], np.float32))
+    score = make("MatMul", [*last.outputs, signs], "logits")
+    graph.extend([length, end, last, score])
+    score.outputs[0].type, score.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", 1])
+    graph.outputs.extend(score.outputs)
+
+
+def with_best_logits(model: ir.Model, layers: int = 1, *, summed: bool = False) -> None:
+    """Add the output `pooled`, float32 [batch, vocabulary]: the largest logit of each token of the vocabulary.
+
+    It is that of log(1 + relu(logit)), applied `layers` times, over a text's tokens; or the sum of them.
+    """
+    graph = model.graph
+    logits = graph.outputs[[found.name for found in graph.outputs].index("logits")]
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    one, two = (constant(graph, f"sparse/{n}", np.array([n], np.int64)) for n in (1, 2))
+    double = constant(graph, "sparse/double", np.array(2, np.float32))
+
+    def add(kind: str, inputs: list[ir.Value], output: str = "", **attributes: Any) -> ir.Value:
+        graph.append(make(kind, inputs, output or f"sparse/{kind}_{len(graph)}", **attributes))
+        return graph[-1].outputs[0]
+
+    def weight(value: ir.Value) -> ir.Value:
+        value = add("Relu", [value])
+        for _ in range(layers):  # log(1 + x) = 2 atanh(x / (x + 2)), which loses nothing of a small x
+            share = add("Div", [value, add("Add", [value, double])])
+            value = add("Mul", [add("Atanh", [share]), double])
+        return value
+
+    column = add("Cast", [add("Unsqueeze", [mask, two])], to=ir.DataType.FLOAT)
+    kept = add("Mul", [weight(logits) if summed else logits, column])
+    if summed:
+        found = add("ReduceSum", [kept, one], keepdims=0)
+    else:  # what grows keeps the order: the weights of the largest logits are the largest weights
+        inputs, axis = reduced(model, kept, one)
+        found = weight(add("ReduceMax", inputs, keepdims=0, **axis))
+    found.name = "pooled"
+    found.type, found.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", logits.shape[2]])
+    graph.outputs.append(found)
+
+
+def with_token_weights(model: ir.Model, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+    """Add the output `token_weights`, float32 [batch, sequence]: what a linear layer gives above 0.
+
+    Args:
+        weight: float32 [1, hidden].
+        bias: float32 [1].
+    """
+    graph = model.graph
+    hidden = next(value for value in graph.outputs if value.name == "last_hidden_state")
+    product = make("MatMul", [hidden, constant(graph, "weights/weight", weight.T.copy())], "weights/product")
+    shifted = make("Add", [*product.outputs, constant(graph, "weights/bias", bias)], "weights/shifted")
+    above = make("Relu", list(shifted.outputs), "weights/above")
+    last = constant(graph, "weights/last", np.array([-1], np.int64))
+    found = make("Squeeze", [*above.outputs, last], "token_weights")
+    graph.extend([product, shifted, above, found])
+    found.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    found.outputs[0].shape = ir.Shape(["batch", "sequence"])
+    graph.outputs.extend(found.outputs)
 
 
 def with_marked_prompt(model: ir.Model) -> None:

@@ -270,11 +270,12 @@ class SentenceFiles:
                 width = min(width, layer.size)
         return width
 
-    def score_activation(self, config: Any) -> Activation:
+    def score_activation(self, config: Any, *, one: bool) -> Activation:
         """What a cross-encoder makes of its logits.
 
         Args:
             config: the model's.
+            one: whether it gives one number.
 
         Raises:
             UnsupportedModel: the files name what is not supported.
@@ -286,7 +287,6 @@ class SentenceFiles:
             or getattr(config, "sbert_ce_default_activation_function", None)
         )
         if name is None:
-            one = config.num_labels == 1 or "LogitScore" in dict(self.modules)
             return Activation.SIGMOID if one else Activation.NONE
         kind = name.rsplit(".", 1)[-1]
         if kind not in _SCORES or not name.startswith("torch."):

@@ -25,12 +25,17 @@ DIMENSIONS = Tensor("dimensions", "INT32", (1,))
 
 def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
     settings = PoolingSettings.load(folder)
-    shorter = [int(size) for size in parameters.get("matryoshka", "").split(",") if size]
+    shorter = sizes(parameters)
 
     def postprocess(tensors: Tensors) -> Tensors:
         return {"embedding": embedded(tensors, settings, shorter)}
 
     return postprocess
+
+
+def sizes(parameters: Mapping[str, str]) -> list[int]:
+    """The shorter embeddings that a config allows."""
+    return [int(size) for size in parameters["matryoshka"].split(",") if size]
 
 
 def embedded(tensors: Tensors, settings: PoolingSettings, shorter: Sequence[int]) -> Floats:

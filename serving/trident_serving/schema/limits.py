@@ -118,6 +118,17 @@ class EmbeddingLimits(EncoderLimits):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparseLimits(EncoderLimits):
+    """Limits of a model of sparse embeddings.
+
+    Attributes:
+        dimensions: tokens of the vocabulary, each of which may have a weight.
+    """
+
+    dimensions: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelLimits(EncoderLimits):
     """Limits of a classifier or a cross-encoder.
 
@@ -251,4 +262,6 @@ LIMITS: dict[str, type[Limits]] = {
     "text-ranking": LabelLimits,
     "fill-mask": FillMaskLimits,
     "zero-shot-classification": ZeroShotLimits,
+    "sparse-embedding": SparseLimits,
+    "hybrid-embedding": EmbeddingLimits,
 }

@@ -28,7 +28,7 @@ from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 from trident_serving.encoders.labels import softmax
 from trident_serving.encoders.task import EncoderTask
-from trident_serving.encoders.tokens import TOKENIZER, TokenRoles
+from trident_serving.encoders.tokens import TOKENIZER, TokenRoles, load_tokenizer
 from trident_serving.errors import InvalidRequest
 from trident_serving.schema.limits import EncoderLimits
 from trident_serving.text import encode_texts
@@ -42,6 +42,8 @@ Texts = tuple[str, ...]
 Limits = TypeVar("Limits", bound=EncoderLimits)
 
 _GATE_BATCH = 4
+# Texts that are asked for once more with padding beyond their bucket, and how many tokens of it.
+_PADDED, _PADDING = 2, 32
 # Share of a calibration text's tokens that may be unknown; more, and the text is in another tokenizer's language.
 _MOST_UNKNOWN = 0.1
 
@@ -191,7 +193,9 @@ class EncoderExport(Generic[Limits]):
         def evaluate(variant: str) -> dict[str, float]:
             found, *given = served.answers(variant, (samples, *searched), _GATE_BATCH)
             (alone,) = served.answers(variant, (samples,), 1)
-            effect = max(_difference(a, b) for a, b in zip(found, alone, strict=True))
+            (padded,) = served.answers(variant, (samples[:_PADDED],), 1, padding=_PADDING)
+            both = [*zip(found, alone, strict=True), *zip(padded, alone, strict=False)]
+            effect = max(_difference(a, b) for a, b in both)
             measured = self.compare(reference, found) | {"batch_effect": effect}
             if thorough:
                 measured |= self.compare_thoroughly(reference, found, list(zip(expected, given, strict=True)))
@@ -246,6 +250,9 @@ class Served:
         self._built = {name: configs.as_backend_json(config) for name, config in configs.build(spec).items()}
         name = f"{spec.name}_tokenizer"
         self._preprocess = task.task.preprocess(root / name / VERSION, parameters(self._built[name]))
+        assert spec.encoder is not None
+        self._longest = spec.encoder.max_tokens
+        self._pad_id = (load_tokenizer(root / name / VERSION).padding or {}).get("pad_id", 0)
         self.settings = task.load_settings(root / f"{spec.name}_postprocess" / VERSION)
 
     def readable(self, samples: Sequence[Texts]) -> Sequence[tuple[Texts, Arrays]]:
@@ -256,11 +263,20 @@ class Served:
                 found += [(texts, inputs) for inputs in self._inputs([texts], 1)]
         return found
 
-    def answers(self, variant: str, sets: Sequence[Sequence[Texts]], batch: int) -> list[list[Floats]]:
-        """What a variant makes of each set of texts in padded batches; see `EncoderExport.read`."""
+    def answers(
+        self, variant: str, sets: Sequence[Sequence[Texts]], batch: int, padding: int = 0
+    ) -> list[list[Floats]]:
+        """What a variant makes of each set of texts in padded batches; see `EncoderExport.read`.
+
+        Args:
+            padding: tokens of it beyond the bucket, as far as the model has positions.
+        """
         part = configs.model_part(self._spec, variant)
         model = OnnxModel(self._root / part / VERSION, self._built[part])
-        return [[row for inputs in self._inputs(texts, batch) for row in self._run(model, inputs)] for texts in sets]
+        return [
+            [row for inputs in self._inputs(texts, batch, padding) for row in self._run(model, inputs)]
+            for texts in sets
+        ]
 
     def _run(self, model: OnnxModel, inputs: dict[str, NDArray[Any]]) -> list[Floats]:
         result = model.run([inputs])[0]
@@ -268,15 +284,31 @@ class Served:
             raise result
         return self._task.read({**inputs, **result}, self.settings)
 
-    def _inputs(self, samples: Sequence[Texts], batch: int) -> Iterator[dict[str, NDArray[Any]]]:
+    def _inputs(self, samples: Sequence[Texts], batch: int, padding: int = 0) -> Iterator[dict[str, NDArray[Any]]]:
         task = self._task.task
-        size = batch if task.batched else 1
-        for start in track(range(0, len(samples), size), f"texts, {size} at a time"):
-            columns = [encode_texts(column) for column in zip(*samples[start : start + size], strict=True)]
-            request = {tensor.name: column for tensor, column in zip(task.texts, columns, strict=True)}
-            tensors = self._preprocess(request | {"truncate": np.ones(1, np.bool_)})
-            # Of a long context the first window only, which is what Hugging Face's side reads.
-            yield {tensor.name: tensors[tensor.name][:size] for tensor in task.model_inputs}
+        for start in track(range(0, len(samples), batch), f"texts, {batch} at a time"):
+            chosen = samples[start : start + batch]
+            # Where a request's texts are no batch, they are one request each; of its rows the first is what Hugging
+            # Face's side reads, such as the first window of a long context.
+            requests = [chosen] if task.batched else [[sample] for sample in chosen]
+            rows = [{name: t[: len(r)] for name, t in self._read(r).items()} for r in requests]
+            width = max(row["input_ids"].shape[1] for row in rows)
+            width = max(width, min(width + padding, self._longest))
+            yield {
+                tensor.name: np.concatenate([self._padded(tensor.name, row[tensor.name], width) for row in rows])
+                for tensor in task.model_inputs
+            }
+
+    def _read(self, samples: Sequence[Texts]) -> Arrays:
+        task = self._task.task
+        columns = [encode_texts(column) for column in zip(*samples, strict=True)]
+        request = {tensor.name: column for tensor, column in zip(task.texts, columns, strict=True)}
+        tensors = self._preprocess(request | {"truncate": np.ones(1, np.bool_)})
+        return {tensor.name: tensors[tensor.name] for tensor in task.model_inputs}
+
+    def _padded(self, name: str, rows: NDArray[Any], width: int) -> NDArray[Any]:
+        value = self._pad_id if name == "input_ids" else 0
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=value)
 
 
 def reference_outputs(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats
@@ -42,6 +42,12 @@ class Classification(EncoderExport[LabelLimits]):
         if config.problem_type == "multi_label_classification" or config.num_labels == 1:
             return Activation.SIGMOID
         return Activation.SOFTMAX
+
+    def prepare(self, model: PreTrainedModel, source: HuggingFaceFolder) -> None:
+        # A decoder's class finds a text's last token by the padding token.
+        padding = source.tokenizer.pad_token_id
+        if model.config.get_text_config().pad_token_id is None and padding is not None:
+            model.config.get_text_config().pad_token_id = model.config.pad_token_id = padding
 
     def read(self, tensors: Arrays, settings: LabelSettings) -> list[Floats]:
         return list(activate(tensors["logits"], settings.activation)[:, None])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from transformers import AutoModel
 
 from trident_export import corpora
@@ -58,25 +59,43 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
         return list(normalize(vectors) if settings.normalize else vectors)
 
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
-        assert spec.encoder is not None
-        limit, sentence, settings = spec.encoder.max_tokens, source.sentence, source.pooling
-        roles, tokenizer, model = source.roles(spec.prompts), source.tokenizer, source.load(self.head)
-        prompt = roles.prompts[roles.default_prompt] if roles.default_prompt is not None else ""
-        uncounted = 0
-        if prompt and not roles.counts_prompt:
-            ids = tokenizer(prompt).input_ids
-            uncounted = len(ids) - (ids[-1] in tokenizer.all_special_ids)
+        read, model, settings = self.reader(spec, source), source.load(self.head), self.settings(source)
+        uncounted = self.uncounted(spec, source)
 
         def ask(texts: Texts) -> list[Floats]:
-            text = prompt + texts[0]
-            batch = self.tokenize(tokenizer, (text.lower() if sentence.lower_case else text,), limit)
+            batch = read(texts)
             hidden, mask = model(**batch).last_hidden_state.numpy(), batch["attention_mask"].numpy()
-            mask[:, :uncounted] = 2
-            kinds = (settings.pooling, *settings.more)
-            vectors = np.concatenate([pool(hidden, mask, kind) for kind in kinds], axis=1)
-            return self.read({"pooled": applied(sentence.layers, vectors)}, settings)
+            return self.read({"pooled": self.pooled(hidden, mask, source, uncounted)}, settings)
 
         return ask
+
+    def reader(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], Any]:
+        """What Hugging Face's tokenizer makes of a text behind the default prompt, as torch tensors of one row."""
+        assert spec.encoder is not None
+        limit, tokenizer, lower = spec.encoder.max_tokens, source.tokenizer, source.sentence.lower_case
+        prompt = _default_prompt(spec, source)
+
+        def read(texts: Texts) -> Any:
+            text = prompt + texts[0]
+            return self.tokenize(tokenizer, (text.lower() if lower else text,), limit)
+
+        return read
+
+    def uncounted(self, spec: ModelSpec, source: HuggingFaceFolder) -> int:
+        """Tokens of the default prompt that are left out of the pooling."""
+        prompt, tokenizer = _default_prompt(spec, source), source.tokenizer
+        if not prompt or source.sentence.counts_prompt:
+            return 0
+        ids = tokenizer(prompt).input_ids
+        return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+    def pooled(self, hidden: Floats, mask: NDArray[np.int64], source: HuggingFaceFolder, uncounted: int) -> Floats:
+        """What the graph gives of a text's tokens, by numpy and torch: float32 [1, dimensions]."""
+        settings = source.pooling
+        counted = mask.copy()
+        counted[:, :uncounted] = 2
+        vectors = [pool(hidden, counted, kind) for kind in (settings.pooling, *settings.more)]
+        return applied(source.sentence.layers, np.concatenate(vectors, axis=1))
 
     def compare(self, reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
         return fidelity.compare_embeddings(np.stack(reference), np.stack(found))
@@ -92,6 +111,11 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     ) -> dict[str, float]:
         (passages, found_passages), (questions, found_questions) = (map(np.stack, both) for both in searched)
         return {"recall_at_10": fidelity.recall(passages, questions, found_passages, found_questions)}
+
+
+def _default_prompt(spec: ModelSpec, source: HuggingFaceFolder) -> str:
+    roles = source.roles(spec.prompts)
+    return roles.prompts[roles.default_prompt] if roles.default_prompt is not None else ""
 
 
 def _dimensions(source: HuggingFaceFolder) -> int:
