@@ -120,8 +120,9 @@ def _load(source: HuggingFaceFolder, head: Any) -> tuple[PreTrainedModel, list[s
         raise UnsupportedArchitecture(
             f"{source} is a {type(model).__name__}, which reads no texts with an attention mask: choose another"
         )
-    types = getattr(model.config, "type_vocab_size", None)
-    if (types if types is not None else TOKEN_TYPES in source.tokenizer.model_input_names) in (0, 1, False):
+    if (
+        TOKEN_TYPES not in source.tokenizer.model_input_names
+    ):  # then Hugging Face gives none, and the model has a default
         names = [name for name in names if name != TOKEN_TYPES]
     if model._supports_attention_backend:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)

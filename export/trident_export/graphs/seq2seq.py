@@ -230,8 +230,9 @@ def _replaced(
     """The decoder's attention modules and its positions, for one forward pass."""
 
     def forward(function: Any, layer: int) -> Any:
-        # T5's layers want a position bias back, which nothing uses.
-        return lambda self, hidden_states, *args, **kwargs: (function(layer, hidden_states), torch.zeros(1))
+        # T5's layers want a position bias and weights back, BART's weights, which nothing uses.
+        unused = (torch.zeros(1), None) if hasattr(attentions[0][0].module, "key_value_proj_dim") else (None,)
+        return lambda self, hidden_states, *args, **kwargs: (function(layer, hidden_states), *unused)
 
     modules = [own.module for pair in attentions for own in pair]
     for layer, (own, cross) in enumerate(attentions):

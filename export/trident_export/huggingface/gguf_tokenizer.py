@@ -90,7 +90,7 @@ def _special_tokens(tokenizer: Tokenizer, fields: dict[str, Any]) -> dict[str, s
     for name, role in roles.items():
         token_id = fields.get(f"tokenizer.ggml.{name}_token_id")
         if token_id is not None:
-            tokens[role] = tokenizer.id_to_token(int(token_id))
+            tokens[role] = str(tokenizer.id_to_token(int(token_id)))
     return tokens
 
 

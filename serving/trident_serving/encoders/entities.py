@@ -100,7 +100,7 @@ class EntityFinder:
         original = text[start:end]
         if token_id == self._unk_token_id:
             return _Token(original, scores, start, end, continues=False)
-        word = self._tokenizer.id_to_token(token_id) or original
+        word = self._tokenizer.id_to_token(token_id) or ""
         if self._marks_continuations:
             continues = len(word) != len(original)
         else:
