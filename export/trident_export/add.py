@@ -76,8 +76,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
         limits = _generation_limits(config, reasons)
     else:
         table["variants"] = ["fp32", "int8"]
-        limits = _seq2seq_limits(model, table, reasons) if config.is_encoder_decoder else {}
-        limits = limits or _encoder_limits(model, task, reasons)
+        encodes = task in TASKS
+        limits = _encoder_limits(model, task, reasons) if encodes else _seq2seq_limits(model, table, reasons)
     reasons.append(f"variants {', '.join(table['variants'])}: the first is served under the plain name")
     if task in ("feature-extraction", "hybrid-embedding"):
         settings = model.pooling
@@ -106,7 +106,7 @@ def append(path: Path, proposal: Proposal) -> None:
 
 def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
     architecture = (config.architectures or [""])[0]
-    if (found := HuggingFaceFolder(folder).sentence.task) and not config.is_encoder_decoder:
+    if found := HuggingFaceFolder(folder).sentence.task:
         return found, "sentence-transformers' files say so"
     for ending, task in _HEADS:
         if not architecture.endswith(ending):

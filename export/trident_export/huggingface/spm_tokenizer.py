@@ -23,7 +23,9 @@ def source_tokenizer(path: Path) -> Tokenizer:
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     kind = proto.trainer_spec.model_type
     if kind == 1:
-        model: Any = models.Unigram(pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
+        model: Any = models.Unigram(
+            pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback
+        )
     elif kind == 2:
         from transformers.convert_slow_tokenizer import generate_merges
 

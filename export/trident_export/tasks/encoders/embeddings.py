@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForTextEncoding
 
 from trident_export import corpora
 from trident_export.graphs import encoder as encoder_graph
@@ -47,6 +47,10 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     def load_settings(self, folder: Path) -> PoolingSettings:
         return PoolingSettings.load(folder)
 
+    def head_of(self, source: HuggingFaceFolder) -> Any:
+        # Of an encoder-decoder, such as T5, the encoder alone embeds.
+        return AutoModelForTextEncoding if source.config.is_encoder_decoder else self.head
+
     def finish(self, model: ir.Model, limits: EmbeddingLimits, source: HuggingFaceFolder) -> None:
         if not source.sentence.counts_prompt:
             encoder_graph.with_marked_prompt(model)
@@ -59,7 +63,7 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
         return list(normalize(vectors) if settings.normalize else vectors)
 
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
-        read, model, settings = self.reader(spec, source), source.load(self.head), self.settings(source)
+        read, model, settings = self.reader(spec, source), source.load(self.head_of(source)), self.settings(source)
         uncounted = self.uncounted(spec, source)
 
         def ask(texts: Texts) -> list[Floats]:

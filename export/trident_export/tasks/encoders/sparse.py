@@ -44,6 +44,9 @@ class Sparse(Embeddings):
     def load_settings(self, folder: Path) -> None:  # type: ignore[override]
         return None
 
+    def head_of(self, source: HuggingFaceFolder) -> Any:
+        return self.head
+
     def finish(self, model: ir.Model, limits: Any, source: HuggingFaceFolder) -> None:
         pooling, layers = _how(source)
         encoder_graph.with_best_logits(model, layers, summed=pooling == "sum")
