@@ -80,13 +80,14 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
         limits = _generation_limits(model.text_config, reasons)
     else:
         table["variants"] = ["fp32", "int8"]
-        limits = _seq2seq_limits(model, table, reasons) if config.is_encoder_decoder else {}
-        limits = limits or _encoder_limits(model, task, reasons)
+        encodes = task in TASKS
+        limits = _encoder_limits(model, task, reasons) if encodes else _seq2seq_limits(model, table, reasons)
     reasons.append(f"variants {', '.join(table['variants'])}: the first is served under the plain name")
-    if task == "feature-extraction":
+    if task in ("feature-extraction", "hybrid-embedding"):
         settings = model.pooling
         normalized = "normalized" if settings.normalize else "not normalized"
-        reasons.append(f"pooling {settings.pooling}, {normalized}: the model's files")
+        pooling = ", ".join((settings.pooling, *settings.more))
+        reasons.append(f"pooling {pooling}, {normalized}: the model's files")
         if prompts := model.roles().prompts:
             reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
     table |= {"limits": limits, "on_demand": True}
@@ -109,8 +110,8 @@ def append(path: Path, proposal: Proposal) -> None:
 
 def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
     architecture = (config.architectures or [""])[0]
-    if (folder / "modules.json").exists() and not config.is_encoder_decoder:
-        return "feature-extraction", "it has sentence-transformers' modules.json"
+    if found := HuggingFaceFolder(folder).sentence.task:
+        return found, "sentence-transformers' files say so"
     if text_part.whole_class(config) is not None:
         return "text-generation", f"its architecture is {architecture}, whose text part generates text"
     for ending, task in _HEADS:
@@ -147,7 +148,7 @@ def _generation_limits(config: PretrainedConfig, reasons: list[str]) -> dict[str
 def _encoder_limits(model: HuggingFaceFolder, task: str, reasons: list[str]) -> dict[str, Any]:
     export, longest = encoders.of(task), model.longest_input or 512
     most = min(longest, export.proposed_tokens)
-    limits = export.proposed_limits(model.config, most)
+    limits = export.proposed_limits(model, most)
     if "labels" in limits:
         more = " ..." if len(model.labels) > 6 else ""
         reasons.append(f"labels {limits['labels']}: {', '.join(model.labels[:6])}{more}")

@@ -18,6 +18,7 @@ from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimit
 from trident_serving.templates import compile_template
 
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
+PROMPT_TASKS = ("feature-extraction", "sparse-embedding", "hybrid-embedding", "text-ranking")
 TEMPLATE_VARIANT = "template"
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
 T = TypeVar("T")
@@ -292,8 +293,8 @@ def _source_words(where: str, task: str, table: Mapping[str, Any]) -> dict[str, 
 def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | None:
     if table is None:
         return None
-    if task != "feature-extraction":
-        raise ModelsFileError(f"{where}: prompts are for feature-extraction alone, the task is {task}")
+    if task not in PROMPT_TASKS:
+        raise ModelsFileError(f"{where}: prompts are for {', '.join(PROMPT_TASKS)} alone, the task is {task}")
     if not isinstance(table, dict):
         raise ModelsFileError(f"{where} prompts must be a table, found {table!r}")
     return {name: _typed(f"{where} prompts.{name}", text, str) for name, text in table.items()}

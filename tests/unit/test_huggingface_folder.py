@@ -57,8 +57,8 @@ def test_pooling_is_that_of_sentence_transformers_files(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     assert HuggingFaceFolder(tmp_path).pooling == PoolingSettings(Pooling.CLS, normalize=False)
-    (tmp_path / "modules.json").write_text(json.dumps([*modules, {"type": "models.Dense", "path": "2_Dense"}]))
-    with pytest.raises(UnsupportedModel, match="the model has the modules Dense, which are not supported"):
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, {"type": "models.LSTM", "path": "2_LSTM"}]))
+    with pytest.raises(UnsupportedModel, match="the model has the modules LSTM, which are not supported"):
         _ = HuggingFaceFolder(tmp_path).pooling
 
 

@@ -21,25 +21,20 @@ from trident_export.errors import (
     ExportError,
     UnreadableSource,
     UnsupportedArchitecture,
-    UnsupportedModel,
     UnsupportedTokenizer,
 )
 from trident_export.huggingface import text_part
-from trident_serving.encoders.pooling import Pooling, PoolingSettings
+from trident_serving.encoders.pooling import PoolingSettings
 from trident_serving.encoders.tokens import TokenRoles
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a repository that is up to date needs nothing of it
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+    from trident_export.huggingface.sentence_transformers import SentenceFiles
+
 _LONGEST_REASON = 300
 # Their text alone ("'pad'") says nothing without the kind.
 _TERSE = (KeyError, AttributeError, TypeError, IndexError, AssertionError)
-_POOLING_MODES = {
-    "pooling_mode_mean_tokens": Pooling.MEAN,
-    "pooling_mode_cls_token": Pooling.CLS,
-    "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
-    "pooling_mode_max_tokens": Pooling.MAX,
-}
 _BEGINNING_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text")
 
 
@@ -199,10 +194,11 @@ class HuggingFaceFolder(os.PathLike[str]):
 
     def roles(self, prompts: Mapping[str, str] | None = None) -> TokenRoles:
         """Token roles from the tokenizer; prompts from sentence-transformers' file where none are given."""
-        found, name = self._tokenizer, "config_sentence_transformers.json"
-        if prompts is None:
-            prompts = self.json(name).get("prompts") or {} if (self.path / name).exists() else {}
-        return TokenRoles(found.unk_token_id, found.cls_token_id, found.mask_token_id, dict(prompts))
+        found, sentence = self._tokenizer, self.sentence
+        prompts = dict(sentence.prompts if prompts is None else prompts)
+        default = sentence.default_prompt if sentence.default_prompt in prompts else None
+        ids = found.unk_token_id, found.cls_token_id, found.mask_token_id
+        return TokenRoles(*ids, prompts, default, sentence.counts_prompt)
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -236,34 +232,33 @@ class HuggingFaceFolder(os.PathLike[str]):
             # These architectures count positions from behind the padding token's id.
             padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet's code has it as a number
             limits.append(positions - padding - 1 if config.model_type in _BEGINNING_POSITIONS else positions)
-        name = "sentence_bert_config.json"
-        if (self.path / name).exists():
-            limits.append(self.json(name).get("max_seq_length") or 0)
+        limits.append(self.sentence.longest_input)
         found = [limit for limit in limits if limit]
         return min(found) if found else None
 
+    @property
+    def padding_token(self) -> int | None:
+        """The padding token's id of the config, by which some models find a text's end; None where it has none."""
+        config = self.config.get_text_config()
+        found = getattr(config, "pad_token_id", None)
+        known = isinstance(found, int) and 0 <= found < getattr(config, "vocab_size", 0)
+        return found if known else None
+
     @cached_property
+    def sentence(self) -> SentenceFiles:
+        """What sentence-transformers' files say."""
+        from trident_export.huggingface.sentence_transformers import SentenceFiles
+
+        return SentenceFiles(self)
+
+    @property
     def pooling(self) -> PoolingSettings:
         """Pooling and normalization from the model's sentence-transformers files; mean and normalized without them.
 
         Raises:
             UnsupportedModel: the model has a step that is not supported.
         """
-        file = self.path / "modules.json"
-        if not file.exists():
-            return PoolingSettings(Pooling.MEAN, normalize=True)
-        with reading(self.path, file.name):
-            modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in self.json(file.name)}
-        unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
-        if unknown:
-            raise UnsupportedModel(f"the model has the modules {', '.join(unknown)}, which are not supported")
-        if "Pooling" not in modules:
-            raise UnsupportedModel(f"{file} names no Pooling step, without which there is no one vector a text")
-        settings = self.json(f"{modules['Pooling']}/config.json")
-        active = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
-        if len(active) != 1 or active[0] not in _POOLING_MODES:
-            raise UnsupportedModel(f"the model pools by {active}; supported is one of {', '.join(_POOLING_MODES)}")
-        return PoolingSettings(_POOLING_MODES[active[0]], normalize="Normalize" in modules)
+        return self.sentence.settings
 
     @cached_property
     def weight_bytes(self) -> int:
