@@ -4,6 +4,7 @@ casts           a cast to the type that a tensor has already goes
 query_seqlens   moves to its position among the attention operator's inputs, or goes: ONNX Runtime 1.31, the last one
                 for GPUs, does not know it
 reshapes        one that the next undoes goes
+weights         come second in a matmul: with tokens as its columns it would sum in another order for a single one
 matmuls         queries, keys and values come from one matmul, in the packed form of the attention operator, and
                 two other matmuls of one input (gate and up projection) are joined, too: one stream waits for the
                 number of operators as much as for their arithmetic
@@ -42,6 +43,7 @@ def optimize(model: ir.Model, *, ragged: bool = True) -> ir.Model:
     else:
         drop_query_seqlens(model)
     drop_reshape_pairs(model)
+    put_weights_second(model)
     pack_attention(model)
     join_matmuls(model)
     return fuse_norms(model)
@@ -72,7 +74,9 @@ def drop_idle_casts(model: ir.Model) -> None:
     """Drop casts to the type that a tensor has already, which hide norms from the fusions."""
     types = editing.infer(model)
     for node in model.graph:
-        if node.op_type == "Cast" and types[node.inputs[0].name].dtype == node.attributes["to"].as_int():
+        if node.op_type != "Cast" or node.outputs[0].is_graph_output():  # whose name is kept
+            continue
+        if types[node.inputs[0].name].dtype == node.attributes["to"].as_int():
             node.outputs[0].replace_all_uses_with(node.inputs[0])
     drop_unused(model, inputs=True)
 
@@ -105,6 +109,21 @@ def drop_reshape_pairs(model: ir.Model) -> None:
             continue
         if not any(shape[:2]) and not any(split[:2]) and shape[2] in (-1, split[2] * split[3]):
             node.outputs[0].replace_all_uses_with(before.inputs[0])
+    drop_unused(model, inputs=True)
+
+
+def put_weights_second(model: ir.Model) -> None:
+    """A matmul of a weight and transposed tokens becomes one of tokens and the transposed weight."""
+    for node in [node for node in model.graph if node.op_type == "MatMul"]:
+        weight, tokens = node.inputs[0], node.inputs[1].producer()
+        if not weight.is_initializer() or len(weight.shape) != 2 or tokens is None or tokens.op_type != "Transpose":
+            continue
+        if list(tokens.attributes["perm"].as_ints()) != [0, 2, 1]:
+            continue
+        (output,) = node.outputs
+        turned = constant(model.graph, f"{weight.name}_turned", np.ascontiguousarray(array(weight).T))
+        product = editing.make("MatMul", [tokens.inputs[0], turned], f"{output.name}_turned", name=node.name)
+        editing.replace(node, [product, editing.make("Transpose", product.outputs, output.name, perm=[0, 2, 1])])
     drop_unused(model, inputs=True)
 
 

@@ -24,9 +24,7 @@ def source_tokenizer(path: Path) -> Tokenizer:
     kind = proto.trainer_spec.model_type
     model: Any
     if kind == 1:
-        model = models.Unigram(
-            pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback
-        )
+        model = models.Unigram(pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
     elif kind == 2:
         from transformers.convert_slow_tokenizer import generate_merges
 

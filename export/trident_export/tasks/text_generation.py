@@ -25,6 +25,7 @@ from trident_export.errors import ModelsFileError, TextError, UnreadableSource
 from trident_export.graphs import decoder_passes
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
+from trident_export.graphs.states import PAST, keeps_states
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.measure import fidelity
 from trident_export.measure import texts as texts_gate
@@ -63,6 +64,7 @@ def trace(job: Job) -> None:
     check_context(spec, model)
     if unused := texts_gate.not_applied(job.source.generation_config):
         job.progress(f"the generation config's {', '.join(unused)} are not applied: a request gives what it wants")
+    check_device(spec, model)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
     save_text_files(job.source, job.assets, rows_of(model))
     job.graphs.mkdir()
@@ -118,8 +120,11 @@ def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArra
     longest = max(map(len, texts))
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:
-        if value.name.startswith("past"):
-            _, heads, _, size = (dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if value.name.startswith(PAST):
+            feed[value.name] = np.zeros((len(texts), *sizes[1:]), np.float32)
+        elif value.name.startswith("past"):
+            _, heads, _, size = sizes
             feed[value.name] = np.zeros((len(texts), heads, longest, size), np.float32)
         elif value.name == "total_sequence_length":
             feed[value.name] = np.array(longest, np.int32)
@@ -179,6 +184,20 @@ def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
     if longest is not None and spec.generation.context > longest:
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, the model was built for {longest} positions"
+        )
+
+
+def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
+    """States beside the KV cache are kept on the CPU only.
+
+    Raises:
+        ModelsFileError: the model keeps some, and its device is another.
+    """
+    assert spec.generation
+    if spec.generation.device != "cpu" and keeps_states(model):
+        raise ModelsFileError(
+            f"[{spec.name}] device is {spec.generation.device!r}, but models of type {model.config.model_type!r} keep "
+            'states that are served on the CPU only: set device = "cpu"'
         )
 
 
