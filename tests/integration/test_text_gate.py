@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from tests import tiny_models
 from trident_export import corpora
 from trident_export.errors import FidelityError, UnreadableSource
-from trident_export.graphs import decoder_passes
+from trident_export.graphs import decoder_passes, editing
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import fidelity, texts
@@ -197,8 +197,7 @@ def test_a_window_is_compared_beyond_its_end(tmp_path: Path) -> None:
     tiny_models.byte_level_tokenizer().save_pretrained(tmp_path / "hf")
     source = HuggingFaceFolder(tmp_path / "hf")
     model = source.load(AutoModelForCausalLM)
-    export_causal_graph(model, tmp_path / "model.onnx", 260)
-    decoder_passes.optimize_file(tmp_path / "model.onnx", ragged=True)
+    editing.save(decoder_passes.optimize(export_causal_graph(model, 260)), tmp_path / "model.onnx")
     words = TextTokenizer(source.tokenizer.backend_tokenizer)
     samples = text_generation.sample_ids(words, 200, 512, corpora.held_out())[:2]
     reference = text_generation.reference_logits(model, samples)
