@@ -167,6 +167,36 @@ def test_entities(reader: Client, folder: Path, texts: list[str], name: str, str
         np.testing.assert_allclose([e.score for e in given], [item["score"] for item in wanted], atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["ner-bert", "ner-roberta"])
+def test_entities_of_a_long_text(reader: Client, folder: Path, texts: list[str], name: str) -> None:
+    """Each token as the window sees it that shows more around it; windows overlap by a quarter of 96 tokens."""
+    text = " ".join(texts)
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    model = AutoModelForTokenClassification.from_pretrained(folder / name).eval()
+    options = {"max_length": 96, "stride": 24, "truncation": True, "return_overflowing_tokens": True}
+    batch = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
+    expected: list[tuple[int, str, float]] = []
+    rows = len(batch["input_ids"])
+    assert rows > 3
+    for row in range(rows):
+        with torch.inference_mode():
+            scores = model(torch.tensor([batch["input_ids"][row]])).logits[0].softmax(-1)
+        real = [index for index, special in enumerate(batch["special_tokens_mask"][row]) if not special]
+        for index in real[12 if row else 0 : len(real) - 12 if row < rows - 1 else len(real)]:
+            start = batch["offset_mapping"][row][index][0]
+            expected.append((start, LABELS[int(scores[index].argmax())], float(scores[index].max())))
+    expected = [token for token in expected if token[1] != "O"]
+    found = reader.entities(text, model=name, aggregation_strategy="none")
+    assert [(e.start, e.entity) for e in found] == [(start, label) for start, label, _ in expected]
+    np.testing.assert_allclose([e.score for e in found], [score for _, _, score in expected], atol=TOLERANCE)
+    whole = reader.entities(text, model=name)  # neighbours are joined across windows, and characters are the text's
+    assert all(e.start < e.end <= len(text) for e in whole)
+    assert whole[-1].start > len(text) * 0.9
+    short = "Anna went to Rome with Bob Stone"
+    together, alone = reader.entities([text, short], model=name), reader.entities(short, model=name)
+    assert [len(row) for row in together] == [len(whole), len(alone)]
+
+
 @pytest.mark.parametrize("name", QUESTION_ANSWERERS)
 def test_question_answering(reader: Client, folder: Path, name: str) -> None:
     """Answer, characters and score equal on fifty mixed contexts: F1 against the pipeline is 1."""
@@ -252,7 +282,7 @@ LONG = "the cat sat on the mat " * 60
             lambda c: c.entities("hi", model="ner-bert", aggregation_strategy="best"),
             "must be one of none, simple, first",
         ),
-        (lambda c: c.entities(LONG, model="ner-bert"), "the model takes 96"),
+        (lambda c: c.entities(LONG * 20, model="ner-bert"), r"takes \d+ windows of 96 tokens, the limit is 32"),
         (lambda c: c.answer("who?", "", model="qa-bert"), "context is empty"),
         (lambda c: c.answer("", "He was.", model="qa-bert"), "question is empty"),
         (lambda c: c.answer(LONG, "He was.", model="qa-bert"), r"question has \d+ tokens, the limit is 68"),

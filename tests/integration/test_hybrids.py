@@ -60,8 +60,7 @@ def graphs(models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     paths = {}
     for name, model in models.items():
         paths[name] = tmp_path_factory.mktemp("graph") / "model.onnx"
-        export_causal_graph(model, paths[name], positions=64)
-        decoder_passes.optimize_file(paths[name])
+        editing.save(decoder_passes.optimize(export_causal_graph(model, positions=64)), paths[name])
     return paths
 
 
@@ -257,7 +256,7 @@ def test_states_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UnsupportedArchitecture):
-        export_causal_graph(model, tmp_path / "model.onnx", positions=64)
+        export_causal_graph(model, positions=64)
 
 
 def test_what_no_known_function_computes_is_refused() -> None:

@@ -38,9 +38,9 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import onnx_ir as ir
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -327,8 +327,8 @@ def look_at(model: PreTrainedModel) -> tuple[AttentionGeometry, Layers]:
     return geometry, Layers(sorted(seen), {name: tuple(state.shape[1:]) for name, state in found.present.items()})
 
 
-def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> None:
-    """Write `model` (float32, in evaluation mode) to `path`; weights beyond 2 GB go to files next to it.
+def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
+    """The graph of `model` (float32, in evaluation mode), whose numbers are the model's own; see `tracing`.
 
     Args:
         positions: the largest capacity of a cache that the graph will be used with.
@@ -380,4 +380,4 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
         axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows"}
     with rotary.fuse_rotary(model, geometry.head_dim, positions) as caches, _attention_replaced(model):
         graph = _CausalGraph(model, geometry, layers, caches)
-        trace(graph, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+        return trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")

@@ -19,25 +19,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from trident_export.graphs import editing
-from trident_export.graphs.editing import array, constant, drop_unused, numbers
+from trident_export.graphs.editing import array, constant, drop_unused, numbers, side_by_side
 from trident_export.graphs.shape_folding import fold_shapes
 
 QUERY_SEQLENS = 16  # position among the attention operator's inputs
 
 
-def optimize_file(path: Path, *, ragged: bool = True) -> None:
-    """Constant shapes and all passes on the graph of a file, which is overwritten.
+def optimize(model: ir.Model, *, ragged: bool = True) -> ir.Model:
+    """Constant shapes and all passes; the model that is given may be changed.
 
     Args:
         ragged: whether the slots of a run may have different numbers of tokens, which takes ONNX Runtime 1.32.
     """
-    model = editing.take(path)
     fold_shapes(model)
     drop_idle_casts(model)
     if ragged:
@@ -48,7 +46,7 @@ def optimize_file(path: Path, *, ragged: bool = True) -> None:
     put_weights_second(model)
     pack_attention(model)
     join_matmuls(model)
-    editing.save(fuse_norms(model), path)
+    return fuse_norms(model)
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
@@ -198,8 +196,7 @@ def _projection(value: ir.Value | None) -> _Projection | None:
 def _join(nodes: Sequence[ir.Node], name: str) -> ir.Value:
     """The output of one matmul in place of several of the same input; theirs stand in it side by side."""
     path = f"{nodes[0].name.rsplit('/', 2)[0]}/{name}"
-    weights = np.concatenate([array(node.inputs[1]) for node in nodes], axis=1)
-    weight = constant(nodes[0].graph, f"{path}/weight", weights)
+    weight = side_by_side(nodes[0].graph, f"{path}/weight", [node.inputs[1] for node in nodes], axis=1)
     joined = editing.make("MatMul", [nodes[0].inputs[0], weight], f"{path}/output", name=f"{path}/MatMul")
     nodes[0].prepend(joined)
     return joined.outputs[0]

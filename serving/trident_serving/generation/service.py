@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
+from trident_serving.runtime.sampling.defaults import GenerationDefaults, ids, read_config
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
 from trident_serving.schema.fields import Inputs
 from trident_serving.schema.limits import GenerationLimits
@@ -85,10 +85,7 @@ def plan_memory(limits: GenerationLimits, decoder: OnnxDecoder, weights: int, av
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
     """`eos_token_id` of the model's generation_config.json: one id, a list, or none."""
-    path = folder / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    ids = config.get("eos_token_id")
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(ids(read_config(folder).get("eos_token_id")))
 
 
 class GenerationService:
@@ -114,7 +111,7 @@ class GenerationService:
         self._tokenizer = tokenizer
         self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
-        self._parser = RequestParser(tokenizer, ChatTemplate.load(folder), limits)
+        self._parser = RequestParser(tokenizer, ChatTemplate.load(folder), limits, GenerationDefaults.load(folder))
         decoder = OnnxDecoder(
             folder / "model.onnx",
             slots=limits.slots,
