@@ -1,8 +1,7 @@
 """Graph passes for decoders: what torch's exporter can't write, and fewer, larger operators.
 
 casts           a cast to the type that a tensor has already goes
-query_seqlens   moves to its position among the attention operator's inputs, or goes: ONNX Runtime 1.31, the last one
-                for GPUs, does not know it
+query_seqlens   goes from graphs for GPUs: ONNX Runtime 1.31, the last one for them, does not know it
 reshapes        one that the next undoes goes
 matmuls         queries, keys and values come from one matmul, in the packed form of the attention operator, and
                 two other matmuls of one input (gate and up projection) are joined, too: one stream waits for the
@@ -39,9 +38,7 @@ def optimize_file(path: Path, *, ragged: bool = True) -> None:
     model = editing.take(path)
     fold_shapes(model)
     drop_idle_casts(model)
-    if ragged:
-        place_query_seqlens(model)
-    else:
+    if not ragged:
         drop_query_seqlens(model)
     drop_reshape_pairs(model)
     pack_attention(model)
@@ -62,9 +59,12 @@ def fuse_norms(model: ir.Model) -> ir.Model:
 
     message, weights = editing.light(model)
     graph = OnnxModel(message)
-    fusions.FusionSimplifiedLayerNormalization(graph).apply()
-    fusions.FusionSkipSimplifiedLayerNormalization(graph).apply()
-    graph.topological_sort()
+    try:
+        fusions.FusionSimplifiedLayerNormalization(graph).apply()
+        fusions.FusionSkipSimplifiedLayerNormalization(graph).apply()
+        graph.topological_sort()
+    except Exception:  # it takes norms without a weight for ones with it, and leaves a graph that is none
+        return model
     fused = editing.restored(message, weights)
     drop_unused(fused, inputs=True)
     return fused
@@ -74,22 +74,34 @@ def drop_idle_casts(model: ir.Model) -> None:
     """Drop casts to the type that a tensor has already, which hide norms from the fusions."""
     types = editing.infer(model)
     for node in model.graph:
-        if node.op_type == "Cast" and types[node.inputs[0].name].dtype == node.attributes["to"].as_int():
+        idle = node.op_type == "Cast" and types[node.inputs[0].name].dtype == node.attributes["to"].as_int()
+        if idle and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(node.inputs[0])
     drop_unused(model, inputs=True)
 
 
-def place_query_seqlens(model: ir.Model) -> None:
-    """Move the last input of each attention operator behind the absent ones before it."""
-    for node in attention_nodes(model):
-        *first, lengths = node.inputs
-        editing.set_inputs(node, [*first, *[None] * (QUERY_SEQLENS - len(first)), lengths])
-
-
 def drop_query_seqlens(model: ir.Model) -> None:
-    """Take the last input of each attention operator away, and the graph's input that it comes from."""
+    """Take the input away from each attention operator, and from the graph.
+
+    Attention by plain operators uses it, too: without it every slot of a run has as many tokens as the widest.
+    """
     for node in attention_nodes(model):
-        node.resize_inputs(len(node.inputs) - 1)
+        inputs = [*node.inputs[:QUERY_SEQLENS]]
+        while inputs[-1] is None:
+            inputs.pop()
+        editing.set_inputs(node, inputs)
+    lengths, tokens, rows = (
+        next(value for value in model.graph.inputs if value.name == name)
+        for name in ("query_seqlens", "attention_tokens", "seqlens_k")
+    )
+    if lengths.uses():
+        shapes = [editing.make("Shape", [value], f"{value.name}_shape") for value in (tokens, rows)]
+        one = constant(model.graph, "second_axis", np.array([1], np.int64))
+        width = editing.make("Gather", [shapes[0].outputs[0], one], "places_of_a_slot")
+        wide = editing.make("Expand", [width.outputs[0], shapes[1].outputs[0]], "places_of_slots")
+        cast = editing.make("Cast", [wide.outputs[0]], "every_query_seqlens", to=ir.DataType.INT32)
+        model.graph.insert_before(model.graph[0], [*shapes, width, wide, cast])
+        lengths.replace_all_uses_with(cast.outputs[0])
     drop_unused(model, inputs=True)
 
 

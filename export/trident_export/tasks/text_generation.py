@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
-from trident_export.graphs import decoder_passes
+from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
+from trident_export.graphs.tracing import running
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
@@ -131,7 +132,7 @@ def evaluator(
     model = load_model(source)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
     # A text runs whole, so a slot needs twice its length.
-    samples = sample_ids(tokenizer, positions(spec.generation) // 2, model.config.vocab_size, texts)
+    samples = sample_ids(tokenizer, positions(spec.generation) // 2, model.config.get_text_config().vocab_size, texts)
     reference = reference_logits(model, samples)
     # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
     device = spec.generation.device if _has(spec.generation.device) else "cpu"
@@ -140,7 +141,8 @@ def evaluator(
 
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
-        measured = measure(folder, samples, reference, device)
+        with running(f"the graph of a {type(model).__name__}", "be run over the gate's texts"):
+            measured = measure(folder, samples, reference, device)
         if thorough:
             measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))
         return measured
@@ -164,10 +166,16 @@ def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
         ModelsFileError: it is larger.
     """
     assert spec.generation
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and spec.generation.context > longest:
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, the model was built for {longest} positions"
+        )
+    fixed = rotary.longest_context(model)
+    if fixed is not None and spec.generation.context > fixed:
+        raise ModelsFileError(
+            f"[{spec.name}] limits.context is {spec.generation.context}, but this model's rotary embedding changes "
+            f"beyond its original context: set it to {fixed} at most"
         )
 
 
