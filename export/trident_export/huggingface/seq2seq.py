@@ -164,6 +164,11 @@ def generation_config(source: HuggingFaceFolder, params: dict[str, Any]) -> Gene
     return config
 
 
+def task_generation_config(spec: ModelSpec, source: HuggingFaceFolder) -> GenerationConfig:
+    """The generation config with the settings of a table's task."""
+    return generation_config(source, _task_params(spec, source))
+
+
 def read_defaults(source: HuggingFaceFolder, params: dict[str, Any]) -> GenerationDefaults:
     """The generation config as the runtime reads it.
 
