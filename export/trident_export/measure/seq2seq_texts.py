@@ -64,6 +64,8 @@ def check_sources(tokenizer: Any, folder: Path, texts: Sequence[str]) -> None:
             raise FidelityError(
                 f"the source {text!r} has the tokens {found} where Hugging Face's tokenizer gives {ids}"
             )
+        if getattr(tokenizer, "separate_vocabs", False):  # Marian's with a vocabulary for each side
+            ids = tokenizer(text_target=text).input_ids
         whole, shown = tokenizer.decode(ids, skip_special_tokens=True), served.decode(ids)
         if shown != whole:
             raise FidelityError(f"the served tokenizer writes {shown!r} where Hugging Face's writes {whole!r}")
@@ -84,6 +86,8 @@ def check_answers(
     parser = RequestParser(SourceText.load(folder, limits.max_source_tokens), defaults, limits)
     step = max(1, len(texts) // ANSWERS)
     requests = [_request(parser, text) for text in texts[::step][:ANSWERS]]
+    beams = min(config.num_beams or 1, limits.max_beams)
+    language = SourceText.load(folder, limits.max_source_tokens).forced_bos(None)
     config.max_length = None  # the answers' length is given in new tokens
     for request, found in zip(requests, _served(folder, limits, requests), strict=True):
         rules = request.params.rules
@@ -92,16 +96,16 @@ def check_answers(
                 torch.tensor([list(request.windows[0].ids)]),
                 generation_config=config,
                 do_sample=False,
-                num_beams=request.params.num_beams,
-                min_length=rules.min_length,
+                num_beams=beams,
+                min_length=min(config.min_length or 0, rules.max_length),
                 max_new_tokens=rules.max_length - rules.prompt_length,
-                forced_bos_token_id=rules.forced_bos_token_id,
+                forced_bos_token_id=config.forced_bos_token_id if language is None else language,
                 return_dict_in_generate=True,
                 output_scores=True,
             )
         expected = given.sequences[0, rules.prompt_length :].tolist()
         if list(found.tokens) != expected and not (
-            request.params.num_beams > 1 and abs(found.score - float(given.sequences_scores[0])) < _TIE
+            beams > 1 and abs(found.score - float(given.sequences_scores[0])) < _TIE
         ):
             raise FidelityError(
                 f"a request that names only its text is answered by the tokens {list(found.tokens)}, Hugging Face's "
