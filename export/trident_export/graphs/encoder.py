@@ -157,7 +157,7 @@ def _attend(
             raise UnsupportedArchitecture(f"attention with {name!r} is not supported in encoders: choose another model")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        key, value = (_repeated(tensor, groups) for tensor in (key, value))
     # Scaled queries, not scores: there are fewer.
     scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
     if softcap is not None:
@@ -165,6 +165,12 @@ def _attend(
     if attention_mask is not None:
         scores = scores + attention_mask
     return torch.matmul(scores.softmax(dim=-1), value).transpose(1, 2).contiguous(), None
+
+
+def _repeated(heads: torch.Tensor, groups: int) -> torch.Tensor:
+    """Each head `groups` times, one after the other: [batch, heads, tokens, head_dim]."""
+    batch, count, tokens, size = heads.shape
+    return heads[:, :, None].expand(batch, count, groups, tokens, size).reshape(batch, count * groups, tokens, size)
 
 
 def _arguments(names: Sequence[str]) -> dict[str, torch.Tensor]:
