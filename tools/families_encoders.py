@@ -118,6 +118,8 @@ MORE: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {"global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": END},
     "longformer": {"sep_token_id": END},
     "big_bird": {"sep_token_id": END, "attention_type": "original_full"},
+    "squeezebert": {"embedding_size": 64},
+    "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "is_decoder": False},
     "funnel": {"block_sizes": [1, 1], "num_hidden_layers": None},
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 4, "token_dropout": False},
     "xlm": {"n_langs": 1, "mask_index": 4, "eos_index": END, "pad_index": PADDING, "bos_index": 0},

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from trident_export.graphs.editing import constant, infer, make
 
 _ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Sqrt Erf Tanh Relu Sigmoid Gelu Softplus Identity Neg Cast Reciprocal".split()
+    ("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Tanh", "Relu", "Sigmoid", "Gelu", "Softplus", "Identity", "Neg")
 )
 _LAST_AXIS = frozenset(("LayerNormalization", "TopK", "ReduceLogSumExp", "ReduceMean", "Softmax"))
 _PREFIX = "unpadded"
