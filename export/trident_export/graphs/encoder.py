@@ -164,7 +164,7 @@ def _attend(
     # Scaled queries, not scores: there are fewer.
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if groups > 1:  # several heads of queries for one of keys: [batch, heads, groups, tokens, head_dim]
-        query = query.unflatten(1, (heads, groups))
+        query = torch.unflatten(query, 1, (heads, groups))
         key, value = key[:, :, None], value[:, :, None]
         attention_mask = attention_mask[:, :, None] if attention_mask is not None else None
     scores = torch.matmul(query, key.transpose(-2, -1))
