@@ -58,8 +58,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     """What a Hugging Face folder should be served as.
 
     Args:
-        source: the table's source: `{ hub, revision }` or `{ path }`.
-        name: of the table; "": from the source.
+        source: the table's source: `{ hub, revision }` or `{ path }`, with an adapter or without.
+        name: of the table; "": from the adapter, or else the source.
 
     Raises:
         ModelsFileError: it is no model of a task that Trident serves.
@@ -70,6 +70,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     config = model.config
     task, why = _task(folder, config)
     reasons = [f"task {task}: {why}"]
+    if adapter := source.get("adapter"):
+        reasons.append(f"adapter {adapter}: merged into the weights at export, with its tokenizer where it has one")
     table: dict[str, Any] = {"task": task, "source": dict(source)}
     if task == "text-generation":
         table["variants"] = ["int8", "fp32"]
@@ -161,7 +163,8 @@ def _seq2seq_limits(model: HuggingFaceFolder, table: dict[str, Any], reasons: li
 
 
 def _name(source: Mapping[str, str]) -> str:
-    last = (source.get("hub") or Path(source["path"]).resolve().name).rsplit("/", 1)[-1].lower()
+    named = source.get("adapter") or source.get("hub") or Path(source["path"]).resolve().name
+    last = named.rstrip("/").rsplit("/", 1)[-1].lower()
     return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")
 
 

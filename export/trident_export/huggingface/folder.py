@@ -265,6 +265,10 @@ class HuggingFaceFolder(os.PathLike[str]):
                 self.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             ).eval()
 
+    def reference(self, head: Any) -> PreTrainedModel:
+        """The model that the gate compares with: this one, or what it was made from; otherwise as `load`."""
+        return self.load(head)
+
 
 def _elements(entry: Mapping[str, Any]) -> int:
     count = 1

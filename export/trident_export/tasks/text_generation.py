@@ -128,7 +128,7 @@ def evaluator(
     are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
     """
     assert spec.generation
-    model = load_model(source)
+    model = source.reference(AutoModelForCausalLM)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
     # A text runs whole, so a slot needs twice its length.
     samples = sample_ids(tokenizer, positions(spec.generation) // 2, model.config.vocab_size, texts)

@@ -256,7 +256,7 @@ def reference_outputs(
 ) -> list[Floats]:
     """What Hugging Face makes of the texts, one at a time and without padding, in float32; see `EncoderExport.read`."""
     assert spec.encoder is not None
-    tokenizer, model, settings = source.tokenizer, source.load(task.head), task.settings(source)
+    tokenizer, model, settings = source.tokenizer, source.reference(task.head), task.settings(source)
     found = []
     with torch.inference_mode():
         for texts in track(samples, "Hugging Face"):
