@@ -158,38 +158,20 @@ def quantize(values: Floats, qtype: gguf.GGMLQuantizationType) -> NDArray[Any]:
 
 def as_stored(model: PreTrainedModel, stored: Mapping[str, Floats]) -> PreTrainedModel:
     """The model with the values that a file has: what it should be read as."""
-    probe: dict[str, Floats] = {}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    # Every row's place in the file, found by writing row numbers.
-    for name, parameter in model.named_parameters():
-        probe[name] = parameter.detach().clone().numpy()
+    gemma = model.config.model_type.startswith("gemma")
+    moved = {key: int(gemma and "norm" in key) for key in stored}
+    parameters = list(model.parameters())
+    # Whose values a tensor of the file has, and where they were: seen from a model of numbers in place of weights.
+    for number, parameter in enumerate(parameters):
+        parameter.fill_(number)
+    owners = {key: int(value.reshape(-1)[0]) - moved.get(key, 0) for key, value in tensors(model).items()}
+    for parameter in parameters:
         parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape))
-    places = tensors(model)
-    offset = 1 if model.config.model_type.startswith("gemma") else 0
-    for name, parameter in model.named_parameters():
-        parameter.copy_(torch.from_numpy(probe[name]))
-    flat = {key: (places[key] - (offset if "norm" in key else 0)).astype(np.int64).reshape(-1) for key in places}
-    owners = _owners(model)
-    for name, parameter in model.named_parameters():
-        target = parameter.reshape(-1)
-        for key in owners[name]:
-            values = stored[key].reshape(-1) - (offset if "norm" in key else 0)
-            target[torch.from_numpy(flat[key])] = torch.from_numpy(values.astype(np.float32))
+    for key, places in tensors(model).items():  # copies, so that writing changes none that is still to be read
+        order = torch.from_numpy((places - moved[key]).astype(np.int64)).reshape(-1)
+        values = torch.from_numpy(np.float32(stored[key])).reshape(-1) - moved[key]
+        parameters[owners[key]].reshape(-1)[order] = values
     return model
-
-
-def _owners(model: PreTrainedModel) -> dict[str, list[str]]:
-    """The file's tensors of each parameter."""
-    found: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters():
-        kept = parameter.detach().clone()
-        before = tensors(model)
-        parameter.copy_(parameter + 1)
-        after = tensors(model)
-        parameter.copy_(kept)
-        found[name] = [key for key in after if not np.array_equal(before[key], after[key])]
-    return found
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -102,7 +102,7 @@ def check_base(adapter: Path, base: Path, hub: str) -> None:
     A folder that it names may have moved, and then only the shapes can tell; see `attach`.
 
     Args:
-        base: the folder of the base.
+        base: the folder of the base, or its file, as the source names it.
         hub: its id on the hub; "" where it comes from elsewhere.
 
     Raises:
@@ -111,7 +111,9 @@ def check_base(adapter: Path, base: Path, hub: str) -> None:
     named = settings(adapter).base_model_name_or_path or ""
     there = Path(named).expanduser()
     if named and there.is_dir():
-        other = there.resolve() != base.resolve() and _sample(there) != _sample(base)
+        theirs, ours = _sample(there), _sample(base)
+        # Files of other sizes may be the same weights in another format; their shapes are compared when they meet.
+        other = theirs != ours and [size for size, _ in theirs] == [size for size, _ in ours]
     else:
         other = bool(hub) and _HUB_ID.fullmatch(named) is not None and named.lower() != hub.lower()
     if other:
@@ -121,14 +123,14 @@ def check_base(adapter: Path, base: Path, hub: str) -> None:
         )
 
 
-def _sample(folder: Path) -> list[object]:
-    """Enough of a folder's weights to tell them from others'."""
-    found: list[object] = []
+def _sample(folder: Path) -> list[tuple[int, bytes]]:
+    """Size, beginning and end of a folder's weight files: enough to tell them from others of the same shapes."""
+    found = []
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         with file.open("rb") as stream:
-            first = stream.read(2**20)
-            stream.seek(-min(2**20, file.stat().st_size), 2)
-            found.append((file.stat().st_size, first, stream.read()))
+            size, first = file.stat().st_size, stream.read(2**20)
+            stream.seek(max(0, size - 2**20))
+            found.append((size, first + stream.read()))
     return found
 
 

@@ -64,7 +64,7 @@ _KNOWN = frozenset(
 _PROBES = ("The  12 cats' 345 toys, it\u2019s\n\n  caf\u00e9 \u4f60\u597d \u043c\u0438\u0440", " a", "<s> x")
 # Entries of a list that says something about the model; the longer ones are a vocabulary's.
 _LONGEST_LIST = 4096
-# Byte-level vocabularies whose digits are parted one by one before GPT-2's rule; by the name that `tokenizer.ggml.pre` has.
+# Byte-level vocabularies by `tokenizer.ggml.pre`: whose digits are parted one by one before GPT-2's rule, and more.
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 # SentencePiece vocabularies of models that put no space before a text; older files do not say so.
 _WITHOUT_PREFIX = frozenset({"gemma", "gemma2", "gemma3", "gemma4"})

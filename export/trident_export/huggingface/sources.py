@@ -69,7 +69,11 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
         raise _no_folder(spec.name, path)
     else:
         folder = HuggingFaceFolder(_plain(path, cache, progress))
-    return _adapted(spec, base, folder, cache, progress, force) if source.adapter else folder
+    if not source.adapter:
+        return folder
+    adapter = fetch_adapter(source, base)
+    adapters.check_base(adapter, path, source.hub)
+    return _adapted(spec, adapter, folder, cache, progress, force)
 
 
 def _found(source: Source, base: Path, progress: Progress) -> Path:
@@ -126,11 +130,8 @@ def fetch_adapter(source: Source, base: Path) -> Path:
 
 
 def _adapted(
-    spec: ModelSpec, base: Path, folder: HuggingFaceFolder, cache: Path, progress: Progress, force: bool
+    spec: ModelSpec, adapter: Path, folder: HuggingFaceFolder, cache: Path, progress: Progress, force: bool
 ) -> HuggingFaceFolder:
-    source = spec.source
-    adapter = fetch_adapter(source, base)
-    adapters.check_base(adapter, folder.path, source.hub)
     head = _head(spec)
     parts = [str(folder.path.resolve()), converted.state(folder.path), converted.state(adapter)]
     parts += [_code(adapters), head.__name__, importlib.metadata.version("peft")]
