@@ -45,6 +45,8 @@ def tensors(model: PreTrainedModel) -> dict[str, Floats]:
             value = value + 1
         if architecture == "gpt2" and value.ndim == 2 and "_embd" not in key and key != "output":
             value = value.T.copy()
+        if key.endswith("shortconv.conv"):
+            value = value.squeeze(1)
         found[f"{key}.{suffix}"] = value
     return found
 
@@ -69,7 +71,7 @@ def settings(model: PreTrainedModel) -> dict[str, Any]:
     found |= {
         "feed_forward_length": config.intermediate_size,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.layer_norm_rms_epsilon": config.norm_eps if config.model_type == "lfm2" else config.rms_norm_eps,
         "attention.key_length": size,
         "attention.value_length": size,
         "rope.dimension_count": int(size * rope.get("partial_rotary_factor", 1.0)),
@@ -80,6 +82,9 @@ def settings(model: PreTrainedModel) -> dict[str, Any]:
             found[name] = getattr(config, name)
     if getattr(config, "sliding_window", None):
         found["attention.sliding_window"] = config.sliding_window
+    if config.model_type == "lfm2":
+        heads = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+        found |= {"attention.head_count_kv": heads, "shortconv.l_cache": config.conv_L_cache}
     if config.model_type == "qwen3_moe":
         found |= {
             "expert_count": config.num_experts,

@@ -164,7 +164,7 @@ def _seq2seq_limits(model: HuggingFaceFolder, table: dict[str, Any], reasons: li
 
 def _name(source: Mapping[str, str]) -> str:
     named = source.get("adapter") or source.get("hub") or Path(source["path"]).resolve().name
-    last = named.rstrip("/").rsplit("/", 1)[-1].lower()
+    last = named.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
     return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")
 
 

@@ -93,7 +93,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     pinning = commands.add_parser("pin", help="write the hub's commit ids into models.toml")
     pinning.set_defaults(run=_pin)
     adding = commands.add_parser("add", help="look at a model and write its table into models.toml")
-    adding.add_argument("source", help="an id on the hub, or a local Hugging Face folder")
+    adding.add_argument("source", help="an id on the hub, a local Hugging Face folder, or a GGUF file")
     adding.add_argument(
         "--adapter", default="", help="a PEFT adapter of the model, merged at export: a folder, or an id on the hub"
     )
@@ -327,6 +327,9 @@ def _add(options: argparse.Namespace) -> int:
     local = Path(options.source).expanduser()
     if local.is_dir():
         folder, source = local, {"path": str(local.resolve())}
+    elif local.suffix == ".gguf" and local.is_file():
+        cache = options.models_file.resolve().parent / ".cache"
+        folder, source = sources.from_gguf(local.resolve(), cache, progress.say), {"path": str(local.resolve())}
     else:
         commit = pin.resolve(options.source)
         folder = sources.fetch_settings(options.source, commit)

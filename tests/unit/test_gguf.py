@@ -18,6 +18,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -30,7 +31,7 @@ from transformers import (
 )
 
 from tests import gguf_writer, tiny_models
-from trident_export import corpora, models_file
+from trident_export import cli, corpora, models_file
 from trident_export.errors import ExportError
 from trident_export.huggingface import gguf_file, sources
 
@@ -89,6 +90,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi3-long": Phi3Config(
         **SHARED, sliding_window=None, original_max_position_embeddings=64, rope_parameters=dict(LONG)
     ),
+    "lfm2": Lfm2Config(**SHARED, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
     "gpt2": GPT2Config(vocab_size=512, n_embd=256, n_layer=2, n_head=4, n_positions=256, bos_token_id=None),
 }
 TEXTS = (
@@ -153,7 +155,7 @@ def test_a_model_is_read_as_it_was_written(tmp_path: Path, name: str) -> None:
     stored = gguf_writer.write(
         tmp_path / "m.gguf",
         model,
-        kinds={"token_embd": "Q8_0", "": "Q5_1"},
+        kinds={"token_embd": "Q8_0", "shortconv.conv": "F32", "": "Q4_1" if name == "lfm2" else "Q5_1"},
         more=more,
         extra=extra,
         vocabulary=byte_level(rule=rule),
@@ -352,3 +354,12 @@ def test_a_folder_of_files_names_them(tmp_path: Path) -> None:
     found = sources.fetch(spec, tmp_path, tmp_path, lambda message: None)
     assert found.config.model_type == "llama"
     assert sources.fetch(spec, tmp_path, tmp_path, lambda message: None).path == found.path  # made once
+
+
+def test_add_reads_a_file(tmp_path: Path) -> None:
+    gguf_writer.write(tmp_path / "My.Model_Q8.gguf", make(CONFIGS["llama"]), vocabulary=byte_level())
+    arguments = ["add", str(tmp_path / "My.Model_Q8.gguf"), "--models-file", str(tmp_path / "models.toml")]
+    assert cli.main(arguments) == 0
+    (spec,) = models_file.load(tmp_path / "models.toml")
+    assert (spec.name, spec.task) == ("my.model-q8", "text-generation")
+    assert spec.source.path == str(tmp_path / "My.Model_Q8.gguf")

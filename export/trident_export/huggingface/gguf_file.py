@@ -110,13 +110,44 @@ class GgufFile:
             UnsupportedArchitecture, UnsupportedTokenizer: the file has something that is not known.
             UnreadableSource: a tensor is missing or has another shape.
         """
+        from transformers.integrations.gguf import is_gguf_arch_supported
+
         with reading(self.path, "the GGUF file"):
-            config = self._config()
-            write_shards(self._weights(config), folder)
-            config.save_pretrained(folder)
+            if is_gguf_arch_supported(self._architecture):
+                self._write_newer(folder)
+            else:
+                config = self._config()
+                write_shards(self._weights(config), folder)
+                config.save_pretrained(folder)
         with reading(self.path, "the tokenizer in the GGUF file"):
             _save_tokenizer(self.files[0], folder)
         (folder / "generation_config.json").write_text(json.dumps(self._generation(), indent=2) + "\n")
+
+    def _write_newer(self, folder: Path) -> None:
+        """Write a model that transformers reads by itself, whole: hybrids, whose tensors are arranged anew."""
+        import torch
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        if len(self.files) > 1:
+            raise UnsupportedArchitecture(
+                f"{self.path} is one of {len(self.files)} files of a model of the architecture {self._architecture!r}, "
+                "which is read from one file: join them with llama-gguf-split --merge"
+            )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            self.path.parent,
+            gguf_file=self.path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise UnreadableSource(f"{self.path} has no tensor for {missing[0]}: copy the file again")
+        if unknown := sorted(report["unexpected_keys"]):
+            raise UnsupportedArchitecture(
+                f"{self.path} has the tensor {unknown[0]}, which transformers' {type(model).__name__} does not have: "
+                "export the original model"
+            )
+        model.save_pretrained(folder)
 
     def _config(self) -> PretrainedConfig:
         from transformers import AutoConfig

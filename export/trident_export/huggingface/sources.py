@@ -64,7 +64,7 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
         return HuggingFaceFolder(base)  # a template has no weights
     path = _found(source, base, progress)
     if path.suffix == ".gguf" and path.is_file():
-        folder = HuggingFaceFolder(_from_gguf(path, cache, progress, force))
+        folder = HuggingFaceFolder(from_gguf(path, cache, progress, force=force))
     elif not (path / "config.json").is_file():
         raise _no_folder(spec.name, path)
     else:
@@ -224,7 +224,12 @@ def _snapshot(hub_id: str, revision: str, patterns: Iterable[str]) -> Path:
         ) from None
 
 
-def _from_gguf(path: Path, cache: Path, progress: Progress, force: bool) -> Path:
+def from_gguf(path: Path, cache: Path, progress: Progress, *, force: bool = False) -> Path:
+    """A GGUF file as a folder in the cache.
+
+    Raises:
+        SourceError, UnsupportedModel, NoSpace, NotWritable, NoMemory: see `fetch`.
+    """
     file = gguf_file.GgufFile(path)
     parts = [path.name, *map(converted.state, file.files), _code(gguf_file)]
 
