@@ -53,7 +53,7 @@ class AdaptedFolder(HuggingFaceFolder):
     """
 
     def __init__(self, path: Path, base: HuggingFaceFolder, adapter: Path) -> None:
-        super().__init__(path)
+        super().__init__(path, trust_remote_code=base.trust_remote_code)
         self.base, self.adapter = base, adapter
 
     def reference(self, head: Any) -> PreTrainedModel:
@@ -164,7 +164,7 @@ def attach(base: HuggingFaceFolder, adapter: Path, head: Any) -> PeftModel:
             config=config,
             dtype=torch.float32,
             attn_implementation="eager",
-            trust_remote_code=False,
+            trust_remote_code=base.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=bool(rows),  # a classifier of other labels, which the adapter brings
         )

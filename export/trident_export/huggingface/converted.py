@@ -54,7 +54,7 @@ def convert(cache: Path, name: str, parts: object, room: int, write: Callable[[P
     return folder
 
 
-def copy_settings(source: Path, folder: Path, patterns: Iterable[str] = SETTINGS_FILES) -> None:
+def copy_settings(source: Path, folder: Path, patterns: Iterable[str] = (*SETTINGS_FILES, "*.py")) -> None:
     """Copy what a folder has beside its weights; what is there already is left."""
     for pattern in patterns:
         for file in sorted(source.glob(pattern)):

@@ -119,7 +119,7 @@ def _languages(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], Targ
     if name.startswith("MBartTokenizer"):  # its answers begin with the language in place of a start token
         return dict(tokenizer.lang_code_to_id), TargetStyle.FIXED, True
     if name.startswith("NllbTokenizer"):
-        tokens = tokenizer.additional_special_tokens
+        tokens = tokenizer.extra_special_tokens
         return {code: tokenizer.convert_tokens_to_ids(code) for code in tokens}, TargetStyle.FORCED_BOS, True
     if hasattr(tokenizer, "lang_code_to_id"):  # mBART-50
         return dict(tokenizer.lang_code_to_id), TargetStyle.FORCED_BOS, True

