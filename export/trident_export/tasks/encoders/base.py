@@ -111,7 +111,7 @@ class EncoderExport(Generic[Limits]):
         """What Hugging Face makes of a text, by itself and without padding, in float32; see `read`."""
         assert spec.encoder is not None
         limit = spec.encoder.max_tokens
-        tokenizer, model, settings = source.tokenizer, source.load(self.head_of(source)), self.settings(source)
+        tokenizer, model, settings = source.tokenizer, source.reference(self.head_of(source)), self.settings(source)
 
         def ask(texts: Texts) -> list[Floats]:
             batch = self.tokenize(tokenizer, texts, limit)
