@@ -32,7 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trident_export.errors import ExportError
-from trident_export.graphs import decoder_passes, rotary
+from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
@@ -182,8 +182,7 @@ def check_causal(name: str) -> str:
         raise NotBuilt(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        export_causal_graph(model, path, LONGEST)
-        decoder_passes.optimize_file(path)
+        editing.save(decoder_passes.optimize(export_causal_graph(model, LONGEST)), path)
         decoder = OnnxDecoder(path, slots=5, context=CONTEXT - 16, longest_run=16, threads=1)
         other = OnnxDecoder(path, slots=2, context=3 * CONTEXT, longest_run=LENGTHS[1], threads=1)
         return compare(model, decoder, other)
@@ -291,8 +290,8 @@ def table(results: dict[str, list[Result]]) -> str:
         "process. Its log-probabilities and greedy tokens are compared with Hugging Face's eager attention: in",
         "company, in chunks and token by token, beyond any window and chunk. Where frequencies change with the length",
         "of a text (longrope, dynamic scaling), up to the original context, which is the longest that such a model is",
-        "served with. A refused type ends an export with the sentence here. transformers is "
-        f"{transformers.__version__}.",
+        "served with. A refused type ends an export with the sentence here.",
+        f"transformers is {transformers.__version__}.",
         "",
     ]
     for kind, found in results.items():

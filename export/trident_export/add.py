@@ -59,8 +59,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     """What a Hugging Face folder should be served as.
 
     Args:
-        source: the table's source: `{ hub, revision }` or `{ path }`.
-        name: of the table; "": from the source.
+        source: the table's source: `{ hub, revision }` or `{ path }`, with an adapter or without.
+        name: of the table; "": from the adapter, or else the source.
 
     Raises:
         ModelsFileError: it is no model of a task that Trident serves.
@@ -71,6 +71,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     config = model.config
     task, why = _task(folder, config)
     reasons = [f"task {task}: {why}"]
+    if adapter := source.get("adapter"):
+        reasons.append(f"adapter {adapter}: merged into the weights at export, with its tokenizer where it has one")
     if task == "text-generation" and text_part.whole_class(config) is not None:
         parts = ", ".join(text_part.left_out(config)) or "everything else"
         reasons.append(f"left out: {parts}; a {config.model_type} model is served by its text part")
@@ -173,7 +175,8 @@ def _seq2seq_limits(model: HuggingFaceFolder, table: dict[str, Any], reasons: li
 
 
 def _name(source: Mapping[str, str]) -> str:
-    last = (source.get("hub") or Path(source["path"]).resolve().name).rsplit("/", 1)[-1].lower()
+    named = source.get("adapter") or source.get("hub") or Path(source["path"]).resolve().name
+    last = named.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
     return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")
 
 

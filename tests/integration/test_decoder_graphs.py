@@ -367,7 +367,7 @@ def test_groups_rounded_by_gptq(
 
 
 FUSED_ROTARY = {"llama", "llama 3", "llama, dynamic", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"}
-PACKED = {"llama", "llama 3", "qwen2", "mistral"}
+PACKED = {"llama", "llama 3", "llama, dynamic", "qwen2", "mistral"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

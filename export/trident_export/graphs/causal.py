@@ -24,7 +24,6 @@ The graph, for layers with H key-value heads of D numbers each, which may differ
     total_sequence_length  int32   []                at least the largest of these counts
     logits_tokens          int64   [kept]            which tokens get logits
     past_key_values.<layer>.{key,value}   float32 [slots, H, capacity, D]
-    state_*, past_states.<layer>.<kind>        of layers that keep other states, see `states`
     -> logits              float32 [1, kept, vocabulary]
     -> present.<layer>.{key,value}        float32 [slots, H, capacity, D]
 
@@ -38,7 +37,7 @@ Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQue
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,12 +54,11 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.graphs import rotary
-from trident_export.graphs import states as kept_states
+from trident_export.graphs import rotary, states
 from trident_export.graphs.decoder_passes import QUERY_SEQLENS
 from trident_export.graphs.experts import every_expert
 from trident_export.graphs.slot_attention import Batch, MaskFunction, Slots, window_of
-from trident_export.graphs.states import Places, States, StatesOfCache, keeps_states, mixers_replaced
+from trident_export.graphs.states import PAST, PRESENT, States, StatesOfCache, keeps_states, mixers_replaced
 from trident_export.graphs.tracing import running, trace
 from trident_export.huggingface.folder import reason
 from trident_serving.runtime.kv_cache import KEYS
@@ -74,6 +72,14 @@ HEAD_MULTIPLE = 8  # of a head's size, which the operator wants
 # most; a mistake in positions, masks or experts makes 0.1 and more.
 _LARGEST_DIFFERENCE = 1e-2
 _SUPPORTED = "choose another model"
+
+# The first run's places of tokens for states: five of one text, then three of another.
+_FIRST_PLACES = (
+    torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 7, 7]]),
+    torch.tensor([[1.0] * 5, [1.0, 1.0, 1.0, 0.0, 0.0]])[..., None],
+    torch.tensor([0, 1]),
+    torch.tensor([0, 5, 8], dtype=torch.int32),
+)
 
 Heads = tuple[int, int]  # how many, and numbers of each
 
@@ -120,14 +126,14 @@ class Plan:
         packed: tokens of all slots stand one after another; otherwise each slot has a row.
         first_position: what the model calls the first position.
         rotary_calls: calls of the rotating function that the operator makes up for.
-        states: shapes of a slot's states beside keys and values, by name.
+        states: shapes of a slot's other states by name, see `states`.
     """
 
     packed: bool
     first_position: int
     layers: tuple[Layer, ...]
     rotary_calls: frozenset[int] = frozenset()
-    states: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class _GroupQueryAttention(torch.autograd.Function):
@@ -187,12 +193,12 @@ class _Run:
     packed: bool
     batch: Batch
     past: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
+    states: States
     layers: tuple[Layer, ...] = ()
     tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     masks: list[tuple[MaskFunction, torch.Tensor]] = field(default_factory=list)
     updates: int = 0
-    states: States = field(default_factory=States)
 
     def __post_init__(self) -> None:
         self.slots = Slots(self.batch)
@@ -372,8 +378,7 @@ class _SlotCache(StatesOfCache, Cache):
 
     def __init__(self, run: _Run) -> None:
         super().__init__(layers=[])
-        self.run = run
-        self.states = run.states
+        self.run, self.states = run, run.states
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         """In a packed run the attention appends; otherwise keys and values are read from the cache here."""
@@ -412,20 +417,17 @@ class _CausalGraph(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, *others: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        plan, batch = self.plan, Batch(*others[:5])
-        keys_and_values, kept = others[6:][: 2 * len(plan.layers)], others[6:][2 * len(plan.layers) :]
-        past = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
-        run = _Run(plan.packed, batch, past, plan.layers)
-        if kept:
-            count = len(kept_states.INPUTS)
-            names = [name for name, _ in plan.states]
-            places = Places._make((*kept[:count], batch.positions))
-            run.states = States(places, dict(zip(names, kept[count:], strict=True)))
+        begin = 6 + 2 * len(self.plan.layers)
+        past, kept = list(zip(others[6:begin:2], others[7:begin:2], strict=True)), others[begin:]
+        batch, count = Batch(*others[:5]), len(states.INPUTS)
+        places = states.Places._make((*kept[:count], batch.positions)) if kept else None
+        found = States(places, dict(zip(self.plan.states, kept[count:], strict=True)))
+        run = _Run(self.plan.packed, batch, past, found, self.plan.layers)
         for key, name in self._tables.items():
             run.tables[key] = (getattr(self, name), getattr(self, name.replace("cos", "sin")))
         logits = logits_of(self.model, run, input_ids, position_ids + self.plan.first_position, others[5])
-        states = (run.states.present[name] for name, _ in plan.states)
-        return (logits, *(tensor for layer in run.present for tensor in layer), *states)
+        flat = [tensor for layer in run.present for tensor in layer]
+        return (logits, *flat, *(found.present[name] for name in self.plan.states))
 
 
 def logits_of(
@@ -515,7 +517,7 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     firsts = [0] if padding is None else [0, padding + 1]
     said, before = "", _tensors_of_modules(model)
-    for packed in (True, False):
+    for packed in (True,) if keeps_states(model) else (True, False):
         for first in firsts:
             try:
                 plan, logits = _first_run(model, arguments, positions, packed, first)
@@ -543,13 +545,13 @@ def _first_run(
         stack.enter_context(torch.inference_mode())
         watched = stack.enter_context(rotary.watched(model, places[0] + first, positions + first))
         batch = Batch(*others[:5])
-        states = States(_places_of_states(batch))
-        run = _FirstRun(packed, batch, None, watched=watched, positions=positions, states=states)
+        found = States(states.Places(*_FIRST_PLACES, batch.positions) if keeps_states(model) else None)
+        run = _FirstRun(packed, batch, None, found, watched=watched, positions=positions)
         logits = logits_of(model, run, input_ids, places + first, others[5])
-    states.check_all_taken()
-    if not run.layers and not states.present:
+    found.check_all_taken()
+    if not run.layers and not found.present:
         raise UnsupportedArchitecture("it keeps no keys and values")
-    shapes = tuple((name, tuple(state.shape[1:])) for name, state in states.present.items())
+    shapes = {name: tuple(state.shape[1:]) for name, state in found.present.items()}
     return Plan(packed, first, run.layers, frozenset(run.rotary_calls), shapes), logits
 
 
@@ -563,19 +565,11 @@ def _tensors_of_modules(model: PreTrainedModel) -> set[tuple[str, str]]:
     }
 
 
-def _places_of_states(batch: Batch) -> Places:
-    """Of tokens that stand together for each slot, all of which have some."""
-    counts = batch.query_seqlens
-    mask = torch.arange(batch.tokens.shape[1])[None] < counts[:, None]
-    starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    return Places(batch.tokens[..., 1], mask[..., None].float(), torch.arange(len(counts)), starts, batch.positions)
-
-
 def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.Tensor, ...]]:
     """Two texts of 5 and 3 tokens, and the graph's inputs that run both from an empty cache; all get logits.
 
     Their tokens alternate: a model that counts positions by itself would be right where each text stands together.
-    Only with states, which want that, they don't.
+    But states are computed of tokens that do, see `states`.
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
@@ -583,7 +577,7 @@ def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.T
     places = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [1, 2], [0, 3], [0, 4]])
     first, second = [0, 2, 4, 6, 7], [1, 3, 5]
     if keeps_states(model):
-        places = places[first + second]
+        places = torch.tensor([*((0, place) for place in range(5)), *((1, place) for place in range(3))])
         first, second = [0, 1, 2, 3, 4], [5, 6, 7]
     tokens = torch.tensor([first, [*second, second[-1], second[-1]]])
     return [ids[first].tolist(), ids[second].tolist()], (
@@ -599,7 +593,7 @@ def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.T
 
 
 def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
-    """The graph of `model` (float32, in evaluation mode), whose numbers are the model's own until they are saved.
+    """The graph of `model` (float32, in evaluation mode), whose numbers are the model's own; see `tracing`.
 
     Args:
         positions: the largest capacity of a cache that the graph will be used with.
@@ -630,12 +624,12 @@ def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
                 axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
                 arguments.append(torch.zeros(2, heads, KEYS, size))
         if plan.states:
-            inputs += kept_states.INPUTS
-            axes |= kept_states.AXES
-            arguments += _places_of_states(Batch(*arguments[2:7]))[:-1]
-        for name, shape in plan.states:
-            inputs.append(kept_states.PAST + name)
-            outputs.append(kept_states.PRESENT + name)
+            inputs += states.INPUTS
+            axes |= states.AXES
+            arguments += _FIRST_PLACES
+        for name, shape in plan.states.items():
+            inputs.append(PAST + name)
+            outputs.append(PRESENT + name)
             axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows"}
             arguments.append(torch.zeros(2, *shape))
         with ExitStack() as stack:

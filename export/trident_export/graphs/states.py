@@ -97,7 +97,7 @@ class States:
         past: the graph's states by name, `<layer>.<kind>`; None where they are to be found: then all are zeros.
     """
 
-    def __init__(self, places: Places | None = None, past: dict[str, torch.Tensor] | None = None) -> None:
+    def __init__(self, places: Places | None, past: dict[str, torch.Tensor] | None = None) -> None:
         self.present: dict[str, torch.Tensor] = {}
         self._places = places
         self._past = past
@@ -141,8 +141,6 @@ class States:
         **options: Any,
     ) -> torch.Tensor:
         """In place of `causal_conv1d_fn`: [1, channels, tokens] in and out, weight [channels, kernel]."""
-        if hidden_states.shape[0] != 1:
-            raise UnsupportedArchitecture("it keeps states, and can't run on packed tokens")
         if self._handed is hidden_states:
             self._handed = None
         name, places, past = self._take("convolution", (weight.shape[0], weight.shape[1] - 1))
@@ -223,8 +221,6 @@ class States:
         decay: torch.Tensor,
         beta: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if query.shape[0] != 1:
-            raise UnsupportedArchitecture("it keeps states, and can't run on packed tokens")
         heads, size = int(value.shape[2]), int(key.shape[3])
         if key.shape[2] != heads:
             key = key[:, :, :, None].expand(-1, -1, -1, heads // int(key.shape[2]), -1).flatten(2, 3)

@@ -143,7 +143,7 @@ def evaluator(
     are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
     """
     assert spec.generation
-    model = source.load_whole(AutoModelForCausalLM)
+    model = source.reference(AutoModelForCausalLM)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
     texts_gate.check(source, model, root / spec.name / VERSION, spec.generation, corpora.held_out())
     # A text runs whole, so a slot needs twice its length.
