@@ -117,7 +117,7 @@ def causal_config(architecture: str, context: int = 128) -> PretrainedConfig:
             max_position_embeddings=context,
             **shared,
         )
-    raise ValueError(architecture)
+    return hybrid_config(architecture, context=context)
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -467,3 +467,101 @@ def settle(folder: Path) -> Path:
             numbers[name] = (width * generator.standard_normal(numbers[name].shape)).astype(np.float32)
     save_file(numbers, path, metadata={"format": "pt"})
     return folder
+
+
+_GATED_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+    "head_dim": 64,  # a quarter of it is rotated
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+# Type and what it adds: gated delta nets, short convolutions, Mamba-2 and Mamba, most with layers that attend.
+_HYBRIDS: dict[str, tuple[str, dict[str, object]]] = {
+    "qwen3_next": ("qwen3_next", _GATED_DELTA | {"num_experts": 0, "mlp_only_layers": [0, 1, 2]}),
+    "qwen35": ("qwen3_5_text", _GATED_DELTA),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "block_ff_dim": 48}),
+    "granite": (
+        "granitemoehybrid",
+        _MAMBA2
+        | {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "position_embedding_type": "nope",
+        },
+    ),
+    "falcon_h1": ("falcon_h1", _MAMBA2 | {"mamba_d_ssm": 128, "mamba_rms_norm": True}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "mlp", "attention", "mamba"],
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "conv_kernel": 4,
+            "expand": 2,
+            "chunk_size": 8,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            "num_experts": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 16,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 8,
+        },
+    ),
+    "mamba2": (
+        "mamba2",
+        {
+            "state_size": 16,
+            "expand": 2,
+            "conv_kernel": 4,
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+HYBRIDS = tuple(_HYBRIDS)
+
+
+def hybrid_config(name: str, vocabulary: int = VOCABULARY, context: int = 128) -> PretrainedConfig:
+    """Of a model whose layers keep states beside keys and values, or in place of them."""
+    kind, more = _HYBRIDS[name]
+    shared: dict[str, object] = {
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+    }
+    if name != "mamba2":
+        shared |= {
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": context,
+        }
+    return AutoConfig.for_model(kind, **shared | more)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
 from trident_export import models_file
 from trident_export.errors import ModelsFileError
+from trident_export.huggingface import text_part
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.seq2seq import generation_config
 from trident_export.tasks import encoders
@@ -70,10 +71,13 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     config = model.config
     task, why = _task(folder, config)
     reasons = [f"task {task}: {why}"]
+    if task == "text-generation" and text_part.whole_class(config) is not None:
+        parts = ", ".join(text_part.left_out(config)) or "everything else"
+        reasons.append(f"left out: {parts}; a {config.model_type} model is served by its text part")
     table: dict[str, Any] = {"task": task, "source": dict(source)}
     if task == "text-generation":
         table["variants"] = ["int8", "fp32"]
-        limits = _generation_limits(config, reasons)
+        limits = _generation_limits(model.text_config, reasons)
     else:
         table["variants"] = ["fp32", "int8"]
         encodes = task in TASKS
@@ -108,11 +112,18 @@ def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
     architecture = (config.architectures or [""])[0]
     if found := HuggingFaceFolder(folder).sentence.task:
         return found, "sentence-transformers' files say so"
+    if text_part.whole_class(config) is not None:
+        return "text-generation", f"its architecture is {architecture}, whose text part generates text"
     for ending, task in _HEADS:
         if not architecture.endswith(ending):
             continue
         if task == "text-classification" and _is_cross_encoder(config):
             return "text-ranking", f"a {architecture} with sentence-transformers' activation for cross-encoders"
+        if task == "translation" and type(config) not in AutoModelForSeq2SeqLM._model_mapping:
+            raise ModelsFileError(
+                f"{folder} is a {architecture} of type {config.model_type!r}, which does not turn text into text: "
+                "Trident has no task for it"
+            )
         specific = getattr(config, "task_specific_params", None) or {}
         if task == "translation" and (config.model_type in _SUMMARIZERS or "summarization" in specific):
             return "summarization", f"a {architecture}; models of this kind summarize"

@@ -50,6 +50,7 @@ class ModelSpec:
         name: the public name that clients call.
         task: the transformers pipeline's name.
         variants: precisions to export; `default_variant` is served under the plain name.
+        trust_remote_code: run Python code that lies in the model's folder; never without this.
         on_demand: exported by `make export MODEL=name` alone, not by `make serve`.
         prompts: what goes before a text, by the name that a request gives; embeddings alone. None: the model's own.
         source_lang: of translation, where a request names none and the model reads several; `target_lang` too.
@@ -68,6 +69,7 @@ class ModelSpec:
     default_variant: str
     limits: Limits
     on_demand: bool = False
+    trust_remote_code: bool = False
     prompts: Mapping[str, str] | None = None
     source_lang: str = ""
     target_lang: str = ""
@@ -232,6 +234,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         default_variant=default,
         limits=limits,
         on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
+        trust_remote_code=_typed(f"{where}: trust_remote_code", table.get("trust_remote_code", False), bool),
         prompts=_prompts(where, task, table.get("prompts")),
         **_source_words(where, task, table),
         gates=gates,

@@ -41,11 +41,6 @@ def test_matrices_stay_in_their_file(path: Path) -> None:
     np.testing.assert_array_equal(np.frombuffer(whole["matrix"].raw_data, np.float32), MATRIX.ravel())
 
 
-def test_a_traced_graph_is_taken_from_its_file(path: Path) -> None:
-    assert len(editing.take(path).graph) == 2
-    assert not path.exists()
-
-
 def test_what_replaces_a_node_gives_the_same_output(path: Path) -> None:
     model = ir.load(path)
     add = model.graph.node("add")

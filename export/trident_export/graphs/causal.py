@@ -20,7 +20,8 @@ The graph, for a model of L layers with H key-value heads of D numbers each:
     seqlens_k              int32   [slots]           tokens in the slot's cache after this run, minus one
     total_sequence_length  int32   []                at least the largest of these counts
     logits_tokens          int64   [kept]            which tokens get logits
-    past_key_values.<layer>.{key,value}   float32 [slots, H, capacity, D]
+    past_key_values.<layer>.{key,value}   float32 [slots, H, capacity, D] of layers that attend
+    state_*, past_states.<layer>.<kind>        of layers that keep other states, see `states`
     -> logits              float32 [1, kept, vocabulary]
     -> present.<layer>.{key,value}        float32 [slots, H, capacity, D]
 
@@ -33,24 +34,27 @@ Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQue
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import onnx_ir as ir
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.graphs import rotary
-from trident_export.graphs.tracing import trace
+from trident_export.graphs import rotary, states
+from trident_export.graphs.states import PAST, PRESENT, States, StatesOfCache, keeps_states, mixers_replaced
+from trident_export.graphs.tracing import running, trace
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION = "trident_group_query_attention"
+STATELESS = ("mlp", "moe")  # layers of hybrids that keep nothing, as their configurations call them
 _SUPPORTED = "choose a decoder that attends through transformers' attention interface (Llama, Qwen, Gemma, GPT-2, ...)"
 
 
@@ -79,6 +83,23 @@ class AttentionGeometry:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """The argument that takes the cache, which transformers renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+class Layers(NamedTuple):
+    """What the layers of a model keep.
+
+    Attributes:
+        attending: layers with keys and values.
+        states: shapes of a slot's other states by name, see `states`.
+    """
+
+    attending: list[int]
+    states: dict[str, tuple[int, ...]]
 
 
 class _GroupQueryAttention(torch.autograd.Function):
@@ -133,7 +154,7 @@ class _Trace:
     geometry: AttentionGeometry
     batch: _Batch
     rotary: tuple[torch.Tensor, torch.Tensor] | None
-    past: list[tuple[torch.Tensor, torch.Tensor]]
+    past: dict[int, tuple[torch.Tensor, torch.Tensor]]
     present: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def attend(
@@ -187,11 +208,12 @@ class _Batch(NamedTuple):
     total: torch.Tensor
 
 
-class _PassThroughCache(Cache):
+class _PassThroughCache(StatesOfCache, Cache):
     """Hands keys and values on unchanged: the operator keeps the cache, not transformers."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: States) -> None:
         super().__init__(layers=[])
+        self.states = kept
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         return key_states, value_states
@@ -207,11 +229,16 @@ class _CausalGraph(torch.nn.Module):
     """The model with flat tensors in and out, as ONNX wants it."""
 
     def __init__(
-        self, model: PreTrainedModel, geometry: AttentionGeometry, rotary: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        model: PreTrainedModel,
+        geometry: AttentionGeometry,
+        layers: Layers,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
         super().__init__()
         self.model = model
         self.geometry = geometry
+        self.layers = layers
         self.has_rotary = rotary is not None
         if rotary is not None:
             self.register_buffer("cos_cache", rotary[0])
@@ -220,9 +247,15 @@ class _CausalGraph(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, *others: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        batch, logits_tokens, past = _Batch(*others[:5]), others[5], others[6:]
+        attending = self.layers.attending
+        states_begin = 6 + 2 * len(attending)
+        batch, logits_tokens, past, kept = _Batch(*others[:5]), others[5], others[6:states_begin], others[states_begin:]
         rotary = (self.cos_cache, self.sin_cache) if self.has_rotary else None
-        trace = _Trace(self.geometry, batch, rotary, list(zip(past[::2], past[1::2], strict=True)))  # type: ignore[arg-type]
+        pairs = dict(zip(attending, zip(past[::2], past[1::2], strict=True), strict=True))
+        trace = _Trace(self.geometry, batch, rotary, pairs)  # type: ignore[arg-type]
+        count = len(states.INPUTS)
+        places = states.Places._make((*kept[:count], batch.positions)) if kept else None
+        kept_states = States(places, dict(zip(self.layers.states, kept[count:], strict=True)))
         head = self.model.get_output_embeddings()
         if head is None:
             raise UnsupportedArchitecture(f"{type(self.model).__name__} has no output embedding: {_SUPPORTED}")
@@ -230,21 +263,22 @@ class _CausalGraph(torch.nn.Module):
         hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].index_select(1, logits_tokens),))
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, trace.attend)
         try:
-            logits = self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                past_key_values=_PassThroughCache(),
-                use_cache=True,
-            ).logits
+            with mixers_replaced(self.model, kept_states):
+                logits = self.model(
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    use_cache=True,
+                    **{_cache_name(self.model): _PassThroughCache(kept_states)},
+                ).logits
         finally:
             hook.remove()
-        if len(trace.present) != self.geometry.layers:
+        if set(trace.present) != set(attending):
             raise UnsupportedArchitecture(
-                f"{type(self.model).__name__} has {self.geometry.layers} layers, "
+                f"{type(self.model).__name__} has {len(attending)} layers, "
                 f"{len(trace.present)} of them attend through transformers' attention interface: {_SUPPORTED}"
             )
-        flat = [tensor for layer in range(self.geometry.layers) for tensor in trace.present[layer]]
-        return (logits, *flat)
+        flat = [tensor for layer in attending for tensor in trace.present[layer]]
+        return (logits, *flat, *(kept_states.present[name] for name in self.layers.states))
 
 
 @contextmanager
@@ -258,8 +292,43 @@ def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> None:
-    """Write `model` (float32, in evaluation mode) to `path`; weights beyond 2 GB go to files next to it.
+def look_at(model: PreTrainedModel) -> tuple[AttentionGeometry, Layers]:
+    """The geometry of a model's attention, and what its layers keep; from a run, where some keep other states.
+
+    Raises:
+        UnsupportedArchitecture: a layer of the run neither attends nor keeps a state that is known.
+    """
+    if not keeps_states(model):
+        geometry = AttentionGeometry.of(model.config)
+        return geometry, Layers(list(range(geometry.layers)), {})
+    found = States(states.Places(*states.EXAMPLE))
+    seen: dict[int, AttentionGeometry] = {}
+
+    def attend(module, query, key, value, *arguments, **options):  # type: ignore[no-untyped-def]
+        seen[int(module.layer_idx)] = AttentionGeometry(0, query.shape[1], key.shape[1], key.shape[3])
+        return torch.zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+    tokens = torch.zeros(1, 5, dtype=torch.long)
+    with running(f"a {type(model).__name__}"), _attention_replaced(model), torch.inference_mode():
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+        with mixers_replaced(model, found):
+            model(input_ids=tokens, use_cache=True, **{_cache_name(model): _PassThroughCache(found)})
+    found.check_all_taken()
+    kinds = getattr(model.config, "layer_types", None) or {}
+    count = model.config.num_hidden_layers
+    without = set(range(count)) - set(seen) - {int(name.split(".")[0]) for name in found.present}
+    odd = [layer for layer in without if not kinds or kinds[layer] not in STATELESS]
+    if odd or len(set(seen.values())) > 1:
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__} has {count} layers; {len(odd)} of them neither attend through transformers' "
+            f"attention interface nor keep a known state; heads have {len(set(seen.values()))} sizes: {_SUPPORTED}"
+        )
+    geometry = next(iter(seen.values()), AttentionGeometry(0, 1, 1, 1))
+    return geometry, Layers(sorted(seen), {name: tuple(state.shape[1:]) for name, state in found.present.items()})
+
+
+def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
+    """The graph of `model` (float32, in evaluation mode), whose numbers are the model's own; see `tracing`.
 
     Args:
         positions: the largest capacity of a cache that the graph will be used with.
@@ -268,7 +337,7 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
         UnsupportedArchitecture: the model does not attend through transformers' attention interface, or
             uses a kind of attention that the operator lacks.
     """
-    geometry = AttentionGeometry.of(model.config)
+    geometry, layers = look_at(model)
     slots, positions_in_slot, tokens, capacity = 2, 3, 5, 16
     kv_shape = (slots, geometry.kv_heads, capacity, geometry.head_dim)
     arguments = (
@@ -280,7 +349,9 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
         torch.tensor([2, 1], dtype=torch.int32),
         torch.tensor(positions_in_slot, dtype=torch.int32),
         torch.tensor([2, 4, 3]),
-        *(torch.zeros(kv_shape) for _ in range(2 * geometry.layers)),
+        *(torch.zeros(kv_shape) for _ in range(2 * len(layers.attending))),
+        *(states.EXAMPLE[:-1] if layers.states else ()),
+        *(torch.zeros(slots, *shape) for shape in layers.states.values()),
     )
     inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]
     inputs += ["total_sequence_length", "logits_tokens"]
@@ -295,11 +366,18 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
         "logits_tokens": {0: "kept"},
         "logits": {1: "kept"},
     }
-    for layer in range(geometry.layers):
+    for layer in layers.attending:
         for kind in ("key", "value"):
             inputs.append(f"past_key_values.{layer}.{kind}")
             outputs.append(f"present.{layer}.{kind}")
             axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
+    if layers.states:
+        inputs += states.INPUTS
+        axes |= states.AXES
+    for name in layers.states:
+        inputs.append(PAST + name)
+        outputs.append(PRESENT + name)
+        axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows"}
     with rotary.fuse_rotary(model, geometry.head_dim, positions) as caches, _attention_replaced(model):
-        graph = _CausalGraph(model, geometry, caches)
-        trace(graph, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+        graph = _CausalGraph(model, geometry, layers, caches)
+        return trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")

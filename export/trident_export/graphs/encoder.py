@@ -32,7 +32,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.graphs import editing
 from trident_export.graphs.editing import constant, make, reduced, save
 from trident_export.graphs.tracing import running, trace
 from trident_export.graphs.unpadding import unpad
@@ -87,8 +86,8 @@ def export_encoder_graph(
     whole = batch | {1: "sequence"}
     axes = dict.fromkeys(names, whole)
     axes |= {name: whole if given[name].shape[1:2] == (_LENGTH,) else batch for name in traced.wanted}
-    trace(traced, list(arguments.values()), path, inputs=names, outputs=traced.wanted, axes=axes, of=said)
-    graph = editing.take(path)
+    tensors = list(arguments.values())
+    graph = trace(traced, tensors, inputs=names, outputs=traced.wanted, axes=axes, of=said, operators=False)
     if lost := sorted({"input_ids", "attention_mask"} - {value.name for value in graph.graph.inputs}):
         raise UnsupportedArchitecture(
             f"{said} reads no {' and no '.join(lost)} in the run that was traced, so padding would change its answers: "
@@ -125,9 +124,7 @@ def _load(source: HuggingFaceFolder, head: Any) -> tuple[PreTrainedModel, list[s
         raise UnsupportedArchitecture(
             f"{source} is a {type(model).__name__}, which reads no texts with an attention mask: choose another"
         )
-    if (
-        TOKEN_TYPES not in source.tokenizer.model_input_names
-    ):  # then Hugging Face gives none, and the model has a default
+    if TOKEN_TYPES not in source.tokenizer.model_input_names:  # then Hugging Face leaves them to the model
         names = [name for name in names if name != TOKEN_TYPES]
     if model._supports_attention_backend:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)

@@ -349,8 +349,8 @@ def _export(
     outputs: list[str],
     axes: dict[str, dict[int, str]],
 ) -> None:
-    trace(module, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(module.model).__name__}")
-    graph = editing.take(path)
+    said, operators = f"a {type(module.model).__name__}", isinstance(module, _Decoder)
+    graph = trace(module, arguments, inputs=inputs, outputs=outputs, axes=axes, of=said, operators=operators)
     for node in attention_nodes(graph):
         place_inputs(node)
     fold_shapes(graph)

@@ -1,7 +1,8 @@
 """A model's Hugging Face folder: what each of its files says, read once.
 
 This is where an error of transformers, tokenizers, safetensors or json is about the user's files: each becomes one
-sentence that names the folder, what could not be read, and the library's reason. Code in a folder is never run.
+sentence that names the folder, what could not be read, and the library's reason. Code in a folder is run only where
+the model's table says `trust_remote_code`, and nothing ever asks for it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,7 @@ from trident_export.errors import (
     UnsupportedArchitecture,
     UnsupportedTokenizer,
 )
+from trident_export.huggingface import text_part
 from trident_serving.encoders.pooling import PoolingSettings
 from trident_serving.encoders.tokens import TokenRoles
 
@@ -68,10 +71,12 @@ class HuggingFaceFolder(os.PathLike[str]):
 
     Args:
         path: the folder, or for `config` a config.json itself.
+        trust_remote_code: run Python code that lies in the folder, as its table of models.toml says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
+        self.trust_remote_code = trust_remote_code
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -99,18 +104,62 @@ class HuggingFaceFolder(os.PathLike[str]):
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        file = self.path if self.path.is_file() else self.path / "config.json"
-        raw = HuggingFaceFolder(file.parent).json(file.name)
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        raw = self._raw_config
+        kind = raw.get("model_type")
         if not isinstance(kind, str):
             raise UnreadableSource(f"{self}: config.json has no model_type, which says what the model is")
-        if kind not in CONFIG_MAPPING:
+        own_code = "AutoConfig" in (raw.get("auto_map") or {})
+        if kind not in CONFIG_MAPPING and not (own_code and self.trust_remote_code):
+            needed = (
+                f"transformers {self._written_by or 'of a later version'}, which wrote it, or a newer one is needed"
+            )
+            if own_code:
+                needed = "its code lies in the folder, and is run only with trust_remote_code = true in its table"
             raise UnsupportedArchitecture(
                 f"{self} is a model of type {kind!r}, which transformers {transformers.__version__} does not know: "
-                "export another model"
+                f"{needed}"
             )
-        with reading(self.path, "config.json"):
-            return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        if _release(self._written_by)[:1] > _release(transformers.__version__)[:1]:
+            raise UnreadableSource(
+                f"{self} was written by transformers {self._written_by}, and {transformers.__version__} may read it "
+                "otherwise: install that version or a newer one"
+            )
+        with self._reading("config.json"):
+            return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def _raw_config(self) -> dict[str, Any]:
+        file = self.path if self.path.is_file() else self.path / "config.json"
+        raw = HuggingFaceFolder(file.parent).json(file.name)
+        return raw if isinstance(raw, dict) else {}
+
+    @property
+    def _written_by(self) -> str:
+        """The version of transformers that wrote the folder; "" where it does not say."""
+        with contextlib.suppress(UnreadableSource):
+            return str(self._raw_config.get("transformers_version") or "")
+        return ""
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """See `reading`; a folder of a newer transformers says so in the message."""
+        import transformers
+
+        try:
+            with reading(self.path, what):
+                yield
+        except UnreadableSource as error:
+            if _release(self._written_by) <= _release(transformers.__version__):
+                raise
+            raise UnreadableSource(
+                f"{error}; the folder was written by transformers {self._written_by}, {transformers.__version__} is "
+                "installed"
+            ) from error
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The config of what reads and writes text: a part of a multimodal model's, the config itself elsewhere."""
+        return self.config.get_text_config()
 
     @property
     def tokenizer(self) -> Any:
@@ -125,8 +174,8 @@ class HuggingFaceFolder(os.PathLike[str]):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        with reading(self.path, "the tokenizer"):
-            return AutoTokenizer.from_pretrained(self.path, use_fast=True, trust_remote_code=False)
+        with self._reading("the tokenizer"):
+            return AutoTokenizer.from_pretrained(self.path, use_fast=True, trust_remote_code=self.trust_remote_code)
 
     @property
     def fast_tokenizer(self) -> Any:
@@ -241,24 +290,104 @@ class HuggingFaceFolder(os.PathLike[str]):
     def load(self, head: Any) -> PreTrainedModel:
         """The model in float32, in evaluation mode, with its own attention ("eager"); read again at each call.
 
+        Of a multimodal model, `AutoModelForCausalLM` is its text part.
+
         Args:
             head: an Auto class of transformers.
 
         Raises:
-            UnreadableSource: weights are missing or damaged.
+            UnreadableSource: weights are missing, damaged or another model's.
             UnsupportedArchitecture: the architecture has no such head.
         """
-        import torch
+        return text_part.of(self.load_whole(head), self) if self._multimodal(head) else self.load_whole(head)
 
-        if type(self.config) not in head._model_mapping:
+    def load_whole(self, head: Any) -> PreTrainedModel:
+        """The same, but a multimodal model with all its parts: what a text part is compared with.
+
+        Llama 4's is a wrapper around transformers' own class for text, which fails without images: there it is that.
+        """
+        import torch
+        import transformers
+
+        multimodal = self._multimodal(head)
+        head = multimodal or head
+        own_code = self.trust_remote_code and head.__name__ in (getattr(self.config, "auto_map", None) or {})
+        if type(self.config) not in head._model_mapping and not own_code:
             raise UnsupportedArchitecture(
                 f"{self} is a model of type {self.config.model_type!r}, for which transformers has no "
                 f"{head.__name__.removeprefix('Auto')}: choose another task in models.toml"
             )
-        with reading(self.path, "the weights"):
-            return head.from_pretrained(
-                self.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-            ).eval()
+        transformers.utils.logging.disable_progress_bar()  # an export has its own
+        with self._reading("the weights"):
+            model, said = head.from_pretrained(
+                self.path,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told from what is said of them
+            )
+        self._check_weights(model, said)
+        found: PreTrainedModel = model.eval()
+        return text_part.inner(found) or found if multimodal else found
+
+    def _multimodal(self, head: Any) -> Any | None:
+        """The Auto class of the whole model, where the head asks for the text part of a multimodal one."""
+        if head.__name__ != "AutoModelForCausalLM":
+            return None
+        if self.config.is_encoder_decoder:
+            raise UnsupportedArchitecture(
+                f"{self} is a model of type {self.config.model_type!r}, which has an encoder and a decoder, and "
+                "text-generation takes decoders alone: choose another task in models.toml"
+            )
+        return text_part.whole_class(self.config)
+
+    def _check_weights(self, model: PreTrainedModel, said: Mapping[str, Any]) -> None:
+        """Refuse weights that transformers would replace by random numbers, leave out, or that are no numbers."""
+        import torch
+
+        for name, found, wanted in sorted(said["mismatched_keys"]):
+            raise UnreadableSource(
+                f"{self}: {name} is {list(found)} in the weights and {list(wanted)} by config.json: one of the two is "
+                "another model's"
+            )
+        # A model without a head may come without the pooler that its architecture has.
+        missing = sorted(key for key in said["missing_keys"] if not key.startswith("pooler."))
+        if missing:
+            raise UnreadableSource(
+                f"{self}: the weights have no {missing[0]}{_and_more(missing)}, which config.json asks for: copy the "
+                "model again, or its config.json, if that is another model's"
+            )
+        modules = dict(model.named_modules())
+        shapes = {re.sub(r"\d+", "*", name) for name, _ in model.named_parameters()}
+        for name in sorted(said["unexpected_keys"]):
+            parent = modules.get(name.rpartition(".")[0])
+            leaf = (
+                parent is not None
+                and not any(parent.children())
+                and next(parent.parameters(recurse=False), None) is not None
+            )
+            if leaf or re.sub(r"\d+", "*", name) in shapes:
+                raise UnreadableSource(
+                    f"{self}: the weights have {name}, which config.json leaves out: it is another model's, or of "
+                    "another version"
+                )
+        with torch.inference_mode():
+            for name, parameter in model.named_parameters():
+                if not torch.isfinite(parameter.sum()):
+                    raise UnreadableSource(
+                        f"{self}: {name} holds numbers that are not finite: copy the model again, or take one whose "
+                        "training has not failed"
+                    )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, of its first three parts; () for none."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _elements(entry: Mapping[str, Any]) -> int:

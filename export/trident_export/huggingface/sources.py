@@ -55,7 +55,7 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
         SourceError: it can't be had.
         NoSpace, NotWritable, NoMemory: it can't be converted here.
     """
-    return HuggingFaceFolder(_path(spec, base, cache, progress, force))
+    return HuggingFaceFolder(_path(spec, base, cache, progress, force), trust_remote_code=spec.trust_remote_code)
 
 
 def _path(spec: ModelSpec, base: Path, cache: Path, progress: Progress, force: bool) -> Path:
@@ -63,7 +63,7 @@ def _path(spec: ModelSpec, base: Path, cache: Path, progress: Progress, force: b
     if source == Source():
         return base  # a template has no weights
     if source.hub:
-        return _from_hub(source, progress)
+        return _from_hub(source, progress, spec.trust_remote_code)
     path = _from_package(source, progress) if source.package else _local(source, base)
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, cache, progress, force)
@@ -114,11 +114,12 @@ def fetch_settings(hub_id: str, revision: str) -> Path:
     return _snapshot(hub_id, revision, SETTINGS_FILES)
 
 
-def _from_hub(source: Source, progress: Progress) -> Path:
+def _from_hub(source: Source, progress: Progress, code: bool) -> Path:
     progress(f"fetching {source.hub} from the Hugging Face hub")
-    folder = _snapshot(source.hub, source.revision, (*SETTINGS_FILES, *WEIGHT_FILES))
+    files = (*SETTINGS_FILES, "*.py") if code else SETTINGS_FILES
+    folder = _snapshot(source.hub, source.revision, (*files, *WEIGHT_FILES))
     if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(source.hub, source.revision, (*SETTINGS_FILES, *OLDER_WEIGHT_FILES))
+        folder = _snapshot(source.hub, source.revision, (*files, *OLDER_WEIGHT_FILES))
     return folder
 
 
