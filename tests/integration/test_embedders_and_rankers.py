@@ -323,12 +323,13 @@ def test_a_template_stays_whole_where_a_passage_is_cut(client: Client, folder: P
         client.rank("what?", [" "], model="answering-ranker")
 
 
-def test_qwen3_rerankers_read_what_their_card_says(server: LocalServer, folder: Path, tmp_path: Path) -> None:
+def test_qwen3_rerankers_read_what_their_card_says(tmp_path: Path) -> None:
     """A folder without a chat template for pairs: the text of Qwen3-Reranker's model card, of other types none."""
-    path = shutil.copytree(folder / "answering-ranker", tmp_path / "qwen3")
-    (path / "chat_template.jinja").unlink()
+    config = Qwen3Config(**_sizes(max_position_embeddings=512))
+    path = _decoder(tmp_path / "qwen3", config, AutoModelForCausalLM)
     table = {"source": {"path": str(path)}, "task": "text-ranking", "variants": ["fp32"]}
-    spec = models_file.parse("card", table | {"limits": {"labels": 1, "max_tokens": 512}})
+    limits = {"labels": 1, "max_tokens": 512}
+    spec = models_file.parse("card", table | {"limits": limits, "prompts": {"code": "Find code."}})
     install.export([spec], tmp_path / "repository", tmp_path, tmp_path / "cache", lambda message: None)
     before, between, after = json.loads((tmp_path / "repository/card_tokenizer/1/templates.json").read_text())["parts"][
         "Find code."
@@ -338,8 +339,8 @@ def test_qwen3_rerankers_read_what_their_card_says(server: LocalServer, folder: 
     suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert before == prefix + "<Instruct>: Find code.\n<Query>: "
     assert (between, after) == ("\n<Document>: ", suffix)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    other = json.loads((path / "config.json").read_text()) | {"model_type": "qwen2"}
+    (path / "config.json").write_text(json.dumps(other))
     with pytest.raises(UnsupportedModel, match="whose chat template has no place for the roles query and document"):
         install.export([spec], tmp_path / "repository", tmp_path, tmp_path / "cache", lambda message: None)
 
