@@ -366,8 +366,8 @@ def test_groups_rounded_by_gptq(
     assert 1e-3 < difference < 1.5 * plain
 
 
-FUSED_ROTARY = {"llama", "llama 3", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"}
-PACKED = {"llama", "llama 3", "qwen2", "mistral"}
+FUSED_ROTARY = {"llama", "llama 3", "llama, dynamic", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"}
+PACKED = {"llama", "llama 3", "llama, dynamic", "qwen2", "mistral"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

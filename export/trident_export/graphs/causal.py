@@ -526,7 +526,7 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
     spread = float(torch.cat(expected).std())
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     firsts = [0] if padding is None else [0, padding + 1]
-    said = ""
+    said, before = "", _tensors_of_modules(model)
     for packed in (True,) if keeps_states(model) else (True, False):
         for first in firsts:
             try:
@@ -536,9 +536,12 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
                 break
             found = torch.split(logits[0].float(), [len(ids) for ids in texts])
             off = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / spread
-            if off <= _LARGEST_DIFFERENCE:
+            if _tensors_of_modules(model) - before:
+                said = "it keeps states outside its cache"
+            elif off <= _LARGEST_DIFFERENCE:
                 return plan
-            said = f"over slots of a KV cache its logits are {off:.2g} standard deviations off"
+            else:
+                said = f"over slots of a KV cache its logits are {off:.2g} standard deviations off"
     raise UnsupportedArchitecture(f"a {name} is not supported: {said}: {_SUPPORTED}")
 
 
@@ -560,6 +563,16 @@ def _first_run(
         raise UnsupportedArchitecture("it keeps no keys and values")
     shapes = {name: tuple(state.shape[1:]) for name, state in found.present.items()}
     return Plan(packed, first, run.layers, frozenset(run.rotary_calls), shapes), logits
+
+
+def _tensors_of_modules(model: PreTrainedModel) -> set[tuple[str, str]]:
+    """Names of tensors that are neither weights nor buffers."""
+    return {
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.Tensor, ...]]:
