@@ -112,6 +112,15 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "exaone4": {"num_hidden_layers": 4},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+    },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "llama4_text": {"num_hidden_layers": 4},
     "phi3": {
@@ -290,8 +299,9 @@ def table(results: dict[str, list[Result]]) -> str:
         "process. Its log-probabilities and greedy tokens are compared with Hugging Face's eager attention: in",
         "company, in chunks and token by token, beyond any window and chunk. Where frequencies change with the length",
         "of a text (longrope, dynamic scaling), up to the original context, which is the longest that such a model is",
-        "served with. A refused type ends an export with the sentence here.",
-        f"transformers is {transformers.__version__}.",
+        "served with. A type that is refused ends an export with the sentence that stands here.",
+        "",
+        f"transformers {transformers.__version__}.",
         "",
     ]
     for kind, found in results.items():

@@ -6,13 +6,15 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
-from trident_export import models_file
+from trident_export import models_file, needs
 from trident_export.errors import ModelsFileError
 from trident_export.huggingface import text_part
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -94,8 +96,21 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
             reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
     table |= {"limits": limits, "on_demand": True}
     proposal = Proposal(name or _name(source), table, tuple(reasons))
-    models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
+    spec = models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
+    if parameters := model.parameters or _parameters(config):
+        takes = f"its export takes {needs.sentence(parameters, spec.kind, spec.recipes)}"
+        return replace(proposal, reasons=(*reasons, takes))
     return proposal
+
+
+def _parameters(config: PretrainedConfig) -> int:
+    """How many numbers a model of this configuration has, whose weights are not here; 0 where nothing says it."""
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    try:
+        with torch.device("meta"):
+            return int(kind(config).num_parameters()) if kind is not None else 0
+    except Exception:  # a model's own code can raise anything, and this is only a figure
+        return 0
 
 
 def append(path: Path, proposal: Proposal) -> None:

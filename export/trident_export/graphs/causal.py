@@ -398,6 +398,16 @@ class _SlotCache(StatesOfCache, Cache):
         return (query_length if self.run.packed else self.run.slots.keys), 0  # type: ignore[return-value]
 
 
+def _no_such_state(*args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedArchitecture("it keeps states beside its keys and values")
+
+
+for _name in ("conv_state", "recurrent_state"):
+    setattr(_SlotCache, f"get_{_name}", _no_such_state)
+    setattr(_SlotCache, f"update_{_name}", _no_such_state)
+_SlotCache.update_indexer = _SlotCache.has_previous_state = _no_such_state
+
+
 class _CausalGraph(torch.nn.Module):
     """The model with flat tensors in and out, as ONNX wants it."""
 

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import onnx_ir as ir
@@ -114,16 +115,25 @@ def trace(
 
 @contextmanager
 def _weights_kept() -> Iterator[dict[str, torch.Tensor]]:
-    """While this holds, the exporter tells what its graph calls the model's weights, and those that it folded."""
+    """While this holds, the exporter tells what its graph calls the model's weights, and those that it folded.
+
+    Its shape inference sees no matrices of floats: no shape depends on one, and it would copy each that is transposed.
+    """
     weights: dict[str, torch.Tensor] = {}
-    convert = exporter._model_to_graph
+    convert, infer = exporter._model_to_graph, torch._C._jit_pass_onnx_graph_shape_type_inference
 
     def recorded(*arguments: object, **options: object) -> object:
         made = convert(*arguments, **options)
         weights.update(made[1])
         return made
 
-    with mock.patch.object(exporter, "_model_to_graph", recorded):
+    def inferred(graph: torch.Graph, parameters: Mapping[str, Any], opset: int) -> None:
+        infer(graph, {name: t for name, t in parameters.items() if t.ndim < 2 or not t.is_floating_point()}, opset)
+
+    with (
+        mock.patch.object(exporter, "_model_to_graph", recorded),
+        mock.patch.object(torch._C, "_jit_pass_onnx_graph_shape_type_inference", inferred),
+    ):
         yield weights
 
 

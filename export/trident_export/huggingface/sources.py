@@ -191,6 +191,19 @@ def _from_package(source: Source, progress: Progress) -> Path:
     return path
 
 
+def at_hand(source: Source, base: Path) -> HuggingFaceFolder | None:
+    """The folder of a source that needs no download and no conversion; None where it needs one."""
+    path = base / Path(source.path).expanduser()
+    if source.hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(source.hub, "config.json", revision=source.revision or None)
+        path = Path(found).parent if isinstance(found, str) else Path()
+    elif source.package:
+        return None
+    return HuggingFaceFolder(path) if (path / "config.json").is_file() else None
+
+
 def fetch_settings(hub_id: str, revision: str) -> Path:
     """A folder with a hub model's files but for its weights.
 

@@ -461,6 +461,7 @@ def measure(
     for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
         alone = decoder.run([SlotTokens(0, 0, ids, len(ids))])
         effect = max(effect, float(np.abs(alone - served).max()))
+    del decoder  # one session at a time
     if far is not None:
         reference, found = [*reference, far.reference], [*found, far_logits(folder, far, device)]
         samples = [*samples, far.ids[-len(far.reference) :]]

@@ -146,7 +146,7 @@ class EncoderExport(Generic[Limits]):
         """See `trident_export.tasks`."""
         spec, source, limits = job.spec, job.source, job.spec.encoder
         self._check_limits(spec, source)
-        disk.require(job.staging, source.weight_bytes, spec.recipes)
+        disk.require(job.staging, max(source.weight_bytes, 4 * source.parameters), spec.recipes)
         tokenizer, postprocess = (
             job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")
         )
