@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trident_export.errors import ExportError
 from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
+from trident_export.graphs.tracing import running
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 
@@ -195,7 +196,8 @@ def check_causal(name: str) -> str:
         decoder_passes.optimize_file(path)
         decoder = OnnxDecoder(path, slots=5, context=CONTEXT - 16, longest_run=16, threads=1)
         other = OnnxDecoder(path, slots=2, context=3 * CONTEXT, longest_run=LENGTHS[1], threads=1)
-        return compare(model, decoder, other)
+        with running(f"the graph of a {type(model).__name__}", "be run over the gate's texts"):  # as an export says it
+            return compare(model, decoder, other)
 
 
 def compare(model: Any, decoder: OnnxDecoder, other: OnnxDecoder) -> str:
