@@ -74,7 +74,6 @@ def _import() -> None:
     """What the commands import sooner or later."""
     for name in ("add", "cli", "compression.curve", "compression.distillation", *_TASKS):
         importlib.import_module(f"trident_export.{name}")
-    importlib.import_module("optimum.exporters.onnx")
     importlib.import_module("transformers.models.auto.modeling_auto")
 
 

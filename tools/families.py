@@ -32,7 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trident_export.errors import ExportError
-from trident_export.graphs import decoder_passes, rotary
+from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.tracing import running
 from trident_serving.generation.batch import SlotTokens
@@ -192,8 +192,7 @@ def check_causal(name: str) -> str:
         raise NotBuilt(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        export_causal_graph(model, path, LONGEST)
-        decoder_passes.optimize_file(path)
+        editing.save(decoder_passes.optimize(export_causal_graph(model, LONGEST)), path)
         decoder = OnnxDecoder(path, slots=5, context=CONTEXT - 16, longest_run=16, threads=1)
         other = OnnxDecoder(path, slots=2, context=3 * CONTEXT, longest_run=LENGTHS[1], threads=1)
         with running(f"the graph of a {type(model).__name__}", "be run over the gate's texts"):  # as an export says it

@@ -134,7 +134,8 @@ def limits_table(*kinds: type[Limits]) -> str:
         for field in dataclasses.fields(kind):
             if kind is not kinds[0] and field.name in base and base[field.name] == field.default:
                 continue
-            default = "required" if field.default is dataclasses.MISSING else f"`{_plain(field.default)}`"
+            plain = "by length" if field.name == "buckets" else _plain(field.default)
+            default = "required" if field.default is dataclasses.MISSING else f"`{plain}`"
             line = f"| `{field.name}` | {default} | {described_by[field.name]} |"
             seen.setdefault(line, []).append("" if kind is kinds[0] else tasks)
     for line, tasks_of in seen.items():
@@ -156,7 +157,7 @@ def meanings(kind: type[object]) -> dict[str, str]:
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return "by length" if value == () else str(value)
+    return "none" if value == () else str(value)
 
 
 def encoders_table() -> str:

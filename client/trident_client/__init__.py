@@ -29,6 +29,7 @@ from trident_client._types import (
     Message,
     ModelStatus,
     Ranked,
+    SparseVector,
     Translation,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "NotFoundError",
     "Ranked",
     "ServerError",
+    "SparseVector",
     "Translation",
     "TranslationOptions",
     "TridentError",

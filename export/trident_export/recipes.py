@@ -15,7 +15,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from trident_export.errors import ModelsFileError, NoMatmuls, UsageError
-from trident_export.graphs.editing import save
+from trident_export.graphs.editing import link, save, scratch
+from trident_export.graphs.editing import load as load_graph
 from trident_export.passes import PASSES, RENAMED_KEYS, RENAMED_PASSES, Cache, CalibrationRuns, Pass, Rotate
 from trident_export.passes.base import matmuls
 from trident_serving.errors import ReadingError
@@ -163,7 +164,11 @@ def transform(model: ir.Model, passes: Sequence[Pass], runs: CalibrationRuns | N
 
 def apply(recipe: Recipe, kind: Kind, graph: Path, target: Path, runs: CalibrationRuns | None = None) -> None:
     """Write `target` (weights in `<target>.data`) from the float32 graph at `graph`; see `transform`."""
-    save(transform(ir.load(graph), recipe.passes[kind], runs), target)
+    if not recipe.passes[kind]:
+        link(graph, target)
+        return
+    with scratch():
+        save(transform(load_graph(graph), recipe.passes[kind], runs), target)
 
 
 def as_toml(steps: Sequence[Pass]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,7 @@ from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export import fingerprint, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError
-from trident_export.graphs import decoder_passes
+from trident_export.graphs import decoder_passes, editing
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import fidelity
 from trident_export.tasks import text_generation
@@ -200,9 +201,9 @@ def test_a_damaged_generator_is_refused(
     """Damaged between the reference run and the tracing."""
     original = text_generation.export_causal_graph
 
-    def damaged(model: torch.nn.Module, path: Path, positions: int) -> None:
+    def damaged(model: torch.nn.Module, positions: int) -> ir.Model:
         damage(model)  # type: ignore[operator]
-        original(model, path, positions)
+        return original(model, positions)
 
     monkeypatch.setattr(text_generation, "export_causal_graph", damaged)
     spec = models_file.parse("llama", _table(tiny["llama"]))
@@ -315,8 +316,7 @@ def test_int4_recipe_runs_and_the_gate_knows_it(tiny: dict[str, Path], tmp_path:
 
     model = AutoModelForCausalLM.from_pretrained(tiny["gpt2"]).eval()
     graph = tmp_path / "graph.onnx"
-    text_generation.export_causal_graph(model, graph, 128)
-    decoder_passes.optimize_file(graph)
+    editing.save(decoder_passes.optimize(text_generation.export_causal_graph(model, 128)), graph)
     inputs = text_generation.inputs_of(onnx.load(str(graph), load_external_data=False).graph, [1, 2, 3])
     for variant in ("int8", "int4"):
         target = tmp_path / variant / "model.onnx"

@@ -83,7 +83,7 @@ REASONS = {
     "weights": "model.safetensors is cut off: copy the model again",
     "shard": "model-00002-of-00002.safetensors): copy the model again",
     "config": "config: config.json can't be read (Expecting property name",
-    "type": "a model of type 'llama9', which transformers 4.57.6 does not know",
+    "type": "a model of type 'llama9', which transformers 5.24.0 does not know",
     "tokenizer": "tokenizer: the tokenizer can't be read (data did not match",
     "architecture": "models of type 'mamba' have no attention heads: choose a decoder that attends",
 }
@@ -167,7 +167,7 @@ def test_a_defect_of_ours_is_a_traceback_that_says_so(
     def broken(*_: object, **__: object) -> None:
         raise ValueError("cannot reshape array")
 
-    monkeypatch.setattr(decoder_passes, "optimize_file", broken)
+    monkeypatch.setattr(decoder_passes, "optimize", broken)
     common = ("--models-file", str(write_models(tmp_path, {"a": llama, "b": llama})))
     common += ("--repository", str(tmp_path / "repository"))
     for model, expected in ((("a",), 70), ((), 1)):
@@ -385,14 +385,14 @@ def test_long_steps_have_a_bar_on_a_terminal_and_lines_elsewhere(
     llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference run is slowed down so that it is a long step."""
-    load = HuggingFaceFolder.load
+    load = HuggingFaceFolder.load_whole
 
     def slow(*arguments: object) -> torch.nn.Module:
         model: torch.nn.Module = load(*arguments)  # type: ignore[arg-type]
         model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
         return model
 
-    monkeypatch.setattr(HuggingFaceFolder, "load", slow)
+    monkeypatch.setattr(HuggingFaceFolder, "load_whole", slow)
     common = ("--models-file", str(write_models(tmp_path, {"llama": llama})))
     status, said = command("export", *common, "--repository", str(tmp_path / "one"))
     assert status == 0

@@ -195,6 +195,7 @@ def test_exported_names() -> None:
         "ModelStatus",
         "NotFoundError",
         "Ranked",
+        "SparseVector",
         "ServerError",
         "Translation",
         "TranslationOptions",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from trident_serving.encoders.pooling import Pooling, normalize, pool
 from trident_serving.encoders.tokens import EncodingSettings, TextEncoder
 from trident_serving.errors import InvalidRequest
+from trident_serving.schema.limits import EncoderLimits
 from trident_serving.schema.reading import read_parameters
 from trident_serving.text import decode_texts, encode_texts
 
@@ -36,8 +39,23 @@ def test_batches_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
 
 
 def test_spans_are_characters_and_special_tokens_have_none() -> None:
-    spans = encoder().encode(["a  b"], spans=True)["token_spans"]
+    spans = encoder().windows(["a  b"], 1)["token_spans"]
     np.testing.assert_array_equal(spans, [[[-1, -1], [0, 1], [3, 4], [-1, -1]]])
+
+
+def test_windows_overlap_and_show_each_token_once() -> None:
+    texts = ["a", "a b c a b c a b c a b c", "b c"]
+    found = encoder().windows(texts, 5)
+    np.testing.assert_array_equal(found["window_text"], [0, 1, 1, 1, 2])  # six tokens each, of which two come again
+    np.testing.assert_array_equal(found["input_ids"][1:4, 1:7], [[4, 5, 6] * 2, [5, 6, 4] * 2, [6, 4, 5, 6, 3, 0]])
+    for row, text in enumerate(texts):
+        starts = found["token_spans"][found["window_text"] == row, :, 0]
+        assert starts[starts >= 0].tolist() == list(range(0, len(text), 2))
+    assert encoder().windows(texts, 3, truncate=True)["window_text"].tolist() == [0, 1, 2]
+    with pytest.raises(InvalidRequest, match="text_input takes 5 windows of 8 tokens, the limit is 4"):
+        encoder().windows(texts, 4)
+    with pytest.raises(InvalidRequest, match=r"text_input\[1\] is empty"):
+        encoder().windows(["a", " "], 4)
 
 
 def test_too_long_is_an_error_or_is_cut_before_the_closing_token() -> None:
@@ -70,6 +88,21 @@ def test_settings_from_a_config() -> None:
         read_parameters(EncodingSettings, parameters | {"truncate": "yes"})
 
 
+@pytest.mark.parametrize("most", [64, 96, 256, 384, 512, 600, 2048, 8192])
+@pytest.mark.parametrize("named", [(), (32,), (128, 256)])
+def test_no_bucket_is_far_from_the_one_before(most: int, named: tuple[int, ...]) -> None:
+    """What a token beyond a bucket costs: attention's share by the square, and that is most of it from 512 on."""
+    named = tuple(size for size in named if size < most)
+    found = EncoderLimits(max_tokens=most, buckets=named).all_buckets
+    assert set(named or [size for size in (128, 256) if size < most]) < set(found)
+    assert found[-1] == most
+    for one, other in pairwise(found):
+        assert other <= (2 if one < 512 else 1.5) * one
+    assert len(found) < 16
+    if most <= 512 and named == (128, 256):
+        assert found == (128, 256, most)
+
+
 HIDDEN = np.array([[[1, 2], [3, -4], [9, 9]], [[5, 6], [7, 8], [-1, 0]]], np.float32)
 MASK = np.array([[1, 1, 0], [1, 1, 1]], np.int64)
 
@@ -81,6 +114,8 @@ MASK = np.array([[1, 1, 0], [1, 1, 1]], np.int64)
         (Pooling.CLS, [[1, 2], [5, 6]]),
         (Pooling.LAST_TOKEN, [[3, -4], [-1, 0]]),
         (Pooling.MAX, [[3, 2], [7, 8]]),
+        (Pooling.MEAN_BY_ROOT, [[4 / 2**0.5, -2 / 2**0.5], [11 / 3**0.5, 14 / 3**0.5]]),
+        (Pooling.WEIGHTED_MEAN, [[7 / 3, -2], [16 / 6, 22 / 6]]),
     ],
 )
 def test_pooling_leaves_padding_out(pooling: Pooling, expected: list[list[float]]) -> None:
@@ -91,6 +126,16 @@ def test_pooling_with_padding_on_the_left() -> None:
     mask = np.array([[0, 1, 1]], np.int64)
     np.testing.assert_array_equal(pool(HIDDEN[:1], mask, Pooling.CLS), [[3, -4]])
     np.testing.assert_array_equal(pool(HIDDEN[:1], mask, Pooling.LAST_TOKEN), [[9, 9]])
+
+
+def test_a_prompt_is_left_out_of_the_pooling() -> None:
+    """As sentence-transformers' `Pooling` does with `include_prompt` false; positions are those of the whole text."""
+    modes = {mode: pool(HIDDEN[1:], np.array([[2, 1, 1]]), mode)[0].tolist() for mode in Pooling}
+    assert modes[Pooling.MEAN] == [3, 4]
+    assert modes[Pooling.CLS] == [7, 8]
+    assert modes[Pooling.LAST_TOKEN] == [-1, 0]
+    assert modes[Pooling.MAX] == [7, 8]
+    np.testing.assert_allclose(modes[Pooling.WEIGHTED_MEAN], [11 / 5, 16 / 5], rtol=1e-6)
 
 
 def test_normalize_equals_torch() -> None:

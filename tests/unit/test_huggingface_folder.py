@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSequenceClassification
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests import tiny_models
-from trident_export.errors import UnreadableSource, UnsupportedModel
+from trident_export.errors import UnreadableSource, UnsupportedArchitecture, UnsupportedModel
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_serving.encoders.pooling import Pooling, PoolingSettings
 
@@ -42,8 +45,9 @@ def test_a_call_changes_only_its_own_tokenizer(source: HuggingFaceFolder) -> Non
 
 
 def test_a_generation_config_is_handed_out_as_a_copy(source: HuggingFaceFolder) -> None:
+    before = source.generation_config.num_beams
     source.generation_config.update(num_beams=7)
-    assert source.generation_config.num_beams == 1
+    assert source.generation_config.num_beams == before != 7
 
 
 def test_pooling_is_that_of_sentence_transformers_files(tmp_path: Path) -> None:
@@ -53,6 +57,131 @@ def test_pooling_is_that_of_sentence_transformers_files(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     assert HuggingFaceFolder(tmp_path).pooling == PoolingSettings(Pooling.CLS, normalize=False)
-    (tmp_path / "modules.json").write_text(json.dumps([*modules, {"type": "models.Dense", "path": "2_Dense"}]))
-    with pytest.raises(UnsupportedModel, match="the model has the modules Dense, which are not supported"):
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, {"type": "models.LSTM", "path": "2_LSTM"}]))
+    with pytest.raises(UnsupportedModel, match="the model has the modules LSTM, which are not supported"):
         _ = HuggingFaceFolder(tmp_path).pooling
+
+
+def changed(folder: Path, **values: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def lost_shard(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    (folder / "model-00002-of-00007.safetensors").unlink()
+
+
+def not_a_number(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def biases(folder: Path) -> None:
+    """Weights of Qwen2, whose projections have biases, with Llama's config."""
+    weights = load_file(folder / "model.safetensors")
+    weights |= {f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(64) for layer in range(2)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "shard": (lost_shard, "the weights can't be read .*model-00002-of-00007"),
+    "layer too many": (
+        lambda folder: changed(folder, num_hidden_layers=3),
+        "the weights have no model.layers.2.* and 8 more, which config.json asks for",
+    ),
+    "layer too few": (
+        lambda folder: changed(folder, num_hidden_layers=1),
+        "the weights have model.layers.1.*, which config.json leaves out",
+    ),
+    "width": (
+        lambda folder: changed(folder, hidden_size=128, head_dim=16),
+        r"lm_head.weight is \[512, 64\] in the weights and \[512, 128\] by config.json",
+    ),
+    "vocabulary": (
+        lambda folder: changed(folder, vocab_size=600),
+        r"is \[512, 64\] in the weights and \[600, 64\] by config.json: one of the two is another model's",
+    ),
+    "family": (
+        lambda folder: changed(folder, model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
+        "the weights have no model.layers.0.self_attn.k_proj.bias and 5 more",
+    ),
+    "biases": (biases, "the weights have model.layers.0.self_attn.q_proj.bias, which config.json leaves out"),
+    "not a number": (not_a_number, "model.layers.1.mlp.up_proj.weight holds numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_weights_that_do_not_fit_their_config(tmp_path: Path, name: str) -> None:
+    """Transformers fills what is missing with random numbers, and leaves out what it has no place for."""
+    folder = tiny_models.make_causal(tmp_path / "llama", "llama")
+    damage, reason = UNFIT[name]
+    damage(folder)
+    with pytest.raises(UnreadableSource, match=reason):
+        HuggingFaceFolder(folder).load(AutoModelForCausalLM)
+
+
+def test_a_base_model_may_come_without_its_pooler(source: HuggingFaceFolder) -> None:
+    weights = load_file(source.path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("bert.pooler")}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, source.path / "model.safetensors", {"format": "pt"})
+    model = source.load(AutoModel)
+    assert torch.equal(model.embeddings.word_embeddings.weight, weights["bert.embeddings.word_embeddings.weight"])
+    with pytest.raises(UnreadableSource, match="the weights have no bert.pooler.dense.bias and 1 more"):
+        source.load(AutoModelForSequenceClassification)
+
+
+def test_a_folder_of_a_later_version_names_it(tmp_path: Path) -> None:
+    folder = tiny_models.make_causal(tmp_path / "llama", "llama")
+    changed(folder, model_type="llama9", transformers_version="5.99.1")
+    with pytest.raises(
+        UnsupportedArchitecture, match="'llama9'.*: transformers 5.99.1, which wrote it, or a newer one"
+    ):
+        _ = HuggingFaceFolder(folder).config
+    changed(folder, model_type="llama", rope_parameters={"rope_type": "spiral", "rope_theta": 1.0})
+    with pytest.raises(
+        UnreadableSource, match=r"the folder was written by transformers 5.99.1, 5\.\d+\.\d+ is installed"
+    ):
+        HuggingFaceFolder(folder).load(AutoModelForCausalLM)
+    changed(folder, transformers_version="6.0.0")
+    with pytest.raises(UnreadableSource, match="was written by transformers 6.0.0, and 5.* may read it otherwise"):
+        _ = HuggingFaceFolder(folder).config
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+Path({marker!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("kind", ["own", "llama"])
+def test_code_in_a_folder_runs_only_where_its_table_says_so(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nothing is asked"))
+    marker = tmp_path / "ran"
+    folder = tiny_models.make_causal(tmp_path / "llama", "llama")
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    changed(folder, model_type=kind, auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    if kind == "llama":  # transformers has the class itself
+        assert type(HuggingFaceFolder(folder).load(AutoModelForCausalLM)).__module__.startswith("transformers.models.")
+    else:
+        with pytest.raises(UnsupportedArchitecture, match="run only with trust_remote_code = true in its table"):
+            HuggingFaceFolder(folder).load(AutoModelForCausalLM)
+    _ = HuggingFaceFolder(folder).generation_config
+    assert not marker.exists()
+    if kind == "own":
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        model = HuggingFaceFolder(folder, trust_remote_code=True).load(AutoModelForCausalLM)
+        assert type(model).__name__ == "OwnModel"
+        assert marker.exists()

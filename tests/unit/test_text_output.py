@@ -89,6 +89,48 @@ def test_characters_are_never_cut(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@given(prompt=TEXTS, answer=TEXTS)
+def test_an_answer_goes_on_from_its_prompt(name: str, prompt: str, answer: str) -> None:
+    """What transformers' pipeline shows: the decoding of both at once, behind that of the prompt."""
+    tokenizer = TOKENIZERS[name]
+    before, ids = tokenizer.encode(prompt), tokenizer.encode(answer)
+    known, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
+    detokenizer = Detokenizer(tokenizer, before)
+    found = "".join([*(detokenizer.push(token) for token in ids), detokenizer.flush()])
+    assert found == whole[len(known) :] or "\ufffd" in whole
+
+
+@pytest.mark.parametrize("special", [0, 3, 9])
+def test_the_first_space_is_kept(special: int) -> None:
+    """Also behind special tokens, which have no text, as they end the prompt of a chat template."""
+    raw = sentencepiece_like()._tokenizer
+    raw.add_special_tokens(["<s>", "<end>"])
+    tokenizer, marks = TextTokenizer(raw), [raw.token_to_id("<s>"), raw.token_to_id("<end>")]
+    prompt = [marks[0], *tokenizer.encode("the cat"), *[marks[1]] * special]
+    detokenizer = Detokenizer(tokenizer, prompt)
+    texts = [detokenizer.push(token) for token in tokenizer.encode("on the cat")]
+    assert "".join(texts) == " on the cat"
+    assert texts[0] == "" or texts[0].startswith(" ")
+    alone = Detokenizer(tokenizer)
+    assert "".join(alone.push(token) for token in tokenizer.encode("on the cat")) == "on the cat"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stop_word_may_begin_with_the_first_space(streaming: bool) -> None:
+    channel = Collected()
+    ids = SENTENCEPIECE.encode("the cat")
+    request = GenerationRequest(
+        "the", tuple(ids), SamplingParams(max_tokens=9), stop_words=(" on the",), stream=streaming
+    )
+    stream = TextStream(request, SENTENCEPIECE, frozenset([-1]), channel, lambda _: None)
+    assert any(stream.accept(token, None) for token in SENTENCEPIECE.encode("on the cat"))
+    stream.finish(FinishReason.STOP)
+    assert stream.send_pending()
+    assert "".join(chunk.text for chunk in channel.chunks) == ""
+    assert channel.chunks[-1].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 @given(
     text=TEXTS,
     words=st.lists(st.sampled_from(["中", "b", "العا", "\u0308 n", "return", "🚀 "]), max_size=2),
@@ -114,7 +156,7 @@ def test_chunks_joined_equal_the_answer_in_one_chunk(
         assert stream.send_pending()
         answers.append(("".join(chunk.text for chunk in channel.chunks), channel.chunks[-1].finish_reason))
     assert answers[0] == answers[1]
-    whole = tokenizer.decode(ids)
+    whole = tokenizer.decode([1, *ids])[len(tokenizer.decode([1])) :]
     if not any(word in whole for word in words):
         # That decoder spoils the whole run of bytes around an invalid one, if it sees them at once.
         assert answers[0] == (whole, FinishReason.LENGTH) or "\ufffd" in whole

@@ -1,7 +1,8 @@
 """From a model to a float32 ONNX graph, and the passes on that graph before any recipe.
 
 causal, seq2seq     transformers' decoders and encoder-decoders, by tracing
-encoder             encoders, by optimum
+tracing             one call of torch's exporter for all of them
+encoder             encoders
 rotary              rotary embeddings that the attention operator computes
 shape_folding       shapes that never change become constants
 decoder_passes      fewer and larger operators for decoders

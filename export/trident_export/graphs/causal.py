@@ -37,13 +37,13 @@ Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQue
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
@@ -54,10 +54,11 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.graphs import rotary
+from trident_export.graphs import rotary, states
 from trident_export.graphs.decoder_passes import QUERY_SEQLENS
 from trident_export.graphs.experts import every_expert
 from trident_export.graphs.slot_attention import Batch, MaskFunction, Slots, window_of
+from trident_export.graphs.states import PAST, PRESENT, States, StatesOfCache, keeps_states, mixers_replaced
 from trident_export.graphs.tracing import running, trace
 from trident_export.huggingface.folder import reason
 from trident_serving.runtime.kv_cache import KEYS
@@ -71,6 +72,14 @@ HEAD_MULTIPLE = 8  # of a head's size, which the operator wants
 # most; a mistake in positions, masks or experts makes 0.1 and more.
 _LARGEST_DIFFERENCE = 1e-2
 _SUPPORTED = "choose another model"
+
+# The first run's places of tokens for states: five of one text, then three of another.
+_FIRST_PLACES = (
+    torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 7, 7]]),
+    torch.tensor([[1.0] * 5, [1.0, 1.0, 1.0, 0.0, 0.0]])[..., None],
+    torch.tensor([0, 1]),
+    torch.tensor([0, 5, 8], dtype=torch.int32),
+)
 
 Heads = tuple[int, int]  # how many, and numbers of each
 
@@ -117,12 +126,14 @@ class Plan:
         packed: tokens of all slots stand one after another; otherwise each slot has a row.
         first_position: what the model calls the first position.
         rotary_calls: calls of the rotating function that the operator makes up for.
+        states: shapes of a slot's other states by name, see `states`.
     """
 
     packed: bool
     first_position: int
     layers: tuple[Layer, ...]
     rotary_calls: frozenset[int] = frozenset()
+    states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class _GroupQueryAttention(torch.autograd.Function):
@@ -182,6 +193,7 @@ class _Run:
     packed: bool
     batch: Batch
     past: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
+    states: States
     layers: tuple[Layer, ...] = ()
     tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -361,12 +373,12 @@ def _empty_cache(new: torch.Tensor) -> torch.Tensor:
     return torch.zeros(new.shape[0], new.shape[1], KEYS, new.shape[3])
 
 
-class _SlotCache(Cache):
+class _SlotCache(StatesOfCache, Cache):
     """What transformers' models know as their cache: `_Run` keeps it."""
 
     def __init__(self, run: _Run) -> None:
         super().__init__(layers=[])
-        self.run = run
+        self.run, self.states = run, run.states
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         """In a packed run the attention appends; otherwise keys and values are read from the cache here."""
@@ -415,12 +427,17 @@ class _CausalGraph(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, *others: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        past = list(zip(others[6::2], others[7::2], strict=True))
-        run = _Run(self.plan.packed, Batch(*others[:5]), past, self.plan.layers)
+        begin = 6 + 2 * len(self.plan.layers)
+        past, kept = list(zip(others[6:begin:2], others[7:begin:2], strict=True)), others[begin:]
+        batch, count = Batch(*others[:5]), len(states.INPUTS)
+        places = states.Places._make((*kept[:count], batch.positions)) if kept else None
+        found = States(places, dict(zip(self.plan.states, kept[count:], strict=True)))
+        run = _Run(self.plan.packed, batch, past, found, self.plan.layers)
         for key, name in self._tables.items():
             run.tables[key] = (getattr(self, name), getattr(self, name.replace("cos", "sin")))
         logits = logits_of(self.model, run, input_ids, position_ids + self.plan.first_position, others[5])
-        return (logits, *(tensor for layer in run.present for tensor in layer))
+        flat = [tensor for layer in run.present for tensor in layer]
+        return (logits, *flat, *(found.present[name] for name in self.plan.states))
 
 
 def logits_of(
@@ -461,6 +478,7 @@ def logits_of(
                 stack.callback(module.register_forward_pre_hook(placed, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(flat).remove)
         stack.enter_context(_interfaces(run))
+        stack.enter_context(mixers_replaced(model, run.states))
         for module in model.modules() if run.packed else ():
             if type(module).__name__ in _OWN_WAYS:
                 name, function = _OWN_WAYS[type(module).__name__]
@@ -508,8 +526,8 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
     spread = float(torch.cat(expected).std())
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     firsts = [0] if padding is None else [0, padding + 1]
-    said = ""
-    for packed in (True, False):
+    said, before = "", _tensors_of_modules(model)
+    for packed in (True,) if keeps_states(model) else (True, False):
         for first in firsts:
             try:
                 plan, logits = _first_run(model, arguments, positions, packed, first)
@@ -518,9 +536,12 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
                 break
             found = torch.split(logits[0].float(), [len(ids) for ids in texts])
             off = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / spread
-            if off <= _LARGEST_DIFFERENCE:
+            if _tensors_of_modules(model) - before:
+                said = "it keeps states outside its cache"
+            elif off <= _LARGEST_DIFFERENCE:
                 return plan
-            said = f"over slots of a KV cache its logits are {off:.2g} standard deviations off"
+            else:
+                said = f"over slots of a KV cache its logits are {off:.2g} standard deviations off"
     raise UnsupportedArchitecture(f"a {name} is not supported: {said}: {_SUPPORTED}")
 
 
@@ -533,24 +554,42 @@ def _first_run(
             stack.enter_context(_attention_replaced(model))
         stack.enter_context(torch.inference_mode())
         watched = stack.enter_context(rotary.watched(model, places[0] + first, positions + first))
-        run = _FirstRun(packed, Batch(*others[:5]), None, watched=watched, positions=positions)
+        batch = Batch(*others[:5])
+        found = States(states.Places(*_FIRST_PLACES, batch.positions) if keeps_states(model) else None)
+        run = _FirstRun(packed, batch, None, found, watched=watched, positions=positions)
         logits = logits_of(model, run, input_ids, places + first, others[5])
-    if not run.layers:
+    found.check_all_taken()
+    if not run.layers and not found.present:
         raise UnsupportedArchitecture("it keeps no keys and values")
-    return Plan(packed, first, run.layers, frozenset(run.rotary_calls)), logits
+    shapes = {name: tuple(state.shape[1:]) for name, state in found.present.items()}
+    return Plan(packed, first, run.layers, frozenset(run.rotary_calls), shapes), logits
+
+
+def _tensors_of_modules(model: PreTrainedModel) -> set[tuple[str, str]]:
+    """Names of tensors that are neither weights nor buffers."""
+    return {
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.Tensor, ...]]:
     """Two texts of 5 and 3 tokens, and the graph's inputs that run both from an empty cache; all get logits.
 
     Their tokens alternate: a model that counts positions by itself would be right where each text stands together.
+    But states are computed of tokens that do, see `states`.
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size // 4, config.vocab_size // 2, (8,), generator=generator)
     places = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [1, 2], [0, 3], [0, 4]])
     first, second = [0, 2, 4, 6, 7], [1, 3, 5]
-    tokens = torch.tensor([first, [*second, 5, 5]])
+    if keeps_states(model):
+        places = torch.tensor([*((0, place) for place in range(5)), *((1, place) for place in range(3))])
+        first, second = [0, 1, 2, 3, 4], [5, 6, 7]
+    tokens = torch.tensor([first, [*second, second[-1], second[-1]]])
     return [ids[first].tolist(), ids[second].tolist()], (
         ids[None],
         places[None, :, 1],
@@ -563,8 +602,8 @@ def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.T
     )
 
 
-def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> None:
-    """Write `model` (float32, in evaluation mode) to `path`; weights beyond 2 GB go to files next to it.
+def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
+    """The graph of `model` (float32, in evaluation mode), whose numbers are the model's own; see `tracing`.
 
     Args:
         positions: the largest capacity of a cache that the graph will be used with.
@@ -594,9 +633,18 @@ def export_causal_graph(model: PreTrainedModel, path: Path, positions: int) -> N
                 outputs.append(f"present.{number}.{kind}")
                 axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
                 arguments.append(torch.zeros(2, heads, KEYS, size))
+        if plan.states:
+            inputs += states.INPUTS
+            axes |= states.AXES
+            arguments += _FIRST_PLACES
+        for name, shape in plan.states.items():
+            inputs.append(PAST + name)
+            outputs.append(PRESENT + name)
+            axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows"}
+            arguments.append(torch.zeros(2, *shape))
         with ExitStack() as stack:
             if plan.packed:
                 stack.enter_context(_attention_replaced(model))
             stack.enter_context(rotary.left_to_operator(model, set(plan.rotary_calls)))
             graph = _CausalGraph(model, plan)
-            trace(graph, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+            return trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")

@@ -3,6 +3,7 @@
 casts           a cast to the type that a tensor has already goes
 query_seqlens   goes from graphs for GPUs: ONNX Runtime 1.31, the last one for them, does not know it
 reshapes        one that the next undoes goes
+weights         come second in a matmul: with tokens as its columns it would sum in another order for a single one
 matmuls         queries, keys and values come from one matmul, in the packed form of the attention operator, and
                 two other matmuls of one input (gate and up projection) are joined, too: one stream waits for the
                 number of operators as much as for their arithmetic
@@ -17,33 +18,32 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from trident_export.graphs import editing
-from trident_export.graphs.editing import array, constant, drop_unused, numbers
+from trident_export.graphs.editing import array, constant, drop_unused, numbers, side_by_side
 from trident_export.graphs.shape_folding import fold_shapes
 
 QUERY_SEQLENS = 16  # position among the attention operator's inputs
 
 
-def optimize_file(path: Path, *, ragged: bool = True) -> None:
-    """Constant shapes and all passes on the graph of a file, which is overwritten.
+def optimize(model: ir.Model, *, ragged: bool = True) -> ir.Model:
+    """Constant shapes and all passes; the model that is given may be changed.
 
     Args:
         ragged: whether the slots of a run may have different numbers of tokens, which takes ONNX Runtime 1.32.
     """
-    model = editing.take(path)
     fold_shapes(model)
     drop_idle_casts(model)
     if not ragged:
         drop_query_seqlens(model)
     drop_reshape_pairs(model)
+    put_weights_second(model)
     pack_attention(model)
     join_matmuls(model)
-    editing.save(fuse_norms(model), path)
+    return fuse_norms(model)
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
@@ -74,8 +74,9 @@ def drop_idle_casts(model: ir.Model) -> None:
     """Drop casts to the type that a tensor has already, which hide norms from the fusions."""
     types = editing.infer(model)
     for node in model.graph:
-        idle = node.op_type == "Cast" and types[node.inputs[0].name].dtype == node.attributes["to"].as_int()
-        if idle and not node.outputs[0].is_graph_output():
+        if node.op_type != "Cast" or node.outputs[0].is_graph_output():  # whose name is kept
+            continue
+        if types[node.inputs[0].name].dtype == node.attributes["to"].as_int():
             node.outputs[0].replace_all_uses_with(node.inputs[0])
     drop_unused(model, inputs=True)
 
@@ -119,6 +120,21 @@ def drop_reshape_pairs(model: ir.Model) -> None:
             continue
         if not any(shape[:2]) and not any(split[:2]) and shape[2] in (-1, split[2] * split[3]):
             node.outputs[0].replace_all_uses_with(before.inputs[0])
+    drop_unused(model, inputs=True)
+
+
+def put_weights_second(model: ir.Model) -> None:
+    """A matmul of a weight and transposed tokens becomes one of tokens and the transposed weight."""
+    for node in [node for node in model.graph if node.op_type == "MatMul"]:
+        weight, tokens = node.inputs[0], node.inputs[1].producer()
+        if not weight.is_initializer() or len(weight.shape) != 2 or tokens is None or tokens.op_type != "Transpose":
+            continue
+        if list(tokens.attributes["perm"].as_ints()) != [0, 2, 1]:
+            continue
+        (output,) = node.outputs
+        turned = constant(model.graph, f"{weight.name}_turned", np.ascontiguousarray(array(weight).T))
+        product = editing.make("MatMul", [tokens.inputs[0], turned], f"{output.name}_turned", name=node.name)
+        editing.replace(node, [product, editing.make("Transpose", product.outputs, output.name, perm=[0, 2, 1])])
     drop_unused(model, inputs=True)
 
 
@@ -191,8 +207,7 @@ def _projection(value: ir.Value | None) -> _Projection | None:
 def _join(nodes: Sequence[ir.Node], name: str) -> ir.Value:
     """The output of one matmul in place of several of the same input; theirs stand in it side by side."""
     path = f"{nodes[0].name.rsplit('/', 2)[0]}/{name}"
-    weights = np.concatenate([array(node.inputs[1]) for node in nodes], axis=1)
-    weight = constant(nodes[0].graph, f"{path}/weight", weights)
+    weight = side_by_side(nodes[0].graph, f"{path}/weight", [node.inputs[1] for node in nodes], axis=1)
     joined = editing.make("MatMul", [nodes[0].inputs[0], weight], f"{path}/output", name=f"{path}/MatMul")
     nodes[0].prepend(joined)
     return joined.outputs[0]

@@ -1,12 +1,19 @@
 """What all passes over a graph share. Graphs are `onnx_ir` models, edited in place.
 
-Weights stay in the file or message that they were read from until a pass asks for their numbers; `infer` and `light`
-work without the large ones. Functions of ONNX Runtime that want a protobuf get one from `light` or `message`.
+Memory holds one large weight at a time: weights stay where they lie, in a file or in the model that was traced, until a
+pass asks for their numbers (`array`), and what a pass makes of them goes to a file again (`scratch`). `infer` and
+`light` work without the large ones. Functions of ONNX Runtime that want a protobuf get one from `light` or `message`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +25,29 @@ from onnx import helper, numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 SMALL = 1024  # bytes of a constant that shape inference may look at
+LARGE = 2**20  # bytes of a matrix that memory does not hold longer than it must
+
+_SCRATCH: ContextVar[Path | None] = ContextVar("scratch", default=None)
+_NUMBERS = count()
 
 
-def take(path: Path) -> ir.Model:
-    """Read a traced graph and remove its file, so that the disk never holds it twice when it is written again."""
+@contextmanager
+def scratch() -> Iterator[None]:
+    """While this holds, large matrices that passes make lie in files, which are gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        token = _SCRATCH.set(Path(folder))
+        try:
+            yield
+        finally:
+            _SCRATCH.reset(token)
+
+
+def load(path: Path) -> ir.Model:
+    """Read a graph; its weights stay in their file, which may have a second name (`link`)."""
     model = ir.load(path)
-    path.unlink()
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _in_file(value.const_value, Path(value.const_value.path).absolute())
     return model
 
 
@@ -36,6 +60,54 @@ def save(model: ir.Model, path: Path) -> None:
         data.chmod(0o644)  # onnx_ir makes it private to this user, and the server may be another
 
 
+def link(path: Path, target: Path) -> None:
+    """Give a graph that `save` wrote a second name, so that the disk holds it once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for ending in ("", ".data"):
+        if (file := path.with_name(path.name + ending)).exists():
+            _link(file, target.with_name(target.name + ending))
+
+
+def save_linked(model: ir.Model, path: Path) -> None:
+    """Write a graph for a session that is to be opened right now: weights in files are linked and not copied."""
+    links: dict[str, Path] = {}
+    before = [(value, value.const_value) for value in model.graph.initializers.values()]
+    try:
+        for value, tensor in before:
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            if tensor.path not in links:
+                links[tensor.path] = path.with_name(f"{path.name}.{len(links)}")
+                _link(Path(tensor.path), links[tensor.path])
+            value.const_value = _in_file(tensor, links[tensor.path], base=path.parent)
+        ir.save(model, path)
+    finally:
+        for value, tensor in before:
+            value.const_value = tensor
+
+
+def _link(file: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(file, target)
+
+
+def _in_file(tensor: ir.ExternalTensor, file: Path, base: Path = Path()) -> ir.ExternalTensor:
+    """The same numbers in another file; without a base folder onnx_ir takes any path, and files with several names."""
+    where = file.name if base != Path() else str(file)
+    return ir.ExternalTensor(
+        where,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        base_dir=base if base != Path() else "",
+    )
+
+
 def make(
     kind: str, inputs: Sequence[ir.Value | None], output: str, name: str = "", domain: str = "", **attributes: Any
 ) -> ir.Node:
@@ -45,17 +117,49 @@ def make(
 
 def constant(graph: ir.Graph, name: str, value: NDArray[Any]) -> ir.Value:
     """The initializer of a name, which is added where there is none."""
-    if name not in graph.initializers:
-        tensor = ir.Tensor(value, name=name)
-        graph.initializers[name] = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
-        )
-    return graph.initializers[name]
+    return graph.initializers[name] if name in graph.initializers else _initializer(graph, _tensor(name, value))
+
+
+def side_by_side(graph: ir.Graph, name: str, parts: Sequence[ir.Value], axis: int) -> ir.Value:
+    """The initializer of a name: the numbers of others side by side, which are put together when they are asked for."""
+    tensors = [part.const_value for part in parts]
+    shape = list(tensors[0].shape)
+    shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+
+    def read() -> ir.Tensor:
+        return ir.Tensor(np.concatenate([_read(tensor) for tensor in tensors], axis=axis), name=name)
+
+    return _initializer(graph, ir.LazyTensor(read, tensors[0].dtype, ir.Shape(shape), name=name))
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    graph.initializers[value.name] = value
+    return value
+
+
+def _tensor(name: str | None, numbers: NDArray[Any]) -> ir.TensorProtocol:
+    """Numbers in memory, or in a file where they are many."""
+    folder = _SCRATCH.get()
+    if folder is None or numbers.ndim < 2 or numbers.nbytes < LARGE:
+        return ir.Tensor(np.ascontiguousarray(numbers) if numbers.ndim else numbers, name=name)
+    file = folder / f"{next(_NUMBERS)}"
+    with file.open("wb") as stream:
+        stream.write(np.ascontiguousarray(numbers).data)
+    kind = ir.DataType.from_numpy(numbers.dtype)
+    return ir.ExternalTensor(str(file), 0, numbers.nbytes, kind, shape=ir.Shape(numbers.shape), name=name or "")
 
 
 def array(value: ir.Value) -> NDArray[Any]:
-    """An initializer's numbers."""
-    found: NDArray[Any] = value.const_value.numpy()
+    """An initializer's numbers; of a file, they are in memory as long as this array is."""
+    return _read(value.const_value)
+
+
+def _read(tensor: ir.TensorProtocol) -> NDArray[Any]:
+    if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= SMALL:
+        shape = tensor.shape.numpy()
+        return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, shape).view(np.ndarray)
+    found: NDArray[Any] = tensor.numpy()
     return found
 
 
@@ -77,7 +181,10 @@ def rank_of_weight(value: ir.Value | None) -> int | None:
 
 def store(value: ir.Value, new: NDArray[Any]) -> None:
     """Give an initializer other numbers of its shape."""
-    value.const_value = ir.Tensor(np.ascontiguousarray(new), name=value.name)
+    old, folder = value.const_value, _SCRATCH.get()
+    value.const_value = _tensor(value.name, new)
+    if isinstance(old, ir.ExternalTensor) and folder is not None and Path(old.path).parent == folder:
+        Path(old.path).unlink()  # of an earlier pass
 
 
 def set_inputs(node: ir.Node, inputs: Sequence[ir.Value | None]) -> None:

@@ -26,20 +26,24 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
-from trident_export.graphs import editing
 from trident_export.graphs.editing import constant, make, reduced, save
 from trident_export.graphs.tracing import running, trace
 from trident_export.graphs.unpadding import unpad
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.sentence_transformers import Dense, Layer, LayerNorm, Truncate
 from trident_serving.encoders.pooling import Pooling
 
 ATTENTION = "trident_encoder_attention"
 TOKEN_TYPES = "token_type_ids"
+# Where a prompt is left out of the pooling (see `with_marked_prompt`): what is no padding, and what is pooled.
+REAL_TOKENS = "real_tokens"
+COUNTED_TOKENS = "counted_tokens"
 _INPUTS = ("input_ids", "attention_mask", TOKEN_TYPES)
 _OUTPUTS = ("last_hidden_state", "logits", "start_logits", "end_logits")
 # What is computed once, when the graph is traced, must not be taken for the same at other lengths: no two are equal.
@@ -54,6 +58,7 @@ def export_encoder_graph(
     inputs: Sequence[str],
     outputs: Sequence[str],
     finish: Callable[[ir.Model], None],
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> None:
     """Write the graph of the Hugging Face folder `source` to `path`, in float32.
 
@@ -62,12 +67,14 @@ def export_encoder_graph(
         inputs: names that the graph must have, as above.
         outputs: so too.
         finish: adds the outputs that the model itself does not give.
+        prepare: changes the model before it is traced.
 
     Raises:
         UnsupportedArchitecture: there is no such head, or it can't be traced, or gives other outputs.
         UnreadableSource: the weights are missing or damaged.
     """
     model, taken = _load(source, head)
+    prepare(model)
     names = [name for name in taken if name in inputs]
     arguments = _arguments(names)
     traced = _Encoder(model, names, zeros=names != taken)
@@ -79,8 +86,13 @@ def export_encoder_graph(
     whole = batch | {1: "sequence"}
     axes = dict.fromkeys(names, whole)
     axes |= {name: whole if given[name].shape[1:2] == (_LENGTH,) else batch for name in traced.wanted}
-    trace(traced, list(arguments.values()), path, inputs=names, outputs=traced.wanted, axes=axes, of=said)
-    graph = editing.take(path)
+    tensors = list(arguments.values())
+    graph = trace(traced, tensors, inputs=names, outputs=traced.wanted, axes=axes, of=said, operators=False)
+    if lost := sorted({"input_ids", "attention_mask"} - {value.name for value in graph.graph.inputs}):
+        raise UnsupportedArchitecture(
+            f"{said} reads no {' and no '.join(lost)} in the run that was traced, so padding would change its answers: "
+            "choose another model"
+        )
     if TOKEN_TYPES in inputs:
         with_token_types(graph)
     finish(graph)
@@ -92,7 +104,7 @@ def export_encoder_graph(
         )
     graph.graph.outputs.clear()
     graph.graph.outputs.extend(found[name] for name in outputs)
-    unpad(graph)
+    unpad(graph, REAL_TOKENS if REAL_TOKENS in ir.convenience.create_value_mapping(graph.graph) else "attention_mask")
     save(graph, path)
 
 
@@ -112,14 +124,19 @@ def _load(source: HuggingFaceFolder, head: Any) -> tuple[PreTrainedModel, list[s
         raise UnsupportedArchitecture(
             f"{source} is a {type(model).__name__}, which reads no texts with an attention mask: choose another"
         )
-    types = getattr(model.config, "type_vocab_size", None)
-    if (types if types is not None else TOKEN_TYPES in source.tokenizer.model_input_names) in (0, 1, False):
+    if TOKEN_TYPES not in source.tokenizer.model_input_names:  # then Hugging Face leaves them to the model
         names = [name for name in names if name != TOKEN_TYPES]
     if model._supports_attention_backend:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, eager_mask)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
         model.set_attn_implementation(ATTENTION)
     return model, names
+
+
+def _mask(*sizes: Any, **options: Any) -> torch.Tensor | None:
+    """Transformers' eager mask, computed from positions: the exporter can't record `vmap`."""
+    mask: torch.Tensor | None = eager_mask(*sizes, **(options | {"use_vmap": False}))
+    return mask
 
 
 def _attend(
@@ -140,16 +157,20 @@ def _attend(
     for name in ("s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
             raise UnsupportedArchitecture(f"attention with {name!r} is not supported in encoders: choose another model")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
     # Scaled queries, not scores: there are fewer.
-    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if groups > 1:  # several heads of queries for one of keys: [batch, heads, groups, tokens, head_dim]
+        query = torch.unflatten(query, 1, (heads, groups))
+        key, value = key[:, :, None], value[:, :, None]
+        attention_mask = attention_mask[:, :, None] if attention_mask is not None else None
+    scores = torch.matmul(query, key.transpose(-2, -1))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
-    return torch.matmul(scores.softmax(dim=-1), value).transpose(1, 2).contiguous(), None
+    found = torch.matmul(scores.softmax(dim=-1), value)
+    return (found.flatten(1, 2) if groups > 1 else found).transpose(1, 2).contiguous(), None
 
 
 def _arguments(names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -201,11 +222,29 @@ def with_top_logits(model: ir.Model, k: int) -> None:
     graph.outputs.extend([scores, ids, *normalizer.outputs])
 
 
-def with_pooling(model: ir.Model, pooling: Pooling) -> None:
-    """Add the output `pooled`; the numbers are those of `encoders.pooling.pool` for padding on the right."""
+def with_pooling(model: ir.Model, pooling: Pooling, *more: Pooling) -> None:
+    """Add the output `pooled`; the numbers are those of `encoders.pooling.pool` for padding on the right.
+
+    Args:
+        more: further poolings, whose vectors follow the first one's.
+    """
     graph = model.graph
     hidden = next(value for value in graph.outputs if value.name == "last_hidden_state")
-    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    made = [_pooled(model, hidden, kind, "pooled" if not more else f"pooled/{kind}") for kind in (pooling, *more)]
+    if more:
+        graph.append(make("Concat", made, "pooled", axis=-1))
+        made = list(graph[-1].outputs)
+    width = hidden.shape[2]
+    width = width * (1 + len(more)) if isinstance(width, int) else None
+    made[0].type, made[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", width])
+    graph.outputs.append(made[0])
+
+
+def _pooled(model: ir.Model, hidden: ir.Value, pooling: Pooling, output: str) -> ir.Value:
+    graph = model.graph
+    given = ir.convenience.create_value_mapping(graph)
+    real = given.get(REAL_TOKENS, given["attention_mask"])
+    mask = given.get(COUNTED_TOKENS, real)
     zero, one, two, lowest = (
         constant(graph, f"pooling/{name}", value)
         for name, value in (
@@ -215,29 +254,180 @@ def with_pooling(model: ir.Model, pooling: Pooling) -> None:
             ("lowest", np.array(np.finfo(np.float32).min, np.float32)),
         )
     )
+    path = "pooling" if output == "pooled" else f"pooling/{pooling}"
 
     def add(kind: str, inputs: list[ir.Value], output: str, **attributes: Any) -> ir.Value:
         graph.append(make(kind, inputs, output, **attributes))
         return graph[-1].outputs[0]
 
     if pooling is Pooling.CLS:
-        pooled = add("Gather", [hidden, zero], "pooled", axis=1)
-    elif pooling is Pooling.LAST_TOKEN:
-        lengths = add("ReduceSum", [mask, one], "pooling/lengths", keepdims=1)
-        ends = add("Sub", [lengths, one], "pooling/ends")
-        pooled = add("GatherND", [hidden, ends], "pooled", batch_dims=1)
-    elif pooling is Pooling.MAX:
-        column = add("Unsqueeze", [mask, two], "pooling/column")
-        real = add("Cast", [column], "pooling/real", to=ir.DataType.BOOL)
-        kept = add("Where", [real, hidden, lowest], "pooling/kept")
+        if mask is real:
+            return add("Gather", [hidden, zero], output, axis=1)
+        first = add("ArgMax", [mask], f"{path}/first", axis=1, keepdims=1)
+        return add("GatherND", [hidden, first], output, batch_dims=1)
+    if pooling is Pooling.LAST_TOKEN:
+        lengths = add("ReduceSum", [real, one], f"{path}/lengths", keepdims=1)
+        ends = add("Sub", [lengths, one], f"{path}/ends")
+        return add("GatherND", [hidden, ends], output, batch_dims=1)
+    if pooling is Pooling.MAX:
+        column = add("Unsqueeze", [mask, two], f"{path}/column")
+        kept = add(
+            "Where", [add("Cast", [column], f"{path}/real", to=ir.DataType.BOOL), hidden, lowest], f"{path}/kept"
+        )
         inputs, axis = reduced(model, kept, one)
-        pooled = add("ReduceMax", inputs, "pooled", keepdims=0, **axis)
-    else:
-        weights = add("Cast", [mask], "pooling/weights", to=ir.DataType.FLOAT)
-        row = add("Unsqueeze", [weights, one], "pooling/row")
-        summed = add("MatMul", [row, hidden], "pooling/sum")
-        total = add("Squeeze", [summed, one], "pooling/total")
-        count = add("ReduceSum", [weights, one], "pooling/count", keepdims=1)
-        pooled = add("Div", [total, count], "pooled")
-    pooled.type, pooled.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", hidden.shape[2]])
-    graph.outputs.append(pooled)
+        return add("ReduceMax", inputs, output, keepdims=0, **axis)
+    if pooling is Pooling.WEIGHTED_MEAN:
+        mask = add("Mul", [add("CumSum", [real, one], f"{path}/positions"), mask], f"{path}/weighted")
+    weights = add("Cast", [mask], f"{path}/weights", to=ir.DataType.FLOAT)
+    row = add("Unsqueeze", [weights, one], f"{path}/row")
+    summed = add("MatMul", [row, hidden], f"{path}/sum")
+    total = add("Squeeze", [summed, one], f"{path}/total")
+    count = add("ReduceSum", [weights, one], f"{path}/count", keepdims=1)
+    if pooling is Pooling.MEAN_BY_ROOT:
+        count = add("Sqrt", [count], f"{path}/root")
+    return add("Div", [total, count], output)
+
+
+def with_last_score(model: ir.Model) -> None:
+    """Let `logits` be one number a text: at its last token the first logit, less the second where there are two."""
+    graph = model.graph
+    logits = graph.outputs.pop([found.name for found in graph.outputs].index("logits"))
+    logits.name = "token_logits"
+    one = constant(graph, "score/one", np.array([1], np.int64))
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    length = make("ReduceSum", [mask, one], "score/length", keepdims=1)
+    end = make("Sub", [*length.outputs, one], "score/end")
+    last = make("GatherND", [logits, *end.outputs], "score/last", batch_dims=1)
+    answers = logits.shape[2]
+    signs = constant(graph, "score/signs", np.array([[1.0], [-1.0]][:answers], np.float32))
+    score = make("MatMul", [*last.outputs, signs], "logits")
+    graph.extend([length, end, last, score])
+    score.outputs[0].type, score.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", 1])
+    graph.outputs.extend(score.outputs)
+
+
+def with_best_logits(model: ir.Model, layers: int = 1, *, summed: bool = False) -> None:
+    """Add the output `pooled`, float32 [batch, vocabulary]: the largest logit of each token of the vocabulary.
+
+    It is that of log(1 + relu(logit)), applied `layers` times, over a text's tokens; or the sum of them.
+    """
+    graph = model.graph
+    logits = graph.outputs[[found.name for found in graph.outputs].index("logits")]
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    one, two = (constant(graph, f"sparse/{n}", np.array([n], np.int64)) for n in (1, 2))
+    double = constant(graph, "sparse/double", np.array(2, np.float32))
+
+    def add(kind: str, inputs: list[ir.Value], output: str = "", **attributes: Any) -> ir.Value:
+        graph.append(make(kind, inputs, output or f"sparse/{kind}_{len(graph)}", **attributes))
+        return graph[-1].outputs[0]
+
+    def weight(value: ir.Value) -> ir.Value:
+        value = add("Relu", [value])
+        for _ in range(layers):  # log(1 + x) = 2 atanh(x / (x + 2)), which loses nothing of a small x
+            share = add("Div", [value, add("Add", [value, double])])
+            value = add("Mul", [add("Atanh", [share]), double])
+        return value
+
+    column = add("Cast", [add("Unsqueeze", [mask, two])], to=ir.DataType.FLOAT)
+    kept = add("Mul", [weight(logits) if summed else logits, column])
+    if summed:
+        found = add("ReduceSum", [kept, one], keepdims=0)
+    else:  # what grows keeps the order: the weights of the largest logits are the largest weights
+        inputs, axis = reduced(model, kept, one)
+        found = weight(add("ReduceMax", inputs, keepdims=0, **axis))
+    found.name = "pooled"
+    found.type, found.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", logits.shape[2]])
+    graph.outputs.append(found)
+
+
+def with_token_weights(model: ir.Model, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+    """Add the output `token_weights`, float32 [batch, sequence]: what a linear layer gives above 0.
+
+    Args:
+        weight: float32 [1, hidden].
+        bias: float32 [1].
+    """
+    graph = model.graph
+    hidden = next(value for value in graph.outputs if value.name == "last_hidden_state")
+    product = make("MatMul", [hidden, constant(graph, "weights/weight", weight.T.copy())], "weights/product")
+    shifted = make("Add", [*product.outputs, constant(graph, "weights/bias", bias)], "weights/shifted")
+    above = make("Relu", list(shifted.outputs), "weights/above")
+    last = constant(graph, "weights/last", np.array([-1], np.int64))
+    found = make("Squeeze", [*above.outputs, last], "token_weights")
+    graph.extend([product, shifted, above, found])
+    found.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    found.outputs[0].shape = ir.Shape(["batch", "sequence"])
+    graph.outputs.extend(found.outputs)
+
+
+def with_marked_prompt(model: ir.Model) -> None:
+    """Let `attention_mask` say 2 for tokens of a prompt: they are attended to, and left out of the pooling."""
+    graph = model.graph
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    readers = list(mask.uses())
+    real = make("Sign", [mask], REAL_TOKENS)
+    same = make("Equal", [mask, constant(graph, "pooling/counted", np.array(1, np.int64))], f"{COUNTED_TOKENS}/same")
+    counted = make("Cast", list(same.outputs), COUNTED_TOKENS, to=ir.DataType.INT64)
+    graph.insert_before(graph[0], [real, same, counted])
+    for node, position in readers:
+        node.replace_input_with(position, real.outputs[0])
+
+
+def with_layers(model: ir.Model, layers: Sequence[Layer]) -> None:
+    """Let the output `pooled` go through layers; the numbers are those of `sentence_transformers.applied`."""
+    if not layers:
+        return
+    graph = model.graph
+    value = graph.outputs.pop([found.name for found in graph.outputs].index("pooled"))
+    value.name = "layers/pooled"
+    epsilon, axis, begin = (
+        constant(graph, f"layers/{name}", number)
+        for name, number in (
+            ("epsilon", np.array(1e-12, np.float32)),
+            ("axis", np.array([-1], np.int64)),
+            ("begin", np.array([0], np.int64)),
+        )
+    )
+
+    def add(kind: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+        graph.append(make(kind, inputs, f"layers/{len(graph)}", **attributes))
+        return graph[-1].outputs[0]
+
+    for index, layer in enumerate(layers):
+        path = f"layers/{index}"
+        if isinstance(layer, Dense):
+            given = value
+            weights = [constant(graph, f"{path}/weight", layer.weight)]
+            weights += [] if layer.bias is None else [constant(graph, f"{path}/bias", layer.bias)]
+            value = _activated(add, add("Gemm", [given, *weights], transB=1), layer.activation, graph)
+            if layer.residual is not None:
+                given = add("Gemm", [given, constant(graph, f"{path}/residual", layer.residual)], transB=1)
+            value = add("Add", [value, given]) if layer.residual is not None or layer.adds_input else value
+        elif isinstance(layer, LayerNorm):
+            weights = [constant(graph, f"{path}/weight", layer.weight), constant(graph, f"{path}/bias", layer.bias)]
+            value = add("LayerNormalization", [value, *weights], axis=-1, epsilon=layer.epsilon)
+        elif isinstance(layer, Truncate):
+            end = constant(graph, f"{path}/end", np.array([layer.size], np.int64))
+            value = add("Slice", [value, begin, end, axis])
+        else:
+            inputs, attributes = reduced(model, value, axis)
+            length = add("Max", [add("ReduceL2", inputs, keepdims=1, **attributes), epsilon])
+            value = add("Div", [value, length])
+    value.name = "pooled"
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", None])
+    graph.outputs.append(value)
+
+
+def _activated(add: Callable[..., ir.Value], value: ir.Value, activation: str, graph: ir.Graph) -> ir.Value:
+    if activation == "Identity":
+        return value
+    if activation == "GELU":
+        root, one, half = (
+            constant(graph, f"layers/{name}", np.array(number, np.float32))
+            for name, number in (("root", 2**0.5), ("one", 1.0), ("half", 0.5))
+        )
+        share = add("Add", [add("Erf", [add("Div", [value, root])]), one])
+        return add("Mul", [add("Mul", [value, share]), half])
+    if activation == "SiLU":
+        return add("Mul", [value, add("Sigmoid", [value])])
+    return add({"ReLU": "Relu"}.get(activation, activation), [value])

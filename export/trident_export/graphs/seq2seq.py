@@ -230,8 +230,9 @@ def _replaced(
     """The decoder's attention modules and its positions, for one forward pass."""
 
     def forward(function: Any, layer: int) -> Any:
-        # T5's layers want a position bias back, which nothing uses.
-        return lambda self, hidden_states, *args, **kwargs: (function(layer, hidden_states), torch.zeros(1))
+        # T5's layers want a position bias and weights back, BART's weights, which nothing uses.
+        unused = (torch.zeros(1), None) if hasattr(attentions[0][0].module, "key_value_proj_dim") else (None,)
+        return lambda self, hidden_states, *args, **kwargs: (function(layer, hidden_states), *unused)
 
     modules = [own.module for pair in attentions for own in pair]
     for layer, (own, cross) in enumerate(attentions):
@@ -348,8 +349,8 @@ def _export(
     outputs: list[str],
     axes: dict[str, dict[int, str]],
 ) -> None:
-    trace(module, arguments, path, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(module.model).__name__}")
-    graph = editing.take(path)
+    said, operators = f"a {type(module.model).__name__}", isinstance(module, _Decoder)
+    graph = trace(module, arguments, inputs=inputs, outputs=outputs, axes=axes, of=said, operators=operators)
     for node in attention_nodes(graph):
         place_inputs(node)
     fold_shapes(graph)

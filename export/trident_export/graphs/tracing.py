@@ -1,17 +1,24 @@
 """One call of torch's exporter for every graph, and what its failures mean.
 
-The exporter is the one that records a run (`dynamo=False`): see decision 0036 for what it is chosen over and why.
+The exporter is the one that records a run (`dynamo=False`): see decision 0036 for what it is chosen over and why. It
+writes the graph alone: what it would serialize as weights, views of the model's own numbers, is handed on as it is, so
+that no weight is held twice, and each is read when the graph is saved.
 """
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from torch.onnx._internal.torchscript_exporter import symbolic_opset13
+from torch.onnx._internal.torchscript_exporter import utils as exporter
 from torch.onnx.utils import register_custom_op_symbolic
 
 from trident_export.errors import ExportError, UnsupportedArchitecture
@@ -65,36 +72,69 @@ register_custom_op_symbolic("aten::repeat_interleave", _repeat_interleave, OPSET
 def trace(
     module: torch.nn.Module,
     arguments: Sequence[torch.Tensor],
-    path: Path,
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
     axes: Mapping[str, Mapping[int, str]],
     of: str,
-) -> None:
-    """Write the graph of one run of `module` to `path`; weights beyond 2 GB go to files next to it.
+    operators: bool = True,
+) -> ir.Model:
+    """The graph of one run of `module`, whose numbers are the module's own: it must not change until they are saved.
 
     Args:
         arguments: the run's inputs, in the order of `inputs`.
         axes: names of the sizes that may differ from run to run, by input or output and dimension.
         of: what is traced, as errors name it.
+        operators: whether the graph has ONNX Runtime's own operators.
 
     Raises:
         UnsupportedArchitecture: the model can't be run like this, or does what ONNX can't express.
     """
-    with running(of), torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about constants: shapes are checked by the gate
-        torch.onnx.export(
-            module.eval(),  # the exporter restores this mode on the model
-            tuple(arguments),
-            str(path),
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_axes={name: dict(sizes) for name, sizes in axes.items()},
-            opset_version=OPSET,
-            dynamo=False,
-            custom_opsets={"com.microsoft": 1},
-        )
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        with running(of), torch.inference_mode(), warnings.catch_warnings(), _weights_kept() as weights:
+            warnings.simplefilter("ignore")  # about constants: shapes are checked by the gate
+            torch.onnx.export(
+                module.eval(),  # the exporter restores this mode on the model
+                tuple(arguments),
+                file.name,
+                export_params=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_axes={name: dict(sizes) for name, sizes in axes.items()},
+                opset_version=OPSET,
+                dynamo=False,
+                custom_opsets={"com.microsoft": 1} if operators else None,
+            )
+        model = ir.load(file.name)
+    for value in [value for value in model.graph.inputs if value.name in weights]:
+        model.graph.inputs.remove(value)
+        value.const_value = TorchTensor(weights[value.name], name=value.name)
+        model.graph.register_initializer(value)
+    return model
+
+
+@contextmanager
+def _weights_kept() -> Iterator[dict[str, torch.Tensor]]:
+    """While this holds, the exporter tells what its graph calls the model's weights, and those that it folded.
+
+    Its shape inference sees no matrices of floats: no shape depends on one, and it would copy each that is transposed.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    convert, infer = exporter._model_to_graph, torch._C._jit_pass_onnx_graph_shape_type_inference
+
+    def recorded(*arguments: object, **options: object) -> object:
+        made = convert(*arguments, **options)
+        weights.update(made[1])
+        return made
+
+    def inferred(graph: torch.Graph, parameters: Mapping[str, Any], opset: int) -> None:
+        infer(graph, {name: t for name, t in parameters.items() if t.ndim < 2 or not t.is_floating_point()}, opset)
+
+    with (
+        mock.patch.object(exporter, "_model_to_graph", recorded),
+        mock.patch.object(torch._C, "_jit_pass_onnx_graph_shape_type_inference", inferred),
+    ):
+        yield weights
 
 
 @contextmanager

@@ -24,7 +24,11 @@ _PREFIX = "unpadded"
 
 
 def unpad(model: ir.Model, mask: str = "attention_mask") -> int:
-    """Apply the pass in place; returns how many nodes work on real tokens only."""
+    """Apply the pass in place; returns how many nodes work on real tokens only.
+
+    Args:
+        mask: the value that is 1 for tokens and 0 for padding.
+    """
     graph = model.graph
     types = infer(model)
     data = _depends_on(graph, "input_ids")
@@ -122,7 +126,8 @@ def is_packed(name: str) -> bool:
 
 def _indices(graph: ir.Graph, mask: str) -> dict[str, ir.Value]:
     """Where the real tokens are in the batch, and which of them each position of the batch shows."""
-    values = {value.name: value for value in graph.inputs if value.name == mask}
+    values = {mask: ir.convenience.create_value_mapping(graph)[mask]}
+    made_by = values[mask].producer()
     for name, number in (("all", [-1]), ("one", [1]), ("zero", [0]), ("axis", 0)):
         values[name] = constant(graph, _packed(name), np.array(number, np.int64))
     made = []
@@ -137,7 +142,10 @@ def _indices(graph: ir.Graph, mask: str) -> dict[str, ir.Value]:
     ):
         made.append(make(kind, [values[name] for name in inputs], _packed(output)))
         values[output] = made[-1].outputs[0]
-    graph.insert_before(graph[0], made)
+    if made_by is None:
+        graph.insert_before(graph[0], made)
+    else:
+        made_by.append(made)
     return values
 
 

@@ -1,7 +1,8 @@
 """A model's Hugging Face folder: what each of its files says, read once.
 
 This is where an error of transformers, tokenizers, safetensors or json is about the user's files: each becomes one
-sentence that names the folder, what could not be read, and the library's reason. Code in a folder is never run.
+sentence that names the folder, what could not be read, and the library's reason. Code in a folder is run only where
+the model's table says `trust_remote_code`, and nothing ever asks for it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,24 +21,20 @@ from trident_export.errors import (
     ExportError,
     UnreadableSource,
     UnsupportedArchitecture,
-    UnsupportedModel,
     UnsupportedTokenizer,
 )
-from trident_serving.encoders.pooling import Pooling, PoolingSettings
+from trident_export.huggingface import text_part
+from trident_serving.encoders.pooling import PoolingSettings
 from trident_serving.encoders.tokens import TokenRoles
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a repository that is up to date needs nothing of it
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+    from trident_export.huggingface.sentence_transformers import SentenceFiles
+
 _LONGEST_REASON = 300
 # Their text alone ("'pad'") says nothing without the kind.
 _TERSE = (KeyError, AttributeError, TypeError, IndexError, AssertionError)
-_POOLING_MODES = {
-    "pooling_mode_mean_tokens": Pooling.MEAN,
-    "pooling_mode_cls_token": Pooling.CLS,
-    "pooling_mode_lasttoken": Pooling.LAST_TOKEN,
-    "pooling_mode_max_tokens": Pooling.MAX,
-}
 _BEGINNING_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text")
 
 
@@ -73,10 +71,12 @@ class HuggingFaceFolder(os.PathLike[str]):
 
     Args:
         path: the folder, or for `config` a config.json itself.
+        trust_remote_code: run Python code that lies in the folder, as its table of models.toml says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
+        self.trust_remote_code = trust_remote_code
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -104,18 +104,62 @@ class HuggingFaceFolder(os.PathLike[str]):
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        file = self.path if self.path.is_file() else self.path / "config.json"
-        raw = HuggingFaceFolder(file.parent).json(file.name)
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        raw = self._raw_config
+        kind = raw.get("model_type")
         if not isinstance(kind, str):
             raise UnreadableSource(f"{self}: config.json has no model_type, which says what the model is")
-        if kind not in CONFIG_MAPPING:
+        own_code = "AutoConfig" in (raw.get("auto_map") or {})
+        if kind not in CONFIG_MAPPING and not (own_code and self.trust_remote_code):
+            needed = (
+                f"transformers {self._written_by or 'of a later version'}, which wrote it, or a newer one is needed"
+            )
+            if own_code:
+                needed = "its code lies in the folder, and is run only with trust_remote_code = true in its table"
             raise UnsupportedArchitecture(
                 f"{self} is a model of type {kind!r}, which transformers {transformers.__version__} does not know: "
-                "export another model"
+                f"{needed}"
             )
-        with reading(self.path, "config.json"):
-            return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        if _release(self._written_by)[:1] > _release(transformers.__version__)[:1]:
+            raise UnreadableSource(
+                f"{self} was written by transformers {self._written_by}, and {transformers.__version__} may read it "
+                "otherwise: install that version or a newer one"
+            )
+        with self._reading("config.json"):
+            return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def _raw_config(self) -> dict[str, Any]:
+        file = self.path if self.path.is_file() else self.path / "config.json"
+        raw = HuggingFaceFolder(file.parent).json(file.name)
+        return raw if isinstance(raw, dict) else {}
+
+    @property
+    def _written_by(self) -> str:
+        """The version of transformers that wrote the folder; "" where it does not say."""
+        with contextlib.suppress(UnreadableSource):
+            return str(self._raw_config.get("transformers_version") or "")
+        return ""
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """See `reading`; a folder of a newer transformers says so in the message."""
+        import transformers
+
+        try:
+            with reading(self.path, what):
+                yield
+        except UnreadableSource as error:
+            if _release(self._written_by) <= _release(transformers.__version__):
+                raise
+            raise UnreadableSource(
+                f"{error}; the folder was written by transformers {self._written_by}, {transformers.__version__} is "
+                "installed"
+            ) from error
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The config of what reads and writes text: a part of a multimodal model's, the config itself elsewhere."""
+        return self.config.get_text_config()
 
     @property
     def tokenizer(self) -> Any:
@@ -130,8 +174,8 @@ class HuggingFaceFolder(os.PathLike[str]):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        with reading(self.path, "the tokenizer"):
-            return AutoTokenizer.from_pretrained(self.path, use_fast=True, trust_remote_code=False)
+        with self._reading("the tokenizer"):
+            return AutoTokenizer.from_pretrained(self.path, use_fast=True, trust_remote_code=self.trust_remote_code)
 
     @property
     def fast_tokenizer(self) -> Any:
@@ -150,10 +194,11 @@ class HuggingFaceFolder(os.PathLike[str]):
 
     def roles(self, prompts: Mapping[str, str] | None = None) -> TokenRoles:
         """Token roles from the tokenizer; prompts from sentence-transformers' file where none are given."""
-        found, name = self._tokenizer, "config_sentence_transformers.json"
-        if prompts is None:
-            prompts = self.json(name).get("prompts") or {} if (self.path / name).exists() else {}
-        return TokenRoles(found.unk_token_id, found.cls_token_id, found.mask_token_id, dict(prompts))
+        found, sentence = self._tokenizer, self.sentence
+        prompts = dict(sentence.prompts if prompts is None else prompts)
+        default = sentence.default_prompt if sentence.default_prompt in prompts else None
+        ids = found.unk_token_id, found.cls_token_id, found.mask_token_id
+        return TokenRoles(*ids, prompts, default, sentence.counts_prompt)
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -187,34 +232,33 @@ class HuggingFaceFolder(os.PathLike[str]):
             # These architectures count positions from behind the padding token's id.
             padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet's code has it as a number
             limits.append(positions - padding - 1 if config.model_type in _BEGINNING_POSITIONS else positions)
-        name = "sentence_bert_config.json"
-        if (self.path / name).exists():
-            limits.append(self.json(name).get("max_seq_length") or 0)
+        limits.append(self.sentence.longest_input)
         found = [limit for limit in limits if limit]
         return min(found) if found else None
 
+    @property
+    def padding_token(self) -> int | None:
+        """The padding token's id of the config, by which some models find a text's end; None where it has none."""
+        config = self.config.get_text_config()
+        found = getattr(config, "pad_token_id", None)
+        known = isinstance(found, int) and 0 <= found < getattr(config, "vocab_size", 0)
+        return found if known else None
+
     @cached_property
+    def sentence(self) -> SentenceFiles:
+        """What sentence-transformers' files say."""
+        from trident_export.huggingface.sentence_transformers import SentenceFiles
+
+        return SentenceFiles(self)
+
+    @property
     def pooling(self) -> PoolingSettings:
         """Pooling and normalization from the model's sentence-transformers files; mean and normalized without them.
 
         Raises:
             UnsupportedModel: the model has a step that is not supported.
         """
-        file = self.path / "modules.json"
-        if not file.exists():
-            return PoolingSettings(Pooling.MEAN, normalize=True)
-        with reading(self.path, file.name):
-            modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in self.json(file.name)}
-        unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
-        if unknown:
-            raise UnsupportedModel(f"the model has the modules {', '.join(unknown)}, which are not supported")
-        if "Pooling" not in modules:
-            raise UnsupportedModel(f"{file} names no Pooling step, without which there is no one vector a text")
-        settings = self.json(f"{modules['Pooling']}/config.json")
-        active = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
-        if len(active) != 1 or active[0] not in _POOLING_MODES:
-            raise UnsupportedModel(f"the model pools by {active}; supported is one of {', '.join(_POOLING_MODES)}")
-        return PoolingSettings(_POOLING_MODES[active[0]], normalize="Normalize" in modules)
+        return self.sentence.settings
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -246,24 +290,108 @@ class HuggingFaceFolder(os.PathLike[str]):
     def load(self, head: Any) -> PreTrainedModel:
         """The model in float32, in evaluation mode, with its own attention ("eager"); read again at each call.
 
+        Of a multimodal model, `AutoModelForCausalLM` is its text part.
+
         Args:
             head: an Auto class of transformers.
 
         Raises:
-            UnreadableSource: weights are missing or damaged.
+            UnreadableSource: weights are missing, damaged or another model's.
             UnsupportedArchitecture: the architecture has no such head.
         """
-        import torch
+        return text_part.of(self.load_whole(head), self) if self._multimodal(head) else self.load_whole(head)
 
-        if type(self.config) not in head._model_mapping:
+    def load_whole(self, head: Any) -> PreTrainedModel:
+        """The same, but a multimodal model with all its parts: what a text part is compared with.
+
+        Llama 4's is a wrapper around transformers' own class for text, which fails without images: there it is that.
+        """
+        import torch
+        import transformers
+
+        multimodal = self._multimodal(head)
+        head = multimodal or head
+        own_code = self.trust_remote_code and head.__name__ in (getattr(self.config, "auto_map", None) or {})
+        if type(self.config) not in head._model_mapping and not own_code:
             raise UnsupportedArchitecture(
                 f"{self} is a model of type {self.config.model_type!r}, for which transformers has no "
                 f"{head.__name__.removeprefix('Auto')}: choose another task in models.toml"
             )
-        with reading(self.path, "the weights"):
-            return head.from_pretrained(
-                self.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-            ).eval()
+        transformers.utils.logging.disable_progress_bar()  # an export has its own
+        with self._reading("the weights"):
+            model, said = head.from_pretrained(
+                self.path,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told from what is said of them
+            )
+        self._check_weights(model, said)
+        found: PreTrainedModel = model.eval()
+        return text_part.inner(found) or found if multimodal else found
+
+    def reference(self, head: Any) -> PreTrainedModel:
+        """The model that the gate compares with: this one, or what it was made from; otherwise as `load_whole`."""
+        return self.load_whole(head)
+
+    def _multimodal(self, head: Any) -> Any | None:
+        """The Auto class of the whole model, where the head asks for the text part of a multimodal one."""
+        if head.__name__ != "AutoModelForCausalLM":
+            return None
+        if self.config.is_encoder_decoder:
+            raise UnsupportedArchitecture(
+                f"{self} is a model of type {self.config.model_type!r}, which has an encoder and a decoder, and "
+                "text-generation takes decoders alone: choose another task in models.toml"
+            )
+        return text_part.whole_class(self.config)
+
+    def _check_weights(self, model: PreTrainedModel, said: Mapping[str, Any]) -> None:
+        """Refuse weights that transformers would replace by random numbers, leave out, or that are no numbers."""
+        import torch
+
+        for name, found, wanted in sorted(said["mismatched_keys"]):
+            raise UnreadableSource(
+                f"{self}: {name} is {list(found)} in the weights and {list(wanted)} by config.json: one of the two is "
+                "another model's"
+            )
+        # A model without a head may come without the pooler that its architecture has.
+        missing = sorted(key for key in said["missing_keys"] if not key.startswith("pooler."))
+        if missing:
+            raise UnreadableSource(
+                f"{self}: the weights have no {missing[0]}{_and_more(missing)}, which config.json asks for: copy the "
+                "model again, or its config.json, if that is another model's"
+            )
+        modules = dict(model.named_modules())
+        shapes = {re.sub(r"\d+", "*", name) for name, _ in model.named_parameters()}
+        for name in sorted(said["unexpected_keys"]):
+            parent = modules.get(name.rpartition(".")[0])
+            leaf = (
+                parent is not None
+                and not any(parent.children())
+                and next(parent.parameters(recurse=False), None) is not None
+            )
+            if leaf or re.sub(r"\d+", "*", name) in shapes:
+                raise UnreadableSource(
+                    f"{self}: the weights have {name}, which config.json leaves out: it is another model's, or of "
+                    "another version"
+                )
+        with torch.inference_mode():
+            for name, parameter in model.named_parameters():
+                if not torch.isfinite(parameter.sum()):
+                    raise UnreadableSource(
+                        f"{self}: {name} holds numbers that are not finite: copy the model again, or take one whose "
+                        "training has not failed"
+                    )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, of its first three parts; () for none."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _elements(entry: Mapping[str, Any]) -> int:

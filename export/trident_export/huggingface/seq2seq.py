@@ -48,8 +48,10 @@ def _save_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         return ()
     name = type(tokenizer).__name__
+    target: dict[str, int] | None = None
     if name == "MarianTokenizer":
         source_file, vocabulary = Path(tokenizer.spm_files[0]), dict(tokenizer.encoder)
+        target = dict(tokenizer.target_encoder) if tokenizer.separate_vocabs else None
         special = tokenizer.all_special_tokens
     elif name == "M2M100Tokenizer":
         source_file, vocabulary = Path(tokenizer.spm_file), dict(tokenizer.encoder)
@@ -59,7 +61,7 @@ def _save_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[
         raise UnsupportedTokenizer(f"{name} has no fast form (tokenizer.json), which the runtime reads")
     spm_tokenizer.source_tokenizer(source_file).save(str(folder / "tokenizer.json"))
     unknown = str(tokenizer.unk_token)
-    spm_tokenizer.target_tokenizer(vocabulary, special, unknown).save(str(folder / "target.json"))
+    spm_tokenizer.target_tokenizer(target or vocabulary, special, unknown).save(str(folder / "target.json"))
     known: dict[str, int] = vocabulary
     ids = [known.get(piece, known[unknown]) for piece in spm_tokenizer.pieces_of(source_file)]
     return tuple(ids)
@@ -119,7 +121,7 @@ def _languages(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], Targ
     if name.startswith("MBartTokenizer"):  # its answers begin with the language in place of a start token
         return dict(tokenizer.lang_code_to_id), TargetStyle.FIXED, True
     if name.startswith("NllbTokenizer"):
-        tokens = tokenizer.additional_special_tokens
+        tokens = tokenizer.extra_special_tokens
         return {code: tokenizer.convert_tokens_to_ids(code) for code in tokens}, TargetStyle.FORCED_BOS, True
     if hasattr(tokenizer, "lang_code_to_id"):  # mBART-50
         return dict(tokenizer.lang_code_to_id), TargetStyle.FORCED_BOS, True
@@ -162,6 +164,11 @@ def generation_config(source: HuggingFaceFolder, params: dict[str, Any]) -> Gene
     config = source.generation_config
     config.update(**{key: value for key, value in params.items() if key != "prefix"})
     return config
+
+
+def task_generation_config(spec: ModelSpec, source: HuggingFaceFolder) -> GenerationConfig:
+    """The generation config with the settings of a table's task."""
+    return generation_config(source, _task_params(spec, source))
 
 
 def read_defaults(source: HuggingFaceFolder, params: dict[str, Any]) -> GenerationDefaults:

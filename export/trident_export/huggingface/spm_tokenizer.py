@@ -22,6 +22,7 @@ def source_tokenizer(path: Path) -> Tokenizer:
     proto = _proto(path)
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     kind = proto.trainer_spec.model_type
+    model: Any
     if kind == 1:
         model = models.Unigram(pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
     elif kind == 2:

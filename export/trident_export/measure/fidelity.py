@@ -39,6 +39,11 @@ GATES: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
+for _task in ("sparse-embedding", "hybrid-embedding"):
+    GATES[_task] = GATES["feature-extraction"] | {
+        "fp32": {"worst_cosine": 0.99999, "max_difference": 1e-4, "batch_effect": 1e-4},
+        "int8": {"worst_cosine": 0.97, "batch_effect": 1e-2},
+    }
 GATES["translation"] = GATES["summarization"] = GATES["text-generation"]
 for _task in encoders.TASKS.keys() - GATES.keys():
     GATES[_task] = {

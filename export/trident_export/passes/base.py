@@ -123,25 +123,31 @@ def matmul_nodes(model: ir.Model, chosen: Collection[str]) -> list[ir.Node]:
 # Operators whose outputs have as many dimensions as the input that has most; onnx does not know ONNX Runtime's own.
 _KEEPING_RANK = frozenset(
     """
-    Add Cast Clip Div Erf FastGelu Gelu LayerNormalization MatMul MatMulNBits Mul Pow QuickGelu Relu Sigmoid
-    SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization Split Sqrt Sub Tanh
+    Add Cast Clip Div Erf Exp FastGelu Gelu LayerNormalization MatMul MatMulNBits Mul Neg Pow QuickGelu Relu Sigmoid
+    SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization Slice Split Sqrt Sub Tanh
+    Transpose
     """.split()  # noqa: SIM905  (one name a line would hide the rest of the module)
 )
 
 
 def ranks(model: ir.Model) -> dict[str, int]:
     """Numbers of dimensions by value, as far as anything says."""
-    found = {name: len(value.shape) for name, value in infer(model).items() if value.shape is not None}
+    shapes = {name: list(value.shape) for name, value in infer(model).items() if value.shape is not None}
+    found = {name: len(shape) for name, shape in shapes.items()}
     for node in model.graph:
-        names = [value.name if value is not None else "" for value in node.inputs]
+        names = [value.name for value in node.inputs if value is not None]
         known = [found[name] for name in names if name in found]
         for name in (value.name for value in node.outputs):
             if is_packed(name):
                 found[name] = 2
-            elif node.op_type == "Reshape" and node.inputs[1].is_initializer():
-                found[name] = node.inputs[1].shape[0]
+            elif node.op_type == "Reshape" and isinstance(count := shapes.get(names[1], [None])[0], int):
+                found[name] = count
+            elif node.op_type == "GatherND" and len(known) == len(names) and isinstance(shapes[names[1]][-1], int):
+                found[name] = known[0] + known[1] - 1 - shapes[names[1]][-1]
+            elif node.op_type == "LinearAttention":
+                found[name] = 3 if name == node.outputs[0].name else 4
             elif node.op_type == "Gather" and name not in found and len(known) == len(names):
                 found[name] = known[0] + known[1] - 1
-            elif name and name not in found and known and node.op_type in _KEEPING_RANK:
+            elif name and name not in found and len(known) == len(names) and node.op_type in _KEEPING_RANK:
                 found[name] = max(known)
     return found

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from trident_export.graphs.editing import save
+from trident_export.graphs.editing import save_linked
 from trident_export.passes.base import Feeds
 from trident_export.progress import track
 
@@ -29,7 +29,7 @@ def watch(model: ir.Model, names: Sequence[str], feeds: Feeds) -> Iterator[Mappi
         for value in added:
             value.type = ir.TensorType(ir.DataType.FLOAT)
             model.graph.outputs.append(value)
-        save(model, path)
+        save_linked(model, path)
         for value, before in zip(reversed(added), reversed(types), strict=True):
             model.graph.outputs.pop()
             value.type = before

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from trident_export.graphs.editing import message
+from trident_export.graphs.editing import array, light, restored, store
 from trident_export.passes.base import CalibrationRuns, Pass
 
 
@@ -24,8 +24,14 @@ class Half(Pass):
 
     def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`."""
-        from onnxruntime.transformers.float16 import convert_float_to_float16
+        from onnxruntime.transformers.float16 import convert_float_to_float16, convert_np_to_float16
 
         kept = [output.name for output in model.graph.outputs if output.name in ("logits", "last_hidden_state")]
-        half = convert_float_to_float16(message(model), keep_io_types=kept, disable_shape_infer=True)
-        return ir.from_proto(half), set(chosen)
+        graph, weights = light(model)
+        half = restored(convert_float_to_float16(graph, keep_io_types=kept, disable_shape_infer=True), weights)
+        for weight in weights:
+            value = half.graph.initializers[weight.name]
+            if weight.dtype == ir.DataType.FLOAT:
+                value.dtype = ir.DataType.FLOAT16
+                store(value, convert_np_to_float16(array(weight)))
+        return half, set(chosen)

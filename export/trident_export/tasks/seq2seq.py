@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from trident_export import disk, recipes
+from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError
 from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.huggingface.seq2seq import save_text_files
-from trident_export.measure import fidelity
+from trident_export.huggingface.seq2seq import save_text_files, task_generation_config
+from trident_export.measure import fidelity, seq2seq_texts
 from trident_export.models_file import ModelSpec
 from trident_export.progress import track
 from trident_export.recipes import Kind
@@ -68,7 +68,7 @@ def evaluator(
 
     The thorough ones are BLEU, chrF and ROUGE-L of the variant's greedy answers against Hugging Face's, 0 to 100.
     """
-    model = load_model(source)
+    model = source.reference(AutoModelForSeq2SeqLM)
     folder = root / spec.name / VERSION
     samples = sample_sources(SourceText.load(folder, min(GATE_SOURCE, _limits(spec).max_source_tokens)), texts)
     prompt = GenerationDefaults.load(folder).prompt
@@ -76,11 +76,15 @@ def evaluator(
     reference = reference_logits(model, samples, targets)
     capacity = positions(_limits(spec).max_target_tokens, prompt)
     tokenizer = source.tokenizer
+    seq2seq_texts.check_sources(source.tokenizer, folder, corpora.held_out())
+    config = task_generation_config(spec, source)
     expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
 
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
         measured = measure(folder, samples, targets, reference, capacity, _limits(spec).threads)
+        if spec.recipes[variant].precision == "fp32":
+            seq2seq_texts.check_answers(model, config, folder, _limits(spec), corpora.held_out())
         if thorough:
             answers = served_answers(folder, samples, [len(ids) - len(prompt) for ids in targets], prompt, capacity)
             found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from dataclasses import dataclass
+from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,19 @@ import onnxruntime as ort
 import torch
 from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
 from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
+from trident_export.graphs.editing import save
+from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.measure import fidelity
+from trident_export.measure import texts as texts_gate
 from trident_export.models_file import ModelSpec
 from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import Counted, track
@@ -39,6 +46,8 @@ from trident_serving.schema.limits import GenerationLimits
 GATE_TEXTS = 12
 GATE_TOKENS = 64
 GATE_DECODED = 8
+# A text that goes beyond a sliding window or an original context has so many tokens at most.
+FAR_TOKENS = 4200
 # Texts that it runs at once.
 GATE_ROWS = 4
 # Calibration texts that run at once, and tokens of those in a chat template.
@@ -54,14 +63,16 @@ def trace(job: Job) -> None:
     job.progress("loading the model")
     model = load_model(job.source)
     check_context(spec, model)
+    if unused := texts_gate.not_applied(job.source.generation_config):
+        job.progress(f"the generation config's {', '.join(unused)} are not applied: a request gives what it wants")
+    check_device(spec, model)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
-    save_text_files(job.source, job.assets)
+    save_text_files(job.source, job.assets, rows_of(model))
     job.graphs.mkdir()
-    graph = job.graphs / "model.onnx"
     job.progress("tracing the graph")
     assert spec.generation
-    export_causal_graph(model, graph, positions(spec.generation))
-    decoder_passes.optimize_file(graph, ragged=spec.generation.device == "cpu")
+    traced = export_causal_graph(model, positions(spec.generation))
+    save(decoder_passes.optimize(traced, ragged=spec.generation.device == "cpu"), job.graphs / "model.onnx")
 
 
 def positions(limits: GenerationLimits) -> int:
@@ -110,8 +121,11 @@ def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArra
     longest = max(map(len, texts))
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:
-        if value.name.startswith("past"):
-            _, heads, _, size = (dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if value.name.startswith(PAST):
+            feed[value.name] = np.zeros((len(texts), *sizes[1:]), np.float32)
+        elif value.name.startswith("past"):
+            _, heads, _, size = sizes
             feed[value.name] = np.zeros((len(texts), heads, longest, size), np.float32)
         elif value.name == "total_sequence_length":
             feed[value.name] = np.array(longest, np.int32)
@@ -129,11 +143,13 @@ def evaluator(
     are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
     """
     assert spec.generation
-    model = load_model(source)
+    model = source.reference(AutoModelForCausalLM)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
+    texts_gate.check(source, model, root / spec.name / VERSION, spec.generation, corpora.held_out())
     # A text runs whole, so a slot needs twice its length.
-    samples = sample_ids(tokenizer, positions(spec.generation) // 2, model.config.get_text_config().vocab_size, texts)
+    samples = sample_ids(tokenizer, positions(spec.generation) // 2, source.text_config.vocab_size, texts)
     reference = reference_logits(model, samples)
+    far = far_text(source, model, tokenizer, spec.generation, texts)
     # Where the model will run, if that device is here; a machine without a GPU measures the same graph on its CPU.
     device = spec.generation.device if _has(spec.generation.device) else "cpu"
     prompts = [ids[: min(len(ids), spec.generation.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
@@ -142,7 +158,7 @@ def evaluator(
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
         with running(f"the graph of a {type(model).__name__}", "be run over the gate's texts"):
-            measured = measure(folder, samples, reference, device)
+            measured = measure(folder, samples, reference, device, far)
         if thorough:
             measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))
         return measured
@@ -179,10 +195,39 @@ def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
         )
 
 
-def save_text_files(source: HuggingFaceFolder, folder: Path) -> None:
-    """Write the tokenizer, the chat template and the generation config that the runtime reads."""
+def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
+    """States beside the KV cache are kept on the CPU only.
+
+    Raises:
+        ModelsFileError: the model keeps some, and its device is another.
+    """
+    assert spec.generation
+    if spec.generation.device != "cpu" and keeps_states(model):
+        raise ModelsFileError(
+            f"[{spec.name}] device is {spec.generation.device!r}, but models of type {model.config.model_type!r} keep "
+            'states that are served on the CPU only: set device = "cpu"'
+        )
+
+
+def rows_of(model: PreTrainedModel) -> int:
+    """Tokens that the model's embedding has a row for."""
+    table: Any = model.get_input_embeddings()
+    return int(table.weight.shape[0])
+
+
+def save_text_files(source: HuggingFaceFolder, folder: Path, rows: int) -> None:
+    """Write the tokenizer, the chat template and the generation config that the runtime reads.
+
+    Args:
+        rows: of the model's embedding.
+
+    Raises:
+        UnreadableSource: the tokenizer is another model's, or a template can't be used.
+    """
     folder.mkdir(parents=True)
     tokenizer = source.fast_tokenizer
+    texts_gate.check_file(source)
+    tokenizer.chat_template = default_template(source, tokenizer.chat_template)
     tokenizer.save_pretrained(str(folder))
     for name in ("config.json", "generation_config.json"):
         if (source.path / name).exists():
@@ -196,11 +241,51 @@ def save_text_files(source: HuggingFaceFolder, folder: Path) -> None:
     }
     for path in folder.iterdir():
         if path.name not in kept:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    drop_tokens_beyond(source, folder / "tokenizer.json", rows)
     check_chat_template(source, folder)
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
         source.generation_config.save_pretrained(str(folder))
+
+
+def drop_tokens_beyond(source: HuggingFaceFolder, file: Path, rows: int) -> None:
+    """Take away added tokens that the embedding has no row for: a text that names one is read letter by letter.
+
+    Raises:
+        UnreadableSource: the vocabulary itself is larger than the embedding.
+    """
+    state = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(file))
+    added = [token for token in state["added_tokens"] if token["id"] >= rows]
+    beyond = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=False).items() if index >= rows}
+    special = source.tokenizer.all_special_ids
+    beyond |= {token["id"]: token["content"] for token in added if token["id"] in special}
+    if beyond:
+        largest = max(beyond)
+        raise UnreadableSource(
+            f"{source}: the tokenizer gives the token {largest} ({beyond[largest]!r}), the model has {rows}: it is "
+            "another model's"
+        )
+    if added:
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
+        file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+
+
+def default_template(source: HuggingFaceFolder, templates: str | dict[str, str] | None) -> str | None:
+    """The chat template that is served: the only one, or of several that are named the one called default.
+
+    Raises:
+        UnreadableSource: none of several is called default.
+    """
+    if not isinstance(templates, dict):
+        return templates
+    if "default" not in templates:
+        raise UnreadableSource(
+            f"{source}: of the chat templates {', '.join(sorted(templates))} none is named default, which is the one "
+            "that is served: name it so, or take them away to serve the model without messages"
+        )
+    return templates["default"]
 
 
 def check_chat_template(source: HuggingFaceFolder, folder: Path) -> None:
@@ -280,8 +365,85 @@ def reference_logits(model: PreTrainedModel, samples: list[list[int]]) -> list[N
         return [model(torch.tensor([ids])).logits[0].float().numpy() for ids in track(samples, "Hugging Face")]
 
 
+@dataclass(frozen=True)
+class FarText:
+    """A text that goes beyond a model's sliding window and the context that it was first trained for.
+
+    Attributes:
+        reference: Hugging Face's logits of its last tokens, float32 [tokens, vocabulary].
+        chunk: tokens that run at once.
+    """
+
+    ids: list[int]
+    reference: NDArray[np.float32]
+    chunk: int
+
+
+def far_text(
+    source: HuggingFaceFolder,
+    model: PreTrainedModel,
+    tokenizer: TextTokenizer,
+    limits: GenerationLimits,
+    texts: Sequence[str],
+) -> FarText | None:
+    """See `FarText`; None where the model has no such bound within its context and `FAR_TOKENS`."""
+    bounds = far_bounds(source.text_config)
+    within = min(limits.context, FAR_TOKENS)
+    reached = [bound for bound in bounds if GATE_TOKENS // 2 <= bound < within - GATE_DECODED]
+    if not reached:
+        return None
+    length = min(within - 1, max(reached) + GATE_TOKENS)
+    ids: list[int] = []
+    for text in cycle(texts):
+        if len(ids) >= length:
+            break
+        ids += tokenizer.encode(text + "\n", add_special_tokens=False)
+    chunk = positions(limits) - limits.context
+    return FarText(ids[:length], last_logits(model, ids[:length]), chunk)
+
+
+def far_bounds(config: Any) -> list[int]:
+    """Lengths behind which a model computes otherwise: its sliding window, its chunks, its original context."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    found += [part.get("original_max_position_embeddings") for part in ropes]
+    found.append(getattr(config, "original_max_position_embeddings", None))
+    return [int(bound) for bound in found if isinstance(bound, int) and bound > 0]
+
+
+def last_logits(model: PreTrainedModel, ids: list[int]) -> NDArray[np.float32]:
+    """Hugging Face's logits of the last `GATE_TOKENS` tokens of a long text, float32 [tokens, vocabulary]."""
+    kept = min(GATE_TOKENS, len(ids))
+    few = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(torch.tensor([ids]), **few).logits[0, -kept:].float().numpy()
+    return logits
+
+
+def far_logits(folder: Path, far: FarText, device: str) -> NDArray[np.float32]:
+    """The same by the decoder in a version folder: in chunks, and the last tokens one by one."""
+    length, kept = len(far.ids), len(far.reference)
+    decoder = OnnxDecoder(
+        folder / "model.onnx", slots=1, context=length, longest_run=far.chunk, threads=0, device=device
+    )
+    bounds = [*range(0, length - kept, far.chunk), *range(length - kept, length - GATE_DECODED, far.chunk)]
+    bounds += range(length - GATE_DECODED, length + 1)
+    logits = []
+    for start, stop in pairwise(bounds):
+        counted = start >= length - kept
+        rows = decoder.run([SlotTokens(0, start, far.ids[start:stop], stop - start if counted else 1)])
+        if counted:
+            logits.append(rows.copy())
+    return np.concatenate(logits)
+
+
 def measure(
-    folder: Path, samples: list[list[int]], reference: list[NDArray[np.float32]], device: str = "cpu"
+    folder: Path,
+    samples: list[list[int]],
+    reference: list[NDArray[np.float32]],
+    device: str = "cpu",
+    far: FarText | None = None,
 ) -> dict[str, float]:
     """Compare the decoder in a version folder with Hugging Face; see `fidelity.compare_logits`.
 
@@ -299,6 +461,10 @@ def measure(
     for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
         alone = decoder.run([SlotTokens(0, 0, ids, len(ids))])
         effect = max(effect, float(np.abs(alone - served).max()))
+    del decoder  # one session at a time
+    if far is not None:
+        reference, found = [*reference, far.reference], [*found, far_logits(folder, far, device)]
+        samples = [*samples, far.ids[-len(far.reference) :]]
     return fidelity.compare_logits(reference, found, samples) | {"batch_effect": effect}
 
 

@@ -13,14 +13,16 @@ from trident_serving.encoders import (
     embeddings,
     entities,
     fill_mask,
+    hybrid,
     question_answering,
     ranking,
+    sparse,
     zero_shot,
 )
 from trident_serving.encoders.task import EncoderTask
 from trident_serving.errors import ReadingError
 
-_ALL = (embeddings, classification, entities, question_answering, ranking, fill_mask, zero_shot)
+_ALL = (embeddings, classification, entities, question_answering, ranking, fill_mask, zero_shot, sparse, hybrid)
 # By the transformers pipeline's name: the tasks, and the modules that have them, here and in the export.
 TASKS: Mapping[str, EncoderTask] = {module.TASK.name: module.TASK for module in _ALL}
 MODULES: Mapping[str, str] = {module.TASK.name: module.__name__.rpartition(".")[2] for module in _ALL}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,22 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from trident_serving.encoders.labels import LabelSettings, softmax
-from trident_serving.encoders.task import SCORE, SINGLE, TEXT, TRUNCATE, EncoderTask, Stage, Tensor, Tensors
-from trident_serving.encoders.tokens import TokenRoles, load_tokenizer, read_texts
+from trident_serving.encoders.task import (
+    ENCODING,
+    SCORE,
+    SINGLE,
+    TEXT,
+    TRUNCATE,
+    EncoderTask,
+    Stage,
+    Tensor,
+    Tensors,
+    flag,
+)
+from trident_serving.encoders.tokens import EncodingSettings, TextEncoder, TokenRoles, load_tokenizer
 from trident_serving.errors import InvalidRequest
 from trident_serving.schema.fields import Aggregation
+from trident_serving.schema.reading import read_parameters
 from trident_serving.text import decode_texts, encode_texts
 
 Floats = NDArray[np.float32]
@@ -89,7 +100,7 @@ class EntityFinder:
         original = text[start:end]
         if token_id == self._unk_token_id:
             return _Token(original, scores, start, end, continues=False)
-        word = self._tokenizer.id_to_token(token_id)
+        word = self._tokenizer.id_to_token(token_id) or ""
         if self._marks_continuations:
             continues = len(word) != len(original)
         else:
@@ -163,10 +174,28 @@ def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
     def postprocess(tensors: Tensors) -> Tensors:
         aggregation = _aggregation(tensors, default)
         texts = decode_texts(tensors["text_input"], "text_input")
-        rows = zip(texts, tensors["input_ids"], tensors["logits"], tensors["token_spans"], strict=True)
-        return padded_spans([finder.find(text, ids, logits, spans, aggregation) for text, ids, logits, spans in rows])
+        owners = tensors["window_text"]
+        found = []
+        for row, text in enumerate(texts):  # its windows one after another: no token is shown twice
+            ids, logits, spans = (
+                np.concatenate(tensors[name][owners == row]) for name in ("input_ids", "logits", "token_spans")
+            )
+            found.append(finder.find(text, ids, logits, spans, aggregation))
+        return padded_spans(found)
 
     return postprocess
+
+
+def _read(folder: Path, parameters: Mapping[str, str]) -> Stage:
+    settings = read_parameters(EncodingSettings, parameters)
+    encoder = TextEncoder.load(folder, settings)
+    most = int(parameters["max_windows"])
+
+    def preprocess(tensors: Tensors) -> Tensors:
+        texts = decode_texts(tensors["text_input"], "text_input", settings.max_bytes)
+        return encoder.windows(texts, most, truncate=flag(tensors, "truncate"))
+
+    return preprocess
 
 
 def _aggregation(tensors: Tensors, default: Aggregation) -> Aggregation:
@@ -194,23 +223,26 @@ def padded_spans(found: Sequence[Sequence[Entity]]) -> Tensors:
     }
 
 
+# A request's texts are its batch, and those of the graph are windows: the shapes are those of tasks that batch.
 TASK = EncoderTask(
     name="token-classification",
-    texts=(TEXT,),
-    options=(TRUNCATE,),
+    texts=(TEXT.rows,),
+    options=(TRUNCATE.rows,),
     model_inputs=SINGLE,
     model_outputs=(Tensor("logits", "FP32", (-1, "labels")),),
-    extra=(Tensor("token_spans", "INT32", (-1, 2)),),
-    read=("text_input", "input_ids", "logits", "token_spans"),
-    answer_options=(Tensor("aggregation_strategy", "STRING", (1,)),),
+    extra=(Tensor("token_spans", "INT32", (-1, -1, 2)), Tensor("window_text", "INT32", (-1,))),
+    read=("text_input", "input_ids", "logits", "token_spans", "window_text"),
+    answer_options=(Tensor("aggregation_strategy", "STRING", (-1, 1)),),
     answers=(
-        Tensor("entity", "STRING", (-1,)),
-        SCORE,
-        Tensor("word", "STRING", (-1,)),
-        Tensor("start", "INT32", (-1,)),
-        Tensor("end", "INT32", (-1,)),
+        Tensor("entity", "STRING", (-1, -1)),
+        SCORE.rows,
+        Tensor("word", "STRING", (-1, -1)),
+        Tensor("start", "INT32", (-1, -1)),
+        Tensor("end", "INT32", (-1, -1)),
     ),
+    batched=False,
+    parameters={**ENCODING, "max_windows": "max_batch_size"},
     answer_parameters={"aggregation": "aggregation"},
-    preprocess=partial(read_texts, spans=True),
+    preprocess=_read,
     postprocess=_load,
 )

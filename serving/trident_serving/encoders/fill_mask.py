@@ -26,7 +26,7 @@ def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
         ids = input_ids[mask > 0]
         masks = np.flatnonzero(ids == roles.mask_token_id)
         if not masks.size:
-            token = tokenizer.id_to_token(roles.mask_token_id)
+            token = None if roles.mask_token_id is None else tokenizer.id_to_token(roles.mask_token_id)
             raise InvalidRequest(f"text_input has no gap to fill: write {token} in its place")
         top_k = count(tensors, "top_k", DEFAULT_TOP_K, tensors["top_scores"].shape[-1], "tokens")
         tokens = tensors["top_ids"][0, masks, :top_k]

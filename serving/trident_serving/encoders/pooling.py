@@ -21,14 +21,25 @@ class Pooling(StrEnum):
     CLS = "cls"
     LAST_TOKEN = "lasttoken"
     MAX = "max"
+    MEAN_BY_ROOT = "mean_sqrt_len_tokens"
+    WEIGHTED_MEAN = "weightedmean"
 
 
 @dataclass(frozen=True)
 class PoolingSettings:
-    """How a model's embeddings are made; `pooling.json` in the version folder, which the export writes."""
+    """How a model's embeddings are made; `pooling.json` in the version folder, which the export writes.
+
+    Attributes:
+        pooling: what the graph does, before any further layers.
+        normalize: whether the vectors that the graph gives are made to length 1.
+        more: further poolings, whose vectors follow the first one's.
+        normalized: whether the graph's vectors, or what they are the beginnings of, have length 1 already.
+    """
 
     pooling: Pooling
     normalize: bool
+    more: tuple[Pooling, ...] = ()
+    normalized: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> PoolingSettings:
@@ -45,24 +56,31 @@ def pool(hidden: Floats, attention_mask: NDArray[np.int64], pooling: Pooling) ->
 
     Args:
         hidden: token embeddings, float32 [texts, tokens, dimensions].
-        attention_mask: 1 for tokens and 0 for padding, [texts, tokens]; each row holds a 1.
+        attention_mask: 1 for tokens, 2 for those of a prompt that is left out, and 0 for padding, [texts, tokens];
+            each row holds a 1.
 
     Returns:
         float32 [texts, dimensions].
     """
-    mask = attention_mask.astype(np.float32)[:, :, None]
-    if pooling is Pooling.MEAN:
-        total: Floats = np.matmul(mask.transpose(0, 2, 1), hidden)[:, 0] / mask.sum(axis=1)
-        return total
+    counted = attention_mask == 1
+    rows = np.arange(len(hidden))
     if pooling is Pooling.CLS:
-        first: Floats = hidden[np.arange(len(hidden)), attention_mask.argmax(axis=1)]
+        first: Floats = hidden[rows, counted.argmax(axis=1)]
         return first
     if pooling is Pooling.LAST_TOKEN:
-        ends = attention_mask.shape[1] - 1 - attention_mask[:, ::-1].argmax(axis=1)
-        last: Floats = hidden[np.arange(len(hidden)), ends]
+        ends = attention_mask.shape[1] - 1 - counted[:, ::-1].argmax(axis=1)
+        last: Floats = hidden[rows, ends]
         return last
-    largest: Floats = np.where(mask > 0, hidden, -np.inf).max(axis=1)
-    return largest
+    if pooling is Pooling.MAX:
+        largest: Floats = np.where(counted[:, :, None], hidden, -np.inf).max(axis=1)
+        return largest
+    weights = counted.astype(np.float32)
+    if pooling is Pooling.WEIGHTED_MEAN:
+        weights *= np.cumsum(attention_mask > 0, axis=1, dtype=np.float32)
+    count = weights.sum(axis=1, keepdims=True)
+    total: Floats = np.matmul(weights[:, None], hidden)[:, 0]
+    mean: Floats = total / (np.sqrt(count) if pooling is Pooling.MEAN_BY_ROOT else count)
+    return mean
 
 
 def normalize(vectors: Floats) -> Floats:

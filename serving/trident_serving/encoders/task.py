@@ -52,6 +52,7 @@ SINGLE = (INPUT_IDS, ATTENTION_MASK)
 PAIR = (*SINGLE, TOKEN_TYPE_IDS)
 TEXT = Tensor("text_input", "STRING", (1,))
 TRUNCATE = Tensor("truncate", "BOOL", (1,))
+PROMPT_NAME = Tensor("prompt_name", "STRING", (1,))
 TOP_K = Tensor("top_k", "INT32", (1,))
 SCORE = Tensor("score", "FP32", (-1,))
 

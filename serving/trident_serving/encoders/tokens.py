@@ -56,12 +56,16 @@ class TokenRoles:
         cls_token_id: begins a text; question answering reads "no answer" from it.
         mask_token_id: the gap that a masked language model fills.
         prompts: what goes before a text, by the name that a request gives ("query", "passage").
+        default_prompt: the name that holds where a request gives none.
+        counts_prompt: whether the tokens of a prompt are pooled.
     """
 
     unk_token_id: int | None = None
     cls_token_id: int | None = None
     mask_token_id: int | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    counts_prompt: bool = True
 
     @classmethod
     def load(cls, folder: Path) -> TokenRoles:
@@ -126,7 +130,7 @@ class TextEncoder:
         names: Iterable[Sequence[str]] | None = None,
         truncate: bool | None = None,
         cut: str = "longest_first",
-        spans: bool = False,
+        special: bool = True,
     ) -> Tensors:
         """The model's inputs, padded on the right.
 
@@ -135,36 +139,118 @@ class TextEncoder:
             names: what errors call each text, or both of a pair; None: `text_input` and `text_pair`.
             truncate: cut longer texts to `max_tokens`; None takes the model's setting.
             cut: which of a pair loses tokens, in the words of `tokenizers`; what can't be cut so is too long.
-            spans: whether to say which characters a token stands for.
+            special: whether the tokenizer adds the tokens that begin and end a text.
 
         Returns:
-            `input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket]; with `spans` also `token_spans`,
-            int32 [texts, bucket, 2], the token's characters from start to end, -1 where it stands for none.
+            `input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket].
 
         Raises:
             InvalidRequest: a text is longer than the model takes, or gives no token that the model knows.
         """
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings: list[Encoding] = self._tokenizer.encode_batch(inputs)
+        encodings: list[Encoding] = self._tokenizer.encode_batch(inputs, add_special_tokens=special)
         if self._settings.truncate if truncate is None else truncate:
             encodings = [self._truncated(encoding, text, cut) for encoding, text in zip(encodings, inputs, strict=True)]
         names = names or zip(*(numbered(field, len(inputs)) for field in ("text_input", "text_pair")), strict=True)
         for encoding, text, called in zip(encodings, inputs, names, strict=True):
             self._check(encoding, text, called)
-        tensors = self._batcher.tensors(encodings)
-        return tensors | {"token_spans": _spans(encodings, tensors["input_ids"].shape)} if spans else tensors
+        return self._batcher.tensors(encodings)
 
-    def with_prompt(self, name: str, texts: Sequence[str]) -> list[str]:
-        """The texts behind the model's prompt of that name.
+    def windows(self, texts: Sequence[str], most: int, *, truncate: bool | None = None) -> Tensors:
+        """The model's inputs for texts of any length, each read in windows that overlap by a quarter.
+
+        Args:
+            most: windows of all texts together.
+            truncate: read the first window of each alone; None takes the model's setting.
+
+        Returns:
+            `input_ids`, `attention_mask` and `token_type_ids`, int64 [windows, bucket]; `token_spans`, int32 [windows,
+            bucket, 2], a token's characters from start to end, -1 where it stands for none, and where another window
+            shows more around the same token; `window_text`, int32 [windows], the text of each.
+
+        Raises:
+            InvalidRequest: a text gives no token that the model knows, or the windows are too many.
+        """
+        stride = self._limit // 4
+        whole = self._tokenizer.encode_batch(list(texts))
+        for encoding, text, name in zip(whole, texts, numbered("text_input", len(texts)), strict=True):
+            self._check_content(encoding, text, (name,))
+        windows: list[Encoding] = []
+        owners: list[int] = []
+        cuts: list[tuple[int, int]] = []  # tokens of each window that its neighbours show better
+        self._tokenizer.enable_truncation(self._limit, stride=stride)
+        try:
+            for row, text in enumerate(texts):
+                first = self._tokenizer.encode(text)
+                alone = self._settings.truncate if truncate is None else truncate
+                found = [first] if alone else [first, *first.overflowing]
+                windows += found
+                owners += [row] * len(found)
+                last = len(found) - 1
+                cuts += [(stride // 2 * (w > 0), (stride - stride // 2) * (w < last)) for w in range(len(found))]
+        finally:
+            self._tokenizer.no_truncation()
+        if len(windows) > most:
+            raise InvalidRequest(
+                f"text_input takes {len(windows)} windows of {self._limit} tokens, the limit is {most}: shorten it, or "
+                "send fewer texts at once"
+            )
+        tensors = self._batcher.tensors(windows)
+        spans = _spans(windows, tensors["input_ids"].shape)
+        for row, (before, behind) in enumerate(cuts):
+            tokens = np.flatnonzero(spans[row, :, 0] >= 0)
+            spans[row, tokens[:before]] = spans[row, tokens[len(tokens) - behind :]] = -1
+        return tensors | {"token_spans": spans, "window_text": np.array(owners, np.int32)}
+
+    def prompt(self, name: str | None) -> str:
+        """What goes before a text: the model's prompt of that name, or its default one.
 
         Raises:
             InvalidRequest: the model has none of that name.
         """
         prompts = self._roles.prompts
+        if name is None:
+            return prompts[self._roles.default_prompt] if self._roles.default_prompt is not None else ""
         if name not in prompts:
             known = ", ".join(prompts) or "none"
             raise InvalidRequest(f"prompt_name {name[:80]!r} is not known to this model; known: {known}")
-        return [prompts[name] + text for text in texts]
+        return prompts[name]
+
+    def uncounted(self, prompt: str) -> int:
+        """How many tokens at the beginning of a text are a prompt's that is left out of the pooling.
+
+        Raises:
+            InvalidRequest: nothing would be left.
+        """
+        if not prompt or self._roles.counts_prompt:
+            return 0
+        ids = self._tokenizer.encode(prompt).ids
+        closing = self._tokenizer.get_added_tokens_decoder().get(ids[-1])
+        length = len(ids) - (closing is not None and closing.special)
+        if length >= self._settings.max_tokens:
+            raise InvalidRequest(f"the prompt has {length} tokens, and the model takes {self._settings.max_tokens}")
+        return length
+
+    def without_end(self, text: str, start: int, end: int) -> str:
+        """A text that fits, of whose part from `start` to `end` the last tokens are left out where it is too long.
+
+        What can't be made to fit so is given back as long as it is. No special tokens are added.
+        """
+        while (beyond := len((found := self._tokenizer.encode(text, add_special_tokens=False)).ids) - self._limit) > 0:
+            inside = [left for left, right in found.offsets if start <= left < right <= end]
+            if len(inside) <= beyond:
+                break
+            text, end = text[: inside[-beyond]] + text[end:], inside[-beyond]
+        return text
+
+    @property
+    def truncates(self) -> bool:
+        """Whether texts are cut where a request does not say."""
+        return self._settings.truncate
+
+    @property
+    def _limit(self) -> int:
+        return self._settings.max_tokens
 
     def _check(self, encoding: Encoding, text: Any, names: Sequence[str]) -> None:
         texts = [text] if isinstance(text, str) else text
@@ -176,6 +262,10 @@ class TextEncoder:
             raise InvalidRequest(
                 f"{what} {length}, the model takes {limit}: shorten it, or set truncate to use its beginning alone"
             )
+        self._check_content(encoding, text, names)
+
+    def _check_content(self, encoding: Encoding, text: Any, names: Sequence[str]) -> None:
+        texts = [text] if isinstance(text, str) else text
         sequences = {sequence for sequence in encoding.sequence_ids if sequence is not None}
         for index, part in enumerate(texts):
             if index not in sequences:
@@ -197,11 +287,12 @@ class TextEncoder:
             self._tokenizer.no_truncation()
 
 
-def read_texts(folder: Path, parameters: Mapping[str, str], *, spans: bool = False) -> Stage:
+def read_texts(folder: Path, parameters: Mapping[str, str], *, prompts: bool = False) -> Stage:
     """The tokenizer stage of tasks that read `text_input`, with the options `text_pair`, `prompt_name` and `truncate`.
 
     Args:
-        spans: see `TextEncoder.encode`.
+        prompts: whether the model's default prompt goes before a text where a request names none. Tokens of a prompt
+            that is left out of the pooling have a 2 in `attention_mask`.
     """
     settings = read_parameters(EncodingSettings, parameters)
     encoder = TextEncoder.load(folder, settings)
@@ -211,14 +302,29 @@ def read_texts(folder: Path, parameters: Mapping[str, str], *, spans: bool = Fal
         pairs = None
         if "text_pair" in tensors:
             pairs = decode_texts(tensors["text_pair"], "text_pair", settings.max_bytes)
-        if "prompt_name" in tensors:
-            names = set(decode_texts(tensors["prompt_name"], "prompt_name"))
-            if len(names) > 1:
-                raise InvalidRequest(f"prompt_name must be the same for all texts of a request, found {sorted(names)}")
-            texts = encoder.with_prompt(names.pop(), texts)
-        return encoder.encode(texts, pairs, truncate=flag(tensors, "truncate"), spans=spans)
+        prompt = encoder.prompt(prompt_name(tensors)) if prompts else ""
+        uncounted = encoder.uncounted(prompt)
+        texts = [prompt + text for text in texts]
+        encoded = dict(encoder.encode(texts, pairs, truncate=flag(tensors, "truncate")))
+        if uncounted:
+            encoded["attention_mask"][:, :uncounted] *= 2
+        return encoded
 
     return preprocess
+
+
+def prompt_name(tensors: Tensors) -> str | None:
+    """The prompt that a request names; None where it names none.
+
+    Raises:
+        InvalidRequest: it names several.
+    """
+    if "prompt_name" not in tensors:
+        return None
+    names = set(decode_texts(tensors["prompt_name"], "prompt_name"))
+    if len(names) > 1:
+        raise InvalidRequest(f"prompt_name must be the same for all texts of a request, found {sorted(names)}")
+    return names.pop()
 
 
 def _spans(encodings: Sequence[Encoding], shape: tuple[int, ...]) -> NDArray[np.int32]:

@@ -23,6 +23,9 @@ MIN_POSITIONS = 2
 # Positions of a window at most, if several slots share a run: spreading the tokens costs a copy of each position.
 MAX_POSITIONS = 512
 
+# Positions without a token at most, where layers keep states: a recurrence steps over each.
+MAX_PADDING = 64
+
 
 @dataclass(frozen=True)
 class SlotTokens:
@@ -49,12 +52,17 @@ class Layout:
         first_slot: of the window of the cache.
         slots: of that window.
         attention_places: for each token, its slot in the window and its position in the slot's chunk.
+        state_tokens, state_mask, state_slots, state_starts: see `trident_export.graphs.states`.
     """
 
     first_slot: int
     slots: int
     attention_tokens: NDArray[np.int64]
     attention_places: NDArray[np.int64]
+    state_tokens: NDArray[np.int64]
+    state_mask: NDArray[np.float32]
+    state_slots: NDArray[np.int64]
+    state_starts: NDArray[np.int32]
     query_seqlens: NDArray[np.int32]
     logits_tokens: NDArray[np.int64]
 
@@ -78,6 +86,10 @@ def _layout(shape: tuple[tuple[int, int, int], ...], min_positions: int) -> Layo
     tokens = np.zeros((slots, width, 2), np.int64)
     where = np.empty((1, count, 2), np.int64)
     lengths = np.zeros(slots, np.int32)
+    longest = max(length for _, length, _ in shape)
+    mask = np.zeros((slots, longest, 1), np.float32)
+    starts = np.cumsum([0, *(length for _, length, _ in shape)], dtype=np.int32)
+    used = np.array([slot - first for slot, *_ in shape], np.int64)
     wanted: list[int] = []
     begin = 0
     for slot, length, last in shape:
@@ -86,15 +98,17 @@ def _layout(shape: tuple[tuple[int, int, int], ...], min_positions: int) -> Layo
         where[0, begin:end, 0] = slot - first
         where[0, begin:end, 1] = np.arange(length)
         lengths[slot - first] = max(min_positions, length)
+        mask[slot - first, :length] = 1
         wanted += range(end - last, end)
         begin = end
-    return Layout(first, slots, tokens, where, lengths, np.array(wanted, np.int64))
+    states = tokens[:, :longest, 1], mask, used, starts
+    return Layout(first, slots, tokens, where, *states, lengths, np.array(wanted, np.int64))
 
 
 def pack(
     items: Sequence[SlotTokens], min_positions: int = MIN_POSITIONS, held: NDArray[np.int64] | None = None
 ) -> PackedBatch:
-    """One run of these slots, which are all different.
+    """One run of these slots, which are all different and in order.
 
     Args:
         min_positions: that each slot takes part with.
@@ -115,13 +129,18 @@ def pack(
 
 
 def split(
-    items: Iterable[SlotTokens], min_positions: int = MIN_POSITIONS, *, ragged: bool = True
+    items: Iterable[SlotTokens],
+    min_positions: int = MIN_POSITIONS,
+    *,
+    ragged: bool = True,
+    max_padding: int = MAX_POSITIONS,
 ) -> list[list[SlotTokens]]:
     """Runs that together do all items, in order of slots, with windows that are not larger than MAX_POSITIONS.
 
     Args:
         ragged: whether slots of one run may have different numbers of tokens. If not, a run is one slot, or, where one
             position is enough, slots of one token each: the operator takes no others without `query_seqlens`.
+        max_padding: positions without a token in a run at most.
     """
     ordered = sorted(items, key=lambda item: item.slot)
     single: list[list[SlotTokens]] = []
@@ -129,12 +148,15 @@ def split(
         single = [[item] for item in ordered if max(len(item.tokens), min_positions) > 1]
         ordered = [item for item in ordered if max(len(item.tokens), min_positions) == 1]
     runs: list[list[SlotTokens]] = []
-    longest = 0
+    width = tokens = 0
     for item in ordered:
-        longest = max(longest, min_positions, len(item.tokens))
-        if runs and (item.slot - runs[-1][0].slot + 1) * longest <= MAX_POSITIONS:
+        length = len(item.tokens)
+        width, tokens = max(width, length), tokens + length
+        slots = item.slot - runs[-1][0].slot + 1 if runs else 0
+        fits = slots * max(width, min_positions) <= MAX_POSITIONS and slots * width - tokens <= max_padding
+        if runs and fits:
             runs[-1].append(item)
         else:
             runs.append([item])
-            longest = max(min_positions, len(item.tokens))
+            width = tokens = length
     return single + runs

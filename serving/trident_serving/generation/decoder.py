@@ -1,6 +1,7 @@
-"""Runs of the decoder graph over slots of the KV cache.
+"""Runs of the decoder graph over slots of the KV cache, and of other states where the model's layers keep some.
 
-The graph is the one that `trident_export.graphs.causal` writes; its inputs are described there.
+The graph is the one that `trident_export.graphs.causal` writes; its inputs are described there and in `states` beside
+it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,34 @@ from typing import Protocol
 
 import numpy as np
 
-from trident_serving.generation.batch import MIN_POSITIONS, PackedBatch, SlotTokens, pack, split
+from trident_serving.errors import DeviceMissing
+from trident_serving.generation.batch import (
+    MAX_PADDING,
+    MAX_POSITIONS,
+    MIN_POSITIONS,
+    PackedBatch,
+    SlotTokens,
+    pack,
+    split,
+)
 from trident_serving.runtime.kv_cache import KEYS, Cache, DeviceKVCache, KVCache
 from trident_serving.runtime.log_probabilities import Logits
 from trident_serving.runtime.session import Binding, open_session
+from trident_serving.runtime.states import SlotStates
 
 logger = logging.getLogger(__name__)
 
 _PAST = "past_key_values."
+_STATE, _NEXT_STATE = "past_states.", "present_states."
 _CACHE_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int8)": np.int8,
 }
+
+
+class StatesLost(Exception):
+    """A run failed that may have changed states, so it can't be made again."""
 
 
 class Decoder(Protocol):
@@ -57,10 +73,13 @@ def run_each(decoder: Decoder, items: Sequence[SlotTokens]) -> list[Logits | Exc
     """The wanted logits of each item, or why there are none.
 
     A run that fails is made again for one item at a time, which writes the same to the cache; so an item that can't
-    run leaves the others as they are.
+    run leaves the others as they are. States are not written twice: where there are some, all items fail.
     """
     try:
         logits = decoder.run(items)
+    except StatesLost as error:
+        logger.exception("a run of the model failed")
+        return [error] * len(items)
     except Exception as error:
         if len(items) > 1:
             return [
@@ -105,9 +124,13 @@ class OnnxDecoder:
         inputs = {node.name: node for node in self._session.get_inputs()}
         past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
         shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
-        dtype = _CACHE_TYPES[next(iter(past.values())).type]
+        states = {name: tuple(node.shape[1:]) for name, node in inputs.items() if name.startswith(_STATE)}
+        if states and device != "cpu":
+            raise DeviceMissing(f"device is {device!r}, but the states of this model are kept on the CPU only")
+        self.states = SlotStates(states, slots)
+        dtype = _CACHE_TYPES[next(node.type for node in past.values())] if past else np.float32
         # Graphs for a GPU lack it: decision 0023. On a CPU, where the gate measures them, slots then run one by one.
-        self._ragged = "query_seqlens" in inputs
+        self._ragged = "query_seqlens" in inputs or not past
         self._min_positions = 1 if dtype is np.int8 or (device != "cpu" and not self._ragged) else MIN_POSITIONS
         self._held = np.zeros(slots, np.int64)  # positions that each slot holds
         # The operator wants room for the padding of slots that share a run with longer ones.
@@ -120,7 +143,7 @@ class OnnxDecoder:
         )
         self.context = context
         # An architecture with rotary embeddings may leave `position_ids` unused, one without needs it.
-        self._inputs = [name for name in inputs if not name.startswith(_PAST)]
+        self._inputs = [name for name in inputs if not name.startswith((_PAST, _STATE))]
         logits = next(node for node in self._session.get_outputs() if node.name == "logits")
         self.vocabulary_size = int(logits.shape[2])
         self._logits = np.empty((slots, self.vocabulary_size), np.float32)
@@ -138,18 +161,26 @@ class OnnxDecoder:
                 raise ValueError(
                     f"{item.start + len(item.tokens)} tokens of slot {item.slot} exceed the context of {self.context}"
                 )
+            if self.states and item.start not in (0, self._held[item.slot]):
+                raise ValueError(
+                    f"slot {item.slot} holds the states of {self._held[item.slot]} tokens, not {item.start}"
+                )
         wanted = sum(item.wanted for item in items)
         if wanted > len(self._logits):
             self._logits = np.empty((wanted, self.vocabulary_size), np.float32)
         starts: dict[int, int] = {}  # of each slot's logits, in the order of the runs
         end = 0
-        for run in split(items, self._min_positions, ragged=self._ragged):
+        max_padding = MAX_PADDING if self.states else MAX_POSITIONS
+        for run in split(items, self._min_positions, ragged=self._ragged, max_padding=max_padding):
             begin = end
             for item in run:
                 starts[item.slot] = end
                 end += item.wanted
             batch = pack(run, self._min_positions, None if self._ragged else self._held)
-            self._run(batch, self._logits[begin:end])
+            if self.states:
+                self._run_with_states(run, batch, self._logits[begin:end])
+            else:
+                self._run(batch, self._logits[begin:end])
             for item in run:
                 self._held[item.slot] = item.start + len(item.tokens)
         logits = self._logits[:wanted]
@@ -159,13 +190,28 @@ class OnnxDecoder:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder.copy`."""
+        if self.states and length != self._held[source]:
+            raise ValueError(f"slot {source} holds the states of {self._held[source]} tokens, not {length}")
         self.cache.copy(source, target, length)
+        self.states.copy(source, target)
         self._held[target] = length
 
     def release(self, slot: int, start: int) -> None:
         """See `Decoder.release`."""
         self.cache.release(slot, start)
-        self._held[slot] = start
+        # States can't be cut back.
+        self._held[slot] = start if not self.states or start == self._held[slot] else 0
+
+    def _run_with_states(self, items: Sequence[SlotTokens], batch: PackedBatch, logits: Logits) -> None:
+        for item in items:
+            if item.start == 0:
+                self.states.reset(item.slot)
+        try:
+            self._run(batch, logits)
+        except Exception as error:
+            for item in items:
+                self._held[item.slot] = 0  # the next text begins from zeros
+            raise StatesLost(str(error)) from error
 
     def _run(self, batch: PackedBatch, logits: Logits) -> None:
         binding = self._binding(batch.first_slot, batch.slots)
@@ -185,5 +231,9 @@ class OnnxDecoder:
                 where = (self.cache.device, self._device_id, self.cache.dtype.type, shape, address)
                 binding.io.bind_input(name, *where)
                 binding.io.bind_output(name.replace(_PAST, "present."), *where)
+            for name in self.states.buffers:
+                shape, address = self.states.window(name, first_slot, slots)
+                binding.io.bind_input(name, "cpu", 0, np.float32, shape, address)
+                binding.io.bind_output(name.replace(_STATE, _NEXT_STATE), "cpu", 0, np.float32, shape, address)
             self._bindings[first_slot, slots] = binding
         return binding

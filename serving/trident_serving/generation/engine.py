@@ -38,6 +38,7 @@ class EngineSettings:
         max_waiting: requests that may wait for a slot.
         prefix_reuse: whether prompts start behind what the cache already holds of them.
         prompt_lookup: whether greedy requests may be drafted.
+        whole_prefixes: what the cache holds is reused as a whole or not at all.
     """
 
     slots: int
@@ -46,6 +47,7 @@ class EngineSettings:
     max_waiting: int
     prefix_reuse: bool = True
     prompt_lookup: bool = True
+    whole_prefixes: bool = False
 
 
 class Engine(EngineLoop[Answer]):
@@ -86,7 +88,11 @@ class Engine(EngineLoop[Answer]):
     def _new_scheduler(self) -> Scheduler[Answer]:
         settings = self._settings
         self._pool = SlotPool(
-            settings.slots, settings.cache_tokens, reuse=settings.prefix_reuse, can_copy=self._decoder.can_copy
+            settings.slots,
+            settings.cache_tokens,
+            reuse=settings.prefix_reuse,
+            can_copy=self._decoder.can_copy,
+            whole=settings.whole_prefixes,
         )
         return Scheduler(self._pool, settings.prefill_chunk, settings.max_waiting)
 

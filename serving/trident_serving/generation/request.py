@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trident_serving.errors import InvalidRequest
+from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
 from trident_serving.schema.fields import (
@@ -52,12 +53,23 @@ class GenerationRequest:
 
 
 class RequestParser:
-    """Turns tensors into requests for one model."""
+    """Turns tensors into requests for one model.
 
-    def __init__(self, tokenizer: TextTokenizer, chat_template: ChatTemplate | None, limits: GenerationLimits) -> None:
+    Args:
+        defaults: what the model's generation config says where a request does not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        chat_template: ChatTemplate | None,
+        limits: GenerationLimits,
+        defaults: GenerationDefaults = NO_DEFAULTS,
+    ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._limits = limits
+        self._defaults = defaults
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """Check the tensors of one request, each of them [1, n].
@@ -73,9 +85,14 @@ class RequestParser:
         values = {field.name: field.read(inputs) for field in GENERATION if field.shape == (1,)}
         if values["max_tokens"] is None:
             values["max_tokens"] = min(self._limits.default_max_tokens, room)
+        if "repetition_penalty" not in inputs:
+            values["repetition_penalty"] = self._defaults.repetition_penalty
+        if "min_tokens" not in inputs:
+            values["min_tokens"] = min(self._defaults.min_new_tokens, values["max_tokens"])
         sampling = SamplingParams(
             **{name: values[name] for name in SAMPLING if name in values},
             seed=values["random_seed"],
+            defaults=self._defaults,
         )
         if sampling.max_tokens > room:
             raise InvalidRequest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
+from trident_serving.runtime.sampling.defaults import GenerationDefaults, ids, read_config
 from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
 from trident_serving.schema.fields import Inputs
 from trident_serving.schema.limits import GenerationLimits
@@ -32,12 +32,14 @@ class MemoryNeeds:
         cache_tokens: tokens that the KV cache may hold.
         bytes_per_token: of the KV cache.
         logits: the buffer for the logits.
+        states: of all slots, beside the KV cache; 0 for most models.
     """
 
     weights: int
     cache_tokens: int
     bytes_per_token: int
     logits: int
+    states: int = 0
 
     @property
     def cache(self) -> int:
@@ -45,11 +47,12 @@ class MemoryNeeds:
         return self.cache_tokens * self.bytes_per_token
 
     def __str__(self) -> str:
-        parts = (self.weights, self.cache, self.logits)
-        weights, cache, logits, total = (f"{part / MEBIBYTE:.0f}" for part in (*parts, sum(parts)))
+        parts = (self.weights, self.cache, self.logits, self.states)
+        weights, cache, logits, states, total = (f"{part / MEBIBYTE:.0f}" for part in (*parts, sum(parts)))
         return (
             f"{weights} MiB of weights + {cache} MiB of KV cache ({self.cache_tokens} tokens of "
-            f"{self.bytes_per_token} bytes) + {logits} MiB of logits = {total} MiB"
+            f"{self.bytes_per_token} bytes) + {f'{states} MiB of states + ' if self.states else ''}"
+            f"{logits} MiB of logits = {total} MiB"
         )
 
 
@@ -61,17 +64,18 @@ def plan_memory(limits: GenerationLimits, decoder: OnnxDecoder, weights: int, av
     """
     each = decoder.cache.bytes_per_token
     tokens = limits.slots * limits.context
-    if limits.kv_cache_mib:
+    if limits.kv_cache_mib and each:
         tokens = min(tokens, limits.kv_cache_mib * MEBIBYTE // each)
     if tokens < limits.context:
         raise DoesNotFit(
             f"kv_cache_mib is {limits.kv_cache_mib}, but one context of {limits.context} tokens takes "
             f"{limits.context * each / MEBIBYTE:.0f} MiB: raise kv_cache_mib or lower context"
         )
-    needs = MemoryNeeds(weights, tokens, each, limits.slots * decoder.vocabulary_size * 4)
+    states = limits.slots * decoder.states.bytes_per_slot
+    needs = MemoryNeeds(weights, tokens, each, limits.slots * decoder.vocabulary_size * 4, states)
     if decoder.cache.device != "cpu":
         return needs  # a GPU's cache is taken when it is made, and fails there
-    if needs.cache + needs.logits > available:
+    if needs.cache + needs.states + needs.logits > available:
         raise DoesNotFit(
             f"{needs}, of which all but the weights must fit into the {available / MEBIBYTE:.0f} MiB that are "
             "available: set kv_cache_mib, or lower slots or context"
@@ -81,10 +85,7 @@ def plan_memory(limits: GenerationLimits, decoder: OnnxDecoder, weights: int, av
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
     """`eos_token_id` of the model's generation_config.json: one id, a list, or none."""
-    path = folder / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    ids = config.get("eos_token_id")
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(ids(read_config(folder).get("eos_token_id")))
 
 
 class GenerationService:
@@ -110,7 +111,7 @@ class GenerationService:
         self._tokenizer = tokenizer
         self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
-        self._parser = RequestParser(tokenizer, ChatTemplate.load(folder), limits)
+        self._parser = RequestParser(tokenizer, ChatTemplate.load(folder), limits, GenerationDefaults.load(folder))
         decoder = OnnxDecoder(
             folder / "model.onnx",
             slots=limits.slots,
@@ -134,7 +135,9 @@ class GenerationService:
                 prefill_chunk=limits.prefill_chunk,
                 max_waiting=limits.max_waiting,
                 prefix_reuse=limits.prefix_reuse,
-                prompt_lookup=limits.prompt_lookup,
+                # A draft that is refused can't be taken back from a state.
+                prompt_lookup=limits.prompt_lookup and not decoder.states,
+                whole_prefixes=bool(decoder.states),
             ),
             eos_token_ids=self._eos_token_ids,
             recorder=self.recorder,

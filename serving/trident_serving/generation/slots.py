@@ -3,7 +3,8 @@
 A slot keeps its content when its sequence ends. A prompt that begins like the content of any slot, running or
 not, starts behind the beginning that they share: in that slot, if it continues the whole content, or in another one
 that gets a copy. Content that no sequence uses is evicted, the least recently used slot first, when a sequence needs
-the slot or the memory. Pure bookkeeping: no tensors, no I/O.
+the slot or the memory. Where layers keep states, which can't be cut back, only the whole content of a slot is the
+beginning of a prompt. Pure bookkeeping: no tensors, no I/O.
 """
 
 from __future__ import annotations
@@ -66,13 +67,17 @@ class SlotPool:
         budget: tokens that all slots together may hold.
         reuse: whether contents are kept for later prompts.
         can_copy: whether the cache can copy between slots; if not, contents are reused in place only.
+        whole: contents are reused as a whole or not at all.
     """
 
-    def __init__(self, slots: int, budget: int, *, reuse: bool = True, can_copy: bool = True) -> None:
+    def __init__(
+        self, slots: int, budget: int, *, reuse: bool = True, can_copy: bool = True, whole: bool = False
+    ) -> None:
         self.budget = budget
         self._slots = [_Slot() for _ in range(slots)]
         self._reuse = reuse
         self._can_copy = can_copy
+        self._whole = whole
         self._clock = 0
 
     @property
@@ -131,6 +136,8 @@ class SlotPool:
             if slot.content is None or not self._reuse:
                 continue
             shared = common_prefix(prompt, slot.content.tokens, min(slot.content.cached, len(prompt) - 1))
+            if self._whole and shared < slot.content.cached:
+                continue
             if shared > length or (shared == length and best is not None and slot.reserved == 0):
                 best, length = index, shared
         return best, length if best is not None else 0

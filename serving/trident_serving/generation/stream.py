@@ -65,7 +65,7 @@ class TextStream:
         self._streaming = request.stream
         self._num_input_tokens = len(request.prompt_ids)
         self._eos_token_ids = eos_token_ids
-        self._detokenizer = Detokenizer(codec)
+        self._detokenizer = Detokenizer(codec, request.prompt_ids)
         self._stop_strings = StopStrings(request.stop_words)
         self._notify = notify
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ from trident_serving.schema.fields import Aggregation, LongInput
 
 DEVICES = ("cpu", "cuda")
 BUCKETS = (128, 256)
+_LONG = 512  # tokens from which on attention, which grows by the square of the padded length, is most of the work
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class EncoderLimits:
     Attributes:
         max_tokens: the longest input, special tokens included.
         max_bytes: the longest text that is tokenized at all.
-        buckets: lengths that batches are padded to; `max_tokens` is always the last. (): 128 and 256, if shorter.
+        buckets: lengths that batches are padded to; `max_tokens` is always the last. (): 128 and 256, if shorter. Where
+            the next is far, more are put between, so that a token beyond a bucket costs little: none is more than
+            twice the one before, nor half as long again from 512 on.
         max_batch_size: texts in one run of the model.
         truncate: whether longer texts are cut where the request does not say.
         threads: ONNX Runtime's intra-op threads.
@@ -80,7 +83,13 @@ class EncoderLimits:
     @property
     def all_buckets(self) -> tuple[int, ...]:
         """The buckets with `max_tokens` as the last."""
-        return (*(size for size in self.buckets or BUCKETS if size < self.max_tokens), self.max_tokens)
+        named = (*(size for size in self.buckets or BUCKETS if size < self.max_tokens), self.max_tokens)
+        found = [named[0]]
+        for size in named[1:]:
+            while size > found[-1] * (2 if found[-1] < _LONG else 1.5):
+                found.append(found[-1] * 2 if found[-1] < BUCKETS[0] else found[-1] * 3 // 2)
+            found.append(size)
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +98,31 @@ class EmbeddingLimits(EncoderLimits):
 
     Attributes:
         dimensions: numbers in an embedding.
+        matryoshka: shorter embeddings that a request may ask for: beginnings of the whole one.
+    """
+
+    dimensions: int
+    matryoshka: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.matryoshka) != sorted(set(self.matryoshka)) or max(self.matryoshka, default=0) > self.dimensions:
+            raise ReadingError(
+                f"matryoshka must rise to dimensions ({self.dimensions}) at most, found {self.matryoshka}"
+            )
+
+    @property
+    def answered(self) -> int:
+        """Numbers in an answer; -1 where a request may ask for fewer."""
+        return -1 if self.matryoshka else self.dimensions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseLimits(EncoderLimits):
+    """Limits of a model of sparse embeddings.
+
+    Attributes:
+        dimensions: tokens of the vocabulary, each of which may have a weight.
     """
 
     dimensions: int
@@ -228,4 +262,6 @@ LIMITS: dict[str, type[Limits]] = {
     "text-ranking": LabelLimits,
     "fill-mask": FillMaskLimits,
     "zero-shot-classification": ZeroShotLimits,
+    "sparse-embedding": SparseLimits,
+    "hybrid-embedding": EmbeddingLimits,
 }

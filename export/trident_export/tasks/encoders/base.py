@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -11,12 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from tokenizers.normalizers import Lowercase, Normalizer
+from tokenizers.normalizers import Sequence as Normalizers
+from transformers import PreTrainedModel
 
 from trident_export import configs, corpora, disk, recipes
-from trident_export.errors import ModelsFileError, TextError
+from trident_export.errors import ModelsFileError, TextError, UnsupportedArchitecture
 from trident_export.graphs.encoder import export_encoder_graph
-from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.passes import CalibrationRuns, Feeds
@@ -26,7 +28,7 @@ from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 from trident_serving.encoders.labels import softmax
 from trident_serving.encoders.task import EncoderTask
-from trident_serving.encoders.tokens import TOKENIZER, TokenRoles
+from trident_serving.encoders.tokens import TOKENIZER, TokenRoles, load_tokenizer
 from trident_serving.errors import InvalidRequest
 from trident_serving.schema.limits import EncoderLimits
 from trident_serving.text import encode_texts
@@ -40,6 +42,8 @@ Texts = tuple[str, ...]
 Limits = TypeVar("Limits", bound=EncoderLimits)
 
 _GATE_BATCH = 4
+# Texts that are asked for once more with padding beyond their bucket, and how many tokens of it.
+_PADDED, _PADDING = 2, 32
 # Share of a calibration text's tokens that may be unknown; more, and the text is in another tokenizer's language.
 _MOST_UNKNOWN = 0.1
 
@@ -65,9 +69,16 @@ class EncoderExport(Generic[Limits]):
         """What of the limits does not fit the model, a sentence each; it names the model's value."""
         return iter(())
 
-    def proposed_limits(self, config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
+    def proposed_limits(self, source: HuggingFaceFolder, max_tokens: int) -> dict[str, Any]:
         """What `trident-export add` writes as limits besides `max_tokens`."""
         return {}
+
+    def head_of(self, source: HuggingFaceFolder) -> Any:
+        """The Auto class of transformers for a model."""
+        return self.head
+
+    def prepare(self, model: PreTrainedModel, source: HuggingFaceFolder) -> None:
+        """Change the model before it is traced."""
 
     def settings(self, source: HuggingFaceFolder) -> Any:
         """What the postprocess stage reads of the model, as an object that can `save` itself; None: nothing."""
@@ -96,6 +107,20 @@ class EncoderExport(Generic[Limits]):
         kept = [mask > 0 for mask in tensors["attention_mask"]]
         return [softmax(row[real]) for row, real in zip(tensors["logits"], kept, strict=True)]
 
+    def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
+        """What Hugging Face makes of a text, by itself and without padding, in float32; see `read`."""
+        assert spec.encoder is not None
+        limit = spec.encoder.max_tokens
+        tokenizer, model, settings = source.tokenizer, source.reference(self.head_of(source)), self.settings(source)
+
+        def ask(texts: Texts) -> list[Floats]:
+            batch = self.tokenize(tokenizer, texts, limit)
+            tensors = {name: t.numpy() for name, t in model(**batch).items() if isinstance(t, torch.Tensor)}
+            inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+            return self.read({**tensors, **inputs}, settings)
+
+        return ask
+
     def compare(self, reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
         """What a variant's answers get wrong."""
         return fidelity.compare_scores(reference, found)
@@ -121,7 +146,7 @@ class EncoderExport(Generic[Limits]):
         """See `trident_export.tasks`."""
         spec, source, limits = job.spec, job.source, job.spec.encoder
         self._check_limits(spec, source)
-        disk.require(job.staging, source.weight_bytes, spec.recipes)
+        disk.require(job.staging, max(source.weight_bytes, 4 * source.parameters), spec.recipes)
         tokenizer, postprocess = (
             job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")
         )
@@ -135,9 +160,10 @@ class EncoderExport(Generic[Limits]):
         export_encoder_graph(
             source,
             job.graphs / "model.onnx",
-            self.head,
+            self.head_of(source),
             inputs=[tensor.name for tensor in self.task.model_inputs],
             outputs=[tensor.name for tensor in self.task.model_outputs],
+            prepare=lambda model: self.prepare(model, source),
             finish=lambda model: self.finish(model, cast("Limits", limits), source),
         )
 
@@ -167,7 +193,9 @@ class EncoderExport(Generic[Limits]):
         def evaluate(variant: str) -> dict[str, float]:
             found, *given = served.answers(variant, (samples, *searched), _GATE_BATCH)
             (alone,) = served.answers(variant, (samples,), 1)
-            effect = max(_difference(a, b) for a, b in zip(found, alone, strict=True))
+            (padded,) = served.answers(variant, (samples[:_PADDED],), 1, padding=_PADDING)
+            both = [*zip(found, alone, strict=True), *zip(padded, alone, strict=False)]
+            effect = max(_difference(a, b) for a, b in both)
             measured = self.compare(reference, found) | {"batch_effect": effect}
             if thorough:
                 measured |= self.compare_thoroughly(reference, found, list(zip(expected, given, strict=True)))
@@ -194,9 +222,13 @@ def save_tokenizer(source: HuggingFaceFolder, prompts: Mapping[str, str] | None,
     folder.mkdir(parents=True)
     tokenizer = source.fast_tokenizer
     backend = tokenizer.backend_tokenizer
+    if source.sentence.lower_case:
+        own: list[Normalizer] = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = Normalizers([Lowercase(), *own])
     backend.no_truncation()
+    padding = source.padding_token
     backend.enable_padding(
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=(tokenizer.pad_token_id or 0) if padding is None else padding,
         pad_type_id=tokenizer.pad_token_type_id,
         pad_token=tokenizer.pad_token or "[PAD]",
     )
@@ -218,6 +250,9 @@ class Served:
         self._built = {name: configs.as_backend_json(config) for name, config in configs.build(spec).items()}
         name = f"{spec.name}_tokenizer"
         self._preprocess = task.task.preprocess(root / name / VERSION, parameters(self._built[name]))
+        assert spec.encoder is not None
+        self._longest = spec.encoder.max_tokens
+        self._pad_id = (load_tokenizer(root / name / VERSION).padding or {}).get("pad_id", 0)
         self.settings = task.load_settings(root / f"{spec.name}_postprocess" / VERSION)
 
     def readable(self, samples: Sequence[Texts]) -> Sequence[tuple[Texts, Arrays]]:
@@ -228,43 +263,69 @@ class Served:
                 found += [(texts, inputs) for inputs in self._inputs([texts], 1)]
         return found
 
-    def answers(self, variant: str, sets: Sequence[Sequence[Texts]], batch: int) -> list[list[Floats]]:
-        """What a variant makes of each set of texts in padded batches; see `EncoderExport.read`."""
+    def answers(
+        self, variant: str, sets: Sequence[Sequence[Texts]], batch: int, padding: int = 0
+    ) -> list[list[Floats]]:
+        """What a variant makes of each set of texts in padded batches; see `EncoderExport.read`.
+
+        Args:
+            padding: tokens of it beyond the bucket, as far as the model has positions.
+        """
         part = configs.model_part(self._spec, variant)
         model = OnnxModel(self._root / part / VERSION, self._built[part])
-        return [[row for inputs in self._inputs(texts, batch) for row in self._run(model, inputs)] for texts in sets]
+        return [
+            [row for inputs in self._inputs(texts, batch, padding) for row in self._run(model, inputs)]
+            for texts in sets
+        ]
 
     def _run(self, model: OnnxModel, inputs: dict[str, NDArray[Any]]) -> list[Floats]:
         result = model.run([inputs])[0]
         if isinstance(result, Exception):
-            raise result
+            raise unrunnable(self._spec.name, inputs["input_ids"].shape, result) from result
         return self._task.read({**inputs, **result}, self.settings)
 
-    def _inputs(self, samples: Sequence[Texts], batch: int) -> Iterator[dict[str, NDArray[Any]]]:
+    def _inputs(self, samples: Sequence[Texts], batch: int, padding: int = 0) -> Iterator[dict[str, NDArray[Any]]]:
         task = self._task.task
-        size = batch if task.batched else 1
-        for start in track(range(0, len(samples), size), f"texts, {size} at a time"):
-            columns = [encode_texts(column) for column in zip(*samples[start : start + size], strict=True)]
-            request = {tensor.name: column for tensor, column in zip(task.texts, columns, strict=True)}
-            tensors = self._preprocess(request | {"truncate": np.ones(1, np.bool_)})
-            # Of a long context the first window only, which is what Hugging Face's side reads.
-            yield {tensor.name: tensors[tensor.name][:size] for tensor in task.model_inputs}
+        for start in track(range(0, len(samples), batch), f"texts, {batch} at a time"):
+            chosen = samples[start : start + batch]
+            # Where a request's texts are no batch, they are one request each; of its rows the first is what Hugging
+            # Face's side reads, such as the first window of a long context.
+            requests = [chosen] if task.batched else [[sample] for sample in chosen]
+            rows = [{name: t[: len(r)] for name, t in self._read(r).items()} for r in requests]
+            width = max(row["input_ids"].shape[1] for row in rows)
+            width = max(width, min(width + padding, self._longest))
+            yield {
+                tensor.name: np.concatenate([self._padded(tensor.name, row[tensor.name], width) for row in rows])
+                for tensor in task.model_inputs
+            }
+
+    def _read(self, samples: Sequence[Texts]) -> Arrays:
+        task = self._task.task
+        columns = [encode_texts(column) for column in zip(*samples, strict=True)]
+        request = {tensor.name: column for tensor, column in zip(task.texts, columns, strict=True)}
+        tensors = self._preprocess(request | {"truncate": np.ones(1, np.bool_)})
+        return {tensor.name: tensors[tensor.name] for tensor in task.model_inputs}
+
+    def _padded(self, name: str, rows: NDArray[Any], width: int) -> NDArray[Any]:
+        value = self._pad_id if name == "input_ids" else 0
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=value)
+
+
+def unrunnable(name: str, shape: Sequence[int], error: Exception) -> UnsupportedArchitecture:
+    """What it means that ONNX Runtime can't run a graph: sizes were taken for constants when it was traced."""
+    return UnsupportedArchitecture(
+        f"the graph of {name} can't be run on {' x '.join(map(str, shape))} tokens ({reason(error)}): the architecture "
+        "fixes sizes when it is traced, choose another model"
+    )
 
 
 def reference_outputs(
     spec: ModelSpec, source: HuggingFaceFolder, task: EncoderExport[Any], samples: Sequence[Texts]
 ) -> list[Floats]:
-    """What Hugging Face makes of the texts, one at a time and without padding, in float32; see `EncoderExport.read`."""
-    assert spec.encoder is not None
-    tokenizer, model, settings = source.tokenizer, source.load(task.head), task.settings(source)
-    found = []
+    """What Hugging Face makes of the texts; see `EncoderExport.reference`."""
+    ask = task.reference(spec, source)
     with torch.inference_mode():
-        for texts in track(samples, "Hugging Face"):
-            batch = task.tokenize(tokenizer, texts, spec.encoder.max_tokens)
-            tensors = {name: t.numpy() for name, t in model(**batch).items() if isinstance(t, torch.Tensor)}
-            inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
-            found += task.read({**tensors, **inputs}, settings)
-    return found
+        return [row for texts in track(samples, "Hugging Face") for row in ask(texts)]
 
 
 def _difference(one: Floats, other: Floats) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import AutoModelForTokenClassification, PretrainedConfig
+from transformers import AutoModelForTokenClassification
 
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.tasks.encoders.base import EncoderExport
@@ -26,8 +26,8 @@ class Entities(EncoderExport[EntityLimits]):
     def problems(self, limits: EntityLimits, source: HuggingFaceFolder) -> Iterator[str]:
         yield from label_problems(limits, source)
 
-    def proposed_limits(self, config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
-        return {"labels": config.num_labels}
+    def proposed_limits(self, source: HuggingFaceFolder, max_tokens: int) -> dict[str, Any]:
+        return {"labels": source.config.num_labels}
 
     def settings(self, source: HuggingFaceFolder) -> LabelSettings:
         return Classification().settings(source)

@@ -29,6 +29,8 @@ class FillMask(EncoderExport[FillMaskLimits]):
     def problems(self, limits: FillMaskLimits, source: HuggingFaceFolder) -> Iterator[str]:
         if limits.top_k > source.config.vocab_size:
             yield f"limits.top_k is {limits.top_k}, the model has {source.config.vocab_size} tokens"
+        if source.roles().mask_token_id is None:
+            yield f"task is {self.task.name}, and the tokenizer has no mask token: choose a masked language model"
 
     def load_settings(self, folder: Path) -> TokenRoles:
         return TokenRoles.load(folder)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForQuestionAnswering, PretrainedConfig
+from transformers import AutoModelForQuestionAnswering
 
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import fidelity
@@ -24,7 +24,7 @@ class QuestionAnswering(EncoderExport[AnswerLimits]):
     architecture = "ForQuestionAnswering"
     proposed_tokens = 384
 
-    def proposed_limits(self, config: PretrainedConfig, max_tokens: int) -> dict[str, Any]:
+    def proposed_limits(self, source: HuggingFaceFolder, max_tokens: int) -> dict[str, Any]:
         return {"stride": min(128, max_tokens // 3)}
 
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:

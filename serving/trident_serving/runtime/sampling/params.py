@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
 from trident_serving.schema.fields import GENERATION, by_name
 
 _FIELDS = by_name(GENERATION)
@@ -12,6 +13,9 @@ _FIELDS = by_name(GENERATION)
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen; greedy where `temperature` is 0.
+
+    Attributes:
+        defaults: what the model's generation config adds; a field of the request is no longer among it.
 
     Raises:
         InvalidRequest: a value is out of its range; the message names field, value and range.
@@ -28,6 +32,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    defaults: GenerationDefaults = NO_DEFAULTS
 
     def __post_init__(self) -> None:
         for name in SAMPLING:
@@ -40,4 +45,4 @@ class SamplingParams:
 
 
 # The fields of a request that say how tokens are chosen.
-SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name != "seed")
+SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in ("seed", "defaults"))

@@ -202,14 +202,32 @@ class TypicalP:
 
 
 def penalties(params: SamplingParams, prompt_length: int, eos_token_ids: frozenset[int]) -> list[LogitsProcessor]:
-    """What a request of a causal model does to the scores; nothing for a field that is off."""
+    """What a request of a causal model and the model's defaults do to the scores; nothing for a field that is off.
+
+    In the order of transformers' `_get_logits_processor`.
+    """
     found: list[LogitsProcessor] = []
+    defaults, ends = params.defaults, tuple(sorted(eos_token_ids))
     if params.repetition_penalty != 1.0:
         found.append(RepetitionPenalty(params.repetition_penalty))
     if params.presence_penalty or params.frequency_penalty:
         found.append(PresenceFrequencyPenalty(params.presence_penalty, params.frequency_penalty, prompt_length))
-    if params.min_tokens:
-        found.append(MinLength(prompt_length + params.min_tokens, tuple(sorted(eos_token_ids))))
+    if defaults.no_repeat_ngram_size:
+        found.append(NoRepeatNGram(defaults.no_repeat_ngram_size))
+    if defaults.bad_words:
+        found.append(BadWords(defaults.bad_words))
+    min_length = max(defaults.min_length, prompt_length + params.min_tokens)
+    if min_length > prompt_length:
+        found.append(MinLength(min_length, ends))
+    if defaults.forced_bos_token_id is not None:
+        found.append(ForcedTokens(1, (defaults.forced_bos_token_id,)))
+    if defaults.forced_eos_token_ids:
+        found.append(ForcedTokens(prompt_length + params.max_tokens - 1, defaults.forced_eos_token_ids))
+    if defaults.suppress_tokens:
+        found.append(SuppressTokens(defaults.suppress_tokens))
+    if defaults.begin_suppress_tokens:
+        first = prompt_length + (prompt_length == 1 and defaults.forced_bos_token_id is not None)
+        found.append(SuppressTokens(defaults.begin_suppress_tokens, first))
     return found
 
 
