@@ -125,6 +125,8 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "llama4_text": {"num_hidden_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
     "phi3": {
         "original_max_position_embeddings": ORIGINAL,
         "rope_parameters": _FULL
@@ -310,7 +312,10 @@ def table(results: dict[str, list[Result]]) -> str:
     ]
     for kind, found in results.items():
         served = [result for result in found if result.kind == "served"]
-        lines += [f"## {kind}", "", f"{len(served)} of {len(found)} types are served.", "", "| type | |", "|---|---|"]
+        built = [result for result in found if result.kind != "not built"]
+        counts = f"{len(served)} of the {len(built)} types that could be built here are served"
+        counts += f"; {len(found) - len(built)} could not." if len(found) > len(built) else "."
+        lines += [f"## {kind}", "", counts, "", "| type | |", "|---|---|"]
         lines += [f"| `{result.name}` | {_cell(result)} |" for result in sorted(found, key=lambda result: result.name)]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
