@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import families_encoders
 import numpy as np
 import torch
 import transformers
@@ -34,6 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trident_export.errors import ExportError
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph
+from trident_export.graphs.tracing import running
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 
@@ -123,6 +125,8 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "llama4_text": {"num_hidden_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
     "phi3": {
         "original_max_position_embeddings": ORIGINAL,
         "rope_parameters": _FULL
@@ -194,7 +198,8 @@ def check_causal(name: str) -> str:
         editing.save(decoder_passes.optimize(export_causal_graph(model, LONGEST)), path)
         decoder = OnnxDecoder(path, slots=5, context=CONTEXT - 16, longest_run=16, threads=1)
         other = OnnxDecoder(path, slots=2, context=3 * CONTEXT, longest_run=LENGTHS[1], threads=1)
-        return compare(model, decoder, other)
+        with running(f"the graph of a {type(model).__name__}", "be run over the gate's texts"):  # as an export says it
+            return compare(model, decoder, other)
 
 
 def compare(model: Any, decoder: OnnxDecoder, other: OnnxDecoder) -> str:
@@ -288,6 +293,7 @@ def isolated(name: str, check: Callable[[str], str]) -> Result:
 
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], str]]] = {
     "Causal language models": (tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), check_causal),
+    **families_encoders.KINDS,
 }
 
 
@@ -306,7 +312,10 @@ def table(results: dict[str, list[Result]]) -> str:
     ]
     for kind, found in results.items():
         served = [result for result in found if result.kind == "served"]
-        lines += [f"## {kind}", "", f"{len(served)} of {len(found)} types are served.", "", "| type | |", "|---|---|"]
+        built = [result for result in found if result.kind != "not built"]
+        counts = f"{len(served)} of the {len(built)} types that could be built here are served"
+        counts += f"; {len(found) - len(built)} could not." if len(found) > len(built) else "."
+        lines += [f"## {kind}", "", counts, "", "| type | |", "|---|---|"]
         lines += [f"| `{result.name}` | {_cell(result)} |" for result in sorted(found, key=lambda result: result.name)]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

@@ -35,7 +35,7 @@ from transformers import (
 from tests.integration.test_decoder_graphs import LLAMA, SHARED, VOCABULARY, compare_logits
 from trident_export import recipes
 from trident_export.errors import ModelsFileError, UnsupportedArchitecture
-from trident_export.graphs import decoder_passes, rotary
+from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph, plan_of
 from trident_export.graphs.slot_attention import Slots, window_of
 from trident_export.passes import Cache
@@ -121,6 +121,10 @@ def make(config: PretrainedConfig) -> Any:
     return model
 
 
+def write(model: Any, path: Path, *, ragged: bool = True) -> None:
+    editing.save(decoder_passes.optimize(export_causal_graph(model, positions=64), ragged=ragged), path)
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
     return {name: make(config) for name, config in CONFIGS.items()}
@@ -131,8 +135,7 @@ def graphs(models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     paths = {}
     for name, model in models.items():
         paths[name] = tmp_path_factory.mktemp("family") / "model.onnx"
-        export_causal_graph(model, paths[name], positions=64)
-        decoder_passes.optimize_file(paths[name])
+        write(model, paths[name])
     return paths
 
 
@@ -191,8 +194,7 @@ def test_every_expert_is_in_the_graph_and_is_quantized(graphs: dict[str, Path], 
 def test_a_graph_for_gpus_knows_no_numbers_of_queries(models: dict[str, Any], tmp_path: Path) -> None:
     """Neither the operator's nor the plain operators': slots of a run are then of one width."""
     path = tmp_path / "model.onnx"
-    export_causal_graph(models["llama4"], path, positions=64)
-    decoder_passes.optimize_file(path, ragged=False)
+    write(models["llama4"], path, ragged=False)
     assert "query_seqlens" not in {value.name for value in ir.load(path).graph.inputs}
     compare_logits(models["llama4"], path, tolerance=5e-4)
 
@@ -202,22 +204,22 @@ def test_a_rounded_cache_is_refused_where_a_layer_lacks_the_operator(graphs: dic
         recipes.transform(ir.load(graphs["llama4"]), [Cache(samples=1)])
 
 
-def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_cache_is_refused() -> None:
     model = make(OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64))
     with pytest.raises(
         UnsupportedArchitecture, match="OpenAIGPTLMHeadModel is not supported: .*: choose another model"
     ):
-        export_causal_graph(model, tmp_path / "model.onnx", positions=64)
+        export_causal_graph(model, positions=64)
 
 
-def test_experts_that_run_in_a_way_of_their_own_are_refused(models: dict[str, Any], tmp_path: Path) -> None:
+def test_experts_that_run_in_a_way_of_their_own_are_refused() -> None:
     class OddExperts(nn.Module):
         pass
 
     model = make(CONFIGS["smollm3"])
     model.model.layers[0].mlp.experts = OddExperts()
     with pytest.raises(UnsupportedArchitecture, match=r"runs its experts \(OddExperts\)"):
-        export_causal_graph(model, tmp_path / "model.onnx", positions=64)
+        export_causal_graph(model, positions=64)
 
 
 def test_a_first_run_finds_a_mistake(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +260,6 @@ def test_frequencies_that_change_with_the_length_have_a_longest_context(tmp_path
     model = make(Phi3Config(**LLAMA, **settings))
     assert rotary.longest_context(model) == 40
     path = tmp_path / "model.onnx"
-    export_causal_graph(model, path, positions=64)
-    decoder_passes.optimize_file(path)
+    write(model, path)
     compare_logits(model, path, tolerance=5e-4)  # of 40 tokens at most
     assert rotary.longest_context(make(CONFIGS["smollm3"])) is None

@@ -385,6 +385,10 @@ class _SlotCache(StatesOfCache, Cache):
         self.run.updates += 1
         return (key_states, value_states) if self.run.packed else self.run.append(key_states, value_states)
 
+    def update_indexer(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Keys that choose what is attended to; there is no slot for them."""
+        raise UnsupportedArchitecture("it keeps an index of the keys that each query attends to")
+
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         """Tokens before this run's, as far as sizes go."""
         return 0 if self.run.packed else self.run.slots.keys - self.run.slots.places.shape[1]  # type: ignore[return-value]
@@ -396,16 +400,6 @@ class _SlotCache(StatesOfCache, Cache):
     def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Keys, and what they begin with."""
         return (query_length if self.run.packed else self.run.slots.keys), 0  # type: ignore[return-value]
-
-
-def _no_such_state(*args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedArchitecture("it keeps states beside its keys and values")
-
-
-for _name in ("conv_state", "recurrent_state"):
-    setattr(_SlotCache, f"get_{_name}", _no_such_state)
-    setattr(_SlotCache, f"update_{_name}", _no_such_state)
-_SlotCache.update_indexer = _SlotCache.has_previous_state = _no_such_state
 
 
 class _CausalGraph(torch.nn.Module):
@@ -513,6 +507,19 @@ def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def _longer_biases(model: PreTrainedModel, positions: int) -> Iterator[None]:
+    """MPT makes its biases of positions, which are relative, for its longest text; here they are for a cache."""
+    before = getattr(model.config, "max_seq_len", None)
+    if model.config.model_type == "mpt" and before is not None:
+        model.config.max_seq_len = max(before, -(-positions // KEYS) * KEYS)
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.config.max_seq_len = before
+
+
 def plan_of(model: PreTrainedModel, positions: int) -> Plan:
     """Run the model over slots, packed if possible, and find what its layers need.
 
@@ -611,7 +618,11 @@ def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
     Raises:
         UnsupportedArchitecture: the model can't be run over slots of a KV cache, or not be written as a graph.
     """
-    with every_expert(model), rotary.with_fixed_frequencies(model), rotary.without_complex_numbers(model):
+    with ExitStack() as around:
+        around.enter_context(every_expert(model))
+        around.enter_context(rotary.with_fixed_frequencies(model))
+        around.enter_context(rotary.without_complex_numbers(model))
+        around.enter_context(_longer_biases(model, positions))
         plan = plan_of(model, positions)
         arguments = [*_first_texts(model)[1]]
         inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]

@@ -15,6 +15,8 @@ Operator references: onnxruntime docs/ContribOperators.md, GroupQueryAttention, 
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,9 +62,10 @@ def fuse_norms(model: ir.Model) -> ir.Model:
     message, weights = editing.light(model)
     graph = OnnxModel(message)
     try:
-        fusions.FusionSimplifiedLayerNormalization(graph).apply()
-        fusions.FusionSkipSimplifiedLayerNormalization(graph).apply()
-        graph.topological_sort()
+        with contextlib.redirect_stdout(io.StringIO()):  # where it says that it knows no shapes
+            fusions.FusionSimplifiedLayerNormalization(graph).apply()
+            fusions.FusionSkipSimplifiedLayerNormalization(graph).apply()
+            graph.topological_sort()
     except Exception:  # it takes norms without a weight for ones with it, and leaves a graph that is none
         return model
     fused = editing.restored(message, weights)

@@ -51,7 +51,7 @@ def every_expert(model: PreTrainedModel) -> Iterator[None]:
                 prepare(stack, module)
                 module.forward = partial(forward, module)
                 stack.callback(module.__delattr__, "forward")
-            elif name.endswith("Experts"):
+            elif name.endswith("Experts") and "Shared" not in name:  # those run for every token
                 raise UnsupportedArchitecture(
                     f"a {type(model).__name__} runs its experts ({name}) in a way that makes no graph of all of them: "
                     "choose another model"
