@@ -255,7 +255,7 @@ def test_states_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
         head_dim=16,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(UnsupportedArchitecture):
+    with pytest.raises(UnsupportedArchitecture, match="is not supported: it keeps states outside its cache"):
         export_causal_graph(model, positions=64)
 
 

@@ -111,7 +111,7 @@ class EncoderExport(Generic[Limits]):
         """What Hugging Face makes of a text, by itself and without padding, in float32; see `read`."""
         assert spec.encoder is not None
         limit = spec.encoder.max_tokens
-        tokenizer, model, settings = source.tokenizer, source.load(self.head_of(source)), self.settings(source)
+        tokenizer, model, settings = source.tokenizer, source.reference(self.head_of(source)), self.settings(source)
 
         def ask(texts: Texts) -> list[Floats]:
             batch = self.tokenize(tokenizer, texts, limit)
@@ -146,7 +146,7 @@ class EncoderExport(Generic[Limits]):
         """See `trident_export.tasks`."""
         spec, source, limits = job.spec, job.source, job.spec.encoder
         self._check_limits(spec, source)
-        disk.require(job.staging, source.weight_bytes, spec.recipes)
+        disk.require(job.staging, max(source.weight_bytes, 4 * source.parameters), spec.recipes)
         tokenizer, postprocess = (
             job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")
         )
