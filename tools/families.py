@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import families_encoders
 import numpy as np
 import torch
 import transformers
@@ -288,6 +289,7 @@ def isolated(name: str, check: Callable[[str], str]) -> Result:
 
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], str]]] = {
     "Causal language models": (tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), check_causal),
+    **families_encoders.KINDS,
 }
 
 
