@@ -19,7 +19,7 @@ TEST_WORKERS ?= 2
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test check schema format docs quality bench load soak image up down clean
+.PHONY: help setup serve export test check schema format docs quality families bench load soak image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -71,6 +71,9 @@ docs: $(SETUP) ## build the documentation as a site, links checked -> site/
 
 quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json,svg}
 	@$(BIN)/python -m trident_export evaluate $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+
+families: $(SETUP) ## which model types are served, each compared with Hugging Face -> docs/reference/families.md
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/families.py --write docs/reference/families.md
 
 bench: $(SETUP) ## compare with other libraries, all in one run -> reports/bench.md
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -117,7 +117,7 @@ def causal_config(architecture: str, context: int = 128) -> PretrainedConfig:
             max_position_embeddings=context,
             **shared,
         )
-    raise ValueError(architecture)
+    return hybrid_config(architecture, context=context)
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -490,7 +490,7 @@ _MAMBA2 = {
 # Type and what it adds: gated delta nets, short convolutions, Mamba-2 and Mamba, most with layers that attend.
 _HYBRIDS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_next": ("qwen3_next", _GATED_DELTA | {"num_experts": 0, "mlp_only_layers": [0, 1, 2]}),
-    "qwen3_5": ("qwen3_5_text", _GATED_DELTA),
+    "qwen35": ("qwen3_5_text", _GATED_DELTA),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "block_ff_dim": 48}),
     "granite": (
         "granitemoehybrid",

@@ -6,13 +6,15 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
-from trident_export import models_file
+from trident_export import models_file, needs
 from trident_export.errors import ModelsFileError
 from trident_export.huggingface import text_part
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -59,8 +61,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     """What a Hugging Face folder should be served as.
 
     Args:
-        source: the table's source: `{ hub, revision }` or `{ path }`.
-        name: of the table; "": from the source.
+        source: the table's source: `{ hub, revision }` or `{ path }`, with an adapter or without.
+        name: of the table; "": from the adapter, or else the source.
 
     Raises:
         ModelsFileError: it is no model of a task that Trident serves.
@@ -71,6 +73,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     config = model.config
     task, why = _task(folder, config)
     reasons = [f"task {task}: {why}"]
+    if adapter := source.get("adapter"):
+        reasons.append(f"adapter {adapter}: merged into the weights at export, with its tokenizer where it has one")
     if task == "text-generation" and text_part.whole_class(config) is not None:
         parts = ", ".join(text_part.left_out(config)) or "everything else"
         reasons.append(f"left out: {parts}; a {config.model_type} model is served by its text part")
@@ -92,8 +96,21 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
             reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
     table |= {"limits": limits, "on_demand": True}
     proposal = Proposal(name or _name(source), table, tuple(reasons))
-    models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
+    spec = models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
+    if parameters := model.parameters or _parameters(config):
+        takes = f"its export takes {needs.sentence(parameters, spec.kind, spec.recipes)}"
+        return replace(proposal, reasons=(*reasons, takes))
     return proposal
+
+
+def _parameters(config: PretrainedConfig) -> int:
+    """How many numbers a model of this configuration has, whose weights are not here; 0 where nothing says it."""
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    try:
+        with torch.device("meta"):
+            return int(kind(config).num_parameters()) if kind is not None else 0
+    except Exception:  # a model's own code can raise anything, and this is only a figure
+        return 0
 
 
 def append(path: Path, proposal: Proposal) -> None:
@@ -173,7 +190,8 @@ def _seq2seq_limits(model: HuggingFaceFolder, table: dict[str, Any], reasons: li
 
 
 def _name(source: Mapping[str, str]) -> str:
-    last = (source.get("hub") or Path(source["path"]).resolve().name).rsplit("/", 1)[-1].lower()
+    named = source.get("adapter") or source.get("hub") or Path(source["path"]).resolve().name
+    last = named.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
     return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")
 
 

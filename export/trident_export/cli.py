@@ -24,7 +24,7 @@ from pathlib import Path
 from trident_export import configs, corpora, doctor, install, models_file, pin, progress, quiet, recipes, report, tasks
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, UsageError
-from trident_export.huggingface import sources
+from trident_export.huggingface import adapters, sources
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import quality, sensitivity
 from trident_export.measure.sensitivity import Grouping
@@ -61,6 +61,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="with a model: which of its more_variants are exported too, parted by commas, or all",
     )
     export.add_argument("--source", type=Path, help="a local copy of the model, in place of its source")
+    export.add_argument("--adapter", type=Path, help="a local copy of its adapter, in place of that one")
     export.add_argument(
         "--keep-going", action="store_true", help="end with status 0 although models failed; the launcher names them"
     )
@@ -92,7 +93,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     pinning = commands.add_parser("pin", help="write the hub's commit ids into models.toml")
     pinning.set_defaults(run=_pin)
     adding = commands.add_parser("add", help="look at a model and write its table into models.toml")
-    adding.add_argument("source", help="an id on the hub, or a local Hugging Face folder")
+    adding.add_argument("source", help="an id on the hub, a local Hugging Face folder, or a GGUF file")
+    adding.add_argument(
+        "--adapter", default="", help="a PEFT adapter of the model, merged at export: a folder, or an id on the hub"
+    )
     adding.add_argument("--name", default="", help="of the table (default: from the source)")
     adding.add_argument("--dry-run", action="store_true", help="print the table and write nothing")
     adding.set_defaults(run=_add)
@@ -156,11 +160,10 @@ def _add_distillation(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 def _export(options: argparse.Namespace) -> int:
     specs = _specs(options)
-    if options.source is not None:
-        if not options.model:
-            raise UsageError("--source is for one model: name it")
-        copy = models_file.Source(path=str(options.source.resolve()))
-        specs = [dataclasses.replace(spec, source=copy) for spec in specs]
+    for name, value in (("source", options.source), ("adapter", options.adapter)):
+        if value is not None and not options.model:
+            raise UsageError(f"--{name} is for one model: name it")
+    specs = [dataclasses.replace(spec, source=_copies(spec.source, options)) for spec in specs]
     base = options.models_file.resolve().parent
     quiet.hush_onnxruntime(options.verbose)
     cache = options.cache or base / ".cache"
@@ -174,6 +177,16 @@ def _export(options: argparse.Namespace) -> int:
     if options.model and not exported:
         progress.say(f"{options.model} is up to date")
     return 0
+
+
+def _copies(source: models_file.Source, options: argparse.Namespace) -> models_file.Source:
+    """A source with the local copies that the command line names."""
+    if options.source is not None:
+        kept = {"adapter": source.adapter, "adapter_revision": source.adapter_revision}
+        source = models_file.Source(path=str(options.source.resolve()), **kept)
+    if options.adapter is not None:
+        source = dataclasses.replace(source, adapter=str(options.adapter.resolve()), adapter_revision="")
+    return source
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -314,10 +327,15 @@ def _add(options: argparse.Namespace) -> int:
     local = Path(options.source).expanduser()
     if local.is_dir():
         folder, source = local, {"path": str(local.resolve())}
+    elif local.suffix == ".gguf" and local.is_file():
+        cache = options.models_file.resolve().parent / ".cache"
+        folder, source = sources.from_gguf(local.resolve(), cache, progress.say), {"path": str(local.resolve())}
     else:
         commit = pin.resolve(options.source)
         folder = sources.fetch_settings(options.source, commit)
         source = {"hub": options.source, "revision": commit}
+    if options.adapter:
+        source |= _adapter(options.adapter, folder, source.get("hub", ""))
     proposal = add.propose(folder, source, options.name)
     print(proposal.as_toml(), end="")
     for reason in proposal.reasons:
@@ -329,6 +347,16 @@ def _add(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _adapter(named: str, base: Path, hub: str) -> dict[str, str]:
+    """What a table's source says of an adapter, which must be the base's."""
+    local = Path(named).expanduser()
+    found = {"adapter": str(local.resolve())} if local.is_dir() else {"adapter": named, "adapter_revision": ""}
+    if not local.is_dir():
+        found["adapter_revision"] = pin.resolve(named)
+    adapters.check_base(sources.fetch_adapter(models_file.Source(**found), Path()), base, hub)
+    return found
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -22,8 +22,10 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 def needed(weights: int, recipes: Mapping[str, Recipe]) -> int:
     """Bytes that an export writes at most, the traced graph and a variant for each recipe, for so many of weights."""
+    # A variant without passes is another name of the graph; while the others are made, as much again is put aside.
+    made = [recipe.size for recipe in recipes.values() if any(recipe.passes.values())]
     # A tied output head is stored twice in a graph, and it is the largest matrix of a small model.
-    return int(weights * 1.3 * (1 + sum(recipe.size for recipe in recipes.values()))) + 2**26
+    return int(weights * 1.3 * (1 + sum(made) + bool(made))) + 2**26
 
 
 def require(folder: Path, weights: int, recipes: Mapping[str, Recipe]) -> None:

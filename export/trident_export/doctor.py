@@ -5,6 +5,7 @@ A problem keeps a model from being served as models.toml says; a warning is abou
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,10 @@ from pathlib import Path
 import onnx
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_export import configs, install
+from trident_export import configs, disk, install, needs
+from trident_export import memory as memory_of_exports
+from trident_export.errors import ExportError
+from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_serving import memory
 from trident_serving.artefacts import VERSION, read_manifest
@@ -63,8 +67,11 @@ def examine(specs: Sequence[ModelSpec], repository: Path, base: Path) -> list[Fi
 def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Finding]:
     manifest = read_manifest(repository, spec.name)
     if manifest is None:
+        parameters = _parameters(spec, base)
         if not spec.on_demand:
-            yield Finding(True, f"[{spec.name}] is not exported: run make export MODEL={spec.name}")
+            takes = f", which takes {needs.sentence(parameters, spec.kind, spec.recipes)}" if parameters else ""
+            yield Finding(True, f"[{spec.name}] is not exported: run make export MODEL={spec.name}{takes}")
+        yield from _needs(spec, parameters, repository)
         return
     for model in manifest.triton_models:
         if not (repository / model / VERSION).is_dir():
@@ -77,6 +84,27 @@ def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Findin
         yield Finding(False, f"[{spec.name}] {variant} was installed by force: {reason}")
     if not install.is_current(spec, repository, base):
         yield Finding(False, f"[{spec.name}] is older than its table, source or exporter: export it again")
+
+
+def _parameters(spec: ModelSpec, base: Path) -> int:
+    """Of a model's weights, where they are on this machine; else 0."""
+    if spec.template:
+        return 0
+    with contextlib.suppress(ExportError, OSError):
+        folder = sources.at_hand(spec.source, base)
+        return folder.parameters if folder is not None else 0
+    return 0
+
+
+def _needs(spec: ModelSpec, parameters: int, repository: Path) -> Iterator[Finding]:
+    """What is too little for the export of a model that is at hand."""
+    if not parameters:
+        return
+    try:
+        memory_of_exports.require(spec.name, parameters, spec.kind)
+        disk.require(repository, 4 * parameters, spec.recipes)
+    except ExportError as error:
+        yield Finding(False, f"[{spec.name}] can't be exported here now: {error}")
 
 
 def _tensors(spec: ModelSpec, repository: Path) -> Iterator[Finding]:

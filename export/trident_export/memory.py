@@ -2,14 +2,9 @@
 
     bytes = base + copies x 4 bytes x parameters of the weight files
 
-Measured as the peak resident set of whole exports on 2 cores, decimal GB (docs/decisions/0020-memory-of-an-export.md):
-
-    decoder    0.135 B parameters  6.5    0.29 B  11.8    0.63 B  more than 17
-    encoder    0.110 B             2.8    0.57 B  14.5
-    seq2seq    0.139 B             4.9
-
-The peak is in the tracing of the graph: torch holds the model, the traced graph and its serialized form with every
-constant that it folds at once. It hardly depends on the recipes; GPTQ takes 0.5 GB beside it (`passes.calibration`).
+Measured as the peak resident set of whole exports on 2 cores, decimal GB (docs/decisions/0020-memory-of-an-export.md).
+No step holds the weights twice: they are Hugging Face's, or a session's, or in files (`graphs.editing`). What is beside
+them are the libraries, one matrix, the logits that the gate compares, and pages of the files that are being read.
 """
 
 from __future__ import annotations
@@ -20,8 +15,8 @@ from trident_serving.memory import available_bytes
 
 GIGABYTE = 10**9
 # By kind of model: what the libraries and the gate take whatever the model is, and copies of the weights.
-_BASE = {Kind.DECODER: 1.9 * GIGABYTE, Kind.SEQ2SEQ: 0.6 * GIGABYTE, Kind.ENCODER: 0.3 * GIGABYTE}
-_COPIES = {Kind.DECODER: 8.6, Kind.SEQ2SEQ: 7.7, Kind.ENCODER: 6.3}
+_BASE = {Kind.DECODER: 2.0 * GIGABYTE, Kind.SEQ2SEQ: 0.6 * GIGABYTE, Kind.ENCODER: 0.9 * GIGABYTE}
+_COPIES = {Kind.DECODER: 1.6, Kind.SEQ2SEQ: 7.7, Kind.ENCODER: 2.1}
 
 
 def needed(parameters: int, kind: Kind) -> int:

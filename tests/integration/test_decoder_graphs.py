@@ -31,7 +31,7 @@ from transformers import (
 
 from trident_export import recipes
 from trident_export.graphs import decoder_passes, editing, rotary
-from trident_export.graphs.causal import export_causal_graph
+from trident_export.graphs.causal import export_causal_graph, plan_of
 from trident_export.passes import Cache, CalibrationRuns, Feeds, Rotate, calibration
 from trident_export.passes.base import matmuls
 from trident_export.passes.calibration import moments
@@ -366,8 +366,8 @@ def test_groups_rounded_by_gptq(
     assert 1e-3 < difference < 1.5 * plain
 
 
-FUSED_ROTARY = {"llama", "llama 3", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"}
-PACKED = {"llama", "llama 3", "qwen2", "mistral"}
+FUSED_ROTARY = {"llama", "llama 3", "llama, dynamic", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"}
+PACKED = {"llama", "llama 3", "llama, dynamic", "qwen2", "mistral"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -402,15 +402,19 @@ def test_a_rotation_of_another_kind_is_left_in_the_graph(
 
     model = models["llama"]
     original = module.apply_rotary_pos_emb
-    with rotary.fuse_rotary(model, 16, 64) as tables:
-        assert tables is not None
-        assert tables[0].shape == (64, 8)
+    rotations = [layer.operator.rotation for layer in plan_of(model, 64).layers if layer.operator]
+    assert [(r.cos.shape, r.interleaved) for r in rotations if r] == [((64, 8), False)] * 2
+    assert module.apply_rotary_pos_emb is original
+    places = torch.arange(4)
+    with rotary.left_to_operator(model, {0}):
         assert module.apply_rotary_pos_emb is not original
+        model(places[None])  # in each run the first layer's call, and no other, hands on what it gets
+        heads = torch.ones(1, 1, 4, 16)
+        assert module.apply_rotary_pos_emb(heads, heads, heads[0] * 2, heads[0])[0] is not heads
     assert module.apply_rotary_pos_emb is original
     monkeypatch.setattr(module, "apply_rotary_pos_emb", interleaved)
-    with rotary.fuse_rotary(model, 16, 64) as tables:
-        assert tables is None
-        assert module.apply_rotary_pos_emb is interleaved
+    assert [layer.operator.rotation for layer in plan_of(model, 64).layers if layer.operator] == [None, None]
+    assert module.apply_rotary_pos_emb is interleaved
 
 
 HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()

@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from tests import tiny_models
-from trident_client import Client, InvalidRequestError
+from trident_client import Client, InvalidRequestError, cli
 from trident_export import install, models_file
+from trident_export.errors import ModelsFileError, UnsupportedModel
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
@@ -320,3 +321,59 @@ def test_a_template_stays_whole_where_a_passage_is_cut(client: Client, folder: P
     assert min(abs(found.score - score) for score in near) < TOLERANCE
     with pytest.raises(InvalidRequestError, match="text_input is empty"):
         client.rank("what?", [" "], model="answering-ranker")
+
+
+def test_qwen3_rerankers_read_what_their_card_says(tmp_path: Path) -> None:
+    """A folder without a chat template for pairs: the text of Qwen3-Reranker's model card, of other types none."""
+    config = Qwen3Config(**_sizes(max_position_embeddings=512))
+    path = _decoder(tmp_path / "qwen3", config, AutoModelForCausalLM)
+    table = {"source": {"path": str(path)}, "task": "text-ranking", "variants": ["fp32"]}
+    limits = {"labels": 1, "max_tokens": 512}
+    spec = models_file.parse("card", table | {"limits": limits, "prompts": {"code": "Find code."}})
+    install.export([spec], tmp_path / "repository", tmp_path, tmp_path / "cache", lambda message: None)
+    before, between, after = json.loads((tmp_path / "repository/card_tokenizer/1/templates.json").read_text())["parts"][
+        "Find code."
+    ]
+    card = "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that"
+    prefix = f'<|im_start|>system\n{card} the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert before == prefix + "<Instruct>: Find code.\n<Query>: "
+    assert (between, after) == ("\n<Document>: ", suffix)
+    other = json.loads((path / "config.json").read_text()) | {"model_type": "qwen2"}
+    (path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UnsupportedModel, match="whose chat template has no place for the roles query and document"):
+        install.export([spec], tmp_path / "repository", tmp_path, tmp_path / "cache", lambda message: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "message"),
+    [
+        ("answering-ranker", {"labels": 2}, "limits.labels is 2, and a model that answers yes or no gives 1"),
+        ("answering-ranker", {"labels": 1, "max_tokens": 40}, "limits.max_tokens is 40, and the template alone takes"),
+        ("splade", {"dimensions": 30}, "limits.dimensions is 30, the model has 512 tokens"),
+        ("bidirectional", {"dimensions": 32}, "limits.dimensions is 32, the model's is 24"),
+    ],
+)
+def test_limits_that_are_not_the_models(
+    server: LocalServer, folder: Path, tmp_path: Path, name: str, limits: dict[str, int], message: str
+) -> None:
+    task = {"answering-ranker": "text-ranking", "splade": "sparse-embedding"}.get(name, "feature-extraction")
+    table = {"source": {"path": str(folder / name)}, "task": task, "variants": ["fp32"], "limits": limits}
+    with pytest.raises(ModelsFileError, match=message):
+        install.export([models_file.parse(name, table)], tmp_path, tmp_path, tmp_path, lambda message: None)
+
+
+def test_command_line(server: LocalServer, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(command: str, *arguments: str) -> Any:
+        assert cli.main([command, "--url", server.grpc_url, "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    (found,) = run("embed", "--model", "bidirectional", "--dimensions", "8", "--prompt-name", "passage", "a cat")
+    expected = client.embed("a cat", model="bidirectional", dimensions=8, prompt_name="passage")
+    np.testing.assert_allclose(found["embedding"], expected, atol=1e-6)
+    (found,) = run("embed-sparse", "--model", "splade", "a cat")
+    expected = client.embed_sparse("a cat", model="splade")
+    assert tuple(found["indices"]) == expected.indices
+    (found,) = run("rank", "--model", "ranker", "--query", "what?", "--prompt-name", "query", "a cat")
+    (right,) = client.rank("what?", ["a cat"], model="ranker", prompt_name="query")
+    assert found[0]["score"] == pytest.approx(right.score)

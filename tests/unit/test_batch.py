@@ -27,6 +27,24 @@ def test_a_packed_run() -> None:
     assert batch.logits_tokens.tolist() == [1, 2, 3]
 
 
+def test_where_states_find_their_tokens() -> None:
+    """Slots 2 and 4 with a token and with three; slot 3 is idle."""
+    batch = pack([SlotTokens(2, 7, [5]), SlotTokens(4, 0, [1, 2, 3])])
+    assert batch.state_tokens.tolist() == [[0, 0, 0], [0, 0, 0], [1, 2, 3]]
+    assert batch.state_mask[..., 0].tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    assert batch.state_slots.tolist() == [0, 2]
+    assert batch.state_starts.tolist() == [0, 1, 4]
+    single = pack([SlotTokens(0, 7, [5]), SlotTokens(1, 0, [1])])
+    assert single.state_tokens.tolist() == [[0], [1]]  # attention has a second position, states have none
+
+
+def test_runs_with_few_positions_that_hold_no_token() -> None:
+    items = [SlotTokens(slot, 0, [1] * length) for slot, length in ((0, 40), (1, 40), (3, 40), (4, 1), (5, 1))]
+    slots = [[item.slot for item in run] for run in split(items, max_padding=64)]
+    assert slots == [[0, 1, 3], [4, 5]]
+    assert [[item.slot for item in run] for run in split(items)] == [[0, 1, 3, 4, 5]]
+
+
 def test_a_position_for_each_token_where_sums_allow_it() -> None:
     batch = pack([SlotTokens(1, 10, [7]), SlotTokens(0, 5, [6])], min_positions=1)
     assert batch.attention_tokens.tolist() == [[[0, 1]], [[0, 0]]]

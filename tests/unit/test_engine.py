@@ -77,6 +77,25 @@ class ListDecoder:
         self.slots[slot][start:] = [-1] * len(self.slots[slot][start:])
 
 
+class StatesDecoder(ListDecoder):
+    """A `Decoder` whose slots can't be cut back."""
+
+    def run(self, items: Sequence[SlotTokens]) -> np.ndarray:
+        for item in items:
+            if item.start == 0:
+                self.slots[item.slot] = []
+            assert item.start == len(self.slots[item.slot])
+        return super().run(items)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert length == len(self.slots[source])
+        super().copy(source, target, length)
+
+    def release(self, slot: int, start: int) -> None:
+        assert start in (0, len(self.slots[slot]))
+        self.slots[slot] = self.slots[slot][:start]
+
+
 class Collector:
     """A `Consumer` that keeps its tokens."""
 
@@ -133,6 +152,49 @@ def test_answers_do_not_depend_on_the_batch(
         assert consumer.tokens == expected(prompt, max_tokens)
         ends = consumer.tokens[-1] == EOS
         assert consumer.reason is (FinishReason.STOP if ends else FinishReason.LENGTH)
+    engine.stop()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 2), min_size=8, max_size=24), st.integers(1, 12), st.integers(0, 3)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 4),
+)
+def test_states_are_never_cut_back(requests: list[tuple[list[int], int, int]], slots: int) -> None:
+    """Prompts of two words share beginnings; some go on where the answer before them is."""
+    engine = make(StatesDecoder(slots), whole_prefixes=True, prompt_lookup=False)
+    consumers: list[tuple[list[int], int, Collector]] = []
+    for prompt, max_tokens, follow in requests:
+        if follow > len(consumers) or not follow:
+            consumers.append((prompt, max_tokens, Collector()))
+        else:
+            before, _, consumer = consumers[-follow]
+            assert consumer.done.wait(10)
+            consumers.append(([*before, *consumer.tokens, *prompt], max_tokens, Collector()))
+        text, _, latest = consumers[-1]
+        engine.submit(Job(list(text), SamplingParams(max_tokens=max_tokens), latest))
+    for text, max_tokens, consumer in consumers:
+        assert consumer.done.wait(10)
+        assert consumer.error is None
+        assert consumer.tokens == expected(text, max_tokens)
+    engine.stop()
+
+
+def test_a_conversation_goes_on_from_its_state() -> None:
+    decoder = StatesDecoder(2)
+    engine = make(decoder, whole_prefixes=True, prompt_lookup=False)
+    first, second = Collector(), Collector()
+    prompt = list(range(20, 40))
+    engine.submit(Job(list(prompt), SamplingParams(max_tokens=5, min_tokens=5), first))
+    assert first.done.wait(10)
+    decoder.runs.clear()
+    engine.submit(Job([*prompt, *first.tokens, 7], SamplingParams(max_tokens=1), second))
+    assert second.done.wait(10)
+    assert decoder.runs == [2]  # the last token of the answer, and the new one
     engine.stop()
 
 

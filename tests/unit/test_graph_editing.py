@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from trident_export.graphs import editing
@@ -51,3 +54,54 @@ def test_what_replaces_a_node_gives_the_same_output(path: Path) -> None:
     output.producer().replace_input_with(1, None)
     editing.drop_unused(model)
     assert list(model.graph.initializers) == ["matrix"]
+
+
+def test_what_a_pass_makes_lies_in_a_file_and_goes_with_it(path: Path) -> None:
+    model = editing.load(path)
+    matrix = model.graph.initializers["matrix"]
+    large = np.arange(2**19, dtype=np.float32).reshape(512, 1024)
+    with editing.scratch():
+        editing.store(matrix, large)
+        first = Path(matrix.const_value.path)
+        np.testing.assert_array_equal(np.fromfile(first, np.float32).reshape(512, 1024), large)
+        editing.store(matrix, editing.array(matrix) + 1)
+        assert not first.exists()  # the disk holds it once
+        other = editing.constant(model.graph, "other", large.T)
+        both = editing.side_by_side(model.graph, "both", [other, other], axis=1)
+        assert isinstance(other.const_value, ir.ExternalTensor)
+        np.testing.assert_array_equal(editing.array(matrix), large + 1)
+        np.testing.assert_array_equal(editing.array(both), np.concatenate([large.T, large.T], axis=1))
+        assert isinstance(editing.constant(model.graph, "vector", large[:, 0]).const_value, ir.Tensor)
+        editing.save(model, path.with_name("edited.onnx"))
+    assert not Path(other.const_value.path).exists()
+    saved = ir.load(path.with_name("edited.onnx")).graph.initializers
+    np.testing.assert_array_equal(saved["matrix"].const_value.numpy(), large + 1)
+    np.testing.assert_array_equal(saved["both"].const_value.numpy()[:, 512:], large.T)
+
+
+def test_a_graph_with_a_second_name_is_read_and_run(path: Path, tmp_path: Path) -> None:
+    target = tmp_path / "float32" / "model.onnx"
+    editing.link(path, target)
+    assert target.with_name("model.onnx.data").stat().st_nlink == 2
+    model = editing.load(path)
+    np.testing.assert_array_equal(editing.array(model.graph.initializers["matrix"]), MATRIX)
+    x = np.ones((1, 64), np.float32)
+    session = tmp_path / "session" / "model.onnx"
+    session.parent.mkdir()
+    editing.save_linked(model, session)
+    assert sorted(file.name for file in session.parent.iterdir()) == ["model.onnx", "model.onnx.0"]
+    for file in (target, session):
+        (y,) = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+        np.testing.assert_allclose(y, x @ MATRIX + MATRIX[0])
+    assert isinstance(model.graph.initializers["matrix"].const_value, ir.ExternalTensor)
+
+
+def test_a_graph_is_linked_as_a_copy_where_a_disk_has_no_links(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    editing.link(path, tmp_path / "copy" / "model.onnx")
+    assert (tmp_path / "copy/model.onnx.data").read_bytes() == path.with_name("model.onnx.data").read_bytes()

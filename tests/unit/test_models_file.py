@@ -47,7 +47,10 @@ def test_a_good_table() -> None:
         ({"source": {}}, "source must be { hub, revision }, { path } or { package, path }"),
         ({"source": {"hub": "a", "path": "b"}}, "source must be"),
         ({"source": {"hub": 1}}, "source.hub must be str, found 1"),
-        ({"source": {"url": "a"}}, "unknown key url; known are hub, revision, package, path"),
+        (
+            {"source": {"url": "a"}},
+            "unknown key url; known are hub, revision, package, path, adapter, adapter_revision",
+        ),
         ({"source": {"package": "a>=1", "path": "b"}}, "must pin a version"),
         ({"limits": {"contxt": 3}}, "unknown key contxt; known are context, slots"),
         ({"limits": {"slots": 0}}, "limits.slots must be a positive integer, found 0"),

@@ -111,6 +111,23 @@ def test_without_copies_content_is_reused_in_place() -> None:
     assert pool.place(Text.prompt(3), 30) == Placement(slot=1)
 
 
+def test_what_can_not_be_cut_back_is_reused_whole() -> None:
+    pool = SlotPool(slots=3, budget=300, whole=True)
+    ended(pool, Text.prompt(1, 2))
+    assert pool.place(Text.prompt(1, 3), 30) == Placement(slot=1)  # shares a beginning only
+    assert pool.place(Text.prompt(1, 2), 30) == Placement(slot=2)  # one token must run
+    pool.release(2)
+    assert pool.place(Text.prompt(1, 2, 3), 30) == Placement(slot=0, reused=len(SYSTEM) + 2)
+
+
+def test_what_runs_is_copied_whole() -> None:
+    pool = SlotPool(slots=2, budget=300, whole=True)
+    running = Text.prompt(1, 2)
+    pool.place(running, 60)
+    running.cached = len(SYSTEM) + 1
+    assert pool.place(Text.prompt(1, 9), 60) == Placement(slot=1, reused=len(SYSTEM) + 1, source=0)
+
+
 def test_without_reuse_nothing_is_kept() -> None:
     pool = SlotPool(slots=2, budget=200, reuse=False)
     ended(pool, Text.prompt(1))

@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from tests import tiny_models
 from trident_export import corpora
 from trident_export.errors import FidelityError
-from trident_export.huggingface import gguf_tokenizer
 from trident_export.measure import fidelity
 from trident_serving.errors import InvalidRequest, StartError
 from trident_serving.generation.service import read_eos_token_ids
@@ -77,17 +75,6 @@ def test_smollm2_tokenizer_equals_llama_cpp(smollm2_folder: Path) -> None:
     for text in [*expected, "a literal ▁ stays"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert read_eos_token_ids(smollm2_folder) == {2}
-
-
-def test_repair_adds_a_beginning_token_only_where_asked() -> None:
-    fast = tiny_models.byte_level_tokenizer()
-    gguf_tokenizer.repair(fast.backend_tokenizer, tiny_models.EOS)
-    with_token = TextTokenizer(fast.backend_tokenizer)
-    assert with_token.encode("a")[0] == 0
-    assert 0 not in with_token.encode("a", add_special_tokens=False)
-    gguf_tokenizer.repair(fast.backend_tokenizer, None)
-    assert 0 not in TextTokenizer(fast.backend_tokenizer).encode("a")
-    assert isinstance(fast, PreTrainedTokenizerFast)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(2, {2}), ([2, 5], {2, 5}), (None, set())])

@@ -3,13 +3,16 @@
 The attention of the model is replaced, while it is traced, by ONNX Runtime's `GroupQueryAttention`
 operator (com.microsoft), whose past and present tensors have the same shape. Bound to the same
 buffer, the operator appends in place and every slot of the cache has its own length: this is what
-continuous batching needs, and it makes one engine serve every architecture.
+continuous batching needs, and it makes one engine serve every architecture. Where the operator can't do what a layer
+does, the layer's own function attends over the same cache (`slot_attention`). A model that does not attend through
+transformers' attention interface runs over slots as a whole, padding included. A first run with numbers finds the
+layers and what each of them needs, and must give Hugging Face's logits.
 
 The model runs on packed tokens: those of all slots stand one after another in a batch of one, so that no
 matmul is computed for padding. Only around the operator they are spread over slots of the cache. A slot has any
 number of tokens: a prompt's chunk, one token, a draft that is verified, or none.
 
-The graph, for a model of L layers with H key-value heads of D numbers each:
+The graph, for layers with H key-value heads of D numbers each, which may differ by layer:
 
     input_ids              int64   [1, tokens]
     position_ids           int64   [1, tokens]       where the architecture looks positions up
@@ -20,8 +23,7 @@ The graph, for a model of L layers with H key-value heads of D numbers each:
     seqlens_k              int32   [slots]           tokens in the slot's cache after this run, minus one
     total_sequence_length  int32   []                at least the largest of these counts
     logits_tokens          int64   [kept]            which tokens get logits
-    past_key_values.<layer>.{key,value}   float32 [slots, H, capacity, D] of layers that attend
-    state_*, past_states.<layer>.<kind>        of layers that keep other states, see `states`
+    past_key_values.<layer>.{key,value}   float32 [slots, H, capacity, D]
     -> logits              float32 [1, kept, vocabulary]
     -> present.<layer>.{key,value}        float32 [slots, H, capacity, D]
 
@@ -35,89 +37,117 @@ Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQue
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
 from transformers.cache_utils import Cache
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs import rotary, states
+from trident_export.graphs.decoder_passes import QUERY_SEQLENS
+from trident_export.graphs.experts import every_expert
+from trident_export.graphs.slot_attention import Batch, MaskFunction, Slots, window_of
 from trident_export.graphs.states import PAST, PRESENT, States, StatesOfCache, keeps_states, mixers_replaced
 from trident_export.graphs.tracing import running, trace
+from trident_export.huggingface.folder import reason
+from trident_serving.runtime.kv_cache import KEYS
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-ATTENTION = "trident_group_query_attention"
-STATELESS = ("mlp", "moe")  # layers of hybrids that keep nothing, as their configurations call them
-_SUPPORTED = "choose a decoder that attends through transformers' attention interface (Llama, Qwen, Gemma, GPT-2, ...)"
+ATTENTION = "trident_slots"
+HEAD_MULTIPLE = 8  # of a head's size, which the operator wants
+# Of the first run's logits from Hugging Face's, in standard deviations of these. Another order of sums makes 1e-4 at
+# most; a mistake in positions, masks or experts makes 0.1 and more.
+_LARGEST_DIFFERENCE = 1e-2
+_SUPPORTED = "choose another model"
+
+# The first run's places of tokens for states: five of one text, then three of another.
+_FIRST_PLACES = (
+    torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 7, 7]]),
+    torch.tensor([[1.0] * 5, [1.0, 1.0, 1.0, 0.0, 0.0]])[..., None],
+    torch.tensor([0, 1]),
+    torch.tensor([0, 5, 8], dtype=torch.int32),
+)
+
+Heads = tuple[int, int]  # how many, and numbers of each
 
 
 @dataclass(frozen=True)
-class AttentionGeometry:
-    """Layers, query heads, key-value heads and numbers per head of a decoder."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> AttentionGeometry:
-        """Read the geometry from a transformers configuration.
-
-        Raises:
-            UnsupportedArchitecture: it has no attention heads, as state-space and recurrent models have none.
-        """
-        if not getattr(config, "num_attention_heads", None):
-            raise UnsupportedArchitecture(f"models of type {config.model_type!r} have no attention heads: {_SUPPORTED}")
-        heads = config.num_attention_heads
-        return cls(
-            layers=config.num_hidden_layers,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        )
-
-
-def _cache_name(model: PreTrainedModel) -> str:
-    """The argument that takes the cache, which transformers renamed."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-class Layers(NamedTuple):
-    """What the layers of a model keep.
+class Operator:
+    """What the attention operator is told for one layer.
 
     Attributes:
-        attending: layers with keys and values.
+        window: positions that a query sees at most; -1: all.
+        softcap: 0: none.
+        sinks: whether each head has a number that the softmax counts and that has no value.
+        rotation: what it rotates queries and keys with.
+    """
+
+    heads: int
+    kv_heads: int
+    size: int
+    scale: float
+    window: int
+    softcap: float
+    sinks: bool
+    rotation: rotary.Rotation | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention of the model, in the order of the run.
+
+    Attributes:
+        operator: None: the layer's own function attends.
+    """
+
+    key: Heads
+    value: Heads
+    operator: Operator | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model becomes a graph.
+
+    Attributes:
+        packed: tokens of all slots stand one after another; otherwise each slot has a row.
+        first_position: what the model calls the first position.
+        rotary_calls: calls of the rotating function that the operator makes up for.
         states: shapes of a slot's other states by name, see `states`.
     """
 
-    attending: list[int]
-    states: dict[str, tuple[int, ...]]
+    packed: bool
+    first_position: int
+    layers: tuple[Layer, ...]
+    rotary_calls: frozenset[int] = frozenset()
+    states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class _GroupQueryAttention(torch.autograd.Function):
-    """Traced for its shapes, written to the graph as one operator between two gathers.
-
-    `query_seqlens` is written as the operator's last input: `decoder_passes` moves it to its position, behind
-    optional inputs that are absent here and that torch's exporter can't leave out.
-    """
+    """Traced for its shapes, written to the graph as one operator between two gathers."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, geometry, options, query, key, value, past_key, past_value, tokens, positions, *others
+        ctx, operator, query, key, value, past_key, past_value, batch_tokens, batch_positions, *others
     ):
         return query.transpose(1, 2).clone(), past_key.clone(), past_value.clone()
 
     @staticmethod
     def symbolic(  # type: ignore[no-untyped-def]
-        g, geometry, options, query, key, value, past_key, past_value, tokens, positions, *others
+        g, operator, query, key, value, past_key, past_value, batch_tokens, batch_positions, *others
     ):
         def constant(*values: int):  # type: ignore[no-untyped-def]
             return g.op("Constant", value_t=torch.tensor(values))
@@ -126,36 +156,58 @@ class _GroupQueryAttention(torch.autograd.Function):
         # dozen nodes that compute the same shape at every run.
         def spread(tensor):  # type: ignore[no-untyped-def]
             merged = g.op("Reshape", g.op("Transpose", tensor, perm_i=[0, 2, 1, 3]), constant(0, 0, -1))
-            return g.op("GatherND", merged, tokens)
+            return g.op("GatherND", merged, batch_tokens)
 
+        absent = g.op("prim::Constant")
+        absent.setType(torch._C.OptionalType.ofTensor())
+        query_seqlens, seqlens_k, total, *weights = others
+        inputs = [*map(spread, (query, key, value)), past_key, past_value, seqlens_k, total]
+        inputs += [weights.pop(0), weights.pop(0)] if operator.rotation else [absent] * 2
+        inputs += [absent] * 2 + [weights.pop(0) if operator.sinks else absent]
         attention, present_key, present_value = g.op(
             "com.microsoft::GroupQueryAttention",
-            *map(spread, (query, key, value)),
-            past_key,
-            past_value,
-            *others,
-            num_heads_i=geometry.heads,
-            kv_num_heads_i=geometry.kv_heads,
+            *inputs,
+            *[absent] * (QUERY_SEQLENS - len(inputs)),
+            query_seqlens,
             outputs=3,
-            **options,
+            num_heads_i=operator.heads,
+            kv_num_heads_i=operator.kv_heads,
+            scale_f=operator.scale,
+            local_window_size_i=operator.window,
+            softcap_f=operator.softcap,
+            do_rotary_i=int(operator.rotation is not None),
+            rotary_interleaved_i=int(operator.rotation is not None and operator.rotation.interleaved),
         )
-        packed = g.op("GatherND", attention, positions)
-        attention = g.op("Reshape", packed, constant(0, 0, geometry.heads, -1))
-        attention.setType(query.type().with_sizes([None, None, geometry.heads, geometry.head_dim]))
+        packed = g.op("GatherND", attention, batch_positions)
+        attention = g.op("Reshape", packed, constant(0, 0, operator.heads, -1))
+        attention.setType(query.type().with_sizes([None, None, operator.heads, operator.size]))
         present_key.setType(past_key.type())
         present_value.setType(past_value.type())
         return attention, present_key, present_value
 
 
 @dataclass
-class _Trace:
-    """What the attention function needs while one forward pass is traced."""
+class _Run:
+    """One forward pass of the model over slots: what its attention, masks and cache need."""
 
-    geometry: AttentionGeometry
-    batch: _Batch
-    rotary: tuple[torch.Tensor, torch.Tensor] | None
-    past: dict[int, tuple[torch.Tensor, torch.Tensor]]
-    present: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    packed: bool
+    batch: Batch
+    past: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
+    states: States
+    layers: tuple[Layer, ...] = ()
+    tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    masks: list[tuple[MaskFunction, torch.Tensor]] = field(default_factory=list)
+    updates: int = 0
+
+    def __post_init__(self) -> None:
+        self.slots = Slots(self.batch)
+
+    def mask(self, *, mask_function: MaskFunction = causal_mask_function, **options: Any) -> torch.Tensor:
+        """Transformers' mask interface; sizes and offsets that it gives are those of a packed run, and not used."""
+        mask = self.slots.mask(mask_function)
+        self.masks.append((mask_function, mask))
+        return mask
 
     def attend(
         self,
@@ -164,127 +216,296 @@ class _Trace:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Transformers' attention interface: [1, heads, tokens, head_dim] in, heads last but one out."""
-        for name in ("s_aux", "position_bias", "head_mask"):
-            if options.get(name) is not None:
-                raise UnsupportedArchitecture(f"attention with {name!r} has no GroupQueryAttention form: {_SUPPORTED}")
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        scale = scaling if scaling is not None else self.geometry.head_dim**-0.5
-        attributes = {
-            "scale_f": float(scale),
-            "local_window_size_i": int(sliding_window) if sliding_window else -1,
-            "softcap_f": float(softcap or 0.0),
-            "do_rotary_i": int(self.rotary is not None),
-        }
+        """Transformers' attention interface: [1, heads, tokens, size] in, heads last but one out."""
+        operator = self.layers[len(self.present)].operator
+        if operator is not None:
+            return self._fused(operator, query, key, value, options), None
+        new_query, new_key, new_value = self.spread_heads(query, key, value)
+        keys, values = self.append(new_key, new_value)
+        if attention_mask is None:
+            attention_mask = self.mask()
+        attention = own_attention(module)(module, new_query, keys, values, attention_mask, **options)[0]
+        return self.slots.packed(attention), None
+
+    def spread_heads(self, *packed: torch.Tensor) -> list[torch.Tensor]:
+        """[1, heads, tokens, size] each, to [slots, heads, width, size]."""
+        return [self.slots.spread(tensor.transpose(1, 2)).transpose(1, 2) for tensor in packed]
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the next layer's new keys and values, [slots, heads, width, size], and read what is attended to."""
+        past = self.past[len(self.present)] if self.past is not None else tuple(map(_empty_cache, (key, value)))
+        present = self.slots.append(past[0], key), self.slots.append(past[1], value)
+        self.present.append(present)
+        return self.slots.seen(present[0]), self.slots.seen(present[1])
+
+    def _fused(
+        self, operator: Operator, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
         batch = self.batch
-        lengths = (batch.seqlens_k, batch.total, *(self.rotary or ()), batch.query_seqlens)
-        output, present_key, present_value = _GroupQueryAttention.apply(  # type: ignore[no-untyped-call]
-            self.geometry,
-            attributes,
-            query,
-            key,
-            value,
-            *self.past[layer],
-            batch.tokens,
-            batch.positions,
-            *lengths,
-        )
-        self.present[layer] = (present_key, present_value)
-        return output, None
+        assert self.past is not None
+        weights = list(self.tables[id(operator.rotation)]) if operator.rotation else []
+        if operator.sinks:
+            weights.append(options["s_aux"].float())
+        heads = (query, key, value, *self.past[len(self.present)], batch.tokens, batch.positions)
+        lengths = (batch.query_seqlens, batch.seqlens_k, batch.total)
+        output, *present = _GroupQueryAttention.apply(operator, *heads, *lengths, *weights)  # type: ignore[no-untyped-call]
+        self.present.append((present[0], present[1]))
+        return output  # type: ignore[no-any-return]
 
 
-class _Batch(NamedTuple):
-    """The graph's inputs that say where tokens stand; see the module's docstring."""
+@dataclass
+class _FirstRun(_Run):
+    """A run with numbers from an empty cache, which finds the layers."""
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    query_seqlens: torch.Tensor
-    seqlens_k: torch.Tensor
-    total: torch.Tensor
+    watched: rotary.Watched | None = None
+    positions: int = 0
+    rotary_calls: set[int] = field(default_factory=set)
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """See `_Run.attend`."""
+        heads = self.spread_heads(query, key, value)
+        new_query, (keys, values) = heads[0], self.append(*heads[1:])
+        attention_mask = self.mask() if attention_mask is None else attention_mask
+        own = own_attention(module)(module, new_query, keys, values, attention_mask, **options)[0]
+        call = self.watched.call_of(query, key) if self.watched else None
+        operator = self._operator((new_query, keys, values), attention_mask, own, options, call)
+        if operator is not None and operator.rotation is not None:
+            assert call is not None
+            self.rotary_calls.add(call)
+        self._add(key, value, operator)
+        return self.slots.packed(own), None
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `_Run.append`."""
+        if not self.packed:
+            self._add(key, value, None)
+        return super().append(key, value)
+
+    def _add(self, key: torch.Tensor, value: torch.Tensor, operator: Operator | None) -> None:
+        sizes = [(tensor.shape[1], tensor.shape[3]) for tensor in (key, value)]
+        self.layers += (Layer(sizes[0], sizes[1], operator),)
+
+    def _operator(
+        self,
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,
+        own: torch.Tensor,
+        options: dict[str, Any],
+        call: int | None,
+    ) -> Operator | None:
+        """The operator, where it is shown to give what the layer's own function gives."""
+        query, key, value = heads
+        size = query.shape[-1]
+        if size % HEAD_MULTIPLE or size != key.shape[-1] or size != value.shape[-1] or query.shape[1] % key.shape[1]:
+            return None
+        function = next((function for function, made in self.masks if made is mask), None)
+        window = window_of(function, self.positions) if function is not None else None
+        if window is None:
+            return None
+        scale, softcap = options.get("scaling"), float(options.get("softcap") or 0.0)
+        scale = float(size**-0.5 if scale is None else scale)
+        sinks = options.get("s_aux")
+        scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) * scale
+        scores = (torch.tanh(scores / softcap) * softcap if softcap else scores) + mask
+        if sinks is not None:
+            column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, column), -1)
+        weights = scores.softmax(-1)[..., : key.shape[2]]
+        computed = (weights @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)).transpose(1, 2)
+        if computed.shape != own.shape or not torch.allclose(
+            computed, own, atol=1e-4 * float(own.abs().max()), rtol=1e-4
+        ):
+            return None
+        rotation = self.watched.rotations[call] if self.watched is not None and call is not None else None
+        if rotation is not None and size % rotary.MULTIPLE:
+            rotation = None
+        return Operator(query.shape[1], key.shape[1], size, scale, window, softcap, sinks is not None, rotation)
 
 
-class _PassThroughCache(StatesOfCache, Cache):
-    """Hands keys and values on unchanged: the operator keeps the cache, not transformers."""
+def own_attention(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """The function that a layer attends with where no other is chosen ("eager")."""
+    found = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+    return found if found is not None else _plain_attention
 
-    def __init__(self, kept: States) -> None:
+
+def _plain_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, None]:
+    weights = (query @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+def _attend_gpt_neo(
+    run: _Run,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
+    """Its mask is a table of whole texts, and only its class knows which layers look at a window."""
+    local = module.attention_type == "local"
+    function = sliding_window_causal_mask_function(module.config.window_size) if local else causal_mask_function
+    output, _ = run.attend(module, query, key, value, run.mask(mask_function=function), scaling=1.0)
+    return output.transpose(1, 2), None
+
+
+# Methods of attention classes outside transformers' interface, and what takes their place in a packed run.
+_OWN_WAYS: dict[str, tuple[str, Callable[..., Any]]] = {"GPTNeoSelfAttention": ("_attn", _attend_gpt_neo)}
+
+
+def _empty_cache(new: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(new.shape[0], new.shape[1], KEYS, new.shape[3])
+
+
+class _SlotCache(StatesOfCache, Cache):
+    """What transformers' models know as their cache: `_Run` keeps it."""
+
+    def __init__(self, run: _Run) -> None:
         super().__init__(layers=[])
-        self.states = kept
+        self.run, self.states = run, run.states
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
-        return key_states, value_states
+        """In a packed run the attention appends; otherwise keys and values are read from the cache here."""
+        self.run.updates += 1
+        return (key_states, value_states) if self.run.packed else self.run.append(key_states, value_states)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """Tokens before this run's, as far as sizes go."""
+        return 0 if self.run.packed else self.run.slots.keys - self.run.slots.places.shape[1]  # type: ignore[return-value]
+
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+        """The mask does not use it."""
         return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
+    def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Keys, and what they begin with."""
+        return (query_length if self.run.packed else self.run.slots.keys), 0  # type: ignore[return-value]
+
+
+def _no_such_state(*args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedArchitecture("it keeps states beside its keys and values")
+
+
+for _name in ("conv_state", "recurrent_state"):
+    setattr(_SlotCache, f"get_{_name}", _no_such_state)
+    setattr(_SlotCache, f"update_{_name}", _no_such_state)
+_SlotCache.update_indexer = _SlotCache.has_previous_state = _no_such_state
 
 
 class _CausalGraph(torch.nn.Module):
     """The model with flat tensors in and out, as ONNX wants it."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        geometry: AttentionGeometry,
-        layers: Layers,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
         super().__init__()
         self.model = model
-        self.geometry = geometry
-        self.layers = layers
-        self.has_rotary = rotary is not None
-        if rotary is not None:
-            self.register_buffer("cos_cache", rotary[0])
-            self.register_buffer("sin_cache", rotary[1])
+        self.plan = plan
+        rotations = {id(layer.operator.rotation): layer.operator.rotation for layer in plan.layers if layer.operator}
+        self._tables: dict[int, str] = {}
+        for key, rotation in rotations.items():
+            if rotation is not None:
+                name = f"cos_cache_{len(self._tables)}" if self._tables else "cos_cache"
+                self._tables[key] = name
+                self.register_buffer(name, rotation.cos)
+                self.register_buffer(name.replace("cos", "sin"), rotation.sin)
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, *others: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        attending = self.layers.attending
-        states_begin = 6 + 2 * len(attending)
-        batch, logits_tokens, past, kept = _Batch(*others[:5]), others[5], others[6:states_begin], others[states_begin:]
-        rotary = (self.cos_cache, self.sin_cache) if self.has_rotary else None
-        pairs = dict(zip(attending, zip(past[::2], past[1::2], strict=True), strict=True))
-        trace = _Trace(self.geometry, batch, rotary, pairs)  # type: ignore[arg-type]
-        count = len(states.INPUTS)
+        begin = 6 + 2 * len(self.plan.layers)
+        past, kept = list(zip(others[6:begin:2], others[7:begin:2], strict=True)), others[begin:]
+        batch, count = Batch(*others[:5]), len(states.INPUTS)
         places = states.Places._make((*kept[:count], batch.positions)) if kept else None
-        kept_states = States(places, dict(zip(self.layers.states, kept[count:], strict=True)))
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise UnsupportedArchitecture(f"{type(self.model).__name__} has no output embedding: {_SUPPORTED}")
+        found = States(places, dict(zip(self.plan.states, kept[count:], strict=True)))
+        run = _Run(self.plan.packed, batch, past, found, self.plan.layers)
+        for key, name in self._tables.items():
+            run.tables[key] = (getattr(self, name), getattr(self, name.replace("cos", "sin")))
+        logits = logits_of(self.model, run, input_ids, position_ids + self.plan.first_position, others[5])
+        flat = [tensor for layer in run.present for tensor in layer]
+        return (logits, *flat, *(found.present[name] for name in self.plan.states))
+
+
+def logits_of(
+    model: PreTrainedModel, run: _Run, input_ids: torch.Tensor, position_ids: torch.Tensor, logits_tokens: torch.Tensor
+) -> torch.Tensor:
+    """Run the model; float32 [1, kept, vocabulary].
+
+    Raises:
+        UnsupportedArchitecture: the model has no output embedding.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedArchitecture(f"{type(model).__name__} has no output embedding: {_SUPPORTED}")
+    if not run.packed:
+        input_ids, position_ids = run.slots.spread(input_ids), run.slots.spread(position_ids)
+
+    def wanted(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         # Only the wanted tokens get logits: a prefill of 256 tokens needs one row of the head, not 256.
-        hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].index_select(1, logits_tokens),))
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, trace.attend)
-        try:
-            with mixers_replaced(self.model, kept_states):
-                logits = self.model(
-                    input_ids=input_ids,
-                    position_ids=position_ids,
-                    use_cache=True,
-                    **{_cache_name(self.model): _PassThroughCache(kept_states)},
-                ).logits
-        finally:
-            hook.remove()
-        if set(trace.present) != set(attending):
-            raise UnsupportedArchitecture(
-                f"{type(self.model).__name__} has {len(attending)} layers, "
-                f"{len(trace.present)} of them attend through transformers' attention interface: {_SUPPORTED}"
-            )
-        flat = [tensor for layer in attending for tensor in trace.present[layer]]
-        return (logits, *flat, *(kept_states.present[name] for name in self.layers.states))
+        packed = inputs[0] if run.packed else run.slots.packed(inputs[0])
+        return (packed.index_select(1, logits_tokens),)
+
+    def placed(module: torch.nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arguments, options | {"position_ids": position_ids}
+
+    def flat(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        return output[0] if output.ndim > 3 else output  # some take positions of a text, and add the batch
+
+    takes = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"cache" if "cache" in takes else "past_key_values": _SlotCache(run)}
+    positions = "position_ids" in takes or any(taken.kind is taken.VAR_KEYWORD for taken in takes.values())
+    if positions:
+        options["position_ids"] = position_ids
+    with ExitStack() as stack:
+        stack.callback(head.register_forward_pre_hook(wanted).remove)
+        tables = [module for module in model.modules() if "position" in type(module).__name__.lower()]
+        for module in tables if "position_ids" not in takes else ():
+            if "position_ids" in inspect.signature(module.forward).parameters:
+                stack.callback(module.register_forward_pre_hook(placed, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(flat).remove)
+        stack.enter_context(_interfaces(run))
+        stack.enter_context(mixers_replaced(model, run.states))
+        for module in model.modules() if run.packed else ():
+            if type(module).__name__ in _OWN_WAYS:
+                name, function = _OWN_WAYS[type(module).__name__]
+                setattr(module, name, partial(function, run, module))
+                stack.callback(module.__delattr__, name)
+        logits: torch.Tensor = model(input_ids=input_ids, use_cache=True, **options).logits
+    return logits
+
+
+@contextmanager
+def _interfaces(run: _Run) -> Iterator[None]:
+    """While this holds, the model's masks, and in a packed run its attention, are those of a run."""
+    name = ATTENTION if run.packed else "eager"
+    before = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, run.mask)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, run.attend)
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS.register("eager", before)
 
 
 @contextmanager
 def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *args, **kwargs: None)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *args, **kwargs: None)
     model.set_attn_implementation(ATTENTION)
     try:
         yield
@@ -292,39 +513,93 @@ def _attention_replaced(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def look_at(model: PreTrainedModel) -> tuple[AttentionGeometry, Layers]:
-    """The geometry of a model's attention, and what its layers keep; from a run, where some keep other states.
+def plan_of(model: PreTrainedModel, positions: int) -> Plan:
+    """Run the model over slots, packed if possible, and find what its layers need.
 
     Raises:
-        UnsupportedArchitecture: a layer of the run neither attends nor keeps a state that is known.
+        UnsupportedArchitecture: in no way it gives its own logits.
     """
-    if not keeps_states(model):
-        geometry = AttentionGeometry.of(model.config)
-        return geometry, Layers(list(range(geometry.layers)), {})
-    found = States(states.Places(*states.EXAMPLE))
-    seen: dict[int, AttentionGeometry] = {}
+    name = type(model).__name__
+    texts, arguments = _first_texts(model)
+    with running(f"a {name}", "be run"), torch.inference_mode():
+        expected = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in texts]
+    spread = float(torch.cat(expected).std())
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    firsts = [0] if padding is None else [0, padding + 1]
+    said, before = "", _tensors_of_modules(model)
+    for packed in (True,) if keeps_states(model) else (True, False):
+        for first in firsts:
+            try:
+                plan, logits = _first_run(model, arguments, positions, packed, first)
+            except Exception as error:  # a model's own code can raise anything
+                said = f"it can't run over slots of a KV cache ({reason(error)})"
+                break
+            found = torch.split(logits[0].float(), [len(ids) for ids in texts])
+            off = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / spread
+            if _tensors_of_modules(model) - before:
+                said = "it keeps states outside its cache"
+            elif off <= _LARGEST_DIFFERENCE:
+                return plan
+            else:
+                said = f"over slots of a KV cache its logits are {off:.2g} standard deviations off"
+    raise UnsupportedArchitecture(f"a {name} is not supported: {said}: {_SUPPORTED}")
 
-    def attend(module, query, key, value, *arguments, **options):  # type: ignore[no-untyped-def]
-        seen[int(module.layer_idx)] = AttentionGeometry(0, query.shape[1], key.shape[1], key.shape[3])
-        return torch.zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
-    tokens = torch.zeros(1, 5, dtype=torch.long)
-    with running(f"a {type(model).__name__}"), _attention_replaced(model), torch.inference_mode():
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
-        with mixers_replaced(model, found):
-            model(input_ids=tokens, use_cache=True, **{_cache_name(model): _PassThroughCache(found)})
+def _first_run(
+    model: PreTrainedModel, arguments: Sequence[torch.Tensor], positions: int, packed: bool, first: int
+) -> tuple[Plan, torch.Tensor]:
+    input_ids, places, *others = arguments
+    with ExitStack() as stack:
+        if packed:
+            stack.enter_context(_attention_replaced(model))
+        stack.enter_context(torch.inference_mode())
+        watched = stack.enter_context(rotary.watched(model, places[0] + first, positions + first))
+        batch = Batch(*others[:5])
+        found = States(states.Places(*_FIRST_PLACES, batch.positions) if keeps_states(model) else None)
+        run = _FirstRun(packed, batch, None, found, watched=watched, positions=positions)
+        logits = logits_of(model, run, input_ids, places + first, others[5])
     found.check_all_taken()
-    kinds = getattr(model.config, "layer_types", None) or {}
-    count = model.config.num_hidden_layers
-    without = set(range(count)) - set(seen) - {int(name.split(".")[0]) for name in found.present}
-    odd = [layer for layer in without if not kinds or kinds[layer] not in STATELESS]
-    if odd or len(set(seen.values())) > 1:
-        raise UnsupportedArchitecture(
-            f"{type(model).__name__} has {count} layers; {len(odd)} of them neither attend through transformers' "
-            f"attention interface nor keep a known state; heads have {len(set(seen.values()))} sizes: {_SUPPORTED}"
-        )
-    geometry = next(iter(seen.values()), AttentionGeometry(0, 1, 1, 1))
-    return geometry, Layers(sorted(seen), {name: tuple(state.shape[1:]) for name, state in found.present.items()})
+    if not run.layers and not found.present:
+        raise UnsupportedArchitecture("it keeps no keys and values")
+    shapes = {name: tuple(state.shape[1:]) for name, state in found.present.items()}
+    return Plan(packed, first, run.layers, frozenset(run.rotary_calls), shapes), logits
+
+
+def _tensors_of_modules(model: PreTrainedModel) -> set[tuple[str, str]]:
+    """Names of tensors that are neither weights nor buffers."""
+    return {
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.Tensor, ...]]:
+    """Two texts of 5 and 3 tokens, and the graph's inputs that run both from an empty cache; all get logits.
+
+    Their tokens alternate: a model that counts positions by itself would be right where each text stands together.
+    But states are computed of tokens that do, see `states`.
+    """
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size // 4, config.vocab_size // 2, (8,), generator=generator)
+    places = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [1, 2], [0, 3], [0, 4]])
+    first, second = [0, 2, 4, 6, 7], [1, 3, 5]
+    if keeps_states(model):
+        places = torch.tensor([*((0, place) for place in range(5)), *((1, place) for place in range(3))])
+        first, second = [0, 1, 2, 3, 4], [5, 6, 7]
+    tokens = torch.tensor([first, [*second, second[-1], second[-1]]])
+    return [ids[first].tolist(), ids[second].tolist()], (
+        ids[None],
+        places[None, :, 1],
+        torch.stack((torch.zeros_like(tokens), tokens), -1),
+        places[None],
+        torch.tensor([5, 3], dtype=torch.int32),
+        torch.tensor([4, 2], dtype=torch.int32),
+        torch.tensor(KEYS, dtype=torch.int32),
+        torch.tensor(first + second),
+    )
 
 
 def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
@@ -334,50 +609,42 @@ def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
         positions: the largest capacity of a cache that the graph will be used with.
 
     Raises:
-        UnsupportedArchitecture: the model does not attend through transformers' attention interface, or
-            uses a kind of attention that the operator lacks.
+        UnsupportedArchitecture: the model can't be run over slots of a KV cache, or not be written as a graph.
     """
-    geometry, layers = look_at(model)
-    slots, positions_in_slot, tokens, capacity = 2, 3, 5, 16
-    kv_shape = (slots, geometry.kv_heads, capacity, geometry.head_dim)
-    arguments = (
-        torch.zeros(1, tokens, dtype=torch.long),
-        torch.arange(tokens)[None],
-        torch.tensor([[[0, 0], [0, 1], [0, 2]], [[0, 3], [0, 4], [0, 4]]]),
-        torch.tensor([[[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]]),
-        torch.tensor([3, 2], dtype=torch.int32),
-        torch.tensor([2, 1], dtype=torch.int32),
-        torch.tensor(positions_in_slot, dtype=torch.int32),
-        torch.tensor([2, 4, 3]),
-        *(torch.zeros(kv_shape) for _ in range(2 * len(layers.attending))),
-        *(states.EXAMPLE[:-1] if layers.states else ()),
-        *(torch.zeros(slots, *shape) for shape in layers.states.values()),
-    )
-    inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]
-    inputs += ["total_sequence_length", "logits_tokens"]
-    outputs = ["logits"]
-    axes: dict[str, dict[int, str]] = {
-        "input_ids": {1: "tokens"},
-        "position_ids": {1: "tokens"},
-        "attention_tokens": {0: "rows", 1: "places"},
-        "attention_places": {1: "tokens"},
-        "query_seqlens": {0: "rows"},
-        "seqlens_k": {0: "rows"},
-        "logits_tokens": {0: "kept"},
-        "logits": {1: "kept"},
-    }
-    for layer in layers.attending:
-        for kind in ("key", "value"):
-            inputs.append(f"past_key_values.{layer}.{kind}")
-            outputs.append(f"present.{layer}.{kind}")
-            axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
-    if layers.states:
-        inputs += states.INPUTS
-        axes |= states.AXES
-    for name in layers.states:
-        inputs.append(PAST + name)
-        outputs.append(PRESENT + name)
-        axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows"}
-    with rotary.fuse_rotary(model, geometry.head_dim, positions) as caches, _attention_replaced(model):
-        graph = _CausalGraph(model, geometry, layers, caches)
-        return trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+    with every_expert(model), rotary.with_fixed_frequencies(model), rotary.without_complex_numbers(model):
+        plan = plan_of(model, positions)
+        arguments = [*_first_texts(model)[1]]
+        inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]
+        inputs += ["total_sequence_length", "logits_tokens"]
+        outputs = ["logits"]
+        axes: dict[str, dict[int, str]] = {
+            "input_ids": {1: "tokens"},
+            "position_ids": {1: "tokens"},
+            "attention_tokens": {0: "rows", 1: "places"},
+            "attention_places": {1: "tokens"},
+            "query_seqlens": {0: "rows"},
+            "seqlens_k": {0: "rows"},
+            "logits_tokens": {0: "kept"},
+            "logits": {1: "kept"},
+        }
+        for number, layer in enumerate(plan.layers):
+            for kind, (heads, size) in (("key", layer.key), ("value", layer.value)):
+                inputs.append(f"past_key_values.{number}.{kind}")
+                outputs.append(f"present.{number}.{kind}")
+                axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows", 2: "capacity"}
+                arguments.append(torch.zeros(2, heads, KEYS, size))
+        if plan.states:
+            inputs += states.INPUTS
+            axes |= states.AXES
+            arguments += _FIRST_PLACES
+        for name, shape in plan.states.items():
+            inputs.append(PAST + name)
+            outputs.append(PRESENT + name)
+            axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows"}
+            arguments.append(torch.zeros(2, *shape))
+        with ExitStack() as stack:
+            if plan.packed:
+                stack.enter_context(_attention_replaced(model))
+            stack.enter_context(rotary.left_to_operator(model, set(plan.rotary_calls)))
+            graph = _CausalGraph(model, plan)
+            return trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")

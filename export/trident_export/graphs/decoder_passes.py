@@ -1,8 +1,7 @@
 """Graph passes for decoders: what torch's exporter can't write, and fewer, larger operators.
 
 casts           a cast to the type that a tensor has already goes
-query_seqlens   moves to its position among the attention operator's inputs, or goes: ONNX Runtime 1.31, the last one
-                for GPUs, does not know it
+query_seqlens   goes from graphs for GPUs: ONNX Runtime 1.31, the last one for them, does not know it
 reshapes        one that the next undoes goes
 weights         come second in a matmul: with tokens as its columns it would sum in another order for a single one
 matmuls         queries, keys and values come from one matmul, in the packed form of the attention operator, and
@@ -38,9 +37,7 @@ def optimize(model: ir.Model, *, ragged: bool = True) -> ir.Model:
     """
     fold_shapes(model)
     drop_idle_casts(model)
-    if ragged:
-        place_query_seqlens(model)
-    else:
+    if not ragged:
         drop_query_seqlens(model)
     drop_reshape_pairs(model)
     put_weights_second(model)
@@ -62,9 +59,12 @@ def fuse_norms(model: ir.Model) -> ir.Model:
 
     message, weights = editing.light(model)
     graph = OnnxModel(message)
-    fusions.FusionSimplifiedLayerNormalization(graph).apply()
-    fusions.FusionSkipSimplifiedLayerNormalization(graph).apply()
-    graph.topological_sort()
+    try:
+        fusions.FusionSimplifiedLayerNormalization(graph).apply()
+        fusions.FusionSkipSimplifiedLayerNormalization(graph).apply()
+        graph.topological_sort()
+    except Exception:  # it takes norms without a weight for ones with it, and leaves a graph that is none
+        return model
     fused = editing.restored(message, weights)
     drop_unused(fused, inputs=True)
     return fused
@@ -81,17 +81,28 @@ def drop_idle_casts(model: ir.Model) -> None:
     drop_unused(model, inputs=True)
 
 
-def place_query_seqlens(model: ir.Model) -> None:
-    """Move the last input of each attention operator behind the absent ones before it."""
-    for node in attention_nodes(model):
-        *first, lengths = node.inputs
-        editing.set_inputs(node, [*first, *[None] * (QUERY_SEQLENS - len(first)), lengths])
-
-
 def drop_query_seqlens(model: ir.Model) -> None:
-    """Take the last input of each attention operator away, and the graph's input that it comes from."""
+    """Take the input away from each attention operator, and from the graph.
+
+    Attention by plain operators uses it, too: without it every slot of a run has as many tokens as the widest.
+    """
     for node in attention_nodes(model):
-        node.resize_inputs(len(node.inputs) - 1)
+        inputs = [*node.inputs[:QUERY_SEQLENS]]
+        while inputs[-1] is None:
+            inputs.pop()
+        editing.set_inputs(node, inputs)
+    lengths, tokens, rows = (
+        next(value for value in model.graph.inputs if value.name == name)
+        for name in ("query_seqlens", "attention_tokens", "seqlens_k")
+    )
+    if lengths.uses():
+        shapes = [editing.make("Shape", [value], f"{value.name}_shape") for value in (tokens, rows)]
+        one = constant(model.graph, "second_axis", np.array([1], np.int64))
+        width = editing.make("Gather", [shapes[0].outputs[0], one], "places_of_a_slot")
+        wide = editing.make("Expand", [width.outputs[0], shapes[1].outputs[0]], "places_of_slots")
+        cast = editing.make("Cast", [wide.outputs[0]], "every_query_seqlens", to=ir.DataType.INT32)
+        model.graph.insert_before(model.graph[0], [*shapes, width, wide, cast])
+        lengths.replace_all_uses_with(cast.outputs[0])
     drop_unused(model, inputs=True)
 
 

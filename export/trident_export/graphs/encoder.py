@@ -88,6 +88,11 @@ def export_encoder_graph(
     axes |= {name: whole if given[name].shape[1:2] == (_LENGTH,) else batch for name in traced.wanted}
     tensors = list(arguments.values())
     graph = trace(traced, tensors, inputs=names, outputs=traced.wanted, axes=axes, of=said, operators=False)
+    if lost := sorted({"input_ids", "attention_mask"} - {value.name for value in graph.graph.inputs}):
+        raise UnsupportedArchitecture(
+            f"{said} reads no {' and no '.join(lost)} in the run that was traced, so padding would change its answers: "
+            "choose another model"
+        )
     if TOKEN_TYPES in inputs:
         with_token_types(graph)
     finish(graph)
@@ -152,16 +157,20 @@ def _attend(
     for name in ("s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
             raise UnsupportedArchitecture(f"attention with {name!r} is not supported in encoders: choose another model")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
     # Scaled queries, not scores: there are fewer.
-    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if groups > 1:  # several heads of queries for one of keys: [batch, heads, groups, tokens, head_dim]
+        query = torch.unflatten(query, 1, (heads, groups))
+        key, value = key[:, :, None], value[:, :, None]
+        attention_mask = attention_mask[:, :, None] if attention_mask is not None else None
+    scores = torch.matmul(query, key.transpose(-2, -1))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
-    return torch.matmul(scores.softmax(dim=-1), value).transpose(1, 2).contiguous(), None
+    found = torch.matmul(scores.softmax(dim=-1), value)
+    return (found.flatten(1, 2) if groups > 1 else found).transpose(1, 2).contiguous(), None
 
 
 def _arguments(names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -55,7 +55,9 @@ def fold_reshapes(model: ir.Model) -> int:
     types = infer(model)
     changed = 0
     for node in model.graph:
-        if node.op_type != "Reshape" or len(types[node.inputs[0].name].shape or []) <= KEPT:
+        sizes = types[node.inputs[0].name].shape or [] if node.op_type == "Reshape" else []
+        # Where the second is known, the data has no positions there: those of the shape are another tensor's.
+        if len(sizes) <= KEPT or isinstance(sizes[1], int):
             continue
         shape = _kept_shape(node.inputs[1])
         if shape is not None:

@@ -223,7 +223,7 @@ class States:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         heads, size = int(value.shape[2]), int(key.shape[3])
         if key.shape[2] != heads:
-            key = key.repeat_interleave(heads // int(key.shape[2]), dim=2, output_size=heads)
+            key = key[:, :, :, None].expand(-1, -1, -1, heads // int(key.shape[2]), -1).flatten(2, 3)
         name, places, past = self._take("recurrent", (heads, size, int(value.shape[3])))
         tokens = [query, key, value, decay, *(() if beta is None else (beta,))]
         sizes = [

@@ -11,17 +11,62 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
+from torch.onnx._internal.torchscript_exporter import symbolic_opset13
 from torch.onnx._internal.torchscript_exporter import utils as exporter
+from torch.onnx.utils import register_custom_op_symbolic
 
 from trident_export.errors import ExportError, UnsupportedArchitecture
 from trident_export.huggingface.folder import reason
 
 OPSET = 17
+
+
+def _expm1(g, value):  # type: ignore[no-untyped-def]
+    return g.op("Sub", g.op("Exp", value), g.op("Constant", value_t=torch.ones(())))
+
+
+def _rms_norm(g, value, shape, weight, eps):  # type: ignore[no-untyped-def]
+    number = eps.node().t("value").item() if eps.node().kind() == "onnx::Constant" else torch.finfo(torch.float32).eps
+    mean = g.op(
+        "ReduceMean", g.op("Pow", value, g.op("Constant", value_t=torch.tensor(2.0))), axes_i=[-1], keepdims_i=1
+    )
+    root = g.op("Sqrt", g.op("Add", mean, g.op("Constant", value_t=torch.tensor(float(number)))))
+    normed = g.op("Div", value, root)
+    return normed if weight.node().mustBeNone() else g.op("Mul", normed, weight)
+
+
+def _repeat_interleave(g, value, repeats, dim=None, output_size=None):  # type: ignore[no-untyped-def]
+    """Of a last dimension; torch's exporter writes a loop, and a rank that is not the result's."""
+    sizes, count, axis = value.type().sizes(), _number(repeats), _number(dim)  # type: ignore[no-untyped-call]
+    last = (-1, 3) if sizes is None else (-1, len(sizes) - 1)  # heads have four dimensions
+    if count is None or axis not in last:
+        return symbolic_opset13.repeat_interleave(g, value, repeats, dim, output_size)
+
+    def constant(*numbers: int):  # type: ignore[no-untyped-def]
+        return g.op("Constant", value_t=torch.tensor(numbers))
+
+    copies = g.op("Concat", *[g.op("Unsqueeze", value, constant(-1))] * count, axis_i=-1)
+    kept = g.op("Slice", g.op("Shape", value), constant(0), constant(-1))
+    return g.op("Reshape", copies, g.op("Concat", kept, constant(-1), axis_i=0))
+
+
+def _number(value):  # type: ignore[no-untyped-def]
+    if value is None or value.node().kind() != "onnx::Constant" or "value" not in value.node().attributeNames():
+        return None
+    tensor = value.node().t("value")
+    return int(tensor) if tensor.ndim == 0 else None
+
+
+# Which torch's exporter lacks; norms are over the last dimension in transformers.
+register_custom_op_symbolic("aten::expm1", _expm1, OPSET)
+register_custom_op_symbolic("aten::rms_norm", _rms_norm, OPSET)
+register_custom_op_symbolic("aten::repeat_interleave", _repeat_interleave, OPSET)
 
 
 def trace(
@@ -70,25 +115,35 @@ def trace(
 
 @contextmanager
 def _weights_kept() -> Iterator[dict[str, torch.Tensor]]:
-    """While this holds, the exporter tells what its graph calls the model's weights, and those that it folded."""
+    """While this holds, the exporter tells what its graph calls the model's weights, and those that it folded.
+
+    Its shape inference sees no matrices of floats: no shape depends on one, and it would copy each that is transposed.
+    """
     weights: dict[str, torch.Tensor] = {}
-    convert = exporter._model_to_graph
+    convert, infer = exporter._model_to_graph, torch._C._jit_pass_onnx_graph_shape_type_inference
 
     def recorded(*arguments: object, **options: object) -> object:
         made = convert(*arguments, **options)
         weights.update(made[1])
         return made
 
-    with mock.patch.object(exporter, "_model_to_graph", recorded):
+    def inferred(graph: torch.Graph, parameters: Mapping[str, Any], opset: int) -> None:
+        infer(graph, {name: t for name, t in parameters.items() if t.ndim < 2 or not t.is_floating_point()}, opset)
+
+    with (
+        mock.patch.object(exporter, "_model_to_graph", recorded),
+        mock.patch.object(torch._C, "_jit_pass_onnx_graph_shape_type_inference", inferred),
+    ):
         yield weights
 
 
 @contextmanager
-def running(of: str) -> Iterator[None]:
+def running(of: str, doing: str = "be traced to a graph") -> Iterator[None]:
     """Translate what a model's own code raises.
 
     Args:
         of: what is run, as the error names it.
+        doing: what it then can't do.
 
     Raises:
         UnsupportedArchitecture: something was raised that is no ExportError, and not for want of memory or disk.
@@ -98,5 +153,5 @@ def running(of: str) -> Iterator[None]:
     except (ExportError, MemoryError, OSError):
         raise
     except Exception as error:  # a model's own code can raise anything
-        said = f"{of} can't be traced to a graph ({reason(error)}): choose another model"
+        said = f"{of} can't {doing} ({reason(error)}): choose another model"
         raise UnsupportedArchitecture(said) from error

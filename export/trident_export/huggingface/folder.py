@@ -331,6 +331,10 @@ class HuggingFaceFolder(os.PathLike[str]):
         found: PreTrainedModel = model.eval()
         return text_part.inner(found) or found if multimodal else found
 
+    def reference(self, head: Any) -> PreTrainedModel:
+        """The model that the gate compares with: this one, or what it was made from; otherwise as `load_whole`."""
+        return self.load_whole(head)
+
     def _multimodal(self, head: Any) -> Any | None:
         """The Auto class of the whole model, where the head asks for the text part of a multimodal one."""
         if head.__name__ != "AutoModelForCausalLM":

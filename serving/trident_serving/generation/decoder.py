@@ -24,7 +24,7 @@ from trident_serving.generation.batch import (
     pack,
     split,
 )
-from trident_serving.runtime.kv_cache import Cache, DeviceKVCache, KVCache
+from trident_serving.runtime.kv_cache import KEYS, Cache, DeviceKVCache, KVCache
 from trident_serving.runtime.log_probabilities import Logits
 from trident_serving.runtime.session import Binding, open_session
 from trident_serving.runtime.states import SlotStates
@@ -134,7 +134,8 @@ class OnnxDecoder:
         self._min_positions = 1 if dtype is np.int8 or (device != "cpu" and not self._ragged) else MIN_POSITIONS
         self._held = np.zeros(slots, np.int64)  # positions that each slot holds
         # The operator wants room for the padding of slots that share a run with longer ones.
-        capacity = context + max(longest_run, self._min_positions)
+        self._positions = context + max(longest_run, self._min_positions)
+        capacity = -(-self._positions // KEYS) * KEYS
         self.cache: Cache = (
             KVCache(shapes, slots, capacity, dtype)
             if device == "cpu"
@@ -214,7 +215,7 @@ class OnnxDecoder:
 
     def _run(self, batch: PackedBatch, logits: Logits) -> None:
         binding = self._binding(batch.first_slot, batch.slots)
-        total = np.array(self.cache.capacity, np.int32)  # an upper bound is all that the operator wants
+        total = np.array(self._positions, np.int32)  # an upper bound is all that the operator wants
         for name in self._inputs:
             binding.set_input(name, total if name == "total_sequence_length" else getattr(batch, name))
         binding.set_output("logits", logits.reshape(1, *logits.shape))

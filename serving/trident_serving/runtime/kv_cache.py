@@ -17,6 +17,9 @@ from numpy.typing import DTypeLike, NDArray
 
 PAGE = mmap.PAGESIZE
 
+# Graphs that attend by plain operators look at so many positions at a time: `trident_export.graphs.slot_attention`.
+KEYS = 256
+
 
 class Cache(Protocol):
     """What the decoder binds, and what the engine does to slots."""

@@ -16,9 +16,9 @@ from tokenizers.normalizers import Sequence as Normalizers
 from transformers import PreTrainedModel
 
 from trident_export import configs, corpora, disk, recipes
-from trident_export.errors import ModelsFileError, TextError
+from trident_export.errors import ModelsFileError, TextError, UnsupportedArchitecture
 from trident_export.graphs.encoder import export_encoder_graph
-from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.passes import CalibrationRuns, Feeds
@@ -111,7 +111,7 @@ class EncoderExport(Generic[Limits]):
         """What Hugging Face makes of a text, by itself and without padding, in float32; see `read`."""
         assert spec.encoder is not None
         limit = spec.encoder.max_tokens
-        tokenizer, model, settings = source.tokenizer, source.load(self.head_of(source)), self.settings(source)
+        tokenizer, model, settings = source.tokenizer, source.reference(self.head_of(source)), self.settings(source)
 
         def ask(texts: Texts) -> list[Floats]:
             batch = self.tokenize(tokenizer, texts, limit)
@@ -146,7 +146,7 @@ class EncoderExport(Generic[Limits]):
         """See `trident_export.tasks`."""
         spec, source, limits = job.spec, job.source, job.spec.encoder
         self._check_limits(spec, source)
-        disk.require(job.staging, source.weight_bytes, spec.recipes)
+        disk.require(job.staging, max(source.weight_bytes, 4 * source.parameters), spec.recipes)
         tokenizer, postprocess = (
             job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")
         )
@@ -281,7 +281,7 @@ class Served:
     def _run(self, model: OnnxModel, inputs: dict[str, NDArray[Any]]) -> list[Floats]:
         result = model.run([inputs])[0]
         if isinstance(result, Exception):
-            raise result
+            raise unrunnable(self._spec.name, inputs["input_ids"].shape, result) from result
         return self._task.read({**inputs, **result}, self.settings)
 
     def _inputs(self, samples: Sequence[Texts], batch: int, padding: int = 0) -> Iterator[dict[str, NDArray[Any]]]:
@@ -309,6 +309,14 @@ class Served:
     def _padded(self, name: str, rows: NDArray[Any], width: int) -> NDArray[Any]:
         value = self._pad_id if name == "input_ids" else 0
         return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=value)
+
+
+def unrunnable(name: str, shape: Sequence[int], error: Exception) -> UnsupportedArchitecture:
+    """What it means that ONNX Runtime can't run a graph: sizes were taken for constants when it was traced."""
+    return UnsupportedArchitecture(
+        f"the graph of {name} can't be run on {' x '.join(map(str, shape))} tokens ({reason(error)}): the architecture "
+        "fixes sizes when it is traced, choose another model"
+    )
 
 
 def reference_outputs(

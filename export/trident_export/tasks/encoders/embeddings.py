@@ -63,7 +63,7 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
         return list(normalize(vectors) if settings.normalize else vectors)
 
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
-        read, model, settings = self.reader(spec, source), source.load(self.head_of(source)), self.settings(source)
+        read, model, settings = self.reader(spec, source), source.reference(self.head_of(source)), self.settings(source)
         uncounted = self.uncounted(spec, source)
 
         def ask(texts: Texts) -> list[Floats]:

@@ -69,7 +69,7 @@ class Hybrid(Embeddings):
         return found
 
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
-        read, model, settings = self.reader(spec, source), source.load(self.head_of(source)), self.settings(source)
+        read, model, settings = self.reader(spec, source), source.reference(self.head_of(source)), self.settings(source)
         weight, bias = _linear(source)
 
         def ask(texts: Texts) -> list[Floats]:

@@ -102,7 +102,7 @@ class Ranking(Classification):
         if not _answers(source):
             ask = super().reference(spec, source)
             return lambda texts: ask((prompt + texts[0], *texts[1:]))
-        model, settings, rows = source.load(AutoModelForCausalLM), self.settings(source), _tokens(source)
+        model, settings, rows = source.reference(AutoModelForCausalLM), self.settings(source), _tokens(source)
 
         def answered(texts: Texts) -> list[Floats]:
             text = _rendered(source, tokenizer, prompt, *texts)

@@ -56,7 +56,7 @@ class Sparse(Embeddings):
 
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
         pooling, layers = _how(source)
-        read, model = self.reader(spec, source), source.load(self.head)
+        read, model = self.reader(spec, source), source.reference(self.head)
 
         def ask(texts: Texts) -> list[Floats]:
             weights = np.maximum(model(**read(texts)).logits.numpy(), 0)
