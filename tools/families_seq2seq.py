@@ -105,7 +105,7 @@ def _sizes(default: Any) -> dict[str, Any]:
 
 
 def check(name: str) -> str:
-    """ "" where a type is served and its tokens are Hugging Face's; else the sentence that says why not."""
+    """Empty where a type is served and its tokens are Hugging Face's; else the sentence that says why not."""
     try:
         torch.manual_seed(0)
         model: Any = AutoModelForSeq2SeqLM.from_config(tiny(name), attn_implementation="eager").eval()

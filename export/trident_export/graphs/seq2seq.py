@@ -215,14 +215,14 @@ class _Decoder(torch.nn.Module):
             logits = self.model(
                 decoder_input_ids=input_ids,
                 encoder_outputs=BaseModelOutput(
-                    torch.zeros(1, 1, self.model.config.hidden_size).expand(input_ids.shape[0], 1, -1)  # type: ignore[arg-type]
+                    torch.zeros(1, 1, self.model.config.hidden_size).expand(input_ids.shape[0], 1, -1)
                 ),
                 use_cache=False,
             ).logits
         return (logits[:, -1], *present)
 
     def _biases(self, positions: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        """Each layer's relative position bias of the rows' tokens, [rows, heads, 1, capacity]; what is ahead is masked."""
+        """Each layer's relative bias of the rows' tokens, [rows, heads, 1, capacity]; what is ahead is masked."""
         found: list[tuple[torch.Tensor, ...]] = []
         for layer in range(len(self.attentions)):
             table: torch.Tensor | None = getattr(self, f"relative_{layer}")
