@@ -119,6 +119,8 @@ MORE: dict[str, dict[str, Any]] = {
     "longformer": {"sep_token_id": END},
     "big_bird": {"sep_token_id": END, "attention_type": "original_full"},
     "squeezebert": {"embedding_size": 64},
+    "esmc": {"num_key_value_heads": 4},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "is_decoder": False},
     "funnel": {"block_sizes": [1, 1], "num_hidden_layers": None},
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 4, "token_dropout": False},

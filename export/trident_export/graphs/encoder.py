@@ -33,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs.editing import constant, make, reduced, save
+from trident_export.graphs.experts import every_expert
 from trident_export.graphs.tracing import running, trace
 from trident_export.graphs.unpadding import unpad
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -87,7 +88,8 @@ def export_encoder_graph(
     axes = dict.fromkeys(names, whole)
     axes |= {name: whole if given[name].shape[1:2] == (_LENGTH,) else batch for name in traced.wanted}
     tensors = list(arguments.values())
-    graph = trace(traced, tensors, inputs=names, outputs=traced.wanted, axes=axes, of=said, operators=False)
+    with every_expert(model):
+        graph = trace(traced, tensors, inputs=names, outputs=traced.wanted, axes=axes, of=said, operators=False)
     if lost := sorted({"input_ids", "attention_mask"} - {value.name for value in graph.graph.inputs}):
         raise UnsupportedArchitecture(
             f"{said} reads no {' and no '.join(lost)} in the run that was traced, so padding would change its answers: "

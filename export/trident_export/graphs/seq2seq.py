@@ -30,6 +30,7 @@ modules share: BART's (Marian, mBART, Pegasus, M2M100) and T5's, whose relative 
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
 
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs import editing
@@ -90,6 +92,11 @@ def decoder_attentions(model: PreTrainedModel) -> list[tuple[Attention, Attentio
     Raises:
         UnsupportedArchitecture: the layers have another shape.
     """
+    if getattr(model.config, "attention_type", "") == "block_sparse":
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__} attends to blocks of long texts, which a graph does not: set attention_type to "
+            "original_full in its config.json, or choose another model"
+        )
     decoder = model.get_decoder()
     if hasattr(decoder, "block"):
         return [
@@ -161,9 +168,10 @@ class _Decoder(torch.nn.Module):
             self.register_buffer(f"bias_{layer}", torch.cat([part.bias for part in parts]) if biased else None)
         table = _position_table(model, capacity)
         self.register_buffer("position_table", table)
-        self.relative = _relative_bias(model, capacity) is not None
-        if self.relative:
-            self.register_buffer("relative_table", _relative_bias(model, capacity))
+        # T5's first layer has the bias of all layers, each of UMT5's its own.
+        tables = [_relative_bias(own.module, capacity) for own, _ in self.attentions]
+        for layer, relative in enumerate(tables):
+            self.register_buffer(f"relative_{layer}", relative)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, *others: torch.Tensor
@@ -171,7 +179,7 @@ class _Decoder(torch.nn.Module):
         seqlens_k, total, rows, places, mask, *flat = others
         count = 2 * len(self.attentions)
         cross, past = flat[:count], flat[count:]
-        bias = self._bias(positions) if self.relative else ()
+        biases = self._biases(positions)
         present: list[torch.Tensor] = []
 
         def attend(layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -186,7 +194,7 @@ class _Decoder(torch.nn.Module):
                 past[2 * layer + 1],
                 seqlens_k,
                 total,
-                *bias,
+                *biases[layer],
             )
             present.extend((key, value))
             projected: torch.Tensor = own.output(output)
@@ -206,16 +214,24 @@ class _Decoder(torch.nn.Module):
         with _replaced(self.model, self.attentions, attend, read, table, positions):
             logits = self.model(
                 decoder_input_ids=input_ids,
-                encoder_outputs=(torch.zeros(1, 1, self.model.config.hidden_size).expand(input_ids.shape[0], 1, -1),),
+                encoder_outputs=BaseModelOutput(
+                    torch.zeros(1, 1, self.model.config.hidden_size).expand(input_ids.shape[0], 1, -1)
+                ),
                 use_cache=False,
             ).logits
         return (logits[:, -1], *present)
 
-    def _bias(self, positions: torch.Tensor) -> tuple[torch.Tensor]:
-        """The relative position bias of each row's token, [rows, heads, 1, capacity]; what lies ahead is masked."""
-        table: torch.Tensor = self.relative_table  # type: ignore[assignment]
-        distance = (positions[:, None] - torch.arange(table.shape[0])[None]).clamp(min=0)
-        return (table[distance].permute(0, 2, 1).unsqueeze(2),)
+    def _biases(self, positions: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """Each layer's relative bias of the rows' tokens, [rows, heads, 1, capacity]; what is ahead is masked."""
+        found: list[tuple[torch.Tensor, ...]] = []
+        for layer in range(len(self.attentions)):
+            table: torch.Tensor | None = getattr(self, f"relative_{layer}")
+            if table is None:
+                found.append(found[0] if found else ())
+                continue
+            distance = (positions[:, None] - torch.arange(table.shape[0])[None]).clamp(min=0)
+            found.append((table[distance].permute(0, 2, 1).unsqueeze(2),))
+        return found
 
 
 @contextmanager
@@ -259,6 +275,10 @@ def _position_table(model: PreTrainedModel, capacity: int) -> torch.Tensor | Non
         first = embed.padding_idx + 1
         weights: torch.Tensor = embed.get_embedding(first + capacity, embed.embedding_dim, embed.padding_idx)
         return weights[first : first + capacity].float()
+    if getattr(embed, "weight", None) is None:
+        raise UnsupportedArchitecture(
+            f"{type(embed).__name__} computes positions in a way that Trident does not have: choose another model"
+        )
     weights = embed.weight.detach()
     if weights.shape[0] < capacity + offset:
         raise UnsupportedArchitecture(
@@ -267,19 +287,22 @@ def _position_table(model: PreTrainedModel, capacity: int) -> torch.Tensor | Non
     return weights[offset : offset + capacity]
 
 
-def _relative_bias(model: PreTrainedModel, capacity: int) -> torch.Tensor | None:
-    """T5's bias by distance, [capacity, heads]; None where positions are not relative."""
-    module: Any = decoder_attentions(model)[0][0].module
+def _relative_bias(module: Any, capacity: int) -> torch.Tensor | None:
+    """T5's bias by distance of one attention module, [capacity, heads]; None where it has none."""
     if not getattr(module, "has_relative_attention_bias", False):
         return None
-    buckets = module._relative_position_bucket(
-        -torch.arange(capacity),
-        bidirectional=False,
-        num_buckets=module.relative_attention_num_buckets,
-        max_distance=module.relative_attention_max_distance,
-    )
-    weight: torch.Tensor = module.relative_attention_bias.weight.detach()
-    return weight[buckets]
+    distances, weight = -torch.arange(capacity), module.relative_attention_bias.weight.detach()
+    if "num_buckets" in inspect.signature(module._relative_position_bucket).parameters:
+        buckets = module._relative_position_bucket(
+            distances,
+            bidirectional=False,
+            num_buckets=module.relative_attention_num_buckets,
+            max_distance=module.relative_attention_max_distance,
+        )
+    else:  # UMT5's knows these itself
+        buckets = module._relative_position_bucket(distances)
+    found: torch.Tensor = weight[buckets]
+    return found
 
 
 def export_encoder(model: PreTrainedModel, path: Path) -> None:

@@ -24,7 +24,7 @@ from trident_serving.schema.limits import Seq2SeqLimits
 from trident_serving.seq2seq.decoder import Seq2SeqDecoder
 from trident_serving.seq2seq.engine import Engine, Job
 from trident_serving.seq2seq.request import GenerationDefaults, RequestParser, Seq2SeqRequest, positions
-from trident_serving.seq2seq.search import Found
+from trident_serving.seq2seq.search import Found, SearchParams
 from trident_serving.seq2seq.source import SourceSettings, SourceText, TargetStyle
 
 if TYPE_CHECKING:
@@ -143,24 +143,36 @@ class _Waiter:
 
 def _served(folder: Path, limits: Seq2SeqLimits, requests: Sequence[Seq2SeqRequest]) -> list[Found]:
     """The answers of the engine that serves."""
-    slots = max(request.params.num_beams for request in requests)
-    capacity = positions(limits.max_target_tokens, requests[0].prompt)
-    engine = Engine(Seq2SeqDecoder(folder, slots=slots, capacity=capacity, threads=limits.threads), len(requests))
-    waiters = [_Waiter() for _ in requests]
+    first = requests[0]
+    capacity = positions(limits.max_target_tokens, first.prompt)
+    sources = [request.windows[0].ids for request in requests]
+    return answers(folder, sources, first.prompt, first.params, capacity=capacity, threads=limits.threads)
+
+
+def answers(
+    folder: Path,
+    sources: Sequence[Sequence[int]],
+    prompt: Sequence[int],
+    params: SearchParams,
+    *,
+    capacity: int,
+    threads: int,
+) -> list[Found]:
+    """Answers of the engine that serves, to several sources at once.
+
+    Args:
+        folder: a version folder, or one with the two graphs alone.
+        capacity: that the decoder was written for.
+    """
+    slots = params.num_beams * len(sources)
+    engine = Engine(Seq2SeqDecoder(folder, slots=slots, capacity=capacity, threads=threads), len(sources))
+    waiters = [_Waiter() for _ in sources]
     try:
-        engine.submit(
-            [
-                Job(request.windows[0].ids, request.prompt, request.params, waiter)
-                for request, waiter in zip(requests, waiters, strict=True)
-            ]
-        )
-        answers = []
+        engine.submit([Job(ids, prompt, params, waiter) for ids, waiter in zip(sources, waiters, strict=True)])
         for waiter in waiters:
             waiter.done.wait()
             if waiter.error is not None:
                 raise waiter.error
-            assert waiter.found is not None
-            answers.append(waiter.found)
-        return answers
+        return [waiter.found for waiter in waiters if waiter.found is not None]
     finally:
         engine.stop()
