@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import families_encoders
+import families_seq2seq
 import numpy as np
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trident_export.errors import ExportError
+from trident_export.errors import ExportError, UnsupportedArchitecture
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.tracing import running
@@ -291,9 +292,22 @@ def isolated(name: str, check: Callable[[str], str]) -> Result:
         process.join()
 
 
+def check_seq2seq(name: str) -> str:
+    """As `check_causal`, for an encoder-decoder.
+
+    Raises:
+        ExportError: it is refused.
+    """
+    said = families_seq2seq.check(name)
+    if said and not said.startswith("another answer"):
+        raise UnsupportedArchitecture(said)
+    return said
+
+
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], str]]] = {
     "Causal language models": (tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), check_causal),
     **families_encoders.KINDS,
+    "Encoder-decoders": (tuple(families_seq2seq.types()), check_seq2seq),
 }
 
 

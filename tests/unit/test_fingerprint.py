@@ -101,3 +101,12 @@ def test_the_table_the_source_the_texts_and_the_format_count(
     monkeypatch.setattr(fingerprint.importlib.metadata, "version", lambda package: "0")
     seen.add(fingerprint.fingerprint(_spec(folder, "text-generation", "fp32"), folder))
     assert len(seen) == 6
+
+
+def test_custom_code_is_part_of_the_fingerprint(folder: Path) -> None:
+    table = {"task": "text-generation", "source": {"path": str(folder)}, "variants": ["fp32"], "limits": {}}
+    digests = [
+        fingerprint.fingerprint(models_file.parse("m", table | more), folder)
+        for more in ({}, {"trust_remote_code": False}, {"trust_remote_code": True})
+    ]
+    assert digests[0] == digests[1] != digests[2]

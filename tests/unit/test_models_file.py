@@ -53,6 +53,7 @@ def test_a_good_table() -> None:
         ),
         ({"source": {"package": "a>=1", "path": "b"}}, "must pin a version"),
         ({"limits": {"contxt": 3}}, "unknown key contxt; known are context, slots"),
+        ({"trust_remote_code": 1}, "trust_remote_code must be bool"),
         ({"limits": {"slots": 0}}, "limits.slots must be a positive integer, found 0"),
         ({"limits": {"slots": True}}, "limits.slots must be a positive integer, found True"),
         ({"on_demand": "yes"}, "on_demand must be bool"),
