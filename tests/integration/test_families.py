@@ -211,6 +211,20 @@ def test_the_capacity_of_a_cache_changes_no_bit(graphs: dict[str, Path], name: s
         np.testing.assert_array_equal(found[1:], expected)
 
 
+def test_a_choice_of_more_keys_than_the_traced_run_has(tmp_path: Path) -> None:
+    """300 of the keys that there are: all 256 of a short slot's, 300 of the 512 of a longer one's."""
+    config = CONFIGS["deepseek_v32"].to_dict() | {"index_topk": 300, "max_position_embeddings": 512}
+    model, path = make(DeepseekV32Config(**config)), tmp_path / "model.onnx"
+    editing.save(decoder_passes.optimize(export_causal_graph(model, positions=512)), path)
+    decoder = OnnxDecoder(path, slots=2, context=512, longest_run=400, threads=1)
+    text = np.random.default_rng(0).integers(1, VOCABULARY, 400).tolist()
+    for length in (20, 400):
+        found = torch.from_numpy(decoder.run([SlotTokens(0, 0, text[:length], length)]).copy())
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([text[:length]]), use_cache=False).logits[0]
+        torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("name", "experts"), [("mixtral", 16), ("gpt_oss", 16), ("deepseek_v3", 8), ("llama4", 16)])
 def test_every_expert_is_in_the_graph_and_is_quantized(graphs: dict[str, Path], name: str, experts: int) -> None:
     """Two matmuls an expert, whatever the traced tokens chose, and passes take them as any other."""
