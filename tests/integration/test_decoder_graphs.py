@@ -6,6 +6,7 @@ to 20, and the largest difference from Hugging Face was 2e-5; slots one by one a
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from transformers import (
 from trident_export import recipes
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph, plan_of
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.passes import Cache, CalibrationRuns, Feeds, Rotate, calibration
 from trident_export.passes.base import matmuls
 from trident_export.passes.calibration import moments
@@ -386,6 +388,31 @@ def test_what_is_fused(graphs: dict[str, Path], name: str) -> None:
         assert counts["MatMul"] == 2 * 4 + 1
         assert counts["SkipSimplifiedLayerNormalization"] + counts["SimplifiedLayerNormalization"] == 5
         assert counts["Cast"] == counts["Transpose"] == 0
+
+
+@pytest.mark.parametrize("generation", [4, 5])
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_folders_of_both_generations_of_transformers(tmp_path: Path, generation: int, factor: float) -> None:
+    """Version 5 writes base and scaling as `rope_parameters`; the graph's tables are those of the formula."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        config.pop(key, None)
+    scaling = {"rope_type": "linear", "factor": factor} if factor > 1 else None
+    if generation == 5:
+        config |= {"transformers_version": "5.3.0", "dtype": "float32"}
+        config["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": 500000.0}
+    else:
+        config |= {"transformers_version": "4.57.6", "torch_dtype": "float32", "rope_theta": 500000.0}
+        config["rope_scaling"] = scaling
+    file.write_text(json.dumps(config))
+    graph = export_causal_graph(HuggingFaceFolder(tmp_path).load(AutoModelForCausalLM), positions=64).graph
+    steps = np.arange(0, 16, 2) / 16
+    angles = np.arange(64)[:, None] / factor * 500000.0 ** -steps[None]
+    np.testing.assert_allclose(editing.array(graph.initializers["cos_cache"])[:64], np.cos(angles), atol=2e-6)
+    np.testing.assert_allclose(editing.array(graph.initializers["sin_cache"])[:64], np.sin(angles), atol=2e-6)
 
 
 def test_a_rotation_of_another_kind_is_left_in_the_graph(

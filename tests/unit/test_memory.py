@@ -137,7 +137,7 @@ def test_this_machine_has_some() -> None:
 @pytest.mark.parametrize(
     ("kind", "millions", "measured"),
     [
-        (Kind.DECODER, 253.4, 3.6),
+        (Kind.DECODER, 253.4, 3.23),
         (Kind.ENCODER, 567.8, 5.63),
         (Kind.SEQ2SEQ, 139.4, 4.85),
     ],

@@ -19,12 +19,11 @@ class Layout:
 
     Attributes:
         layers: the list of layers.
-        queries, keys, values, joined: projections into heads and back; "" where heads can't be removed.
+        queries, keys, values, joined: projections into heads and back, where the config has numbers of heads and their
+            size; "" where it has not, so that heads can't be removed.
         inner: matmuls into the feed-forward columns.
         outer: the matmul out of them.
         layers_key, inner_key: what the config calls their numbers.
-        grouped: whether queries share keys and values by group, with numbers of heads and their size in the config;
-            otherwise transformers' own `prune_heads` removes heads.
     """
 
     layers: str
@@ -36,7 +35,6 @@ class Layout:
     keys: str = ""
     values: str = ""
     joined: str = ""
-    grouped: bool = False
 
 
 _LLAMA = Layout(
@@ -47,17 +45,8 @@ _LLAMA = Layout(
     keys="self_attn.k_proj",
     values="self_attn.v_proj",
     joined="self_attn.o_proj",
-    grouped=True,
 )
-_BERT = Layout(
-    "encoder.layer",
-    ("intermediate.dense",),
-    "output.dense",
-    queries="attention.self.query",
-    keys="attention.self.key",
-    values="attention.self.value",
-    joined="attention.output.dense",
-)
+_BERT = Layout("encoder.layer", ("intermediate.dense",), "output.dense")
 LAYOUTS = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -74,10 +63,6 @@ LAYOUTS = {
         "ffn.lin2",
         layers_key="n_layers",
         inner_key="hidden_dim",
-        queries="attention.q_lin",
-        keys="attention.k_lin",
-        values="attention.v_lin",
-        joined="attention.out_lin",
     ),
 }
 

@@ -96,17 +96,14 @@ def _heads(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
         raise UnsupportedModel(f"heads of {config.model_type} models can't be removed; columns and layers can")
     layers = layouts.layers_of(model)
     heads = config.num_attention_heads
-    groups = config.num_key_value_heads if layout.grouped else heads
+    groups = config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    removed = _count(groups, sparsity, "groups of heads" if layout.grouped else "heads")
+    removed = _count(groups, sparsity, "groups of heads")
     scores = _column_scores(model, layout.joined, runs)
     kept = []
     for score in scores:
         by_group = score.reshape(groups, -1).sum(dim=1)
         kept.append(sorted(by_group.argsort(descending=True)[: groups - removed].tolist()))
-    if not layout.grouped:
-        model.prune_heads({n: sorted(set(range(groups)) - set(good)) for n, good in enumerate(kept)})
-        return float(removed / groups)
     wide = size * heads // groups  # numbers that a group's queries have
     for layer, good in zip(layers, kept, strict=True):
         keep = {width: [g * width + n for g in good for n in range(width)] for width in (wide, size)}
