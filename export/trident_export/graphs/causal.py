@@ -27,6 +27,9 @@ The graph, for layers with H key-value heads of D numbers each, which may differ
     -> logits              float32 [1, kept, vocabulary]
     -> present.<layer>.{key,value}        float32 [slots, H, capacity, D]
 
+Keys by which a layer chooses what it attends to are a layer of their own, one half of each as its key, the other as its
+value.
+
 The operator computes rotary embeddings where the model's own function computes the usual rotation, which is
 checked with numbers; elsewhere they are traced.
 

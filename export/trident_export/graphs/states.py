@@ -10,7 +10,7 @@ a mixer is traced as it is, on packed tokens.
                                 beta x (value - what the state holds for the key) (delta nets)
 
 Mamba-2 is this recurrence with B as the key, C as the query and dt x hidden as the value, a decay for each head;
-Mamba has a head for each channel, with a decay for each number of its state.
+Mamba has a head for each channel, with a decay for each number of its state. Lightning attention has a constant decay.
 
 The convolution takes packed tokens and the states of those slots that have some. The recurrence takes a window of
 slots, to which tokens are spread; a position without a token has no key and no decay, which leaves a state as it is to
