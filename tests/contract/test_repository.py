@@ -125,6 +125,7 @@ def test_no_stage_that_reads_texts_is_batched() -> None:
     limits: dict[str, dict[str, object]] = {
         "feature-extraction": {"dimensions": 8},
         "hybrid-embedding": {"dimensions": 8},
+        "sparse-embedding": {"dimensions": 8},
         "token-classification": {"labels": 4},
     }
     limits |= {key: {"labels": 2} for key in ("text-classification", "text-ranking")}
