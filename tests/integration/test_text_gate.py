@@ -162,6 +162,22 @@ def test_a_tokenizer_that_transformers_reads_otherwise_than_it_is_written(origin
         texts.check_file(source)
 
 
+@pytest.mark.parametrize(
+    "call", [{"padding": "max_length", "max_length": 32}, {"padding": True, "pad_to_multiple_of": 8}]
+)
+def test_a_tokenizer_that_was_called_before_it_was_saved(original: Path, tmp_path: Path, call: dict[str, Any]) -> None:
+    """Training scripts leave padding and truncation in tokenizer.json; neither is the served tokenizer's."""
+    shutil.copytree(original, tmp_path / "source")
+    words = HuggingFaceFolder(original).tokenizer
+    words("a b c", truncation=True, **call)
+    words.save_pretrained(tmp_path / "source")
+    assert json.loads((tmp_path / "source" / "tokenizer.json").read_text())["padding"]
+    written(tmp_path / "source", tmp_path / "1")
+    assert (
+        TextTokenizer.load(tmp_path / "1").encode("Hello") == HuggingFaceFolder(original).tokenizer("Hello").input_ids
+    )
+
+
 def test_added_tokens_beyond_the_embedding(original: Path, tmp_path: Path) -> None:
     """A text that names one is read letter by letter, for the model has no such token; an end token must be there."""
     shutil.copytree(original, tmp_path / "source")
