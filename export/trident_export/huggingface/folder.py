@@ -327,7 +327,7 @@ class HuggingFaceFolder(os.PathLike[str]):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are told from what is said of them
             )
-        self._check_weights(model, said)
+        self.check_weights(model, said)
         found: PreTrainedModel = model.eval()
         return text_part.inner(found) or found if multimodal else found
 
@@ -346,8 +346,15 @@ class HuggingFaceFolder(os.PathLike[str]):
             )
         return text_part.whole_class(self.config)
 
-    def _check_weights(self, model: PreTrainedModel, said: Mapping[str, Any]) -> None:
-        """Refuse weights that transformers would replace by random numbers, leave out, or that are no numbers."""
+    def check_weights(self, model: PreTrainedModel, said: Mapping[str, Any]) -> None:
+        """Refuse weights that transformers would replace by random numbers, leave out, or that are no numbers.
+
+        Args:
+            said: what `from_pretrained` gives as `output_loading_info`.
+
+        Raises:
+            UnreadableSource: there are such weights.
+        """
         import torch
 
         for name, found, wanted in sorted(said["mismatched_keys"]):
