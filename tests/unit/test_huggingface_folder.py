@@ -73,6 +73,15 @@ def test_generation_settings_of_another_kind_are_refused(
     assert said in str(refused.value)
 
 
+def test_a_vocabulary_that_lacks_a_merged_token(tmp_path: Path) -> None:
+    folder = tiny_models.make_causal(tmp_path / "llama", "llama")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"]["".join(state["model"]["merges"][-1])] = state["model"]["vocab"]["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UnreadableSource, match="the tokenizer can't be read"):
+        _ = HuggingFaceFolder(folder).tokenizer
+
+
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 def test_attention_that_a_config_names_is_not_taken(source: HuggingFaceFolder, key: str) -> None:
     ids = torch.arange(4, 30)[None]

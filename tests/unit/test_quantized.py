@@ -331,6 +331,12 @@ def test_settings_that_lie_are_refused(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("part", ["x", [1], None])
+def test_a_text_part_that_is_none(tmp_path: Path, part: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": part}))
+    assert quantized.settings(tmp_path) is None
+
+
 def test_a_last_group_that_is_shorter() -> None:
     settings = {"config_groups": {"group_0": {"weights": {"num_bits": 8, "group_size": 64}}}}
     codes = torch.randint(-128, 128, (4, 100)).to(torch.int8)

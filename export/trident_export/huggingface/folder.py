@@ -177,7 +177,8 @@ class HuggingFaceFolder(os.PathLike[str]):
         Raises:
             UnreadableSource: its files are missing or damaged.
         """
-        return copy.deepcopy(self._tokenizer)
+        with self._reading("the tokenizer"):  # ids of a vocabulary that are twice there fail here
+            return copy.deepcopy(self._tokenizer)
 
     @cached_property
     def _tokenizer(self) -> Any:
