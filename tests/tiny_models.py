@@ -43,6 +43,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2Tokenizer,
     RobertaTokenizer,
     T5Tokenizer,
     XLMRobertaTokenizer,
@@ -141,6 +142,13 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def qwen2_tokenizer() -> PreTrainedTokenizerFast:
+    """The same vocabulary in the class that transformers takes for a Qwen2 folder, whatever the folder says."""
+    model = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=merges, unk_token=None, eos_token=EOS, pad_token=EOS)
+
+
 @made_once
 def make_causal(folder: Path, architecture: str, seed: int = 0, context: int = 128) -> Path:
     torch.manual_seed(seed)
@@ -150,7 +158,7 @@ def make_causal(folder: Path, architecture: str, seed: int = 0, context: int = 1
             if parameter.ndim > 1:
                 parameter.mul_(8)  # the default initialization is so flat that every token is as likely
     model.save_pretrained(folder)
-    byte_level_tokenizer().save_pretrained(folder)
+    (qwen2_tokenizer() if architecture == "qwen2" else byte_level_tokenizer()).save_pretrained(folder)
     return folder
 
 

@@ -22,11 +22,11 @@ def resolve(hub_id: str, revision: str = "") -> str:
         SourceError: the hub can't be reached, or has no such model.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     try:
         commit: str | None = HfApi().model_info(hub_id, revision=revision or None).sha
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         raise SourceError(f"the Hugging Face hub did not give {hub_id}: {reason(error)}") from None
     if not commit:
         raise SourceError(f"the Hugging Face hub gave no commit id for {hub_id}")

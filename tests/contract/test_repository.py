@@ -124,6 +124,7 @@ def test_no_stage_that_reads_texts_is_batched() -> None:
     """Triton fails all requests of a batch for one with malformed BYTES, options of a later stage among them."""
     limits: dict[str, dict[str, object]] = {
         "feature-extraction": {"dimensions": 8},
+        "hybrid-embedding": {"dimensions": 8},
         "token-classification": {"labels": 4},
     }
     limits |= {key: {"labels": 2} for key in ("text-classification", "text-ranking")}

@@ -224,11 +224,11 @@ def _from_hub(source: Source, progress: Progress, code: bool) -> Path:
 
 def _snapshot(hub_id: str, revision: str, patterns: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(patterns)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         if (meaning := disk.explain(error, Path(HF_HUB_CACHE))) is not None:
