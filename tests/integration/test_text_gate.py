@@ -20,6 +20,7 @@ from trident_export.errors import FidelityError, UnreadableSource
 from trident_export.graphs import decoder_passes, editing
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.vocabulary import rows_of
 from trident_export.measure import fidelity, texts
 from trident_export.tasks import text_generation
 from trident_serving.runtime.tokenizer import TextTokenizer
@@ -50,7 +51,7 @@ def written(folder: Path, to: Path) -> tuple[HuggingFaceFolder, Any]:
     """The artefacts' text files, and Hugging Face's model."""
     source = HuggingFaceFolder(folder)
     model = source.load_whole(AutoModelForCausalLM)
-    text_generation.save_text_files(source, to, text_generation.rows_of(model))
+    text_generation.save_text_files(source, to, rows_of(model))
     return source, model
 
 
@@ -162,6 +163,22 @@ def test_a_tokenizer_that_transformers_reads_otherwise_than_it_is_written(origin
         texts.check_file(source)
 
 
+@pytest.mark.parametrize(
+    "call", [{"padding": "max_length", "max_length": 32}, {"padding": True, "pad_to_multiple_of": 8}]
+)
+def test_a_tokenizer_that_was_called_before_it_was_saved(original: Path, tmp_path: Path, call: dict[str, Any]) -> None:
+    """Training scripts leave padding and truncation in tokenizer.json; neither is the served tokenizer's."""
+    shutil.copytree(original, tmp_path / "source")
+    words = HuggingFaceFolder(original).tokenizer
+    words("a b c", truncation=True, **call)
+    words.save_pretrained(tmp_path / "source")
+    assert json.loads((tmp_path / "source" / "tokenizer.json").read_text())["padding"]
+    written(tmp_path / "source", tmp_path / "1")
+    assert (
+        TextTokenizer.load(tmp_path / "1").encode("Hello") == HuggingFaceFolder(original).tokenizer("Hello").input_ids
+    )
+
+
 def test_added_tokens_beyond_the_embedding(original: Path, tmp_path: Path) -> None:
     """A text that names one is read letter by letter, for the model has no such token; an end token must be there."""
     shutil.copytree(original, tmp_path / "source")
@@ -179,6 +196,16 @@ def test_added_tokens_beyond_the_embedding(original: Path, tmp_path: Path) -> No
     served = TextTokenizer.load(tmp_path / "1")
     assert served.encode("a<image>b") == HuggingFaceFolder(original).tokenizer("a<image>b").input_ids
     assert max(served.encode("a<image>b")) < 512
+
+
+def test_a_template_that_inserts_a_token_beyond_the_embedding(original: Path, tmp_path: Path) -> None:
+    shutil.copytree(original, tmp_path / "source")
+    inserted = {"special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [70000], "tokens": ["<|end|>"]}}}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|end|>", "type_id": 0}}]
+    parts = {"type": "TemplateProcessing", "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}]}
+    change(tmp_path / "source" / "tokenizer.json", post_processor=parts | inserted)
+    with pytest.raises(UnreadableSource, match="gives the token 70000 .*, the model has 512: it is another model's"):
+        written(tmp_path / "source", tmp_path / "1")
 
 
 def test_a_window_is_compared_beyond_its_end(tmp_path: Path) -> None:

@@ -30,9 +30,10 @@ from transformers import (
 
 from tests import tiny_models
 from trident_export import add, fingerprint, models_file
-from trident_export.errors import ModelsFileError, SourceError, UnsupportedModel
+from trident_export.errors import ModelsFileError, SourceError, UnreadableSource, UnsupportedModel
 from trident_export.huggingface import sources
 from trident_export.huggingface.adapters import AdaptedFolder
+from trident_export.huggingface.folder import HuggingFaceFolder
 
 # peft asks transformers by names that it will lose.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -207,6 +208,75 @@ def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> No
         another = tmp_path / "-".join(map(str, change.items()))
         AutoModelForCausalLM.from_config(config).save_pretrained(another)
         assert "is no adapter of" in refusal(another, folder, tmp_path)
+
+
+def test_a_base_in_another_format_is_the_same_only_with_the_same_numbers(base: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=LINEAR))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    half, changed = (Path(shutil.copytree(base, tmp_path / name)) for name in ("half", "changed"))
+    model.half().save_pretrained(half)
+    agree(fetched(half, folder, tmp_path), half)
+    model.model.layers[1].self_attn.q_proj.weight.data.neg_()
+    model.save_pretrained(changed)
+    shutil.rmtree(tmp_path / "sources")
+    assert "is an adapter of another base: it was trained on" in refusal(changed, folder, tmp_path)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    other = tiny_models.make_causal(tmp_path / "gpt2", "gpt2")
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
+    assert f"it was trained on {other}, and the source is {base}" in refusal(base, folder, tmp_path)
+
+
+@pytest.mark.parametrize("named", [5, "a" * 5000, "~nosuchuser/x", ["a"]])
+def test_a_base_that_cannot_be_named_so(base: Path, tmp_path: Path, named: object) -> None:
+    folder = adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=LINEAR))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": named}))
+    assert "adapter_config.json can't be read (" in unreadable(base, folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer_config.json", b"[]"), ("tokenizer_config.json", b"{"), ("chat_template.jinja", b"\xff\xfe")],
+)
+def test_an_adapter_with_a_damaged_tokenizer(base: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    folder = adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=LINEAR))
+    (folder / name).write_bytes(content)
+    assert f"{folder}: {name} can't be read (" in unreadable(base, folder, tmp_path)
+
+
+def unreadable(base: Path, folder: Path, root: Path) -> str:
+    with pytest.raises(UnreadableSource) as refused:
+        fetched(base, folder, root)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["extra", "nan", "shape"])
+def test_the_base_is_checked_as_without_an_adapter(base: Path, tmp_path: Path, kind: str) -> None:
+    folder = adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=LINEAR))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    damaged = Path(shutil.copytree(base, tmp_path / "damaged"))
+    (file,) = damaged.glob("*.safetensors")
+    weights = load_file(file)
+    norm = "model.layers.1.input_layernorm.weight"
+    if kind == "extra":
+        weights |= {name.replace("layers.1", "layers.2"): value + 0 for name, value in weights.items() if ".1." in name}
+    elif kind == "nan":
+        weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    else:
+        weights[norm] = weights[norm][:8].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    said = {
+        "extra": "which config.json leaves out",
+        "nan": "holds numbers that are not finite",
+        "shape": f"{norm} is [8]",
+    }
+    found = unreadable(damaged, folder, tmp_path)
+    assert said[kind] in found
+    with pytest.raises(UnreadableSource) as alone:
+        HuggingFaceFolder(damaged).load(AutoModelForCausalLM)
+    assert str(alone.value) == found
 
 
 def test_what_cannot_be_merged_is_refused(base: Path, tmp_path: Path) -> None:

@@ -50,6 +50,51 @@ def test_a_generation_config_is_handed_out_as_a_copy(source: HuggingFaceFolder) 
     assert source.generation_config.num_beams == before != 7
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("temperature", "hot", "says temperature 'hot', which is no number"),
+        ("top_k", "many", "says top_k 'many', which is no whole number"),
+        ("num_beams", "x", "says num_beams 'x', which is no whole number"),
+        ("max_length", 10**12, "says max_length 1000000000000, which is no whole number"),
+        ("bad_words_ids", "x", "says bad_words_ids 'x', which is no list of lists of tokens"),
+        ("suppress_tokens", ["a"], "which is no list of tokens"),
+        ("eos_token_id", ["a"], "which is no token or list of tokens"),
+        ("decoder_start_token_id", 99999, "names the token 99999 in decoder_start_token_id, the model has 512"),
+        ("bad_words_ids", [[5], [99999]], "names the token 99999 in bad_words_ids, the model has 512"),
+    ],
+)
+def test_generation_settings_of_another_kind_are_refused(
+    source: HuggingFaceFolder, key: str, value: object, said: str
+) -> None:
+    (source.path / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(UnreadableSource) as refused:
+        _ = source.generation_config
+    assert said in str(refused.value)
+
+
+def test_a_vocabulary_that_lacks_a_merged_token(tmp_path: Path) -> None:
+    folder = tiny_models.make_causal(tmp_path / "llama", "llama")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"]["".join(state["model"]["merges"][-1])] = state["model"]["vocab"]["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UnreadableSource, match="the tokenizer can't be read"):
+        _ = HuggingFaceFolder(folder).tokenizer
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_attention_that_a_config_names_is_not_taken(source: HuggingFaceFolder, key: str) -> None:
+    ids = torch.arange(4, 30)[None]
+    with torch.no_grad():
+        expected = source.load(AutoModel)(ids).last_hidden_state
+    config = json.loads((source.path / "config.json").read_text())
+    (source.path / "config.json").write_text(json.dumps(config | {key: "flash_attention_2"}))
+    model = HuggingFaceFolder(source.path).load(AutoModel)
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(model(ids).last_hidden_state, expected)
+
+
 def test_pooling_is_that_of_sentence_transformers_files(tmp_path: Path) -> None:
     assert HuggingFaceFolder(tmp_path).pooling == PoolingSettings(Pooling.MEAN, normalize=True)
     modules = [{"type": "models.Transformer", "path": ""}, {"type": "models.Pooling", "path": "1_Pooling"}]

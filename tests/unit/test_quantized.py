@@ -260,6 +260,92 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, settings: dict[str, A
     assert said in str(refused.value)
 
 
+def altered(pack: Callable[[Tensor], Packed], change: Callable[[dict[str, Tensor]], None]) -> Callable[..., Packed]:
+    def packed(weight: Tensor) -> Packed:
+        parts, values = pack(weight)
+        change(parts)
+        return parts, values
+
+    return packed
+
+
+def without_order(parts: dict[str, Tensor]) -> None:
+    del parts["g_idx"]
+
+
+def negative_order(parts: dict[str, Tensor]) -> None:
+    parts["g_idx"] = -parts["g_idx"] - 1
+
+
+def larger_blocks(parts: dict[str, Tensor]) -> None:
+    name = "weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(parts[name].tolist())) | {"blocksize": 128}
+    parts[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def group(**weights: object) -> dict[str, Any]:
+    return {"config_groups": {"group_0": {"weights": {"num_bits": 4, **weights}}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "lie", "change", "said"),
+    [
+        (
+            "gptq-4",
+            {"group_size": 64},
+            without_order,
+            "scales are [3, 64], and by quantization_config they are [2, 64]",
+        ),
+        (
+            "gptq-4",
+            {"group_size": -1},
+            without_order,
+            "scales are [3, 64], and by quantization_config they are [1, 64]",
+        ),
+        (
+            "gptq-4",
+            {"group_size": 16},
+            without_order,
+            "scales are [3, 64], and by quantization_config they are [6, 64]",
+        ),
+        ("gptq-4", {"bits": 8}, None, "scales are [3, 64], and by quantization_config they are [2, 64]"),
+        ("gptq-4", {}, negative_order, "g_idx goes from -3 to -1, of 3 groups"),
+        ("awq", {"group_size": 64}, None, "scales are [3, 64], and by quantization_config they are [2, 64]"),
+        ("packed", group(num_bits=2), None, "codes are [64, 12], and by quantization_config they are [64, 6]"),
+        ("packed", group(group_size=64), None, "scales are [64, 3], and by quantization_config they are [64, 2]"),
+        ("packed", group(strategy="channel"), None, "scales are [64, 3], and by quantization_config they are [64, 1]"),
+        ("fp8", {"weight_block_size": [32, 32]}, None, "are [3, 3], and by quantization_config they are [2, 3]"),
+        ("fp8", {"weight_block_size": None}, None, "are [3, 3], and by quantization_config they are [1, 1]"),
+        ("nf4", {}, larger_blocks, "scales are [96], and by quantization_config they are [48]"),
+    ],
+)
+def test_settings_that_lie_are_refused(
+    tmp_path: Path, name: str, lie: dict[str, Any], change: Callable[[dict[str, Tensor]], None] | None, said: str
+) -> None:
+    settings, pack = CASES[name]
+    folder = tiny_models.make_causal(tmp_path / "model", "llama")
+    quantize(folder, settings | lie, altered(pack, change) if change else pack)
+    with pytest.raises(UnreadableSource) as refused:
+        fetched(folder, tmp_path)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["x", [1], None])
+def test_a_text_part_that_is_none(tmp_path: Path, part: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": part}))
+    assert quantized.settings(tmp_path) is None
+
+
+def test_a_last_group_that_is_shorter() -> None:
+    settings = {"config_groups": {"group_0": {"weights": {"num_bits": 8, "group_size": 64}}}}
+    codes = torch.randint(-128, 128, (4, 100)).to(torch.int8)
+    scales = torch.rand(4, 2)
+    found = quantized._METHODS["compressed-tensors"].decode({".weight": codes, ".weight_scale": scales}, settings)
+    expected = torch.cat([codes[:, :64] * scales[:, :1], codes[:, 64:] * scales[:, 1:]], 1)
+    assert torch.equal(found, expected)
+
+
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = tiny_models.make_causal(tmp_path / "model", "llama")
     quantize(folder, *CASES["awq"])

@@ -40,6 +40,8 @@ _TEMPLATE_FILES = ("chat_template.json", "additional_chat_templates/*")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 # The last layer of a classifier, whose rows are its labels.
 _HEADS = re.compile(r"\.(score|classifier|qa_outputs)(\.out_proj|\.dense)?(\.modules_to_save)?(\.default)?\.weight$")
+# Numbers of a vector that are compared.
+_BEGINNING = 4096
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -99,7 +101,8 @@ def _merges(kind: str) -> bool:
 def check_base(adapter: Path, base: Path, hub: str) -> None:
     """The base that an adapter names must be the one that it is given.
 
-    A folder that it names may have moved, and then only the shapes can tell; see `attach`.
+    Where the base that it names is on this machine, both are compared. A folder may have moved, and then only the
+    shapes can tell; see `attach`.
 
     Args:
         base: the folder of the base, or its file, as the source names it.
@@ -109,11 +112,12 @@ def check_base(adapter: Path, base: Path, hub: str) -> None:
         SourceError: it is another.
     """
     named = settings(adapter).base_model_name_or_path or ""
-    there = Path(named).expanduser()
-    if named and there.is_dir():
-        theirs, ours = _sample(there), _sample(base)
-        # Files of other sizes may be the same weights in another format; their shapes are compared when they meet.
-        other = theirs != ours and [size for size, _ in theirs] == [size for size, _ in ours]
+    with reading(adapter, SETTINGS):
+        there = _at_hand(named)
+    if hub and str(named).lower() == hub.lower():
+        return
+    if there is not None and base.is_dir():
+        other = not _same(there, base)
     else:
         other = bool(hub) and _HUB_ID.fullmatch(named) is not None and named.lower() != hub.lower()
     if other:
@@ -121,6 +125,58 @@ def check_base(adapter: Path, base: Path, hub: str) -> None:
             f"{adapter} is an adapter of another base: it was trained on {named}, and the source is {hub or base}: "
             f"name that base as the source, or, where both have the same weights, write the source into {SETTINGS}"
         )
+
+
+def _at_hand(named: str) -> Path | None:
+    """The folder that an adapter names as its base, or that the hub's cache has of it; None where neither is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not named:
+        return None
+    if (folder := Path(named).expanduser()).is_dir():
+        return folder
+    found = try_to_load_from_cache(named, "config.json") if _HUB_ID.fullmatch(named) else None
+    folder = Path(found).parent if isinstance(found, str) else folder
+    return folder if _sample(folder) else None
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two folders hold one model, maybe in two formats: by its type, and the beginning of each plain tensor."""
+    import torch
+
+    if one.samefile(other):
+        return True
+    kinds = [HuggingFaceFolder(folder).json("config.json").get("model_type") for folder in (one, other)]
+    if kinds[0] != kinds[1]:
+        return False
+    ours, theirs = _beginnings(one), _beginnings(other)
+    if not ours or not theirs:  # older files, and quantized ones without a plain tensor
+        first, second = _sample(one), _sample(other)
+        # Of other sizes, their shapes are compared when they meet; see `attach`.
+        return first == second or [size for size, _ in first] != [size for size, _ in second]
+    both = ours.keys() & theirs.keys()
+    for name in both:
+        (shape, a), (wanted, b) = ours[name], theirs[name]
+        if shape != wanted:
+            return False
+        rounding = 0.0 if a.dtype == b.dtype else max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+        if not torch.allclose(a.float(), b.float(), rtol=rounding, atol=rounding * 1e-4, equal_nan=True):
+            return False
+    return bool(both)
+
+
+def _beginnings(folder: Path) -> dict[str, tuple[list[int], Any]]:
+    """Shape and first row of each tensor of floating numbers in a folder's safetensors files."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[list[int], Any]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with reading(folder, file.name), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                tensor = opened.get_slice(name)
+                if tensor.get_dtype() in ("F64", "F32", "F16", "BF16") and (shape := tensor.get_shape()):
+                    found[name] = (shape, tensor[:1] if len(shape) > 1 else tensor[:_BEGINNING])
+    return found
 
 
 def _sample(folder: Path) -> list[tuple[int, bytes]]:
@@ -166,8 +222,11 @@ def attach(base: HuggingFaceFolder, adapter: Path, head: Any) -> PeftModel:
             attn_implementation="eager",
             trust_remote_code=base.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=bool(rows),  # a classifier of other labels, which the adapter brings
+            ignore_mismatched_sizes=True,  # they are told from the report
         )
+    # A classifier of other labels is the adapter's.
+    mismatched = [entry for entry in report["mismatched_keys"] if not _brings(weights, entry[0])]
+    base.check_weights(model, {**report, "missing_keys": (), "mismatched_keys": mismatched})
     _resize(model, weights)
     try:
         with warnings.catch_warnings():
@@ -183,12 +242,17 @@ def attach(base: HuggingFaceFolder, adapter: Path, head: Any) -> PeftModel:
     if unknown := [name for name in result.unexpected_keys if ".modules_to_save." not in name]:
         raise _another_base(adapter, base, f"the base has no place for {unknown[0]}")
     fresh = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if unset := [name for name in sorted(fresh) if not any(name.rpartition(".")[0] in given for given in weights)]:
+    if unset := [name for name in sorted(fresh) if not _brings(weights, name)]:
         raise SourceError(
             f"neither {base} nor {adapter} has {unset[0]}, which the task needs: choose the task that the adapter was "
             "trained for"
         )
     return adapted.eval()
+
+
+def _brings(weights: Mapping[str, Any], name: str) -> bool:
+    """Whether an adapter has the layer of a parameter."""
+    return any(name.rpartition(".")[0] in given for given in weights)
 
 
 def _another_base(adapter: Path, base: HuggingFaceFolder, why: str) -> SourceError:
@@ -273,7 +337,9 @@ def _copy_settings(base: Path, adapter: Path, folder: Path) -> None:
 def _template(folder: Path) -> str | None:
     """The one chat template of a folder; several by name stay in their files."""
     if (plain := folder / "chat_template.jinja").is_file():
-        return plain.read_text(encoding="utf-8")
+        with reading(folder, plain.name):
+            return plain.read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
-    written = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    with reading(folder, file.name):
+        written = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
     return written if isinstance(written, str) else None

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,15 @@ class HuggingFaceFolder(os.PathLike[str]):
                 "otherwise: install that version or a newer one"
             )
         with self._reading("config.json"):
-            return transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            if self._names_attention:
+                config._attn_implementation = "eager"
+            return config
+
+    @cached_property
+    def _names_attention(self) -> bool:
+        """Whether config.json has transformers' private key of what computes attention; here it is always "eager"."""
+        return '"_attn_implementation"' in json.dumps(self._raw_config)
 
     @cached_property
     def _raw_config(self) -> dict[str, Any]:
@@ -168,7 +177,8 @@ class HuggingFaceFolder(os.PathLike[str]):
         Raises:
             UnreadableSource: its files are missing or damaged.
         """
-        return copy.deepcopy(self._tokenizer)
+        with self._reading("the tokenizer"):  # ids of a vocabulary that are twice there fail here
+            return copy.deepcopy(self._tokenizer)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -214,9 +224,24 @@ class HuggingFaceFolder(os.PathLike[str]):
         from transformers import GenerationConfig
 
         if not (self.path / "generation_config.json").exists():
-            return GenerationConfig.from_model_config(self.config)
-        with reading(self.path, "generation_config.json"):
-            return GenerationConfig.from_pretrained(self.path)
+            name, found = "config.json", GenerationConfig.from_model_config(self.config)
+        else:
+            name = "generation_config.json"
+            with reading(self.path, name):
+                found = GenerationConfig.from_pretrained(self.path)
+        for key, (known, said) in _GENERATION.items():
+            value = getattr(found, key, None)
+            if value is not None and not known(value):
+                raise UnreadableSource(f"{self}: {name} says {key} {value!r:.100}, which is no {said}: mend that file")
+        for key in ("decoder_start_token_id", "forced_bos_token_id", "bad_words_ids"):
+            if not (named := _flat(getattr(found, key, None))):
+                continue
+            rows = max(getattr(self.text_config, of, 0) or 0 for of in ("vocab_size", "decoder_vocab_size"))
+            if rows and max(named) >= rows:
+                raise UnreadableSource(
+                    f"{self}: {name} names the token {max(named)} in {key}, the model has {rows}: mend that file"
+                )
+        return found
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -318,16 +343,18 @@ class HuggingFaceFolder(os.PathLike[str]):
                 f"{head.__name__.removeprefix('Auto')}: choose another task in models.toml"
             )
         transformers.utils.logging.disable_progress_bar()  # an export has its own
+        own_config = {"config": copy.deepcopy(self.config)} if self._names_attention else {}
         with self._reading("the weights"):
             model, said = head.from_pretrained(
                 self.path,
+                **own_config,
                 dtype=torch.float32,
                 attn_implementation="eager",
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are told from what is said of them
             )
-        self._check_weights(model, said)
+        self.check_weights(model, said)
         found: PreTrainedModel = model.eval()
         return text_part.inner(found) or found if multimodal else found
 
@@ -346,8 +373,15 @@ class HuggingFaceFolder(os.PathLike[str]):
             )
         return text_part.whole_class(self.config)
 
-    def _check_weights(self, model: PreTrainedModel, said: Mapping[str, Any]) -> None:
-        """Refuse weights that transformers would replace by random numbers, leave out, or that are no numbers."""
+    def check_weights(self, model: PreTrainedModel, said: Mapping[str, Any]) -> None:
+        """Refuse weights that transformers would replace by random numbers, leave out, or that are no numbers.
+
+        Args:
+            said: what `from_pretrained` gives as `output_loading_info`.
+
+        Raises:
+            UnreadableSource: there are such weights.
+        """
         import torch
 
         for name, found, wanted in sorted(said["mismatched_keys"]):
@@ -387,6 +421,51 @@ class HuggingFaceFolder(os.PathLike[str]):
 
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31  # -1 is "none" to some
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tokens(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, list) and row and all(map(_whole, row)) for row in value)
+
+
+def _flat(value: Any) -> list[int]:
+    """Every token of a setting."""
+    return (
+        [token for part in value for token in _flat(part)]
+        if isinstance(value, list)
+        else []
+        if value is None
+        else [value]
+    )
+
+
+# What the settings of a generation config are; transformers takes any value, and fails when it generates.
+_GENERATION: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"), (_number, "number")
+    ),
+    **dict.fromkeys(
+        ("top_k", "num_beams", "max_length", "min_length", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size"),
+        (_whole, "whole number"),
+    ),
+    **dict.fromkeys(
+        ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "eos_token_id"),
+        (_tokens, "token or list of tokens"),
+    ),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (_tokens, "list of tokens")),
+    "bad_words_ids": (_texts, "list of lists of tokens"),
+}
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,7 +44,9 @@ def settings(folder: Path) -> Mapping[str, Any] | None:
     if not isinstance(config, dict):
         return None
     # Of a model of several parts, the text part may carry it.
-    found = config.get(KEY) or (config.get("text_config") or {}).get(KEY) or config.get("compression_config")
+    text = config.get("text_config")
+    inner = text.get(KEY) if isinstance(text, dict) else None
+    found = config.get(KEY) or inner or config.get("compression_config")
     return found if isinstance(found, dict) else None
 
 
@@ -100,7 +102,8 @@ class Reader:
         self._where: dict[str, Path] = {}
         groups: dict[str, dict[str, str]] = defaultdict(dict)
         # Weights that one stored number can hold.
-        most = {"I32": 32 // int(settings.get("bits") or settings.get("w_bit") or 4), "U8": 2}
+        with reading(folder, KEY):
+            most = {"I32": 32 // int(settings.get("bits") or settings.get("w_bit") or 4), "U8": 2}
         self.room = 0
         for file in sorted(folder.glob("*.safetensors")):
             with reading(folder, file.name), safe_open(file, framework="pt") as opened:
@@ -213,12 +216,18 @@ def _gptq(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
     bits = int(settings["bits"])
     codes = unpack(parts[".qweight"], bits, 0)
     scales = parts[".scales"].float()
-    zeros = unpack(parts[".qzeros"], bits, 1)[:, : scales.shape[1]].short()
+    zeros = unpack(parts[".qzeros"], bits, 1).short()
+    rows, columns = codes.shape
+    size = int(settings.get("group_size", -1))
+    size = size if size > 0 else rows
+    count = -(-rows // size)
+    _require("scales", scales, count, columns)
+    _require("zeros", parts[".qzeros"], count, -(-columns * bits // 32))
+    groups = parts.get(".g_idx", torch.arange(rows) // size).long()
+    _require_groups(groups, rows, count)
+    zeros = zeros[:, :columns]
     if settings.get("checkpoint_format", "gptq") == "gptq":
         zeros = zeros + 1
-    size = int(settings.get("group_size", -1))
-    groups = torch.arange(len(codes)) // (size if size > 0 else len(codes))
-    groups = parts.get(".g_idx", groups).long()
     return ((codes.short() - zeros[groups]).float() * scales[groups]).T
 
 
@@ -233,15 +242,19 @@ def _check_gptq(settings: Mapping[str, Any]) -> str:
 
 def _awq(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
     scales = parts[".scales"].float()
-    size = len(parts[".qweight"]) // len(scales)
 
     def ordered(words: Tensor) -> Tensor:
         codes = unpack(words, 4, 1).reshape(len(words), -1, 8)
         return codes[:, :, [_AWQ_ORDER.index(column) for column in range(8)]].reshape(len(words), -1).short()
 
     codes, zeros = ordered(parts[".qweight"]), ordered(parts[".qzeros"])
-    spread = zeros.repeat_interleave(size, 0), scales.repeat_interleave(size, 0)
-    return ((codes - spread[0]).float() * spread[1]).T
+    rows, columns = codes.shape
+    size = int(settings.get("group_size", settings.get("q_group_size", 128)))
+    size = size if size > 0 else rows
+    _require("scales", scales, -(-rows // size), columns)
+    _require("zeros", zeros, -(-rows // size), columns)
+    zeros, scales = (part.repeat_interleave(size, 0)[:rows] for part in (zeros, scales))
+    return ((codes - zeros).float() * scales).T
 
 
 def _check_awq(settings: Mapping[str, Any]) -> str:
@@ -257,31 +270,73 @@ def _compressed(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
     import torch
 
     scales = parts[".weight_scale"].float()
-    packed = parts.get(".weight_packed")
+    scales = scales.reshape(len(scales), -1) if scales.ndim else scales.reshape(1, 1)
+    groups = [group["weights"] for group in settings["config_groups"].values()]
+    packed, zeros = parts.get(".weight_packed"), torch.zeros_like(scales)
     if packed is None:
         values = parts[".weight"].float()
-        zeros = parts[".weight_zero_point"].float() if ".weight_zero_point" in parts else torch.zeros_like(scales)
+        if ".weight_zero_point" in parts:
+            zeros = parts[".weight_zero_point"].float().reshape(scales.shape)
     else:
-        bits = int(next(iter(settings["config_groups"].values()))["weights"]["num_bits"])
+        bits = int(groups[0]["num_bits"])
         rows, columns = (int(size) for size in parts[".weight_shape"])
         half = 2 ** (bits - 1)
-        values = unpack(packed, bits, 1)[:rows, :columns].float() - half
-        zeros = torch.zeros_like(scales)
+        _require("codes", packed, rows, -(-columns * bits // 32))
+        values = unpack(packed, bits, 1)[:, :columns].float() - half
         if ".weight_zero_point" in parts:
+            _require("zeros", parts[".weight_zero_point"], -(-rows * bits // 32), scales.shape[1])
             zeros = unpack(parts[".weight_zero_point"], bits, 0)[:rows].float() - half
-    if ".weight_g_idx" in parts and (groups := parts[".weight_g_idx"].long()).min() >= 0:
-        return (values - zeros[:, groups]) * scales[:, groups]
-    return (values - _spread(zeros, values)) * _spread(scales, values)
+    blocks = [_compressed_block(group, scales, values) for group in groups]
+    block = next((b for b in blocks if _counts(values, b) == list(scales.shape)), blocks[0])
+    _require("scales", scales, *_counts(values, block))
+    if ".weight_g_idx" in parts and (order := parts[".weight_g_idx"].long()).max() >= 0:
+        _require_groups(order, values.shape[1], scales.shape[1])
+        return (values - zeros[:, order]) * scales[:, order]
+    return (values - _spread(zeros, values, block)) * _spread(scales, values, block)
 
 
-def _spread(scales: Tensor, values: Tensor) -> Tensor:
-    """Scales of rows, columns or blocks as a matrix of the values' shape, or one number for all."""
-    if scales.numel() == 1:
-        return scales.reshape(())
-    scales = scales.reshape(len(scales), -1)
-    for axis, size in enumerate(values.shape):
-        scales = scales.repeat_interleave(-(-size // scales.shape[axis]), axis)
+def _compressed_block(group: Mapping[str, Any], scales: Tensor, values: Tensor) -> Sequence[int]:
+    """Rows and columns that share a scale, by a group of the settings; by the scales where it does not say."""
+    size, strategy = group.get("group_size") or 0, group.get("strategy")
+    if strategy == "block" or group.get("block_structure"):
+        return tuple(int(part) for part in group["block_structure"])
+    if int(size) > 0:
+        return 1, int(size)
+    whole = {"tensor": tuple(values.shape), "channel": (1, values.shape[1])}
+    return whole.get(str(strategy)) or tuple(of // count for of, count in zip(values.shape, scales.shape, strict=True))
+
+
+def _counts(values: Tensor, block: Sequence[int]) -> list[int]:
+    """Scales of a matrix in blocks, along both axes."""
+    return [-(-of // size) for of, size in zip(values.shape, block, strict=True)]
+
+
+def _spread(scales: Tensor, values: Tensor, block: Sequence[int]) -> Tensor:
+    """Scales of blocks as a matrix of the values' shape."""
+    for axis, size in enumerate(block):
+        scales = scales.repeat_interleave(size, axis)
     return scales[: values.shape[0], : values.shape[1]]
+
+
+def _require(what: str, found: Tensor, *shape: int) -> None:
+    """A part of a weight must have the shape that the settings give it.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if list(found.shape) != list(shape):
+        raise ValueError(f"its {what} are {list(found.shape)}, and by {KEY} they are {list(shape)}")
+
+
+def _require_groups(groups: Tensor, rows: int, count: int) -> None:
+    """Every input must be in one of the groups.
+
+    Raises:
+        ValueError: one is in none.
+    """
+    _require("g_idx", groups, rows)
+    if int(groups.min()) < 0 or int(groups.max()) >= count:
+        raise ValueError(f"its g_idx goes from {int(groups.min())} to {int(groups.max())}, of {count} groups")
 
 
 def _check_compressed(settings: Mapping[str, Any]) -> str:
@@ -305,11 +360,12 @@ def _check_compressed(settings: Mapping[str, Any]) -> str:
 
 def _fp8(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
     values, scales = parts[".weight"].float(), parts[".weight_scale_inv"].float()
-    if scales.numel() == 1:
+    block = settings.get("weight_block_size")
+    if block is None and scales.numel() == 1:
         return values * scales.reshape(())
-    rows, columns = settings.get("weight_block_size") or (128, 128)
-    spread = scales.repeat_interleave(int(rows), 0).repeat_interleave(int(columns), 1)
-    return values * spread[: values.shape[0], : values.shape[1]]
+    block = [int(size) for size in block or (128, 128)]
+    _require("scales", scales, *_counts(values, block))
+    return values * _spread(scales, values, block)
 
 
 def _bitsandbytes(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
@@ -317,16 +373,22 @@ def _bitsandbytes(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
 
     weight = parts[".weight"]
     if ".SCB" in parts:
+        _require("scales", parts[".SCB"], len(weight))
         return weight.float() * (parts[".SCB"].float() / 127)[:, None]
     state = json.loads(bytes(parts[".weight.quant_state.bitsandbytes__"].tolist()))
-    scales = parts[".weight.absmax"]
+    scales, table, size = parts[".weight.absmax"], parts[".weight.quant_map"].float(), int(state["blocksize"])
+    total = math.prod(state["shape"])
+    _require("codes", weight.flatten(), -(-total // 2))
+    _require("scales", scales, -(-total // size))
+    _require("values", table, 16)
     if ".weight.nested_absmax" in parts:
-        outer = parts[".weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: len(scales)]
-        scales = parts[".weight.nested_quant_map"][scales.long()] * outer + state["nested_offset"]
+        outer, nested = parts[".weight.nested_absmax"], int(state["nested_blocksize"])
+        _require("scales' scales", outer, -(-len(scales) // nested))
+        spread = outer.repeat_interleave(nested)[: len(scales)]
+        scales = parts[".weight.nested_quant_map"][scales.long()] * spread + state["nested_offset"]
     flat = weight.flatten().to(torch.int32)
-    codes = torch.stack([flat >> 4, flat & 15], dim=1).flatten()[: math.prod(state["shape"])]
-    spread = scales.float().repeat_interleave(state["blocksize"])[: len(codes)]
-    return (parts[".weight.quant_map"].float()[codes] * spread).reshape(state["shape"])
+    codes = torch.stack([flat >> 4, flat & 15], dim=1).flatten()[:total]
+    return (table[codes] * scales.float().repeat_interleave(size)[:total]).reshape(state["shape"])
 
 
 def _mxfp4(parts: Parts, settings: Mapping[str, Any]) -> Tensor:

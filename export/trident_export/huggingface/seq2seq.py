@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trident_export.errors import ModelsFileError, UnsupportedModel, UnsupportedTokenizer
 from trident_export.huggingface import spm_tokenizer
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.vocabulary import check_tokens, drop_tokens_beyond
 from trident_export.models_file import ModelSpec
 from trident_serving.seq2seq.request import GenerationDefaults
 from trident_serving.seq2seq.source import SourceSettings, TargetStyle
@@ -28,10 +30,14 @@ _UNKNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_text_files(spec: ModelSpec, source: HuggingFaceFolder, folder: Path) -> None:
+def save_text_files(spec: ModelSpec, source: HuggingFaceFolder, folder: Path, rows: int) -> None:
     """Write the tokenizers, `source.json` and `generation.json` that the runtime reads.
 
+    Args:
+        rows: of the model's embedding.
+
     Raises:
+        UnreadableSource: a token that a source is made of has no row.
         UnsupportedTokenizer: the tokenizer has no form that the runtime reads.
         ModelsFileError: a language is not known.
         UnsupportedModel: the generation config asks for something that the search lacks.
@@ -39,7 +45,12 @@ def save_text_files(spec: ModelSpec, source: HuggingFaceFolder, folder: Path) ->
     folder.mkdir(parents=True)
     tokenizer = source.tokenizer
     piece_ids = _save_tokenizers(tokenizer, folder)
-    _source_settings(spec, source, folder, tokenizer, piece_ids).save(folder)
+    settings = _source_settings(spec, source, folder, tokenizer, piece_ids)
+    if not piece_ids:  # no source has a mask, and BART's have no row for it
+        drop_tokens_beyond(source, folder / "tokenizer.json", rows, unused={tokenizer.mask_token_id})
+    around = chain.from_iterable(chain(*settings.source_surroundings.values()))
+    check_tokens(source, chain(settings.prefix, settings.suffix, around, settings.languages.values(), piece_ids), rows)
+    settings.save(folder)
     read_defaults(source, _task_params(spec, source)).save(folder)
 
 

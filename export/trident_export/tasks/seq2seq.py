@@ -16,6 +16,7 @@ from trident_export.errors import ModelsFileError
 from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.seq2seq import save_text_files, task_generation_config
+from trident_export.huggingface.vocabulary import rows_of
 from trident_export.measure import fidelity, seq2seq_texts
 from trident_export.models_file import ModelSpec
 from trident_export.progress import track
@@ -45,7 +46,7 @@ def trace(job: Job) -> None:
     model = load_model(job.source)
     check_limits(spec, job.source)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
-    save_text_files(spec, job.source, job.assets)
+    save_text_files(spec, job.source, job.assets, rows_of(model))
     capacity = positions(limits.max_target_tokens, GenerationDefaults.load(job.assets).prompt)
     job.graphs.mkdir()
     job.progress("tracing the graphs")
@@ -72,7 +73,8 @@ def evaluator(
     folder = root / spec.name / VERSION
     samples = sample_sources(SourceText.load(folder, min(GATE_SOURCE, _limits(spec).max_source_tokens)), texts)
     prompt = GenerationDefaults.load(folder).prompt
-    targets = [answer_ids(model, ids, prompt) for ids in samples]
+    length = min(GATE_TOKENS, _limits(spec).max_target_tokens)
+    targets = [answer_ids(model, ids, prompt, length) for ids in samples]
     reference = reference_logits(model, samples, targets)
     capacity = positions(_limits(spec).max_target_tokens, prompt)
     tokenizer = source.tokenizer
@@ -119,20 +121,24 @@ def sample_sources(source: SourceText, texts: Sequence[str]) -> list[list[int]]:
     return [list(source.windows(text, LongInput.TRUNCATE)[0].ids) for text in texts[::step][:GATE_TEXTS]]
 
 
-def answer_ids(model: PreTrainedModel, source_ids: list[int], prompt: tuple[int, ...]) -> list[int]:
-    """The decoder's tokens that the gate goes through: start tokens, and Hugging Face's greedy answer."""
+def answer_ids(model: PreTrainedModel, source_ids: list[int], prompt: tuple[int, ...], length: int) -> list[int]:
+    """The decoder's tokens that the gate goes through: start tokens, and Hugging Face's greedy answer.
+
+    Args:
+        length: of the answer, in tokens.
+    """
     with torch.inference_mode():
         given = model.generate(
             torch.tensor([source_ids]),
             decoder_input_ids=torch.tensor([prompt]),
             do_sample=False,
             num_beams=1,
-            max_new_tokens=GATE_TOKENS,
+            max_new_tokens=length,
             min_length=0,
             suppress_tokens=None,
         )
     ids: list[int] = given[0].tolist()
-    return ids[: len(prompt) + GATE_TOKENS - 1]
+    return ids[: len(prompt) + length - 1]
 
 
 def reference_logits(model: PreTrainedModel, samples: list[list[int]], targets: list[list[int]]) -> list[Floats]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import onnxruntime as ort
 import torch
 from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
@@ -28,6 +26,7 @@ from trident_export.graphs.editing import save
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
+from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.measure import fidelity
 from trident_export.measure import texts as texts_gate
 from trident_export.models_file import ModelSpec
@@ -209,12 +208,6 @@ def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
         )
 
 
-def rows_of(model: PreTrainedModel) -> int:
-    """Tokens that the model's embedding has a row for."""
-    table: Any = model.get_input_embeddings()
-    return int(table.weight.shape[0])
-
-
 def save_text_files(source: HuggingFaceFolder, folder: Path, rows: int) -> None:
     """Write the tokenizer, the chat template and the generation config that the runtime reads.
 
@@ -247,29 +240,6 @@ def save_text_files(source: HuggingFaceFolder, folder: Path, rows: int) -> None:
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
         source.generation_config.save_pretrained(str(folder))
-
-
-def drop_tokens_beyond(source: HuggingFaceFolder, file: Path, rows: int) -> None:
-    """Take away added tokens that the embedding has no row for: a text that names one is read letter by letter.
-
-    Raises:
-        UnreadableSource: the vocabulary itself is larger than the embedding.
-    """
-    state = json.loads(file.read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.from_file(str(file))
-    added = [token for token in state["added_tokens"] if token["id"] >= rows]
-    beyond = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=False).items() if index >= rows}
-    special = source.tokenizer.all_special_ids
-    beyond |= {token["id"]: token["content"] for token in added if token["id"] in special}
-    if beyond:
-        largest = max(beyond)
-        raise UnreadableSource(
-            f"{source}: the tokenizer gives the token {largest} ({beyond[largest]!r}), the model has {rows}: it is "
-            "another model's"
-        )
-    if added:
-        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
-        file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
 
 def default_template(source: HuggingFaceFolder, templates: str | dict[str, str] | None) -> str | None:

@@ -108,8 +108,8 @@ class RequestParser:
 
     def _params(self, inputs: Inputs, forced_bos: int | None) -> SearchParams:
         defaults, limits = self._defaults, self._limits
-        usual = min(defaults.max_length - len(defaults.prompt) or limits.default_max_tokens, limits.max_target_tokens)
-        usual = usual if usual > 0 else limits.default_max_tokens
+        configured = defaults.max_length - len(defaults.prompt)
+        usual = min(configured if configured > 0 else limits.default_max_tokens, limits.max_target_tokens)
         max_tokens = _FIELDS["max_tokens"].read(inputs, usual, limits.max_target_tokens)
         num_beams = _FIELDS["num_beams"].read(inputs, min(defaults.num_beams, limits.max_beams), limits.max_beams)
         sampling = _sampling(inputs, max_tokens)

@@ -19,6 +19,7 @@ from trident_export import configs, corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError, UnsupportedArchitecture
 from trident_export.graphs.encoder import export_encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
+from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.passes import CalibrationRuns, Feeds
@@ -150,20 +151,27 @@ class EncoderExport(Generic[Limits]):
         tokenizer, postprocess = (
             job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")
         )
-        for folder in (tokenizer, *([postprocess] if self.tokenizer_in_postprocess else [])):
+        readers = (tokenizer, *([postprocess] if self.tokenizer_in_postprocess else []))
+        for folder in readers:
             save_tokenizer(source, spec.prompts, folder)
         postprocess.mkdir(parents=True, exist_ok=True)
         if (settings := self.settings(source)) is not None:
             settings.save(postprocess)
         job.graphs.mkdir()
         job.progress("tracing the graph")
+
+        def prepare(model: PreTrainedModel) -> None:
+            for folder in readers:
+                drop_tokens_beyond(source, folder / TOKENIZER, rows_of(model))
+            self.prepare(model, source)
+
         export_encoder_graph(
             source,
             job.graphs / "model.onnx",
             self.head_of(source),
             inputs=[tensor.name for tensor in self.task.model_inputs],
             outputs=[tensor.name for tensor in self.task.model_outputs],
-            prepare=lambda model: self.prepare(model, source),
+            prepare=prepare,
             finish=lambda model: self.finish(model, cast("Limits", limits), source),
         )
 
