@@ -88,7 +88,7 @@ def test_missing_keys(missing: str) -> None:
         models_file.parse("gpt2", {key: value for key, value in GOOD.items() if key != missing})
 
 
-@pytest.mark.parametrize("name", ["GPT2", "a_b", "a/b", ""])
+@pytest.mark.parametrize("name", ["GPT2", "a_b", "a/b", "", ".", "..", ".trident", "-a", "a\n", "a\x00", "a" * 129])
 def test_names(name: str) -> None:
     with pytest.raises(ModelsFileError, match="lower-case"):
         models_file.parse(name, GOOD)
