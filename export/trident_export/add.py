@@ -107,7 +107,7 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
 
 def _parameters(config: PretrainedConfig) -> int:
     """How many numbers a model of this configuration has, whose weights are not here; 0 where nothing says it."""
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    kind = getattr(transformers, _architecture(config), None)
     try:
         with torch.device("meta"):
             return int(kind(config).num_parameters()) if kind is not None else 0
@@ -128,7 +128,7 @@ def append(path: Path, proposal: Proposal) -> None:
 
 
 def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
-    architecture = (config.architectures or [""])[0]
+    architecture = _architecture(config)
     if found := HuggingFaceFolder(folder).sentence.task:
         return found, "sentence-transformers' files say so"
     if text_part.whole_class(config) is not None:
@@ -149,6 +149,12 @@ def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
         return task, f"its architecture is {architecture}"
     known = ", ".join(ending for ending, _ in _HEADS)
     raise ModelsFileError(f"architecture {architecture or 'unknown'!r} is of no task here; known endings: {known}")
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    """The class that config.json names first; "" where it names none."""
+    named = config.architectures
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
 def _is_cross_encoder(config: PretrainedConfig) -> bool:

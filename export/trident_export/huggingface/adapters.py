@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trident_export.errors import SourceError, UnsupportedModel
+from trident_export.errors import SourceError, UnreadableSource, UnsupportedModel
 from trident_export.huggingface.converted import SETTINGS_FILES, copy_settings
 from trident_export.huggingface.folder import HuggingFaceFolder, reading, reason
 
@@ -109,8 +110,10 @@ def check_base(adapter: Path, base: Path, hub: str) -> None:
         SourceError: it is another.
     """
     named = settings(adapter).base_model_name_or_path or ""
-    there = Path(named).expanduser()
-    if named and there.is_dir():
+    if not isinstance(named, str):
+        raise UnreadableSource(f"{adapter}: {SETTINGS} has base_model_name_or_path {named!r}, which must be a text")
+    there = Path(os.path.expanduser(named))  # unlike Path's, it takes any text
+    if named and os.path.isdir(there):
         theirs, ours = _sample(there), _sample(base)
         # Files of other sizes may be the same weights in another format; their shapes are compared when they meet.
         other = theirs != ours and [size for size, _ in theirs] == [size for size, _ in ours]

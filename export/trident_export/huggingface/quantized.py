@@ -44,7 +44,8 @@ def settings(folder: Path) -> Mapping[str, Any] | None:
     if not isinstance(config, dict):
         return None
     # Of a model of several parts, the text part may carry it.
-    found = config.get(KEY) or (config.get("text_config") or {}).get(KEY) or config.get("compression_config")
+    text = config.get("text_config")
+    found = config.get(KEY) or (text.get(KEY) if isinstance(text, dict) else None) or config.get("compression_config")
     return found if isinstance(found, dict) else None
 
 
@@ -100,7 +101,8 @@ class Reader:
         self._where: dict[str, Path] = {}
         groups: dict[str, dict[str, str]] = defaultdict(dict)
         # Weights that one stored number can hold.
-        most = {"I32": 32 // int(settings.get("bits") or settings.get("w_bit") or 4), "U8": 2}
+        with reading(folder, f"bits of {KEY}"):
+            most = {"I32": 32 // int(settings.get("bits") or settings.get("w_bit") or 4), "U8": 2}
         self.room = 0
         for file in sorted(folder.glob("*.safetensors")):
             with reading(folder, file.name), safe_open(file, framework="pt") as opened:
