@@ -75,6 +75,7 @@ def test_a_default_prompt_that_names_nothing_is_refused(source: HuggingFaceFolde
         ({"id2label": {"0": "\ud800", "1": "b"}}, "for class 0 of 2, which must be a text"),
         ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id None, behind which a model of type 'roberta'"),
         ({"model_type": "roberta", "pad_token_id": 99999}, "pad_token_id 99999, behind which"),
+        ({"text_config": [1]}, r"has text_config '\[1\]', which must be an object"),
     ],
 )
 def test_a_config_with_values_of_another_kind(source: HuggingFaceFolder, values: dict[str, Any], message: str) -> None:

@@ -274,9 +274,14 @@ def _copy_settings(base: Path, adapter: Path, folder: Path) -> None:
 
 
 def _template(folder: Path) -> str | None:
-    """The one chat template of a folder; several by name stay in their files."""
+    """The one chat template of a folder; several by name stay in their files.
+
+    Raises:
+        UnreadableSource: its file is damaged.
+    """
     if (plain := folder / "chat_template.jinja").is_file():
-        return plain.read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    written = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+        with reading(folder, plain.name):
+            return plain.read_text(encoding="utf-8")
+    name = "tokenizer_config.json"
+    written = HuggingFaceFolder(folder).table(name).get("chat_template") if (folder / name).is_file() else None
     return written if isinstance(written, str) else None

@@ -171,7 +171,13 @@ class HuggingFaceFolder(os.PathLike[str]):
     def _raw_config(self) -> dict[str, Any]:
         file = self.path if self.path.is_file() else self.path / "config.json"
         raw = HuggingFaceFolder(file.parent).json(file.name)
-        return raw if isinstance(raw, dict) else {}
+        if not isinstance(raw, dict):
+            return {}
+        if not isinstance(raw.get("text_config"), dict | None):
+            raise UnreadableSource(
+                f"{self}: config.json has text_config {str(raw['text_config'])[:80]!r}, which must be an object"
+            )
+        return raw
 
     @property
     def _written_by(self) -> str:

@@ -144,8 +144,12 @@ class SentenceFiles:
     @cached_property
     def transformer(self) -> Mapping[str, Any]:
         """Settings of the first module; {} without any."""
+        return self._table(self._transformer_file) if self._transformer_file else {}
+
+    @cached_property
+    def _transformer_file(self) -> str:
         files = sorted(self._folder.path.glob("sentence_*_config.json")) if self._folder.path.is_dir() else []
-        return self._table(files[0].name) if files else {}
+        return files[0].name if files else ""
 
     @property
     def task(self) -> str:
@@ -203,7 +207,7 @@ class SentenceFiles:
         Raises:
             UnreadableSource: they say what is no number.
         """
-        if found := self._number("sentence_bert_config.json", self.transformer, "max_seq_length"):
+        if found := self._number(self._transformer_file, self.transformer, "max_seq_length"):
             return found
         if not self.modules or not self._has(_TOKENIZER):
             return None

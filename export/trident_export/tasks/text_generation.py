@@ -261,6 +261,8 @@ def drop_tokens_beyond(source: HuggingFaceFolder, file: Path, rows: int) -> None
     beyond = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=False).items() if index >= rows}
     special = source.tokenizer.all_special_ids
     beyond |= {token["id"]: token["content"] for token in added if token["id"] in special}
+    around = tokenizer.encode("")  # what its post-processor puts around every text
+    beyond |= {index: token for index, token in zip(around.ids, around.tokens, strict=True) if index >= rows}
     if beyond:
         largest = max(beyond)
         raise UnreadableSource(
