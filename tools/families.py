@@ -103,6 +103,9 @@ SIZES: dict[str, Any] = {
     "num_layers": 2,
     "moe_topk": 2,
     "zero_expert_num": 2,
+    "index_topk": 16,
+    "index_n_heads": 8,
+    "index_head_dim": 16,
 }
 # What single types need besides.
 _FULL = {"rope_type": "default", "rope_theta": 10000.0}
@@ -110,7 +113,7 @@ MORE: dict[str, dict[str, Any]] = {
     "cohere2": {"num_hidden_layers": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _FULL, "sliding_attention": _FULL}},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
     "exaone4": {"num_hidden_layers": 4},
@@ -128,6 +131,7 @@ MORE: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 16},
     "phi3": {
         "original_max_position_embeddings": ORIGINAL,
         "rope_parameters": _FULL
@@ -135,7 +139,17 @@ MORE: dict[str, dict[str, Any]] = {
         | {"original_max_position_embeddings": ORIGINAL},
     },
     "smollm3": {"num_hidden_layers": 4},
-    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "mamba_d_state": 8},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_mem_blocks": 2,
+        "adapter_rank": 4,
+        "mamba_d_state": 16,
+        "use_mem_rope": True,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
 
@@ -166,7 +180,8 @@ def _sizes(default: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     for part in getattr(type(default), "sub_configs", {}):
         inner = getattr(default, part, None)
         if hasattr(inner, "to_dict"):
-            found[part] = _sizes(inner, wanted | wanted.get(part, {})) | {"model_type": inner.model_type}
+            found[part] = _sizes(inner, wanted | wanted.get(part, {})) | wanted.get(part, {})
+            found[part] |= {"model_type": inner.model_type}
     return found
 
 

@@ -71,13 +71,13 @@ SIZES: dict[str, Any] = {
 
 
 def types() -> list[str]:
-    """Types that transformers turns text into text with; the mapping also has some that read speech or images."""
+    """Types that transformers turns text into text with; others of the mapping read speech or images beside text."""
     found = []
     for name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         kind = CONFIG_MAPPING[name]
         model: Any = AutoModelForSeq2SeqLM._model_mapping[kind]
         parts = {part.removesuffix("_config") for part in getattr(kind, "sub_configs", {})}
-        if getattr(model, "main_input_name", "") == "input_ids" and not parts & {"vision", "audio", "speech"}:
+        if getattr(model, "main_input_name", "") == "input_ids" and not parts & {"vision", "audio", "speech", "text"}:
             found.append(name)
     return found
 

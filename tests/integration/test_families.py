@@ -20,15 +20,20 @@ from transformers import (
     BloomConfig,
     Cohere2Config,
     DeepseekV3Config,
+    DeepseekV32Config,
     Gemma3TextConfig,
     GPTNeoConfig,
     GptOssConfig,
+    JetMoeConfig,
     Llama4TextConfig,
     LlamaConfig,
+    MiniMaxConfig,
     MixtralConfig,
     OpenAIGPTConfig,
     Phi3Config,
     PretrainedConfig,
+    RoFormerConfig,
+    RwkvConfig,
     SmolLM3Config,
 )
 
@@ -93,6 +98,34 @@ CONFIGS: dict[str, PretrainedConfig] = {
         attention_types=[[["global", "local"], 1]],
         window_size=8,
     ),
+    # Each query attends to the eight keys that another, smaller attention chooses.
+    "deepseek_v32": DeepseekV32Config(
+        **LLAMA | {"num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        index_topk=8,
+        index_n_heads=8,
+        index_head_dim=16,
+    ),
+    # Linear attention in a way of its own, then attention.
+    "minimax": MiniMaxConfig(
+        **LLAMA | EXPERTS, head_dim=16, layer_types=["linear_attention", "full_attention"], block_size=16
+    ),
+    # Experts for queries and outputs, too.
+    "jetmoe": JetMoeConfig(**LLAMA | EXPERTS, kv_channels=16),
+    # It knows no cache.
+    "openai-gpt": OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    # Rotation by a table of positions, outside transformers' attention interface.
+    "roformer": RoFormerConfig(**LLAMA, embedding_size=32, is_decoder=True),
 }
 # Of each layer's operator: window, whether it rotates, whether it has sinks. None: plain operators.
 OPERATORS: dict[str, list[tuple[int, bool, bool] | None]] = {
@@ -106,6 +139,11 @@ OPERATORS: dict[str, list[tuple[int, bool, bool] | None]] = {
     "llama, heads of 12": [None, None],
     "bloom": [None, None],
     "gpt_neo": [(-1, False, False), (8, False, False)],
+    "deepseek_v32": [None, None],
+    "minimax": [(-1, True, False), None],
+    "jetmoe": [(-1, False, False)] * 2,
+    "openai-gpt": [(-1, False, False)] * 2,
+    "roformer": [None, None],
 }
 
 
@@ -156,7 +194,7 @@ def test_what_the_operator_does(models: dict[str, Any], graphs: dict[str, Path],
     assert [found.get(layer) for layer in range(2)] == OPERATORS[name]
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "llama4", "bloom"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama4", "bloom", "deepseek_v32"])
 def test_the_capacity_of_a_cache_changes_no_bit(graphs: dict[str, Path], name: str) -> None:
     """Attention by plain operators runs over more keys where a slot of the run is longer."""
     text = np.random.default_rng(0).integers(1, VOCABULARY, 40).tolist()
@@ -171,6 +209,20 @@ def test_the_capacity_of_a_cache_changes_no_bit(graphs: dict[str, Path], name: s
         expected = small.run([SlotTokens(0, at, text[at : at + 1])]).copy()
         found = large.run([SlotTokens(0, at + 570, text[at : at + 1]), SlotTokens(1, at, text[at : at + 1])])
         np.testing.assert_array_equal(found[1:], expected)
+
+
+def test_a_choice_of_more_keys_than_the_traced_run_has(tmp_path: Path) -> None:
+    """300 of the keys that there are: all 256 of a short slot's, 300 of the 512 of a longer one's."""
+    config = CONFIGS["deepseek_v32"].to_dict() | {"index_topk": 300, "max_position_embeddings": 512}
+    model, path = make(DeepseekV32Config(**config)), tmp_path / "model.onnx"
+    editing.save(decoder_passes.optimize(export_causal_graph(model, positions=512)), path)
+    decoder = OnnxDecoder(path, slots=2, context=512, longest_run=310, threads=1)
+    text = np.random.default_rng(0).integers(1, VOCABULARY, 310).tolist()
+    for length in (20, 310):
+        found = torch.from_numpy(decoder.run([SlotTokens(0, 0, text[:length], length)]).copy())
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([text[:length]]), use_cache=False).logits[0]
+        torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "experts"), [("mixtral", 16), ("gpt_oss", 16), ("deepseek_v3", 8), ("llama4", 16)])
@@ -205,10 +257,8 @@ def test_a_rounded_cache_is_refused_where_a_layer_lacks_the_operator(graphs: dic
 
 
 def test_a_model_without_a_cache_is_refused() -> None:
-    model = make(OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64))
-    with pytest.raises(
-        UnsupportedArchitecture, match="OpenAIGPTLMHeadModel is not supported: .*: choose another model"
-    ):
+    model = make(RwkvConfig(**SHARED, hidden_size=32, num_hidden_layers=2, context_length=64))
+    with pytest.raises(UnsupportedArchitecture, match="RwkvForCausalLM is not supported: .*: choose another model"):
         export_causal_graph(model, positions=64)
 
 

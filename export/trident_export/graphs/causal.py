@@ -27,6 +27,9 @@ The graph, for layers with H key-value heads of D numbers each, which may differ
     -> logits              float32 [1, kept, vocabulary]
     -> present.<layer>.{key,value}        float32 [slots, H, capacity, D]
 
+Keys by which a layer chooses what it attends to are a layer of their own, one half of each as its key, the other as its
+value.
+
 The operator computes rotary embeddings where the model's own function computes the usual rotation, which is
 checked with numbers; elsewhere they are traced.
 
@@ -37,11 +40,13 @@ Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQue
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import onnx_ir as ir
 import torch
@@ -365,19 +370,49 @@ def _attend_gpt_neo(
     return output.transpose(1, 2), None
 
 
-# Methods of attention classes outside transformers' interface, and what takes their place in a packed run.
-_OWN_WAYS: dict[str, tuple[str, Callable[..., Any]]] = {"GPTNeoSelfAttention": ("_attn", _attend_gpt_neo)}
+def _rotate_roformer(run: _Run, module: Any, positions: torch.Tensor, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Its table of positions, looked up for each slot, stands in a batch of heads of one text."""
+    return type(module).apply_rotary_position_embeddings(positions[0, 0][:, None], *heads)  # type: ignore[no-any-return]
+
+
+def _attend_openai_gpt(
+    run: _Run, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any
+) -> list[torch.Tensor]:
+    """It knows no cache; its keys come as [1, heads, size, tokens]."""
+    scaling = value.shape[-1] ** -0.5 if module.scale else 1.0
+    output, _ = run.attend(module, query, key.transpose(2, 3), value, run.mask(), scaling=scaling)
+    return [output.transpose(1, 2)]
+
+
+# Methods of attention classes outside transformers' interface, and what takes their place. Those that attend do so in
+# a packed run only.
+_OWN_WAYS: dict[tuple[str, str], tuple[str, Callable[..., Any]]] = {
+    ("gpt_neo", "GPTNeoSelfAttention"): ("_attn", _attend_gpt_neo),
+    ("openai", "Attention"): ("_attn", _attend_openai_gpt),
+    ("roformer", "RoFormerSelfAttention"): ("apply_rotary_position_embeddings", _rotate_roformer),
+}
 
 
 def _empty_cache(new: torch.Tensor) -> torch.Tensor:
     return torch.zeros(new.shape[0], new.shape[1], KEYS, new.shape[3])
 
 
+class _NoLayers(list[Any]):
+    """What a cache's layers are, for a model that looks for one of its own kind.
+
+    Raises:
+        UnsupportedArchitecture: it does.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        raise UnsupportedArchitecture("its layers keep caches of a kind of their own")
+
+
 class _SlotCache(StatesOfCache, Cache):
     """What transformers' models know as their cache: `_Run` keeps it."""
 
     def __init__(self, run: _Run) -> None:
-        super().__init__(layers=[])
+        super().__init__(layers=_NoLayers())
         self.run, self.states = run, run.states
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -385,9 +420,16 @@ class _SlotCache(StatesOfCache, Cache):
         self.run.updates += 1
         return (key_states, value_states) if self.run.packed else self.run.append(key_states, value_states)
 
-    def update_indexer(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Keys that choose what is attended to; there is no slot for them."""
-        raise UnsupportedArchitecture("it keeps an index of the keys that each query attends to")
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Keys [slots, width, size] that choose what is attended to: a layer, of halves as its keys and values.
+
+        Raises:
+            UnsupportedArchitecture: in a packed run, where no function of transformers' attends to a choice.
+        """
+        if self.run.packed:
+            raise UnsupportedArchitecture("it keeps an index of the keys that each query attends to")
+        halves = indexer_key_states[:, None].tensor_split(2, dim=-1)
+        return torch.cat(self.run.append(*halves), dim=-1)[:, 0]
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         """Tokens before this run's, as far as sizes go."""
@@ -461,6 +503,10 @@ def logits_of(
 
     takes = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"cache" if "cache" in takes else "past_key_values": _SlotCache(run)}
+    if (
+        "lang_ids" in takes and model.config.default_language is not None
+    ):  # for each token, as the number of tokens varies
+        options["lang_ids"] = torch.full_like(input_ids, model.config.languages.index(model.config.default_language))
     positions = "position_ids" in takes or any(taken.kind is taken.VAR_KEYWORD for taken in takes.values())
     if positions:
         options["position_ids"] = position_ids
@@ -473,12 +519,15 @@ def logits_of(
                 stack.callback(module.register_forward_hook(flat).remove)
         stack.enter_context(_interfaces(run))
         stack.enter_context(mixers_replaced(model, run.states))
-        for module in model.modules() if run.packed else ():
-            if type(module).__name__ in _OWN_WAYS:
-                name, function = _OWN_WAYS[type(module).__name__]
+        for module in model.modules():
+            if (own := (type(module).__module__.split(".")[-2], type(module).__name__)) in _OWN_WAYS:
+                name, function = _OWN_WAYS[own]
+                if name == "_attn" and not run.packed:
+                    continue
                 setattr(module, name, partial(function, run, module))
                 stack.callback(module.__delattr__, name)
-        logits: torch.Tensor = model(input_ids=input_ids, use_cache=True, **options).logits
+        use_cache = model.config.model_type != "minimax"  # which else insists on a cache of its own class
+        logits: torch.Tensor = model(input_ids=input_ids, use_cache=use_cache, **options).logits
     return logits
 
 
@@ -518,6 +567,33 @@ def _longer_biases(model: PreTrainedModel, positions: int) -> Iterator[None]:
     finally:
         if before is not None:
             model.config.max_seq_len = before
+
+
+@contextmanager
+def _traced_choice(model: PreTrainedModel) -> Iterator[None]:
+    """While this holds, a choice of keys can be traced, and is one of the keys that there are when the graph runs.
+
+    Of a count and a number of keys, Python's own `min` would choose once, for the traced number. A mask of the choice
+    is written with a truth value, which torch's tracer takes as a number only.
+    """
+    scatter = torch.Tensor.scatter
+
+    def of_numbers(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        numbers: list[Any] = [int(one) if isinstance(one, bool) else one for one in arguments]
+        return scatter(tensor, *numbers, **options)
+
+    modules = {type(module).__module__ for module in model.modules() if type(module).__name__.endswith("Indexer")}
+    with ExitStack() as stack:
+        for name in modules:
+            stack.enter_context(mock.patch.object(sys.modules[name], "min", _minimum, create=True))
+            stack.enter_context(mock.patch.object(torch.Tensor, "scatter", of_numbers))
+        yield
+
+
+def _minimum(*values: Any) -> Any:
+    if len(values) == 2 and any(isinstance(value, torch.Tensor) for value in values):
+        return torch.minimum(torch.as_tensor(values[0]), torch.as_tensor(values[1]))
+    return min(*values)
 
 
 def plan_of(model: PreTrainedModel, positions: int) -> Plan:
@@ -623,6 +699,7 @@ def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
         around.enter_context(rotary.with_fixed_frequencies(model))
         around.enter_context(rotary.without_complex_numbers(model))
         around.enter_context(_longer_biases(model, positions))
+        around.enter_context(_traced_choice(model))
         plan = plan_of(model, positions)
         arguments = [*_first_texts(model)[1]]
         inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]

@@ -170,7 +170,9 @@ def join_matmuls(model: ir.Model) -> None:
     for nodes in by_input.values():
         if len(nodes) != 2 or nodes[0].inputs[1].shape != nodes[1].inputs[1].shape:
             continue
-        joined = _join(nodes, "gate_up_proj")
+        joined = _join(
+            nodes, nodes[0].name.rsplit("/", 1)[-1].replace("MatMul", "gate_up_proj")
+        )  # a module may have several
         names = [node.outputs[0].name for node in nodes]
         outputs = [ir.Value(name=name) for name in names]
         split = ir.node("Split", [joined], {"axis": -1}, outputs=outputs, name=f"{joined.name}_split")
@@ -210,6 +212,8 @@ def _projection(value: ir.Value | None) -> _Projection | None:
 def _join(nodes: Sequence[ir.Node], name: str) -> ir.Value:
     """The output of one matmul in place of several of the same input; theirs stand in it side by side."""
     path = f"{nodes[0].name.rsplit('/', 2)[0]}/{name}"
+    while f"{path}/weight" in nodes[0].graph.initializers:  # experts of one module
+        path += "_next"
     weight = side_by_side(nodes[0].graph, f"{path}/weight", [node.inputs[1] for node in nodes], axis=1)
     joined = editing.make("MatMul", [nodes[0].inputs[0], weight], f"{path}/output", name=f"{path}/MatMul")
     nodes[0].prepend(joined)

@@ -162,9 +162,27 @@ def _run_llama4(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return torch.cat(results)
 
 
+def _choose_jetmoe(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """It sorts tokens by expert and counts them, which would be constants; here they stay in order."""
+    logits = module.layer(hidden_states).float()
+    weights, experts = logits.topk(module.top_k, dim=1)
+    order = torch.arange(experts.shape[0] * module.top_k)
+    return order, order // module.top_k, weights.softmax(1).flatten(), experts.flatten(), logits
+
+
+def _run_jetmoe(module: Any, inputs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    found = inputs.new_zeros(inputs.shape[0], module.output_size)
+    for number in range(module.num_experts):
+        chosen = (experts == number).nonzero()[:, 0]
+        found = found.index_put((chosen,), functional.linear(inputs[chosen], module.each_weight[number]))
+    return found
+
+
 # Experts outside transformers' interface: what is prepared, and what runs them.
-_OWN_WAYS: dict[str, tuple[Callable[[ExitStack, Any], None], Callable[..., torch.Tensor]]] = {
+_OWN_WAYS: dict[str, tuple[Callable[[ExitStack, Any], None], Callable[..., Any]]] = {
     "DbrxExperts": (_split_dbrx, _run_dbrx),
     "LongcatFlashExperts": (_split_gated, _run_longcat),
     "Llama4TextExperts": (_split_gated, _run_llama4),
+    "JetMoeParallelExperts": (lambda stack, module: _split(stack, module, "weight", module.weight), _run_jetmoe),
+    "JetMoeTopKGating": (lambda stack, module: None, _choose_jetmoe),
 }

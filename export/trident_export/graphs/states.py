@@ -10,7 +10,7 @@ a mixer is traced as it is, on packed tokens.
                                 beta x (value - what the state holds for the key) (delta nets)
 
 Mamba-2 is this recurrence with B as the key, C as the query and dt x hidden as the value, a decay for each head;
-Mamba has a head for each channel, with a decay for each number of its state.
+Mamba has a head for each channel, with a decay for each number of its state. Lightning attention has a constant decay.
 
 The convolution takes packed tokens and the states of those slots that have some. The recurrence takes a window of
 slots, to which tokens are spread; a position without a token has no key and no decay, which leaves a state as it is to
@@ -37,6 +37,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -211,6 +212,11 @@ class States:
         gate = z if z is None else z.transpose(1, 2)[..., None]
         return _skip(output, hidden_states, D if D is None else D[:, None], gate)[..., 0].transpose(1, 2), state
 
+    def decayed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+        """Linear attention whose states decay by a constant: [1, tokens, heads, size], log decay [heads]."""
+        of_tokens = value[..., 0] * 0.0 + decay  # zeros_like would be a constant of the traced number of tokens
+        return self._recur("gated", 1.0, query, key, value, of_tokens)[0]
+
     def _recur(
         self,
         rule: str,
@@ -279,7 +285,22 @@ def _found(model: PreTrainedModel) -> list[tuple[ModuleType, str]]:
 
 def keeps_states(model: PreTrainedModel) -> bool:
     """Whether a model's layers may keep other states than keys and values."""
-    return bool(_found(model))
+    return bool(_found(model)) or any(_is_lightning(module) for module in model.modules())
+
+
+def _is_lightning(module: torch.nn.Module) -> bool:
+    return type(module).__name__ == "MiniMaxLightningAttention"
+
+
+def _run_lightning(
+    states: States, module: Any, hidden_states: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """In place of MiniMax's linear attention, which runs over blocks and knows a cache of its own."""
+    states.of_layer(module.layer_idx)
+    heads = module.act_fn(module.qkv_proj(hidden_states)).unflatten(-1, (module.num_attention_heads, -1))
+    query, key, value = heads.chunk(3, dim=-1)
+    found = states.decayed(query, key, value, -module.slope_rate.flatten())
+    return module.out_proj(module.output_gate(hidden_states).sigmoid() * module.norm(found.flatten(2))), None
 
 
 @contextmanager
@@ -292,9 +313,14 @@ def mixers_replaced(model: PreTrainedModel, states: States) -> Iterator[None]:
         torch.nn.functional.softplus = _softplus  # type: ignore[assignment]
     for module, name in found:
         setattr(module, name, getattr(states, _REPLACED[name]))
+    lightning = [module for module in model.modules() if _is_lightning(module)]
+    for layer in lightning:
+        layer.forward = partial(_run_lightning, states, layer)
     try:
         yield
     finally:
+        for layer in lightning:
+            del layer.forward
         for module, name, function in before:
             setattr(module, name, function)
 

@@ -17,7 +17,7 @@ from unittest import mock
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
-from torch.onnx._internal.torchscript_exporter import symbolic_opset13
+from torch.onnx._internal.torchscript_exporter import symbolic_opset9, symbolic_opset13
 from torch.onnx._internal.torchscript_exporter import utils as exporter
 from torch.onnx.utils import register_custom_op_symbolic
 
@@ -56,6 +56,15 @@ def _repeat_interleave(g, value, repeats, dim=None, output_size=None):  # type: 
     return g.op("Reshape", copies, g.op("Concat", kept, constant(-1), axis_i=0))
 
 
+def _index_add(g, value, dim, index, source, alpha=None):  # type: ignore[no-untyped-def]
+    """Along the first dimension of a matrix; torch's exporter loses all but one of several with the same index."""
+    if _number(dim) != 0 or len(value.type().sizes() or (0, 0)) != 2:  # type: ignore[no-untyped-call]
+        return symbolic_opset9.index_add(g, value, dim, index, source, alpha)
+    column = g.op("Unsqueeze", index, g.op("Constant", value_t=torch.tensor([1])))
+    places = g.op("Expand", column, g.op("Shape", source))
+    return g.op("ScatterElements", value, places, source, axis_i=0, reduction_s="add").setType(value.type())
+
+
 def _number(value):  # type: ignore[no-untyped-def]
     if value is None or value.node().kind() != "onnx::Constant" or "value" not in value.node().attributeNames():
         return None
@@ -66,6 +75,7 @@ def _number(value):  # type: ignore[no-untyped-def]
 # Which torch's exporter lacks; norms are over the last dimension in transformers.
 register_custom_op_symbolic("aten::expm1", _expm1, OPSET)
 register_custom_op_symbolic("aten::rms_norm", _rms_norm, OPSET)
+register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
 register_custom_op_symbolic("aten::repeat_interleave", _repeat_interleave, OPSET)
 
 
