@@ -104,11 +104,12 @@ class TaskCalls(Connection):
 
         Raises:
             TridentError: see its subclasses.
+            ValueError: `dimensions` is no number of 32 bits, or a text is no text.
         """
         batch = [texts] if isinstance(texts, str) else texts
         options = _prompted(prompt_name)
         if dimensions is not None:
-            options["dimensions"] = np.array([dimensions], np.int32)
+            options["dimensions"] = _wire.scalar("dimensions", dimensions, np.int32)
         model = model or self._only_model("feature-extraction", timeout)
         responses = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
         if not responses:
@@ -187,7 +188,7 @@ class TaskCalls(Connection):
         columns = {"text_input": [texts] if isinstance(texts, str) else texts}
         if text_pairs is not None:
             columns["text_pair"] = [text_pairs] if isinstance(text_pairs, str) else text_pairs
-        options = {"top_k": np.array([top_k], np.int32)}
+        options = {"top_k": _wire.scalar("top_k", top_k, np.int32)}
         model = model or self._only_model("text-classification", timeout)
         responses = self._rows(model, columns, truncate, batch_size, timeout, options)
         labels = [_records(Label, row) for response in responses for row in _split(response, ("label", "score"))]
@@ -307,10 +308,10 @@ class TaskCalls(Connection):
         inputs: dict[str, NDArray[Any]] = {
             "question": _wire.texts([question] if isinstance(question, str) else list(question)),
             "context": _wire.texts([context] if isinstance(context, str) else list(context)),
-            "top_k": np.array([top_k], np.int32),
+            "top_k": _wire.scalar("top_k", top_k, np.int32),
         }
         if max_answer_len is not None:
-            inputs["max_answer_len"] = np.array([max_answer_len], np.int32)
+            inputs["max_answer_len"] = _wire.scalar("max_answer_len", max_answer_len, np.int32)
         if handle_impossible_answer is not None:
             inputs["handle_impossible_answer"] = np.array([handle_impossible_answer])
         (outputs,) = self._infer(model or self._only_model("question-answering", timeout), [inputs], timeout)
@@ -359,7 +360,7 @@ class TaskCalls(Connection):
         Raises:
             TridentError: see its subclasses.
         """
-        options = {} if top_k is None else {"top_k": np.array([top_k], np.int32)}
+        options = {} if top_k is None else {"top_k": _wire.scalar("top_k", top_k, np.int32)}
         model = model or self._only_model("fill-mask", timeout)
         (outputs,) = self._rows(model, {"text_input": [text]}, None, 1, timeout, options)
         masks = {name: values[0] for name, values in outputs.items()}

@@ -32,8 +32,23 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 def texts(values: list[str]) -> NDArray[np.object_]:
-    """Texts as a BYTES tensor [texts], in UTF-8."""
-    return np.array([value.encode("utf-8") for value in values], dtype=np.object_)
+    """Texts as a BYTES tensor [texts], in UTF-8.
+
+    Raises:
+        ValueError: one is no text, or has a surrogate, which UTF-8 can't hold.
+    """
+    return np.array([_utf8(value) for value in values], dtype=np.object_)
+
+
+def _utf8(value: object) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError(f"a text must be str, found {value!r}")
+    try:
+        return value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a text must be UTF-8, found {value[error.start]!r} at character {error.start} of {value[:80]!r}"
+        ) from None
 
 
 def options(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, NDArray[Any]]:
@@ -61,9 +76,11 @@ def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:
     """One number as a tensor [1].
 
     Raises:
-        ValueError: an integer does not fit the type; numpy would wrap it around.
+        ValueError: the type is one of integers, and it is none or does not fit; numpy would cut or wrap it.
     """
     if issubclass(dtype, np.integer):
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, found {value!r}")
         limits = np.iinfo(dtype)
         if not limits.min <= value <= limits.max:
             raise ValueError(f"{name} must be between {limits.min} and {limits.max}, found {value}")

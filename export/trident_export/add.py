@@ -67,6 +67,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     Raises:
         ModelsFileError: it is no model of a task that Trident serves.
     """
+    name = name or _name(source)
+    models_file.check_name(name)
     if not (folder / "config.json").is_file():
         raise ModelsFileError(f"{folder} is no Hugging Face folder, it has no config.json")
     model = HuggingFaceFolder(folder)
@@ -95,7 +97,7 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
         if prompts := model.roles().prompts:
             reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
     table |= {"limits": limits, "on_demand": True}
-    proposal = Proposal(name or _name(source), table, tuple(reasons))
+    proposal = Proposal(name, table, tuple(reasons))
     spec = models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
     if parameters := model.parameters or _parameters(config):
         takes = f"its export takes {needs.sentence(parameters, spec.kind, spec.recipes)}"
@@ -105,7 +107,7 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
 
 def _parameters(config: PretrainedConfig) -> int:
     """How many numbers a model of this configuration has, whose weights are not here; 0 where nothing says it."""
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    kind = getattr(transformers, _architecture(config), None)
     try:
         with torch.device("meta"):
             return int(kind(config).num_parameters()) if kind is not None else 0
@@ -117,16 +119,16 @@ def append(path: Path, proposal: Proposal) -> None:
     """Write a proposal to the end of a models file.
 
     Raises:
-        ModelsFileError: there is a table of that name.
+        ModelsFileError: there is a table of that name, or the file is not TOML.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if proposal.name in tomllib.loads(text):
+    text, tables = models_file.read(path) if path.exists() else ("", {})
+    if proposal.name in tables:
         raise ModelsFileError(f"{path} has a table [{proposal.name}] already: give another --name")
     path.write_text(text + ("\n" if text else "") + proposal.as_toml(), encoding="utf-8")
 
 
 def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
-    architecture = (config.architectures or [""])[0]
+    architecture = _architecture(config)
     if found := HuggingFaceFolder(folder).sentence.task:
         return found, "sentence-transformers' files say so"
     if text_part.whole_class(config) is not None:
@@ -147,6 +149,12 @@ def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
         return task, f"its architecture is {architecture}"
     known = ", ".join(ending for ending, _ in _HEADS)
     raise ModelsFileError(f"architecture {architecture or 'unknown'!r} is of no task here; known endings: {known}")
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    """The class that config.json names first; "" where it names none."""
+    named = config.architectures
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
 
 def _is_cross_encoder(config: PretrainedConfig) -> bool:

@@ -25,7 +25,7 @@ from trident_export import configs, corpora, doctor, install, models_file, pin, 
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, UsageError
 from trident_export.huggingface import adapters, sources
-from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
 from trident_export.measure.sensitivity import Grouping
 from trident_serving import artefacts
@@ -324,8 +324,9 @@ def _add(options: argparse.Namespace) -> int:
     from trident_export import add  # transformers takes seconds to import
 
     quiet.hush_onnxruntime(options.verbose)
-    local = Path(options.source).expanduser()
+    local = sources.path_of(options.source)
     if local.is_dir():
+        check_files(local)
         folder, source = local, {"path": str(local.resolve())}
     elif local.suffix == ".gguf" and local.is_file():
         cache = options.models_file.resolve().parent / ".cache"
@@ -351,7 +352,7 @@ def _add(options: argparse.Namespace) -> int:
 
 def _adapter(named: str, base: Path, hub: str) -> dict[str, str]:
     """What a table's source says of an adapter, which must be the base's."""
-    local = Path(named).expanduser()
+    local = sources.path_of(named)
     found = {"adapter": str(local.resolve())} if local.is_dir() else {"adapter": named, "adapter_revision": ""}
     if not local.is_dir():
         found["adapter_revision"] = pin.resolve(named)

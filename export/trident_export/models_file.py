@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,7 +23,8 @@ PROMPT_TASKS = ("feature-extraction", "sparse-embedding", "hybrid-embedding", "t
 TEMPLATE_VARIANT = "template"
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
 T = TypeVar("T")
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.")
+# Names are those of folders, so none may be "." or "..", or hidden as .trident is; Triton itself takes any folder.
+_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{,127}")
 
 
 @dataclass(frozen=True)
@@ -126,20 +128,30 @@ class ModelSpec:
         return values | {"recipes": repr(self.recipes)}
 
 
-def load(path: Path) -> list[ModelSpec]:
-    """Read a models file.
+def read(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a models file, and its tables.
 
     Raises:
-        ModelsFileError: it is missing, is not TOML, or says something impossible.
+        ModelsFileError: it is missing, or is not TOML.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
     except FileNotFoundError:
         raise ModelsFileError(f"there is no models file {path}") from None
     except OSError as error:
         raise ModelsFileError(f"the models file {path} can't be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ModelsFileError(f"{path} is not TOML: {error}") from None
+
+
+def load(path: Path) -> list[ModelSpec]:
+    """Read a models file.
+
+    Raises:
+        ModelsFileError: it is missing, is not TOML, or says something impossible.
+    """
+    _, tables = read(path)
     known = recipes.load(path.parent)
     specs = [_resolved(parse(name, table, known), path.parent) for name, table in tables.items()]
     names: dict[str, str] = {}
@@ -189,6 +201,19 @@ def as_installed(spec: ModelSpec, repository: Path, wanted: Iterable[str] = ()) 
     return spec.with_variants([*(manifest.public_models if manifest is not None else ()), *wanted])
 
 
+def check_name(name: str) -> None:
+    """Check that a model can have a name.
+
+    Raises:
+        ModelsFileError: it can't.
+    """
+    if not _NAME.fullmatch(name):
+        raise ModelsFileError(
+            f"[{name[:80] if name.isprintable() else repr(name[:80])}]: a model's name has lower-case letters, digits, "
+            "'-' and '.' alone ('_' parts the variants), begins with a letter or digit, and has 128 characters at most"
+        )
+
+
 def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] | None = None) -> ModelSpec:
     """One table, checked.
 
@@ -199,10 +224,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         ModelsFileError: a key is unknown or missing, or a value is impossible.
     """
     where = f"[{name}]"
-    if not name or not set(name) <= _NAME_CHARACTERS:
-        raise ModelsFileError(
-            f"{where}: a model's name has lower-case letters, digits, '-' and '.' alone ('_' parts the variants)"
-        )
+    check_name(name)
     if not isinstance(table, dict):
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
     if "generator" in table:

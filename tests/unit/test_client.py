@@ -228,6 +228,22 @@ def test_numbers_that_do_not_fit_are_not_wrapped_around(connected: Client) -> No
         connected.generate("x", max_tokens=2**32 + 5)
     with pytest.raises(ValueError, match=r"random_seed must be between 0 and 18446744073709551615, found -1"):
         connected.generate("x", random_seed=-1)
+    with pytest.raises(ValueError, match=r"dimensions must be between .* and 2147483647, found 4294967304"):
+        connected.embed(["a"], model="minilm", dimensions=2**32 + 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dimensions": 8.9}, r"dimensions must be a whole number, found 8\.9"),
+        ({"dimensions": "16"}, "dimensions must be a whole number, found '16'"),
+        ({"prompt_name": 5}, "a text must be str, found 5"),
+        ({"prompt_name": "a\ud800"}, r"a text must be UTF-8, found '\\ud800' at character 1"),
+    ],
+)
+def test_values_of_another_kind_are_not_turned_into_one(connected: Client, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        connected.embed(["a"], model="minilm", **given)
 
 
 def test_stream(connected: Client) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from trident_serving.encoders.pooling import Pooling, normalize, pool
-from trident_serving.encoders.tokens import EncodingSettings, TextEncoder
+from trident_serving.encoders import entities
+from trident_serving.encoders.embeddings import embedded
+from trident_serving.encoders.labels import Activation, LabelSettings
+from trident_serving.encoders.pooling import Pooling, PoolingSettings, normalize, pool
+from trident_serving.encoders.task import count, flag
+from trident_serving.encoders.tokens import EncodingSettings, TextEncoder, TokenRoles, prompt_name
 from trident_serving.errors import InvalidRequest
 from trident_serving.schema.limits import EncoderLimits
 from trident_serving.schema.reading import read_parameters
@@ -142,6 +147,31 @@ def test_normalize_equals_torch() -> None:
     vectors = np.array([[3, 4], [0, 0], [1e-20, 0]], np.float32)
     expected = torch.nn.functional.normalize(torch.tensor(vectors), dim=1).numpy()
     np.testing.assert_allclose(normalize(vectors), expected, atol=1e-7)
+
+
+def test_a_request_that_holds_nothing_is_refused(tmp_path: Path) -> None:
+    nothing = np.empty((0, 1), np.object_)
+    with pytest.raises(InvalidRequest, match="text_input is empty: it must hold one text"):
+        encoder().windows([], 4)
+    (tmp_path / "tokenizer.json").write_text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str())
+    TokenRoles().save(tmp_path)
+    LabelSettings(("O",), Activation.SOFTMAX).save(tmp_path)
+    postprocess = entities.TASK.postprocess(tmp_path, {"aggregation": "simple"})
+    with pytest.raises(InvalidRequest, match="aggregation_strategy is empty: it must hold a text, or be left out"):
+        postprocess({"aggregation_strategy": nothing, "text_input": encode_texts(["a"])[:, None]})
+    with pytest.raises(InvalidRequest, match="truncate is empty"):
+        flag({"truncate": np.empty((0, 1), np.bool_)}, "truncate")
+    with pytest.raises(InvalidRequest, match="top_k is empty"):
+        count({"top_k": np.empty(0, np.int32)}, "top_k", 1, 3, "labels")
+    with pytest.raises(InvalidRequest, match="prompt_name must be the same"):
+        prompt_name({"prompt_name": nothing})
+
+
+@pytest.mark.parametrize(("asked", "found"), [([0], "0"), ([9, 8], "8, 9"), ([-1], "-1")])
+def test_dimensions_that_a_model_has_not(asked: list[int], found: str) -> None:
+    tensors = {"pooled": np.ones((1, 16), np.float32), "dimensions": np.array(asked, np.int32)}
+    with pytest.raises(InvalidRequest, match=f"dimensions must be one of 8, 16 for all texts .*, found {found}$"):
+        embedded(tensors, PoolingSettings(Pooling.MEAN, normalize=True), [8])
 
 
 def test_texts_of_tensors() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from tests import tiny_models
 from trident_export.errors import UnreadableSource, UnsupportedArchitecture, UnsupportedModel
-from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_serving.encoders.pooling import Pooling, PoolingSettings
 
 
@@ -93,6 +95,59 @@ def test_attention_that_a_config_names_is_not_taken(source: HuggingFaceFolder, k
     assert model.config._attn_implementation == "eager"
     with torch.no_grad():
         assert torch.equal(model(ids).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("default", ["nope", "query"])
+def test_a_default_prompt_that_names_nothing_is_refused(source: HuggingFaceFolder, default: str) -> None:
+    settings = source.path / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({"prompts": {"topic": "about: "}, "default_prompt_name": default}))
+    assert source.roles({default: "x: "}).default_prompt == default  # a table of models.toml can have it
+    if default == "query":  # sentence-transformers has this one, empty, without a file
+        assert source.roles().default_prompt is None
+        return
+    for prompts in (None, {"topic": "x: "}):
+        with pytest.raises(
+            UnreadableSource, match=r"default_prompt_name 'nope', which is none of its prompts \(topic\)"
+        ):
+            source.roles(prompts)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"id2label": {"0": "a", "5": "b"}}, "has id2label 'None' for class 1 of 2, which must be a text"),
+        ({"id2label": {"0": 1, "1": None}}, "has id2label '1' for class 0 of 2"),
+        ({"id2label": {"0": "\ud800", "1": "b"}}, "for class 0 of 2, which must be a text"),
+        ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id None, behind which a model of type 'roberta'"),
+        ({"model_type": "roberta", "pad_token_id": 99999}, "pad_token_id 99999, behind which"),
+        ({"text_config": [1]}, r"has text_config '\[1\]', which must be an object"),
+    ],
+)
+def test_a_config_with_values_of_another_kind(source: HuggingFaceFolder, values: dict[str, Any], message: str) -> None:
+    changed(source.path, **values)
+    with pytest.raises(UnreadableSource, match=message):
+        _ = source.labels, source.longest_input
+
+
+def test_a_tokenizer_with_values_of_another_kind(source: HuggingFaceFolder) -> None:
+    file = source.path / "tokenizer_config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {"model_max_length": "long"}))
+    with pytest.raises(UnreadableSource, match="tokenizer_config.json has model_max_length 'long', which must be"):
+        _ = source.tokenizer
+
+
+def test_a_folder_has_regular_files_of_its_own_alone(source: HuggingFaceFolder) -> None:
+    check_files(source.path)
+    index = source.path / "model.safetensors.index.json"
+    for path in ("../outside.safetensors", "/outside.safetensors", 5):
+        index.write_text(json.dumps({"weight_map": {"a": path}}))
+        with pytest.raises(UnreadableSource, match="index.json names '.*', which is no path inside of the folder"):
+            check_files(source.path)
+    index.unlink()
+    os.mkfifo(source.path / "model-00002.safetensors")
+    with pytest.raises(UnreadableSource, match="model-00002.safetensors is no regular file"):
+        check_files(source.path)
 
 
 def test_pooling_is_that_of_sentence_transformers_files(tmp_path: Path) -> None:

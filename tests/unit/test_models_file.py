@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trident_export import models_file, pin
+from trident_export import add, models_file, pin
 from trident_export.errors import ModelsFileError, SourceError
-from trident_serving.schema.limits import EmbeddingLimits, GenerationLimits
+from trident_export.huggingface import sources
+from trident_serving.schema.limits import LIMITS, EmbeddingLimits, GenerationLimits
 
 GOOD: dict[str, Any] = {
     "task": "text-generation",
@@ -88,10 +90,30 @@ def test_missing_keys(missing: str) -> None:
         models_file.parse("gpt2", {key: value for key, value in GOOD.items() if key != missing})
 
 
-@pytest.mark.parametrize("name", ["GPT2", "a_b", "a/b", ""])
+@pytest.mark.parametrize("name", ["GPT2", "a_b", "a/b", "", ".", "..", ".trident", "-a", "a\n", "a\x00", "a" * 129])
 def test_names(name: str) -> None:
     with pytest.raises(ModelsFileError, match="lower-case"):
         models_file.parse(name, GOOD)
+
+
+def test_a_table_is_written_into_toml_alone(tmp_path: Path) -> None:
+    path, proposal = tmp_path / "models.toml", add.Proposal("m", {"task": "fill-mask"}, ())
+    for content in (b"[[[", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(ModelsFileError, match="models.toml is not TOML"):
+            add.append(path, proposal)
+        assert path.read_bytes() == content
+    path.unlink()
+    add.append(path, proposal)
+    assert path.read_text() == '[m]\ntask = "fill-mask"\n'
+    with pytest.raises(ModelsFileError, match="letters, digits"):
+        add.propose(tmp_path, {"path": str(tmp_path)}, "x\n[y]")
+
+
+@pytest.mark.parametrize("named", ["~nosuchuser/x", "a" * 5000])
+def test_a_path_that_can_not_be_one(named: str) -> None:
+    with pytest.raises(SourceError, match="source path .* can't be used: "):
+        sources.path_of(named)
 
 
 def test_files(tmp_path: Path) -> None:
@@ -183,3 +205,9 @@ def test_limits_of_the_engine() -> None:
     ):
         with pytest.raises(ModelsFileError, match=message):
             models_file.parse("x", table | {"limits": bad})
+
+
+def test_the_reference_names_every_task() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "models-toml.md").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith("| `task` |")]
+    assert set(re.findall(r"`([\w-]+)`", row)) == {"task", *LIMITS}

@@ -121,6 +121,64 @@ def test_an_unknown_pooling_is_refused(tmp_path: Path, settings: dict[str, Any])
         _ = HuggingFaceFolder(tmp_path).pooling
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "modules.json",
+            [{"type": "a.Transformer", "path": "../b"}],
+            "modules.json names '../b', which is no path inside",
+        ),
+        ("modules.json", [{"type": "a.Transformer", "path": "/b"}], "names '/b', which is no path inside"),
+        ("1_Pooling/config.json", [1], r"1_Pooling/config.json must be an object, found '\[1\]'"),
+        ("1_Pooling/config.json", {"pooling_mode": 5}, "config.json has pooling_mode '5', which must be a mode"),
+        ("1_Pooling/config.json", {"pooling_mode": []}, r"has pooling_mode '\[\]', which must be a mode"),
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, "has prompts .*, which must be a table of texts"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": 5}},
+            "has prompts .*5.*, which must be texts by name",
+        ),
+        ("config_sentence_transformers.json", {"prompts": {"query": "\ud800"}}, "has prompts .*, which must be texts"),
+        ("config_sentence_transformers.json", {"truncate_dim": "x"}, "has truncate_dim 'x', which must be a positive"),
+        ("config_sentence_transformers.json", {"default_prompt_name": 5}, "has default_prompt_name '5', which must be"),
+        ("sentence_bert_config.json", {"max_seq_length": "abc"}, "has max_seq_length 'abc', which must be a positive"),
+        ("sentence_bert_config.json", {"max_seq_length": float("inf")}, "has max_seq_length 'inf', which must be a"),
+        ("2_Dense/config.json", {"activation_function": 5}, "has the activation '5'; supported are"),
+    ],
+)
+def test_values_of_another_kind_are_a_sentence(tmp_path: Path, file: str, content: Any, message: str) -> None:
+    modules(tmp_path, ("", "a.Transformer"), ("1_Pooling", "a.Pooling"), ("2_Dense", "a.Dense"))
+    write(tmp_path, "1_Pooling/config.json", {"pooling_mode": "mean"})
+    (tmp_path / "2_Dense").mkdir()
+    torch.save({"linear.weight": torch.ones(2, 2)}, tmp_path / "2_Dense" / "pytorch_model.bin")
+    write(tmp_path, file, content)
+    sentence = HuggingFaceFolder(tmp_path).sentence
+    with pytest.raises((UnreadableSource, UnsupportedModel), match=message):
+        _ = sentence.prompts, sentence.default_prompt, sentence.longest_input, sentence.settings
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"linear.weight": torch.ones(16, 48)}, "a Dense of modules.json reads 48 numbers and is given 32"),
+        ({"linear.weight": torch.ones(16)}, r"need a linear.weight of 2 axes and have it as \[16\]"),
+        ({"weight": torch.ones(16, 32)}, "need a linear.weight of 2 axes and are without it"),
+        (
+            {"linear.weight": torch.ones(16, 32), "linear.bias": torch.ones(3)},
+            r"linear.weight of 2_Dense is \[16, 32\], and what is added to its output has another size",
+        ),
+    ],
+)
+def test_a_layer_of_another_size_is_refused(tmp_path: Path, weights: dict[str, torch.Tensor], message: str) -> None:
+    modules(tmp_path, ("", "a.Transformer"), ("1_Pooling", "a.Pooling"), ("2_Dense", "a.Dense"))
+    write(tmp_path, "1_Pooling/config.json", {"pooling_mode": "mean"})
+    (tmp_path / "2_Dense").mkdir()
+    torch.save(weights, tmp_path / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(UnreadableSource, match=message):
+        HuggingFaceFolder(tmp_path).sentence.dimensions(32)
+
+
 def test_a_missing_layer_is_a_sentence(tmp_path: Path) -> None:
     modules(tmp_path, ("", "a.Transformer"), ("1_Pooling", "a.Pooling"), ("2_Dense", "a.Dense"))
     write(tmp_path, "1_Pooling/config.json", {"pooling_mode": "mean"})

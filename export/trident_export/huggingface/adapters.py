@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trident_export.errors import SourceError, UnsupportedModel
+from trident_export.errors import SourceError, UnreadableSource, UnsupportedModel
 from trident_export.huggingface.converted import SETTINGS_FILES, copy_settings
 from trident_export.huggingface.folder import HuggingFaceFolder, reading, reason
 
@@ -112,6 +112,8 @@ def check_base(adapter: Path, base: Path, hub: str) -> None:
         SourceError: it is another.
     """
     named = settings(adapter).base_model_name_or_path or ""
+    if not isinstance(named, str):
+        raise UnreadableSource(f"{adapter}: {SETTINGS} has base_model_name_or_path {named!r}, which must be a text")
     with reading(adapter, SETTINGS):
         there = _at_hand(named)
     if hub and str(named).lower() == hub.lower():
@@ -335,11 +337,14 @@ def _copy_settings(base: Path, adapter: Path, folder: Path) -> None:
 
 
 def _template(folder: Path) -> str | None:
-    """The one chat template of a folder; several by name stay in their files."""
+    """The one chat template of a folder; several by name stay in their files.
+
+    Raises:
+        UnreadableSource: its file is damaged.
+    """
     if (plain := folder / "chat_template.jinja").is_file():
         with reading(folder, plain.name):
             return plain.read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    with reading(folder, file.name):
-        written = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+    name = "tokenizer_config.json"
+    written = HuggingFaceFolder(folder).table(name).get("chat_template") if (folder / name).is_file() else None
     return written if isinstance(written, str) else None

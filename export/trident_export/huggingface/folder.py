@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and a repository that
     from trident_export.huggingface.sentence_transformers import SentenceFiles
 
 _LONGEST_REASON = 300
+_EMPTY_PROMPTS = ("query", "document")  # sentence-transformers has these without a file, and nothing in them
 # Their text alone ("'pad'") says nothing without the kind.
 _TERSE = (KeyError, AttributeError, TypeError, IndexError, AssertionError)
 _BEGINNING_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text")
@@ -65,6 +66,34 @@ def reason(error: BaseException) -> str:
     return said if len(said) <= _LONGEST_REASON else said[: _LONGEST_REASON - 3] + "..."
 
 
+def inside(folder: Path, named: object, file: str) -> Path:
+    """The path that a file of a folder names, which must be in that folder.
+
+    Raises:
+        UnreadableSource: it is no text, or leads out of it.
+    """
+    if not isinstance(named, str) or Path(named).is_absolute() or ".." in Path(named).parts or "\0" in named:
+        raise UnreadableSource(
+            f"{folder}: {file} names {str(named)[:80]!r}, which is no path inside of the folder: copy the model again"
+        )
+    return folder / named
+
+
+def check_files(folder: Path) -> None:
+    """Check that a folder holds files that can be read to an end, and that what lists its weights names files in it.
+
+    Raises:
+        UnreadableSource: there is a pipe, socket or device, or a path that leads out of the folder.
+    """
+    for file in folder.rglob("*"):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UnreadableSource(f"{folder}: {file.relative_to(folder)} is no regular file: copy the model again")
+    for file in folder.glob("*.index.json"):
+        with reading(folder, file.name):
+            for named in set(HuggingFaceFolder(folder).json(file.name)["weight_map"].values()):
+                inside(folder, named, file.name)
+
+
 class HuggingFaceFolder(os.PathLike[str]):
     """A model's folder. Each file is read when it is first asked for, and once.
 
@@ -93,6 +122,17 @@ class HuggingFaceFolder(os.PathLike[str]):
         """
         with reading(self.path, name):
             return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """The content of a JSON file that must be an object.
+
+        Raises:
+            UnreadableSource: it is missing, is not JSON, or is something else.
+        """
+        found = self.json(name)
+        if not isinstance(found, dict):
+            raise UnreadableSource(f"{self}: {name} must be an object, found {str(found)[:80]!r}: copy the model again")
+        return found
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -140,7 +180,13 @@ class HuggingFaceFolder(os.PathLike[str]):
     def _raw_config(self) -> dict[str, Any]:
         file = self.path if self.path.is_file() else self.path / "config.json"
         raw = HuggingFaceFolder(file.parent).json(file.name)
-        return raw if isinstance(raw, dict) else {}
+        if not isinstance(raw, dict):
+            return {}
+        if not isinstance(raw.get("text_config"), dict | None):
+            raise UnreadableSource(
+                f"{self}: config.json has text_config {str(raw['text_config'])[:80]!r}, which must be an object"
+            )
+        return raw
 
     @property
     def _written_by(self) -> str:
@@ -185,7 +231,13 @@ class HuggingFaceFolder(os.PathLike[str]):
         from transformers import AutoTokenizer
 
         with self._reading("the tokenizer"):
-            return AutoTokenizer.from_pretrained(self.path, use_fast=True, trust_remote_code=self.trust_remote_code)
+            found = AutoTokenizer.from_pretrained(self.path, use_fast=True, trust_remote_code=self.trust_remote_code)
+        longest = found.model_max_length
+        if not isinstance(longest, int | float):
+            raise UnreadableSource(
+                f"{self}: tokenizer_config.json has model_max_length {str(longest)[:80]!r}, which must be a number"
+            )
+        return found
 
     @property
     def fast_tokenizer(self) -> Any:
@@ -203,10 +255,21 @@ class HuggingFaceFolder(os.PathLike[str]):
         return self.tokenizer
 
     def roles(self, prompts: Mapping[str, str] | None = None) -> TokenRoles:
-        """Token roles from the tokenizer; prompts from sentence-transformers' file where none are given."""
+        """Token roles from the tokenizer; prompts from sentence-transformers' file where none are given.
+
+        Raises:
+            UnreadableSource: prompts are no texts, or the default one is not among them.
+        """
         found, sentence = self._tokenizer, self.sentence
         prompts = dict(sentence.prompts if prompts is None else prompts)
-        default = sentence.default_prompt if sentence.default_prompt in prompts else None
+        named = sentence.default_prompt
+        if named is not None and named not in (*prompts, *sentence.prompts, *_EMPTY_PROMPTS):
+            known = ", ".join(sentence.prompts) or "none"
+            raise UnreadableSource(
+                f"{self}: config_sentence_transformers.json has default_prompt_name {named[:80]!r}, which is none of "
+                f"its prompts ({known}): mend that file, or write a prompt of that name into the model's table"
+            )
+        default = named if named in prompts else None
         ids = found.unk_token_id, found.cls_token_id, found.mask_token_id
         return TokenRoles(*ids, prompts, default, sentence.counts_prompt)
 
@@ -245,18 +308,41 @@ class HuggingFaceFolder(os.PathLike[str]):
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """A classifier's labels, in the order of its logits."""
-        return tuple(self.config.id2label[index] for index in range(self.config.num_labels))
+        """A classifier's labels, in the order of its logits.
+
+        Raises:
+            UnreadableSource: one has no name, or one that is no text.
+        """
+        names = self.config.id2label
+        found = tuple(names.get(index) for index in range(self.config.num_labels))
+        for index, name in enumerate(found):
+            if not is_text(name):
+                raise UnreadableSource(
+                    f"{self}: config.json has id2label {str(name)[:80]!r} for class {index} of {len(found)}, which "
+                    "must be a text"
+                )
+        return found
 
     @cached_property
     def longest_input(self) -> int | None:
-        """Tokens that the model takes at most; None where nothing says."""
+        """Tokens that the model takes at most; None where nothing says.
+
+        Raises:
+            UnreadableSource: a file says what is no number, or the padding token is missing where it counts.
+        """
         config, limits = self.config, []
         positions = getattr(config, "max_position_embeddings", None)
         if positions and positions > 0:
-            # These architectures count positions from behind the padding token's id.
-            padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet's code has it as a number
-            limits.append(positions - padding - 1 if config.model_type in _BEGINNING_POSITIONS else positions)
+            if config.model_type in _BEGINNING_POSITIONS:
+                # These architectures count positions from behind the padding token's id.
+                padding = 1 if config.model_type == "mpnet" else self.padding_token  # MPNet's code has it as a number
+                if padding is None:
+                    raise UnreadableSource(
+                        f"{self}: config.json has pad_token_id {config.pad_token_id!r}, behind which a model of type "
+                        f"{config.model_type!r} counts positions: it must be a token of the vocabulary"
+                    )
+                positions -= padding + 1
+            limits.append(positions)
         limits.append(self.sentence.longest_input)
         found = [limit for limit in limits if limit]
         return min(found) if found else None
@@ -417,6 +503,11 @@ class HuggingFaceFolder(os.PathLike[str]):
                         f"{self}: {name} holds numbers that are not finite: copy the model again, or take one whose "
                         "training has not failed"
                     )
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 can hold; JSON can write surrogates, which it can't."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
 
 
 def _and_more(names: list[str]) -> str:

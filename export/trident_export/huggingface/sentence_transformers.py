@@ -8,6 +8,7 @@ Reference: sentence-transformers, `base.modules`, `sentence_transformer.modules`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_export.errors import UnsupportedModel
+from trident_export.errors import UnreadableSource, UnsupportedModel
 from trident_serving.encoders.labels import Activation
 from trident_serving.encoders.pooling import Pooling, PoolingSettings
 
@@ -28,6 +29,7 @@ Floats = NDArray[np.float32]
 
 _CONFIG = "config_sentence_transformers.json"
 _MODULES = "modules.json"
+_TOKENIZER = "tokenizer_config.json"
 SPARSE_LINEAR = "sparse_linear.pt"  # FlagEmbedding's: bge-m3's weight of a token
 # The keys of the older files, in the order in which several poolings follow each other.
 _POOLING_KEYS = {
@@ -129,18 +131,25 @@ class SentenceFiles:
         Raises:
             UnreadableSource: the file is damaged.
         """
-        from trident_export.huggingface.folder import reading
+        from trident_export.huggingface.folder import inside, reading
 
         if not self._has(_MODULES):
             return ()
         with reading(self._folder.path, _MODULES):
-            return tuple((module["type"].rsplit(".", 1)[-1], module["path"]) for module in self._folder.json(_MODULES))
+            found = tuple((module["type"].rsplit(".", 1)[-1], module["path"]) for module in self._folder.json(_MODULES))
+            for _, path in found:
+                inside(self._folder.path, path, _MODULES)
+        return found
 
     @cached_property
     def transformer(self) -> Mapping[str, Any]:
         """Settings of the first module; {} without any."""
+        return self._table(self._transformer_file) if self._transformer_file else {}
+
+    @cached_property
+    def _transformer_file(self) -> str:
         files = sorted(self._folder.path.glob("sentence_*_config.json")) if self._folder.path.is_dir() else []
-        return self._table(files[0].name) if files else {}
+        return files[0].name if files else ""
 
     @property
     def task(self) -> str:
@@ -157,15 +166,34 @@ class SentenceFiles:
 
     @property
     def prompts(self) -> dict[str, str]:
-        """What goes before a text, by name; a name without a text stands for none."""
+        """What goes before a text, by name; a name without a text stands for none.
+
+        Raises:
+            UnreadableSource: one is no text.
+        """
+        from trident_export.huggingface.folder import is_text
+
         found = self.config.get("prompts") or {}
+        if not isinstance(found, Mapping):
+            raise self._unfit(_CONFIG, "prompts", found, "a table of texts")
+        for name, text in found.items():
+            if not is_text(name) or not is_text("" if text is None else text):
+                raise self._unfit(_CONFIG, "prompts", {name: text}, "texts by name")
         return {name: text or "" for name, text in found.items()}
 
     @property
     def default_prompt(self) -> str | None:
-        """The name of the prompt of texts for which a request names none."""
-        name: str | None = self.config.get("default_prompt_name")
-        return name
+        """The name of the prompt of texts for which a request names none.
+
+        Raises:
+            UnreadableSource: it is no text.
+        """
+        from trident_export.huggingface.folder import is_text
+
+        name = self.config.get("default_prompt_name")
+        if not is_text("" if name is None else name):
+            raise self._unfit(_CONFIG, "default_prompt_name", name, "the name of a prompt")
+        return None if name is None else str(name)
 
     @property
     def lower_case(self) -> bool:
@@ -174,13 +202,16 @@ class SentenceFiles:
 
     @property
     def longest_input(self) -> int | None:
-        """Tokens that the files allow; None where they say nothing."""
-        if asked := self.transformer.get("max_seq_length"):
-            return int(asked)
-        if not self.modules or not self._has("tokenizer_config.json"):
+        """Tokens that the files allow; None where they say nothing.
+
+        Raises:
+            UnreadableSource: they say what is no number.
+        """
+        if found := self._number(self._transformer_file, self.transformer, "max_seq_length"):
+            return found
+        if not self.modules or not self._has(_TOKENIZER):
             return None
-        longest = self._table("tokenizer_config.json").get("model_max_length")
-        return int(longest) if longest else None  # a tokenizer without a limit says 1e30
+        return self._number(_TOKENIZER, self._table(_TOKENIZER), "model_max_length")  # without a limit it says 1e30
 
     @cached_property
     def _pooling(self) -> Mapping[str, Any]:
@@ -188,8 +219,7 @@ class SentenceFiles:
             raise UnsupportedModel(
                 f"{self._folder.path / _MODULES} names no Pooling step, without which there is no one vector a text"
             )
-        settings: Mapping[str, Any] = self._folder.json(f"{dict(self.modules)['Pooling']}/config.json")
-        return settings
+        return self._folder.table(f"{dict(self.modules)['Pooling']}/config.json")
 
     @cached_property
     def poolings(self) -> tuple[Pooling, ...]:
@@ -205,7 +235,11 @@ class SentenceFiles:
             unknown = [name for name in active if name not in _POOLING_KEYS]
             found = tuple(mode for name, mode in _POOLING_KEYS.items() if name in active) or (Pooling.MEAN,)
         else:
-            modes = [named] if isinstance(named, str) else list(named)
+            modes = [named] if isinstance(named, str) else named
+            if not isinstance(modes, list) or not modes:
+                raise self._unfit(
+                    f"{dict(self.modules)['Pooling']}/config.json", "pooling_mode", named, "a mode, or several"
+                )
             unknown = [mode for mode in modes if mode not in list(Pooling)]
             found = tuple(Pooling(mode) for mode in modes if mode in list(Pooling))
         if unknown:
@@ -252,8 +286,8 @@ class SentenceFiles:
                 f"the model has the modules {', '.join(kinds)}: supported is Transformer, then Pooling"
             )
         found = [self._layer(kind, path) for kind, path in self.modules[2:] if kind != "Dropout"]
-        if size := self.config.get("truncate_dim"):
-            found.append(Truncate(int(size)))
+        if size := self._number(_CONFIG, self.config, "truncate_dim"):
+            found.append(Truncate(size))
         return tuple(found)
 
     def dimensions(self, hidden: int) -> int:
@@ -261,9 +295,18 @@ class SentenceFiles:
 
         Args:
             hidden: of a token's vector.
+
+        Raises:
+            UnreadableSource: a layer is made for vectors of another size.
         """
         width = hidden * (1 + len(self.settings.more))
         for layer in self.layers:
+            reads = _reads(layer)
+            if reads not in (None, width):
+                raise UnreadableSource(
+                    f"{self._folder.path}: a {type(layer).__name__} of {_MODULES} reads {reads} numbers and is given "
+                    f"{width}: one of them is another model's"
+                )
             if isinstance(layer, Dense):
                 width = len(layer.weight)
             elif isinstance(layer, Truncate):
@@ -280,14 +323,15 @@ class SentenceFiles:
         Raises:
             UnsupportedModel: the files name what is not supported.
         """
-        older = getattr(config, "sentence_transformers", None) or {}
+        older = getattr(config, "sentence_transformers", None)
         name = (
             self.config.get("activation_fn")
-            or older.get("activation_fn")
+            or (older.get("activation_fn") if isinstance(older, Mapping) else None)
             or getattr(config, "sbert_ce_default_activation_function", None)
         )
         if name is None:
             return Activation.SIGMOID if one else Activation.NONE
+        name = str(name)
         kind = name.rsplit(".", 1)[-1]
         if kind not in _SCORES or not name.startswith("torch."):
             raise UnsupportedModel(
@@ -311,16 +355,45 @@ class SentenceFiles:
             return Normalize()
         weights = self._weights(path)
         if kind == "LayerNorm":
-            return LayerNorm(weights["norm.weight"], weights["norm.bias"])
-        name = settings.get("activation_function") or "Identity"
+            return LayerNorm(self._part(path, weights, "norm.weight", 1), self._part(path, weights, "norm.bias", 1))
+        name = str(settings.get("activation_function") or "Identity")
         activation = name.rsplit(".", 1)[-1]
         if activation not in _ACTIVATIONS or not (name.startswith("torch.") or name == "Identity"):
             raise UnsupportedModel(
                 f"the module {path} has the activation {name!r}; supported are {', '.join(_ACTIVATIONS)} of torch"
             )
-        residual = weights.get("residual.weight")
+        weight = self._part(path, weights, "linear.weight", 2)
+        bias, residual = weights.get("linear.bias"), weights.get("residual.weight")
         adds = bool(settings.get("use_residual")) and residual is None
-        return Dense(weights["linear.weight"], weights.get("linear.bias"), activation, residual, adds)
+        fits = (bias is None or bias.shape == weight.shape[:1]) and (residual is None or residual.shape == weight.shape)
+        if not fits or (adds and weight.shape[0] != weight.shape[1]):
+            raise UnreadableSource(
+                f"{self._folder.path}: linear.weight of {path} is {list(weight.shape)}, and what is added to its "
+                "output has another size: copy the model again"
+            )
+        return Dense(weight, bias, activation, residual, adds)
+
+    def _part(self, path: str, weights: Mapping[str, Floats], name: str, axes: int) -> Floats:
+        found = weights.get(name)
+        if found is None or found.ndim != axes:
+            what = "are without it" if found is None else f"have it as {list(found.shape)}"
+            raise UnreadableSource(
+                f"{self._folder.path}: the weights of {path} need a {name} of {axes} axes and {what}: copy the "
+                "model again"
+            )
+        return found
+
+    def _number(self, file: str, table: Mapping[str, Any], key: str) -> int | None:
+        """A number of 1 or more of a file; None where it has none."""
+        found = table.get(key)
+        if not found:
+            return None
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 1 <= found < math.inf:
+            raise self._unfit(file, key, found, "a positive number")
+        return int(found)
+
+    def _unfit(self, file: str, key: str, found: object, wanted: str) -> UnreadableSource:
+        return UnreadableSource(f"{self._folder.path}: {file} has {key} {str(found)[:80]!r}, which must be {wanted}")
 
     def _weights(self, path: str) -> dict[str, Floats]:
         from trident_export.huggingface.folder import reading
@@ -337,8 +410,14 @@ class SentenceFiles:
         return (self._folder.path / name).exists()
 
     def _table(self, name: str) -> Mapping[str, Any]:
-        found = self._folder.json(name) if self._has(name) else {}
-        return found if isinstance(found, Mapping) else {}
+        return self._folder.table(name) if self._has(name) else {}
+
+
+def _reads(layer: Layer) -> int | None:
+    """How many numbers a layer reads; None where it takes any."""
+    if isinstance(layer, Dense):
+        return int(layer.weight.shape[1])
+    return len(layer.weight) if isinstance(layer, LayerNorm) else None
 
 
 def read_weights(file: Path) -> dict[str, Floats]:

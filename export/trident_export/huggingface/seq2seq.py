@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trident_export.errors import ModelsFileError, UnsupportedModel, UnsupportedTokenizer
 from trident_export.huggingface import spm_tokenizer
-from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.folder import HuggingFaceFolder, reading
 from trident_export.huggingface.vocabulary import check_tokens, drop_tokens_beyond
 from trident_export.models_file import ModelSpec
 from trident_serving.seq2seq.request import GenerationDefaults
@@ -70,9 +70,12 @@ def _save_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[
         special = [*tokenizer.all_special_tokens, *tokenizer.lang_token_to_id]
     else:
         raise UnsupportedTokenizer(f"{name} has no fast form (tokenizer.json), which the runtime reads")
-    spm_tokenizer.source_tokenizer(source_file).save(str(folder / "tokenizer.json"))
     unknown = str(tokenizer.unk_token)
-    spm_tokenizer.target_tokenizer(target or vocabulary, special, unknown).save(str(folder / "target.json"))
+    with reading(source_file.parent, "the tokenizer's vocabulary"):
+        reads = spm_tokenizer.source_tokenizer(source_file)
+        writes = spm_tokenizer.target_tokenizer(target or vocabulary, special, unknown)
+    reads.save(str(folder / "tokenizer.json"))
+    writes.save(str(folder / "target.json"))
     known: dict[str, int] = vocabulary
     ids = [known.get(piece, known[unknown]) for piece in spm_tokenizer.pieces_of(source_file)]
     return tuple(ids)

@@ -18,7 +18,7 @@ from typing import Any
 from trident_export import disk, memory
 from trident_export.errors import SourceError
 from trident_export.huggingface import adapters, converted, gguf_file, quantized
-from trident_export.huggingface.folder import HuggingFaceFolder, reason
+from trident_export.huggingface.folder import HuggingFaceFolder, check_files, reason
 from trident_export.models_file import ModelSpec, Source
 from trident_export.progress import Progress
 from trident_export.recipes import Kind
@@ -63,6 +63,8 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
     if source == Source():
         return HuggingFaceFolder(base)  # a template has no weights
     path = _found(spec, base, progress)
+    if path.is_dir():
+        check_files(path)
     if path.suffix == ".gguf" and path.is_file():
         folder = HuggingFaceFolder(from_gguf(path, cache, progress, force=force))
     elif not (path / "config.json").is_file():
@@ -113,7 +115,7 @@ def _code(module: ModuleType) -> str:
 
 def adapter_source(source: Source, base: Path) -> Source:
     """Where an adapter comes from: a folder, or, where there is none of that name, the hub."""
-    if (base / Path(source.adapter).expanduser()).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source.adapter):
+    if path_of(source.adapter, base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source.adapter):
         return Source(path=source.adapter)
     return Source(hub=source.adapter, revision=source.adapter_revision)
 
@@ -126,7 +128,8 @@ def fetch_adapter(source: Source, base: Path) -> Path:
     """
     where = adapter_source(source, base)
     if not where.hub:
-        return _local(where, base)
+        check_files(folder := _local(where, base))
+        return folder
     return _snapshot(where.hub, where.revision, (*converted.SETTINGS_FILES, *adapters.WEIGHTS))
 
 
@@ -147,8 +150,23 @@ def _adapted(
     return adapters.AdaptedFolder(merged, folder, adapter)
 
 
+def path_of(named: str, base: Path = Path()) -> Path:
+    """The path that a text names, which need not be there.
+
+    Raises:
+        SourceError: it can name none.
+    """
+    try:
+        path = base / Path(named).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or of a user that is not there
+        why = getattr(error, "strerror", None) or reason(error)
+        raise SourceError(f"source path {named[:80]!r} can't be used: {why}") from None
+    return path
+
+
 def _local(source: Source, base: Path) -> Path:
-    path = base / Path(source.path).expanduser()
+    path = path_of(source.path, base)
     if not path.exists():
         raise SourceError(f"source path {path} does not exist")
     return path
@@ -192,8 +210,12 @@ def _from_package(source: Source, progress: Progress) -> Path:
 
 
 def at_hand(source: Source, base: Path) -> HuggingFaceFolder | None:
-    """The folder of a source that needs no download and no conversion; None where it needs one."""
-    path = base / Path(source.path).expanduser()
+    """The folder of a source that needs no download and no conversion; None where it needs one.
+
+    Raises:
+        UnreadableSource: it has what is no file of a folder.
+    """
+    path = path_of(source.path, base)
     if source.hub:
         from huggingface_hub import try_to_load_from_cache
 
@@ -201,7 +223,10 @@ def at_hand(source: Source, base: Path) -> HuggingFaceFolder | None:
         path = Path(found).parent if isinstance(found, str) else Path()
     elif source.package:
         return None
-    return HuggingFaceFolder(path) if (path / "config.json").is_file() else None
+    if not (path / "config.json").is_file():
+        return None
+    check_files(path)
+    return HuggingFaceFolder(path)
 
 
 def fetch_settings(hub_id: str, revision: str) -> Path:

@@ -53,11 +53,11 @@ def embedded(tensors: Tensors, settings: PoolingSettings, shorter: Sequence[int]
     if "dimensions" not in tensors:
         return vectors
     asked, whole = {int(size) for size in tensors["dimensions"].reshape(-1)}, vectors.shape[1]
-    size = asked.pop() if len(asked) == 1 else 0
-    if size not in (*shorter, whole):
+    if len(asked) != 1 or not asked <= {*shorter, whole}:
         known = ", ".join(map(str, sorted({*shorter, whole})))
-        said = size or sorted(asked)
+        said = ", ".join(map(str, sorted(asked))) or "none"
         raise InvalidRequest(f"dimensions must be one of {known} for all texts of a request, found {said}")
+    size = asked.pop()
     if size == whole:
         return vectors
     return normalize(vectors[:, :size]) if settings.normalize or settings.normalized else vectors[:, :size]

@@ -201,7 +201,10 @@ def _read(folder: Path, parameters: Mapping[str, str]) -> Stage:
 def _aggregation(tensors: Tensors, default: Aggregation) -> Aggregation:
     if "aggregation_strategy" not in tensors:
         return default
-    name = decode_texts(tensors["aggregation_strategy"][:1], "aggregation_strategy")[0]
+    names = decode_texts(tensors["aggregation_strategy"][:1], "aggregation_strategy")
+    if not names:
+        raise InvalidRequest("aggregation_strategy is empty: it must hold a text, or be left out")
+    (name,) = names
     if name not in list(Aggregation):
         raise InvalidRequest(f"aggregation_strategy must be one of {', '.join(Aggregation)}, found {name[:80]!r}")
     return Aggregation(name)

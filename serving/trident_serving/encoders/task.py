@@ -112,19 +112,30 @@ class EncoderTask:
 
 
 def flag(tensors: Tensors, name: str) -> bool | None:
-    """An optional yes or no of a request, None where it is left out; of several, whether any is yes."""
-    return bool(tensors[name].any()) if name in tensors else None
+    """An optional yes or no of a request, None where it is left out; of several, whether any is yes.
+
+    Raises:
+        InvalidRequest: it is empty.
+    """
+    if name not in tensors:
+        return None
+    if not tensors[name].size:
+        raise InvalidRequest(f"{name} is empty: it must hold a yes or no, or be left out")
+    return bool(tensors[name].any())
 
 
 def count(tensors: Tensors, name: str, default: int, most: int, what: str) -> int:
     """An optional whole number of a request, from 1 to `most`.
 
     Raises:
-        InvalidRequest: it is outside of that.
+        InvalidRequest: it is outside of that, or empty.
     """
     if name not in tensors:
         return default
-    value = int(np.asarray(tensors[name]).reshape(-1)[0])
+    values = np.asarray(tensors[name]).reshape(-1)
+    if not values.size:
+        raise InvalidRequest(f"{name} is empty: it must hold a number, or be left out")
+    value = int(values[0])
     if not 1 <= value <= most:
         raise InvalidRequest(f"{name} must be between 1 and {most} ({what}), found {value}")
     return value

@@ -92,7 +92,13 @@ class Batcher:
         self._pad_type_id = int(padding.get("pad_type_id", 0))
 
     def tensors(self, encodings: Sequence[Encoding]) -> dict[str, NDArray[Any]]:
-        """`input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket], padded on the right."""
+        """`input_ids`, `attention_mask` and `token_type_ids`, int64 [texts, bucket], padded on the right.
+
+        Raises:
+            InvalidRequest: there is no text.
+        """
+        if not encodings:
+            raise InvalidRequest("text_input is empty: it must hold one text or more")
         longest = max(len(encoding.ids) for encoding in encodings)
         shape = (len(encodings), self._buckets[bisect_left(self._buckets, longest)])
         input_ids = np.full(shape, self._pad_id, np.int64)
@@ -317,12 +323,12 @@ def prompt_name(tensors: Tensors) -> str | None:
     """The prompt that a request names; None where it names none.
 
     Raises:
-        InvalidRequest: it names several.
+        InvalidRequest: it names several, or is empty.
     """
     if "prompt_name" not in tensors:
         return None
     names = set(decode_texts(tensors["prompt_name"], "prompt_name"))
-    if len(names) > 1:
+    if len(names) != 1:
         raise InvalidRequest(f"prompt_name must be the same for all texts of a request, found {sorted(names)}")
     return names.pop()
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trident_export.errors import UnsupportedModel
+from trident_export.errors import UnreadableSource, UnsupportedModel
 from trident_export.graphs import encoder as encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder, reading
 from trident_export.huggingface.sentence_transformers import SPARSE_LINEAR, read_weights
@@ -118,7 +118,7 @@ def _linear(source: HuggingFaceFolder) -> tuple[Floats, Floats]:
 
     Raises:
         UnsupportedModel: the folder has no such layer.
-        UnreadableSource: its file is damaged.
+        UnreadableSource: its file is damaged, or of another model.
     """
     file = source.path / SPARSE_LINEAR
     if not file.exists():
@@ -127,7 +127,13 @@ def _linear(source: HuggingFaceFolder) -> tuple[Floats, Floats]:
         )
     with reading(source.path, SPARSE_LINEAR):
         found = read_weights(file)
-        return found["weight"], found["bias"]
+        weight, bias, hidden = found["weight"], found["bias"], source.config.get_text_config().hidden_size
+    if weight.shape != (1, hidden) or bias.shape != (1,):
+        raise UnreadableSource(
+            f"{source}: {SPARSE_LINEAR} has a weight of {list(weight.shape)} and a bias of {list(bias.shape)}, the "
+            f"model needs [1, {hidden}] and [1]: it is another model's"
+        )
+    return weight, bias
 
 
 EXPORT = Hybrid()

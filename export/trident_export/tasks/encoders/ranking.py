@@ -115,7 +115,7 @@ class Ranking(Classification):
 
 def _answers(source: HuggingFaceFolder) -> bool:
     """Whether the model is a decoder that answers yes or no."""
-    named = (source.config.architectures or [""])[0].endswith("ForCausalLM")
+    named = str((source.config.architectures or [""])[0]).endswith("ForCausalLM")
     return named or "LogitScore" in dict(source.sentence.modules)
 
 
@@ -145,7 +145,8 @@ def _rendered(source: HuggingFaceFolder, tokenizer: Any, prompt: str, query: str
     messages = [{"role": "query", "content": query}, {"role": "document", "content": passage}]
     if prompt:
         messages = [{"role": "system", "content": prompt}, *messages]
-    options = (source.sentence.transformer.get("processing_kwargs") or {}).get("chat_template") or {}
+    with reading(source.path, "processing_kwargs of sentence-transformers' files"):
+        options = dict((source.sentence.transformer.get("processing_kwargs") or {}).get("chat_template") or {})
     found = ""
     if tokenizer.chat_template:
         with reading(source.path, "the chat template"):
