@@ -32,7 +32,7 @@ from tests import tiny_models
 from trident_export import add, fingerprint, models_file
 from trident_export.errors import ModelsFileError, SourceError, UnreadableSource, UnsupportedModel
 from trident_export.huggingface import sources
-from trident_export.huggingface.adapters import AdaptedFolder, check_base
+from trident_export.huggingface.adapters import AdaptedFolder
 from trident_export.huggingface.folder import HuggingFaceFolder
 
 # peft asks transformers by names that it will lose.
@@ -236,7 +236,7 @@ def test_a_base_that_cannot_be_named_so(base: Path, tmp_path: Path, named: objec
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("tokenizer_config.json", b"[]"), ("tokenizer_config.json", b"{"), ("chat_template.jinja", b"\xff\xfe")],
+    [("tokenizer_config.json", b"{"), ("chat_template.jinja", b"\xff\xfe")],
 )
 def test_an_adapter_with_a_damaged_tokenizer(base: Path, tmp_path: Path, name: str, content: bytes) -> None:
     folder = adapter(tmp_path / "adapter", base, LoraConfig(r=4, target_modules=LINEAR))
@@ -297,15 +297,8 @@ def test_damaged_adapters_are_refused(base: Path, tmp_path: Path) -> None:
         (folder / name).write_bytes(content)
         assert message in refusal(base, folder, tmp_path)
         (folder / name).unlink()
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": 5}))
-    assert "adapter_config.json has base_model_name_or_path 5, which must be a text" in refusal(base, folder, tmp_path)
     weights = load_file(folder / "adapter_model.safetensors")
     name = next(iter(weights))
-    # A base that no path or user has is as good as one that is not there.
-    for named in ("a" * 5000, "~nosuchuser/x"):
-        (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": named}))
-        check_base(folder, base, "")
     save_file(weights | {name: weights[name] * float("nan")}, folder / "adapter_model.safetensors")
     assert "has values that are not finite" in refusal(base, folder, tmp_path)
     save_file({key: value for key, value in weights.items() if key != name}, folder / "adapter_model.safetensors")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trident_export.errors import SourceError, UnreadableSource, UnsupportedModel
+from trident_export.errors import SourceError, UnsupportedModel
 from trident_export.huggingface.converted import SETTINGS_FILES, copy_settings
 from trident_export.huggingface.folder import HuggingFaceFolder, reading, reason
 
@@ -112,8 +112,6 @@ def check_base(adapter: Path, base: Path, hub: str) -> None:
         SourceError: it is another.
     """
     named = settings(adapter).base_model_name_or_path or ""
-    if not isinstance(named, str):
-        raise UnreadableSource(f"{adapter}: {SETTINGS} has base_model_name_or_path {named!r}, which must be a text")
     with reading(adapter, SETTINGS):
         there = _at_hand(named)
     if hub and str(named).lower() == hub.lower():
