@@ -202,7 +202,7 @@ def test_a_template_that_inserts_a_token_beyond_the_embedding(original: Path, tm
     shutil.copytree(original, tmp_path / "source")
     inserted = {"special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [70000], "tokens": ["<|end|>"]}}}
     single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|end|>", "type_id": 0}}]
-    parts = {"type": "TemplateProcessing", "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}]}
+    parts = {"type": "TemplateProcessing", "single": single, "pair": []}
     change(tmp_path / "source" / "tokenizer.json", post_processor=parts | inserted)
     with pytest.raises(UnreadableSource, match="gives the token 70000 .*, the model has 512: it is another model's"):
         written(tmp_path / "source", tmp_path / "1")
