@@ -40,6 +40,18 @@ def test_chat_template_equals_transformers() -> None:
     assert ChatTemplate(TEMPLATE, {"eos_token": tiny_models.EOS}).render(messages) == expected
 
 
+def test_words_that_a_template_marks_for_training() -> None:
+    """transformers' own tag, and its rendering of it."""
+    template = (
+        "{% for m in messages %}{% generation %}\n{% set x = m['content'] %}{{ x }};\n{% endgeneration %}{% endfor %}"
+    )
+    tokenizer = tiny_models.byte_level_tokenizer()
+    tokenizer.chat_template = template
+    messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": " b"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ChatTemplate(template, {}).render(messages) == expected == "a;\n b;\n"
+
+
 def test_chat_template_that_refuses() -> None:
     with pytest.raises(InvalidRequest, match="no tools here"):
         ChatTemplate(TEMPLATE, {}).render([{"role": "tool", "content": "x"}])
