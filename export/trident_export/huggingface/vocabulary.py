@@ -34,6 +34,13 @@ def drop_tokens_beyond(source: HuggingFaceFolder, file: Path, rows: int, unused:
         UnreadableSource: the vocabulary itself is larger than the embedding, or a special token has no row.
     """
     state = json.loads(file.read_text(encoding="utf-8"))
+    model = state["model"]
+    if (
+        model["type"] == "BPE" and model.get("unk_token") is None
+    ):  # it knows every text: the unknown token is but a name
+        tokenizer = source.tokenizer
+        roles = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}
+        unused = {*unused, tokenizer.unk_token_id} - roles
     added = {token["id"]: token["content"] for token in state["added_tokens"] if token["id"] >= rows}
     dropped = {index: token for index, token in added.items() if index in unused}
     special = source.tokenizer.all_special_ids
@@ -43,12 +50,12 @@ def drop_tokens_beyond(source: HuggingFaceFolder, file: Path, rows: int, unused:
     check_tokens(source, {index: token for index, token in beyond.items() if index not in dropped}, rows)
     if added:
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
-        known = state["model"]["vocab"]
+        known = model["vocab"]
         # Some name an added token in the vocabulary, too, where its letters could find it.
         if isinstance(known, dict):
-            state["model"]["vocab"] = {token: index for token, index in known.items() if index not in dropped}
+            model["vocab"] = {token: index for token, index in known.items() if index not in dropped}
         else:
-            state["model"]["vocab"] = known[:rows]
+            model["vocab"] = known[:rows]
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
     with reading(source.path, "tokenizer.json"):
         written = Tokenizer.from_file(str(file))
