@@ -35,12 +35,10 @@ def drop_tokens_beyond(source: HuggingFaceFolder, file: Path, rows: int, unused:
     """
     state = json.loads(file.read_text(encoding="utf-8"))
     model = state["model"]
-    if (
-        model["type"] == "BPE" and model.get("unk_token") is None
-    ):  # it knows every text: the unknown token is but a name
+    if model["type"] == "BPE" and model.get("unk_token") is None:  # it knows every text, this token is only a name
         tokenizer = source.tokenizer
         roles = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}
-        unused = {*unused, tokenizer.unk_token_id} - roles
+        unused = {*unused, *({tokenizer.unk_token_id} - roles)}
     added = {token["id"]: token["content"] for token in state["added_tokens"] if token["id"] >= rows}
     dropped = {index: token for index, token in added.items() if index in unused}
     special = source.tokenizer.all_special_ids

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -79,7 +79,7 @@ class TextTokenizer:
 class _Generation(Extension):
     """`{% generation %}`, with which templates mark an assistant's words for training: its content is the prompt's."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - so jinja2 declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         """See jinja2's `Extension`."""
