@@ -322,21 +322,21 @@ def _require(what: str, found: Tensor, *shape: int) -> None:
     """A part of a weight must have the shape that the settings give it.
 
     Raises:
-        ValueError: it has another.
+        ArithmeticError: it has another, which `reading` puts into a sentence.
     """
     if list(found.shape) != list(shape):
-        raise ValueError(f"its {what} are {list(found.shape)}, and by {KEY} they are {list(shape)}")
+        raise ArithmeticError(f"its {what} are {list(found.shape)}, and by {KEY} they are {list(shape)}")
 
 
 def _require_groups(groups: Tensor, rows: int, count: int) -> None:
     """Every input must be in one of the groups.
 
     Raises:
-        ValueError: one is in none.
+        ArithmeticError: one is in none.
     """
     _require("g_idx", groups, rows)
     if int(groups.min()) < 0 or int(groups.max()) >= count:
-        raise ValueError(f"its g_idx goes from {int(groups.min())} to {int(groups.max())}, of {count} groups")
+        raise ArithmeticError(f"its g_idx goes from {int(groups.min())} to {int(groups.max())}, of {count} groups")
 
 
 def _check_compressed(settings: Mapping[str, Any]) -> str:
