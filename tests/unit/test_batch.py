@@ -27,6 +27,17 @@ def test_a_packed_run() -> None:
     assert batch.logits_tokens.tolist() == [1, 2, 3]
 
 
+def test_a_second_row_where_the_processor_sums_one_otherwise() -> None:
+    """It repeats the last token and stands at the end, where no slot, position or logit looks."""
+    plain, padded = (pack([SlotTokens(2, 5, [6])], min_tokens=count) for count in (1, 2))
+    assert (plain.input_ids.tolist(), padded.input_ids.tolist()) == ([[6]], [[6, 6]])
+    assert padded.position_ids.tolist() == [[5, 5]]
+    assert padded.attention_places.tolist() == [[[0, 0], [0, 0]]]
+    for name in ("attention_tokens", "query_seqlens", "seqlens_k", "logits_tokens"):
+        assert getattr(padded, name).tolist() == getattr(plain, name).tolist()
+    assert pack([SlotTokens(1, 10, [7]), SlotTokens(0, 5, [6])], min_tokens=2).input_ids.tolist() == [[7, 6]]
+
+
 def test_where_states_find_their_tokens() -> None:
     """Slots 2 and 4 with a token and with three; slot 3 is idle."""
     batch = pack([SlotTokens(2, 7, [5]), SlotTokens(4, 0, [1, 2, 3])])
