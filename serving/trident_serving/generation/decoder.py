@@ -211,7 +211,8 @@ class OnnxDecoder:
         Operators with states take no token that belongs to no slot.
         """
         found = []
-        for self._min_tokens in (1,) if self.states else (1, PADDED_TOKENS):
+        for count in (1,) if self.states else (1, PADDED_TOKENS):
+            self._min_tokens = count
             found.append(self.run([SlotTokens(0, 0, [0])]).copy())  # a graph that can't run fails here
             self.release(0, 0)
         return 1 if np.array_equal(found[0], found[-1], equal_nan=True) else PADDED_TOKENS
