@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trident_serving.errors import DoesNotFit, Overloaded
 from trident_serving.generation.answer import Job
+from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings
@@ -122,6 +123,8 @@ class GenerationService:
         )
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
         self.memory = plan_memory(limits, decoder, weights, available_bytes())
+        decoder.run([SlotTokens(0, 0, [0])])  # a graph that can't run is not served
+        decoder.release(0, 0)
         self.recorder = Recorder()
         self._outbox = Outbox(self._check_unloading)
         self._engine = Engine(
