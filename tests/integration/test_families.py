@@ -30,7 +30,6 @@ from transformers import (
     MiniMaxConfig,
     MixtralConfig,
     OpenAIGPTConfig,
-    Phi3Config,
     PretrainedConfig,
     RoFormerConfig,
     RwkvConfig,
@@ -303,11 +302,9 @@ def test_windows_are_read_from_masks() -> None:
 
 
 def test_frequencies_that_change_with_the_length_have_a_longest_context(tmp_path: Path) -> None:
-    """Up to it a Phi-3 of long contexts is exact, in the cache of any slot."""
-    rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0}
-    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 40}
-    settings = {"sliding_window": None, "rope_parameters": rope, "original_max_position_embeddings": 40}
-    model = make(Phi3Config(**LLAMA, **settings))
+    """Up to it a Llama of dynamic scaling is exact, in the cache of any slot."""
+    rope: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = make(LlamaConfig(**LLAMA, rope_parameters=rope | {"original_max_position_embeddings": 40}))
     assert rotary.longest_context(model) == 40
     path = tmp_path / "model.onnx"
     write(model, path)

@@ -23,6 +23,8 @@ The graph, for layers with H key-value heads of D numbers each, which may differ
     seqlens_k              int32   [slots]           tokens in the slot's cache after this run, minus one
     total_sequence_length  int32   []                at least the largest of these counts
     logits_tokens          int64   [kept]            which tokens get logits
+    rotations              int64   [1, tokens]       0, or 1 for tokens of a text beyond the original context. Only in
+                                                     graphs of models with two rotations, see `rotary`
     past_key_values.<layer>.{key,value}   float32 [slots, H, capacity, D]
     -> logits              float32 [1, kept, vocabulary]
     -> present.<layer>.{key,value}        float32 [slots, H, capacity, D]
@@ -66,6 +68,7 @@ from trident_export.graphs.slot_attention import Batch, MaskFunction, Slots, win
 from trident_export.graphs.states import PAST, PRESENT, States, StatesOfCache, keeps_states, mixers_replaced
 from trident_export.graphs.tracing import running, trace
 from trident_export.huggingface.folder import reason
+from trident_serving.generation.decoder import ORIGINAL_CONTEXT
 from trident_serving.runtime.kv_cache import KEYS
 
 if TYPE_CHECKING:
@@ -132,6 +135,7 @@ class Plan:
         first_position: what the model calls the first position.
         rotary_calls: calls of the rotating function that the operator makes up for.
         states: shapes of a slot's other states by name, see `states`.
+        original_context: tokens up to which a text has the first of two rotations; 0: there is one.
     """
 
     packed: bool
@@ -139,6 +143,7 @@ class Plan:
     layers: tuple[Layer, ...]
     rotary_calls: frozenset[int] = frozenset()
     states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    original_context: int = 0
 
 
 class _GroupQueryAttention(torch.autograd.Function):
@@ -168,7 +173,8 @@ class _GroupQueryAttention(torch.autograd.Function):
         query_seqlens, seqlens_k, total, *weights = others
         inputs = [*map(spread, (query, key, value)), past_key, past_value, seqlens_k, total]
         inputs += [weights.pop(0), weights.pop(0)] if operator.rotation else [absent] * 2
-        inputs += [absent] * 2 + [weights.pop(0) if operator.sinks else absent]
+        inputs.append(weights.pop(0) if operator.rotation and operator.rotation.by_row else absent)
+        inputs += [absent, weights.pop(0) if operator.sinks else absent]
         attention, present_key, present_value = g.op(
             "com.microsoft::GroupQueryAttention",
             *inputs,
@@ -200,7 +206,7 @@ class _Run:
     past: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
     states: States
     layers: tuple[Layer, ...] = ()
-    tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    tables: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     masks: list[tuple[MaskFunction, torch.Tensor]] = field(default_factory=list)
     updates: int = 0
@@ -466,12 +472,16 @@ class _CausalGraph(torch.nn.Module):
         begin = 6 + 2 * len(self.plan.layers)
         past, kept = list(zip(others[6:begin:2], others[7:begin:2], strict=True)), others[begin:]
         batch, count = Batch(*others[:5]), len(states.INPUTS)
-        places = states.Places._make((*kept[:count], batch.positions)) if kept else None
-        found = States(places, dict(zip(self.plan.states, kept[count:], strict=True)))
+        places = states.Places._make((*kept[:count], batch.positions)) if self.plan.states else None
+        found = States(places, dict(zip(self.plan.states, kept[count:], strict=False)))
         run = _Run(self.plan.packed, batch, past, found, self.plan.layers)
+        rows = position_ids + self.plan.first_position
+        if self.plan.original_context:
+            rows = rows + kept[-1] * self.plan.original_context
         for key, name in self._tables.items():
-            run.tables[key] = (getattr(self, name), getattr(self, name.replace("cos", "sin")))
-        logits = logits_of(self.model, run, input_ids, position_ids + self.plan.first_position, others[5])
+            by_row = (run.slots.spread(rows),) if self.plan.original_context else ()
+            run.tables[key] = (getattr(self, name), getattr(self, name.replace("cos", "sin")), *by_row)
+        logits = logits_of(self.model, run, input_ids, rows, others[5])
         flat = [tensor for layer in run.present for tensor in layer]
         return (logits, *flat, *(found.present[name] for name in self.plan.states))
 
@@ -596,8 +606,11 @@ def _minimum(*values: Any) -> Any:
     return min(*values)
 
 
-def plan_of(model: PreTrainedModel, positions: int) -> Plan:
+def plan_of(model: PreTrainedModel, positions: int, original: int = 0) -> Plan:
     """Run the model over slots, packed if possible, and find what its layers need.
+
+    Args:
+        original: see `Plan.original_context`.
 
     Raises:
         UnsupportedArchitecture: in no way it gives its own logits.
@@ -613,7 +626,7 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
     for packed in (True,) if keeps_states(model) else (True, False):
         for first in firsts:
             try:
-                plan, logits = _first_run(model, arguments, positions, packed, first)
+                plan, logits = _first_run(model, arguments, positions, packed, first, original)
             except Exception as error:  # a model's own code can raise anything
                 said = f"it can't run over slots of a KV cache ({reason(error)})"
                 break
@@ -629,14 +642,15 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
 
 
 def _first_run(
-    model: PreTrainedModel, arguments: Sequence[torch.Tensor], positions: int, packed: bool, first: int
+    model: PreTrainedModel, arguments: Sequence[torch.Tensor], positions: int, packed: bool, first: int, original: int
 ) -> tuple[Plan, torch.Tensor]:
     input_ids, places, *others = arguments
     with ExitStack() as stack:
         if packed:
             stack.enter_context(_attention_replaced(model))
         stack.enter_context(torch.inference_mode())
-        watched = stack.enter_context(rotary.watched(model, places[0] + first, positions + first))
+        rows = original + positions + first
+        watched = stack.enter_context(rotary.watched(model, places[0] + first, rows, by_row=original > 0))
         batch = Batch(*others[:5])
         found = States(states.Places(*_FIRST_PLACES, batch.positions) if keeps_states(model) else None)
         run = _FirstRun(packed, batch, None, found, watched=watched, positions=positions)
@@ -645,7 +659,7 @@ def _first_run(
     if not run.layers and not found.present:
         raise UnsupportedArchitecture("it keeps no keys and values")
     shapes = {name: tuple(state.shape[1:]) for name, state in found.present.items()}
-    return Plan(packed, first, run.layers, frozenset(run.rotary_calls), shapes), logits
+    return Plan(packed, first, run.layers, frozenset(run.rotary_calls), shapes, original), logits
 
 
 def _tensors_of_modules(model: PreTrainedModel) -> set[tuple[str, str]]:
@@ -685,22 +699,29 @@ def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.T
     )
 
 
-def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
+def export_causal_graph(model: PreTrainedModel, positions: int, longest: int | None = None) -> ir.Model:
     """The graph of `model` (float32, in evaluation mode), whose numbers are the model's own; see `tracing`.
 
     Args:
         positions: the largest capacity of a cache that the graph will be used with.
+        longest: tokens of a text at most; None: `positions`.
 
     Raises:
         UnsupportedArchitecture: the model can't be run over slots of a KV cache, or not be written as a graph.
     """
+    original = rotary.original_context(model) or 0
+    if (longest or positions) <= original:
+        original = 0
     with ExitStack() as around:
         around.enter_context(every_expert(model))
-        around.enter_context(rotary.with_fixed_frequencies(model))
+        if original:
+            around.enter_context(rotary.with_both_rotations(model, original, positions))
+        else:
+            around.enter_context(rotary.with_fixed_frequencies(model))
         around.enter_context(rotary.without_complex_numbers(model))
         around.enter_context(_longer_biases(model, positions))
         around.enter_context(_traced_choice(model))
-        plan = plan_of(model, positions)
+        plan = plan_of(model, positions, original)
         arguments = [*_first_texts(model)[1]]
         inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]
         inputs += ["total_sequence_length", "logits_tokens"]
@@ -730,9 +751,16 @@ def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
             outputs.append(PRESENT + name)
             axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows"}
             arguments.append(torch.zeros(2, *shape))
+        if plan.original_context:
+            inputs.append("rotations")
+            axes["rotations"] = axes["position_ids"]
+            arguments.append(torch.zeros_like(arguments[1]))
         with ExitStack() as stack:
             if plan.packed:
                 stack.enter_context(_attention_replaced(model))
             stack.enter_context(rotary.left_to_operator(model, set(plan.rotary_calls)))
             graph = _CausalGraph(model, plan)
-            return trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+            made = trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+        if plan.original_context:
+            made.metadata_props[ORIGINAL_CONTEXT] = str(plan.original_context)
+        return made

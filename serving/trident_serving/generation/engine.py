@@ -39,6 +39,7 @@ class EngineSettings:
         prefix_reuse: whether prompts start behind what the cache already holds of them.
         prompt_lookup: whether greedy requests may be drafted.
         whole_prefixes: what the cache holds is reused as a whole or not at all.
+        original_context: tokens up to which a text has the first of the model's two rotations; 0: there is one.
     """
 
     slots: int
@@ -48,6 +49,7 @@ class EngineSettings:
     prefix_reuse: bool = True
     prompt_lookup: bool = True
     whole_prefixes: bool = False
+    original_context: int = 0
 
 
 class Engine(EngineLoop[Answer]):
@@ -94,7 +96,7 @@ class Engine(EngineLoop[Answer]):
             can_copy=self._decoder.can_copy,
             whole=settings.whole_prefixes,
         )
-        return Scheduler(self._pool, settings.prefill_chunk, settings.max_waiting)
+        return Scheduler(self._pool, settings.prefill_chunk, settings.max_waiting, settings.original_context)
 
     def _requests(self) -> Sequence[Answer]:
         return self._scheduler.sequences
@@ -102,6 +104,8 @@ class Engine(EngineLoop[Answer]):
     def _step(self) -> None:
         with self._changed:
             step = self._scheduler.schedule()
+        for answer in step.restarted:
+            self._decoder.release(_slot(answer), 0)
         for answer, placement in step.placed:
             self._place(answer, placement)
         if step.prefill:
@@ -124,7 +128,9 @@ class Engine(EngineLoop[Answer]):
     def _prefill(self, chunks: Sequence[PrefillChunk[Answer]]) -> None:
         answers = [chunk.sequence for chunk in chunks]
         items = [
-            SlotTokens(_slot(answer), chunk.start, answer.tokens[chunk.start : chunk.end], int(chunk.is_last))
+            SlotTokens(
+                _slot(answer), chunk.start, answer.tokens[chunk.start : chunk.end], int(chunk.is_last), answer.rotation
+            )
             for answer, chunk in zip(answers, chunks, strict=True)
         ]
         for answer, chunk, logits in zip(answers, chunks, self._run(answers, items), strict=True):
@@ -134,10 +140,9 @@ class Engine(EngineLoop[Answer]):
                     self._take(answer, logits, [])
 
     def _decode(self, answers: Sequence[Answer]) -> None:
-        # The last token of an answer need not be drafted: it comes with the verification.
-        drafts = self._drafter.draft([(each.drafts, each.max_tokens - each.generated - 1) for each in answers])
+        drafts = self._drafter.draft([(each.drafts, self._longest_draft(each)) for each in answers])
         items = [
-            SlotTokens(_slot(answer), answer.cached, [answer.tokens[-1], *draft], 1 + len(draft))
+            SlotTokens(_slot(answer), answer.cached, [answer.tokens[-1], *draft], 1 + len(draft), answer.rotation)
             for answer, draft in zip(answers, drafts, strict=True)
         ]
         self._recorder.observe("batch_size", len(answers))
@@ -147,6 +152,13 @@ class Engine(EngineLoop[Answer]):
         for answer, draft, logits in zip(answers, drafts, found, strict=True):
             if logits is not None:
                 self._take(answer, logits, draft)
+
+    def _longest_draft(self, answer: Answer) -> int:
+        # The last token of an answer need not be drafted: it comes with the verification.
+        longest = answer.max_tokens - answer.generated - 1
+        if self._settings.original_context and not answer.rotation:  # whose next rotation a draft does not have
+            longest = min(longest, self._settings.original_context - len(answer.tokens))
+        return longest
 
     def _run(self, answers: Sequence[Answer], items: Sequence[SlotTokens]) -> list[Logits | None]:
         """The wanted logits of each answer; None for one that failed, which has ended."""
