@@ -321,6 +321,8 @@ def check_seq2seq(name: str) -> str:
         ExportError: it is refused.
     """
     said = families_seq2seq.check(name)
+    if said.startswith("no tiny model can be built"):
+        raise NotBuilt(said.partition(": ")[2])
     if said and not said.startswith("another answer"):
         raise UnsupportedArchitecture(said)
     return said
