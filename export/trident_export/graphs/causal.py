@@ -75,6 +75,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "trident_slots"
+_BIAS = "position_bias"  # an option of attentions
+# Types whose attention asks the cache where tokens and keys are, to make biases of their distances.
+_ASK_FOR_POSITIONS = ("inkling_text",)
 HEAD_MULTIPLE = 8  # of a head's size, which the operator wants
 # Of the first run's logits from Hugging Face's, in standard deviations of these. Another order of sums makes 1e-4 at
 # most; a mistake in positions, masks or experts makes 0.1 and more.
@@ -237,12 +240,18 @@ class _Run:
         keys, values = self.append(new_key, new_value)
         if attention_mask is None:
             attention_mask = self.mask()
+        options = self.spread_bias(options)
         attention = own_attention(module)(module, new_query, keys, values, attention_mask, **options)[0]
         return self.slots.packed(attention), None
 
     def spread_heads(self, *packed: torch.Tensor) -> list[torch.Tensor]:
         """[1, heads, tokens, size] each, to [slots, heads, width, size]."""
         return [self.slots.spread(tensor.transpose(1, 2)).transpose(1, 2) for tensor in packed]
+
+    def spread_bias(self, options: dict[str, Any]) -> dict[str, Any]:
+        """An attention's options, with a bias of each token for each key where its slot has it."""
+        bias = options.get(_BIAS)
+        return options if bias is None else options | {_BIAS: self.spread_heads(bias)[0]}
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the next layer's new keys and values, [slots, heads, width, size], and read what is attended to."""
@@ -287,6 +296,7 @@ class _FirstRun(_Run):
         heads = self.spread_heads(query, key, value)
         new_query, (keys, values) = heads[0], self.append(*heads[1:])
         attention_mask = self.mask() if attention_mask is None else attention_mask
+        options = self.spread_bias(options)
         own = own_attention(module)(module, new_query, keys, values, attention_mask, **options)[0]
         call = self.watched.call_of(query, key) if self.watched else None
         operator = self._operator((new_query, keys, values), attention_mask, own, options, call)
@@ -317,7 +327,7 @@ class _FirstRun(_Run):
         """The operator, where it is shown to give what the layer's own function gives."""
         query, key, value = heads
         size = query.shape[-1]
-        if size % HEAD_MULTIPLE or size != key.shape[-1] or size != value.shape[-1] or query.shape[1] % key.shape[1]:
+        if _BIAS in options or size % HEAD_MULTIPLE or size != key.shape[-1] or size != value.shape[-1] or query.shape[1] % key.shape[1]:
             return None
         function = next((function for function, made in self.masks if made is mask), None)
         window = window_of(function, self.positions) if function is not None else None
@@ -417,9 +427,10 @@ class _NoLayers(list[Any]):
 class _SlotCache(StatesOfCache, Cache):
     """What transformers' models know as their cache: `_Run` keeps it."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _Run, positions: torch.Tensor | None = None) -> None:
         super().__init__(layers=_NoLayers())
         self.run, self.states = run, run.states
+        self._positions = positions  # of a packed run's tokens, where they are asked for
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         """In a packed run the attention appends; otherwise keys and values are read from the cache here."""
@@ -441,13 +452,14 @@ class _SlotCache(StatesOfCache, Cache):
         """Tokens before this run's, as far as sizes go."""
         return 0 if self.run.packed else self.run.slots.keys - self.run.slots.places.shape[1]  # type: ignore[return-value]
 
-    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
-        """The mask does not use it."""
-        return 0
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> Any:
+        """Of each token, from its place in the run to its position; the mask does not use it."""
+        return 0 if self._positions is None else self._positions - torch.arange(self._positions.shape[0])
 
     def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Keys, and what they begin with."""
-        return (query_length if self.run.packed else self.run.slots.keys), 0  # type: ignore[return-value]
+        packed = self.run.packed and self._positions is None
+        return (query_length if packed else self.run.slots.keys), 0  # type: ignore[return-value]
 
 
 class _CausalGraph(torch.nn.Module):
@@ -512,7 +524,8 @@ def logits_of(
         return output[0] if output.ndim > 3 else output  # some take positions of a text, and add the batch
 
     takes = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"cache" if "cache" in takes else "past_key_values": _SlotCache(run)}
+    asked = position_ids[0] if run.packed and model.config.get_text_config().model_type in _ASK_FOR_POSITIONS else None
+    options: dict[str, Any] = {"cache" if "cache" in takes else "past_key_values": _SlotCache(run, asked)}
     if (
         "lang_ids" in takes and model.config.default_language is not None
     ):  # for each token, as the number of tokens varies
