@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -360,7 +361,8 @@ def table(results: dict[str, list[Result]]) -> str:
 
 
 def _cell(result: Result) -> str:
-    said = " ".join(result.said.split()).replace("|", "\\|").replace("<", "&lt;")
+    said = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "the model", " ".join(result.said.split()))
+    said = said.replace("|", "\\|").replace("<", "&lt;")
     return "served" if result.kind == "served" else f"{result.kind}: {said}"
 
 

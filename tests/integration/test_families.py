@@ -42,6 +42,7 @@ from trident_export.errors import ModelsFileError, UnsupportedArchitecture
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph, plan_of
 from trident_export.graphs.slot_attention import Slots, window_of
+from trident_export.graphs.tracing import running
 from trident_export.passes import Cache
 from trident_export.passes.groups import Groups
 from trident_serving.generation.batch import SlotTokens
@@ -310,3 +311,13 @@ def test_frequencies_that_change_with_the_length_have_a_longest_context(tmp_path
     write(model, path)
     compare_logits(model, path, tolerance=5e-4)  # of 40 tokens at most
     assert rotary.longest_context(make(CONFIGS["smollm3"])) is None
+
+
+def test_what_a_library_says_is_logged_and_not_said(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UnsupportedArchitecture) as raised, running("a Model"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert str(raised.value) == (
+        "a Model can't be traced to a graph: its code does there what Trident does not know (--verbose shows its "
+        "library's words): choose another model"
+    )
+    assert "mat1 and mat2 shapes cannot be multiplied" in caplog.text

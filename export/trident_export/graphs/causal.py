@@ -66,8 +66,7 @@ from trident_export.graphs.decoder_passes import QUERY_SEQLENS
 from trident_export.graphs.experts import every_expert
 from trident_export.graphs.slot_attention import Batch, MaskFunction, Slots, window_of
 from trident_export.graphs.states import PAST, PRESENT, States, StatesOfCache, keeps_states, mixers_replaced
-from trident_export.graphs.tracing import running, trace
-from trident_export.huggingface.folder import reason
+from trident_export.graphs.tracing import cause, running, trace
 from trident_serving.generation.decoder import ORIGINAL_CONTEXT
 from trident_serving.runtime.kv_cache import KEYS
 
@@ -83,6 +82,22 @@ HEAD_MULTIPLE = 8  # of a head's size, which the operator wants
 # most; a mistake in positions, masks or experts makes 0.1 and more.
 _LARGEST_DIFFERENCE = 1e-2
 _SUPPORTED = "choose another model"
+
+_WEIGHTED = "weights its convolutions anew for every token, which Trident does not have"
+_DRAFTS = "drafts for another model, whose keys and values it reads"
+# Types that a first run would refuse, too, and what they do in a user's words.
+_LACKING = {
+    "blt": "reads bytes in patches, which another model in it cuts",
+    "cpmant": "puts tokens of its own before every text",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "inkling2_loop_text": _WEIGHTED,
+    "inkling2_text": _WEIGHTED,
+    "prophetnet": "predicts several tokens at once by attention of its own, which Trident does not have",
+    "qwen4_exp_text": "looks up the tokens before each one and keeps an index of keys, which Trident does not have",
+    "xlm": "reads what stands on both sides of a token",
+    "xlstm": "keeps states of a recurrence that Trident does not have",
+}
 
 # The first run's places of tokens for states: five of one text, then three of another.
 _FIRST_PLACES = (
@@ -327,7 +342,13 @@ class _FirstRun(_Run):
         """The operator, where it is shown to give what the layer's own function gives."""
         query, key, value = heads
         size = query.shape[-1]
-        if _BIAS in options or size % HEAD_MULTIPLE or size != key.shape[-1] or size != value.shape[-1] or query.shape[1] % key.shape[1]:
+        if (
+            _BIAS in options
+            or size % HEAD_MULTIPLE
+            or size != key.shape[-1]
+            or size != value.shape[-1]
+            or query.shape[1] % key.shape[1]
+        ):
             return None
         function = next((function for function, made in self.masks if made is mask), None)
         window = window_of(function, self.positions) if function is not None else None
@@ -629,6 +650,9 @@ def plan_of(model: PreTrainedModel, positions: int, original: int = 0) -> Plan:
         UnsupportedArchitecture: in no way it gives its own logits.
     """
     name = type(model).__name__
+    for kind in (model.config.model_type, model.config.get_text_config().model_type):
+        if kind in _LACKING:
+            raise UnsupportedArchitecture(f"a {name} is not supported: it {_LACKING[kind]}: {_SUPPORTED}")
     texts, arguments = _first_texts(model)
     with running(f"a {name}", "be run"), torch.inference_mode():
         expected = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in texts]
@@ -641,7 +665,7 @@ def plan_of(model: PreTrainedModel, positions: int, original: int = 0) -> Plan:
             try:
                 plan, logits = _first_run(model, arguments, positions, packed, first, original)
             except Exception as error:  # a model's own code can raise anything
-                said = f"it can't run over slots of a KV cache ({reason(error)})"
+                said = f"it can't run over slots of a KV cache: {cause(error)}"
                 break
             found = torch.split(logits[0].float(), [len(ids) for ids in texts])
             off = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / spread
