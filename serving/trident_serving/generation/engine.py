@@ -42,6 +42,7 @@ class EngineSettings:
         prefix_reuse: whether prompts start behind what the cache already holds of them.
         prompt_lookup: whether greedy requests may be drafted.
         whole_prefixes: what the cache holds is reused as a whole or not at all.
+        original_context: tokens up to which a text has the first of the model's two rotations; 0: there is one.
     """
 
     slots: int
@@ -51,6 +52,7 @@ class EngineSettings:
     prefix_reuse: bool = True
     prompt_lookup: bool = True
     whole_prefixes: bool = False
+    original_context: int = 0
 
 
 class Engine(EngineLoop[Answer]):
@@ -104,7 +106,7 @@ class Engine(EngineLoop[Answer]):
             can_copy=self._decoder.can_copy,
             whole=settings.whole_prefixes,
         )
-        return Scheduler(self._pool, settings.prefill_chunk, settings.max_waiting)
+        return Scheduler(self._pool, settings.prefill_chunk, settings.max_waiting, settings.original_context)
 
     def _requests(self) -> Sequence[Answer]:
         return self._scheduler.sequences
@@ -112,6 +114,8 @@ class Engine(EngineLoop[Answer]):
     def _step(self) -> None:
         with self._changed:
             step = self._scheduler.schedule()
+        for answer in step.restarted:
+            self._decoder.release(_slot(answer), 0)
         for answer, placement in step.placed:
             self._place(answer, placement)
         if step.prefill:
@@ -137,7 +141,7 @@ class Engine(EngineLoop[Answer]):
         for answer, chunk in zip(answers, chunks, strict=True):
             tokens = answer.tokens[chunk.start : chunk.end]
             count = len(tokens) if answer.scored else int(chunk.is_last)
-            items.append(SlotTokens(_slot(answer), chunk.start, tokens, count))
+            items.append(SlotTokens(_slot(answer), chunk.start, tokens, count, answer.rotation))
         guides = [answer.guide if chunk.is_last else None for answer, chunk in zip(answers, chunks, strict=True)]
         with self._masks([(guide, ()) for guide in guides]) as masks:
             found = self._run(answers, items)
@@ -146,6 +150,7 @@ class Engine(EngineLoop[Answer]):
                 answer.cached = chunk.end
                 if answer.scored:
                     answer.score_prompt(logits, chunk.start)
+                    answer.scored = not chunk.is_last  # once, though an answer may run again
                 if chunk.is_last and answer.max_tokens:
                     self._take(answer, logits[-1:], [], mask)
                 elif chunk.is_last:
@@ -153,15 +158,14 @@ class Engine(EngineLoop[Answer]):
                     self._finish(answer, FinishReason.LENGTH)
 
     def _decode(self, answers: Sequence[Answer]) -> None:
-        # The last token of an answer need not be drafted: it comes with the verification.
-        limits = [each.max_tokens - each.generated - 1 for each in answers]
+        limits = [self._longest_draft(each) for each in answers]
         drafts = self._drafter.draft([(each.drafts, limit) for each, limit in zip(answers, limits, strict=True)])
         drafts = [
             each.guided(draft, min(limit, MAX_DRAFT))
             for each, draft, limit in zip(answers, drafts, limits, strict=True)
         ]
         items = [
-            SlotTokens(_slot(answer), answer.cached, [answer.tokens[-1], *draft], 1 + len(draft))
+            SlotTokens(_slot(answer), answer.cached, [answer.tokens[-1], *draft], 1 + len(draft), answer.rotation)
             for answer, draft in zip(answers, drafts, strict=True)
         ]
         self._recorder.observe("batch_size", len(answers))
@@ -173,6 +177,13 @@ class Engine(EngineLoop[Answer]):
         for answer, draft, logits, mask in zip(answers, drafts, found, masks, strict=True):
             if logits is not None:
                 self._take(answer, logits, draft, mask)
+
+    def _longest_draft(self, answer: Answer) -> int:
+        # The last token of an answer need not be drafted: it comes with the verification.
+        longest = answer.max_tokens - answer.generated - 1
+        if self._settings.original_context and not answer.rotation:  # whose next rotation a draft does not have
+            longest = min(longest, self._settings.original_context - len(answer.tokens))
+        return longest
 
     def _run(self, answers: Sequence[Answer], items: Sequence[SlotTokens]) -> list[Logits | None]:
         """The wanted logits of each answer; None for one that failed, which has ended."""

@@ -147,6 +147,7 @@ class GenerationService:
                 # A draft that is refused can't be taken back from a state.
                 prompt_lookup=limits.prompt_lookup and not decoder.states,
                 whole_prefixes=bool(decoder.states),
+                original_context=decoder.original_context,
             ),
             eos_token_ids=self._eos_token_ids,
             recorder=self.recorder,
