@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
@@ -25,7 +25,8 @@ from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
-from trident_export.huggingface.folder import HuggingFaceFolder, reason
+from trident_export.huggingface import chat_templates
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.measure import fidelity
 from trident_export.measure import texts as texts_gate
@@ -56,12 +57,21 @@ CHAT_TOKENS = 96
 GREEDY_TOKENS = 32
 
 
+def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
+    """See `trident_export.tasks`."""
+    source.check_head(AutoModelForCausalLM)
+    check_context(spec, source.config)
+    _ = source.generation_config
+    tokenizer = source.fast_tokenizer
+    if (template := default_template(source, tokenizer.chat_template)) is not None:
+        chat_templates.check(source, template, tokenizer.special_tokens_map)
+
+
 def trace(job: Job) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
     job.progress("loading the model")
     model = load_model(job.source)
-    check_context(spec, model)
     if unused := texts_gate.not_applied(job.source.generation_config):
         job.progress(f"the generation config's {', '.join(unused)} are not applied: a request gives what it wants")
     check_device(spec, model)
@@ -174,24 +184,29 @@ def load_model(source: HuggingFaceFolder) -> PreTrainedModel:
     return source.load(AutoModelForCausalLM)
 
 
-def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
+def check_context(spec: ModelSpec, config: PretrainedConfig) -> None:
     """The context of models.toml must be one that the model was built for.
 
     Raises:
         ModelsFileError: it is larger.
     """
     assert spec.generation
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and spec.generation.context > longest:
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, the model was built for {longest} positions"
         )
-    fixed = rotary.longest_context(model)
+    fixed = fixed_context(config)
     if fixed is not None and spec.generation.context > fixed:
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, but this model's rotary embedding changes "
             f"beyond its original context: set it to {fixed} at most"
         )
+
+
+def fixed_context(config: PretrainedConfig) -> int | None:
+    """Positions up to which a model's rotary embedding stays the same; None where it never changes."""
+    return rotary.longest_context(cast("PreTrainedModel", SimpleNamespace(config=config)))  # it asks for no more
 
 
 def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
@@ -236,7 +251,6 @@ def save_text_files(source: HuggingFaceFolder, folder: Path, rows: int) -> None:
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     drop_tokens_beyond(source, folder / "tokenizer.json", rows)
-    check_chat_template(source, folder)
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
         source.generation_config.save_pretrained(str(folder))
@@ -256,23 +270,6 @@ def default_template(source: HuggingFaceFolder, templates: str | dict[str, str] 
             "that is served: name it so, or take them away to serve the model without messages"
         )
     return templates["default"]
-
-
-def check_chat_template(source: HuggingFaceFolder, folder: Path) -> None:
-    """The chat template, where there is one, must render a message as a server would ask it to.
-
-    Raises:
-        UnreadableSource: it does not parse, or fails.
-    """
-    try:
-        if (template := ChatTemplate.load(folder)) is not None:
-            template.render([{"role": "user", "content": "Hello"}])
-    except Exception as error:  # a template can raise whatever its expressions raise
-        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-        raise UnreadableSource(
-            f"{source}: the chat template can't be used ({reason(error)}{line}): mend it in chat_template.jinja or "
-            "tokenizer_config.json, or take it away to serve the model without messages"
-        ) from error
 
 
 def greedy_answer(model: PreTrainedModel, ids: list[int]) -> list[int]:

@@ -143,10 +143,17 @@ class EncoderExport(Generic[Limits]):
         """
         return {}
 
+    def check(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        """See `trident_export.tasks`."""
+        source.check_head(self.head_of(source))
+        _ = source.fast_tokenizer
+        self._check_limits(spec, source)
+        source.roles(spec.prompts)
+        self.settings(source)
+
     def trace(self, job: Job) -> None:
         """See `trident_export.tasks`."""
         spec, source, limits = job.spec, job.source, job.spec.encoder
-        self._check_limits(spec, source)
         disk.require(job.staging, max(source.weight_bytes, 4 * source.parameters), spec.recipes)
         tokenizer, postprocess = (
             job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")

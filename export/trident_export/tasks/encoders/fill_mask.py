@@ -61,4 +61,4 @@ class FillMask(EncoderExport[FillMaskLimits]):
 
 
 EXPORT = FillMask()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

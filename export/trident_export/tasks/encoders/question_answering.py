@@ -48,4 +48,4 @@ class QuestionAnswering(EncoderExport[AnswerLimits]):
 
 
 EXPORT = QuestionAnswering()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

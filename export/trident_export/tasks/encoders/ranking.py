@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export.errors import UnsupportedModel
 from trident_export.graphs import encoder as encoder_graph
+from trident_export.huggingface import chat_templates
 from trident_export.huggingface.folder import HuggingFaceFolder, reading
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import Job
@@ -84,6 +85,15 @@ class Ranking(Classification):
     def finish(self, model: ir.Model, limits: LabelLimits, source: HuggingFaceFolder) -> None:
         if _answers(source):
             encoder_graph.with_last_score(model)
+
+    def check(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        if _answers(source):
+            tokenizer = source.tokenizer
+            if isinstance(tokenizer.chat_template, str):
+                messages = ((("query", "a"), ("document", "b")),)
+                chat_templates.check(source, tokenizer.chat_template, tokenizer.special_tokens_map, messages)
+            _tokens(source)
+        super().check(spec, source)
 
     def trace(self, job: Job) -> None:
         super().trace(job)
@@ -180,4 +190,4 @@ def _parts(source: HuggingFaceFolder, prompts: Any) -> dict[str, list[str]]:
 
 
 EXPORT = Ranking()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

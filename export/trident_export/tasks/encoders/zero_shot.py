@@ -60,4 +60,4 @@ class ZeroShot(EncoderExport[ZeroShotLimits]):
 
 
 EXPORT = ZeroShot()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator
