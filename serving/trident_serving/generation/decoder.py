@@ -19,7 +19,10 @@ from trident_serving.generation.batch import (
     MAX_PADDING,
     MAX_POSITIONS,
     MIN_POSITIONS,
+    ONE_ROW,
+    PADDED_ROWS,
     PackedBatch,
+    Rows,
     SlotTokens,
     pack,
     split,
@@ -146,8 +149,9 @@ class OnnxDecoder:
         self._inputs = [name for name in inputs if not name.startswith((_PAST, _STATE))]
         logits = next(node for node in self._session.get_outputs() if node.name == "logits")
         self.vocabulary_size = int(logits.shape[2])
-        self._logits = np.empty((slots, self.vocabulary_size), np.float32)
+        self._logits = np.empty((slots + 1, self.vocabulary_size), np.float32)  # one for a second row
         self._bindings: dict[tuple[int, int], Binding] = {}
+        self._rows: Rows | None = None  # until the first run
 
     @property
     def can_copy(self) -> bool:
@@ -156,6 +160,8 @@ class OnnxDecoder:
 
     def run(self, items: Sequence[SlotTokens]) -> Logits:
         """See `Decoder.run`."""
+        if self._rows is None:
+            self._rows = self._fewest_rows()
         for item in items:
             if item.start + len(item.tokens) > self.context:
                 raise ValueError(
@@ -166,8 +172,8 @@ class OnnxDecoder:
                     f"slot {item.slot} holds the states of {self._held[item.slot]} tokens, not {item.start}"
                 )
         wanted = sum(item.wanted for item in items)
-        if wanted > len(self._logits):
-            self._logits = np.empty((wanted, self.vocabulary_size), np.float32)
+        if wanted >= len(self._logits):
+            self._logits = np.empty((wanted + 1, self.vocabulary_size), np.float32)
         starts: dict[int, int] = {}  # of each slot's logits, in the order of the runs
         end = 0
         max_padding = MAX_PADDING if self.states else MAX_POSITIONS
@@ -176,11 +182,12 @@ class OnnxDecoder:
             for item in run:
                 starts[item.slot] = end
                 end += item.wanted
-            batch = pack(run, self._min_positions, None if self._ragged else self._held)
+            batch = pack(run, self._min_positions, None if self._ragged else self._held, self._rows)
+            logits = self._logits[begin : begin + len(batch.logits_tokens)]
             if self.states:
-                self._run_with_states(run, batch, self._logits[begin:end])
+                self._run_with_states(run, batch, logits)
             else:
-                self._run(batch, self._logits[begin:end])
+                self._run(batch, logits)
             for item in run:
                 self._held[item.slot] = item.start + len(item.tokens)
         logits = self._logits[:wanted]
@@ -201,6 +208,28 @@ class OnnxDecoder:
         self.cache.release(slot, start)
         # States can't be cut back.
         self._held[slot] = start if not self.states or start == self._held[slot] else 0
+
+    def _fewest_rows(self) -> Rows:
+        """Of a run, so that a token's numbers are the same in every run on this processor; see `PADDED_ROWS`.
+
+        Whether a single row is summed in another order shows in nearly any token, since every bit of its logits is
+        compared. Operators with states take no token that belongs to no slot. A graph that can't run fails here.
+        """
+        rows = ONE_ROW
+        for name in ("wanted",) if self.states else ("tokens", "wanted"):
+            padded = rows._replace(**{name: PADDED_ROWS})
+            if not np.array_equal(self._probe(rows), self._probe(padded), equal_nan=True):
+                rows = padded
+        return rows
+
+    def _probe(self, rows: Rows) -> Logits:
+        """Logits of two texts of one token."""
+        self._rows = rows
+        found = []
+        for token in (self.vocabulary_size // 3, self.vocabulary_size // 2):
+            found.append(self.run([SlotTokens(0, 0, [token])]).copy())
+            self.release(0, 0)
+        return np.concatenate(found)
 
     def _run_with_states(self, items: Sequence[SlotTokens], batch: PackedBatch, logits: Logits) -> None:
         for item in items:
