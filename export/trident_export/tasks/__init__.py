@@ -102,6 +102,8 @@ def build(job: Job, *, force: bool = False) -> Checked:
         job.progress("comparing with Hugging Face")
     measures = evaluate(job.spec, job.source, job.staging)
     refused = {}
+    if (uncompared := _uncompared(job.spec, measures)) is not None:
+        job.progress(uncompared)
     for variant, measured in measures.items():
         precision = job.spec.recipes[variant].precision
         try:
@@ -111,6 +113,13 @@ def build(job: Job, *, force: bool = False) -> Checked:
                 raise
             refused[variant] = str(error)
     return Checked(measures, refused)
+
+
+def _uncompared(spec: ModelSpec, measures: Measures) -> str | None:
+    """What the gate leaves to belief: texts longer than the longest that it compared."""
+    longest = int(min((measured[fidelity.LONGEST] for measured in measures.values() if measured), default=0))
+    most = spec.generation.context if spec.generation else spec.encoder.max_tokens if spec.encoder else 0
+    return f"compared texts have {longest} tokens at most, the model takes {most}" if longest < most else None
 
 
 def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:

@@ -106,6 +106,9 @@ class Ranking(Classification):
             texts = [text.encode()[:_SHORT].decode(errors="ignore") for text in texts]
         return list(zip(texts, [*texts[1:], *texts[:1]], strict=True))
 
+    def far_sample(self, text: str, sample: Texts, source: HuggingFaceFolder) -> Texts | None:
+        return None if _answers(source) else (sample[0], text)  # Hugging Face's side cuts no template
+
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
         roles, tokenizer = source.roles(spec.prompts), source.tokenizer
         prompt = roles.prompts[roles.default_prompt] if roles.default_prompt is not None else ""

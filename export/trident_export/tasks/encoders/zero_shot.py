@@ -50,6 +50,9 @@ class ZeroShot(EncoderExport[ZeroShotLimits]):
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:
         return list(zip(texts, cycle(_LABELS), strict=False))
 
+    def far_sample(self, text: str, sample: Texts, source: HuggingFaceFolder) -> Texts:
+        return (text, sample[1])
+
     def tokenize(self, tokenizer: Any, texts: Texts, max_tokens: int) -> Any:
         text, label = texts
         pair = (text, hypothesis(DEFAULT_TEMPLATE, label))
