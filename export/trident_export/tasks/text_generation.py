@@ -204,7 +204,7 @@ def check_context(spec: ModelSpec, config: PretrainedConfig) -> None:
             f"[{spec.name}] limits.context is {spec.generation.context}, but this model's rotary embedding changes "
             f"with every token beyond its original context: set it to {fixed} at most"
         )
-    original = rotary.original_context(model)
+    original = rotary.original_context(_only_config(config))
     if original is not None and spec.generation.context > original and spec.generation.device != "cpu":
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, but on a GPU a model with two rotations "
@@ -214,7 +214,12 @@ def check_context(spec: ModelSpec, config: PretrainedConfig) -> None:
 
 def fixed_context(config: PretrainedConfig) -> int | None:
     """Positions up to which a model's rotary embedding stays the same; None where it never changes."""
-    return rotary.longest_context(cast("PreTrainedModel", SimpleNamespace(config=config)))  # it asks for no more
+    return rotary.longest_context(_only_config(config))
+
+
+def _only_config(config: PretrainedConfig) -> PreTrainedModel:
+    """What stands in for a model where nothing else is asked of it."""
+    return cast("PreTrainedModel", SimpleNamespace(config=config))
 
 
 def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
