@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 from trident_serving.errors import Overloaded
 from trident_serving.generation.slots import Placement, SlotPool
 
+SCORED_CHUNK = 32  # tokens whose logits are all kept: each takes as much memory as a running sequence's
+
 
 class Sequence:
     """One request in the scheduler.
@@ -23,6 +25,8 @@ class Sequence:
         prefill_length: how many of them run before the next one is chosen: the prompt, or, behind a `restart`, all.
         cached: how many of them the cache holds.
         slot: of the KV cache, once it has one.
+        scored: whether each token of the prompt needs its logits, so that none is reused.
+        leader: a sequence with the same prompt; this one is placed once that has run its own.
         rotation: of the keys in the cache: 1 where the text goes beyond the model's original context.
     """
 
@@ -33,6 +37,13 @@ class Sequence:
         self.cached = 0
         self.slot: int | None = None
         self.rotation = 0
+        self.scored = False
+        self.leader: Sequence | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether it waits for its leader."""
+        return self.leader is not None and self.leader.slot is not None and not self.leader.prefilled
 
     @property
     def prefilled(self) -> bool:
@@ -109,19 +120,20 @@ class Scheduler(Generic[S]):
         """Every sequence, running ones first."""
         return [*self._running, *self._waiting]
 
-    def add(self, sequence: S) -> None:
-        """Queue a sequence.
+    def add(self, *sequences: S) -> None:
+        """Queue sequences, all or none.
 
         Raises:
             Overloaded: the queue is full.
         """
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._waiting) + len(sequences) > max(self._max_waiting, len(sequences)):
             raise Overloaded(
                 f"the queue is full: {len(self._waiting)} of {self._max_waiting} requests wait while "
                 f"{len(self._running)} run; try again later"
             )
-        sequence.rotation = self._rotation(sequence)
-        self._waiting.append(sequence)
+        for sequence in sequences:
+            sequence.rotation = self._rotation(sequence)
+        self._waiting.extend(sequences)
 
     def schedule(self) -> Step[S]:
         """The next step; the caller runs it, raises `cached` as it does, and reports ends with `remove`."""
@@ -137,7 +149,7 @@ class Scheduler(Generic[S]):
             if not sequence.prefilled and room:
                 chunks.append(self._chunk(sequence, room))
                 room -= chunks[-1].end - chunks[-1].start
-        while self._waiting and room:
+        while self._waiting and room and not self._waiting[0].follows:
             placement = self._place(self._waiting[0])
             if placement is None:
                 break
@@ -168,11 +180,13 @@ class Scheduler(Generic[S]):
         return int(0 < self._original_context < len(sequence.tokens))
 
     def _place(self, sequence: S) -> Placement | None:
-        placement = self._pool.place(sequence, sequence.prompt_length + sequence.max_tokens)
+        size = sequence.prompt_length + sequence.max_tokens
+        placement = self._pool.place(sequence, size, reuse=not sequence.scored)
         if placement is not None:
             sequence.slot, sequence.cached = placement.slot, placement.reused
         return placement
 
     @staticmethod
     def _chunk(sequence: S, room: int) -> PrefillChunk[S]:
+        room = min(room, SCORED_CHUNK) if sequence.scored else room
         return PrefillChunk(sequence, sequence.cached, min(sequence.cached + room, sequence.prefill_length))

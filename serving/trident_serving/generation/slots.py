@@ -95,14 +95,15 @@ class SlotPool:
         """Tokens whose memory is taken: what running sequences may grow to, and what is kept."""
         return sum(slot.tokens for slot in self._slots)
 
-    def place(self, content: Content, reserve: int) -> Placement | None:
+    def place(self, content: Content, reserve: int, *, reuse: bool = True) -> Placement | None:
         """A slot for a sequence with nothing cached yet; None while there is no room.
 
         Args:
             content: the sequence; its tokens are the prompt.
             reserve: tokens that it may grow to, at most the budget.
+            reuse: whether it may start behind what a slot holds.
         """
-        source, reused = self._best_match(content)
+        source, reused = self._best_match(content) if reuse else (None, 0)
         target = self._choose(source, reused)
         if target is None or not self._can_fit(reserve):
             return None
