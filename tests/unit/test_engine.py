@@ -97,10 +97,14 @@ class StatesDecoder(ListDecoder):
         self.slots[slot] = self.slots[slot][:start]
 
 
+ORIGINAL = 18
+
+
 class RotatingDecoder(ListDecoder):
     """A `Decoder` of a model with two rotations: what a slot holds of both gives another token."""
 
     def run(self, items: Sequence[SlotTokens]) -> np.ndarray:
+        assert all(item.rotation or item.start + len(item.tokens) <= ORIGINAL for item in items)
         rotated = [
             replace(item, tokens=[token + VOCABULARY * item.rotation for token in item.tokens]) for item in items
         ]
@@ -217,8 +221,8 @@ def test_a_conversation_goes_on_from_its_state() -> None:
     st.integers(1, 4),
 )
 def test_a_text_beyond_the_original_context_has_one_rotation(requests: list[tuple[list[int], int]], slots: int) -> None:
-    """With reuse of prefixes and drafts: the longest texts are of 36 tokens, and some grow beyond 18."""
-    engine = make(RotatingDecoder(slots), original_context=18)
+    """With reuse of prefixes and drafts: the longest texts are of 36 tokens, and some grow beyond 18, which no draft does."""
+    engine = make(RotatingDecoder(slots), original_context=ORIGINAL)
     consumers = [Collector() for _ in requests]
     for (prompt, max_tokens), consumer in zip(requests, consumers, strict=True):
         engine.submit(Job(list(prompt), SamplingParams(max_tokens=max_tokens), consumer))
@@ -227,7 +231,7 @@ def test_a_text_beyond_the_original_context_has_one_rotation(requests: list[tupl
         assert consumer.error is None
         text = list(prompt)
         for token in consumer.tokens:
-            assert token == next_token([each + VOCABULARY * (len(text) > 18) for each in text])
+            assert token == next_token([each + VOCABULARY * (len(text) > ORIGINAL) for each in text])
             text.append(token)
         assert len(consumer.tokens) == max_tokens or consumer.tokens[-1] == EOS
     engine.stop()
