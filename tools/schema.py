@@ -33,8 +33,9 @@ Written by `make schema` from `trident_serving.schema.fields`: change that, not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Option:
         dtype: the tensor's type by its name in the protocol; "BYTES" of texts.
         help: what it does.
         choices: the texts that it may have; (): any.
-        many: whether it is a list of texts.
+        many: whether it is a list.
         flag: whether `trident` has a flag for it.
     """
 
@@ -88,6 +89,8 @@ def options() -> str:
 
 
 def _annotation(field: Field) -> str:
+    if field.annotation:
+        return field.annotation
     if field.choices:
         return f"Literal[{', '.join(_quoted(choice) for choice in field.choices)}]"
     return f"list[{_TYPES[field.dtype]}]" if field.shape == (-1,) else _TYPES[field.dtype]

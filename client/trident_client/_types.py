@@ -25,6 +25,9 @@ class GenerationChunk:
         log_probs: log-probabilities of the new tokens; () unless `return_log_probs` asks for them.
         top_log_probs: for each new token the likeliest tokens, as (id, log-probability); () unless `top_logprobs`
             asks for them.
+        prompt_log_probs: log-probabilities of the prompt's tokens but the first, in the first chunk; () unless
+            `prompt_logprobs` asks for them.
+        prompt_top_log_probs: the likeliest tokens at each of them.
     """
 
     text: str
@@ -33,6 +36,8 @@ class GenerationChunk:
     num_output_tokens: int
     log_probs: tuple[float, ...] = ()
     top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    prompt_log_probs: tuple[float, ...] = ()
+    prompt_top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,10 +67,20 @@ def options(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, 
         if value is None or (option.many and not value):
             continue
         if option.dtype == "BYTES":
-            tensors[name] = texts(list(value) if option.many else [value])[None]
+            values = list(value) if option.many else [value if isinstance(value, str) else _json(name, value)]
+            tensors[name] = texts(values)[None]
+        elif option.many:
+            tensors[name] = np.concatenate([scalar(name, each, _DTYPES[option.dtype]) for each in value])[None]
         else:
             tensors[name] = scalar(name, value, _DTYPES[option.dtype])[None]
     return tensors
+
+
+def _json(name: str, value: object) -> str:
+    try:
+        return json.dumps(dict(value) if isinstance(value, Mapping) else value)
+    except TypeError as error:
+        raise ValueError(f"{name} can't be written as JSON: {error}") from None
 
 
 def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:

@@ -146,7 +146,7 @@ def _print_stream(client: Client, options: argparse.Namespace, prompt: Any) -> i
             print(chunk.text, end="", flush=True)
     if options.json:
         result = dataclasses.asdict(chunks[-1]) | {"text": "".join(chunk.text for chunk in chunks)}
-        del result["log_probs"], result["top_log_probs"]
+        result = {name: value for name, value in result.items() if not name.endswith("log_probs")}
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()

@@ -82,7 +82,7 @@ def trace(job: Job) -> None:
     job.graphs.mkdir()
     job.progress("tracing the graph")
     assert spec.generation
-    traced = export_causal_graph(model, positions(spec.generation))
+    traced = export_causal_graph(model, positions(spec.generation), spec.generation.context)
     save(decoder_passes.optimize(traced, ragged=spec.generation.device == "cpu"), job.graphs / "model.onnx")
 
 
@@ -202,13 +202,24 @@ def check_context(spec: ModelSpec, config: PretrainedConfig) -> None:
     if fixed is not None and spec.generation.context > fixed:
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, but this model's rotary embedding changes "
-            f"beyond its original context: set it to {fixed} at most"
+            f"with every token beyond its original context: set it to {fixed} at most"
+        )
+    original = rotary.original_context(_only_config(config))
+    if original is not None and spec.generation.context > original and spec.generation.device != "cpu":
+        raise ModelsFileError(
+            f"[{spec.name}] limits.context is {spec.generation.context}, but on a GPU a model with two rotations "
+            f"(longrope) is served within its original context only: set it to {original} at most"
         )
 
 
 def fixed_context(config: PretrainedConfig) -> int | None:
     """Positions up to which a model's rotary embedding stays the same; None where it never changes."""
-    return rotary.longest_context(cast("PreTrainedModel", SimpleNamespace(config=config)))  # it asks for no more
+    return rotary.longest_context(_only_config(config))
+
+
+def _only_config(config: PretrainedConfig) -> PreTrainedModel:
+    """What stands in for a model where nothing else is asked of it."""
+    return cast("PreTrainedModel", SimpleNamespace(config=config))
 
 
 def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
@@ -290,19 +301,25 @@ def served_answers(folder: Path, prompts: list[list[int]], device: str = "cpu") 
         folder / "model.onnx",
         slots=GATE_ROWS,
         context=context,
-        longest_run=max(map(len, prompts)),
+        longest_run=context,
         threads=0,
         device=device,
     )
     answers: list[list[int]] = []
     for start in range(0, len(prompts), GATE_ROWS):
         group = prompts[start : start + GATE_ROWS]
-        items = [SlotTokens(row, 0, ids) for row, ids in enumerate(group)]
+        items = [SlotTokens(row, 0, ids, 1, decoder.rotation(len(ids))) for row, ids in enumerate(group)]
         found: list[list[int]] = [[] for _ in group]
         for step in range(GREEDY_TOKENS):
             for tokens, likeliest in zip(found, decoder.run(items).argmax(axis=-1), strict=True):
                 tokens.append(int(likeliest))
-            items = [SlotTokens(row, len(ids) + step, [found[row][-1]]) for row, ids in enumerate(group)]
+            items = []
+            for row, ids in enumerate(group):
+                place = len(ids) + step
+                rotation = decoder.rotation(place + 1)
+                again = rotation != decoder.rotation(place)
+                tokens = [*ids, *found[row]] if again else found[row][-1:]
+                items.append(SlotTokens(row, 0 if again else place, tokens, 1, rotation))
         answers += found
     return answers
 
@@ -431,7 +448,7 @@ def far_logits(folder: Path, far: FarText, device: str) -> list[NDArray[np.float
     for start, stop in pairwise(bounds):
         inside = [place for place in range(start, stop) if place in wanted]
         first = inside[0] if inside else stop - 1
-        rows = decoder.run([SlotTokens(0, start, far.ids[start:stop], stop - first)])
+        rows = decoder.run([SlotTokens(0, start, far.ids[start:stop], stop - first, decoder.rotation(length))])
         if inside:
             logits.append(rows[np.array(inside) - first])
     cuts = np.cumsum([len(part) for part in far.parts])[:-1]
@@ -459,7 +476,7 @@ def measure(
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
     effect = 0.0
     for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
-        alone = decoder.run([SlotTokens(0, 0, ids, len(ids))])
+        alone = decoder.run([SlotTokens(0, 0, ids, len(ids), decoder.rotation(len(ids)))])
         effect = max(effect, float(np.abs(alone - served).max()))
     del decoder  # one session at a time
     if far is not None:
@@ -477,7 +494,8 @@ def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArr
         decoded = min(GATE_DECODED + row, len(ids) - 2)
         middle = (len(ids) - decoded) // (2 + row)
         bounds = [0, middle, *range(len(ids) - decoded, len(ids) + 1)]
-        pieces.append([SlotTokens(row, a, ids[a:b], b - a) for a, b in pairwise(bounds) if a < b])
+        rotation = decoder.rotation(len(ids))
+        pieces.append([SlotTokens(row, a, ids[a:b], b - a, rotation) for a, b in pairwise(bounds) if a < b])
     logits: list[list[NDArray[np.float32]]] = [[] for _ in samples]
     for step in zip_longest(*pieces):
         items = [item for item in step if item is not None]

@@ -51,12 +51,14 @@ class SlotTokens:
         start: positions that the slot holds before.
         tokens: ids, at least one.
         wanted: how many of the last tokens get logits.
+        rotation: 1 where the text goes beyond the original context of a model with two rotations.
     """
 
     slot: int
     start: int
     tokens: Sequence[int]
     wanted: int = 1
+    rotation: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class PackedBatch(Layout):
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
+    rotations: NDArray[np.int64]
     seqlens_k: NDArray[np.int32]
 
 
@@ -147,6 +150,7 @@ def pack(
         **vars(layout),
         input_ids=np.array([ids], np.int64),
         position_ids=starts[layout.attention_places[..., 0]] + layout.attention_places[..., 1],
+        rotations=np.array([[item.rotation for item in items for _ in item.tokens]], np.int64),
         seqlens_k=np.maximum(ends, 0).astype(np.int32),  # of an idle slot: any that it can have
     )
 

@@ -34,6 +34,9 @@ from trident_serving.runtime.states import SlotStates
 
 logger = logging.getLogger(__name__)
 
+ORIGINAL_CONTEXT = "original_context"
+"""Under this name a graph with two rotations says up to how many tokens a text has the first one."""
+
 _PAST = "past_key_values."
 _STATE, _NEXT_STATE = "past_states.", "present_states."
 _CACHE_TYPES: dict[str, type[np.generic]] = {
@@ -107,6 +110,9 @@ class OnnxDecoder:
         threads: ONNX Runtime's intra-op threads; 0: as many as there are cores.
         device: `cpu` or `cuda`; the cache lies there, and logits come from there for the wanted tokens only.
 
+    Attributes:
+        original_context: tokens up to which a text has the first of two rotations; 0: there is one.
+
     Raises:
         DeviceMissing: there is no such device here.
     """
@@ -125,6 +131,7 @@ class OnnxDecoder:
         self._session = open_session(path, device, device_id, threads)
         self._device_id = device_id
         inputs = {node.name: node for node in self._session.get_inputs()}
+        self.original_context = int(self._session.get_modelmeta().custom_metadata_map.get(ORIGINAL_CONTEXT, 0))
         past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
         shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
         states = {name: tuple(node.shape[1:]) for name, node in inputs.items() if name.startswith(_STATE)}
@@ -152,6 +159,10 @@ class OnnxDecoder:
         self._logits = np.empty((slots + 1, self.vocabulary_size), np.float32)  # one for a second row
         self._bindings: dict[tuple[int, int], Binding] = {}
         self._rows: Rows | None = None  # until the first run
+
+    def rotation(self, tokens: int) -> int:
+        """Which rotation a text of so many tokens has."""
+        return int(0 < self.original_context < tokens)
 
     @property
     def can_copy(self) -> bool:

@@ -17,20 +17,32 @@ from trident_serving.runtime.tokenizer import Codec
 
 @dataclass
 class Chunk:
-    """What one response carries; `finish_reason` is set in the last one only."""
+    """What one response carries.
+
+    Attributes:
+        finish_reason: in the last chunk of an answer.
+        prompt_log_probs: in the first chunk, where they were asked for.
+        index: which of several answers this is.
+        final: whether no response follows.
+        others: the other answers, in a response that carries all.
+    """
 
     text: str = ""
     finish_reason: FinishReason | None = None
     num_input_tokens: int = 0
     num_output_tokens: int = 0
     log_probs: list[TokenLogProbs] = field(default_factory=list)
+    prompt_log_probs: list[TokenLogProbs] = field(default_factory=list)
+    index: int = 0
+    final: bool = False
+    others: list[Chunk] = field(default_factory=list)
 
 
 class ResponseChannel(Protocol):
     """Where responses go; called on the outbox's thread only."""
 
     def send(self, chunk: Chunk) -> None:
-        """Send one response; the one with a `finish_reason` is the last."""
+        """Send one response; the `final` one is the last."""
         ...
 
     def fail(self, error: Exception) -> None:
@@ -64,14 +76,17 @@ class TextStream:
         self.pending = False
         self._streaming = request.stream
         self._num_input_tokens = len(request.prompt_ids)
-        self._eos_token_ids = eos_token_ids
-        self._detokenizer = Detokenizer(codec, request.prompt_ids)
+        self._ends = request.stop_token_ids | (frozenset() if request.ignore_eos else eos_token_ids)
+        self._detokenizer = Detokenizer(codec, request.prompt_ids, skip_special_tokens=request.skip_special_tokens)
+        self._counts_chunks = request.counts_chunks
+        self._min_tokens = request.sampling.min_tokens
         self._stop_strings = StopStrings(request.stop_words)
         self._notify = notify
         self._lock = threading.Lock()
         self._text = request.prompt if request.include_prompt else ""
         self._log_probs: list[TokenLogProbs] = []
-        self._num_output_tokens = 0
+        self._prompt_log_probs: list[TokenLogProbs] = []
+        self._num_output_tokens = self._counted = 0
         self._reason: FinishReason | None = None
         self._error: Exception | None = None
         self._closed = False
@@ -83,8 +98,8 @@ class TextStream:
 
     def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
         """See `Consumer.accept`."""
-        new = "" if token in self._eos_token_ids else self._detokenizer.push(token)
-        text, stopped = self._stop_strings.push(new)
+        new = "" if token in self._ends else self._detokenizer.push(token)
+        text, stopped = self._stop_strings.push(new, counts=self._num_output_tokens + 1 >= self._min_tokens)
         with self._lock:
             self._text += text
             self._num_output_tokens += 1
@@ -94,6 +109,11 @@ class TextStream:
         if ready and not self.pending:  # else the outbox sends it anyway
             self._notify(self)
         return stopped
+
+    def accept_prompt(self, log_probs: list[TokenLogProbs]) -> None:
+        """See `Consumer.accept_prompt`."""
+        with self._lock:
+            self._prompt_log_probs += log_probs
 
     def finish(self, reason: FinishReason) -> None:
         """See `Consumer.finish`."""
@@ -125,6 +145,17 @@ class TextStream:
         return chunk.finish_reason is not None
 
     def _take(self) -> Chunk:
-        chunk = Chunk(self._text, self._reason, self._num_input_tokens, self._num_output_tokens, self._log_probs)
-        self._text, self._log_probs = "", []
+        chunk = Chunk(
+            self._text,
+            self._reason,
+            self._num_input_tokens,
+            self._num_output_tokens,
+            self._log_probs,
+            self._prompt_log_probs,
+            final=self._reason is not None,
+        )
+        self._text, self._log_probs, self._prompt_log_probs = "", [], []
+        if self._counts_chunks:
+            chunk.num_output_tokens -= self._counted
+            self._counted = self._num_output_tokens
         return chunk
