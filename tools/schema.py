@@ -33,8 +33,9 @@ Written by `make schema` from `trident_serving.schema.fields`: change that, not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Option:
         choices: the texts that it may have; (): any.
         many: whether it is a list of texts.
         flag: whether `trident` has a flag for it.
+        json: whether it is sent as JSON.
     """
 
     dtype: str
@@ -54,6 +56,7 @@ class Option:
     choices: tuple[str, ...] = ()
     many: bool = False
     flag: bool = True
+    json: bool = False
 '''
 
 
@@ -88,6 +91,8 @@ def options() -> str:
 
 
 def _annotation(field: Field) -> str:
+    if field.json:
+        return field.json
     if field.choices:
         return f"Literal[{', '.join(_quoted(choice) for choice in field.choices)}]"
     return f"list[{_TYPES[field.dtype]}]" if field.shape == (-1,) else _TYPES[field.dtype]
@@ -98,6 +103,7 @@ def _entry(field: Field) -> str:
     more = [f"choices=({', '.join(map(_quoted, field.choices))})"] if field.choices else []
     more += ["many=True"] if field.shape == (-1,) else []
     more += ["flag=False"] if not field.flag else []
+    more += ["json=True"] if field.json else []
     arguments = [_quoted(dtype), _quoted(described(field)), *more]
     inner = ", ".join(arguments)
     line = f"{_quoted(field.name)}: Option({inner}),"

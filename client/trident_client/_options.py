@@ -7,8 +7,9 @@ Written by `make schema` from `trident_serving.schema.fields`: change that, not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Option:
         choices: the texts that it may have; (): any.
         many: whether it is a list of texts.
         flag: whether `trident` has a flag for it.
+        json: whether it is sent as JSON.
     """
 
     dtype: str
@@ -28,6 +30,7 @@ class Option:
     choices: tuple[str, ...] = ()
     many: bool = False
     flag: bool = True
+    json: bool = False
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -49,6 +52,12 @@ class GenerationOptions(TypedDict, total=False):
         top_logprobs: give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20).
         prompt_lookup: draft greedy answers from their prompt, which changes their speed only (default true).
         stop_words: texts that end the answer and are left out of it, at most 32.
+        tools: functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments.
+        tool_choice: whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON.
+        documents: texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`.
+        chat_template_kwargs: options of the model's chat template, a JSON object, such as `enable_thinking`.
+        return_reasoning: give the model's reasoning apart from the text of its answer (default false).
+        split_special_tokens: read special tokens in contents, documents and tools as ordinary text; false: as Hugging Face reads a prompt (default true).
     """
 
     max_tokens: int | None
@@ -66,6 +75,12 @@ class GenerationOptions(TypedDict, total=False):
     top_logprobs: int | None
     prompt_lookup: bool | None
     stop_words: list[str] | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    return_reasoning: bool | None
+    split_special_tokens: bool | None
 
 
 GENERATION: dict[str, Option] = {
@@ -109,6 +124,35 @@ GENERATION: dict[str, Option] = {
         "BOOL", "draft greedy answers from their prompt, which changes their speed only (default true)"
     ),
     "stop_words": Option("BYTES", "texts that end the answer and are left out of it, at most 32", many=True),
+    "tools": Option(
+        "BYTES",
+        "functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments",
+        flag=False,
+        json=True,
+    ),
+    "tool_choice": Option(
+        "BYTES",
+        "whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON",
+        flag=False,
+        json=True,
+    ),
+    "documents": Option(
+        "BYTES",
+        "texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`",
+        flag=False,
+        json=True,
+    ),
+    "chat_template_kwargs": Option(
+        "BYTES", "options of the model's chat template, a JSON object, such as `enable_thinking`", flag=False, json=True
+    ),
+    "return_reasoning": Option(
+        "BOOL", "give the model's reasoning apart from the text of its answer (default false)", flag=False
+    ),
+    "split_special_tokens": Option(
+        "BOOL",
+        "read special tokens in contents, documents and tools as ordinary text; false: as Hugging Face reads a prompt (default true)",
+        flag=False,
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,11 +66,25 @@ def options(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, 
             raise TypeError(f"unknown option {name!r}; known are {', '.join(known)}")
         if value is None or (option.many and not value):
             continue
-        if option.dtype == "BYTES":
+        if option.json:
+            tensors[name] = texts([value if isinstance(value, str) else as_json(name, value)])[None]
+        elif option.dtype == "BYTES":
             tensors[name] = texts(list(value) if option.many else [value])[None]
         else:
             tensors[name] = scalar(name, value, _DTYPES[option.dtype])[None]
     return tensors
+
+
+def as_json(name: str, value: Any) -> str:
+    """A value as JSON.
+
+    Raises:
+        ValueError: something in it has no form in JSON.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} has no form in JSON: {error}") from None
 
 
 def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:

@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 
 from trident_export.errors import FidelityError, UnreadableSource
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.request import RequestParser
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.runtime.detokenizer import Detokenizer
 from trident_serving.runtime.sampling.defaults import GenerationDefaults
 from trident_serving.runtime.sampling.sampler import Sampler
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 
 if TYPE_CHECKING:

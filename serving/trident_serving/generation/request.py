@@ -1,7 +1,7 @@
 """A generation request, checked: from the tensors of the call to what the engine runs.
 
-The fields are those of `trident_serving.schema.fields`, plus `messages` for the chat template. Everything but the
-prompt is optional.
+The fields are those of `trident_serving.schema.fields`, plus `text_input` or `messages`. Everything but the prompt is
+optional.
 """
 
 from __future__ import annotations
@@ -10,21 +10,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trident_serving.chat.messages import (
+    Conversation,
+    ToolMode,
+    parse_documents,
+    parse_messages,
+    parse_options,
+    parse_tool_choice,
+    parse_tools,
+)
+from trident_serving.chat.origins import plain
+from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest
+from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import (
     DEFAULT_TIMEOUT_SECONDS,
     GENERATION,
     MAX_STOP_WORD_BYTES,
     MAX_STOP_WORDS,
+    MESSAGES,
     Inputs,
+    by_name,
     single_text,
     timeout_seconds,
 )
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import decode_texts
+
+_SPLIT_SPECIAL_TOKENS = by_name(MESSAGES)["split_special_tokens"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,9 @@ class GenerationRequest:
         include_prompt: whether the answer repeats the prompt's text.
         prompt_lookup: whether drafts may be taken from the prompt.
         timeout_seconds: the request fails once so much time is over.
+        conversation: what the chat template was given; None: the prompt is a text of the request.
+        end_token_ids: tokens that end the answer, besides those of every answer.
+        return_reasoning: whether the model's reasoning comes apart from the text of its answer.
     """
 
     prompt: str
@@ -50,13 +69,18 @@ class GenerationRequest:
     include_prompt: bool = False
     prompt_lookup: bool = True
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    conversation: Conversation | None = None
+    end_token_ids: frozenset[int] = frozenset()
+    return_reasoning: bool = False
 
 
 class RequestParser:
     """Turns tensors into requests for one model.
 
     Args:
+        control: the model's control tokens; None: those of its special tokens.
         defaults: what the model's generation config says where a request does not.
+        end_token_ids: that end the answer to messages, besides those of every answer.
     """
 
     def __init__(
@@ -65,9 +89,13 @@ class RequestParser:
         chat_template: ChatTemplate | None,
         limits: GenerationLimits,
         defaults: GenerationDefaults = NO_DEFAULTS,
+        control: ControlTokens | None = None,
+        end_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._control = control or ControlTokens(tokenizer, chat_template.literals if chat_template else "")
+        self._end_token_ids = end_token_ids
         self._limits = limits
         self._defaults = defaults
 
@@ -80,7 +108,8 @@ class RequestParser:
         Raises:
             InvalidRequest: a field is missing, malformed or out of range.
         """
-        prompt, prompt_ids = self._prompt(inputs)
+        conversation = self._conversation(inputs)
+        prompt, prompt_ids = self._prompt(inputs, conversation)
         room = self._limits.context - len(prompt_ids)
         values = {field.name: field.read(inputs) for field in GENERATION if field.shape == (1,)}
         if values["max_tokens"] is None:
@@ -110,23 +139,57 @@ class RequestParser:
             include_prompt=not values["exclude_input_in_output"],
             prompt_lookup=values["prompt_lookup"],
             timeout_seconds=timeout_seconds(timeout, self._limits.timeout),
+            conversation=conversation,
+            end_token_ids=self._end_token_ids if conversation is not None else frozenset(),
+            return_reasoning=values["return_reasoning"],
         )
 
-    def _prompt(self, inputs: Inputs) -> tuple[str, list[int]]:
+    def _conversation(self, inputs: Inputs) -> Conversation | None:
+        """What the chat template gets; None where the prompt is a text."""
         given = [name for name in ("text_input", "messages") if name in inputs]
         if len(given) != 1:
             raise InvalidRequest(
                 f"give exactly one of text_input and messages, found {' and '.join(given) or 'neither'}"
             )
-        field = given[0]
-        prompt = single_text(inputs, field)
-        self._check_bytes(prompt, field)
-        if field == "messages":
-            if self._chat_template is None:
-                raise InvalidRequest("messages needs a model with a chat template: send text_input instead")
-            prompt = self._chat_template.render(parse_messages(prompt))
-            self._check_bytes(prompt, field)
-        ids = self._tokenizer.encode(prompt, add_special_tokens=field == "text_input")
+        if given == ["text_input"]:
+            for field in MESSAGES:
+                if field.name in inputs and field.read(inputs) not in (False, field.default):
+                    raise InvalidRequest(f"{field.name} needs messages; text_input is read as it is")
+            return None
+        text = self._checked_text(inputs, "messages")
+        if self._chat_template is None:
+            raise InvalidRequest("messages needs a model with a chat template: send text_input instead")
+        sent = {
+            name: self._checked_text(inputs, name)
+            for name in ("tools", "documents", "chat_template_kwargs", "tool_choice")
+            if name in inputs
+        }
+        messages = parse_messages(text)
+        tools = parse_tools(sent["tools"]) if "tools" in sent else None
+        choice = parse_tool_choice(sent["tool_choice"], tools) if "tool_choice" in sent else ToolMode.AUTO
+        return Conversation(
+            messages,
+            tools=None if choice == ToolMode.NONE else tools,
+            tool_choice=choice,
+            documents=parse_documents(sent["documents"]) if "documents" in sent else None,
+            options=parse_options(sent["chat_template_kwargs"]) if "chat_template_kwargs" in sent else {},
+        )
+
+    def _prompt(self, inputs: Inputs, conversation: Conversation | None) -> tuple[str, list[int]]:
+        if conversation is None:
+            field = "text_input"
+            prompt = self._checked_text(inputs, field)
+            ids = self._tokenizer.encode(prompt)
+        else:
+            field = "messages"
+            assert self._chat_template is not None
+            rendered = self._chat_template.render(conversation)
+            self._check_bytes(rendered, field)
+            prompt = plain(rendered)
+            if _SPLIT_SPECIAL_TOKENS.read(inputs):
+                ids = self._control.encode(rendered, conversation.texts)
+            else:
+                ids = self._tokenizer.encode(prompt, add_special_tokens=False)
         if not ids:
             raise InvalidRequest(f"{field} is empty: the model needs at least one token to go on from")
         if len(ids) >= self._limits.context:
@@ -135,6 +198,11 @@ class RequestParser:
                 f"{self._limits.context - 1} and one generated token"
             )
         return prompt, ids
+
+    def _checked_text(self, inputs: Inputs, field: str) -> str:
+        text = single_text(inputs, field)
+        self._check_bytes(text, field)
+        return text
 
     def _check_bytes(self, text: str, field: str) -> None:
         """Refuse a hopeless text before tokenizing it: a megabyte takes half a second, which others wait."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trident_serving.chat.template import ChatTemplate, special_tokens
 from trident_serving.errors import DoesNotFit, Overloaded
 from trident_serving.generation.answer import Job
 from trident_serving.generation.batch import SlotTokens
@@ -15,10 +16,11 @@ from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.memory import MEBIBYTE, available_bytes
+from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
 from trident_serving.runtime.sampling.defaults import GenerationDefaults, ids, read_config
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs
 from trident_serving.schema.limits import GenerationLimits
 
@@ -88,6 +90,24 @@ def read_eos_token_ids(folder: Path) -> frozenset[int]:
     return frozenset(ids(read_config(folder).get("eos_token_id")))
 
 
+def request_parser(folder: Path, limits: GenerationLimits, tokenizer: TextTokenizer) -> RequestParser:
+    """The parser of a model's requests."""
+    template = ChatTemplate.load(folder, limits.chat_template_kwargs.values)
+    defaults = GenerationDefaults.load(folder)
+    if template is None:
+        return RequestParser(tokenizer, None, limits, defaults)
+    control = ControlTokens.load(folder, tokenizer, template.literals)
+    return RequestParser(
+        tokenizer, template, limits, defaults, control, end_token_ids=read_turn_end_ids(folder, template, control)
+    )
+
+
+def read_turn_end_ids(folder: Path, template: ChatTemplate, control: ControlTokens) -> frozenset[int]:
+    """Tokens that end an assistant's turn: the tokenizer's end, and what the chat template writes behind an answer."""
+    found = {control.ids.get(special_tokens(folder).get("eos_token", "")), control.first_of(template.end_of_turn)}
+    return frozenset(token for token in found if token is not None)
+
+
 class GenerationService:
     """Parser, engine and sender of one model.
 
@@ -111,7 +131,7 @@ class GenerationService:
         self._tokenizer = tokenizer
         self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
-        self._parser = RequestParser(tokenizer, ChatTemplate.load(folder), limits, GenerationDefaults.load(folder))
+        self._parser = request_parser(folder, limits, tokenizer)
         decoder = OnnxDecoder(
             folder / "model.onnx",
             slots=limits.slots,

@@ -64,7 +64,7 @@ class TextStream:
         self.pending = False
         self._streaming = request.stream
         self._num_input_tokens = len(request.prompt_ids)
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids, self._end_token_ids = eos_token_ids, request.end_token_ids
         self._detokenizer = Detokenizer(codec, request.prompt_ids)
         self._stop_strings = StopStrings(request.stop_words)
         self._notify = notify
@@ -83,17 +83,18 @@ class TextStream:
 
     def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
         """See `Consumer.accept`."""
-        new = "" if token in self._eos_token_ids else self._detokenizer.push(token)
+        ended = token in self._end_token_ids
+        new = "" if ended or token in self._eos_token_ids else self._detokenizer.push(token)
         text, stopped = self._stop_strings.push(new)
         with self._lock:
             self._text += text
             self._num_output_tokens += 1
             if log_probs is not None:
                 self._log_probs.append(log_probs)
-            ready = self._streaming and bool(self._text) and not stopped
+            ready = self._streaming and bool(self._text) and not (stopped or ended)
         if ready and not self.pending:  # else the outbox sends it anyway
             self._notify(self)
-        return stopped
+        return stopped or ended
 
     def finish(self, reason: FinishReason) -> None:
         """See `Consumer.finish`."""

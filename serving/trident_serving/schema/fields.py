@@ -84,6 +84,7 @@ class Field:
         shape: of its tensor, without the batch; [-1] is a list.
         option: whether it is an option of the client's calls. The client sets the others itself.
         flag: whether `trident` has a flag for it.
+        json: of a text that is JSON: what the client's callers give for it, as a Python type.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Field:
     shape: tuple[int, ...] = (1,)
     option: bool = True
     flag: bool = True
+    json: str = ""
 
     def read(self, inputs: Inputs, default: Value = None, high: float | None = None) -> Any:
         """The field's value in a request.
@@ -198,6 +200,47 @@ _REPETITION = Field(
 )
 _SEED = Field("random_seed", "UINT64", "makes sampling repeatable")
 
+# Of a conversation: they need `messages`.
+MESSAGES = (
+    Field(
+        "tools",
+        "STRING",
+        "functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments",
+        flag=False,
+        json="Sequence[Mapping[str, Any]]",
+    ),
+    Field(
+        "tool_choice",
+        "STRING",
+        "whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON",
+        flag=False,
+        json="str | Mapping[str, Any]",
+    ),
+    Field(
+        "documents",
+        "STRING",
+        "texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`",
+        flag=False,
+        json="Sequence[Mapping[str, Any]]",
+    ),
+    Field(
+        "chat_template_kwargs",
+        "STRING",
+        "options of the model's chat template, a JSON object, such as `enable_thinking`",
+        flag=False,
+        json="Mapping[str, Any]",
+    ),
+    Field(
+        "return_reasoning", "BOOL", "give the model's reasoning apart from the text of its answer", False, flag=False
+    ),
+    Field(
+        "split_special_tokens",
+        "BOOL",
+        "read special tokens in contents, documents and tools as ordinary text; false: as Hugging Face reads a prompt",
+        True,
+        flag=False,
+    ),
+)
 GENERATION = (
     *_SAMPLING,
     _REPETITION,
@@ -226,6 +269,7 @@ GENERATION = (
         f"texts that end the answer and are left out of it, at most {MAX_STOP_WORDS}",
         shape=(-1,),
     ),
+    *MESSAGES,
 )
 SEQ2SEQ = (
     *_SAMPLING,

@@ -19,6 +19,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class JsonObject(str):
+    """A JSON object as its text, which a dataclass, a config's parameter and a key of models.toml can hold.
+
+    Raises:
+        ReadingError: it is no JSON object.
+    """
+
+    def __new__(cls, value: object = "{}") -> JsonObject:
+        """From the text, or from a table."""
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ReadingError(f"must be a table or the text of a JSON object, found {value!r}")
+        return str.__new__(cls, text)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What it holds."""
+        found: dict[str, Any] = json.loads(self)
+        return found
+
+
 def read(kind: type[T], table: object, where: str, *, positive: bool = True) -> T:
     """A dataclass from a table, whose values must have the types of its fields. A list becomes a tuple.
 
@@ -125,6 +150,11 @@ def _value(where: str, value: Any, hint: Any, least: int | None) -> Any:
             wanted_number = least_of.get(least, f"an integer, {least} or more")
             raise ReadingError(f"{where} must be {wanted_number}, found {value!r}")
         return value
+    if hint is JsonObject:
+        try:
+            return JsonObject(value)
+        except ReadingError as error:
+            raise ReadingError(f"{where} {error}") from None
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         if value not in list(hint):
             raise ReadingError(f"{where} must be one of {', '.join(hint)}, found {value!r}")
