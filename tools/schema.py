@@ -48,7 +48,6 @@ class Option:
         choices: the texts that it may have; (): any.
         many: whether it is a list of texts.
         flag: whether `trident` has a flag for it.
-        json: whether it is sent as JSON.
     """
 
     dtype: str
@@ -56,7 +55,6 @@ class Option:
     choices: tuple[str, ...] = ()
     many: bool = False
     flag: bool = True
-    json: bool = False
 '''
 
 
@@ -91,8 +89,8 @@ def options() -> str:
 
 
 def _annotation(field: Field) -> str:
-    if field.json:
-        return field.json
+    if field.annotation:
+        return field.annotation
     if field.choices:
         return f"Literal[{', '.join(_quoted(choice) for choice in field.choices)}]"
     return f"list[{_TYPES[field.dtype]}]" if field.shape == (-1,) else _TYPES[field.dtype]
@@ -103,7 +101,6 @@ def _entry(field: Field) -> str:
     more = [f"choices=({', '.join(map(_quoted, field.choices))})"] if field.choices else []
     more += ["many=True"] if field.shape == (-1,) else []
     more += ["flag=False"] if not field.flag else []
-    more += ["json=True"] if field.json else []
     arguments = [_quoted(dtype), _quoted(described(field)), *more]
     inner = ", ".join(arguments)
     line = f"{_quoted(field.name)}: Option({inner}),"

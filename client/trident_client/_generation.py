@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from trident_client import _wire
 from trident_client._connection import Connection
 from trident_client._errors import InvalidRequestError, TridentError, from_named_code, translated
 from trident_client._options import GENERATION, GenerationOptions
-from trident_client._types import Generation, GenerationChunk, Message
+from trident_client._types import Generation, GenerationChunk, Message, ToolCall
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,7 +96,10 @@ class GenerationCalls(Connection):
         *,
         stream: bool,
     ) -> Iterator[GenerationChunk]:
-        field, text = ("text_input", prompt) if isinstance(prompt, str) else ("messages", json.dumps(list(prompt)))
+        if isinstance(prompt, str):
+            field, text = "text_input", prompt
+        else:
+            field, text = "messages", _wire.as_json("messages", list(prompt))
         inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None], "stream": np.array([[stream]])}
         inputs |= _wire.options(options, GENERATION)
         request = _wire.build_request(model or self._only_model("text-generation", timeout), inputs)
@@ -141,7 +145,26 @@ def _chunk(outputs: dict[str, NDArray[Any]]) -> GenerationChunk:
         num_output_tokens=int(outputs["num_output_tokens"].item()),
         log_probs=tuple(outputs["output_log_probs"].reshape(-1).tolist()),
         top_log_probs=tuple(tuple(zip(*pair, strict=True)) for pair in top),
+        reasoning=outputs["reasoning"].item().decode("utf-8") if "reasoning" in outputs else "",
+        tool_calls=_calls(outputs["tool_calls"].item()) if "tool_calls" in outputs else (),
     )
+
+
+def _calls(text: bytes) -> tuple[ToolCall, ...]:
+    """The `tool_calls` of a response."""
+    return tuple(
+        ToolCall(call["index"], call.get("id", ""), call["function"].get("name", ""), call["function"]["arguments"])
+        for call in json.loads(text)
+    )
+
+
+def _joined_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    """Calls whose parts came one after the other."""
+    found: dict[int, ToolCall] = {}
+    for call in calls:
+        begun = found.get(call.index)
+        found[call.index] = call if begun is None else replace(begun, arguments=begun.arguments + call.arguments)
+    return tuple(found.values())
 
 
 def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
@@ -154,4 +177,6 @@ def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
         num_output_tokens=last.num_output_tokens,
         log_probs=tuple(value for chunk in every for value in chunk.log_probs),
         top_log_probs=tuple(value for chunk in every for value in chunk.top_log_probs),
+        reasoning="".join(chunk.reasoning for chunk in every),
+        tool_calls=_joined_calls(call for chunk in every for call in chunk.tool_calls),
     )

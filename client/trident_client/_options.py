@@ -22,7 +22,6 @@ class Option:
         choices: the texts that it may have; (): any.
         many: whether it is a list of texts.
         flag: whether `trident` has a flag for it.
-        json: whether it is sent as JSON.
     """
 
     dtype: str
@@ -30,7 +29,6 @@ class Option:
     choices: tuple[str, ...] = ()
     many: bool = False
     flag: bool = True
-    json: bool = False
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -128,22 +126,19 @@ GENERATION: dict[str, Option] = {
         "BYTES",
         "functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments",
         flag=False,
-        json=True,
     ),
     "tool_choice": Option(
         "BYTES",
         "whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON",
         flag=False,
-        json=True,
     ),
     "documents": Option(
         "BYTES",
         "texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`",
         flag=False,
-        json=True,
     ),
     "chat_template_kwargs": Option(
-        "BYTES", "options of the model's chat template, a JSON object, such as `enable_thinking`", flag=False, json=True
+        "BYTES", "options of the model's chat template, a JSON object, such as `enable_thinking`", flag=False
     ),
     "return_reasoning": Option(
         "BOOL", "give the model's reasoning apart from the text of its answer (default false)", flag=False

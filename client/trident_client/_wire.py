@@ -66,10 +66,9 @@ def options(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, 
             raise TypeError(f"unknown option {name!r}; known are {', '.join(known)}")
         if value is None or (option.many and not value):
             continue
-        if option.json:
-            tensors[name] = texts([value if isinstance(value, str) else as_json(name, value)])[None]
-        elif option.dtype == "BYTES":
-            tensors[name] = texts(list(value) if option.many else [value])[None]
+        if option.dtype == "BYTES":
+            values = list(value) if option.many else [value if isinstance(value, str) else as_json(name, value)]
+            tensors[name] = texts(values)[None]
         else:
             tensors[name] = scalar(name, value, _DTYPES[option.dtype])[None]
     return tensors

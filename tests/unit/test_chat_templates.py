@@ -24,8 +24,8 @@ from trident_serving.chat.messages import Conversation
 from trident_serving.chat.origins import Traced, data, origins_of, plain
 from trident_serving.chat.template import ChatTemplate, special_tokens
 from trident_serving.errors import InvalidRequest, ReadingError
+from trident_serving.generation.chat import Chat
 from trident_serving.generation.request import GenerationRequest, RequestParser
-from trident_serving.generation.service import read_turn_end_ids, request_parser
 from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
@@ -457,20 +457,24 @@ END_OF_TURN = {
 @pytest.mark.parametrize("style", END_OF_TURN)
 def test_ends_of_turns(tmp_path: Path, style: str) -> None:
     """What the template writes behind an answer ends one, and so does the tokenizer's own end token."""
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    template = template_of(STYLES[style])
-    control = control_of(template)
+    chat = chat_of(tmp_path, style)
     right = {END_OF_TURN[style], "</s>"} - {None}
-    assert read_turn_end_ids(tmp_path, template, control) == {control.ids[str(token)] for token in right}
+    assert chat.end_token_ids == {chat.control.ids[str(token)] for token in right}
 
 
-def parser(tmp_path: Path, style: str, **limits: Any) -> RequestParser:
+def chat_of(tmp_path: Path, style: str, **limits: Any) -> Chat:
     """Of a model whose template is of this style, as a server loads it."""
     if not (tmp_path / "tokenizer.json").exists():
         tokenizer().save_pretrained(tmp_path)
         (tmp_path / "chat_template.jinja").write_text(STYLES[style], encoding="utf-8")
-        (tmp_path / "generation_config.json").write_text("{}")
-    return request_parser(tmp_path, GenerationLimits(context=4096, **limits), TextTokenizer.load(tmp_path))
+    chat = Chat.load(tmp_path, TextTokenizer.load(tmp_path), GenerationLimits(**limits))
+    assert chat is not None
+    return chat
+
+
+def parser(tmp_path: Path, style: str, **limits: Any) -> RequestParser:
+    chat = chat_of(tmp_path, style, **limits)
+    return RequestParser(TextTokenizer.load(tmp_path), chat, GenerationLimits(context=4096))
 
 
 def parsed(parse: RequestParser, messages: object, **fields: Any) -> GenerationRequest:

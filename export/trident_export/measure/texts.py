@@ -216,7 +216,7 @@ def check_generation(
         raise FidelityError(f"answers end at the tokens {sorted(ends)}, Hugging Face's at {sorted(wanted)}")
     served = TextTokenizer.load(folder)
     defaults = GenerationDefaults.load(folder)
-    parser = RequestParser(served, ChatTemplate.load(folder), limits, defaults)
+    parser = RequestParser(served, None, limits, defaults)
     for text in texts[:ANSWERS]:
         try:
             request = parser.parse({"text_input": np.array([[text.encode()]], np.object_)})

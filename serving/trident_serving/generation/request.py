@@ -20,9 +20,8 @@ from trident_serving.chat.messages import (
     parse_tools,
 )
 from trident_serving.chat.origins import plain
-from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest
-from trident_serving.runtime.control_tokens import ControlTokens
+from trident_serving.generation.chat import Chat
 from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
 from trident_serving.runtime.tokenizer import TextTokenizer
@@ -78,24 +77,19 @@ class RequestParser:
     """Turns tensors into requests for one model.
 
     Args:
-        control: the model's control tokens; None: those of its special tokens.
+        chat: the model's conversations; None: it takes texts only.
         defaults: what the model's generation config says where a request does not.
-        end_token_ids: that end the answer to messages, besides those of every answer.
     """
 
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        chat_template: ChatTemplate | None,
+        chat: Chat | None,
         limits: GenerationLimits,
         defaults: GenerationDefaults = NO_DEFAULTS,
-        control: ControlTokens | None = None,
-        end_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
-        self._control = control or ControlTokens(tokenizer, chat_template.literals if chat_template else "")
-        self._end_token_ids = end_token_ids
+        self._chat = chat
         self._limits = limits
         self._defaults = defaults
 
@@ -140,7 +134,7 @@ class RequestParser:
             prompt_lookup=values["prompt_lookup"],
             timeout_seconds=timeout_seconds(timeout, self._limits.timeout),
             conversation=conversation,
-            end_token_ids=self._end_token_ids if conversation is not None else frozenset(),
+            end_token_ids=self._chat.end_token_ids if self._chat and conversation else frozenset(),
             return_reasoning=values["return_reasoning"],
         )
 
@@ -157,7 +151,7 @@ class RequestParser:
                     raise InvalidRequest(f"{field.name} needs messages; text_input is read as it is")
             return None
         text = self._checked_text(inputs, "messages")
-        if self._chat_template is None:
+        if self._chat is None:
             raise InvalidRequest("messages needs a model with a chat template: send text_input instead")
         sent = {
             name: self._checked_text(inputs, name)
@@ -182,12 +176,12 @@ class RequestParser:
             ids = self._tokenizer.encode(prompt)
         else:
             field = "messages"
-            assert self._chat_template is not None
-            rendered = self._chat_template.render(conversation)
+            assert self._chat is not None
+            rendered = self._chat.template.render(conversation)
             self._check_bytes(rendered, field)
             prompt = plain(rendered)
             if _SPLIT_SPECIAL_TOKENS.read(inputs):
-                ids = self._control.encode(rendered, conversation.texts)
+                ids = self._chat.control.encode(rendered, conversation.texts)
             else:
                 ids = self._tokenizer.encode(prompt, add_special_tokens=False)
         if not ids:

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trident_serving.chat.template import ChatTemplate, special_tokens
 from trident_serving.errors import DoesNotFit, Overloaded
 from trident_serving.generation.answer import Job
 from trident_serving.generation.batch import SlotTokens
+from trident_serving.generation.chat import Chat
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings
+from trident_serving.generation.parts import AnswerParts
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.memory import MEBIBYTE, available_bytes
-from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
 from trident_serving.runtime.sampling.defaults import GenerationDefaults, ids, read_config
@@ -90,24 +90,6 @@ def read_eos_token_ids(folder: Path) -> frozenset[int]:
     return frozenset(ids(read_config(folder).get("eos_token_id")))
 
 
-def request_parser(folder: Path, limits: GenerationLimits, tokenizer: TextTokenizer) -> RequestParser:
-    """The parser of a model's requests."""
-    template = ChatTemplate.load(folder, limits.chat_template_kwargs.values)
-    defaults = GenerationDefaults.load(folder)
-    if template is None:
-        return RequestParser(tokenizer, None, limits, defaults)
-    control = ControlTokens.load(folder, tokenizer, template.literals)
-    return RequestParser(
-        tokenizer, template, limits, defaults, control, end_token_ids=read_turn_end_ids(folder, template, control)
-    )
-
-
-def read_turn_end_ids(folder: Path, template: ChatTemplate, control: ControlTokens) -> frozenset[int]:
-    """Tokens that end an assistant's turn: the tokenizer's end, and what the chat template writes behind an answer."""
-    found = {control.ids.get(special_tokens(folder).get("eos_token", "")), control.first_of(template.end_of_turn)}
-    return frozenset(token for token in found if token is not None)
-
-
 class GenerationService:
     """Parser, engine and sender of one model.
 
@@ -131,7 +113,8 @@ class GenerationService:
         self._tokenizer = tokenizer
         self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
-        self._parser = request_parser(folder, limits, tokenizer)
+        self._chat = Chat.load(folder, tokenizer, limits)
+        self._parser = RequestParser(tokenizer, self._chat, limits, GenerationDefaults.load(folder))
         decoder = OnnxDecoder(
             folder / "model.onnx",
             slots=limits.slots,
@@ -169,7 +152,8 @@ class GenerationService:
 
     def submit(self, request: GenerationRequest, channel: ResponseChannel) -> None:
         """Start a request; its responses go to the channel, and so does an error where the queue is full."""
-        stream = TextStream(request, self._tokenizer, self._eos_token_ids, channel, self._outbox.notify)
+        parts = self._parts(request)
+        stream = TextStream(request, self._tokenizer, self._eos_token_ids, channel, self._outbox.notify, parts)
         self._outbox.add(stream)
         job = Job(
             request.prompt_ids,
@@ -185,6 +169,18 @@ class GenerationService:
         except Overloaded as error:
             self.recorder.count("requests_rejected")
             stream.fail(error)
+
+    def _parts(self, request: GenerationRequest) -> AnswerParts | None:
+        """What parts an answer into text, reasoning and calls, where the request wants that."""
+        if self._chat is None or request.conversation is None:
+            return None
+        parser = self._chat.parser(request.conversation, request.prompt, reasoning=request.return_reasoning)
+        if parser is None:
+            return None
+        tools = request.conversation.tools is not None
+        return AnswerParts(
+            parser, self._chat.marks, request.prompt_ids, calls=tools, reasoning=request.return_reasoning
+        )
 
     def steps(self) -> int:
         """Steps of the engine so far."""

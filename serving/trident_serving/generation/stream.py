@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from trident_serving.generation.answer import FinishReason
+from trident_serving.generation.parts import AnswerParts
 from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stopping import StopStrings
 from trident_serving.runtime.detokenizer import Detokenizer
@@ -17,13 +18,20 @@ from trident_serving.runtime.tokenizer import Codec
 
 @dataclass
 class Chunk:
-    """What one response carries; `finish_reason` is set in the last one only."""
+    """What one response carries; `finish_reason` is set in the last one only.
+
+    Attributes:
+        reasoning: the model's, where it was asked for.
+        tool_calls: as JSON, where the request has tools.
+    """
 
     text: str = ""
     finish_reason: FinishReason | None = None
     num_input_tokens: int = 0
     num_output_tokens: int = 0
     log_probs: list[TokenLogProbs] = field(default_factory=list)
+    reasoning: str | None = None
+    tool_calls: str | None = None
 
 
 class ResponseChannel(Protocol):
@@ -47,6 +55,7 @@ class TextStream:
 
     Args:
         notify: called, on the engine's thread, when there is something to send.
+        parts: part the answer into text, reasoning and calls; None: all of it is text.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class TextStream:
         eos_token_ids: frozenset[int],
         channel: ResponseChannel,
         notify: Callable[[TextStream], None],
+        parts: AnswerParts | None = None,
     ) -> None:
         self.channel = channel
         self.cancelled = False
@@ -67,6 +77,7 @@ class TextStream:
         self._eos_token_ids, self._end_token_ids = eos_token_ids, request.end_token_ids
         self._detokenizer = Detokenizer(codec, request.prompt_ids)
         self._stop_strings = StopStrings(request.stop_words)
+        self._parts = parts
         self._notify = notify
         self._lock = threading.Lock()
         self._text = request.prompt if request.include_prompt else ""
@@ -85,13 +96,15 @@ class TextStream:
         """See `Consumer.accept`."""
         ended = token in self._end_token_ids
         new = "" if ended or token in self._eos_token_ids else self._detokenizer.push(token)
+        if self._parts is not None and not ended:
+            new += self._parts.marks.get(token, "")
         text, stopped = self._stop_strings.push(new)
         with self._lock:
-            self._text += text
+            self._text += self._parts.push(text) if self._parts is not None else text
             self._num_output_tokens += 1
             if log_probs is not None:
                 self._log_probs.append(log_probs)
-            ready = self._streaming and bool(self._text) and not (stopped or ended)
+            ready = self._streaming and self._waiting and not (stopped or ended)
         if ready and not self.pending:  # else the outbox sends it anyway
             self._notify(self)
         return stopped or ended
@@ -101,7 +114,7 @@ class TextStream:
         text, stopped = self._stop_strings.push(self._detokenizer.flush())
         rest = text if stopped else text + self._stop_strings.flush()
         with self._lock:
-            self._text += rest
+            self._text += self._parts.push(rest) + self._parts.finish() if self._parts is not None else rest
             self._reason = FinishReason.STOP if stopped else reason
         self._notify(self)
 
@@ -115,7 +128,7 @@ class TextStream:
         """Send what waits, on the outbox's thread; True when that was the last response."""
         with self._lock:
             ended = self._error is not None or self._reason is not None
-            if self._closed or not (ended or (self._streaming and self._text)):
+            if self._closed or not (ended or (self._streaming and self._waiting)):
                 return False  # nothing yet, or an earlier notification has sent it
             self._closed = ended
             error, chunk = self._error, self._take()
@@ -125,7 +138,13 @@ class TextStream:
         self.channel.send(chunk)
         return chunk.finish_reason is not None
 
+    @property
+    def _waiting(self) -> bool:
+        return bool(self._text) or (self._parts is not None and self._parts.waiting)
+
     def _take(self) -> Chunk:
         chunk = Chunk(self._text, self._reason, self._num_input_tokens, self._num_output_tokens, self._log_probs)
+        if self._parts is not None:
+            chunk.reasoning, chunk.tool_calls = self._parts.take()
         self._text, self._log_probs = "", []
         return chunk

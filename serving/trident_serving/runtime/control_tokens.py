@@ -62,6 +62,12 @@ class ControlTokens:
                 found[text] = token_id
         return found
 
+    @property
+    def special(self) -> dict[str, int]:
+        """Those that are special tokens, which are in no text of an answer."""
+        added = self._tokenizer.backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
     def first_of(self, prompt: Traced) -> int | None:
         """The id of the control token that a text of the template begins with, white space aside."""
         text = prompt.lstrip()

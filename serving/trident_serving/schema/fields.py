@@ -42,6 +42,29 @@ class Aggregation(StrEnum):
     MAX = "max"
 
 
+class ChatFormat(StrEnum):
+    """How a model writes calls of tools: the format of a family of models.
+
+    auto: the one that its chat template shows. json: any common one, in JSON or Python.
+    """
+
+    AUTO = "auto"
+    HERMES = "hermes"
+    QWEN_CODER = "qwen_coder"
+    GLM = "glm"
+    LLAMA3 = "llama3"
+    MISTRAL = "mistral"
+    PHI = "phi"
+    GRANITE = "granite"
+    GEMMA = "gemma"
+    DEEPSEEK = "deepseek"
+    KIMI = "kimi"
+    COMMAND_R = "command_r"
+    SMOLLM3 = "smollm3"
+    LFM2 = "lfm2"
+    JSON = "json"
+
+
 @dataclass(frozen=True)
 class Range:
     """Which numbers a field may have.
@@ -84,7 +107,7 @@ class Field:
         shape: of its tensor, without the batch; [-1] is a list.
         option: whether it is an option of the client's calls. The client sets the others itself.
         flag: whether `trident` has a flag for it.
-        json: of a text that is JSON: what the client's callers give for it, as a Python type.
+        annotation: its type for the client, where that is not the tensor's; what is no text is sent as JSON.
     """
 
     name: str
@@ -96,7 +119,7 @@ class Field:
     shape: tuple[int, ...] = (1,)
     option: bool = True
     flag: bool = True
-    json: str = ""
+    annotation: str = ""
 
     def read(self, inputs: Inputs, default: Value = None, high: float | None = None) -> Any:
         """The field's value in a request.
@@ -207,28 +230,28 @@ MESSAGES = (
         "STRING",
         "functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments",
         flag=False,
-        json="Sequence[Mapping[str, Any]]",
+        annotation="Sequence[Mapping[str, Any]]",
     ),
     Field(
         "tool_choice",
         "STRING",
         "whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON",
         flag=False,
-        json="str | Mapping[str, Any]",
+        annotation="str | Mapping[str, Any]",
     ),
     Field(
         "documents",
         "STRING",
         "texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`",
         flag=False,
-        json="Sequence[Mapping[str, Any]]",
+        annotation="Sequence[Mapping[str, Any]]",
     ),
     Field(
         "chat_template_kwargs",
         "STRING",
         "options of the model's chat template, a JSON object, such as `enable_thinking`",
         flag=False,
-        json="Mapping[str, Any]",
+        annotation="Mapping[str, Any]",
     ),
     Field(
         "return_reasoning", "BOOL", "give the model's reasoning apart from the text of its answer", False, flag=False

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from trident_serving.chat.messages import parse_options
 from trident_serving.errors import InvalidRequest, ReadingError
-from trident_serving.schema.fields import Aggregation, LongInput
+from trident_serving.schema.fields import Aggregation, ChatFormat, LongInput
 from trident_serving.schema.reading import JsonObject
 
 DEVICES = ("cpu", "cuda")
@@ -50,6 +50,7 @@ class GenerationLimits:
         device: "cpu" or "cuda"; the graph is made for it (decision 0023).
         chat_template_kwargs: options of the chat template where a request does not say otherwise, such as
             `{ enable_thinking = false }`.
+        chat_format: how the model writes calls of tools; "auto": as its chat template shows.
     """
 
     context: int = 1024
@@ -64,6 +65,7 @@ class GenerationLimits:
     threads: int = 2
     device: str = "cpu"
     chat_template_kwargs: JsonObject = NO_OPTIONS
+    chat_format: ChatFormat = ChatFormat.AUTO
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

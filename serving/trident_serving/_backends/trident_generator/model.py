@@ -66,6 +66,9 @@ class Channel(adapter.Responder):
         }
         if not any(token.top for token in chunk.log_probs):
             del tensors["output_top_token_ids"], tensors["output_top_log_probs"]
+        for name, part in (("reasoning", chunk.reasoning), ("tool_calls", chunk.tool_calls)):
+            if part is not None:
+                tensors[name] = text.encode_texts([part])
         return {name: tensor[None] for name, tensor in tensors.items()}
 
     def is_last(self, chunk):
