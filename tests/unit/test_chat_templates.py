@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny_models
-from trident_serving.chat.messages import Conversation
+from trident_serving.chat.messages import Conversation, parse_tool_choice
 from trident_serving.chat.origins import Traced, data, origins_of, plain
 from trident_serving.chat.template import ChatTemplate, special_tokens
 from trident_serving.errors import InvalidRequest, ReadingError
@@ -500,11 +500,16 @@ def test_tools_are_left_out_where_none_may_be_called(tmp_path: Path) -> None:
     parse = parser(tmp_path, "qwen2")
     without = parsed(parse, [USER], tools=TOOLS, tool_choice="none")
     assert without.prompt == expected(STYLES["qwen2"], [USER])
-    for choice, right in (("auto", "auto"), ({"type": "function", "function": {"name": "weather"}}, "weather")):
-        found = parsed(parse, [USER], tools=TOOLS, tool_choice=choice)
-        assert found.prompt == expected(STYLES["qwen2"], [USER], tools=TOOLS)
-        assert found.conversation is not None
-        assert found.conversation.tool_choice == right
+    found = parsed(parse, [USER], tools=TOOLS, tool_choice="auto")
+    assert found.prompt == expected(STYLES["qwen2"], [USER], tools=TOOLS)
+    for choice, right in (
+        ("auto", "auto"),
+        ('"required"', "required"),
+        ("weather", "weather"),
+        ('{"type": "function", "function": {"name": "weather"}}', "weather"),
+        ('{"name": "weather"}', "weather"),
+    ):
+        assert parse_tool_choice(choice, TOOLS) == right
 
 
 def test_vocabularies_of_other_kinds() -> None:

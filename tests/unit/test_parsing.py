@@ -7,14 +7,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_chat_templates import STYLES
+from tests.unit.test_chat_templates import STYLES, tokenizer
 from trident_serving.chat.messages import Conversation
+from trident_serving.errors import InvalidRequest
 from trident_serving.generation.parsing import (
     FAMILIES,
     CallArguments,
@@ -378,3 +380,40 @@ def test_a_forced_call_is_read_as_one(kind: ChatFormat) -> None:
         assert tuple(names) == allowed
     for choice in ("auto", "none"):
         assert forced_call(Conversation([], tools=TOOLS, tool_choice=choice), kind) is None
+
+
+def test_a_forced_call_as_a_grammar() -> None:
+    """Marks that are tokens are these tokens; references of the tools' schemas find what they name."""
+    place = {"type": "object", "properties": {"at": {"$ref": "#/$defs/place"}}, "$defs": {"place": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "go", "parameters": place}}]
+    forced = forced_call(Conversation([], tools=tools, tool_choice="go"), ChatFormat.HERMES)
+    assert forced is not None
+    start, call = forced.lark({"<tool_call>": 7, "</tool_call>": 8, "<": 9}).splitlines()
+    assert start == 'start: <[7]> "\\n" call "\\n" <[8]>'
+    schema = json.loads(call.removeprefix("call: %json "))
+    assert schema["$defs"] == {"place": {"type": "string"}}
+    assert schema["properties"]["name"] == {"const": "go"}
+    assert "$defs" not in schema["properties"]["arguments"]
+    other = {"name": "come", "parameters": {"type": "object", "$defs": {"place": {"type": "integer"}}}}
+    with pytest.raises(InvalidRequest, match="tools have two different definitions 'place'"):
+        forced_call(Conversation([], tools=[*tools, other], tool_choice="required"), ChatFormat.HERMES)
+
+
+@pytest.mark.parametrize("kind", [ChatFormat.HERMES, ChatFormat.MISTRAL, ChatFormat.LLAMA3, ChatFormat.COMMAND_R])
+def test_a_forced_call_is_a_grammar_of_llguidance(kind: ChatFormat, tmp_path: Path) -> None:
+    """It takes a call of a tool, and no other text."""
+    llguidance = pytest.importorskip("llguidance")
+    made = tokenizer()
+    made.save_pretrained(tmp_path)
+    control = {token.content: index for index, token in made.added_tokens_decoder.items()}
+    forced = forced_call(Conversation([], tools=TOOLS, tool_choice="required"), kind)
+    assert forced is not None
+    grammar = llguidance.LLMatcher.grammar_from_lark(forced.lark(control))
+    known = llguidance.LLTokenizer(str(tmp_path / "tokenizer.json"), n_vocab=len(made), eos_token=[0])
+    names = forced.schema.get("items", forced.schema)["anyOf"][0]["required"]
+    for name, good in (("weather", True), ("rain", False)):
+        written = json.dumps(dict(zip(names, (name, {"city": "Bern"}), strict=True)))
+        text = forced.prefix + (f"[{written}]" if "items" in forced.schema else written) + forced.suffix
+        matcher = llguidance.LLMatcher(known, grammar, log_level=0)
+        ids = made(text, add_special_tokens=False).input_ids
+        assert (matcher.try_consume_tokens(ids) == len(ids)) is good, matcher.get_error()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from trident_serving.chat.messages import Conversation
 from trident_serving.chat.template import ChatTemplate, special_tokens
-from trident_serving.generation.parsing import FAMILIES, AnswerParser, ForcedCall, forced_call, format_of, schemas_of
+from trident_serving.generation.parsing import FAMILIES, AnswerParser, forced_call, format_of, schemas_of
 from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import ChatFormat
@@ -47,9 +47,19 @@ class Chat:
         known = FAMILIES[self.format]().marks
         return {token: text for text, token in self.control.special.items() if text in known}
 
-    def forced_call(self, conversation: Conversation) -> ForcedCall | None:
-        """See `parsing.forced_call`."""
-        return forced_call(conversation, self.format)
+    def forced_grammar(self, conversation: Conversation, prompt: str) -> str | None:
+        """The grammar, in Lark, of an answer that must be a call; None where it need not.
+
+        Args:
+            prompt: the rendered one. If it has opened the reasoning, the answer ends that first.
+        """
+        forced = forced_call(conversation, self.format)
+        if forced is None:
+            return None
+        close = dict(FAMILIES[forced.format].thoughts).get(self._opened(forced.format, prompt))
+        if close is not None:
+            forced = replace(forced, prefix=f"{close}\n\n{forced.prefix}")
+        return forced.lark(self.control.added)
 
     def parser(self, conversation: Conversation, prompt: str, *, reasoning: bool) -> AnswerParser | None:
         """What parts the answer to a conversation; None where all of it is text.
@@ -60,13 +70,18 @@ class Chat:
         """
         if not conversation.tools and not reasoning:
             return None
-        forced = self.forced_call(conversation)
-        family = FAMILIES[forced.format if forced is not None else self.format]
-        end = prompt.rstrip()
-        return family(
+        forced = forced_call(conversation, self.format)
+        chosen = forced.format if forced is not None else self.format
+        return FAMILIES[chosen](
             schemas_of(conversation.tools or ()),
             calls=bool(conversation.tools),
             reasoning=reasoning,
-            opened=next((mark for mark, _ in family.thoughts if end.endswith(mark)), ""),
+            opened=self._opened(chosen, prompt),
             hidden=frozenset(self.marks.values()),
         )
+
+    @staticmethod
+    def _opened(chosen: ChatFormat, prompt: str) -> str:
+        """The mark by which a prompt has opened the reasoning; "": it has not."""
+        end = prompt.rstrip()
+        return next((mark for mark, _ in FAMILIES[chosen].thoughts if end.endswith(mark)), "")

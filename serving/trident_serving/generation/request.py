@@ -104,6 +104,8 @@ class RequestParser:
         """
         conversation = self._conversation(inputs)
         prompt, prompt_ids = self._prompt(inputs, conversation)
+        if self._chat and conversation and self._chat.forced_grammar(conversation, prompt) is not None:
+            raise InvalidRequest(f"tool_choice must be auto or none, found {conversation.tool_choice[:80]!r}")
         room = self._limits.context - len(prompt_ids)
         values = {field.name: field.read(inputs) for field in GENERATION if field.shape == (1,)}
         if values["max_tokens"] is None:

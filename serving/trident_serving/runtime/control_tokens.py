@@ -63,6 +63,12 @@ class ControlTokens:
         return found
 
     @property
+    def added(self) -> dict[str, int]:
+        """Every token that was added to the tokenizer, control tokens and others."""
+        added = self._tokenizer.backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items()}
+
+    @property
     def special(self) -> dict[str, int]:
         """Those that are special tokens, which are in no text of an answer."""
         added = self._tokenizer.backend.get_added_tokens_decoder()

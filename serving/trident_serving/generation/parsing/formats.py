@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trident_serving.chat.messages import Conversation, ToolMode, function_of
+from trident_serving.errors import InvalidRequest
 from trident_serving.generation.parsing import families
 from trident_serving.generation.parsing.parser import AnswerParser
 from trident_serving.schema.fields import ChatFormat
@@ -72,6 +75,16 @@ class ForcedCall:
     suffix: str
     format: ChatFormat
 
+    def lark(self, tokens: Mapping[str, int]) -> str:
+        """The answer as a grammar for llguidance.
+
+        Args:
+            tokens: the tokenizer's added tokens, by their texts: marks among them are these tokens, not their letters.
+        """
+        schema = json.dumps(self.schema | {"x-guidance": _SPACES}, ensure_ascii=False)
+        rule = " ".join([*_terms(self.prefix, tokens), "call", *_terms(self.suffix, tokens)])
+        return f"start: {rule}\ncall: %json {schema}\n"
+
 
 # How one call is written in the formats that write it in JSON: what is before, the keys of name and arguments, what is
 # behind, and whether it is a list.
@@ -90,6 +103,11 @@ _WRITTEN: dict[ChatFormat, tuple[str, str, str, str, bool]] = {
 }
 
 
+# Spaces as Python's json and most models write them.
+_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SHARED = ("$defs", "definitions")
+
+
 def forced_call(conversation: Conversation, chat_format: ChatFormat) -> ForcedCall | None:
     """What an answer must be where `tool_choice` forces a call; None where it does not.
 
@@ -104,22 +122,36 @@ def forced_call(conversation: Conversation, chat_format: ChatFormat) -> ForcedCa
     if chat_format not in _WRITTEN:
         chat_format = ChatFormat.JSON
     prefix, name, arguments, suffix, is_list = _WRITTEN[chat_format]
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                name: {"const": function["name"]},
-                arguments: function.get("parameters") or {"type": "object", "properties": {}},
-            },
-            "required": [name, arguments],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
+    calls: list[dict[str, Any]] = []
+    shared: dict[str, dict[str, Any]] = {}
+    for function in functions:
+        parameters = dict(function.get("parameters") or {"type": "object", "properties": {}})
+        for key in _SHARED:  # references name them from the root
+            for each, definition in (parameters.pop(key, None) or {}).items():
+                if shared.setdefault(key, {}).setdefault(each, definition) != definition:
+                    raise InvalidRequest(f"tools have two different definitions {each!r}: give them other names")
+        properties = {name: {"const": function["name"]}, arguments: parameters}
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": [name, arguments],
+                "additionalProperties": False,
+            }
+        )
     schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if is_list:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
+    schema |= shared
     return ForcedCall(prefix, schema, suffix, chat_format)
+
+
+def _terms(text: str, tokens: Mapping[str, int]) -> Iterator[str]:
+    """A text as terms of a grammar: tokens by their ids, and strings."""
+    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
+    for piece in re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if longest_first else [text]:
+        if piece:
+            yield f"<[{tokens[piece]}]>" if piece in tokens else json.dumps(piece, ensure_ascii=False)
 
 
 def schemas_of(tools: Sequence[Any]) -> dict[str, dict[str, Any]]:

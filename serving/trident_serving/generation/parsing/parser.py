@@ -10,7 +10,8 @@ section that holds no call is text, as it was written. White space next to a sec
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -61,6 +62,23 @@ class Ended(Exception):
     """The answer is complete: thrown into the coroutine."""
 
 
+@dataclass(frozen=True)
+class _Direct:
+    """What takes runs of characters that leave the coroutine where it is."""
+
+    write: Callable[[str], None]
+    pattern: re.Pattern[str]
+
+
+def _without(characters: Iterable[str]) -> re.Pattern[str]:
+    """A run of other characters."""
+    known = "".join(sorted({*characters}))
+    return re.compile(f"[^{re.escape(known)}]+" if known else r"[\s\S]+")
+
+
+_IN_STRING = _without('"\\')
+
+
 class AnswerParser:
     """One answer of one model; a family of models is a subclass.
 
@@ -97,6 +115,8 @@ class AnswerParser:
         self._text = _Trimmed(lambda text: self._parts.append(Text(text)))
         self._thought = _Trimmed(lambda text: self._parts.append(Reasoning(text)), fresh=True)
         self._count, self._argued = 0, False
+        self._plain = _Direct(self._text.write, _without(mark[0] for mark in (*self._marks, *self.bare)))
+        self._direct: _Direct | None = None
         self._back = ""  # characters that are read again
         self._raw: list[str] = []  # what the current section has read, as long as it is no call
         self._kept = False  # whether that is kept
@@ -118,8 +138,16 @@ class AnswerParser:
 
     def push(self, text: str) -> list[Part]:
         """Take more of the answer; returns what became certain."""
-        for character in text:
-            self._machine.send(character)
+        position = 0
+        while position < len(text):
+            if self._direct is not None and (run := self._direct.pattern.match(text, position)):
+                self._direct.write(run[0])
+                if self._kept:
+                    self._raw.append(run[0])
+                position = run.end()
+            else:
+                self._machine.send(text[position])
+                position += 1
         return self._taken()
 
     def finish(self) -> list[Part]:
@@ -153,7 +181,7 @@ class AnswerParser:
         held = ""
         try:
             while True:
-                held += yield from self._read()
+                held += yield from self._read(None if held else self._plain)
                 while held:
                     if held in self._marks and (held not in self._closes or self._text.blank):
                         return held
@@ -172,9 +200,10 @@ class AnswerParser:
         write = self._thought.write if self._reasoning else self._text.write
         if not self._reasoning:
             write(self._shown(mark))
+        direct = _Direct(write, _without(close[0]))
         try:
             while held != close:
-                held += yield from self._read()
+                held += yield from self._read(None if held else direct)
                 while not close.startswith(held):
                     write(held[0])
                     held = held[1:]
@@ -215,11 +244,18 @@ class AnswerParser:
 
     # Reading.
 
-    def _read(self) -> Step[str]:
+    def _read(self, direct: _Direct | None = None) -> Step[str]:
+        """The next character.
+
+        Args:
+            direct: takes characters that change nothing; the next one is the first that does.
+        """
         if self._back:
             character, self._back = self._back[0], self._back[1:]
         else:
+            self._direct = direct
             character = yield
+            self._direct = None
         if self._kept:
             self._raw.append(character)
         return character
@@ -308,8 +344,9 @@ class AnswerParser:
             character = yield from self._read()
 
     def _rest_of_string(self, write: Callable[[str], None]) -> Step[None]:
+        direct = _Direct(write, _IN_STRING)
         while True:
-            character = yield from self._read()
+            character = yield from self._read(direct)
             write(character)
             if character == "\\":
                 write((yield from self._read()))
