@@ -46,7 +46,7 @@ class Option:
         dtype: the tensor's type by its name in the protocol; "BYTES" of texts.
         help: what it does.
         choices: the texts that it may have; (): any.
-        many: whether it is a list of texts.
+        many: whether it is a list.
         flag: whether `trident` has a flag for it.
     """
 

@@ -66,6 +66,28 @@ class GenerationCalls(Connection):
         """
         return self._chunks(prompt, model, timeout, dict(options), stream=True)
 
+    def generate_many(
+        self,
+        prompt: str | Sequence[Message],
+        n: int,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation]:
+        """Several answers to one prompt, which is computed once; with `temperature` above 0 they differ.
+
+        Args:
+            prompt: see `generate`.
+            n: how many, between 1 and 32. The i-th has the seed `random_seed + i`.
+            options: those of `generate`.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+        """
+        return [_joined(iter([chunk])) for chunk in self._chunks(prompt, model, timeout, dict(options), n=n)]
+
     def chat(
         self,
         messages: str | Sequence[Message],
@@ -94,7 +116,8 @@ class GenerationCalls(Connection):
         timeout: float | None,
         options: dict[str, Any],
         *,
-        stream: bool,
+        stream: bool = False,
+        n: int = 1,
     ) -> Iterator[GenerationChunk]:
         if isinstance(prompt, str):
             field, text = "text_input", prompt
@@ -102,6 +125,8 @@ class GenerationCalls(Connection):
             field, text = "messages", _wire.as_json("messages", list(prompt))
         inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None], "stream": np.array([[stream]])}
         inputs |= _wire.options(options, GENERATION)
+        if n != 1:
+            inputs["n"] = _wire.scalar("n", n, np.int32)[None]
         request = _wire.build_request(model or self._only_model("text-generation", timeout), inputs)
         deadline = self._deadline(timeout)
         if deadline is not None:
@@ -115,7 +140,7 @@ class GenerationCalls(Connection):
                 for response in call:
                     if response.error_message:
                         raise self._stream_error(request.model_name, response.error_message)
-                    yield _chunk(_wire.parse_response(response.infer_response))
+                    yield from _chunks(_wire.parse_response(response.infer_response))
             finally:
                 call.cancel()
 
@@ -135,26 +160,54 @@ class GenerationCalls(Connection):
         return InvalidRequestError(message)
 
 
-def _chunk(outputs: dict[str, NDArray[Any]]) -> GenerationChunk:
-    ids, log_probs = (outputs.get(f"output_top_{name}") for name in ("token_ids", "log_probs"))
-    top = [] if ids is None or log_probs is None else zip(ids[0].tolist(), log_probs[0].tolist(), strict=True)
-    return GenerationChunk(
-        text=outputs["text_output"].item().decode("utf-8"),
-        finish_reason=outputs["finish_reason"].item().decode("utf-8"),
-        num_input_tokens=int(outputs["num_input_tokens"].item()),
-        num_output_tokens=int(outputs["num_output_tokens"].item()),
-        log_probs=tuple(outputs["output_log_probs"].reshape(-1).tolist()),
-        top_log_probs=tuple(tuple(zip(*pair, strict=True)) for pair in top),
-        reasoning=outputs["reasoning"].item().decode("utf-8") if "reasoning" in outputs else "",
-        tool_calls=_calls(outputs["tool_calls"].item()) if "tool_calls" in outputs else (),
-    )
+def _chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
+    """The answers of a response: one, or all of a request with several."""
+    counts = outputs["num_output_tokens"].reshape(-1).tolist()
+    ends = np.cumsum([0, *counts])
+    log_probs, top = outputs["output_log_probs"].reshape(-1).tolist(), _likeliest(outputs, "output")
+    found = []
+    for index, (text, reason, count) in enumerate(
+        zip(outputs["text_output"].reshape(-1), outputs["finish_reason"].reshape(-1), counts, strict=True)
+    ):
+        # One answer's count is of all of its chunks, so that its new tokens are whatever there is.
+        own = slice(None) if len(counts) == 1 else slice(ends[index], ends[index + 1])
+        found.append(
+            GenerationChunk(
+                text=text.decode("utf-8"),
+                finish_reason=reason.decode("utf-8"),
+                num_input_tokens=int(outputs["num_input_tokens"].item()),
+                num_output_tokens=count,
+                log_probs=tuple(log_probs[own]),
+                top_log_probs=top[own],
+                prompt_log_probs=tuple(outputs.get("prompt_log_probs", np.empty(0)).reshape(-1).tolist()),
+                prompt_top_log_probs=_likeliest(outputs, "prompt"),
+                reasoning=_text(outputs, "reasoning", index),
+                tool_calls=_calls(_text(outputs, "tool_calls", index)),
+            )
+        )
+    return found
 
 
-def _calls(text: bytes) -> tuple[ToolCall, ...]:
-    """The `tool_calls` of a response."""
+def _likeliest(outputs: dict[str, NDArray[Any]], name: str) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """For each token the likeliest ones, as (id, log-probability)."""
+    ids, log_probs = (outputs.get(f"{name}_top_{kind}") for kind in ("token_ids", "log_probs"))
+    if ids is None or log_probs is None:
+        return ()
+    pairs = zip(ids[0].tolist(), log_probs[0].tolist(), strict=True)
+    return tuple(tuple(zip(*pair, strict=True)) for pair in pairs)
+
+
+def _text(outputs: dict[str, NDArray[Any]], name: str, index: int) -> str:
+    """A text of one of a response's answers; "" where there is none."""
+    text: str = outputs[name].reshape(-1)[index].decode("utf-8") if name in outputs else ""
+    return text
+
+
+def _calls(text: str) -> tuple[ToolCall, ...]:
+    """The `tool_calls` of an answer."""
     return tuple(
         ToolCall(call["index"], call.get("id", ""), call["function"].get("name", ""), call["function"]["arguments"])
-        for call in json.loads(text)
+        for call in json.loads(text or "[]")
     )
 
 
@@ -179,4 +232,6 @@ def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
         top_log_probs=tuple(value for chunk in every for value in chunk.top_log_probs),
         reasoning="".join(chunk.reasoning for chunk in every),
         tool_calls=_joined_calls(call for chunk in every for call in chunk.tool_calls),
+        prompt_log_probs=every[0].prompt_log_probs,
+        prompt_top_log_probs=every[0].prompt_top_log_probs,
     )

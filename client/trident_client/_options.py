@@ -20,7 +20,7 @@ class Option:
         dtype: the tensor's type by its name in the protocol; "BYTES" of texts.
         help: what it does.
         choices: the texts that it may have; (): any.
-        many: whether it is a list of texts.
+        many: whether it is a list.
         flag: whether `trident` has a flag for it.
     """
 
@@ -35,11 +35,11 @@ class GenerationOptions(TypedDict, total=False):
     """Options of `generate`, `stream` and `chat`; None leaves one out.
 
     Attributes:
-        max_tokens: how long the answer may be, in tokens; the model's limits have a default (at least 1).
+        max_tokens: how long the answer may be, in tokens; the model's limits have a default; 0: none, for a prompt's log-probabilities (at least 0).
         min_tokens: how short the answer may be, in tokens (default 0; at least 0).
         temperature: 0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100).
         top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
-        top_p: sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1).
+        top_p: sample from the likeliest tokens that reach this probability together; 0: the likeliest (default 1.0; between 0 and 1).
         min_p: leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1).
         typical_p: sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1).
         repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100).
@@ -49,7 +49,18 @@ class GenerationOptions(TypedDict, total=False):
         return_log_probs: give each token's log-probability (default false).
         top_logprobs: give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20).
         prompt_lookup: draft greedy answers from their prompt, which changes their speed only (default true).
-        stop_words: texts that end the answer and are left out of it, at most 32.
+        stop_words: texts that end the answer and are left out of it, at most 32; they count from min_tokens on.
+        stop_token_ids: tokens that end the answer, as the model's own do, at most 64.
+        bad_words: texts that never appear, as their tokens at the beginning of a text and behind a space, at most 32.
+        logit_bias: what is added to the logits of tokens, between -100 and 100: a JSON object of ids and numbers, at most 1024.
+        ignore_eos: go on behind the model's end tokens (default false).
+        skip_special_tokens: leave special tokens out of the answer's text (default true).
+        truncate_prompt_tokens: cut a longer prompt to its last tokens, so many; -1: as many as fit beside max_tokens (at least -1).
+        prompt_logprobs: give the log-probability of each token of the prompt but the first, and this many of the likeliest ones (between 0 and 20).
+        guided_json: a JSON schema that the answer follows.
+        guided_regex: a regular expression that the whole answer matches.
+        guided_choice: texts of which the answer is one.
+        guided_grammar: a grammar that the answer follows: Lark, or GBNF where it has ::=.
         tools: functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments.
         tool_choice: whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON.
         documents: texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`.
@@ -73,6 +84,17 @@ class GenerationOptions(TypedDict, total=False):
     top_logprobs: int | None
     prompt_lookup: bool | None
     stop_words: list[str] | None
+    stop_token_ids: list[int] | None
+    bad_words: list[str] | None
+    logit_bias: Mapping[int, float] | None
+    ignore_eos: bool | None
+    skip_special_tokens: bool | None
+    truncate_prompt_tokens: int | None
+    prompt_logprobs: int | None
+    guided_json: Mapping[str, Any] | str | None
+    guided_regex: str | None
+    guided_choice: list[str] | None
+    guided_grammar: str | None
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any] | None
     documents: Sequence[Mapping[str, Any]] | None
@@ -83,7 +105,8 @@ class GenerationOptions(TypedDict, total=False):
 
 GENERATION: dict[str, Option] = {
     "max_tokens": Option(
-        "INT32", "how long the answer may be, in tokens; the model's limits have a default (at least 1)"
+        "INT32",
+        "how long the answer may be, in tokens; the model's limits have a default; 0: none, for a prompt's log-probabilities (at least 0)",
     ),
     "min_tokens": Option("INT32", "how short the answer may be, in tokens (default 0; at least 0)"),
     "temperature": Option(
@@ -92,7 +115,7 @@ GENERATION: dict[str, Option] = {
     "top_k": Option("INT32", "sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more)"),
     "top_p": Option(
         "FP32",
-        "sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1)",
+        "sample from the likeliest tokens that reach this probability together; 0: the likeliest (default 1.0; between 0 and 1)",
     ),
     "min_p": Option(
         "FP32", "leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1)"
@@ -121,7 +144,40 @@ GENERATION: dict[str, Option] = {
     "prompt_lookup": Option(
         "BOOL", "draft greedy answers from their prompt, which changes their speed only (default true)"
     ),
-    "stop_words": Option("BYTES", "texts that end the answer and are left out of it, at most 32", many=True),
+    "stop_words": Option(
+        "BYTES",
+        "texts that end the answer and are left out of it, at most 32; they count from min_tokens on",
+        many=True,
+    ),
+    "stop_token_ids": Option(
+        "INT32", "tokens that end the answer, as the model's own do, at most 64", many=True, flag=False
+    ),
+    "bad_words": Option(
+        "BYTES",
+        "texts that never appear, as their tokens at the beginning of a text and behind a space, at most 32",
+        many=True,
+    ),
+    "logit_bias": Option(
+        "BYTES",
+        "what is added to the logits of tokens, between -100 and 100: a JSON object of ids and numbers, at most 1024",
+        flag=False,
+    ),
+    "ignore_eos": Option("BOOL", "go on behind the model's end tokens (default false)"),
+    "skip_special_tokens": Option("BOOL", "leave special tokens out of the answer's text (default true)"),
+    "truncate_prompt_tokens": Option(
+        "INT32",
+        "cut a longer prompt to its last tokens, so many; -1: as many as fit beside max_tokens (at least -1)",
+        flag=False,
+    ),
+    "prompt_logprobs": Option(
+        "INT32",
+        "give the log-probability of each token of the prompt but the first, and this many of the likeliest ones (between 0 and 20)",
+        flag=False,
+    ),
+    "guided_json": Option("BYTES", "a JSON schema that the answer follows", flag=False),
+    "guided_regex": Option("BYTES", "a regular expression that the whole answer matches", flag=False),
+    "guided_choice": Option("BYTES", "texts of which the answer is one", many=True, flag=False),
+    "guided_grammar": Option("BYTES", "a grammar that the answer follows: Lark, or GBNF where it has ::=", flag=False),
     "tools": Option(
         "BYTES",
         "functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments",
@@ -159,7 +215,7 @@ class TranslationOptions(TypedDict, total=False):
         min_tokens: how short the answer may be, in tokens (default 0; at least 0).
         temperature: 0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100).
         top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
-        top_p: sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1).
+        top_p: sample from the likeliest tokens that reach this probability together; 0: the likeliest (default 1.0; between 0 and 1).
         min_p: leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1).
         typical_p: sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1).
         repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100).
@@ -202,7 +258,7 @@ TRANSLATION: dict[str, Option] = {
     "top_k": Option("INT32", "sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more)"),
     "top_p": Option(
         "FP32",
-        "sample from the likeliest tokens that reach this probability together (default 1.0; above 0 and at most 1)",
+        "sample from the likeliest tokens that reach this probability together; 0: the likeliest (default 1.0; between 0 and 1)",
     ),
     "min_p": Option(
         "FP32", "leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1)"

@@ -76,6 +76,9 @@ class GenerationChunk:
             asks for them.
         reasoning: the model's, where `return_reasoning` asks for it.
         tool_calls: calls of the request's `tools`; in a stream, what is new of them.
+        prompt_log_probs: log-probabilities of the prompt's tokens but the first, in the first chunk; () unless
+            `prompt_logprobs` asks for them.
+        prompt_top_log_probs: the likeliest tokens at each of them.
     """
 
     text: str
@@ -86,6 +89,8 @@ class GenerationChunk:
     top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    prompt_log_probs: tuple[float, ...] = ()
+    prompt_top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ def options(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, 
         if option.dtype == "BYTES":
             values = list(value) if option.many else [value if isinstance(value, str) else as_json(name, value)]
             tensors[name] = texts(values)[None]
+        elif option.many:
+            tensors[name] = np.concatenate([scalar(name, each, _DTYPES[option.dtype]) for each in value])[None]
         else:
             tensors[name] = scalar(name, value, _DTYPES[option.dtype])[None]
     return tensors
@@ -81,7 +83,7 @@ def as_json(name: str, value: Any) -> str:
         ValueError: something in it has no form in JSON.
     """
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps(dict(value) if isinstance(value, Mapping) else value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} has no form in JSON: {error}") from None
 

@@ -146,8 +146,11 @@ def _print_stream(client: Client, options: argparse.Namespace, prompt: Any) -> i
             print(chunk.text, end="", flush=True)
     if options.json:
         result = dataclasses.asdict(chunks[-1]) | {"text": "".join(chunk.text for chunk in chunks)}
-        unasked = ("log_probs", "top_log_probs", "reasoning", "tool_calls")
-        print(json.dumps({name: value for name, value in result.items() if name not in unasked}, ensure_ascii=False))
+        unasked = ("reasoning", "tool_calls")
+        result = {
+            name: value for name, value in result.items() if not name.endswith("log_probs") and name not in unasked
+        }
+        print(json.dumps(result, ensure_ascii=False))
     else:
         print()
     return 0

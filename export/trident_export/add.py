@@ -14,12 +14,12 @@ import torch
 import transformers
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
-from trident_export import models_file, needs
+from trident_export import models_file, needs, tasks
 from trident_export.errors import ModelsFileError
 from trident_export.huggingface import text_part
-from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.huggingface.folder import HuggingFaceFolder, is_text
 from trident_export.huggingface.seq2seq import generation_config
-from trident_export.tasks import encoders
+from trident_export.tasks import encoders, text_generation
 from trident_serving.encoders import TASKS
 
 # The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
@@ -66,9 +66,12 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
 
     Raises:
         ModelsFileError: it is no model of a task that Trident serves.
+        ExportError: an export would refuse it, as far as that can be told without the weights' numbers.
     """
     name = name or _name(source)
     models_file.check_name(name)
+    if unwritable := [value for value in source.values() if not is_text(value)]:
+        raise ModelsFileError(f"{unwritable[0]!r} is no text in UTF-8, which models.toml is: rename it")
     if not (folder / "config.json").is_file():
         raise ModelsFileError(f"{folder} is no Hugging Face folder, it has no config.json")
     model = HuggingFaceFolder(folder)
@@ -99,6 +102,7 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     table |= {"limits": limits, "on_demand": True}
     proposal = Proposal(name, table, tuple(reasons))
     spec = models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read
+    tasks.check(spec, model)
     if parameters := model.parameters or _parameters(config):
         takes = f"its export takes {needs.sentence(parameters, spec.kind, spec.recipes)}"
         return replace(proposal, reasons=(*reasons, takes))
@@ -164,8 +168,10 @@ def _is_cross_encoder(config: PretrainedConfig) -> bool:
 
 def _generation_limits(config: PretrainedConfig, reasons: list[str]) -> dict[str, Any]:
     longest = getattr(config, "max_position_embeddings", None) or 1024
-    context = min(longest, _MAX_CONTEXT)
-    reasons.append(f"context {context}: the model's is {longest}")
+    fixed = text_generation.fixed_context(config)
+    context = min(longest, _MAX_CONTEXT, fixed or longest)
+    why = f", and its rotary embedding changes beyond {fixed}" if fixed == context else ""
+    reasons.append(f"context {context}: the model's is {longest}{why}")
     reasons.append(f"kv_cache_mib {_CACHE_MIB}: keys and values of 8 slots never take more")
     return {"context": context, "slots": 8, "kv_cache_mib": _CACHE_MIB}
 

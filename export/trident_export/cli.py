@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import signal
 import sys
 import tempfile
@@ -23,12 +24,15 @@ from pathlib import Path
 
 from trident_export import configs, corpora, doctor, install, models_file, pin, progress, quiet, recipes, report, tasks
 from trident_export.compression.methods import Method
-from trident_export.errors import ExportError, UsageError
+from trident_export.errors import ExportError, SourceError, UsageError
 from trident_export.huggingface import adapters, sources
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
 from trident_export.measure.sensitivity import Grouping
 from trident_serving import artefacts
+
+# An id on the hub: a name, mostly behind that of an owner.
+_HUB_ID = re.compile(r"(?!.*\.gguf)\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +102,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--adapter", default="", help="a PEFT adapter of the model, merged at export: a folder, or an id on the hub"
     )
     adding.add_argument("--name", default="", help="of the table (default: from the source)")
-    adding.add_argument("--dry-run", action="store_true", help="print the table and write nothing")
+    adding.add_argument("--dry-run", action="store_true", help="print the table, and write no file of yours")
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
@@ -324,20 +328,11 @@ def _add(options: argparse.Namespace) -> int:
     from trident_export import add  # transformers takes seconds to import
 
     quiet.hush_onnxruntime(options.verbose)
-    local = sources.path_of(options.source)
-    if local.is_dir():
-        check_files(local)
-        folder, source = local, {"path": str(local.resolve())}
-    elif local.suffix == ".gguf" and local.is_file():
-        cache = options.models_file.resolve().parent / ".cache"
-        folder, source = sources.from_gguf(local.resolve(), cache, progress.say), {"path": str(local.resolve())}
-    else:
-        commit = pin.resolve(options.source)
-        folder = sources.fetch_settings(options.source, commit)
-        source = {"hub": options.source, "revision": commit}
-    if options.adapter:
-        source |= _adapter(options.adapter, folder, source.get("hub", ""))
-    proposal = add.propose(folder, source, options.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, source = _looked_at(options, Path(scratch))
+        if options.adapter:
+            source |= _adapter(options.adapter, folder, source.get("hub", ""))
+        proposal = add.propose(folder, source, options.name)
     print(proposal.as_toml(), end="")
     for reason in proposal.reasons:
         print(f"trident-export: {reason}", file=sys.stderr)
@@ -350,12 +345,42 @@ def _add(options: argparse.Namespace) -> int:
     return 0
 
 
+def _looked_at(options: argparse.Namespace, scratch: Path) -> tuple[Path, dict[str, str]]:
+    """The folder that `add` looks at, and the source that its table names."""
+    local = sources.path_of(options.source)
+    source = {"path": str(local.resolve())}
+    if local.is_dir():
+        check_files(local)
+        if (local / "config.json").is_file():
+            sources.check_weights(local)
+        return local, source
+    if local.is_file() and local.suffix != ".gguf":
+        raise SourceError(f"{local} is no GGUF file: name one, a Hugging Face folder, or a model on the hub")
+    if local.is_file() and options.dry_run:
+        return sources.gguf_settings(local.resolve(), scratch), source
+    if local.is_file():
+        cache = options.models_file.resolve().parent / ".cache"
+        return sources.from_gguf(local.resolve(), cache, progress.say), source
+    commit = _commit(options.source)
+    return sources.fetch_settings(options.source, commit), {"hub": options.source, "revision": commit}
+
+
+def _commit(named: str) -> str:
+    """The commit of a model on the hub, whose id can be a path's, too."""
+    if not _HUB_ID.fullmatch(named):
+        raise SourceError(f"{named} does not exist: name a Hugging Face folder, a GGUF file, or a model on the hub")
+    try:
+        return pin.resolve(named)
+    except SourceError as error:
+        raise SourceError(f"there is no folder {named} here, and {error}") from None
+
+
 def _adapter(named: str, base: Path, hub: str) -> dict[str, str]:
     """What a table's source says of an adapter, which must be the base's."""
     local = sources.path_of(named)
     found = {"adapter": str(local.resolve())} if local.is_dir() else {"adapter": named, "adapter_revision": ""}
     if not local.is_dir():
-        found["adapter_revision"] = pin.resolve(named)
+        found["adapter_revision"] = _commit(named)
     adapters.check_base(sources.fetch_adapter(models_file.Source(**found), Path()), base, hub)
     return found
 

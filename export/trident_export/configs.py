@@ -134,15 +134,19 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
         config.input.append(_tensor(pb.ModelInput, name_of_prompt, "STRING", [1], optional=True))
     _add_fields(config, GENERATION)
     outputs = [
-        ("text_output", "STRING", [1]),
-        ("finish_reason", "STRING", [1]),
+        ("text_output", "STRING", [-1]),
+        ("finish_reason", "STRING", [-1]),
+        ("index", "INT32", [-1]),
         ("num_input_tokens", "INT32", [1]),
-        ("num_output_tokens", "INT32", [1]),
+        ("num_output_tokens", "INT32", [-1]),
         ("output_log_probs", "FP32", [-1]),
         ("output_top_token_ids", "INT32", [-1, -1]),
         ("output_top_log_probs", "FP32", [-1, -1]),
-        ("reasoning", "STRING", [1]),
-        ("tool_calls", "STRING", [1]),
+        ("prompt_log_probs", "FP32", [-1]),
+        ("prompt_top_token_ids", "INT32", [-1, -1]),
+        ("prompt_top_log_probs", "FP32", [-1, -1]),
+        ("reasoning", "STRING", [-1]),
+        ("tool_calls", "STRING", [-1]),
     ]
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
     _set_parameters(config, asdict(limits))

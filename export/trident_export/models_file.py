@@ -233,9 +233,10 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
     known_recipes = recipes.load() if known_recipes is None else known_recipes
     _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
     task = table["task"]
-    if task not in LIMITS:
+    if not isinstance(task, str) or task not in LIMITS:
         raise ModelsFileError(f"{where}: task {task!r} is not one of {', '.join(LIMITS)}")
-    variants, more = tuple(table["variants"]), tuple(table.get("more_variants", ()))
+    variants = _names(f"{where}: variants", table["variants"])
+    more = _names(f"{where}: more_variants", table.get("more_variants", []))
     every = (*variants, *more)
     unknown = [variant for variant in every if variant not in known_recipes]
     if not variants or unknown or len(set(every)) < len(every):
@@ -251,8 +252,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
             known_recipes[variant].check(variant, kind, getattr(limits, "device", "cpu"))
     except ModelsFileError as error:
         raise ModelsFileError(f"{where}: {error}") from None
-    gates = table.get("gates", {})
-    _check_keys(f"{where} gates", gates, every)
+    gates = _gates(f"{where} gates", table.get("gates", {}), every)
     return ModelSpec(
         name=name,
         task=task,
@@ -309,6 +309,29 @@ def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+def _names(where: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ModelsFileError(f"{where} must be a list of texts, found {value!r}")
+    return tuple(value)
+
+
+def _gates(where: str, table: object, variants: Iterable[str]) -> Mapping[str, Mapping[str, float]]:
+    for part, value in ((where, table), *((f"{where}.{key}", inner) for key, inner in _items(table))):
+        if not isinstance(value, dict):
+            raise ModelsFileError(f"{part} must be a table, found {value!r}")
+    assert isinstance(table, dict)
+    _check_keys(where, table, tuple(variants))
+    for variant, thresholds in table.items():
+        for measure, limit in thresholds.items():
+            if not isinstance(limit, int | float) or isinstance(limit, bool):
+                raise ModelsFileError(f"{where}.{variant}.{measure} must be a number, found {limit!r}")
+    return table
+
+
+def _items(table: object) -> Iterable[tuple[str, object]]:
+    return table.items() if isinstance(table, dict) else ()
+
+
 def _source_words(where: str, task: str, table: Mapping[str, Any]) -> dict[str, Any]:
     """`source_lang`, `target_lang` and `prefix`, as far as a table has them."""
     given = {key: _typed(f"{where}: {key}", table[key], str) for key in _SOURCE_WORDS if key in table}
@@ -360,6 +383,8 @@ def _check_keys(where: str, table: Mapping[str, Any], known: Any, required: Any 
 def _typed(where: str, value: Any, kind: type[Any]) -> Any:
     if not isinstance(value, kind):
         raise ModelsFileError(f"{where} must be {kind.__name__}, found {value!r}")
+    if isinstance(value, str) and "\0" in value:
+        raise ModelsFileError(f"{where} holds a null character, found {value[:80]!r}")
     return value
 
 
@@ -367,4 +392,6 @@ def _integer(where: str, value: Any, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         kind = "a positive integer" if least == 1 else f"an integer, {least} or more"
         raise ModelsFileError(f"{where} must be {kind}, found {value!r}")
+    if value > reading.LARGEST:
+        raise ModelsFileError(f"{where} must be at most {reading.LARGEST}, found {value}")
     return value

@@ -100,6 +100,9 @@ def _recipe(where: str, name: str, table: object) -> Recipe:
     size, precision = table.get("size", 1.0), table.get("precision", name)
     if not isinstance(size, float) or not 0 < size <= 1 or not isinstance(precision, str):
         raise ModelsFileError(f"{where}: size must be a number up to 1.0 and precision a variant's name")
+    for kind in Kind:
+        if not isinstance(table.get(kind, []), list):
+            raise ModelsFileError(f"{where} {kind} must be a list of passes, found {table[kind]!r}")
     passes = {
         kind: tuple(_pass(f"{where} {kind}[{index}]", step) for index, step in enumerate(table[kind]))
         for kind in Kind
@@ -116,7 +119,7 @@ def _recipe(where: str, name: str, table: object) -> Recipe:
 
 def _pass(where: str, table: object) -> Pass:
     name = table.get("pass") if isinstance(table, dict) else None
-    if not isinstance(table, dict) or name not in {**PASSES, **RENAMED_PASSES}:
+    if not isinstance(table, dict) or not isinstance(name, str) or name not in {**PASSES, **RENAMED_PASSES}:
         raise ModelsFileError(f"{where}: pass must be one of {', '.join(PASSES)}, found {table!r}")
     kind = PASSES[_current(where, name, RENAMED_PASSES)]
     known = [field.name for field in fields(kind)]

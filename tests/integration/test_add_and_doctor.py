@@ -18,8 +18,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from tests import tiny_models
+from tests import gguf_writer, tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
+from tests.unit.test_gguf import CONFIGS, byte_level, make
 from trident_export import add, doctor, install, models_file
 from trident_export.errors import ModelsFileError
 
@@ -100,6 +101,27 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     nothing = run_export("add", str(tmp_path), "--models-file", str(file))
     assert nothing.returncode == 1
     assert "is no Hugging Face folder, it has no config.json" in nothing.stderr
+    for named, said in (
+        ("/no/such/folder", "/no/such/folder does not exist: name a Hugging Face folder, a GGUF file, or a model on"),
+        ("no/such.gguf", "no/such.gguf does not exist: name a"),
+        ("../nothing", "../nothing does not exist: name a"),
+        (str(file), "models.toml is no GGUF file: name one, a Hugging Face folder, or a model on the hub"),
+    ):
+        missing = run_export("add", named, "--models-file", str(file))
+        assert (missing.returncode, missing.stderr.count("\n")) == (1, 1), missing.stderr
+        assert said in missing.stderr
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    """Not even the folder that a GGUF file becomes; and it says the same."""
+    gguf_writer.write(tmp_path / "m.gguf", make(CONFIGS["llama"]), vocabulary=byte_level())
+    common = ("add", str(tmp_path / "m.gguf"), "--models-file", str(tmp_path / "models.toml"))
+    shown = run_export(*common, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+    done = run_export(*common)
+    assert done.stdout == shown.stdout
+    assert {file.name for file in tmp_path.iterdir()} == {"m.gguf", "models.toml", ".cache"}
 
 
 def test_an_architecture_without_a_task(folder: Path, tmp_path: Path) -> None:

@@ -31,8 +31,11 @@ from transformers import (
 from tests import tiny_models
 from tests.golden import question_answering as record
 from trident_client import Client, InvalidRequestError, cli
-from trident_export import corpora, install, models_file, recipes
+from trident_export import corpora, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError
+from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.measure import fidelity
+from trident_export.tasks.encoders import base
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
@@ -366,6 +369,36 @@ def test_a_damaged_model_is_refused(
     monkeypatch.setattr(recipes, "apply", damaged)
     with pytest.raises(FidelityError, match="score_error|max_difference"):
         install.export([spec], tmp_path, tmp_path, tmp_path, lambda message: None)
+
+
+def test_a_table_of_positions_is_compared_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text of the corpora reads the last positions; one that is as long as the limit does."""
+    folder = tiny_models.make_reader(tmp_path / "hf", "bert", AutoModel, positions=300)
+    table = {"task": "feature-extraction", "source": {"path": str(folder)}, "variants": ["fp32"]}
+    spec = models_file.parse("m", table | {"limits": {"dimensions": 32, "max_tokens": 300, "threads": 1}})
+    said: list[str] = []
+    job = tasks.Job(spec, HuggingFaceFolder(folder), tmp_path / "staging", said.append)
+    job.staging.mkdir()
+    checked = tasks.build(job)
+    assert checked.measures["fp32"]["longest_text"] == 300
+    assert not [line for line in said if "compared texts have" in line]
+    graph = tmp_path / "staging/m_model/1/model.onnx"
+    model = onnx.load(str(graph))
+    (tensor,) = (t for t in model.graph.initializer if list(t.dims) == [300, 32])
+    rows = numpy_helper.to_array(tensor).copy()
+    rows[280:] = np.roll(rows[280:], 1, axis=0)
+    tensor.CopyFrom(numpy_helper.from_array(rows, tensor.name))
+    onnx.save(model, str(graph))
+    measured = tasks.evaluate(spec, job.source, job.staging)["fp32"]
+    with pytest.raises(FidelityError, match="max_difference is"):
+        fidelity.check("feature-extraction", "fp32", measured)
+    monkeypatch.setattr(base, "FAR_TOKENS", 240)
+    measured = tasks.evaluate(spec, job.source, job.staging)["fp32"]
+    fidelity.check("feature-extraction", "fp32", measured)
+    assert 180 < measured["longest_text"] <= 240
+    assert tasks._uncompared(spec, {"fp32": measured}) == (
+        f"compared texts have {measured['longest_text']:.0f} tokens at most, the model takes 300"
+    )
 
 
 @pytest.mark.parametrize(

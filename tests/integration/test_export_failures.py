@@ -84,7 +84,7 @@ REASONS = {
     "shard": "model-00002-of-00002.safetensors): copy the model again",
     "config": "config: config.json can't be read (Expecting property name",
     "type": "a model of type 'llama9', which transformers 5.24.0 does not know",
-    "tokenizer": "tokenizer: the tokenizer can't be read (",
+    "tokenizer": "tokenizer: tokenizer.json can't be used, its model is no object",
     "architecture": "a RwkvForCausalLM is not supported",
 }
 

@@ -30,7 +30,6 @@ from transformers import (
     MiniMaxConfig,
     MixtralConfig,
     OpenAIGPTConfig,
-    Phi3Config,
     PretrainedConfig,
     RoFormerConfig,
     RwkvConfig,
@@ -43,6 +42,7 @@ from trident_export.errors import ModelsFileError, UnsupportedArchitecture
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph, plan_of
 from trident_export.graphs.slot_attention import Slots, window_of
+from trident_export.graphs.tracing import running
 from trident_export.passes import Cache
 from trident_export.passes.groups import Groups
 from trident_serving.generation.batch import SlotTokens
@@ -303,13 +303,21 @@ def test_windows_are_read_from_masks() -> None:
 
 
 def test_frequencies_that_change_with_the_length_have_a_longest_context(tmp_path: Path) -> None:
-    """Up to it a Phi-3 of long contexts is exact, in the cache of any slot."""
-    rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0}
-    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 40}
-    settings = {"sliding_window": None, "rope_parameters": rope, "original_max_position_embeddings": 40}
-    model = make(Phi3Config(**LLAMA, **settings))
+    """Up to it a Llama of dynamic scaling is exact, in the cache of any slot."""
+    rope: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = make(LlamaConfig(**LLAMA, rope_parameters=rope | {"original_max_position_embeddings": 40}))
     assert rotary.longest_context(model) == 40
     path = tmp_path / "model.onnx"
     write(model, path)
     compare_logits(model, path, tolerance=5e-4)  # of 40 tokens at most
     assert rotary.longest_context(make(CONFIGS["smollm3"])) is None
+
+
+def test_what_a_library_says_is_logged_and_not_said(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UnsupportedArchitecture) as raised, running("a Model"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert str(raised.value) == (
+        "a Model can't be traced to a graph: its code does there what Trident does not know (--verbose shows its "
+        "library's words): choose another model"
+    )
+    assert "mat1 and mat2 shapes cannot be multiplied" in caplog.text

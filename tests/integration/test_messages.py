@@ -37,6 +37,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+ANY = {"type": "function", "function": {"name": "now"}}
 USER = {"role": "user", "content": "Hi"}
 RESULT = {"role": "tool", "tool_call_id": "call00001", "content": "18"}
 
@@ -302,3 +303,32 @@ def test_fields_of_messages_need_messages(chat_client: Client) -> None:
         with pytest.raises(InvalidRequestError, match=f"{next(iter(options))} needs messages; text_input is read as"):
             chat_client.generate("Hi", model="m", **options)
     assert chat_client.generate("Hi", model="m", max_tokens=1, split_special_tokens=False).num_output_tokens == 1
+
+
+def test_a_call_can_be_forced(chat_client: Client) -> None:
+    """By a grammar, whatever the model would say; in as few words as its schema allows."""
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        found = chat_client.chat("Hi", model="m", tools=[ANY, TOOL], tool_choice=choice, max_tokens=64)
+        (call,) = found.tool_calls
+        assert found.text == ""
+        assert found.finish_reason == "stop"
+        assert call.name in ("now", "weather") if choice == "required" else call.name == "weather"
+        assert isinstance(call.parsed(), dict)
+    with pytest.raises(InvalidRequestError, match="give one of tool_choice and guided_json"):
+        chat_client.chat("Hi", model="m", tools=[TOOL], tool_choice="required", guided_json={"type": "object"})
+
+
+def test_several_answers_have_calls_of_their_own(chat_client: Client) -> None:
+    answers = chat_client.generate_many([USER], 3, model="m", tools=[TOOL], return_reasoning=True, max_tokens=24)
+    assert [(answer.text, answer.reasoning) for answer in answers] == [("I look.", "He asks.")] * 3
+    assert [call.name for answer in answers for call in answer.tool_calls] == ["weather"] * 3
+
+
+def test_ends_of_turns_are_ends(chat_client: Client) -> None:
+    """Which `ignore_eos` and `min_tokens` pass, and which no text shows."""
+    for options in ({"ignore_eos": True}, {"min_tokens": 15}):
+        found = chat_client.chat("Hi", model="m", max_tokens=18, **options)
+        assert found.num_output_tokens > len(PIECES)
+    shown = chat_client.chat("Hi", model="m", max_tokens=24, skip_special_tokens=False, tools=[TOOL])
+    assert shown.text.endswith("I look.")
+    assert len(shown.tool_calls) == 1

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from tests import tiny_models
@@ -206,6 +207,39 @@ def test_a_template_that_inserts_a_token_beyond_the_embedding(original: Path, tm
     change(tmp_path / "source" / "tokenizer.json", post_processor=parts | inserted)
     with pytest.raises(UnreadableSource, match="gives the token 70000 .*, the model has 512: it is another model's"):
         written(tmp_path / "source", tmp_path / "1")
+
+
+def test_a_table_of_positions_is_compared_to_its_end(tmp_path: Path) -> None:
+    """Texts of the gate's usual length read the first 64 positions of 128; the others could be anything."""
+    source = HuggingFaceFolder(tiny_models.make_causal(tmp_path / "gpt2", "gpt2"))
+    model = source.load(AutoModelForCausalLM)
+    editing.save(decoder_passes.optimize(export_causal_graph(model, 160)), tmp_path / "model.onnx")
+    words = TextTokenizer(source.tokenizer.backend_tokenizer)
+    samples = text_generation.sample_ids(words, 128, 512, corpora.held_out())[:2]
+    reference = text_generation.reference_logits(model, samples)
+    limits = GenerationLimits(context=128, slots=2, prefill_chunk=16, threads=1)
+    far = text_generation.far_text(source, model, words, limits, corpora.held_out())
+    assert far is not None
+    assert (len(far.ids), far.parts) == (127, [range(64), range(64, 127)])
+    measured = text_generation.measure(tmp_path, samples, reference, "cpu", far)
+    fidelity.check("text-generation", "fp32", measured)
+    assert (measured["longest_text"], measured["tokens"]) == (127, 2 * 64 + 127)
+    graph = onnx.load(str(tmp_path / "model.onnx"))
+    (table,) = (tensor for tensor in graph.graph.initializer if tensor.dims == [128, 64])
+    rows = numpy_helper.to_array(table).copy()
+    rows[100:] = np.roll(rows[100:], 1, axis=0)
+    table.CopyFrom(numpy_helper.from_array(rows, table.name))
+    onnx.save(graph, str(tmp_path / "model.onnx"))
+    fidelity.check("text-generation", "fp32", text_generation.measure(tmp_path, samples, reference))
+    measured = text_generation.measure(tmp_path, samples, reference, "cpu", far)
+    with pytest.raises(FidelityError, match="kl is"):
+        fidelity.check("text-generation", "fp32", measured)
+
+
+def test_parts_of_a_text_that_is_too_much_to_compare() -> None:
+    assert text_generation.far_parts(130, 512) == [range(64), range(64, 128), range(128, 130)]
+    few = text_generation.far_parts(4096, 262144)  # a large vocabulary: four parts of 64 tokens
+    assert few == [range(64), range(1344, 1408), range(2688, 2752), range(4032, 4096)]
 
 
 def test_a_window_is_compared_beyond_its_end(tmp_path: Path) -> None:

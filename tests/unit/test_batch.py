@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trident_serving import memory
-from trident_serving.generation.batch import MAX_POSITIONS, SlotTokens, pack, split
+from trident_serving.generation.batch import MAX_POSITIONS, Rows, SlotTokens, pack, split
 from trident_serving.runtime.kv_cache import KVCache
 
 
@@ -25,6 +25,19 @@ def test_a_packed_run() -> None:
     assert batch.seqlens_k.tolist() == [6, 0, 12]
     assert batch.attention_places.tolist() == [[[2, 0], [2, 1], [2, 2], [0, 0]]]
     assert batch.logits_tokens.tolist() == [1, 2, 3]
+
+
+def test_a_second_row_where_the_processor_sums_one_otherwise() -> None:
+    """It repeats the last token and stands at the end, where no slot, position or logit looks."""
+    plain, padded = (pack([SlotTokens(2, 5, [6])], rows=Rows(count, 1)) for count in (1, 2))
+    assert (plain.input_ids.tolist(), padded.input_ids.tolist()) == ([[6]], [[6, 6]])
+    assert padded.position_ids.tolist() == [[5, 5]]
+    assert padded.attention_places.tolist() == [[[0, 0], [0, 0]]]
+    for name in ("attention_tokens", "query_seqlens", "seqlens_k", "logits_tokens"):
+        assert getattr(padded, name).tolist() == getattr(plain, name).tolist()
+    assert pack([SlotTokens(2, 5, [6])], rows=Rows(2, 2)).logits_tokens.tolist() == [0, 0]
+    assert pack([SlotTokens(2, 5, [6, 7], 0)], rows=Rows(2, 2)).logits_tokens.tolist() == []
+    assert pack([SlotTokens(1, 10, [7]), SlotTokens(0, 5, [6])], rows=Rows(2, 2)).input_ids.tolist() == [[7, 6]]
 
 
 def test_where_states_find_their_tokens() -> None:

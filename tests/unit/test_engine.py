@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,16 @@ class StatesDecoder(ListDecoder):
     def release(self, slot: int, start: int) -> None:
         assert start in (0, len(self.slots[slot]))
         self.slots[slot] = self.slots[slot][:start]
+
+
+class RotatingDecoder(ListDecoder):
+    """A `Decoder` of a model with two rotations: what a slot holds of both gives another token."""
+
+    def run(self, items: Sequence[SlotTokens]) -> np.ndarray:
+        rotated = [
+            replace(item, tokens=[token + VOCABULARY * item.rotation for token in item.tokens]) for item in items
+        ]
+        return super().run(rotated)
 
 
 class Collector:
@@ -195,6 +206,30 @@ def test_a_conversation_goes_on_from_its_state() -> None:
     engine.submit(Job([*prompt, *first.tokens, 7], SamplingParams(max_tokens=1), second))
     assert second.done.wait(10)
     assert decoder.runs == [2]  # the last token of the answer, and the new one
+    engine.stop()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 2), min_size=8, max_size=24), st.integers(1, 12)), min_size=1, max_size=9
+    ),
+    st.integers(1, 4),
+)
+def test_a_text_beyond_the_original_context_has_one_rotation(requests: list[tuple[list[int], int]], slots: int) -> None:
+    """With reuse of prefixes and drafts: the longest texts are of 36 tokens, and some grow beyond 18."""
+    engine = make(RotatingDecoder(slots), original_context=18)
+    consumers = [Collector() for _ in requests]
+    for (prompt, max_tokens), consumer in zip(requests, consumers, strict=True):
+        engine.submit(Job(list(prompt), SamplingParams(max_tokens=max_tokens), consumer))
+    for (prompt, max_tokens), consumer in zip(requests, consumers, strict=True):
+        assert consumer.done.wait(10)
+        assert consumer.error is None
+        text = list(prompt)
+        for token in consumer.tokens:
+            assert token == next_token([each + VOCABULARY * (len(text) > 18) for each in text])
+            text.append(token)
+        assert len(consumer.tokens) == max_tokens or consumer.tokens[-1] == EOS
     engine.stop()
 
 

@@ -60,6 +60,14 @@ def test_a_good_table() -> None:
         ({"limits": {"slots": True}}, "limits.slots must be a positive integer, found True"),
         ({"on_demand": "yes"}, "on_demand must be bool"),
         ({"gates": {"int4": {}}}, "unknown key int4; known are int8, fp32"),
+        ({"gates": 5}, "gates must be a table, found 5"),
+        ({"gates": {"int8": 5}}, "gates.int8 must be a table, found 5"),
+        ({"gates": {"int8": {"kl": "low"}}}, "gates.int8.kl must be a number, found 'low'"),
+        ({"task": []}, "task [] is not one of text-generation"),
+        ({"variants": 5}, "variants must be a list of texts, found 5"),
+        ({"more_variants": [[1]]}, "more_variants must be a list of texts, found [[1]]"),
+        ({"calibration": "a\0"}, "calibration holds a null character"),
+        ({"limits": {"slots": 2**40}}, "limits.slots must be at most 2147483647, found 1099511627776"),
     ],
 )
 def test_what_is_impossible(change: dict[str, Any], message: str) -> None:
@@ -114,6 +122,11 @@ def test_a_table_is_written_into_toml_alone(tmp_path: Path) -> None:
 def test_a_path_that_can_not_be_one(named: str) -> None:
     with pytest.raises(SourceError, match="source path .* can't be used: "):
         sources.path_of(named)
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ModelsFileError, match=r"'a\\udcff' is no text in UTF-8, which models.toml is: rename it"):
+        add.propose(tmp_path, {"path": "a\udcff"}, "m")
 
 
 def test_files(tmp_path: Path) -> None:

@@ -343,6 +343,8 @@ def test_by_product_is_an_alias(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[a]\nencoder = 5", "encoder must be a list of passes, found 5"),
+        ("[a]\nencoder = [{ pass = [] }]", "pass must be one of "),
         ("x = 1", r"\[x\] must be a table"),
         ("[x]\nsize = 0.5", "with decoder or seq2seq or encoder among them"),
         ("[x]\nencoder = []\nspeed = 1", "must be a table of precision, size, decoder, seq2seq, encoder"),

@@ -246,12 +246,12 @@ def test_one_random_number_is_taken_for_each_token() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"max_tokens": 2, "min_tokens": 3},
         {"max_tokens": 2, "min_tokens": -1},
         {"max_tokens": 2, "temperature": -0.1},
         {"max_tokens": 2, "temperature": float("nan")},
-        {"max_tokens": 2, "top_p": 0.0},
+        {"max_tokens": 2, "top_p": -0.1},
         {"max_tokens": 2, "top_p": 1.1},
         {"max_tokens": 2, "typical_p": 0.0},
         {"max_tokens": 2, "typical_p": 1.1},

@@ -17,6 +17,7 @@ SYSTEM = list(range(100, 100 + 2 * MIN_REUSED))
 class Text:
     tokens: list[int]
     cached: int = 0
+    rotation: int = 0
 
     @classmethod
     def prompt(cls, *more: int) -> Text:

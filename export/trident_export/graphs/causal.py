@@ -23,6 +23,8 @@ The graph, for layers with H key-value heads of D numbers each, which may differ
     seqlens_k              int32   [slots]           tokens in the slot's cache after this run, minus one
     total_sequence_length  int32   []                at least the largest of these counts
     logits_tokens          int64   [kept]            which tokens get logits
+    rotations              int64   [1, tokens]       0, or 1 for tokens of a text beyond the original context. Only in
+                                                     graphs of models with two rotations, see `rotary`
     past_key_values.<layer>.{key,value}   float32 [slots, H, capacity, D]
     -> logits              float32 [1, kept, vocabulary]
     -> present.<layer>.{key,value}        float32 [slots, H, capacity, D]
@@ -64,19 +66,38 @@ from trident_export.graphs.decoder_passes import QUERY_SEQLENS
 from trident_export.graphs.experts import every_expert
 from trident_export.graphs.slot_attention import Batch, MaskFunction, Slots, window_of
 from trident_export.graphs.states import PAST, PRESENT, States, StatesOfCache, keeps_states, mixers_replaced
-from trident_export.graphs.tracing import running, trace
-from trident_export.huggingface.folder import reason
+from trident_export.graphs.tracing import cause, running, trace
+from trident_serving.generation.decoder import ORIGINAL_CONTEXT
 from trident_serving.runtime.kv_cache import KEYS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "trident_slots"
+_BIAS = "position_bias"  # an option of attentions
+# Types whose attention asks the cache where tokens and keys are, to make biases of their distances.
+_ASK_FOR_POSITIONS = ("inkling_text",)
 HEAD_MULTIPLE = 8  # of a head's size, which the operator wants
 # Of the first run's logits from Hugging Face's, in standard deviations of these. Another order of sums makes 1e-4 at
 # most; a mistake in positions, masks or experts makes 0.1 and more.
 _LARGEST_DIFFERENCE = 1e-2
 _SUPPORTED = "choose another model"
+
+_WEIGHTED = "weights its convolutions anew for every token, which Trident does not have"
+_DRAFTS = "drafts for another model, whose keys and values it reads"
+# Types that a first run would refuse, too, and what they do in a user's words.
+_LACKING = {
+    "blt": "reads bytes in patches, which another model in it cuts",
+    "cpmant": "puts tokens of its own before every text",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "inkling2_loop_text": _WEIGHTED,
+    "inkling2_text": _WEIGHTED,
+    "prophetnet": "predicts several tokens at once by attention of its own, which Trident does not have",
+    "qwen4_exp_text": "looks up the tokens before each one and keeps an index of keys, which Trident does not have",
+    "xlm": "reads what stands on both sides of a token",
+    "xlstm": "keeps states of a recurrence that Trident does not have",
+}
 
 # The first run's places of tokens for states: five of one text, then three of another.
 _FIRST_PLACES = (
@@ -132,6 +153,7 @@ class Plan:
         first_position: what the model calls the first position.
         rotary_calls: calls of the rotating function that the operator makes up for.
         states: shapes of a slot's other states by name, see `states`.
+        original_context: tokens up to which a text has the first of two rotations; 0: there is one.
     """
 
     packed: bool
@@ -139,6 +161,7 @@ class Plan:
     layers: tuple[Layer, ...]
     rotary_calls: frozenset[int] = frozenset()
     states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    original_context: int = 0
 
 
 class _GroupQueryAttention(torch.autograd.Function):
@@ -168,7 +191,8 @@ class _GroupQueryAttention(torch.autograd.Function):
         query_seqlens, seqlens_k, total, *weights = others
         inputs = [*map(spread, (query, key, value)), past_key, past_value, seqlens_k, total]
         inputs += [weights.pop(0), weights.pop(0)] if operator.rotation else [absent] * 2
-        inputs += [absent] * 2 + [weights.pop(0) if operator.sinks else absent]
+        inputs.append(weights.pop(0) if operator.rotation and operator.rotation.by_row else absent)
+        inputs += [absent, weights.pop(0) if operator.sinks else absent]
         attention, present_key, present_value = g.op(
             "com.microsoft::GroupQueryAttention",
             *inputs,
@@ -200,7 +224,7 @@ class _Run:
     past: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
     states: States
     layers: tuple[Layer, ...] = ()
-    tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    tables: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     masks: list[tuple[MaskFunction, torch.Tensor]] = field(default_factory=list)
     updates: int = 0
@@ -231,12 +255,18 @@ class _Run:
         keys, values = self.append(new_key, new_value)
         if attention_mask is None:
             attention_mask = self.mask()
+        options = self.spread_bias(options)
         attention = own_attention(module)(module, new_query, keys, values, attention_mask, **options)[0]
         return self.slots.packed(attention), None
 
     def spread_heads(self, *packed: torch.Tensor) -> list[torch.Tensor]:
         """[1, heads, tokens, size] each, to [slots, heads, width, size]."""
         return [self.slots.spread(tensor.transpose(1, 2)).transpose(1, 2) for tensor in packed]
+
+    def spread_bias(self, options: dict[str, Any]) -> dict[str, Any]:
+        """An attention's options, with a bias of each token for each key where its slot has it."""
+        bias = options.get(_BIAS)
+        return options if bias is None else options | {_BIAS: self.spread_heads(bias)[0]}
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the next layer's new keys and values, [slots, heads, width, size], and read what is attended to."""
@@ -281,6 +311,7 @@ class _FirstRun(_Run):
         heads = self.spread_heads(query, key, value)
         new_query, (keys, values) = heads[0], self.append(*heads[1:])
         attention_mask = self.mask() if attention_mask is None else attention_mask
+        options = self.spread_bias(options)
         own = own_attention(module)(module, new_query, keys, values, attention_mask, **options)[0]
         call = self.watched.call_of(query, key) if self.watched else None
         operator = self._operator((new_query, keys, values), attention_mask, own, options, call)
@@ -311,7 +342,13 @@ class _FirstRun(_Run):
         """The operator, where it is shown to give what the layer's own function gives."""
         query, key, value = heads
         size = query.shape[-1]
-        if size % HEAD_MULTIPLE or size != key.shape[-1] or size != value.shape[-1] or query.shape[1] % key.shape[1]:
+        if (
+            _BIAS in options
+            or size % HEAD_MULTIPLE
+            or size != key.shape[-1]
+            or size != value.shape[-1]
+            or query.shape[1] % key.shape[1]
+        ):
             return None
         function = next((function for function, made in self.masks if made is mask), None)
         window = window_of(function, self.positions) if function is not None else None
@@ -411,9 +448,10 @@ class _NoLayers(list[Any]):
 class _SlotCache(StatesOfCache, Cache):
     """What transformers' models know as their cache: `_Run` keeps it."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _Run, positions: torch.Tensor | None = None) -> None:
         super().__init__(layers=_NoLayers())
         self.run, self.states = run, run.states
+        self._positions = positions  # of a packed run's tokens, where they are asked for
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         """In a packed run the attention appends; otherwise keys and values are read from the cache here."""
@@ -435,13 +473,14 @@ class _SlotCache(StatesOfCache, Cache):
         """Tokens before this run's, as far as sizes go."""
         return 0 if self.run.packed else self.run.slots.keys - self.run.slots.places.shape[1]  # type: ignore[return-value]
 
-    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
-        """The mask does not use it."""
-        return 0
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> Any:
+        """Of each token, from its place in the run to its position; the mask does not use it."""
+        return 0 if self._positions is None else self._positions - torch.arange(self._positions.shape[0])
 
     def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Keys, and what they begin with."""
-        return (query_length if self.run.packed else self.run.slots.keys), 0  # type: ignore[return-value]
+        packed = self.run.packed and self._positions is None
+        return (query_length if packed else self.run.slots.keys), 0  # type: ignore[return-value]
 
 
 class _CausalGraph(torch.nn.Module):
@@ -466,12 +505,16 @@ class _CausalGraph(torch.nn.Module):
         begin = 6 + 2 * len(self.plan.layers)
         past, kept = list(zip(others[6:begin:2], others[7:begin:2], strict=True)), others[begin:]
         batch, count = Batch(*others[:5]), len(states.INPUTS)
-        places = states.Places._make((*kept[:count], batch.positions)) if kept else None
-        found = States(places, dict(zip(self.plan.states, kept[count:], strict=True)))
+        places = states.Places._make((*kept[:count], batch.positions)) if self.plan.states else None
+        found = States(places, dict(zip(self.plan.states, kept[count:], strict=False)))
         run = _Run(self.plan.packed, batch, past, found, self.plan.layers)
+        rows = position_ids + self.plan.first_position
+        if self.plan.original_context:
+            rows = rows + kept[-1] * self.plan.original_context
         for key, name in self._tables.items():
-            run.tables[key] = (getattr(self, name), getattr(self, name.replace("cos", "sin")))
-        logits = logits_of(self.model, run, input_ids, position_ids + self.plan.first_position, others[5])
+            by_row = (run.slots.spread(rows),) if self.plan.original_context else ()
+            run.tables[key] = (getattr(self, name), getattr(self, name.replace("cos", "sin")), *by_row)
+        logits = logits_of(self.model, run, input_ids, rows, others[5])
         flat = [tensor for layer in run.present for tensor in layer]
         return (logits, *flat, *(found.present[name] for name in self.plan.states))
 
@@ -502,7 +545,8 @@ def logits_of(
         return output[0] if output.ndim > 3 else output  # some take positions of a text, and add the batch
 
     takes = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"cache" if "cache" in takes else "past_key_values": _SlotCache(run)}
+    asked = position_ids[0] if run.packed and model.config.get_text_config().model_type in _ASK_FOR_POSITIONS else None
+    options: dict[str, Any] = {"cache" if "cache" in takes else "past_key_values": _SlotCache(run, asked)}
     if (
         "lang_ids" in takes and model.config.default_language is not None
     ):  # for each token, as the number of tokens varies
@@ -596,13 +640,19 @@ def _minimum(*values: Any) -> Any:
     return min(*values)
 
 
-def plan_of(model: PreTrainedModel, positions: int) -> Plan:
+def plan_of(model: PreTrainedModel, positions: int, original: int = 0) -> Plan:
     """Run the model over slots, packed if possible, and find what its layers need.
+
+    Args:
+        original: see `Plan.original_context`.
 
     Raises:
         UnsupportedArchitecture: in no way it gives its own logits.
     """
     name = type(model).__name__
+    for kind in (model.config.model_type, model.config.get_text_config().model_type):
+        if kind in _LACKING:
+            raise UnsupportedArchitecture(f"a {name} is not supported: it {_LACKING[kind]}: {_SUPPORTED}")
     texts, arguments = _first_texts(model)
     with running(f"a {name}", "be run"), torch.inference_mode():
         expected = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in texts]
@@ -613,9 +663,9 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
     for packed in (True,) if keeps_states(model) else (True, False):
         for first in firsts:
             try:
-                plan, logits = _first_run(model, arguments, positions, packed, first)
+                plan, logits = _first_run(model, arguments, positions, packed, first, original)
             except Exception as error:  # a model's own code can raise anything
-                said = f"it can't run over slots of a KV cache ({reason(error)})"
+                said = f"it can't run over slots of a KV cache: {cause(error)}"
                 break
             found = torch.split(logits[0].float(), [len(ids) for ids in texts])
             off = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / spread
@@ -629,14 +679,15 @@ def plan_of(model: PreTrainedModel, positions: int) -> Plan:
 
 
 def _first_run(
-    model: PreTrainedModel, arguments: Sequence[torch.Tensor], positions: int, packed: bool, first: int
+    model: PreTrainedModel, arguments: Sequence[torch.Tensor], positions: int, packed: bool, first: int, original: int
 ) -> tuple[Plan, torch.Tensor]:
     input_ids, places, *others = arguments
     with ExitStack() as stack:
         if packed:
             stack.enter_context(_attention_replaced(model))
         stack.enter_context(torch.inference_mode())
-        watched = stack.enter_context(rotary.watched(model, places[0] + first, positions + first))
+        rows = original + positions + first
+        watched = stack.enter_context(rotary.watched(model, places[0] + first, rows, by_row=original > 0))
         batch = Batch(*others[:5])
         found = States(states.Places(*_FIRST_PLACES, batch.positions) if keeps_states(model) else None)
         run = _FirstRun(packed, batch, None, found, watched=watched, positions=positions)
@@ -645,7 +696,7 @@ def _first_run(
     if not run.layers and not found.present:
         raise UnsupportedArchitecture("it keeps no keys and values")
     shapes = {name: tuple(state.shape[1:]) for name, state in found.present.items()}
-    return Plan(packed, first, run.layers, frozenset(run.rotary_calls), shapes), logits
+    return Plan(packed, first, run.layers, frozenset(run.rotary_calls), shapes, original), logits
 
 
 def _tensors_of_modules(model: PreTrainedModel) -> set[tuple[str, str]]:
@@ -685,22 +736,29 @@ def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.T
     )
 
 
-def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
+def export_causal_graph(model: PreTrainedModel, positions: int, longest: int | None = None) -> ir.Model:
     """The graph of `model` (float32, in evaluation mode), whose numbers are the model's own; see `tracing`.
 
     Args:
         positions: the largest capacity of a cache that the graph will be used with.
+        longest: tokens of a text at most; None: `positions`.
 
     Raises:
         UnsupportedArchitecture: the model can't be run over slots of a KV cache, or not be written as a graph.
     """
+    original = rotary.original_context(model) or 0
+    if (longest or positions) <= original:
+        original = 0
     with ExitStack() as around:
         around.enter_context(every_expert(model))
-        around.enter_context(rotary.with_fixed_frequencies(model))
+        if original:
+            around.enter_context(rotary.with_both_rotations(model, original, positions))
+        else:
+            around.enter_context(rotary.with_fixed_frequencies(model))
         around.enter_context(rotary.without_complex_numbers(model))
         around.enter_context(_longer_biases(model, positions))
         around.enter_context(_traced_choice(model))
-        plan = plan_of(model, positions)
+        plan = plan_of(model, positions, original)
         arguments = [*_first_texts(model)[1]]
         inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]
         inputs += ["total_sequence_length", "logits_tokens"]
@@ -730,9 +788,16 @@ def export_causal_graph(model: PreTrainedModel, positions: int) -> ir.Model:
             outputs.append(PRESENT + name)
             axes[inputs[-1]] = axes[outputs[-1]] = {0: "rows"}
             arguments.append(torch.zeros(2, *shape))
+        if plan.original_context:
+            inputs.append("rotations")
+            axes["rotations"] = axes["position_ids"]
+            arguments.append(torch.zeros_like(arguments[1]))
         with ExitStack() as stack:
             if plan.packed:
                 stack.enter_context(_attention_replaced(model))
             stack.enter_context(rotary.left_to_operator(model, set(plan.rotary_calls)))
             graph = _CausalGraph(model, plan)
-            return trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+            made = trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+        if plan.original_context:
+            made.metadata_props[ORIGINAL_CONTEXT] = str(plan.original_context)
+        return made

@@ -162,13 +162,15 @@ def pack_attention(model: ir.Model) -> None:
 
 
 def join_matmuls(model: ir.Model) -> None:
-    """Two matmuls of one input, with weights of one shape, are computed as one and split."""
+    """Two matmuls of one input, with matrices of one shape, are computed as one and split."""
     by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
     for node in model.graph:
         if node.op_type == "MatMul" and node.inputs[1].is_initializer():
             by_input[node.inputs[0]].append(node)
     for nodes in by_input.values():
         if len(nodes) != 2 or nodes[0].inputs[1].shape != nodes[1].inputs[1].shape:
+            continue
+        if len(nodes[0].inputs[1].shape) != 2:  # one for each expert
             continue
         joined = _join(
             nodes, nodes[0].name.rsplit("/", 1)[-1].replace("MatMul", "gate_up_proj")

@@ -246,7 +246,8 @@ def light(model: ir.Model) -> tuple[onnx.ModelProto, list[ir.Value]]:
         opset_imports=graph.opset_imports,
         name=graph.name,
     )
-    return ir.to_proto(ir.Model(view, ir_version=model.ir_version)), weights
+    same = {"ir_version": model.ir_version, "metadata_props": model.metadata_props}
+    return ir.to_proto(ir.Model(view, **same)), weights
 
 
 def restored(message: onnx.ModelProto, weights: Sequence[ir.Value]) -> ir.Model:

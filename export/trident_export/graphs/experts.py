@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -162,6 +163,26 @@ def _run_llama4(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return torch.cat(results)
 
 
+def _run_switch(
+    module: Any, hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
+) -> torch.Tensor:
+    """Each token has one expert, [tokens, 1, experts], or none where too many tokens before it chose the same."""
+    count = module.num_experts
+    chosen = selected_experts.argmax(-1) + (1 - selected_experts.sum(-1)) * count
+
+    def expert(number: int, rows: torch.Tensor) -> torch.Tensor:
+        return module[f"expert_{number}"](rows)  # type: ignore[no-any-return]
+
+    return run_experts(expert, count, hidden_states, chosen, routing_weights)
+
+
+def _refuse_nllb(stack: ExitStack, module: Any) -> None:
+    raise UnsupportedArchitecture(
+        f"transformers {transformers.__version__} runs the first two experts of an NLLB mixture for every token, "
+        "whatever was chosen, so nothing tells whether a graph is right: choose an NLLB model without experts"
+    )
+
+
 def _choose_jetmoe(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """It sorts tokens by expert and counts them, which would be constants; here they stay in order."""
     logits = module.layer(hidden_states).float()
@@ -184,5 +205,7 @@ _OWN_WAYS: dict[str, tuple[Callable[[ExitStack, Any], None], Callable[..., Any]]
     "LongcatFlashExperts": (_split_gated, _run_longcat),
     "Llama4TextExperts": (_split_gated, _run_llama4),
     "JetMoeParallelExperts": (lambda stack, module: _split(stack, module, "weight", module.weight), _run_jetmoe),
+    "SwitchTransformersExperts": (lambda stack, module: None, _run_switch),
+    "NllbMoeExperts": (_refuse_nllb, _run_switch),
     "JetMoeTopKGating": (lambda stack, module: None, _choose_jetmoe),
 }

@@ -7,8 +7,10 @@ RoFormer, 2021, in GPT-NeoX's layout), or pair by pair (in GPT-J's). While the m
 queries and keys on unchanged. Every call is looked at by itself: some models rotate with other frequencies in some
 layers, and not at all in others. Heads of a size that the operator refuses are rotated by the graph.
 
-Frequencies that change with the length of a text (dynamic scaling, longrope) are those of texts within the model's
-original context: what the cache holds can't be rotated anew when a text grows beyond it.
+Longrope has two rotations: one of texts within the model's original context, and one of texts that go beyond it,
+whose every token it rotates. Where a graph is for both, its tables hold the rows of the first one and then those of
+the second, and each token says which rotation it has; the engine runs a text again that grows beyond the original
+context (decision 0040). Dynamic scaling has a rotation for every length, and is served within the original context.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ class Rotation:
     Attributes:
         cos: float32 [positions, rotated numbers of a head / 2], and `sin` too.
         interleaved: pairs are neighbours, not numbers of two halves.
+        by_row: the tables hold more than one rotation, and a token's row is not its position.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     interleaved: bool
+    by_row: bool
 
 
 @dataclass
@@ -52,13 +56,15 @@ class Watched:
     """Calls of the model's rotating function in a run with numbers.
 
     Attributes:
-        places: positions of the run's tokens, int64 [tokens].
-        positions: how many the tables are for.
+        places: rows of the run's tokens in the tables, int64 [tokens]; their positions, but for a second rotation.
+        positions: how many rows the tables have.
+        by_row: see `Rotation`.
         rotations: for each call what the operator would need to do the same, or None.
     """
 
     places: torch.Tensor
     positions: int
+    by_row: bool = False
     rotations: list[Rotation | None] = field(default_factory=list)
     _results: list[Tables] = field(default_factory=list)
     _tables: list[Tables] = field(default_factory=list)
@@ -105,22 +111,21 @@ class Watched:
                     expected = (_rotated(tensor, *half, interleaved=interleaved) for tensor in (query, key))
                     if all(torch.allclose(a, b, atol=1e-5) for a, b in zip(result, expected, strict=True)):
                         found = [table[:, columns].contiguous() for table in (table_cos, table_sin)]
-                        return Rotation(found[0], found[1], interleaved)
+                        return Rotation(found[0], found[1], interleaved, self.by_row)
         return None
 
 
 @contextmanager
-def watched(model: PreTrainedModel, places: torch.Tensor, positions: int) -> Iterator[Watched]:
+def watched(model: PreTrainedModel, places: torch.Tensor, positions: int, *, by_row: bool = False) -> Iterator[Watched]:
     """While this holds, one run of the model with tokens at these places is noted; see `Watched`."""
-    seen = Watched(places, positions)
+    seen = Watched(places, positions, by_row)
 
     def hook(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
         if isinstance(output, tuple) and len(output) == 2:
             seen.add_tables(module, arguments, options)
 
-    rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     with ExitStack() as stack:
-        for module in rotary:
+        for module in _modules(model):
             stack.enter_context(_removed(module.register_forward_hook(hook, with_kwargs=True)))
         stack.enter_context(_replaced(model, lambda function: lambda *a, **o: seen.rotate(function, *a, **o)))
         yield seen
@@ -148,13 +153,23 @@ def left_to_operator(model: PreTrainedModel, calls: set[int]) -> Iterator[None]:
 
 
 def longest_context(model: PreTrainedModel) -> int | None:
-    """Positions up to which the frequencies stay the same; None where they never change."""
-    settings = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    """Positions up to which the frequencies of dynamic scaling stay the same; None where the model has none."""
+    return _limit(model, "dynamic")
+
+
+def original_context(model: PreTrainedModel) -> int | None:
+    """Tokens of a text up to which longrope has its first rotation; None where the model has none."""
+    return _limit(model, "longrope")
+
+
+def _limit(model: PreTrainedModel, kind: str) -> int | None:
+    config = model.config.get_text_config()
+    settings = getattr(config, "rope_parameters", None) or {}
     each = [settings, *(value for value in settings.values() if isinstance(value, dict))]
-    variable = [value for value in each if value.get("rope_type") in ("dynamic", "longrope")]
+    variable = [value for value in each if value.get("rope_type") == kind]
     limits = [value.get("original_max_position_embeddings") for value in variable]
     if variable and None in limits:
-        limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        limits.append(getattr(config, "max_position_embeddings", None))
     return min((int(limit) for limit in limits if limit), default=None)
 
 
@@ -162,9 +177,9 @@ def longest_context(model: PreTrainedModel) -> int | None:
 def with_fixed_frequencies(model: PreTrainedModel) -> Iterator[None]:
     """While this holds, rotary modules don't look at the length of a text."""
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in _modules(model):
             forward = type(module).forward
-            if type(module).__name__.endswith("RotaryEmbedding") and inspect.unwrap(forward) is not forward:
+            if inspect.unwrap(forward) is not forward:
                 module.forward = partial(inspect.unwrap(forward), module)
                 stack.callback(vars(module).pop, "forward", None)
                 if hasattr(module, "original_inv_freq"):
@@ -173,12 +188,50 @@ def with_fixed_frequencies(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def with_both_rotations(model: PreTrainedModel, original: int, positions: int) -> Iterator[None]:
+    """While this holds, rotary modules take rows of tables in place of positions.
+
+    The first `original` rows are positions of a text of at most so many tokens, the others those of a longer one.
+
+    Args:
+        positions: how many positions the second part has, more than `original`.
+    """
+    with ExitStack() as stack:
+        for module in _modules(model):
+            module.forward = _Rows(module.forward, original, positions)
+            stack.callback(vars(module).pop, "forward", None)
+        yield
+
+
+class _Rows:
+    """A rotary module's function over rows. Its tables are made at its first call, which must not be traced."""
+
+    def __init__(self, forward: Callable[..., Tables], original: int, positions: int) -> None:
+        self._forward = forward
+        self._lengths = (original, positions)
+        self._tables: dict[Any, Tables] = {}
+
+    def __call__(self, numbers: torch.Tensor, position_ids: torch.Tensor, *more: Any, **options: Any) -> Tables:
+        key = (more, tuple(sorted(options.items())))  # the type of a layer, where types differ
+        if key not in self._tables:
+            each = [self._forward(numbers, torch.arange(n)[None], *more, **options) for n in self._lengths]
+            cos, sin = (torch.cat([part[0].float() for part in parts]) for parts in zip(*each, strict=True))
+            self._tables[key] = cos, sin
+        cos, sin = self._tables[key]
+        return cos[position_ids], sin[position_ids]
+
+
+def _modules(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+
+
+@contextmanager
 def without_complex_numbers(model: PreTrainedModel) -> Iterator[None]:
     """While this holds, models that rotate by multiplying complex numbers, which ONNX lacks, compute the same in pairs.
 
     Their rotary modules then give cosines and sines as [batch, positions, size / 2, 2].
     """
-    rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    rotary = _modules(model)
     files = {type(module).__module__: sys.modules[type(module).__module__] for module in rotary}
     with ExitStack() as stack:
         for name, file in files.items():

@@ -23,9 +23,10 @@ values: around the cross-attention the rows are spread over (text, position).
     -> logits              float32 [rows, vocabulary]
     -> present.<layer>.{key,value}
 
-While the decoder is traced its attention modules are replaced by functions of their projections, which two shapes of
-modules share: BART's (Marian, mBART, Pegasus, M2M100) and T5's, whose relative positions become the operator's
-`attention_bias`. Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQueryAttention.
+While the decoder is traced its attention modules are replaced by functions of their projections, which three shapes of
+modules share: BART's (Marian, mBART, Pegasus, M2M100, LED), T5's (UMT5, Switch), whose relative positions become the
+operator's `attention_bias`, and T5Gemma's, whose rotation, window and soft cap are the operator's own and whose queries
+share heads of keys. Operator reference: onnxruntime docs/ContribOperators.md, com.microsoft.GroupQueryAttention.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,18 +47,48 @@ from transformers.modeling_outputs import BaseModelOutput
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs import editing
 from trident_export.graphs.decoder_passes import attention_nodes, drop_idle_casts, fuse_norms
+from trident_export.graphs.experts import every_expert
+from trident_export.graphs.led import windows_of_any_length
+from trident_export.graphs.rotary import MULTIPLE
 from trident_export.graphs.shape_folding import fold_shapes
 from trident_export.graphs.tracing import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_BIAS = 10  # position of `attention_bias` among the attention operator's inputs
+# Positions of optional inputs of the attention operator: the rotation's cosines (then sines), and `attention_bias`.
+_ROTATION, _BIAS = 7, 10
+_CROSS = ("encoder_attn", "cross_attn", "cross_attention")  # what a layer calls its cross-attention
+_LANGUAGE = "takes the language of an answer as an argument of its own (tgt_lang), which Trident does not have"
+# Types whose graphs are not all that they would need, and what that is.
+_LACKING = {
+    "fsmt": "has a tokenizer without a fast form (tokenizer.json), which the runtime reads",
+    "prophetnet": "predicts several tokens at once by attention of its own, which Trident does not have",
+    "seamless_m4t": _LANGUAGE,
+    "seamless_m4t_v2": _LANGUAGE,
+}
+# What a layer gets from its attention besides the hidden states, and hands on or drops.
+_ALSO: dict[str, int] = {"T5Attention": 2, "MT5Attention": 2, "LongT5Attention": 2, "SwitchTransformersAttention": 2}
+_ALSO |= {"LEDDecoderAttention": 2}
+
+
+@dataclass
+class _Encoded(BaseModelOutput):
+    """What a decoder is told of its text, from which it reads nothing: keys and values come from the cache."""
+
+    router_logits: Any = None
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention module of a decoder layer, whatever its architecture calls its projections."""
+    """One attention module of a decoder layer, whatever its architecture calls its projections.
+
+    Attributes:
+        groups: heads of queries that share one of keys and values.
+        window: positions that a query sees at most; -1: all.
+        softcap: 0: none.
+        rotates: whether queries and keys are rotated.
+    """
 
     module: torch.nn.Module
     query: torch.nn.Linear
@@ -67,13 +98,22 @@ class Attention:
     heads: int
     head_dim: int
     scale: float
+    groups: int = 1
+    window: int = -1
+    softcap: float = 0.0
+    rotates: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.heads // self.groups
 
     @classmethod
     def of(cls, module: Any) -> Attention:
-        """Read a module of BART's or of T5's shape.
+        """Read a module of BART's, T5's or T5Gemma's shape.
 
         Raises:
-            UnsupportedArchitecture: it has neither.
+            UnsupportedArchitecture: it has another.
         """
         if all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj", "num_heads", "head_dim")):
             scale = float(module.scaling)
@@ -81,8 +121,21 @@ class Attention:
             return cls(module, *parts, module.num_heads, module.head_dim, scale)
         if all(hasattr(module, name) for name in ("q", "k", "v", "o", "n_heads", "key_value_proj_dim")):
             return cls(module, module.q, module.k, module.v, module.o, module.n_heads, module.key_value_proj_dim, 1.0)
+        if type(module).__name__ in ("T5GemmaSelfAttention", "T5GemmaCrossAttention"):
+            return cls(
+                module,
+                *(module.q_proj, module.k_proj, module.v_proj, module.o_proj),
+                heads=module.q_proj.out_features // module.head_dim,
+                head_dim=module.head_dim,
+                scale=float(module.scaling),
+                groups=module.num_key_value_groups,
+                window=getattr(module, "sliding_window", None) or -1,
+                softcap=float(module.attn_logit_softcapping or 0.0),
+                rotates=hasattr(module, "layer_type"),
+            )
         raise UnsupportedArchitecture(
-            f"{type(module).__name__} is no attention of BART's or T5's kind, which Trident exports"
+            f"{type(module).__name__} is no attention of BART's, T5's or T5Gemma's kind, which Trident exports: choose "
+            "another model"
         )
 
 
@@ -97,15 +150,26 @@ def decoder_attentions(model: PreTrainedModel) -> list[tuple[Attention, Attentio
             f"{type(model).__name__} attends to blocks of long texts, which a graph does not: set attention_type to "
             "original_full in its config.json, or choose another model"
         )
+    if (lacking := _LACKING.get(str(model.config.model_type))) is not None:
+        raise UnsupportedArchitecture(f"{type(model).__name__} {lacking}: choose another model")
     decoder = model.get_decoder()
     if hasattr(decoder, "block"):
         return [
             (Attention.of(b.layer[0].SelfAttention), Attention.of(b.layer[1].EncDecAttention)) for b in decoder.block
         ]
-    layers = getattr(decoder, "layers", None)
-    if layers is None or not all(hasattr(layer, "encoder_attn") for layer in layers):
-        raise UnsupportedArchitecture(f"{type(model).__name__} has no decoder layers with cross-attention")
-    return [(Attention.of(layer.self_attn), Attention.of(layer.encoder_attn)) for layer in layers]
+    found = []
+    for layer in getattr(decoder, "layers", None) or ():
+        cross = [getattr(layer, name) for name in _CROSS if hasattr(layer, name)]
+        if not cross or not hasattr(layer, "self_attn"):
+            break
+        found.append((Attention.of(layer.self_attn), Attention.of(cross[0])))
+    else:
+        if found:
+            return found
+    raise UnsupportedArchitecture(
+        f"the decoder of a {type(model).__name__} has no layers of a self-attention and a cross-attention, which "
+        "Trident exports: choose another model"
+    )
 
 
 class _Encoder(torch.nn.Module):
@@ -121,7 +185,7 @@ class _Encoder(torch.nn.Module):
         flat = []
         for attention in self.attentions:
             key, value = (
-                part(hidden).view(*hidden.shape[:2], attention.heads, attention.head_dim)
+                part(hidden).view(*hidden.shape[:2], attention.kv_heads, attention.head_dim)
                 for part in (attention.key, attention.value)
             )
             flat += [key.permute(0, 2, 3, 1), value.transpose(1, 2)]
@@ -132,11 +196,15 @@ class _SelfAttention(torch.autograd.Function):
     """Traced for its shapes, written to the graph as one operator; `place_inputs` moves its inputs."""
 
     @staticmethod
-    def forward(ctx, heads, head_dim, scale, packed, past_key, past_value, seqlens_k, total, *bias):  # type: ignore[no-untyped-def]
-        return packed[..., : packed.shape[-1] // 3].clone(), past_key.clone(), past_value.clone()
+    def forward(ctx, own, packed, past_key, past_value, seqlens_k, total, *others):  # type: ignore[no-untyped-def]
+        return packed[..., : own.heads * own.head_dim].clone(), past_key.clone(), past_value.clone()
 
     @staticmethod
-    def symbolic(g, heads, head_dim, scale, packed, past_key, past_value, seqlens_k, total, *bias):  # type: ignore[no-untyped-def]
+    def symbolic(g, own, packed, past_key, past_value, seqlens_k, total, *others):  # type: ignore[no-untyped-def]
+        # Only what is not the operator's default: graphs of other models stay as they are.
+        more = {"local_window_size_i": own.window} if own.window > 0 else {}
+        more |= {"softcap_f": own.softcap} if own.softcap else {}
+        more |= {"do_rotary_i": 1} if own.rotates else {}
         attention, present_key, present_value = g.op(
             "com.microsoft::GroupQueryAttention",
             packed,
@@ -144,13 +212,14 @@ class _SelfAttention(torch.autograd.Function):
             past_value,
             seqlens_k,
             total,
-            *bias,
-            num_heads_i=heads,
-            kv_num_heads_i=heads,
-            scale_f=scale,
+            *others,
+            num_heads_i=own.heads,
+            kv_num_heads_i=own.kv_heads,
+            scale_f=own.scale,
+            **more,
             outputs=3,
         )
-        attention.setType(packed.type().with_sizes([None, 1, heads * head_dim]))
+        attention.setType(packed.type().with_sizes([None, 1, own.heads * own.head_dim]))
         present_key.setType(past_key.type())
         present_value.setType(past_value.type())
         return attention, present_key, present_value
@@ -168,6 +237,9 @@ class _Decoder(torch.nn.Module):
             self.register_buffer(f"bias_{layer}", torch.cat([part.bias for part in parts]) if biased else None)
         table = _position_table(model, capacity)
         self.register_buffer("position_table", table)
+        cos, sin = _rotation(model, capacity) if any(own.rotates for own, _ in self.attentions) else (None, None)
+        self.register_buffer("cos_cache", cos)
+        self.register_buffer("sin_cache", sin)
         # T5's first layer has the bias of all layers, each of UMT5's its own.
         tables = [_relative_bias(own.module, capacity) for own, _ in self.attentions]
         for layer, relative in enumerate(tables):
@@ -185,16 +257,9 @@ class _Decoder(torch.nn.Module):
         def attend(layer: int, hidden: torch.Tensor) -> torch.Tensor:
             own = self.attentions[layer][0]
             packed = functional.linear(hidden, getattr(self, f"weight_{layer}"), getattr(self, f"bias_{layer}"))
+            others = (self.cos_cache, self.sin_cache) if own.rotates else biases[layer]
             output, key, value = _SelfAttention.apply(  # type: ignore[no-untyped-call]
-                own.heads,
-                own.head_dim,
-                own.scale,
-                packed,
-                past[2 * layer],
-                past[2 * layer + 1],
-                seqlens_k,
-                total,
-                *biases[layer],
+                own, packed, past[2 * layer], past[2 * layer + 1], seqlens_k, total, *others
             )
             present.extend((key, value))
             projected: torch.Tensor = own.output(output)
@@ -205,18 +270,24 @@ class _Decoder(torch.nn.Module):
             width = own.heads * own.head_dim
             query = (own.query(hidden) * own.scale).view(-1, width)
             spread = query.index_select(0, rows.reshape(-1)).view(*rows.shape, own.heads, own.head_dim).transpose(1, 2)
-            weights = torch.softmax(torch.matmul(spread, cross[2 * layer]) + mask, dim=-1)
-            found = torch.matmul(weights, cross[2 * layer + 1]).transpose(1, 2).reshape(-1, width)
+            if own.groups > 1:  # those of one head of keys stand one behind the other
+                spread = spread.reshape(rows.shape[0], own.kv_heads, -1, own.head_dim)
+            scores = torch.matmul(spread, cross[2 * layer])
+            if own.softcap:
+                scores = torch.tanh(scores / own.softcap) * own.softcap
+            found = torch.matmul(torch.softmax(scores + mask, dim=-1), cross[2 * layer + 1])
+            if own.groups > 1:
+                found = found.reshape(rows.shape[0], own.heads, -1, own.head_dim)
+            found = found.transpose(1, 2).reshape(-1, width)
             projected: torch.Tensor = own.output(found.index_select(0, places).unsqueeze(1))
             return projected
 
         table: torch.Tensor | None = self.position_table  # type: ignore[assignment]
+        width = self.attentions[0][1].key.in_features
         with _replaced(self.model, self.attentions, attend, read, table, positions):
             logits = self.model(
                 decoder_input_ids=input_ids,
-                encoder_outputs=BaseModelOutput(
-                    torch.zeros(1, 1, self.model.config.hidden_size).expand(input_ids.shape[0], 1, -1)
-                ),
+                encoder_outputs=_Encoded(torch.zeros(1, 1, width).expand(input_ids.shape[0], 1, -1)),
                 use_cache=False,
             ).logits
         return (logits[:, -1], *present)
@@ -246,8 +317,7 @@ def _replaced(
     """The decoder's attention modules and its positions, for one forward pass."""
 
     def forward(function: Any, layer: int) -> Any:
-        # T5's layers want a position bias and weights back, BART's weights, which nothing uses.
-        unused = (torch.zeros(1), None) if hasattr(attentions[0][0].module, "key_value_proj_dim") else (None,)
+        unused = (torch.zeros(1), None)[-_ALSO.get(type(attentions[0][0].module).__name__, 1) :]
         return lambda self, hidden_states, *args, **kwargs: (function(layer, hidden_states), *unused)
 
     modules = [own.module for pair in attentions for own in pair]
@@ -285,6 +355,23 @@ def _position_table(model: PreTrainedModel, capacity: int) -> torch.Tensor | Non
             f"the decoder has {weights.shape[0] - offset} positions, {capacity} are asked for"
         )
     return weights[offset : offset + capacity]
+
+
+def _rotation(model: PreTrainedModel, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the decoder's positions, [capacity, half of a head's numbers].
+
+    Raises:
+        UnsupportedArchitecture: heads have a size that the operator can't rotate.
+    """
+    decoder: Any = model.get_decoder()
+    cos, sin = decoder.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
+    if cos.shape[-1] % MULTIPLE:
+        raise UnsupportedArchitecture(
+            f"the heads of a {type(model).__name__} have {cos.shape[-1]} numbers, and ONNX Runtime's operator rotates "
+            f"multiples of {MULTIPLE} only: choose another model"
+        )
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
 def _relative_bias(module: Any, capacity: int) -> torch.Tensor | None:
@@ -327,8 +414,8 @@ def export_decoder(model: PreTrainedModel, path: Path, capacity: int) -> None:
     own = attentions[0][0]
     rows, texts, length = 3, 2, 7
     shapes = {
-        "key": ((texts, own.heads, own.head_dim, length), {0: "texts", 3: "length"}),
-        "value": ((texts, own.heads, length, own.head_dim), {0: "texts", 2: "length"}),
+        "key": ((texts, own.kv_heads, own.head_dim, length), {0: "texts", 3: "length"}),
+        "value": ((texts, own.kv_heads, length, own.head_dim), {0: "texts", 2: "length"}),
     }
     names = ["input_ids", "positions", "seqlens_k", "total_sequence_length", "cross_rows", "cross_places", "cross_mask"]
     arguments = [
@@ -359,7 +446,7 @@ def export_decoder(model: PreTrainedModel, path: Path, capacity: int) -> None:
         for kind in ("key", "value"):
             names.append(f"past.{layer}.{kind}")
             outputs.append(f"present.{layer}.{kind}")
-            arguments.append(torch.zeros(rows, own.heads, capacity, own.head_dim))
+            arguments.append(torch.zeros(rows, own.kv_heads, capacity, own.head_dim))
             axes[names[-1]] = axes[outputs[-1]] = {0: "rows"}
     _export(_Decoder(model, capacity), tuple(arguments), path, names, outputs, axes)
 
@@ -373,7 +460,10 @@ def _export(
     axes: dict[str, dict[int, str]],
 ) -> None:
     said, operators = f"a {type(module.model).__name__}", isinstance(module, _Decoder)
-    graph = trace(module, arguments, inputs=inputs, outputs=outputs, axes=axes, of=said, operators=operators)
+    with ExitStack() as stack:
+        stack.enter_context(every_expert(module.model))
+        stack.enter_context(windows_of_any_length(module.model))
+        graph = trace(module, arguments, inputs=inputs, outputs=outputs, axes=axes, of=said, operators=operators)
     for node in attention_nodes(graph):
         place_inputs(node)
     fold_shapes(graph)
@@ -383,6 +473,9 @@ def _export(
 
 def place_inputs(node: ir.Node) -> None:
     """Move the attention operator's inputs to their positions behind optional ones that are absent."""
-    packed, past_key, past_value, seqlens_k, total, *bias = node.inputs
+    packed, past_key, past_value, seqlens_k, total, *others = node.inputs
     placed = [packed, None, None, past_key, past_value, seqlens_k, total]
-    editing.set_inputs(node, [*placed, *[None] * (_BIAS - len(placed)), *bias] if bias else placed)
+    if others:
+        position = _ROTATION if len(others) > 1 else _BIAS
+        placed += [None] * (position - len(placed)) + others
+    editing.set_inputs(node, placed)

@@ -7,6 +7,8 @@ that no weight is held twice, and each is read when the graph is saved.
 
 from __future__ import annotations
 
+import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +19,15 @@ from unittest import mock
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
+from torch.onnx import errors as onnx_errors
 from torch.onnx._internal.torchscript_exporter import symbolic_opset9, symbolic_opset13
 from torch.onnx._internal.torchscript_exporter import utils as exporter
 from torch.onnx.utils import register_custom_op_symbolic
 
 from trident_export.errors import ExportError, UnsupportedArchitecture
 from trident_export.huggingface.folder import reason
+
+logger = logging.getLogger(__name__)
 
 OPSET = 17
 
@@ -149,7 +154,7 @@ def _weights_kept() -> Iterator[dict[str, torch.Tensor]]:
 
 @contextmanager
 def running(of: str, doing: str = "be traced to a graph") -> Iterator[None]:
-    """Translate what a model's own code raises.
+    """Translate what a model's own code raises. What it says is logged, which `--verbose` shows.
 
     Args:
         of: what is run, as the error names it.
@@ -163,5 +168,14 @@ def running(of: str, doing: str = "be traced to a graph") -> Iterator[None]:
     except (ExportError, MemoryError, OSError):
         raise
     except Exception as error:  # a model's own code can raise anything
-        said = f"{of} can't {doing} ({reason(error)}): choose another model"
-        raise UnsupportedArchitecture(said) from error
+        raise UnsupportedArchitecture(f"{of} can't {doing}: {cause(error)}: choose another model") from error
+
+
+def cause(error: Exception) -> str:
+    """Why a model's own code failed, in a user's words; what it said itself is logged."""
+    if isinstance(error, ExportError):
+        return str(error)
+    logger.warning("%s", reason(error))
+    if isinstance(error, onnx_errors.UnsupportedOperatorError) and (found := re.search("'([^']+)'", str(error))):
+        return f"it computes {found.group(1)}, which ONNX has no operator for"
+    return "its code does there what Trident does not know (--verbose shows its library's words)"

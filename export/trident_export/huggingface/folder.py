@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from trident_export.errors import (
     ExportError,
+    NoMemory,
     UnreadableSource,
     UnsupportedArchitecture,
     UnsupportedTokenizer,
 )
-from trident_export.huggingface import text_part
+from trident_export.huggingface import sizes, text_part, tokenizer_files
 from trident_serving.encoders.pooling import PoolingSettings
 from trident_serving.encoders.tokens import TokenRoles
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and a repository that
     from trident_export.huggingface.sentence_transformers import SentenceFiles
 
 _LONGEST_REASON = 300
+_FEWEST_TOKENS = 16  # of a vocabulary
 _EMPTY_PROMPTS = ("query", "document")  # sentence-transformers has these without a file, and nothing in them
 # Their text alone ("'pad'") says nothing without the kind.
 _TERSE = (KeyError, AttributeError, TypeError, IndexError, AssertionError)
@@ -52,6 +54,11 @@ def reading(folder: Path, what: str) -> Iterator[None]:
     except (ExportError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch has no class for it
+            raise NoMemory(
+                f"{folder}: memory ran out while {what} were read: close other programs, take a machine or container "
+                "with more, or copy config.json again, if its sizes are not this model's"
+            ) from error
         raise UnreadableSource(
             f"{folder}: {what} can't be read ({reason(error)}): copy the model again, or mend that file"
         ) from error
@@ -59,8 +66,14 @@ def reading(folder: Path, what: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What a library says, as far as it fits into a sentence."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is no text in UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"it holds half of a surrogate pair, {error.object[error.start]!r}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0].rstrip(".:") if lines else ""
+    if "untagged enum" in said:  # serde's, of a JSON file
+        return "it has a part of a kind that is not known"
     if not said or isinstance(error, _TERSE):
         said = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return said if len(said) <= _LONGEST_REASON else said[: _LONGEST_REASON - 3] + "..."
@@ -107,6 +120,7 @@ class HuggingFaceFolder(os.PathLike[str]):
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
         self.trust_remote_code = trust_remote_code
+        self._checked: set[Any] = set()  # heads, by `check_head`
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -145,7 +159,7 @@ class HuggingFaceFolder(os.PathLike[str]):
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        raw = self._raw_config
+        raw = self.raw_config
         kind = raw.get("model_type")
         if not isinstance(kind, str):
             raise UnreadableSource(f"{self}: config.json has no model_type, which says what the model is")
@@ -174,10 +188,15 @@ class HuggingFaceFolder(os.PathLike[str]):
     @cached_property
     def _names_attention(self) -> bool:
         """Whether config.json has transformers' private key of what computes attention; here it is always "eager"."""
-        return '"_attn_implementation"' in json.dumps(self._raw_config)
+        return '"_attn_implementation"' in json.dumps(self.raw_config)
 
     @cached_property
-    def _raw_config(self) -> dict[str, Any]:
+    def raw_config(self) -> dict[str, Any]:
+        """What config.json says, as it is written there.
+
+        Raises:
+            UnreadableSource: it is missing or damaged, or has sizes that no model has.
+        """
         file = self.path if self.path.is_file() else self.path / "config.json"
         raw = HuggingFaceFolder(file.parent).json(file.name)
         if not isinstance(raw, dict):
@@ -186,13 +205,14 @@ class HuggingFaceFolder(os.PathLike[str]):
             raise UnreadableSource(
                 f"{self}: config.json has text_config {str(raw['text_config'])[:80]!r}, which must be an object"
             )
+        sizes.check_counts(self, raw)
         return raw
 
     @property
     def _written_by(self) -> str:
         """The version of transformers that wrote the folder; "" where it does not say."""
         with contextlib.suppress(UnreadableSource):
-            return str(self._raw_config.get("transformers_version") or "")
+            return str(self.raw_config.get("transformers_version") or "")
         return ""
 
     @contextlib.contextmanager
@@ -223,15 +243,32 @@ class HuggingFaceFolder(os.PathLike[str]):
         Raises:
             UnreadableSource: its files are missing or damaged.
         """
-        with self._reading("the tokenizer"):  # ids of a vocabulary that are twice there fail here
+        with self._reading_tokenizer():  # ids of a vocabulary that are twice there fail here
             return copy.deepcopy(self._tokenizer)
+
+    @contextlib.contextmanager
+    def _reading_tokenizer(self) -> Iterator[None]:
+        """See `reading`; what is known to be wrong with tokenizer.json is said in plain words."""
+        try:
+            with self._reading("the tokenizer"):
+                yield
+        except UnreadableSource as error:
+            if (fault := tokenizer_files.fault(self)) is None:
+                raise
+            raise UnreadableSource(
+                f"{self}: {fault}: copy the tokenizer's files again, or take another model"
+            ) from error
 
     @cached_property
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        with self._reading("the tokenizer"):
+        tokenizer_files.check(self)
+        with self._reading_tokenizer():
             found = AutoTokenizer.from_pretrained(self.path, use_fast=True, trust_remote_code=self.trust_remote_code)
+        wanted = sorted({"tokenizer.json", *found.vocab_files_names.values()})
+        if len(wanted) > 1 and not any((self.path / name).is_file() for name in wanted):
+            raise UnreadableSource(f"{self}: {tokenizer_files.NO_VOCABULARY}: copy the tokenizer's files again")
         longest = found.model_max_length
         if not isinstance(longest, int | float):
             raise UnreadableSource(
@@ -249,8 +286,8 @@ class HuggingFaceFolder(os.PathLike[str]):
         """
         if not self._tokenizer.is_fast:
             raise UnsupportedTokenizer(
-                f"{self}: {type(self._tokenizer).__name__} has no fast form (tokenizer.json), which the runtime reads: "
-                "export a model that has one"
+                f"{self}: {type(self._tokenizer).__name__} has no fast form (tokenizer.json), which the runtime reads, "
+                "and transformers can't make one of its files: export a model that has one"
             )
         return self.tokenizer
 
@@ -304,7 +341,23 @@ class HuggingFaceFolder(os.PathLike[str]):
                 raise UnreadableSource(
                     f"{self}: {name} names the token {max(named)} in {key}, the model has {rows}: mend that file"
                 )
+        self._check_answers(found, name)
         return found
+
+    def _check_answers(self, config: GenerationConfig, name: str) -> None:
+        """An answer must be able to have a token that does not end it."""
+        banned = {row[0] for row in config.bad_words_ids or () if len(row) == 1}
+        banned |= {*_flat(config.suppress_tokens), *_flat(config.eos_token_id)}
+        first = banned | {*_flat(config.begin_suppress_tokens)}
+        if len(first) < _FEWEST_TOKENS:
+            return
+        rows = max(getattr(self.text_config, of, 0) or 0 for of in ("vocab_size", "decoder_vocab_size"))
+        for where, tokens in (("in an answer", banned), ("at the beginning of an answer", first)):
+            if rows and sum(0 <= token < rows for token in tokens) == rows:
+                raise UnreadableSource(
+                    f"{self}: {name} leaves no token {where} but those that end it, so every answer would be empty: "
+                    "mend its suppress_tokens, begin_suppress_tokens, bad_words_ids and eos_token_id"
+                )
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -383,7 +436,24 @@ class HuggingFaceFolder(os.PathLike[str]):
         Raises:
             UnreadableSource: a file is damaged.
         """
-        total = 0
+        if total := sum(self._tensor_sizes):
+            return total
+        older = sum(file.stat().st_size for file in self.path.glob("pytorch_model*.bin"))
+        width = 2 if "16" in str(self.json("config.json").get("torch_dtype")) else 4
+        return older // width
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the weight files hold, from their headers; 0 where there are no files that say it.
+
+        Raises:
+            UnreadableSource: a file is damaged.
+        """
+        return len(self._tensor_sizes)
+
+    @cached_property
+    def _tensor_sizes(self) -> list[int]:
+        sizes: list[int] = []
         # Some folders carry the same weights once more in another layout (consolidated.safetensors).
         files = sorted(self.path.glob("model*.safetensors")) or sorted(self.path.glob("*.safetensors"))
         for file in files:
@@ -391,12 +461,9 @@ class HuggingFaceFolder(os.PathLike[str]):
                 length = int.from_bytes(stream.read(8), "little")
                 if length > file.stat().st_size:
                     raise UnreadableSource(f"{file} is cut off: copy the model again")
-                total += sum(map(_elements, json.loads(stream.read(length)).values()))
-        if total:
-            return total
-        older = sum(file.stat().st_size for file in self.path.glob("pytorch_model*.bin"))
-        width = 2 if "16" in str(self.json("config.json").get("torch_dtype")) else 4
-        return older // width
+                header = json.loads(stream.read(length))
+                sizes += [_elements(entry) for name, entry in header.items() if name != "__metadata__"]
+        return sizes
 
     def load(self, head: Any) -> PreTrainedModel:
         """The model in float32, in evaluation mode, with its own attention ("eager"); read again at each call.
@@ -420,14 +487,9 @@ class HuggingFaceFolder(os.PathLike[str]):
         import torch
         import transformers
 
+        self.check_head(head)
         multimodal = self._multimodal(head)
         head = multimodal or head
-        own_code = self.trust_remote_code and head.__name__ in (getattr(self.config, "auto_map", None) or {})
-        if type(self.config) not in head._model_mapping and not own_code:
-            raise UnsupportedArchitecture(
-                f"{self} is a model of type {self.config.model_type!r}, for which transformers has no "
-                f"{head.__name__.removeprefix('Auto')}: choose another task in models.toml"
-            )
         transformers.utils.logging.disable_progress_bar()  # an export has its own
         own_config = {"config": copy.deepcopy(self.config)} if self._names_attention else {}
         with self._reading("the weights"):
@@ -443,6 +505,26 @@ class HuggingFaceFolder(os.PathLike[str]):
         self.check_weights(model, said)
         found: PreTrainedModel = model.eval()
         return text_part.inner(found) or found if multimodal else found
+
+    def check_head(self, head: Any) -> None:
+        """Check what config.json and the weight files' headers say of a model with such a head.
+
+        Raises:
+            UnreadableSource: the sizes in config.json are not those of the weights.
+            UnsupportedArchitecture: the architecture has no such head.
+        """
+        if head in self._checked:
+            return
+        found = self._multimodal(head) or head
+        own_code = self.trust_remote_code and found.__name__ in (getattr(self.config, "auto_map", None) or {})
+        if type(self.config) not in found._model_mapping and not own_code:
+            raise UnsupportedArchitecture(
+                f"{self} is a model of type {self.config.model_type!r}, for which transformers has no "
+                f"{found.__name__.removeprefix('Auto')}: choose another task in models.toml"
+            )
+        if not own_code:
+            sizes.check(self, found)
+        self._checked.add(head)
 
     def reference(self, head: Any) -> PreTrainedModel:
         """The model that the gate compares with: this one, or what it was made from; otherwise as `load_whole`."""
@@ -566,6 +648,6 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _elements(entry: Mapping[str, Any]) -> int:
     count = 1
-    for size in entry.get("shape", (0,)):  # "__metadata__" has none
+    for size in entry["shape"]:
         count *= size
     return count

@@ -103,8 +103,11 @@ class GgufFile:
     def _setting(self, name: str, default: Any = None) -> Any:
         return self._fields.get(f"{self._architecture}.{name}", default)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, *, weights: bool = True) -> None:
         """Write the Hugging Face folder: float32 weights, config, tokenizer and generation config.
+
+        Args:
+            weights: False leaves them out where they can be left out.
 
         Raises:
             UnsupportedArchitecture, UnsupportedTokenizer: the file has something that is not known.
@@ -117,7 +120,8 @@ class GgufFile:
                 self._write_newer(folder)
             else:
                 config = self._config()
-                write_shards(self._weights(config), folder)
+                if weights:
+                    write_shards(self._weights(config), folder)
                 config.save_pretrained(folder)
         with reading(self.path, "the tokenizer in the GGUF file"):
             _save_tokenizer(self.files[0], folder)

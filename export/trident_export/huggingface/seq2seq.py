@@ -30,6 +30,30 @@ _UNKNOWN_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
+_OWN_FORMS = ("MarianTokenizer", "M2M100Tokenizer")  # two vocabularies, or two orders of one
+
+
+def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
+    """Check what `save_text_files` writes, as far as it can be told without the weights.
+
+    Raises:
+        UnreadableSource: a file is damaged.
+        UnsupportedTokenizer: the tokenizer has no form that the runtime reads.
+        UnsupportedModel: the generation config asks for something that the search lacks.
+    """
+    tokenizer = source.tokenizer
+    if not tokenizer.is_fast and type(tokenizer).__name__ not in _OWN_FORMS:
+        raise _no_form(tokenizer)
+    read_defaults(source, _task_params(spec, source))
+
+
+def _no_form(tokenizer: PreTrainedTokenizerBase) -> UnsupportedTokenizer:
+    return UnsupportedTokenizer(
+        f"{type(tokenizer).__name__} has no fast form (tokenizer.json), which the runtime reads, and transformers "
+        "can't make one of its files: export a model that has one"
+    )
+
+
 def save_text_files(spec: ModelSpec, source: HuggingFaceFolder, folder: Path, rows: int) -> None:
     """Write the tokenizers, `source.json` and `generation.json` that the runtime reads.
 
@@ -69,7 +93,7 @@ def _save_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[
         vocabulary |= dict(tokenizer.lang_token_to_id)
         special = [*tokenizer.all_special_tokens, *tokenizer.lang_token_to_id]
     else:
-        raise UnsupportedTokenizer(f"{name} has no fast form (tokenizer.json), which the runtime reads")
+        raise _no_form(tokenizer)
     unknown = str(tokenizer.unk_token)
     with reading(source_file.parent, "the tokenizer's vocabulary"):
         reads = spm_tokenizer.source_tokenizer(source_file)

@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Any
 
 from trident_export import disk, memory
-from trident_export.errors import SourceError
+from trident_export.errors import SourceError, UnreadableSource
 from trident_export.huggingface import adapters, converted, gguf_file, quantized
-from trident_export.huggingface.folder import HuggingFaceFolder, check_files, reason
+from trident_export.huggingface.folder import HuggingFaceFolder, check_files, reading, reason
 from trident_export.models_file import ModelSpec, Source
 from trident_export.progress import Progress
 from trident_export.recipes import Kind
@@ -96,6 +96,27 @@ def _no_folder(name: str, path: Path) -> SourceError:
             f"{', '.join(file.name for file in files[:5])}"
         )
     return SourceError(f"[{name}] source: {path} is no Hugging Face folder, it has no config.json")
+
+
+def check_weights(path: Path) -> None:
+    """Check that a folder has weight files, all that its list of them names, in a format that is read.
+
+    Raises:
+        UnreadableSource: one is missing or damaged.
+        UnsupportedModel: they are quantized in a way that is not read.
+    """
+    folder = HuggingFaceFolder(path)
+    for index in sorted(path.glob("*.index.json")):
+        with reading(path, index.name):
+            named = sorted(set(folder.json(index.name)["weight_map"].values()))
+        if missing := [name for name in named if not (path / name).is_file()]:
+            raise UnreadableSource(f"{path}: {missing[0]}, which {index.name} names, is missing: copy the model again")
+    if not folder.weight_bytes:
+        raise UnreadableSource(
+            f"{path}: there are no weights ({', '.join((*WEIGHT_FILES, *OLDER_WEIGHT_FILES))}): copy the model again"
+        )
+    if (settings := quantized.settings(path)) is not None:
+        quantized.Reader(path, settings)
 
 
 def _plain(path: Path, cache: Path, progress: Progress) -> Path:
@@ -262,6 +283,19 @@ def _snapshot(hub_id: str, revision: str, patterns: Iterable[str]) -> Path:
             f"the Hugging Face hub did not give {hub_id}: {reason(error)}. Where it can't be reached, copy the "
             "model's folder here and name it with SOURCE=folder, --source, or source = { path = ... }"
         ) from None
+
+
+def gguf_settings(path: Path, folder: Path) -> Path:
+    """A GGUF file as a folder without its weights, for a look at it.
+
+    Args:
+        folder: where it is written.
+
+    Raises:
+        SourceError, UnsupportedModel: see `fetch`.
+    """
+    gguf_file.GgufFile(path).write(folder, weights=False)
+    return folder
 
 
 def from_gguf(path: Path, cache: Path, progress: Progress, *, force: bool = False) -> Path:

@@ -20,6 +20,8 @@ from trident_serving import encoders
 
 Floats = NDArray[np.floating[Any]]
 
+# The measure that says how many tokens the longest text had that was compared with Hugging Face.
+LONGEST = "longest_text"
 # "at least" where the name is in this set, "at most" elsewhere.
 _MINIMUMS = frozenset({"top1", "worst_cosine", "agreement"})
 

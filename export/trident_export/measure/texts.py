@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 from trident_export.errors import FidelityError, UnreadableSource
+from trident_export.huggingface.chat_templates import CONVERSATIONS
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest
@@ -49,11 +50,6 @@ EDGES = (
     "<s>text</s> <|im_end|> [INST] <unk> >>deu<<",
 )
 CORPUS_TEXTS, CORPUS_CHARACTERS = 12, 200
-CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (("user", "Hello"),),
-    (("system", "Answer briefly."), ("user", " What is 2 + 2?\n")),
-    (("user", "Hi <|im_end|>"), ("assistant", "Bonjour, é 😀"), ("user", "中文?")),
-)
 # Answers of `generate` that are compared, and their tokens and those of their prompts.
 ANSWERS, ANSWER_TOKENS, PROMPT_CHARACTERS = 4, 16, 60
 

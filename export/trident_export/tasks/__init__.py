@@ -1,7 +1,8 @@
 """How each task is exported: graph, variants, gate, and the files that its backends read.
 
-A task is a module with three functions, registered in `MODULES` under the transformers pipeline's name:
+A task is a module with four functions, registered in `MODULES` under the transformers pipeline's name:
 
+    check(spec, source)       refuse what can be told from the folder's small files; `trident-export add` asks it, too
     trace(job)                write the float32 graph into `job.graphs`, and what all variants share
     write(job, variant)       write the version folders of a variant from it
     evaluator(spec, source, root, texts, thorough)
@@ -101,6 +102,8 @@ def build(job: Job, *, force: bool = False) -> Checked:
         job.progress("comparing with Hugging Face")
     measures = evaluate(job.spec, job.source, job.staging)
     refused = {}
+    if (uncompared := _uncompared(job.spec, measures)) is not None:
+        job.progress(uncompared)
     for variant, measured in measures.items():
         precision = job.spec.recipes[variant].precision
         try:
@@ -112,12 +115,29 @@ def build(job: Job, *, force: bool = False) -> Checked:
     return Checked(measures, refused)
 
 
+def _uncompared(spec: ModelSpec, measures: Measures) -> str | None:
+    """What the gate leaves to belief: texts longer than the longest that it compared."""
+    longest = int(min((measured[fidelity.LONGEST] for measured in measures.values() if measured), default=0))
+    most = spec.generation.context if spec.generation else spec.encoder.max_tokens if spec.encoder else 0
+    return f"compared texts have {longest} tokens at most, the model takes {most}" if longest < most else None
+
+
+def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
+    """Refuse what can be told without the weights' numbers, in a second or two.
+
+    Raises:
+        ExportError: models.toml and the model disagree, a file is damaged, or the model has no form here.
+    """
+    _module(spec).check(spec, source)
+
+
 def trace(job: Job) -> None:
     """Write the float32 graphs of a job, and what all its variants share.
 
     Raises:
         ExportError: models.toml and the model disagree, or the model has no form here.
     """
+    check(job.spec, job.source)
     _module(job.spec).trace(job)
     gc.collect()  # the model, whose parts know each other
 

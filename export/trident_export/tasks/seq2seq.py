@@ -14,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError
 from trident_export.graphs.seq2seq import export_decoder, export_encoder
+from trident_export.huggingface import seq2seq as text_files
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.seq2seq import save_text_files, task_generation_config
 from trident_export.huggingface.vocabulary import rows_of
@@ -38,13 +39,19 @@ GATE_TOKENS = 24
 GATE_ROWS = 4
 
 
+def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
+    """See `trident_export.tasks`."""
+    source.check_head(AutoModelForSeq2SeqLM)
+    check_limits(spec, source)
+    text_files.check(spec, source)
+
+
 def trace(job: Job) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
     limits = _limits(spec)
     job.progress("loading the model")
     model = load_model(job.source)
-    check_limits(spec, job.source)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
     save_text_files(spec, job.source, job.assets, rows_of(model))
     capacity = positions(limits.max_target_tokens, GenerationDefaults.load(job.assets).prompt)

@@ -11,6 +11,10 @@ from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 
 
+def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
+    """See `trident_export.tasks`: models.toml has been checked, and there is nothing else."""
+
+
 def trace(job: Job) -> None:
     """See `trident_export.tasks`: Triton wants the version folder."""
     (job.staging / job.spec.name / VERSION).mkdir(parents=True)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError, TextError, UnreadableSource
@@ -25,7 +25,8 @@ from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
-from trident_export.huggingface.folder import HuggingFaceFolder, reason
+from trident_export.huggingface import chat_templates
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.measure import fidelity
 from trident_export.measure import texts as texts_gate
@@ -48,6 +49,8 @@ GATE_TOKENS = 64
 GATE_DECODED = 8
 # A text that goes beyond a sliding window or an original context has so many tokens at most.
 FAR_TOKENS = 4200
+# Logits of such a text that are compared at most, a quarter of a gigabyte.
+FAR_LOGITS = 2**26
 # Texts that it runs at once.
 GATE_ROWS = 4
 # Calibration texts that run at once, and tokens of those in a chat template.
@@ -57,12 +60,21 @@ CHAT_TOKENS = 96
 GREEDY_TOKENS = 32
 
 
+def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
+    """See `trident_export.tasks`."""
+    source.check_head(AutoModelForCausalLM)
+    check_context(spec, source.config)
+    _ = source.generation_config
+    tokenizer = source.fast_tokenizer
+    if (template := default_template(source, tokenizer.chat_template)) is not None:
+        chat_templates.check(source, template, tokenizer.special_tokens_map)
+
+
 def trace(job: Job) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
     job.progress("loading the model")
     model = load_model(job.source)
-    check_context(spec, model)
     if unused := texts_gate.not_applied(job.source.generation_config):
         job.progress(f"the generation config's {', '.join(unused)} are not applied: a request gives what it wants")
     check_device(spec, model)
@@ -71,7 +83,7 @@ def trace(job: Job) -> None:
     job.graphs.mkdir()
     job.progress("tracing the graph")
     assert spec.generation
-    traced = export_causal_graph(model, positions(spec.generation))
+    traced = export_causal_graph(model, positions(spec.generation), spec.generation.context)
     save(decoder_passes.optimize(traced, ragged=spec.generation.device == "cpu"), job.graphs / "model.onnx")
 
 
@@ -175,24 +187,40 @@ def load_model(source: HuggingFaceFolder) -> PreTrainedModel:
     return source.load(AutoModelForCausalLM)
 
 
-def check_context(spec: ModelSpec, model: PreTrainedModel) -> None:
+def check_context(spec: ModelSpec, config: PretrainedConfig) -> None:
     """The context of models.toml must be one that the model was built for.
 
     Raises:
         ModelsFileError: it is larger.
     """
     assert spec.generation
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and spec.generation.context > longest:
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, the model was built for {longest} positions"
         )
-    fixed = rotary.longest_context(model)
+    fixed = fixed_context(config)
     if fixed is not None and spec.generation.context > fixed:
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, but this model's rotary embedding changes "
-            f"beyond its original context: set it to {fixed} at most"
+            f"with every token beyond its original context: set it to {fixed} at most"
         )
+    original = rotary.original_context(_only_config(config))
+    if original is not None and spec.generation.context > original and spec.generation.device != "cpu":
+        raise ModelsFileError(
+            f"[{spec.name}] limits.context is {spec.generation.context}, but on a GPU a model with two rotations "
+            f"(longrope) is served within its original context only: set it to {original} at most"
+        )
+
+
+def fixed_context(config: PretrainedConfig) -> int | None:
+    """Positions up to which a model's rotary embedding stays the same; None where it never changes."""
+    return rotary.longest_context(_only_config(config))
+
+
+def _only_config(config: PretrainedConfig) -> PreTrainedModel:
+    """What stands in for a model where nothing else is asked of it."""
+    return cast("PreTrainedModel", SimpleNamespace(config=config))
 
 
 def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
@@ -237,7 +265,6 @@ def save_text_files(source: HuggingFaceFolder, folder: Path, rows: int) -> None:
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     drop_tokens_beyond(source, folder / "tokenizer.json", rows)
-    check_chat_template(source, folder)
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
         source.generation_config.save_pretrained(str(folder))
@@ -259,23 +286,6 @@ def default_template(source: HuggingFaceFolder, templates: str | dict[str, str] 
     return templates["default"]
 
 
-def check_chat_template(source: HuggingFaceFolder, folder: Path) -> None:
-    """The chat template, where there is one, must render a message as a server would ask it to.
-
-    Raises:
-        UnreadableSource: it does not parse, or fails.
-    """
-    try:
-        if (template := ChatTemplate.load(folder)) is not None:
-            template.render([{"role": "user", "content": "Hello"}])
-    except Exception as error:  # a template can raise whatever its expressions raise
-        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-        raise UnreadableSource(
-            f"{source}: the chat template can't be used ({reason(error)}{line}): mend it in chat_template.jinja or "
-            "tokenizer_config.json, or take it away to serve the model without messages"
-        ) from error
-
-
 def greedy_answer(model: PreTrainedModel, ids: list[int]) -> list[int]:
     """Hugging Face's likeliest tokens, one after the other; nothing ends them."""
     tokens = list(ids)
@@ -292,19 +302,25 @@ def served_answers(folder: Path, prompts: list[list[int]], device: str = "cpu") 
         folder / "model.onnx",
         slots=GATE_ROWS,
         context=context,
-        longest_run=max(map(len, prompts)),
+        longest_run=context,
         threads=0,
         device=device,
     )
     answers: list[list[int]] = []
     for start in range(0, len(prompts), GATE_ROWS):
         group = prompts[start : start + GATE_ROWS]
-        items = [SlotTokens(row, 0, ids) for row, ids in enumerate(group)]
+        items = [SlotTokens(row, 0, ids, 1, decoder.rotation(len(ids))) for row, ids in enumerate(group)]
         found: list[list[int]] = [[] for _ in group]
         for step in range(GREEDY_TOKENS):
             for tokens, likeliest in zip(found, decoder.run(items).argmax(axis=-1), strict=True):
                 tokens.append(int(likeliest))
-            items = [SlotTokens(row, len(ids) + step, [found[row][-1]]) for row, ids in enumerate(group)]
+            items = []
+            for row, ids in enumerate(group):
+                place = len(ids) + step
+                rotation = decoder.rotation(place + 1)
+                again = rotation != decoder.rotation(place)
+                tokens = [*ids, *found[row]] if again else found[row][-1:]
+                items.append(SlotTokens(row, 0 if again else place, tokens, 1, rotation))
         answers += found
     return answers
 
@@ -340,13 +356,18 @@ def reference_logits(model: PreTrainedModel, samples: list[list[int]]) -> list[N
 class FarText:
     """A text that goes beyond a model's sliding window and the context that it was first trained for.
 
+    Of a model with a table of positions it is as long as the context, and as many of its tokens are compared as fit
+    into `FAR_LOGITS`, in parts that are spread over it; of another, the last `GATE_TOKENS`.
+
     Attributes:
-        reference: Hugging Face's logits of its last tokens, float32 [tokens, vocabulary].
+        parts: ranges of tokens that are compared, rising.
+        reference: Hugging Face's logits of each, float32 [tokens, vocabulary].
         chunk: tokens that run at once.
     """
 
     ids: list[int]
-    reference: NDArray[np.float32]
+    parts: list[range]
+    reference: list[NDArray[np.float32]]
     chunk: int
 
 
@@ -358,19 +379,38 @@ def far_text(
     texts: Sequence[str],
 ) -> FarText | None:
     """See `FarText`; None where the model has no such bound within its context and `FAR_TOKENS`."""
-    bounds = far_bounds(source.text_config)
     within = min(limits.context, FAR_TOKENS)
-    reached = [bound for bound in bounds if GATE_TOKENS // 2 <= bound < within - GATE_DECODED]
-    if not reached:
+    reached = [bound for bound in far_bounds(source.text_config) if GATE_TOKENS // 2 <= bound < within - GATE_DECODED]
+    length = min(within - 1, max(reached) + GATE_TOKENS) if reached else 0
+    table = has_position_table(model)
+    if table:
+        length = within - 1
+    if length < GATE_TOKENS // 2:
         return None
-    length = min(within - 1, max(reached) + GATE_TOKENS)
     ids: list[int] = []
     for text in cycle(texts):
         if len(ids) >= length:
             break
         ids += tokenizer.encode(text + "\n", add_special_tokens=False)
+    kept = min(GATE_TOKENS, length)
+    parts = far_parts(length, source.text_config.vocab_size) if table else [range(length - kept, length)]
     chunk = positions(limits) - limits.context
-    return FarText(ids[:length], last_logits(model, ids[:length]), chunk)
+    return FarText(ids[:length], parts, part_logits(model, ids[:length], parts), chunk)
+
+
+def has_position_table(model: PreTrainedModel) -> bool:
+    """Whether a model learns a vector for each position, so that each is right or wrong by itself."""
+    tables = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding))
+    return any("pos" in name or name.endswith("wpe") for name in tables)
+
+
+def far_parts(length: int, vocabulary: int) -> list[range]:
+    """Parts of a text that are compared: all of it in parts of `GATE_TOKENS`, or some that are spread over it."""
+    parts = [range(start, min(start + GATE_TOKENS, length)) for start in range(0, length, GATE_TOKENS)]
+    most = max(1, FAR_LOGITS // (vocabulary * GATE_TOKENS))
+    if len(parts) <= most:
+        return parts
+    return [parts[index] for index in np.linspace(len(parts) - 1, 0, most).round().astype(int)[::-1]]
 
 
 def far_bounds(config: Any) -> list[int]:
@@ -383,30 +423,37 @@ def far_bounds(config: Any) -> list[int]:
     return [int(bound) for bound in found if isinstance(bound, int) and bound > 0]
 
 
-def last_logits(model: PreTrainedModel, ids: list[int]) -> NDArray[np.float32]:
-    """Hugging Face's logits of the last `GATE_TOKENS` tokens of a long text, float32 [tokens, vocabulary]."""
-    kept = min(GATE_TOKENS, len(ids))
-    few = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def part_logits(model: PreTrainedModel, ids: list[int], parts: Sequence[range]) -> list[NDArray[np.float32]]:
+    """Hugging Face's logits of parts of a long text, float32 [tokens, vocabulary] each."""
+    wanted = torch.tensor([place for part in parts for place in part])
+    kept = len(ids) - int(wanted[0])
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    # One part is the end of the text, and a number says so to every model.
+    few = {"logits_to_keep": kept if len(parts) == 1 else wanted} if keeps else {}
     with torch.inference_mode():
-        logits: NDArray[np.float32] = model(torch.tensor([ids]), **few).logits[0, -kept:].float().numpy()
-    return logits
+        logits = model(torch.tensor([ids]), **few).logits[0].float()
+        if len(logits) > len(wanted):
+            logits = logits[wanted - (len(ids) - len(logits))]
+    return [rows.numpy() for rows in logits.split([len(part) for part in parts])]
 
 
-def far_logits(folder: Path, far: FarText, device: str) -> NDArray[np.float32]:
+def far_logits(folder: Path, far: FarText, device: str) -> list[NDArray[np.float32]]:
     """The same by the decoder in a version folder: in chunks, and the last tokens one by one."""
-    length, kept = len(far.ids), len(far.reference)
+    length = len(far.ids)
     decoder = OnnxDecoder(
         folder / "model.onnx", slots=1, context=length, longest_run=far.chunk, threads=0, device=device
     )
-    bounds = [*range(0, length - kept, far.chunk), *range(length - kept, length - GATE_DECODED, far.chunk)]
-    bounds += range(length - GATE_DECODED, length + 1)
+    bounds = [*range(0, length - GATE_DECODED, far.chunk), *range(length - GATE_DECODED, length + 1)]
+    wanted = {place for part in far.parts for place in part}
     logits = []
     for start, stop in pairwise(bounds):
-        counted = start >= length - kept
-        rows = decoder.run([SlotTokens(0, start, far.ids[start:stop], stop - start if counted else 1)])
-        if counted:
-            logits.append(rows.copy())
-    return np.concatenate(logits)
+        inside = [place for place in range(start, stop) if place in wanted]
+        first = inside[0] if inside else stop - 1
+        rows = decoder.run([SlotTokens(0, start, far.ids[start:stop], stop - first, decoder.rotation(length))])
+        if inside:
+            logits.append(rows[np.array(inside) - first])
+    cuts = np.cumsum([len(part) for part in far.parts])[:-1]
+    return np.split(np.concatenate(logits), cuts)
 
 
 def measure(
@@ -430,13 +477,15 @@ def measure(
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
     effect = 0.0
     for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
-        alone = decoder.run([SlotTokens(0, 0, ids, len(ids))])
+        alone = decoder.run([SlotTokens(0, 0, ids, len(ids), decoder.rotation(len(ids)))])
         effect = max(effect, float(np.abs(alone - served).max()))
     del decoder  # one session at a time
     if far is not None:
-        reference, found = [*reference, far.reference], [*found, far_logits(folder, far, device)]
-        samples = [*samples, far.ids[-len(far.reference) :]]
-    return fidelity.compare_logits(reference, found, samples) | {"batch_effect": effect}
+        reference, found = [*reference, *far.reference], [*found, *far_logits(folder, far, device)]
+        samples = [*samples, *(far.ids[part.start : part.stop] for part in far.parts)]
+        longest = max(longest, len(far.ids))
+    compared = fidelity.compare_logits(reference, found, samples)
+    return compared | {"batch_effect": effect, fidelity.LONGEST: float(longest)}
 
 
 def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArray[np.float32]]:
@@ -446,7 +495,8 @@ def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArr
         decoded = min(GATE_DECODED + row, len(ids) - 2)
         middle = (len(ids) - decoded) // (2 + row)
         bounds = [0, middle, *range(len(ids) - decoded, len(ids) + 1)]
-        pieces.append([SlotTokens(row, a, ids[a:b], b - a) for a, b in pairwise(bounds) if a < b])
+        rotation = decoder.rotation(len(ids))
+        pieces.append([SlotTokens(row, a, ids[a:b], b - a, rotation) for a, b in pairwise(bounds) if a < b])
     logits: list[list[NDArray[np.float32]]] = [[] for _ in samples]
     for step in zip_longest(*pieces):
         items = [item for item in step if item is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,17 +84,22 @@ class ChatTemplate:
         for name, given in (("tools", conversation.tools), ("documents", conversation.documents)):
             if given and name not in self.variables:
                 raise InvalidRequest(f"{name}: the model's chat template has no place for {name}")
-        called = any(message.get("tool_calls") for message in conversation.messages)
-        forms = [self._form]
-        if called and not self._form.arguments_as_text:
-            forms.append(replace(self._form, arguments_as_text=True))  # what was tried may be another branch
-        reasons = []
-        for form in forms:
-            try:
-                return self._render(_shaped(conversation, form), add_generation_prompt)
-            except Exception as error:  # a template's expressions raise whatever Python's operators raise
-                reasons.append(_reason(error))
-        raise InvalidRequest(f"messages: the model's chat template refuses them: {reasons[0]}")
+        try:
+            return self.run(conversation, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template's expressions raise whatever Python's operators raise
+            raise InvalidRequest(f"messages: the model's chat template refuses them: {_reason(error)}") from None
+
+    def run(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> Traced:
+        """The same; raises whatever the template's expressions raise."""
+        form = self._form
+        try:
+            return self._render(_shaped(conversation, form), add_generation_prompt)
+        except Exception:
+            if form.arguments_as_text or not any(message.get("tool_calls") for message in conversation.messages):
+                raise
+            with suppress(Exception):  # the first error says more
+                return self._render(_shaped(conversation, replace(form, arguments_as_text=True)), add_generation_prompt)
+            raise
 
     @cached_property
     def end_of_turn(self) -> Traced:

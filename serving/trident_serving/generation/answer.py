@@ -13,6 +13,7 @@ from trident_serving.generation.drafting import SequenceDrafts
 from trident_serving.runtime import loop
 from trident_serving.runtime.log_probabilities import Logits, TokenLogProbs, log_probabilities
 from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.sampling.grammars import Guide, Mask
 from trident_serving.runtime.sampling.params import SamplingParams
 from trident_serving.runtime.sampling.sampler import Sampler
 
@@ -32,6 +33,10 @@ class Consumer(loop.Consumer, Protocol):
         """Take one token; True ends the answer (a stop string was found)."""
         ...
 
+    def accept_prompt(self, log_probs: list[TokenLogProbs]) -> None:
+        """Take log-probabilities of the prompt's next tokens; the first token has none."""
+        ...
+
     def finish(self, reason: FinishReason) -> None:
         """The answer is complete; nothing follows."""
         ...
@@ -46,6 +51,11 @@ class Job:
         top_log_probs: of how many of the likeliest tokens, besides that of the chosen one.
         prompt_lookup: whether drafts may be taken from the sequence itself; greedy requests only.
         seconds: it fails once this time is over, waiting included; None: never.
+        stop_token_ids: end the answer beside the model's own end tokens.
+        ignore_eos: the model's own do not.
+        prompt_log_probs: of how many of the likeliest tokens the consumer gets log-probabilities at each token of the
+            prompt, beside that token's own; None: none at all.
+        guide: through the grammar that the answer follows; None: it is free.
     """
 
     prompt_ids: Sequence[int]
@@ -55,6 +65,10 @@ class Job:
     top_log_probs: int = 0
     prompt_lookup: bool = True
     seconds: float | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    prompt_log_probs: int | None = None
+    guide: Guide | None = None
 
 
 class Answer(scheduler.Sequence, loop.Request):
@@ -62,40 +76,64 @@ class Answer(scheduler.Sequence, loop.Request):
 
     Attributes:
         drafts: of its next tokens; None where it is not drafted.
+        guide: see `Job`.
     """
 
     def __init__(self, job: Job, eos_token_ids: frozenset[int], recorder: Recorder, *, prompt_lookup: bool) -> None:
         scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens)
         loop.Request.__init__(self, job.consumer, job.seconds)
         self._job = job
-        self._eos_token_ids = eos_token_ids
+        self._ends = job.stop_token_ids | (frozenset() if job.ignore_eos else eos_token_ids)
         self._recorder = recorder
-        self._sampler = Sampler.causal(job.sampling, job.prompt_ids, eos_token_ids)
+        self._sampler = Sampler.causal(job.sampling, job.prompt_ids, self._ends)
         self._last_token_at = self.submitted
+        self.guide = job.guide
+        self.scored = job.prompt_log_probs is not None
         drafted = prompt_lookup and job.prompt_lookup and job.sampling.greedy
         self.drafts = SequenceDrafts(self.tokens) if drafted else None
 
-    def take(self, logits: Logits, draft: Sequence[int]) -> FinishReason | None:
+    def guided(self, draft: list[int], limit: int) -> list[int]:
+        """A draft that the grammar allows, if there is one: what it forces, at most `limit` tokens, or what fits."""
+        if self.guide is None:
+            return draft
+        return self.guide.forced(limit) or self.guide.fits(draft)
+
+    def take(self, logits: Logits, draft: Sequence[int], masks: Mask | None = None) -> FinishReason | None:
         """Choose the next tokens and hand them out; returns why the answer ends, if it does.
 
         Args:
             logits: of the last token and of each token of the draft, [1 + draft, vocabulary].
             draft: the tokens that were run behind the last one.
+            masks: which tokens the grammar allows at each, the same shape.
         """
         reason, accepted = None, 0
         for index, scores in enumerate(logits):
-            token = self._sampler.choose(scores)
+            token = self._sampler.choose(scores, None if masks is None else masks[index])
             self.cached = len(self.tokens)
             self.tokens.append(token)
+            complete = self.guide is not None and self.guide.accept(token)
             reason = self._hand_out(token, scores)
+            if complete:
+                reason = FinishReason.STOP
             if reason is not None or index == len(draft) or token != draft[index]:
                 break
             accepted += 1
-        if draft and self.drafts is not None:
+        if draft and self.drafts is not None and self.guide is None:
             self.drafts.record(len(draft), accepted)
             self._recorder.count("draft_tokens", len(draft))
             self._recorder.count("draft_tokens_accepted", accepted)
         return reason
+
+    def score_prompt(self, logits: Logits, start: int) -> None:
+        """Hand out the log-probabilities of tokens of the prompt.
+
+        Args:
+            logits: of the tokens from `start` on, [tokens, vocabulary].
+        """
+        expected = self.tokens[start + 1 : start + 1 + len(logits)]
+        top = self._job.prompt_log_probs or 0
+        found = [log_probabilities(each, token, top) for each, token in zip(logits, expected, strict=False)]
+        self._job.consumer.accept_prompt(found)
 
     def finish(self, reason: FinishReason) -> None:
         """Tell the consumer that the answer is complete."""
@@ -107,7 +145,7 @@ class Answer(scheduler.Sequence, loop.Request):
         self.generated += 1
         self._record_token()
         stopped = job.consumer.accept(token, log_probs)
-        if stopped or token in self._eos_token_ids:
+        if stopped or token in self._ends:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.generated >= job.sampling.max_tokens else None
 

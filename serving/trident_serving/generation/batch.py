@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,25 @@ from numpy.typing import NDArray
 # run. Matmuls with a cache of 8 bits take one row after the other: there one position is enough.
 MIN_POSITIONS = 2
 
+# Tokens of a run at least, and those with logits, where the processor's kernels sum a single row in another order: ONNX
+# Runtime's for 4-bit weights do without AVX-512. The last token is there twice, and nothing reads its second row.
+PADDED_ROWS = 2
+
 # Positions of a window at most, if several slots share a run: spreading the tokens costs a copy of each position.
 MAX_POSITIONS = 512
 
 # Positions without a token at most, where layers keep states: a recurrence steps over each.
 MAX_PADDING = 64
+
+
+class Rows(NamedTuple):
+    """How many rows the matmuls of a run have at least: of its tokens, and of its logits, if there are any."""
+
+    tokens: int
+    wanted: int
+
+
+ONE_ROW = Rows(1, 1)
 
 
 @dataclass(frozen=True)
@@ -36,12 +51,14 @@ class SlotTokens:
         start: positions that the slot holds before.
         tokens: ids, at least one.
         wanted: how many of the last tokens get logits.
+        rotation: 1 where the text goes beyond the original context of a model with two rotations.
     """
 
     slot: int
     start: int
     tokens: Sequence[int]
     wanted: int = 1
+    rotation: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,18 +90,19 @@ class PackedBatch(Layout):
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
+    rotations: NDArray[np.int64]
     seqlens_k: NDArray[np.int32]
 
 
 @lru_cache(maxsize=64)  # a step has the slots of the one before, mostly
-def _layout(shape: tuple[tuple[int, int, int], ...], min_positions: int) -> Layout:
+def _layout(shape: tuple[tuple[int, int, int], ...], min_positions: int, rows: Rows) -> Layout:
     """Of chunks (slot, number of tokens, number of wanted tokens)."""
     first = min(slot for slot, *_ in shape)
     slots = max(slot for slot, *_ in shape) - first + 1
     width = max(min_positions, *(length for _, length, _ in shape))
     count = sum(length for _, length, _ in shape)
     tokens = np.zeros((slots, width, 2), np.int64)
-    where = np.empty((1, count, 2), np.int64)
+    where = np.zeros((1, max(count, rows.tokens), 2), np.int64)
     lengths = np.zeros(slots, np.int32)
     longest = max(length for _, length, _ in shape)
     mask = np.zeros((slots, longest, 1), np.float32)
@@ -101,12 +119,17 @@ def _layout(shape: tuple[tuple[int, int, int], ...], min_positions: int) -> Layo
         mask[slot - first, :length] = 1
         wanted += range(end - last, end)
         begin = end
+    where[:, count:] = where[:, count - 1 : count]
+    wanted += wanted[-1:] * (rows.wanted - len(wanted))
     states = tokens[:, :longest, 1], mask, used, starts
     return Layout(first, slots, tokens, where, *states, lengths, np.array(wanted, np.int64))
 
 
 def pack(
-    items: Sequence[SlotTokens], min_positions: int = MIN_POSITIONS, held: NDArray[np.int64] | None = None
+    items: Sequence[SlotTokens],
+    min_positions: int = MIN_POSITIONS,
+    held: NDArray[np.int64] | None = None,
+    rows: Rows = ONE_ROW,
 ) -> PackedBatch:
     """One run of these slots, which are all different and in order.
 
@@ -114,16 +137,20 @@ def pack(
         min_positions: that each slot takes part with.
         held: positions that each slot of the cache holds, for a graph without `query_seqlens`: there an idle slot of
             the window takes part too, and what it writes must lie behind its content.
+        rows: of the run's matmuls at least.
     """
-    layout = _layout(tuple((item.slot, len(item.tokens), item.wanted) for item in items), min_positions)
+    layout = _layout(tuple((item.slot, len(item.tokens), item.wanted) for item in items), min_positions, rows)
     window = slice(layout.first_slot, layout.first_slot + layout.slots)
     starts = np.zeros(layout.slots, np.int64) if held is None else held[window].copy()
     starts[[item.slot - layout.first_slot for item in items]] = [item.start for item in items]
     ends = starts + (layout.query_seqlens if held is None else layout.attention_tokens.shape[1]) - 1
+    ids = [token for item in items for token in item.tokens]
+    ids += ids[-1:] * (rows.tokens - len(ids))
     return PackedBatch(
         **vars(layout),
-        input_ids=np.array([[token for item in items for token in item.tokens]], np.int64),
+        input_ids=np.array([ids], np.int64),
         position_ids=starts[layout.attention_places[..., 0]] + layout.attention_places[..., 1],
+        rotations=np.array([[item.rotation for item in items for _ in item.tokens]], np.int64),
         seqlens_k=np.maximum(ends, 0).astype(np.int32),  # of an idle slot: any that it can have
     )
 

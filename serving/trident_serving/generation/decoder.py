@@ -19,7 +19,10 @@ from trident_serving.generation.batch import (
     MAX_PADDING,
     MAX_POSITIONS,
     MIN_POSITIONS,
+    ONE_ROW,
+    PADDED_ROWS,
     PackedBatch,
+    Rows,
     SlotTokens,
     pack,
     split,
@@ -30,6 +33,9 @@ from trident_serving.runtime.session import Binding, open_session
 from trident_serving.runtime.states import SlotStates
 
 logger = logging.getLogger(__name__)
+
+ORIGINAL_CONTEXT = "original_context"
+"""Under this name a graph with two rotations says up to how many tokens a text has the first one."""
 
 _PAST = "past_key_values."
 _STATE, _NEXT_STATE = "past_states.", "present_states."
@@ -104,6 +110,9 @@ class OnnxDecoder:
         threads: ONNX Runtime's intra-op threads; 0: as many as there are cores.
         device: `cpu` or `cuda`; the cache lies there, and logits come from there for the wanted tokens only.
 
+    Attributes:
+        original_context: tokens up to which a text has the first of two rotations; 0: there is one.
+
     Raises:
         DeviceMissing: there is no such device here.
     """
@@ -122,6 +131,7 @@ class OnnxDecoder:
         self._session = open_session(path, device, device_id, threads)
         self._device_id = device_id
         inputs = {node.name: node for node in self._session.get_inputs()}
+        self.original_context = int(self._session.get_modelmeta().custom_metadata_map.get(ORIGINAL_CONTEXT, 0))
         past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
         shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
         states = {name: tuple(node.shape[1:]) for name, node in inputs.items() if name.startswith(_STATE)}
@@ -146,8 +156,13 @@ class OnnxDecoder:
         self._inputs = [name for name in inputs if not name.startswith((_PAST, _STATE))]
         logits = next(node for node in self._session.get_outputs() if node.name == "logits")
         self.vocabulary_size = int(logits.shape[2])
-        self._logits = np.empty((slots, self.vocabulary_size), np.float32)
+        self._logits = np.empty((slots + 1, self.vocabulary_size), np.float32)  # one for a second row
         self._bindings: dict[tuple[int, int], Binding] = {}
+        self._rows: Rows | None = None  # until the first run
+
+    def rotation(self, tokens: int) -> int:
+        """Which rotation a text of so many tokens has."""
+        return int(0 < self.original_context < tokens)
 
     @property
     def can_copy(self) -> bool:
@@ -156,6 +171,8 @@ class OnnxDecoder:
 
     def run(self, items: Sequence[SlotTokens]) -> Logits:
         """See `Decoder.run`."""
+        if self._rows is None:
+            self._rows = self._fewest_rows()
         for item in items:
             if item.start + len(item.tokens) > self.context:
                 raise ValueError(
@@ -166,8 +183,8 @@ class OnnxDecoder:
                     f"slot {item.slot} holds the states of {self._held[item.slot]} tokens, not {item.start}"
                 )
         wanted = sum(item.wanted for item in items)
-        if wanted > len(self._logits):
-            self._logits = np.empty((wanted, self.vocabulary_size), np.float32)
+        if wanted >= len(self._logits):
+            self._logits = np.empty((wanted + 1, self.vocabulary_size), np.float32)
         starts: dict[int, int] = {}  # of each slot's logits, in the order of the runs
         end = 0
         max_padding = MAX_PADDING if self.states else MAX_POSITIONS
@@ -176,11 +193,12 @@ class OnnxDecoder:
             for item in run:
                 starts[item.slot] = end
                 end += item.wanted
-            batch = pack(run, self._min_positions, None if self._ragged else self._held)
+            batch = pack(run, self._min_positions, None if self._ragged else self._held, self._rows)
+            logits = self._logits[begin : begin + len(batch.logits_tokens)]
             if self.states:
-                self._run_with_states(run, batch, self._logits[begin:end])
+                self._run_with_states(run, batch, logits)
             else:
-                self._run(batch, self._logits[begin:end])
+                self._run(batch, logits)
             for item in run:
                 self._held[item.slot] = item.start + len(item.tokens)
         logits = self._logits[:wanted]
@@ -201,6 +219,28 @@ class OnnxDecoder:
         self.cache.release(slot, start)
         # States can't be cut back.
         self._held[slot] = start if not self.states or start == self._held[slot] else 0
+
+    def _fewest_rows(self) -> Rows:
+        """Of a run, so that a token's numbers are the same in every run on this processor; see `PADDED_ROWS`.
+
+        Whether a single row is summed in another order shows in nearly any token, since every bit of its logits is
+        compared. Operators with states take no token that belongs to no slot. A graph that can't run fails here.
+        """
+        rows = ONE_ROW
+        for name in ("wanted",) if self.states else ("tokens", "wanted"):
+            padded = rows._replace(**{name: PADDED_ROWS})
+            if not np.array_equal(self._probe(rows), self._probe(padded), equal_nan=True):
+                rows = padded
+        return rows
+
+    def _probe(self, rows: Rows) -> Logits:
+        """Logits of two texts of one token."""
+        self._rows = rows
+        found = []
+        for token in (self.vocabulary_size // 3, self.vocabulary_size // 2):
+            found.append(self.run([SlotTokens(0, 0, [token])]).copy())
+            self.release(0, 0)
+        return np.concatenate(found)
 
     def _run_with_states(self, items: Sequence[SlotTokens], batch: PackedBatch, logits: Logits) -> None:
         for item in items:

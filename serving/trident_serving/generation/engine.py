@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from trident_serving.errors import InvalidRequest
 from trident_serving.generation.answer import Answer, FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import Decoder, run_each
-from trident_serving.generation.drafting import Drafter
+from trident_serving.generation.drafting import MAX_DRAFT, Drafter
 from trident_serving.generation.scheduler import PrefillChunk, Scheduler
 from trident_serving.generation.slots import Placement, SlotPool
 from trident_serving.runtime.log_probabilities import Logits
 from trident_serving.runtime.loop import EngineLoop
 from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.sampling.grammars import Guide, Mask, MaskMaker
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class EngineSettings:
         prefix_reuse: whether prompts start behind what the cache already holds of them.
         prompt_lookup: whether greedy requests may be drafted.
         whole_prefixes: what the cache holds is reused as a whole or not at all.
+        original_context: tokens up to which a text has the first of the model's two rotations; 0: there is one.
     """
 
     slots: int
@@ -48,6 +52,7 @@ class EngineSettings:
     prefix_reuse: bool = True
     prompt_lookup: bool = True
     whole_prefixes: bool = False
+    original_context: int = 0
 
 
 class Engine(EngineLoop[Answer]):
@@ -71,18 +76,25 @@ class Engine(EngineLoop[Answer]):
         self._settings = settings
         self._eos_token_ids = eos_token_ids
         self._drafter = Drafter()
+        self._mask_maker = MaskMaker()
         self._scheduler = self._new_scheduler()
         self.start()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; its consumer hears of it from the engine's thread.
+    def submit(self, *jobs: Job) -> None:
+        """Queue jobs, all or none; their consumers hear of it from the engine's thread.
+
+        Args:
+            jobs: with the same prompt, which is computed once.
 
         Raises:
             Overloaded: the queue is full, or the engine is stopping.
         """
-        answer = Answer(job, self._eos_token_ids, self._recorder, prompt_lookup=self._settings.prompt_lookup)
+        lookup = self._settings.prompt_lookup
+        answers = [Answer(job, self._eos_token_ids, self._recorder, prompt_lookup=lookup) for job in jobs]
+        for answer in answers[1:]:
+            answer.leader = answers[0]
         with self._adding():
-            self._scheduler.add(answer)
+            self._scheduler.add(*answers)
             self._recorder.set(requests_waiting=self._scheduler.waiting)
 
     def _new_scheduler(self) -> Scheduler[Answer]:
@@ -94,7 +106,7 @@ class Engine(EngineLoop[Answer]):
             can_copy=self._decoder.can_copy,
             whole=settings.whole_prefixes,
         )
-        return Scheduler(self._pool, settings.prefill_chunk, settings.max_waiting)
+        return Scheduler(self._pool, settings.prefill_chunk, settings.max_waiting, settings.original_context)
 
     def _requests(self) -> Sequence[Answer]:
         return self._scheduler.sequences
@@ -102,6 +114,8 @@ class Engine(EngineLoop[Answer]):
     def _step(self) -> None:
         with self._changed:
             step = self._scheduler.schedule()
+        for answer in step.restarted:
+            self._decoder.release(_slot(answer), 0)
         for answer, placement in step.placed:
             self._place(answer, placement)
         if step.prefill:
@@ -123,30 +137,53 @@ class Engine(EngineLoop[Answer]):
 
     def _prefill(self, chunks: Sequence[PrefillChunk[Answer]]) -> None:
         answers = [chunk.sequence for chunk in chunks]
-        items = [
-            SlotTokens(_slot(answer), chunk.start, answer.tokens[chunk.start : chunk.end], int(chunk.is_last))
-            for answer, chunk in zip(answers, chunks, strict=True)
-        ]
-        for answer, chunk, logits in zip(answers, chunks, self._run(answers, items), strict=True):
+        items = []
+        for answer, chunk in zip(answers, chunks, strict=True):
+            tokens = answer.tokens[chunk.start : chunk.end]
+            count = len(tokens) if answer.scored else int(chunk.is_last)
+            items.append(SlotTokens(_slot(answer), chunk.start, tokens, count, answer.rotation))
+        guides = [answer.guide if chunk.is_last else None for answer, chunk in zip(answers, chunks, strict=True)]
+        with self._masks([(guide, ()) for guide in guides]) as masks:
+            found = self._run(answers, items)
+        for answer, chunk, logits, mask in zip(answers, chunks, found, masks, strict=True):
             if logits is not None:
                 answer.cached = chunk.end
-                if chunk.is_last:
-                    self._take(answer, logits, [])
+                if answer.scored:
+                    answer.score_prompt(logits, chunk.start)
+                    answer.scored = not chunk.is_last  # once, though an answer may run again
+                if chunk.is_last and answer.max_tokens:
+                    self._take(answer, logits[-1:], [], mask)
+                elif chunk.is_last:
+                    self._remove(answer)
+                    self._finish(answer, FinishReason.LENGTH)
 
     def _decode(self, answers: Sequence[Answer]) -> None:
-        # The last token of an answer need not be drafted: it comes with the verification.
-        drafts = self._drafter.draft([(each.drafts, each.max_tokens - each.generated - 1) for each in answers])
+        limits = [self._longest_draft(each) for each in answers]
+        drafts = self._drafter.draft([(each.drafts, limit) for each, limit in zip(answers, limits, strict=True)])
+        drafts = [
+            each.guided(draft, min(limit, MAX_DRAFT))
+            for each, draft, limit in zip(answers, drafts, limits, strict=True)
+        ]
         items = [
-            SlotTokens(_slot(answer), answer.cached, [answer.tokens[-1], *draft], 1 + len(draft))
+            SlotTokens(_slot(answer), answer.cached, [answer.tokens[-1], *draft], 1 + len(draft), answer.rotation)
             for answer, draft in zip(answers, drafts, strict=True)
         ]
         self._recorder.observe("batch_size", len(answers))
         started = time.perf_counter()
-        found = self._run(answers, items)
+        wanted = [(answer.guide, draft) for answer, draft in zip(answers, drafts, strict=True)]
+        with self._masks(wanted) as masks:
+            found = self._run(answers, items)
         self._drafter.record(drafts, time.perf_counter() - started)
-        for answer, draft, logits in zip(answers, drafts, found, strict=True):
+        for answer, draft, logits, mask in zip(answers, drafts, found, masks, strict=True):
             if logits is not None:
-                self._take(answer, logits, draft)
+                self._take(answer, logits, draft, mask)
+
+    def _longest_draft(self, answer: Answer) -> int:
+        # The last token of an answer need not be drafted: it comes with the verification.
+        longest = answer.max_tokens - answer.generated - 1
+        if self._settings.original_context and not answer.rotation:  # whose next rotation a draft does not have
+            longest = min(longest, self._settings.original_context - len(answer.tokens))
+        return longest
 
     def _run(self, answers: Sequence[Answer], items: Sequence[SlotTokens]) -> list[Logits | None]:
         """The wanted logits of each answer; None for one that failed, which has ended."""
@@ -158,12 +195,21 @@ class Engine(EngineLoop[Answer]):
             found.append(None if isinstance(result, Exception) else result)
         return found
 
-    def _take(self, answer: Answer, logits: Logits, draft: Sequence[int]) -> None:
+    @contextmanager
+    def _masks(self, wanted: Sequence[tuple[Guide | None, Sequence[int]]]) -> Iterator[list[Mask | None]]:
+        """What grammars allow behind the tokens of a run, computed beside it: a list that is filled when it ends."""
+        masks: list[Mask | None] = []
+        begun = self._mask_maker.begin(wanted)
+        yield masks
+        masks += begun.result() if begun is not None else [None] * len(wanted)
+
+    def _take(self, answer: Answer, logits: Logits, draft: Sequence[int], masks: Mask | None) -> None:
         """Let an answer take its tokens; an error ends only this answer."""
         try:
-            reason = answer.take(logits, draft)
+            reason = answer.take(logits, draft, masks)
         except Exception as error:
-            logger.exception("a token could not be chosen")
+            if not isinstance(error, InvalidRequest):
+                logger.exception("a token could not be chosen")
             self._remove(answer, trusted=False)
             self._fail(answer, error)
             return

@@ -6,7 +6,10 @@ optional.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +26,14 @@ from trident_serving.chat.origins import plain
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.chat import Chat
 from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
+from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import (
     DEFAULT_TIMEOUT_SECONDS,
     GENERATION,
+    MAX_BIASED_TOKENS,
+    MAX_STOP_TOKENS,
     MAX_STOP_WORD_BYTES,
     MAX_STOP_WORDS,
     MESSAGES,
@@ -35,11 +41,18 @@ from trident_serving.schema.fields import (
     by_name,
     single_text,
     timeout_seconds,
+    without_aliases,
 )
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import decode_texts
 
 _SPLIT_SPECIAL_TOKENS = by_name(MESSAGES)["split_special_tokens"]
+_KEPT = by_name(GENERATION)["truncate_prompt_tokens"]
+_END_CHARACTERS = 64  # of a prompt, which show whether it has opened the reasoning
+MAX_TRUNCATED_BYTES = 2**20
+
+# Fields whose default a model's generation config may give.
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,16 @@ class GenerationRequest:
         prompt_lookup: whether drafts may be taken from the prompt.
         timeout_seconds: the request fails once so much time is over.
         conversation: what the chat template was given; None: the prompt is a text of the request.
-        end_token_ids: tokens that end the answer, besides those of every answer.
+        prompt_end: the end of the rendered prompt, whatever of it was cut.
         return_reasoning: whether the model's reasoning comes apart from the text of its answer.
+        stop_token_ids: end the answer beside the model's own end tokens.
+        ignore_eos: the model's own do not.
+        skip_special_tokens: whether the answer's text leaves them out.
+        prompt_log_probs: for how many of the likeliest tokens log-probabilities of the prompt are returned at each
+            position, beside its own; None: none at all.
+        answers: to the prompt.
+        grammar: what the answer follows; None: nothing.
+        counts_chunks: whether a response counts its own tokens only.
     """
 
     prompt: str
@@ -68,8 +89,15 @@ class GenerationRequest:
     include_prompt: bool = False
     prompt_lookup: bool = True
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    prompt_log_probs: int | None = None
+    answers: int = 1
+    grammar: Grammar | None = None
+    counts_chunks: bool = False
     conversation: Conversation | None = None
-    end_token_ids: frozenset[int] = frozenset()
+    prompt_end: str = ""
     return_reasoning: bool = False
 
 
@@ -79,6 +107,7 @@ class RequestParser:
     Args:
         chat: the model's conversations; None: it takes texts only.
         defaults: what the model's generation config says where a request does not.
+        vocabulary_size: tokens of the model.
     """
 
     def __init__(
@@ -87,11 +116,13 @@ class RequestParser:
         chat: Chat | None,
         limits: GenerationLimits,
         defaults: GenerationDefaults = NO_DEFAULTS,
+        vocabulary_size: int = 2**31,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
         self._defaults = defaults
+        self._vocabulary_size = vocabulary_size
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """Check the tensors of one request, each of them [1, n].
@@ -102,21 +133,25 @@ class RequestParser:
         Raises:
             InvalidRequest: a field is missing, malformed or out of range.
         """
+        inputs = without_aliases(inputs, GENERATION)
         conversation = self._conversation(inputs)
-        prompt, prompt_ids = self._prompt(inputs, conversation)
-        if self._chat and conversation and self._chat.forced_grammar(conversation, prompt) is not None:
-            raise InvalidRequest(f"tool_choice must be auto or none, found {conversation.tool_choice[:80]!r}")
-        room = self._limits.context - len(prompt_ids)
         values = {field.name: field.read(inputs) for field in GENERATION if field.shape == (1,)}
+        rendered, prompt, prompt_ids = self._prompt(
+            inputs, conversation, values["truncate_prompt_tokens"], values["max_tokens"]
+        )
+        room = self._limits.context - len(prompt_ids)
         if values["max_tokens"] is None:
             values["max_tokens"] = min(self._limits.default_max_tokens, room)
-        if "repetition_penalty" not in inputs:
-            values["repetition_penalty"] = self._defaults.repetition_penalty
+        for name in DEFAULTS:
+            if name not in inputs:
+                values[name] = getattr(self._defaults, name)
         if "min_tokens" not in inputs:
             values["min_tokens"] = min(self._defaults.min_new_tokens, values["max_tokens"])
         sampling = SamplingParams(
             **{name: values[name] for name in SAMPLING if name in values},
             seed=values["random_seed"],
+            bad_words=self._bad_words(inputs),
+            logit_bias=self._logit_bias(values["logit_bias"]),
             defaults=self._defaults,
         )
         if sampling.max_tokens > room:
@@ -124,19 +159,31 @@ class RequestParser:
                 f"max_tokens is {sampling.max_tokens}, but the prompt's {len(prompt_ids)} tokens leave room for {room} "
                 f"in the context of {self._limits.context}"
             )
+        stop_words = _words(inputs, "stop_words")
+        grammar = _grammar(inputs, values)
+        turn_ends: frozenset[int] = frozenset()
+        if self._chat is not None and conversation is not None and not values["ignore_eos"]:
+            turn_ends = self._chat.end_token_ids
         return GenerationRequest(
             prompt=prompt,
             prompt_ids=tuple(prompt_ids),
             sampling=sampling,
-            stop_words=_stop_words(inputs),
+            stop_words=stop_words,
             stream=values["stream"],
             return_log_probs=values["return_log_probs"] or values["top_logprobs"] > 0,
             top_log_probs=values["top_logprobs"],
             include_prompt=not values["exclude_input_in_output"],
             prompt_lookup=values["prompt_lookup"],
             timeout_seconds=timeout_seconds(timeout, self._limits.timeout),
+            stop_token_ids=self._stop_token_ids(inputs, values["end_id"], stop_words) | turn_ends,
+            ignore_eos=values["ignore_eos"],
+            skip_special_tokens=values["skip_special_tokens"],
+            prompt_log_probs=values["prompt_logprobs"],
+            answers=values["n"],
+            grammar=self._forced(conversation, rendered, grammar) or grammar,
+            counts_chunks=values["return_num_output_tokens"],
             conversation=conversation,
-            end_token_ids=self._chat.end_token_ids if self._chat and conversation else frozenset(),
+            prompt_end=rendered[-_END_CHARACTERS:],
             return_reasoning=values["return_reasoning"],
         )
 
@@ -171,7 +218,21 @@ class RequestParser:
             options=parse_options(sent["chat_template_kwargs"]) if "chat_template_kwargs" in sent else {},
         )
 
-    def _prompt(self, inputs: Inputs, conversation: Conversation | None) -> tuple[str, list[int]]:
+    def _forced(self, conversation: Conversation | None, rendered: str, other: Grammar | None) -> Grammar | None:
+        """The grammar of a call that `tool_choice` forces."""
+        if self._chat is None or conversation is None:
+            return None
+        grammar = self._chat.forced_grammar(conversation, rendered)
+        if grammar is None:
+            return None
+        if other is not None:
+            raise InvalidRequest(f"give one of tool_choice and {other.field}: an answer follows one grammar")
+        return Grammar(GrammarKind.LARK, grammar, "tool_choice")
+
+    def _prompt(
+        self, inputs: Inputs, conversation: Conversation | None, kept: int | None, max_tokens: int | None
+    ) -> tuple[str, str, list[int]]:
+        """The text of a prompt as it was rendered, and as its tokens have it, with them."""
         if conversation is None:
             field = "text_input"
             prompt = self._checked_text(inputs, field)
@@ -179,31 +240,98 @@ class RequestParser:
         else:
             field = "messages"
             assert self._chat is not None
-            rendered = self._chat.template.render(conversation)
-            self._check_bytes(rendered, field)
-            prompt = plain(rendered)
+            traced = self._chat.template.render(conversation)
+            self._check_bytes(traced, field, kept)
+            prompt = plain(traced)
             if _SPLIT_SPECIAL_TOKENS.read(inputs):
-                ids = self._chat.control.encode(rendered, conversation.texts)
+                ids = self._chat.control.encode(traced, conversation.texts)
             else:
                 ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        rendered = prompt
         if not ids:
             raise InvalidRequest(f"{field} is empty: the model needs at least one token to go on from")
-        if len(ids) >= self._limits.context:
+        if kept is not None:
+            ids = self._truncated(ids, kept, max_tokens)
+            prompt = self._tokenizer.decode(ids)
+        longest = self._limits.context - (max_tokens != 0)
+        if len(ids) > longest:
             raise InvalidRequest(
-                f"{field} has {len(ids)} tokens, the model's context of {self._limits.context} allows "
-                f"{self._limits.context - 1} and one generated token"
+                f"{field} has {len(ids)} tokens, the model's context of {self._limits.context} allows {longest}"
+                + (" and one generated token" if max_tokens != 0 else "")
             )
-        return prompt, ids
+        return rendered, prompt, ids
 
     def _checked_text(self, inputs: Inputs, field: str) -> str:
         text = single_text(inputs, field)
-        self._check_bytes(text, field)
+        self._check_bytes(text, field, _KEPT.read(inputs))
         return text
 
-    def _check_bytes(self, text: str, field: str) -> None:
+    def _truncated(self, ids: list[int], kept: int, max_tokens: int | None) -> list[int]:
+        """The last tokens of a prompt."""
+        if kept == 0:
+            raise InvalidRequest("truncate_prompt_tokens must be -1 or at least 1, found 0")
+        if kept == -1:
+            kept = self._limits.context - min(max(1 if max_tokens is None else max_tokens, 0), self._limits.context - 1)
+        return ids[-kept:]
+
+    def _bad_words(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word at the beginning of a text, and behind a space where that begins otherwise."""
+        found: list[tuple[int, ...]] = []
+        for word in _words(inputs, "bad_words"):
+            plain, spaced = (
+                tuple(self._tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)) for prefix in ("", " ")
+            )
+            found.append(plain)
+            if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+                found.append(spaced)
+        return tuple(filter(None, found))
+
+    def _stop_token_ids(self, inputs: Inputs, end: int | None, words: Sequence[str]) -> frozenset[int]:
+        """Those of the request, with the special tokens that stop words name: these are in no text."""
+        found = [int(token) for token in inputs.get("stop_token_ids", np.empty(0, np.int32)).reshape(-1)]
+        if len(found) > MAX_STOP_TOKENS:
+            raise InvalidRequest(f"stop_token_ids holds {len(found)} tokens, the limit is {MAX_STOP_TOKENS}")
+        if end is not None and end >= 0:
+            found.append(end)
+        for token in found:
+            self._check_token("stop_token_ids", token)
+        special = self._tokenizer.special_tokens
+        return frozenset([*found, *(special[word] for word in words if word in special)])
+
+    def _logit_bias(self, text: str | None) -> tuple[tuple[int, float], ...]:
+        if not text:
+            return ()
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise InvalidRequest(f'logit_bias must be a JSON object like {{"42": -1.5}}, found {text[:80]!r}')
+        if len(given) > MAX_BIASED_TOKENS:
+            raise InvalidRequest(f"logit_bias holds {len(given)} tokens, the limit is {MAX_BIASED_TOKENS}")
+        bias: dict[int, float] = {}
+        for name, value in given.items():
+            if not name.isascii() or not name.isdecimal():
+                raise InvalidRequest(f"logit_bias must name tokens by their ids, found {name[:80]!r}")
+            token = int(name[:20])
+            self._check_token("logit_bias", token)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+                raise InvalidRequest(f"logit_bias must hold numbers between -100 and 100, found {str(value)[:80]}")
+            bias[token] = float(value)
+        return tuple(bias.items())
+
+    def _check_token(self, field: str, token: int) -> None:
+        if not 0 <= token < self._vocabulary_size:
+            raise InvalidRequest(f"{field} names the token {token}, the model has {self._vocabulary_size}")
+
+    def _check_bytes(self, text: str, field: str, kept: int | None) -> None:
         """Refuse a hopeless text before tokenizing it: a megabyte takes half a second, which others wait."""
         longest = self._tokenizer.longest_token_bytes
         size = len(text.encode("utf-8", "surrogatepass"))
+        if kept is not None:
+            if size > MAX_TRUNCATED_BYTES:
+                raise InvalidRequest(f"{field} has {size} bytes, the limit of a text to cut is {MAX_TRUNCATED_BYTES}")
+            return
         if longest is not None and size > longest * self._limits.context:
             raise InvalidRequest(
                 f"{field} has {size} bytes, at least {-(-size // longest)} tokens, and the model's context "
@@ -211,11 +339,44 @@ class RequestParser:
             )
 
 
-def _stop_words(inputs: Inputs) -> tuple[str, ...]:
-    tensor = inputs.get("stop_words")
+def _words(inputs: Inputs, field: str) -> tuple[str, ...]:
+    """The texts of a list; an empty text is none."""
+    tensor = inputs.get(field)
     if tensor is None:
         return ()
     if tensor.size > MAX_STOP_WORDS:
-        raise InvalidRequest(f"stop_words holds {tensor.size} texts, the limit is {MAX_STOP_WORDS}")
-    words = decode_texts(tensor.astype(np.object_), "stop_words", MAX_STOP_WORD_BYTES)
-    return tuple(word for word in words if word)
+        raise InvalidRequest(f"{field} holds {tensor.size} texts, the limit is {MAX_STOP_WORDS}")
+    return tuple(filter(None, decode_texts(tensor.astype(np.object_), field, MAX_STOP_WORD_BYTES)))
+
+
+_GUIDES = {
+    "json": GrammarKind.JSON,
+    "json_schema": GrammarKind.JSON_SCHEMA,
+    "regex": GrammarKind.REGEX,
+    "choice": GrammarKind.CHOICE,
+    "ebnf_grammar": GrammarKind.GBNF,
+    "lark_grammar": GrammarKind.LARK,
+}
+
+
+def _grammar(inputs: Inputs, values: Mapping[str, Any]) -> Grammar | None:
+    """What the answer follows, by the field that says it."""
+    names = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_guide_type")
+    given = [name for name in names if name in inputs]
+    if len(given) > 1:
+        raise InvalidRequest(f"give one of {' and '.join(given)}: an answer follows one grammar")
+    if not given:
+        if "guided_decoding_guide" in inputs:
+            raise InvalidRequest("guided_decoding_guide needs guided_decoding_guide_type")
+        return None
+    name = given[0]
+    if name == "guided_choice":
+        return Grammar(GrammarKind.CHOICE, json.dumps(_words(inputs, name)), name)
+    if name == "guided_decoding_guide_type":
+        kind = _GUIDES[values[name]]
+        if kind != GrammarKind.JSON and "guided_decoding_guide" not in inputs:
+            raise InvalidRequest(f"guided_decoding_guide_type {values[name]!r} needs guided_decoding_guide")
+        return Grammar(kind, values["guided_decoding_guide"] or "", "guided_decoding_guide")
+    kinds = {"guided_json": GrammarKind.JSON_SCHEMA, "guided_regex": GrammarKind.REGEX}
+    lark_or_gbnf = GrammarKind.GBNF if "::=" in values[name] else GrammarKind.LARK
+    return Grammar(kinds.get(name, lark_or_gbnf), values[name], name)

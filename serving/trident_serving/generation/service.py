@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trident_serving.errors import DoesNotFit, Overloaded
+from trident_serving.errors import DoesNotFit, InvalidRequest, Overloaded
 from trident_serving.generation.answer import Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.chat import Chat
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings
+from trident_serving.generation.group import AnswerGroup
 from trident_serving.generation.parts import AnswerParts
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
@@ -20,9 +23,12 @@ from trident_serving.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
 from trident_serving.runtime.sampling.defaults import GenerationDefaults, ids, read_config
+from trident_serving.runtime.sampling.grammars import Grammars, Guide
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs
 from trident_serving.schema.limits import GenerationLimits
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,6 @@ class GenerationService:
         self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
         self._chat = Chat.load(folder, tokenizer, limits)
-        self._parser = RequestParser(tokenizer, self._chat, limits, GenerationDefaults.load(folder))
         decoder = OnnxDecoder(
             folder / "model.onnx",
             slots=limits.slots,
@@ -124,6 +129,10 @@ class GenerationService:
             device=limits.device,
             device_id=device_id,
         )
+        self._parser = RequestParser(
+            tokenizer, self._chat, limits, GenerationDefaults.load(folder), decoder.vocabulary_size
+        )
+        self._grammars = Grammars(folder / "tokenizer.json", decoder.vocabulary_size, self._eos_token_ids)
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
         self.memory = plan_memory(limits, decoder, weights, available_bytes())
         decoder.run([SlotTokens(0, 0, [0])])  # a graph that can't run is not served
@@ -141,6 +150,7 @@ class GenerationService:
                 # A draft that is refused can't be taken back from a state.
                 prompt_lookup=limits.prompt_lookup and not decoder.states,
                 whole_prefixes=bool(decoder.states),
+                original_context=decoder.original_context,
             ),
             eos_token_ids=self._eos_token_ids,
             recorder=self.recorder,
@@ -152,35 +162,51 @@ class GenerationService:
 
     def submit(self, request: GenerationRequest, channel: ResponseChannel) -> None:
         """Start a request; its responses go to the channel, and so does an error where the queue is full."""
-        parts = self._parts(request)
-        stream = TextStream(request, self._tokenizer, self._eos_token_ids, channel, self._outbox.notify, parts)
-        self._outbox.add(stream)
-        job = Job(
-            request.prompt_ids,
-            request.sampling,
-            stream,
-            log_probs=request.return_log_probs,
-            top_log_probs=request.top_log_probs,
-            prompt_lookup=request.prompt_lookup,
-            seconds=request.timeout_seconds,
-        )
+        group = AnswerGroup(channel, request.answers, streaming=request.stream)
+        members = [channel] if request.answers == 1 else [group.member(index) for index in range(request.answers)]
+        notify = self._outbox.notify
+        streams = [
+            TextStream(request, self._tokenizer, self._eos_token_ids, member, notify, self._parts(request))
+            for member in members
+        ]
+        for stream in streams:
+            self._outbox.add(stream)
+        if request.grammar is None:
+            self._start(request, streams, None)
+        else:
+            compiled = self._grammars.guide(request.grammar)
+            compiled.add_done_callback(lambda done: self._start(request, streams, done))
+
+    def _start(self, request: GenerationRequest, streams: Sequence[TextStream], compiled: Future[Guide] | None) -> None:
+        """Queue the answers of a request, once its grammar is compiled, or fail them."""
         try:
-            self._engine.submit(job)
-        except Overloaded as error:
-            self.recorder.count("requests_rejected")
+            guide = None if compiled is None else compiled.result()
+            self._engine.submit(*(_job(request, index, stream, guide) for index, stream in enumerate(streams)))
+        except CancelledError:
+            error: Exception = Overloaded("the model is being unloaded")
+        except (InvalidRequest, Overloaded) as refusal:
+            error = refusal
+            if isinstance(refusal, Overloaded):
+                self.recorder.count("requests_rejected")
+        except Exception as defect:
+            logger.exception("a grammar could not be compiled")
+            error = defect
+        else:
+            return
+        for stream in streams:
             stream.fail(error)
 
     def _parts(self, request: GenerationRequest) -> AnswerParts | None:
         """What parts an answer into text, reasoning and calls, where the request wants that."""
         if self._chat is None or request.conversation is None:
             return None
-        parser = self._chat.parser(request.conversation, request.prompt, reasoning=request.return_reasoning)
+        parser = self._chat.parser(request.conversation, request.prompt_end, reasoning=request.return_reasoning)
         if parser is None:
             return None
         tools = request.conversation.tools is not None
-        return AnswerParts(
-            parser, self._chat.marks, request.prompt_ids, calls=tools, reasoning=request.return_reasoning
-        )
+        # Where special tokens are shown, marks are in the text already.
+        marks = self._chat.marks if request.skip_special_tokens else {}
+        return AnswerParts(parser, marks, request.prompt_ids, calls=tools, reasoning=request.return_reasoning)
 
     def steps(self) -> int:
         """Steps of the engine so far."""
@@ -191,10 +217,31 @@ class GenerationService:
         return self._engine.busy
 
     def stop(self) -> None:
-        """End both threads; unfinished requests fail."""
+        """End the threads; unfinished requests fail."""
+        self._grammars.stop()
         self._engine.stop()
         self._outbox.stop()
 
     def _check_unloading(self) -> None:
         if self._unloading():
             self._engine.stop()
+
+
+def _job(request: GenerationRequest, index: int, stream: TextStream, guide: Guide | None) -> Job:
+    """The job of one of a request's answers."""
+    sampling = request.sampling
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
+    return Job(
+        request.prompt_ids,
+        sampling,
+        stream,
+        log_probs=request.return_log_probs,
+        top_log_probs=request.top_log_probs,
+        prompt_lookup=request.prompt_lookup,
+        seconds=request.timeout_seconds,
+        stop_token_ids=request.stop_token_ids,
+        ignore_eos=request.ignore_eos,
+        prompt_log_probs=None if index else request.prompt_log_probs,
+        guide=None if guide is None else guide.copy(),
+    )

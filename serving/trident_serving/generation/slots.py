@@ -29,6 +29,11 @@ class Content(Protocol):
         """How many of them the cache holds."""
         ...
 
+    @property
+    def rotation(self) -> int:
+        """Which of the model's rotations its keys have; another can't use them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -90,14 +95,15 @@ class SlotPool:
         """Tokens whose memory is taken: what running sequences may grow to, and what is kept."""
         return sum(slot.tokens for slot in self._slots)
 
-    def place(self, content: Content, reserve: int) -> Placement | None:
+    def place(self, content: Content, reserve: int, *, reuse: bool = True) -> Placement | None:
         """A slot for a sequence with nothing cached yet; None while there is no room.
 
         Args:
             content: the sequence; its tokens are the prompt.
             reserve: tokens that it may grow to, at most the budget.
+            reuse: whether it may start behind what a slot holds.
         """
-        source, reused = self._best_match(content.tokens)
+        source, reused = self._best_match(content) if reuse else (None, 0)
         target = self._choose(source, reused)
         if target is None or not self._can_fit(reserve):
             return None
@@ -129,11 +135,11 @@ class SlotPool:
         """The slot's sequence has ended, and its content can't be trusted."""
         self._slots[slot] = _Slot()
 
-    def _best_match(self, prompt: Sequence[int]) -> tuple[int | None, int]:
+    def _best_match(self, new: Content) -> tuple[int | None, int]:
         """The slot that shares the longest beginning with a prompt, and its length, less than the whole prompt."""
-        best, length = None, MIN_REUSED - 1
+        best, length, prompt = None, MIN_REUSED - 1, new.tokens
         for index, slot in enumerate(self._slots):
-            if slot.content is None or not self._reuse:
+            if slot.content is None or not self._reuse or slot.content.rotation != new.rotation:
                 continue
             shared = common_prefix(prompt, slot.content.tokens, min(slot.content.cached, len(prompt) - 1))
             if self._whole and shared < slot.content.cached:

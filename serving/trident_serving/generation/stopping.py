@@ -12,9 +12,16 @@ class StopStrings:
         self._words = [word for word in words if word]
         self._held = ""
 
-    def push(self, chunk: str) -> tuple[str, bool]:
-        """Add text; returns what may be shown, and whether a stop string was found (it is not shown)."""
+    def push(self, chunk: str, *, counts: bool = True) -> tuple[str, bool]:
+        """Add text; returns what may be shown, and whether a stop string was found (it is not shown).
+
+        Args:
+            counts: whether the text may end the answer; one that may not is shown at once.
+        """
         text = self._held + chunk
+        if not counts:
+            self._held = ""
+            return text, False
         found = [position for word in self._words if (position := text.find(word)) >= 0]
         if found:
             self._held = ""

@@ -18,9 +18,14 @@ from trident_serving.runtime.tokenizer import Codec
 
 @dataclass
 class Chunk:
-    """What one response carries; `finish_reason` is set in the last one only.
+    """What one response carries.
 
     Attributes:
+        finish_reason: in the last chunk of an answer.
+        prompt_log_probs: in the first chunk, where they were asked for.
+        index: which of several answers this is.
+        final: whether no response follows.
+        others: the other answers, in a response that carries all.
         reasoning: the model's, where it was asked for.
         tool_calls: as JSON, where the request has tools.
     """
@@ -30,6 +35,10 @@ class Chunk:
     num_input_tokens: int = 0
     num_output_tokens: int = 0
     log_probs: list[TokenLogProbs] = field(default_factory=list)
+    prompt_log_probs: list[TokenLogProbs] = field(default_factory=list)
+    index: int = 0
+    final: bool = False
+    others: list[Chunk] = field(default_factory=list)
     reasoning: str | None = None
     tool_calls: str | None = None
 
@@ -38,7 +47,7 @@ class ResponseChannel(Protocol):
     """Where responses go; called on the outbox's thread only."""
 
     def send(self, chunk: Chunk) -> None:
-        """Send one response; the one with a `finish_reason` is the last."""
+        """Send one response; the `final` one is the last."""
         ...
 
     def fail(self, error: Exception) -> None:
@@ -74,15 +83,18 @@ class TextStream:
         self.pending = False
         self._streaming = request.stream
         self._num_input_tokens = len(request.prompt_ids)
-        self._eos_token_ids, self._end_token_ids = eos_token_ids, request.end_token_ids
-        self._detokenizer = Detokenizer(codec, request.prompt_ids)
+        self._ends = request.stop_token_ids | (frozenset() if request.ignore_eos else eos_token_ids)
+        self._detokenizer = Detokenizer(codec, request.prompt_ids, skip_special_tokens=request.skip_special_tokens)
+        self._counts_chunks = request.counts_chunks
+        self._min_tokens = request.sampling.min_tokens
         self._stop_strings = StopStrings(request.stop_words)
         self._parts = parts
         self._notify = notify
         self._lock = threading.Lock()
         self._text = request.prompt if request.include_prompt else ""
         self._log_probs: list[TokenLogProbs] = []
-        self._num_output_tokens = 0
+        self._prompt_log_probs: list[TokenLogProbs] = []
+        self._num_output_tokens = self._counted = 0
         self._reason: FinishReason | None = None
         self._error: Exception | None = None
         self._closed = False
@@ -94,20 +106,25 @@ class TextStream:
 
     def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
         """See `Consumer.accept`."""
-        ended = token in self._end_token_ids
-        new = "" if ended or token in self._eos_token_ids else self._detokenizer.push(token)
+        ended = token in self._ends
+        new = "" if ended else self._detokenizer.push(token)
         if self._parts is not None and not ended:
             new += self._parts.marks.get(token, "")
-        text, stopped = self._stop_strings.push(new)
+        text, stopped = self._stop_strings.push(new, counts=self._num_output_tokens + 1 >= self._min_tokens)
         with self._lock:
             self._text += self._parts.push(text) if self._parts is not None else text
             self._num_output_tokens += 1
             if log_probs is not None:
                 self._log_probs.append(log_probs)
-            ready = self._streaming and self._waiting and not (stopped or ended)
+            ready = self._streaming and self._waiting and not stopped
         if ready and not self.pending:  # else the outbox sends it anyway
             self._notify(self)
-        return stopped or ended
+        return stopped
+
+    def accept_prompt(self, log_probs: list[TokenLogProbs]) -> None:
+        """See `Consumer.accept_prompt`."""
+        with self._lock:
+            self._prompt_log_probs += log_probs
 
     def finish(self, reason: FinishReason) -> None:
         """See `Consumer.finish`."""
@@ -143,8 +160,19 @@ class TextStream:
         return bool(self._text) or (self._parts is not None and self._parts.waiting)
 
     def _take(self) -> Chunk:
-        chunk = Chunk(self._text, self._reason, self._num_input_tokens, self._num_output_tokens, self._log_probs)
+        chunk = Chunk(
+            self._text,
+            self._reason,
+            self._num_input_tokens,
+            self._num_output_tokens,
+            self._log_probs,
+            self._prompt_log_probs,
+            final=self._reason is not None,
+        )
         if self._parts is not None:
             chunk.reasoning, chunk.tool_calls = self._parts.take()
-        self._text, self._log_probs = "", []
+        self._text, self._log_probs, self._prompt_log_probs = "", [], []
+        if self._counts_chunks:
+            chunk.num_output_tokens -= self._counted
+            self._counted = self._num_output_tokens
         return chunk

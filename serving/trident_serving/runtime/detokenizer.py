@@ -15,6 +15,7 @@ tokenizers on invalid UTF-8, which they spoil back to the start of the run of by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from trident_serving.runtime.tokenizer import Codec
 
@@ -28,10 +29,11 @@ class Detokenizer:
 
     Args:
         prompt_ids: the tokens that it goes on from.
+        skip_special_tokens: whether they are left out.
     """
 
-    def __init__(self, codec: Codec, prompt_ids: Sequence[int] = ()) -> None:
-        self._codec = codec
+    def __init__(self, codec: Codec, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+        self._decode = partial(codec.decode, skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = list(_context(codec, prompt_ids))
         # Tokens before `_read` have been handed out; those from `_start` on give them their context.
         self._start = 0
@@ -53,8 +55,8 @@ class Detokenizer:
         return chunk
 
     def _pending(self) -> str:
-        known = self._codec.decode(self._ids[self._start : self._read])
-        return self._codec.decode(self._ids[self._start :])[len(known) :]
+        known = self._decode(self._ids[self._start : self._read])
+        return self._decode(self._ids[self._start :])[len(known) :]
 
 
 def _context(codec: Codec, prompt_ids: Sequence[int]) -> Sequence[int]:

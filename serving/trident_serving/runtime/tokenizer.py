@@ -18,8 +18,8 @@ class Codec(Protocol):
         """Text to token ids."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Token ids to text, special tokens left out."""
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Token ids to text."""
         ...
 
 
@@ -46,10 +46,16 @@ class TextTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Token ids to text, special tokens left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Token ids to text."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Tokens that no text of an answer shows, by their own texts."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
 
     @cached_property
     def longest_token_bytes(self) -> int | None:

@@ -7,7 +7,7 @@ of beam search are transformers'. To add a field, add a row here; a sampling fie
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -108,6 +108,8 @@ class Field:
         option: whether it is an option of the client's calls. The client sets the others itself.
         flag: whether `trident` has a flag for it.
         annotation: its type for the client, where that is not the tensor's; what is no text is sent as JSON.
+        only: the one value that is allowed; others are refused with `reason`.
+        same_as: the field that this is another name of.
     """
 
     name: str
@@ -120,6 +122,9 @@ class Field:
     option: bool = True
     flag: bool = True
     annotation: str = ""
+    only: Value = None
+    reason: str = ""
+    same_as: str = ""
 
     def read(self, inputs: Inputs, default: Value = None, high: float | None = None) -> Any:
         """The field's value in a request.
@@ -149,6 +154,9 @@ class Field:
         Raises:
             InvalidRequest: it is out of range; the message names field, range and value.
         """
+        if self.only is not None and value != self.only:
+            only, found = str(self.only).lower(), str(value).lower()
+            raise InvalidRequest(f"{self.name} must be {only}, found {found}: {self.reason}")
         allowed = self.range
         if allowed is not None and high is not None:
             allowed = Range(allowed.low, high, allowed.above)
@@ -187,6 +195,9 @@ DEFAULT_TIMEOUT_SECONDS = 300.0
 MAX_TOP_LOG_PROBS = 20
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
+MAX_STOP_TOKENS = 64
+MAX_BIASED_TOKENS = 1024
+MAX_ANSWERS = 32
 
 _SAMPLING = (
     Field(
@@ -201,9 +212,9 @@ _SAMPLING = (
     Field(
         "top_p",
         "FP32",
-        "sample from the likeliest tokens that reach this probability together",
+        "sample from the likeliest tokens that reach this probability together; 0: the likeliest",
         1.0,
-        Range(0, 1, above=True),
+        Range(0, 1),
     ),
     Field("min_p", "FP32", "leave out tokens below this share of the likeliest one's probability", 0.0, Range(0, 1)),
     Field(
@@ -264,8 +275,48 @@ MESSAGES = (
         flag=False,
     ),
 )
+# What clients of TensorRT-LLM's backend send beside that, where it means the same here or changes nothing.
+_NO_BEAMS = "generators do not search with beams; n asks for several answers"
+_NO_LOGITS = "logits are not returned; top_logprobs and prompt_logprobs give log-probabilities"
+_COMPATIBLE = tuple(
+    replace(field, option=False, flag=False)
+    for field in (
+        Field("seed", "UINT64", "another name of random_seed", same_as="random_seed"),
+        Field("min_length", "INT32", "another name of min_tokens", same_as="min_tokens"),
+        Field("num_return_sequences", "INT32", "another name of n", same_as="n"),
+        Field("end_id", "INT32", "a token that ends the answer beside the model's own; -1: none", range=Range(-1)),
+        Field(
+            "guided_decoding_guide_type",
+            "STRING",
+            "what guided_decoding_guide holds",
+            choices=("json", "json_schema", "regex", "choice", "ebnf_grammar", "lark_grammar"),
+        ),
+        Field("guided_decoding_guide", "STRING", "what the answer follows; of `choice` a JSON list of texts"),
+        Field("pad_id", "INT32", "taken and not used: nothing is padded"),
+        Field("beam_width", "INT32", "1: no beams", only=1, reason=_NO_BEAMS),
+        Field("length_penalty", "FP32", "taken and not used: it is about beams"),
+        Field("len_penalty", "FP32", "taken and not used: it is about beams"),
+        Field("early_stopping", "BOOL", "taken and not used: it is about beams"),
+        Field("return_num_input_tokens", "BOOL", "taken and not used: the number is always given"),
+        Field(
+            "return_num_output_tokens",
+            "BOOL",
+            "num_output_tokens counts the tokens of each response, which Triton's OpenAI frontend adds up; without it, "
+            "those so far",
+            False,
+        ),
+        Field("return_context_logits", "BOOL", "false", only=False, reason=_NO_LOGITS),
+        Field("return_generation_logits", "BOOL", "false", only=False, reason=_NO_LOGITS),
+    )
+)
+
 GENERATION = (
-    *_SAMPLING,
+    replace(
+        _SAMPLING[0],
+        help=f"{_SAMPLING[0].help}; 0: none, for a prompt's log-probabilities",
+        range=Range(0),
+    ),
+    *_SAMPLING[1:],
     _REPETITION,
     Field("presence_penalty", "FP32", "lowers the logits of tokens that the answer already has", 0.0, Range(-2, 2)),
     Field(
@@ -289,10 +340,73 @@ GENERATION = (
     Field(
         "stop_words",
         "STRING",
-        f"texts that end the answer and are left out of it, at most {MAX_STOP_WORDS}",
+        f"texts that end the answer and are left out of it, at most {MAX_STOP_WORDS}; they count from min_tokens on",
         shape=(-1,),
     ),
+    Field(
+        "stop_token_ids",
+        "INT32",
+        f"tokens that end the answer, as the model's own do, at most {MAX_STOP_TOKENS}",
+        shape=(-1,),
+        flag=False,
+    ),
+    Field(
+        "bad_words",
+        "STRING",
+        f"texts that never appear, as their tokens at the beginning of a text and behind a space, at most "
+        f"{MAX_STOP_WORDS}",
+        shape=(-1,),
+    ),
+    Field(
+        "logit_bias",
+        "STRING",
+        f"what is added to the logits of tokens, between -100 and 100: a JSON object of ids and numbers, at most "
+        f"{MAX_BIASED_TOKENS}",
+        annotation="Mapping[int, float]",
+        flag=False,
+    ),
+    Field("ignore_eos", "BOOL", "go on behind the model's end tokens", False),
+    Field("skip_special_tokens", "BOOL", "leave special tokens out of the answer's text", True),
+    Field(
+        "truncate_prompt_tokens",
+        "INT32",
+        "cut a longer prompt to its last tokens, so many; -1: as many as fit beside max_tokens",
+        range=Range(-1),
+        flag=False,
+    ),
+    Field(
+        "prompt_logprobs",
+        "INT32",
+        "give the log-probability of each token of the prompt but the first, and this many of the likeliest ones",
+        range=Range(0, MAX_TOP_LOG_PROBS),
+        flag=False,
+    ),
+    Field(
+        "n",
+        "INT32",
+        "answers to the prompt; sampled ones differ, and the n-th has the seed random_seed + n",
+        1,
+        Range(1, MAX_ANSWERS),
+        option=False,
+        flag=False,
+    ),
+    Field(
+        "guided_json",
+        "STRING",
+        "a JSON schema that the answer follows",
+        annotation="Mapping[str, Any] | str",
+        flag=False,
+    ),
+    Field("guided_regex", "STRING", "a regular expression that the whole answer matches", flag=False),
+    Field("guided_choice", "STRING", "texts of which the answer is one", shape=(-1,), flag=False),
+    Field(
+        "guided_grammar",
+        "STRING",
+        "a grammar that the answer follows: Lark, or GBNF where it has ::=",
+        flag=False,
+    ),
     *MESSAGES,
+    *_COMPATIBLE,
 )
 SEQ2SEQ = (
     *_SAMPLING,
@@ -313,6 +427,19 @@ SEQ2SEQ = (
 )
 TEMPLATE = (*_SAMPLING, _REPETITION, _SEED)
 LANGUAGES = tuple(field for field in SEQ2SEQ if field.name.endswith("_lang"))
+
+
+def without_aliases(inputs: Inputs, fields: Sequence[Field]) -> Inputs:
+    """The tensors of a request, each under its field's first name.
+
+    Raises:
+        InvalidRequest: a field is given by two names.
+    """
+    renamed = {field.name: field.same_as for field in fields if field.same_as and field.name in inputs}
+    for name, first in renamed.items():
+        if first in inputs:
+            raise InvalidRequest(f"{name} is another name of {first}: give one of them")
+    return {renamed.get(name, name): tensor for name, tensor in inputs.items()}
 
 
 def by_name(fields: Sequence[Field]) -> dict[str, Field]:

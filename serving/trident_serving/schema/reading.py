@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
+LARGEST = 2**31 - 1  # of a whole number: most of them are tensors' sizes, or bound an INT32
 
 
 class JsonObject(str):
@@ -149,6 +150,8 @@ def _value(where: str, value: Any, hint: Any, least: int | None) -> Any:
             least_of = {None: "int", 1: "a positive integer"}
             wanted_number = least_of.get(least, f"an integer, {least} or more")
             raise ReadingError(f"{where} must be {wanted_number}, found {value!r}")
+        if value > LARGEST:
+            raise ReadingError(f"{where} must be at most {LARGEST}, found {value}")
         return value
     if hint is JsonObject:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -45,6 +46,11 @@ Limits = TypeVar("Limits", bound=EncoderLimits)
 _GATE_BATCH = 4
 # Texts that are asked for once more with padding beyond their bucket, and how many tokens of it.
 _PADDED, _PADDING = 2, 32
+# Room beside a long text for a prompt, a query and special tokens.
+_AROUND = 48
+# The longest text that the gate compares: tokens, by themselves and times the model's parameters, and numbers of one
+# layer's attention in Hugging Face's own form, [heads, tokens, tokens].
+FAR_TOKENS, FAR_WORK, FAR_SCORES = 4200, 10**12, 2**27
 # Share of a calibration text's tokens that may be unknown; more, and the text is in another tokenizer's language.
 _MOST_UNKNOWN = 0.1
 
@@ -96,6 +102,14 @@ class EncoderExport(Generic[Limits]):
         """Texts as a request would bring them."""
         return [(text,) for text in texts]
 
+    def far_sample(self, text: str, sample: Texts, source: HuggingFaceFolder) -> Texts | None:
+        """A sample that a long text is part of; None where the task has none.
+
+        Args:
+            sample: one of `samples`.
+        """
+        return (text,)
+
     def tokenize(self, tokenizer: Any, texts: Texts, max_tokens: int) -> Any:
         """What Hugging Face reads for one of the samples, as torch tensors of one row."""
         return tokenizer(*texts, truncation=True, max_length=max_tokens, return_tensors="pt")
@@ -143,10 +157,17 @@ class EncoderExport(Generic[Limits]):
         """
         return {}
 
+    def check(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        """See `trident_export.tasks`."""
+        source.check_head(self.head_of(source))
+        _ = source.fast_tokenizer
+        self._check_limits(spec, source)
+        source.roles(spec.prompts)
+        self.settings(source)
+
     def trace(self, job: Job) -> None:
         """See `trident_export.tasks`."""
         spec, source, limits = job.spec, job.source, job.spec.encoder
-        self._check_limits(spec, source)
         disk.require(job.staging, max(source.weight_bytes, 4 * source.parameters), spec.recipes)
         tokenizer, postprocess = (
             job.staging / f"{spec.name}_{name}" / VERSION for name in ("tokenizer", "postprocess")
@@ -196,20 +217,42 @@ class EncoderExport(Generic[Limits]):
         if not samples:
             raise TextError(f"the tokenizer of {spec.name} knows none of the texts: give some of its language")
         searched = self.searched() if thorough else ()
-        reference, *expected = (reference_outputs(spec, source, self, given) for given in (samples, *searched))
+        far = self._far(spec, source, texts, samples[0])
+        reference, far_reference, *expected = (
+            reference_outputs(spec, source, self, given) for given in (samples, far, *searched)
+        )
+        longest = served.longest([*samples, *far])
 
         def evaluate(variant: str) -> dict[str, float]:
             found, *given = served.answers(variant, (samples, *searched), _GATE_BATCH)
-            (alone,) = served.answers(variant, (samples,), 1)
+            alone, far_found = served.answers(variant, (samples, far), 1)
             (padded,) = served.answers(variant, (samples[:_PADDED],), 1, padding=_PADDING)
             both = [*zip(found, alone, strict=True), *zip(padded, alone, strict=False)]
             effect = max(_difference(a, b) for a, b in both)
-            measured = self.compare(reference, found) | {"batch_effect": effect}
+            measured = self.compare([*reference, *far_reference], [*found, *far_found])
+            measured |= {"batch_effect": effect, fidelity.LONGEST: float(longest)}
             if thorough:
                 measured |= self.compare_thoroughly(reference, found, list(zip(expected, given, strict=True)))
             return measured
 
         return evaluate
+
+    def _far(self, spec: ModelSpec, source: HuggingFaceFolder, texts: Sequence[str], sample: Texts) -> list[Texts]:
+        """The sample with the longest text that is compared, as far as the budget goes: positions have vectors too."""
+        assert spec.encoder is not None
+        most, tokenizer = far_tokens(spec.encoder.max_tokens, source), source.fast_tokenizer
+        text = "\n".join(texts)
+        while True:
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            if len(found.input_ids) > most:
+                break
+            text = f"{text}\n{text}"
+        if most < spec.encoder.max_tokens:
+            text = text[: found.offset_mapping[most - _AROUND][0]]
+        else:
+            text = text[: found.offset_mapping[most][1]]
+        made = self.far_sample(text, sample, source)
+        return [] if made is None else [made]
 
     def _check_limits(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
         """The limits of models.toml must be those of the model.
@@ -244,6 +287,15 @@ def save_tokenizer(source: HuggingFaceFolder, prompts: Mapping[str, str] | None,
     source.roles(prompts).save(folder)
 
 
+def far_tokens(max_tokens: int, source: HuggingFaceFolder) -> int:
+    """Tokens of the longest text that is compared, special tokens included."""
+    heads = getattr(source.config.get_text_config(), "num_attention_heads", None)
+    bounds = [FAR_TOKENS, FAR_WORK // max(source.parameters, 1)]
+    if isinstance(heads, int) and heads > 0:
+        bounds.append(math.isqrt(FAR_SCORES // heads))
+    return min(max_tokens, max(min(bounds), 2 * _AROUND))
+
+
 class Served:
     """A spec's stages and variants as they are served, without a server.
 
@@ -270,6 +322,10 @@ class Served:
             with contextlib.suppress(InvalidRequest):
                 found += [(texts, inputs) for inputs in self._inputs([texts], 1)]
         return found
+
+    def longest(self, samples: Sequence[Texts]) -> int:
+        """Tokens of the longest of some texts, as the tokenizer stage reads it."""
+        return max(int((inputs["attention_mask"] > 0).sum()) for inputs in self._inputs(samples, 1))
 
     def answers(
         self, variant: str, sets: Sequence[Sequence[Texts]], batch: int, padding: int = 0

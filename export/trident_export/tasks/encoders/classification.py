@@ -60,4 +60,4 @@ def label_problems(limits: LabelLimits, source: HuggingFaceFolder) -> Iterator[s
 
 
 EXPORT = Classification()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

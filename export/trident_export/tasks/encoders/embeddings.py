@@ -127,4 +127,4 @@ def _dimensions(source: HuggingFaceFolder) -> int:
 
 
 EXPORT = Embeddings()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

@@ -34,4 +34,4 @@ class Entities(EncoderExport[EntityLimits]):
 
 
 EXPORT = Entities()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

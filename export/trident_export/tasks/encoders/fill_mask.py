@@ -46,6 +46,11 @@ class FillMask(EncoderExport[FillMaskLimits]):
         words = [text.split()[:16] for text in texts]
         return [(" ".join([*row[: len(row) // 2], mask, *row[len(row) // 2 + 1 :]]),) for row in words]
 
+    def far_sample(self, text: str, sample: Texts, source: HuggingFaceFolder) -> Texts:
+        words = text.split()
+        words[7::16] = [source.tokenizer.mask_token] * len(words[7::16])
+        return (" ".join(words),)
+
     def read(self, tensors: Arrays, settings: TokenRoles) -> list[Floats]:
         if "logits" in tensors:  # Hugging Face's side
             both = zip(tensors["logits"], tensors["input_ids"], strict=True)
@@ -61,4 +66,4 @@ class FillMask(EncoderExport[FillMaskLimits]):
 
 
 EXPORT = FillMask()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

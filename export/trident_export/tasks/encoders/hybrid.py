@@ -137,4 +137,4 @@ def _linear(source: HuggingFaceFolder) -> tuple[Floats, Floats]:
 
 
 EXPORT = Hybrid()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

@@ -30,6 +30,9 @@ class QuestionAnswering(EncoderExport[AnswerLimits]):
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:
         return [(text[:24], text) for text in texts]
 
+    def far_sample(self, text: str, sample: Texts, source: HuggingFaceFolder) -> Texts:
+        return (sample[0], text)
+
     def tokenize(self, tokenizer: Any, texts: Texts, max_tokens: int) -> Any:
         return tokenizer(*texts, truncation="only_second", max_length=max_tokens, return_tensors="pt")
 
@@ -48,4 +51,4 @@ class QuestionAnswering(EncoderExport[AnswerLimits]):
 
 
 EXPORT = QuestionAnswering()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

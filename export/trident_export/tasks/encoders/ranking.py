@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trident_export.errors import UnsupportedModel
 from trident_export.graphs import encoder as encoder_graph
+from trident_export.huggingface import chat_templates
 from trident_export.huggingface.folder import HuggingFaceFolder, reading
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import Job
@@ -85,6 +86,15 @@ class Ranking(Classification):
         if _answers(source):
             encoder_graph.with_last_score(model)
 
+    def check(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        if _answers(source):
+            tokenizer = source.tokenizer
+            if isinstance(tokenizer.chat_template, str):
+                messages = ((("query", "a"), ("document", "b")),)
+                chat_templates.check(source, tokenizer.chat_template, tokenizer.special_tokens_map, messages)
+            _tokens(source)
+        super().check(spec, source)
+
     def trace(self, job: Job) -> None:
         super().trace(job)
         if _answers(job.source):
@@ -95,6 +105,9 @@ class Ranking(Classification):
         if _answers(source):
             texts = [text.encode()[:_SHORT].decode(errors="ignore") for text in texts]
         return list(zip(texts, [*texts[1:], *texts[:1]], strict=True))
+
+    def far_sample(self, text: str, sample: Texts, source: HuggingFaceFolder) -> Texts | None:
+        return None if _answers(source) else (sample[0], text)  # Hugging Face's side cuts no template
 
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
         roles, tokenizer = source.roles(spec.prompts), source.tokenizer
@@ -180,4 +193,4 @@ def _parts(source: HuggingFaceFolder, prompts: Any) -> dict[str, list[str]]:
 
 
 EXPORT = Ranking()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

@@ -87,4 +87,4 @@ def _how(source: HuggingFaceFolder) -> tuple[str, int]:
 
 
 EXPORT = Sparse()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

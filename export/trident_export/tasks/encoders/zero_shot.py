@@ -50,6 +50,9 @@ class ZeroShot(EncoderExport[ZeroShotLimits]):
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:
         return list(zip(texts, cycle(_LABELS), strict=False))
 
+    def far_sample(self, text: str, sample: Texts, source: HuggingFaceFolder) -> Texts:
+        return (text, sample[1])
+
     def tokenize(self, tokenizer: Any, texts: Texts, max_tokens: int) -> Any:
         text, label = texts
         pair = (text, hypothesis(DEFAULT_TEMPLATE, label))
@@ -60,4 +63,4 @@ class ZeroShot(EncoderExport[ZeroShotLimits]):
 
 
 EXPORT = ZeroShot()
-trace, write, evaluator = EXPORT.trace, EXPORT.write, EXPORT.evaluator
+check, trace, write, evaluator = EXPORT.check, EXPORT.trace, EXPORT.write, EXPORT.evaluator

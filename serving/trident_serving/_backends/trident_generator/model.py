@@ -54,22 +54,35 @@ class Channel(adapter.Responder):
     streams = True
 
     def tensors(self, chunk):
-        reason = chunk.finish_reason
+        answers = [chunk, *chunk.others]
+        reasons = [answer.finish_reason.value if answer.finish_reason else "" for answer in answers]
+        log_probs = [token for answer in answers for token in answer.log_probs]
         tensors = {
-            "text_output": text.encode_texts([chunk.text]),
-            "finish_reason": text.encode_texts([reason.value if reason else ""]),
+            "text_output": text.encode_texts([answer.text for answer in answers]),
+            "finish_reason": text.encode_texts(reasons),
+            "index": np.array([answer.index for answer in answers], np.int32),
             "num_input_tokens": np.array([chunk.num_input_tokens], np.int32),
-            "num_output_tokens": np.array([chunk.num_output_tokens], np.int32),
-            "output_log_probs": np.array([token.chosen for token in chunk.log_probs], np.float32),
-            "output_top_token_ids": np.array([[i for i, _ in token.top] for token in chunk.log_probs], np.int32),
-            "output_top_log_probs": np.array([[p for _, p in token.top] for token in chunk.log_probs], np.float32),
+            "num_output_tokens": np.array([answer.num_output_tokens for answer in answers], np.int32),
+            "output_log_probs": np.array([token.chosen for token in log_probs], np.float32),
+            **likeliest("output", log_probs),
         }
-        if not any(token.top for token in chunk.log_probs):
-            del tensors["output_top_token_ids"], tensors["output_top_log_probs"]
-        for name, part in (("reasoning", chunk.reasoning), ("tool_calls", chunk.tool_calls)):
-            if part is not None:
-                tensors[name] = text.encode_texts([part])
+        if chunk.prompt_log_probs:
+            tensors["prompt_log_probs"] = np.array([token.chosen for token in chunk.prompt_log_probs], np.float32)
+            tensors |= likeliest("prompt", chunk.prompt_log_probs)
+        for name in ("reasoning", "tool_calls"):
+            if getattr(chunk, name) is not None:
+                tensors[name] = text.encode_texts([getattr(answer, name) for answer in answers])
         return {name: tensor[None] for name, tensor in tensors.items()}
 
     def is_last(self, chunk):
-        return chunk.finish_reason is not None
+        return chunk.final
+
+
+def likeliest(name, tokens):
+    """The tensors of the likeliest tokens, if they were asked for."""
+    if not any(token.top for token in tokens):
+        return {}
+    return {
+        f"{name}_top_token_ids": np.array([[i for i, _ in token.top] for token in tokens], np.int32),
+        f"{name}_top_log_probs": np.array([[p for _, p in token.top] for token in tokens], np.float32),
+    }

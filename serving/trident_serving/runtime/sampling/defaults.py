@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "generation_config.json"
+TOP_K = 50  # of a config that samples and does not say
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class GenerationDefaults:
     """Settings of a generation config that the runtime applies; their meaning is transformers'.
 
     Attributes:
-        repetition_penalty: where a request gives none.
+        temperature: where a request gives none, as the other fields of a request; 0 unless the config samples.
         min_length: before it, prompt included, no answer ends; `min_new_tokens` without the prompt.
         bad_words: sequences of tokens that never appear.
         forced_bos_token_id: the token behind a prompt of one token.
@@ -23,6 +24,11 @@ class GenerationDefaults:
         suppress_tokens: never appear; `begin_suppress_tokens` not as the first of an answer.
     """
 
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -40,6 +46,7 @@ class GenerationDefaults:
         ends = ids(config.get("eos_token_id"))
         words = [tuple(word) for word in config.get("bad_words_ids") or [] if list(word) not in [[end] for end in ends]]
         return cls(
+            **_sampling(config),
             repetition_penalty=float(config.get("repetition_penalty") or 1.0),
             no_repeat_ngram_size=config.get("no_repeat_ngram_size") or 0,
             bad_words=tuple(words),
@@ -50,6 +57,14 @@ class GenerationDefaults:
             suppress_tokens=ids(config.get("suppress_tokens")),
             begin_suppress_tokens=ids(config.get("begin_suppress_tokens")),
         )
+
+
+def _sampling(config: dict[str, Any]) -> dict[str, Any]:
+    """How a config samples, by the names of a request; empty where it takes the likeliest token."""
+    if not config.get("do_sample"):
+        return {}
+    unsaid = {"temperature": 1.0, "top_k": TOP_K, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+    return unsaid | {name: config[name] for name in unsaid if config.get(name) is not None}
 
 
 # What a request does not change.

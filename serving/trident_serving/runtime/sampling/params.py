@@ -15,6 +15,8 @@ class SamplingParams:
     """How the tokens of one request are chosen; greedy where `temperature` is 0.
 
     Attributes:
+        bad_words: sequences of tokens that never appear.
+        logit_bias: tokens, and what is added to their logits.
         defaults: what the model's generation config adds; a field of the request is no longer among it.
 
     Raises:
@@ -32,6 +34,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
     defaults: GenerationDefaults = NO_DEFAULTS
 
     def __post_init__(self) -> None:
@@ -45,4 +49,5 @@ class SamplingParams:
 
 
 # The fields of a request that say how tokens are chosen.
-SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in ("seed", "defaults"))
+_OTHERS = ("seed", "bad_words", "logit_bias", "defaults")
+SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in _OTHERS)

@@ -14,6 +14,8 @@ import numpy as np
 from trident_serving.runtime.sampling.candidates import Candidates, Ids
 from trident_serving.runtime.sampling.params import SamplingParams
 
+SMALLEST = 1e-9
+
 
 class LogitsProcessor(Protocol):
     """One field's effect; it keeps nothing of a sequence, so one object serves every beam of a search."""
@@ -39,6 +41,18 @@ class RepetitionPenalty:
         scores = candidates.writable()
         values = scores[tokens]
         scores[tokens] = np.where(values < 0, values * self.penalty, values / self.penalty)
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """Adds numbers to the scores of tokens."""
+
+    bias: tuple[tuple[int, float], ...]
+
+    def __call__(self, tokens: Ids, candidates: Candidates) -> None:
+        """See `LogitsProcessor`."""
+        ids, values = zip(*self.bias, strict=True)
+        candidates.writable()[list(ids)] += np.array(values, np.float32)
 
 
 @dataclass(frozen=True)
@@ -208,14 +222,16 @@ def penalties(params: SamplingParams, prompt_length: int, eos_token_ids: frozens
     """
     found: list[LogitsProcessor] = []
     defaults, ends = params.defaults, tuple(sorted(eos_token_ids))
+    if params.logit_bias:
+        found.append(LogitBias(params.logit_bias))
     if params.repetition_penalty != 1.0:
         found.append(RepetitionPenalty(params.repetition_penalty))
     if params.presence_penalty or params.frequency_penalty:
         found.append(PresenceFrequencyPenalty(params.presence_penalty, params.frequency_penalty, prompt_length))
     if defaults.no_repeat_ngram_size:
         found.append(NoRepeatNGram(defaults.no_repeat_ngram_size))
-    if defaults.bad_words:
-        found.append(BadWords(defaults.bad_words))
+    if words := (*defaults.bad_words, *params.bad_words):
+        found.append(BadWords(words))
     min_length = max(defaults.min_length, prompt_length + params.min_tokens)
     if min_length > prompt_length:
         found.append(MinLength(min_length, ends))
@@ -239,7 +255,7 @@ def filters(params: SamplingParams) -> list[LogitsProcessor]:
     if params.top_k:
         found.append(TopK(params.top_k))
     if params.top_p < 1.0:
-        found.append(TopP(params.top_p))
+        found.append(TopP(max(params.top_p, SMALLEST)))  # 0: the likeliest token
     if params.min_p > 0.0:
         found.append(MinP(params.min_p))
     if params.typical_p < 1.0:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trident_serving.errors import BrokenModel
+from trident_serving.errors import BrokenModel, InvalidRequest
 from trident_serving.runtime.sampling.candidates import Candidates, Scores
+from trident_serving.runtime.sampling.grammars import Mask
 from trident_serving.runtime.sampling.params import SamplingParams
 from trident_serving.runtime.sampling.processors import LogitsProcessor, filters, penalties
 
@@ -34,17 +35,28 @@ class Sampler:
         """The sampler of a request of a causal model."""
         return cls(params, prompt_ids, penalties(params, len(prompt_ids), eos_token_ids))
 
-    def choose(self, logits: Scores) -> int:
+    def choose(self, logits: Scores, mask: Mask | None = None) -> int:
         """The next token for `logits` (float32, [vocabulary]), which are left as they are.
+
+        Args:
+            mask: which tokens a grammar allows, bool [vocabulary].
 
         Raises:
             BrokenModel: the logits are no numbers.
+            InvalidRequest: the grammar and the request's other fields leave no token.
         """
         likeliest = int(logits.argmax())
         if not math.isfinite(logits[likeliest]):  # argmax finds a NaN where there is one
             raise BrokenModel
-        if not self._processors:
-            return likeliest
+        if mask is not None and (self._processors or not mask[likeliest]):
+            logits = np.where(mask, logits, np.float32(-np.inf))
+            likeliest = int(logits.argmax())
+        token = self._choose(logits, likeliest) if self._processors else likeliest
+        if mask is not None and not (token < len(mask) and mask[token]):
+            raise InvalidRequest("the grammar and the request's other fields leave no token")
+        return token
+
+    def _choose(self, logits: Scores, likeliest: int) -> int:
         candidates = Candidates(logits, likeliest)
         for process in self._processors:
             process(self._tokens, candidates)
