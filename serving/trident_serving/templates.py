@@ -150,6 +150,7 @@ class TemplateTask:
             "messages": encode_texts([message])[None],
             "max_tokens": np.array([[_MAX_TOKENS.read(inputs, self.limits.max_tokens)]], np.int32),
             "return_log_probs": np.array([[True]]),
+            "return_reasoning": np.array([[True]]),  # so that it is no part of the answer
         }
         for field in TEMPLATE:
             if field is not _MAX_TOKENS and field.name in inputs:

@@ -392,6 +392,9 @@ class HuggingFaceFolder(os.PathLike[str]):
         """
         config, limits = self.config, []
         positions = getattr(config, "max_position_embeddings", None)
+        if positions is None:  # LED's, and those of T5Gemma's encoder
+            positions = getattr(config, "max_encoder_position_embeddings", None)
+            positions = positions or getattr(getattr(config, "encoder", None), "max_position_embeddings", None)
         if positions and positions > 0:
             if config.model_type in _BEGINNING_POSITIONS:
                 # These architectures count positions from behind the padding token's id.

@@ -20,13 +20,14 @@ from tokenizers import Tokenizer
 from trident_export.errors import FidelityError, UnreadableSource
 from trident_export.huggingface.chat_templates import CONVERSATIONS
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.request import RequestParser
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.runtime.detokenizer import Detokenizer
 from trident_serving.runtime.sampling.defaults import GenerationDefaults
 from trident_serving.runtime.sampling.sampler import Sampler
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def check_generation(
         raise FidelityError(f"answers end at the tokens {sorted(ends)}, Hugging Face's at {sorted(wanted)}")
     served = TextTokenizer.load(folder)
     defaults = GenerationDefaults.load(folder)
-    parser = RequestParser(served, ChatTemplate.load(folder), limits, defaults)
+    parser = RequestParser(served, None, limits, defaults)
     for text in texts[:ANSWERS]:
         try:
             request = parser.parse({"text_input": np.array([[text.encode()]], np.object_)})

@@ -36,10 +36,11 @@ from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
+from trident_serving.chat.template import ChatTemplate
 from trident_serving.generation.batch import MIN_POSITIONS, SlotTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
