@@ -181,6 +181,7 @@ ANSWERS: list[tuple[str, str, str, str, list[Any]]] = [
     ("command_r", "<|START_RESPONSE|>Yes <b>.<|END_RESPONSE|>", "Yes <b>.", "", []),
     ("command_r", f"Action: ```json\n[{CZ}]\n```", "", "", [ZURICH]),
     ("lfm2", "<|tool_call_start|>[weather(city='Zürich', days=2)]<|tool_call_end|>It", "It", "", [ZURICH]),
+    ("lfm2", "<|tool_call_start|>\n```python\nnow()\n```\n<|tool_call_end|>", "", "", [NOW]),
     ("json", f"<tool_call>{Z}</tool_call>", "", "", [ZURICH]),
     ("json", Z, "", "", [ZURICH]),
 ]
