@@ -329,9 +329,22 @@ def check_seq2seq(name: str) -> str:
     return said
 
 
+def check_encoder(name: str) -> str:
+    """As `check_causal`, for the heads of an encoder.
+
+    Raises:
+        ExportError: it is refused.
+    """
+    try:
+        families_encoders.tiny(name)
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
+    return families_encoders.check_encoder(name)
+
+
 KINDS: dict[str, tuple[Sequence[str], Callable[[str], str]]] = {
     "Causal language models": (tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), check_causal),
-    **families_encoders.KINDS,
+    "Encoders": (families_encoders.TYPES, check_encoder),
     "Encoder-decoders": (tuple(families_seq2seq.types()), check_seq2seq),
 }
 

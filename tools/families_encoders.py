@@ -298,9 +298,6 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-KINDS = {"Encoders": (TYPES, check_encoder)}
-
-
 def main() -> None:
     """Run the types that are named, or all, in this process."""
     warnings.simplefilter("ignore")

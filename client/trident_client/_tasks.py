@@ -104,12 +104,12 @@ class TaskCalls(Connection):
 
         Raises:
             TridentError: see its subclasses.
-            ValueError: `dimensions` is no number of 32 bits, or a text is no text.
+            ValueError: `dimensions` is no number of 64 bits, or a text is no text.
         """
         batch = [texts] if isinstance(texts, str) else texts
         options = _prompted(prompt_name)
         if dimensions is not None:
-            options["dimensions"] = _wire.scalar("dimensions", dimensions, np.int32)
+            options["dimensions"] = _wire.scalar("dimensions", dimensions, np.int64)
         model = model or self._only_model("feature-extraction", timeout)
         responses = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
         if not responses:

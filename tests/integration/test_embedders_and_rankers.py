@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from tests import tiny_models
+from tests.conftest import post
 from trident_client import Client, InvalidRequestError, cli
 from trident_export import install, models_file
 from trident_export.errors import ModelsFileError, UnsupportedModel
@@ -239,6 +240,23 @@ def test_shorter_embeddings_are_beginnings_of_length_one(client: Client, folder:
         client.embed(TEXTS, model="bidirectional", dimensions=12)
     with pytest.raises(InvalidRequestError, match="dimensions must be one of 20 "):
         client.embed(TEXTS, model="layers", dimensions=10)
+
+
+@pytest.mark.parametrize(
+    ("size", "code", "said"),
+    [
+        (8, 200, '"shape":[1,8]'),
+        (2**32 + 8, 400, "dimensions must be one of 8, 16, 24 for all texts of a request, found 4294967304"),
+        (2**64 + 8, 500, "Unable to parse 'data'"),  # tritonserver's own answer, before any model is asked
+        (float("nan"), 500, "Unable to parse 'data'"),
+        (8.5, 500, "Unable to parse 'data'"),
+    ],
+)
+def test_a_size_in_json_is_not_wrapped_around(server: LocalServer, size: float, code: int, said: str) -> None:
+    text = {"name": "text_input", "shape": [1, 1], "datatype": "BYTES", "data": ["a cat"]}
+    asked = {"name": "dimensions", "shape": [1, 1], "datatype": "INT64", "data": [size]}
+    status, answer = post(f"{server.http_url}/v2/models/bidirectional/infer", {"inputs": [text, asked]})
+    assert (status, said in answer) == (code, True), answer
 
 
 @pytest.mark.parametrize(("name", "prompt"), [("splade", None), ("splade", "query"), ("splade-sum", None)])

@@ -173,7 +173,7 @@ class TopP:
         weights = candidates.weights
         total = float(weights.sum(dtype=np.float64))
         # Those that are less likely than this could not make up the rest together, so they need not be sorted.
-        index = np.flatnonzero(weights > (1.0 - self.mass) * total / weights.size)
+        index = np.flatnonzero(weights >= (1.0 - self.mass) * total / weights.size)
         order = index[np.argsort(-weights[index], kind="stable")]
         cumulative = np.cumsum(weights[order], dtype=np.float64)
         before = np.concatenate([[0.0], cumulative[:-1]])
@@ -207,7 +207,7 @@ class TypicalP:
         entropy = (weights[possible] * surprisal[possible]).sum(dtype=np.float64) / total
         distance = np.abs(surprisal - np.float32(entropy))
         # The tokens above this weight reach the mass, so none that is farther than the farthest of them is needed.
-        enough = distance[weights > (1.0 - self.mass) * total / weights.size].max()
+        enough = distance[weights >= (1.0 - self.mass) * total / weights.size].max()
         near = np.flatnonzero(distance <= enough)
         near = near[np.argsort(distance[near], kind="stable")]
         cumulative = np.cumsum(weights[near], dtype=np.float64)
