@@ -10,13 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_chat_templates import STYLES, tokenizer
+from tests.unit.test_chat_templates import STYLES, USER, chat_of, tokenizer
+from tests.unit.test_text_output import Collected
 from trident_serving.chat.messages import Conversation
 from trident_serving.errors import InvalidRequest
+from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.parsing import (
     FAMILIES,
     CallArguments,
@@ -27,6 +30,11 @@ from trident_serving.generation.parsing import (
     format_of,
     schemas_of,
 )
+from trident_serving.generation.parts import AnswerParts
+from trident_serving.generation.request import GenerationRequest
+from trident_serving.generation.stream import TextStream
+from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import ChatFormat
 
 WEATHER = {
@@ -181,6 +189,7 @@ ANSWERS: list[tuple[str, str, str, str, list[Any]]] = [
     ("command_r", "<|START_RESPONSE|>Yes <b>.<|END_RESPONSE|>", "Yes <b>.", "", []),
     ("command_r", f"Action: ```json\n[{CZ}]\n```", "", "", [ZURICH]),
     ("lfm2", "<|tool_call_start|>[weather(city='Zürich', days=2)]<|tool_call_end|>It", "It", "", [ZURICH]),
+    ("lfm2", "<|tool_call_start|>\n```python\nnow()\n```\n<|tool_call_end|>", "", "", [NOW]),
     ("json", f"<tool_call>{Z}</tool_call>", "", "", [ZURICH]),
     ("json", Z, "", "", [ZURICH]),
 ]
@@ -402,7 +411,6 @@ def test_a_forced_call_as_a_grammar() -> None:
 @pytest.mark.parametrize("kind", [ChatFormat.HERMES, ChatFormat.MISTRAL, ChatFormat.LLAMA3, ChatFormat.COMMAND_R])
 def test_a_forced_call_is_a_grammar_of_llguidance(kind: ChatFormat, tmp_path: Path) -> None:
     """It takes a call of a tool, and no other text."""
-    llguidance = pytest.importorskip("llguidance")
     made = tokenizer()
     made.save_pretrained(tmp_path)
     control = {token.content: index for index, token in made.added_tokens_decoder.items()}
@@ -417,3 +425,40 @@ def test_a_forced_call_is_a_grammar_of_llguidance(kind: ChatFormat, tmp_path: Pa
         matcher = llguidance.LLMatcher(known, grammar, log_level=0)
         ids = made(text, add_special_tokens=False).input_ids
         assert (matcher.try_consume_tokens(ids) == len(ids)) is good, matcher.get_error()
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_marks_that_are_special_tokens_are_seen(tmp_path: Path, *, streaming: bool, skipped: bool) -> None:
+    """No text shows them, but the parser must have them."""
+    chat = chat_of(tmp_path, "mistral")
+    codec = TextTokenizer.load(tmp_path)
+    conversation = Conversation([USER], tools=TOOLS)
+    parser = chat.parser(conversation, "", reasoning=False)
+    assert parser is not None
+    ids = codec.encode(f"Wait 😀. [TOOL_CALLS][{Z}]</s>", add_special_tokens=False)
+    request = GenerationRequest(
+        "p",
+        tuple(codec.encode("p")),
+        SamplingParams(max_tokens=99),
+        stream=streaming,
+        stop_token_ids=chat.end_token_ids,
+        skip_special_tokens=skipped,
+    )
+    channel = Collected()
+    parts = AnswerParts(parser, chat.marks if skipped else {}, request.prompt_ids, calls=True, reasoning=False)
+    stream = TextStream(request, codec, frozenset(), channel, lambda _: None, parts)
+    for token in ids:
+        stream.accept(token, None)
+        if streaming:
+            stream.send_pending()
+    stream.finish(FinishReason.STOP)
+    stream.send_pending()
+    assert "".join(chunk.text for chunk in channel.chunks) == "Wait 😀."
+    calls = [call for chunk in channel.chunks for call in json.loads(chunk.tool_calls or "[]")]
+    assert calls[0]["function"]["name"] == "weather"
+    assert len(calls[0]["id"]) == 9
+    assert json.loads("".join(call["function"]["arguments"] for call in calls)) == ZURICH[1]
+    assert all(chunk.reasoning is None for chunk in channel.chunks)
+    assert {call["index"] for call in calls} == {0}
+    assert (len(calls) > 1) is streaming

@@ -101,6 +101,10 @@ class ChatTemplate:
                 return self._render(_shaped(conversation, replace(form, arguments_as_text=True)), add_generation_prompt)
             raise
 
+    def shaped(self, conversation: Conversation) -> Conversation:
+        """A conversation as this template takes it: as transformers' template would have to be given it."""
+        return _shaped(conversation, self._form)
+
     @cached_property
     def end_of_turn(self) -> Traced:
         """What the template writes behind the words of the assistant's last message; empty where it tells none."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from typing import Any
 
+_FENCE = re.compile(r"^```\w*|```$")
 # Longer code is text; Python's own parser takes memory for it.
 MAX_CODE = 20_000
 
@@ -19,7 +21,7 @@ def calls_in(code: str, tools: Mapping[str, Mapping[str, Any]]) -> list[tuple[st
     if len(code) > MAX_CODE:
         return None
     try:
-        body = ast.parse(code.strip()).body
+        body = ast.parse(_FENCE.sub("", code.strip())).body
         found = [call for statement in body for call in _of_statement(statement, tools)]
     except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError):
         return None
