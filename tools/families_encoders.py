@@ -114,6 +114,11 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "modernbert": {"global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": END},
     "modernbert-decoder": {"global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": END},
     "longformer": {"sep_token_id": END},
