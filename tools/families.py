@@ -41,6 +41,7 @@ from trident_export.graphs.tracing import running
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 
+NotBuilt = families_encoders.NotBuilt
 VOCABULARY = 256
 CONTEXT = 128
 LONGEST = 4 * CONTEXT  # positions of a cache
@@ -165,10 +166,6 @@ class Result:
     name: str
     kind: str
     said: str
-
-
-class NotBuilt(Exception):
-    """Transformers makes no model of the sizes here."""
 
 
 def tiny(name: str) -> Any:
