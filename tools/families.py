@@ -155,6 +155,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
+GAIN = {"dory": 2}  # of its weights, whose products it divides by small numbers
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def build(name: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(6)
+                parameter.mul_(GAIN.get(name, 6))
             else:  # norms and biases: not the same for every number
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
@@ -253,7 +254,7 @@ def compare(model: Any, decoder: OnnxDecoder, other: OnnxDecoder) -> str:
         for ids, logits in zip(texts, served, strict=True):
             expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
             off = max(off, float((logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()))
-        if not off < LARGEST_DIFFERENCE:
+        if not off < LARGEST_DIFFERENCE and not off < 2 * own_error(model, texts):
             return f"its log-probabilities are {off:.2g} off"
         for index, ids in enumerate(texts[1:], 1):
             tokens, last = list(ids), served[index][-1]
@@ -267,6 +268,15 @@ def compare(model: Any, decoder: OnnxDecoder, other: OnnxDecoder) -> str:
                 (row,) = decoder.run([SlotTokens(rows[index], start, tokens[start:], 1, turn(len(tokens)))])
                 last = torch.from_numpy(row.copy())
     return ""
+
+
+def own_error(model: Any, texts: Sequence[Sequence[int]]) -> float:
+    """How far Hugging Face's own log-probabilities are off in float32, the largest over some texts."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        found.append([model(input_ids=torch.tensor([ids]), use_cache=False).logits.log_softmax(-1) for ids in texts])
+    return max(float((exact - given).abs().max()) for exact, given in zip(*found, strict=True))
 
 
 def outcome(name: str, check: Callable[[str], str], verbose: bool = False) -> Result:
