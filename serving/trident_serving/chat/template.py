@@ -124,7 +124,10 @@ class ChatTemplate:
     def end_of_turn(self) -> Traced:
         """What the template writes behind the words of the assistant's last message; empty where it tells none."""
         messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _ANSWER}]
-        shown = self._tried(messages, add_generation_prompt=False) or Traced()
+        try:
+            shown = self.run(Conversation(messages), add_generation_prompt=False)
+        except Exception:  # it takes no answers
+            return Traced()
         _, found, rest = shown.rpartition(_ANSWER)
         return rest if found else Traced()
 
