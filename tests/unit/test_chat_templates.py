@@ -43,7 +43,7 @@ SPECIAL = re.findall(
     <｜tool▁call▁begin｜> <｜tool▁sep｜> <｜tool▁call▁end｜> <｜tool▁calls▁end｜> <|START_OF_TURN_TOKEN|>
     <|END_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <|USER_TOKEN|> <|SYSTEM_TOKEN|> <|START_ACTION|> <|END_ACTION|>
     <|START_RESPONSE|> <|END_RESPONSE|> <|start_of_role|> <|end_of_role|> <|end_of_text|> [gMASK] <sop>
-    <|observation|> <end_of_utterance>
+    <|start|> <|message|> <|channel|> <|return|> <|call|> <|observation|> <end_of_utterance>
     """,
 )
 ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>", "</tool_response>"]
