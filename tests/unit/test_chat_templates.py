@@ -43,7 +43,7 @@ SPECIAL = re.findall(
     <｜tool▁call▁begin｜> <｜tool▁sep｜> <｜tool▁call▁end｜> <｜tool▁calls▁end｜> <|START_OF_TURN_TOKEN|>
     <|END_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <|USER_TOKEN|> <|SYSTEM_TOKEN|> <|START_ACTION|> <|END_ACTION|>
     <|START_RESPONSE|> <|END_RESPONSE|> <|start_of_role|> <|end_of_role|> <|end_of_text|> [gMASK] <sop>
-    <|observation|> <end_of_utterance>
+    <|start|> <|message|> <|channel|> <|return|> <|call|> <|observation|> <end_of_utterance>
     """,
 )
 ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>", "</tool_response>"]
@@ -537,3 +537,19 @@ def test_vocabularies_of_other_kinds() -> None:
         text = "".join(tokens[1 : tokens.index("</s>")]).lstrip("▁")
         assert text == "a</s>▁b<s>a"
         assert "</s>" in plain_ids  # what the vocabulary makes of plain text
+
+
+def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+    """As transformers takes the one named `tool_use`."""
+    both = tiny_models.byte_level_tokenizer()
+    both.chat_template = {"default": STYLES["plain"], "tool_use": STYLES["hermes"]}
+    both.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(STYLES["plain"], encoding="utf-8")
+    (tmp_path / "chat_template_tool_use.jinja").write_text(STYLES["hermes"], encoding="utf-8")
+    chat = Chat.load(tmp_path, TextTokenizer.load(tmp_path), GenerationLimits())
+    assert chat is not None
+    assert chat.format == "hermes"
+    for tools in (None, TOOLS):
+        for messages in ([USER], CALLED) if tools else ([USER],):
+            right = both.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+            assert plain(chat.template.render(Conversation(messages, tools=tools))) == right

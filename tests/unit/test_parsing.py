@@ -188,6 +188,23 @@ ANSWERS: list[tuple[str, str, str, str, list[Any]]] = [
     ),
     ("command_r", "<|START_RESPONSE|>Yes <b>.<|END_RESPONSE|>", "Yes <b>.", "", []),
     ("command_r", f"Action: ```json\n[{CZ}]\n```", "", "", [ZURICH]),
+    (
+        "harmony",
+        "<|channel|>analysis<|message|>He asks.\n<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
+        f"<|constrain|>json<|message|>{ARGS}<|call|>",
+        "",
+        "He asks.",
+        [ZURICH],
+    ),
+    ("harmony", f" to=functions.weather<|channel|>commentary json<|message|>{ARGS}", "", "", [ZURICH]),
+    (
+        "harmony",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes <b> <|x|>.<|return|>",
+        "Yes <b> <|x|>.",
+        "Hm.",
+        [],
+    ),
+    ("harmony", "no channels", "no channels", "", []),
     ("lfm2", "<|tool_call_start|>[weather(city='Zürich', days=2)]<|tool_call_end|>It", "It", "", [ZURICH]),
     ("lfm2", "<|tool_call_start|>\n```python\nnow()\n```\n<|tool_call_end|>", "", "", [NOW]),
     ("json", f"<tool_call>{Z}</tool_call>", "", "", [ZURICH]),
@@ -240,6 +257,7 @@ PIECES = [
     "<think>",
     "</think>",
 ]
+PIECES += ["<|channel|>", "<|message|>", "to=functions.now", "<|end|>"]
 PIECES += [
     "<|python_tag|>",
     "[TOOL_CALLS]",
@@ -281,7 +299,7 @@ def test_any_text_is_parted_without_an_error(kind: ChatFormat, pieces: list[str]
     text = "".join(pieces)
     assert Answer.of(kind, list(cuts(text, places))) == Answer.of(kind, [text])
     unparted = Answer.of(kind, [text], calls=False, reasoning=False)
-    if not any(mark in text for mark in FAMILIES[kind].dropped):
+    if not any(mark in text for mark in FAMILIES[kind].dropped) and kind != ChatFormat.HARMONY:
         assert unparted == Answer(text)
 
 
@@ -352,6 +370,7 @@ FORMATS = {
     "gemma": ChatFormat.GEMMA,
     "glm": ChatFormat.GLM,
     "granite": ChatFormat.GRANITE,
+    "harmony": ChatFormat.HARMONY,
     "hermes": ChatFormat.HERMES,
     "llama3": ChatFormat.LLAMA3,
     "mistral": ChatFormat.MISTRAL,

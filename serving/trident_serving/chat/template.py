@@ -22,7 +22,7 @@ from trident_serving.chat.messages import REASONING, Conversation, Message, func
 from trident_serving.chat.origins import Traced, data, origins_of
 from trident_serving.errors import InvalidRequest
 
-FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+FILE, TOOLS_FILE, CONFIG = "chat_template.jinja", "chat_template_tool_use.jinja", "tokenizer_config.json"
 # Special tokens by the names that templates know them by.
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # A role is written by the template between its control tokens. One that could be markup is data like any other text.
@@ -52,16 +52,26 @@ class ChatTemplate:
         template: its text, in Jinja.
         special_tokens: that it may name, by their roles.
         options: of the template, where a request does not say otherwise.
+        with_tools: the template of conversations with tools, where the model has one of its own.
     """
 
     def __init__(
-        self, template: str, special_tokens: Mapping[str, str], options: Mapping[str, Any] | None = None
+        self,
+        template: str,
+        special_tokens: Mapping[str, str],
+        options: Mapping[str, Any] | None = None,
+        with_tools: ChatTemplate | None = None,
     ) -> None:
         environment = TemplateEnvironment()
         parsed = environment.parse(template)
         self.text = template
         self.literals = "\0".join(_literals(parsed))
         self.variables = frozenset(meta.find_undeclared_variables(parsed))
+        self._with_tools = with_tools
+        if with_tools is not None:
+            self.text = f"{template}\n{with_tools.text}"
+            self.literals = f"{self.literals}\0{with_tools.literals}"
+            self.variables |= {"tools"}
         self._template = environment.from_string(template)
         self._special_tokens = dict(special_tokens)
         self._options = dict(options or {})
@@ -69,10 +79,12 @@ class ChatTemplate:
     @classmethod
     def load(cls, folder: Path, options: Mapping[str, Any] | None = None) -> ChatTemplate | None:
         """Read `folder/chat_template.jinja`; None where the model has no chat template."""
-        path = folder / FILE
+        path, other = folder / FILE, folder / TOOLS_FILE
         if not path.exists():
             return None
-        return cls(path.read_text(encoding="utf-8"), special_tokens(folder), options)
+        tokens = special_tokens(folder)
+        with_tools = cls(other.read_text(encoding="utf-8"), tokens, options) if other.exists() else None
+        return cls(path.read_text(encoding="utf-8"), tokens, options, with_tools)
 
     def render(self, messages: Sequence[Message] | Conversation, *, add_generation_prompt: bool = True) -> Traced:
         """The prompt that asks for the assistant's next turn, with the origin of each of its characters.
@@ -91,6 +103,8 @@ class ChatTemplate:
 
     def run(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> Traced:
         """The same; raises whatever the template's expressions raise."""
+        if conversation.tools and self._with_tools is not None:
+            return self._with_tools.run(conversation, add_generation_prompt=add_generation_prompt)
         form = self._form
         try:
             return self._render(_shaped(conversation, form), add_generation_prompt)
@@ -103,13 +117,17 @@ class ChatTemplate:
 
     def shaped(self, conversation: Conversation) -> Conversation:
         """A conversation as this template takes it: as transformers' template would have to be given it."""
-        return _shaped(conversation, self._form)
+        form = self._with_tools._form if conversation.tools and self._with_tools is not None else self._form
+        return _shaped(conversation, form)
 
     @cached_property
     def end_of_turn(self) -> Traced:
         """What the template writes behind the words of the assistant's last message; empty where it tells none."""
         messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _ANSWER}]
-        shown = self._tried(messages, add_generation_prompt=False) or Traced()
+        try:
+            shown = self.run(Conversation(messages), add_generation_prompt=False)
+        except Exception:  # it takes no answers
+            return Traced()
         _, found, rest = shown.rpartition(_ANSWER)
         return rest if found else Traced()
 

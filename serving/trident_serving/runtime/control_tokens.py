@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -126,7 +127,8 @@ class _Renamed:
     def __init__(self, tokenizer: Tokenizer, control: Mapping[str, int], text: str) -> None:
         state = json.loads(tokenizer.to_str())
         taken = {*text, *(chr(code) for name in state["added_tokens"] for code in map(ord, name["content"]))}
-        free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
+        start = secrets.randbelow(len(_PRIVATE))  # which no request can know, and make this again and again
+        free = (chr(code) for code in (*_PRIVATE[start:], *_PRIVATE[:start]) if chr(code) not in taken)
         self.names = dict(zip(control, free, strict=False))
         if len(self.names) < len(control):
             raise InvalidRequest("messages has too many characters of private use (U+F0000 to U+FFFFD)")

@@ -60,6 +60,7 @@ class ChatFormat(StrEnum):
     DEEPSEEK = "deepseek"
     KIMI = "kimi"
     COMMAND_R = "command_r"
+    HARMONY = "harmony"
     SMOLLM3 = "smollm3"
     LFM2 = "lfm2"
     JSON = "json"

@@ -262,6 +262,8 @@ class TemplateLimits:
         max_waiting: requests that may be answered or wait at once.
         timeout: seconds that a request may take, waiting included; then it fails with DEADLINE_EXCEEDED. A request may
             ask for less.
+        chat_template_kwargs: options of the generator's chat template for this task, such as
+            `{ enable_thinking = false }`.
     """
 
     generator: str
@@ -269,6 +271,10 @@ class TemplateLimits:
     max_tokens: int = 128
     max_waiting: int = 64
     timeout: int = 300
+    chat_template_kwargs: JsonObject = NO_OPTIONS
+
+    def __post_init__(self) -> None:
+        check_options(self.chat_template_kwargs)
 
 
 Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits | TemplateLimits

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from trident_serving.generation.parsing.parser import AnswerParser, Ended, Section, Step
+from trident_serving.generation.parsing.parser import AnswerParser, Direct, Ended, Section, Step, Trimmed, without
 from trident_serving.generation.parsing.python_calls import calls_in
 
+_HARMONY_ENDS = ("<|end|>", "<|return|>", "<|call|>")
 _NAME = re.compile(r"[\w.:/-]+")
 Schema = Mapping[str, Any]
 
@@ -338,6 +339,53 @@ class CommandR(AnswerParser):
         if called:
             yield from self._expect(close)
         return called
+
+
+class Harmony(AnswerParser):
+    """gpt-oss: `<|channel|>final<|message|>...<|end|>`, with a channel for reasoning, and calls to `functions.name`."""
+
+    thoughts: ClassVar[tuple[tuple[str, str], ...]] = ()
+    inner_marks: ClassVar[tuple[str, ...]] = (
+        "<|start|>",
+        "<|channel|>",
+        "<|message|>",
+        "<|constrain|>",
+        *_HARMONY_ENDS,
+    )
+
+    def _run(self, opened: str) -> Step[None]:
+        while True:
+            self._raw, self._kept = [], True
+            try:
+                header, _ = yield from self._until("<|message|>")
+            except Ended:
+                if "<|channel|>" not in "".join(self._raw):  # an answer without channels
+                    self._text.write(self._shown("".join(self._raw)))
+                raise
+            self._kept = False
+            recipient = re.search(r"to=functions\.([\w.-]+)", header)
+            if recipient and self._calls:
+                self._begin(recipient[1])
+                character = yield from self._after_space()
+                yield from self._arguments(character)
+                self._end_call()
+                yield from self._until(*_HARMONY_ENDS)
+            else:
+                yield from self._say(self._thought if "analysis" in header and self._reasoning else self._text)
+
+    def _say(self, sink: Trimmed) -> Step[None]:
+        """A message up to its end."""
+        direct, held = Direct(sink.write, without("<")), ""
+        try:
+            while held not in _HARMONY_ENDS:
+                held += yield from self._read(None if held else direct)
+                while not any(mark.startswith(held) for mark in _HARMONY_ENDS):
+                    sink.write(held[0])
+                    held = held[1:]
+        except Ended:
+            sink.write(self._shown(held))
+            raise
+        sink.mark()
 
 
 class SmolLM3(Hermes, PythonCalls):

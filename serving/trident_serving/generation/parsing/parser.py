@@ -63,20 +63,20 @@ class Ended(Exception):
 
 
 @dataclass(frozen=True)
-class _Direct:
+class Direct:
     """What takes runs of characters that leave the coroutine where it is."""
 
     write: Callable[[str], None]
     pattern: re.Pattern[str]
 
 
-def _without(characters: Iterable[str]) -> re.Pattern[str]:
+def without(characters: Iterable[str]) -> re.Pattern[str]:
     """A run of other characters."""
     known = "".join(sorted({*characters}))
     return re.compile(f"[^{re.escape(known)}]+" if known else r"[\s\S]+")
 
 
-_IN_STRING = _without('"\\')
+_IN_STRING = without('"\\')
 
 
 class AnswerParser:
@@ -112,11 +112,11 @@ class AnswerParser:
         self._closes = dict(self.thoughts)
         self._marks = (*self._sections, *self._closes, *self.dropped)
         self._parts: list[Part] = []
-        self._text = _Trimmed(lambda text: self._parts.append(Text(text)))
-        self._thought = _Trimmed(lambda text: self._parts.append(Reasoning(text)), fresh=True)
+        self._text = Trimmed(lambda text: self._parts.append(Text(text)))
+        self._thought = Trimmed(lambda text: self._parts.append(Reasoning(text)), fresh=True)
         self._count, self._argued = 0, False
-        self._plain = _Direct(self._text.write, _without(mark[0] for mark in (*self._marks, *self.bare)))
-        self._direct: _Direct | None = None
+        self._plain = Direct(self._text.write, without(mark[0] for mark in (*self._marks, *self.bare)))
+        self._direct: Direct | None = None
         self._back = ""  # characters that are read again
         self._raw: list[str] = []  # what the current section has read, as long as it is no call
         self._kept = False  # whether that is kept
@@ -200,7 +200,7 @@ class AnswerParser:
         write = self._thought.write if self._reasoning else self._text.write
         if not self._reasoning:
             write(self._shown(mark))
-        direct = _Direct(write, _without(close[0]))
+        direct = Direct(write, without(close[0]))
         try:
             while held != close:
                 held += yield from self._read(None if held else direct)
@@ -244,7 +244,7 @@ class AnswerParser:
 
     # Reading.
 
-    def _read(self, direct: _Direct | None = None) -> Step[str]:
+    def _read(self, direct: Direct | None = None) -> Step[str]:
         """The next character.
 
         Args:
@@ -344,7 +344,7 @@ class AnswerParser:
             character = yield from self._read()
 
     def _rest_of_string(self, write: Callable[[str], None]) -> Step[None]:
-        direct = _Direct(write, _IN_STRING)
+        direct = Direct(write, _IN_STRING)
         while True:
             character = yield from self._read(direct)
             write(character)
@@ -451,7 +451,7 @@ class AnswerParser:
         return False
 
 
-class _Trimmed:
+class Trimmed:
     """Text without the white space next to marks.
 
     Args:
