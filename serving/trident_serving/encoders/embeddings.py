@@ -20,7 +20,7 @@ from trident_serving.encoders.task import (
 from trident_serving.encoders.tokens import read_texts
 from trident_serving.errors import InvalidRequest
 
-DIMENSIONS = Tensor("dimensions", "INT32", (1,))
+DIMENSIONS = Tensor("dimensions", "INT32", (1,), of="matryoshka")
 
 
 def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
@@ -72,6 +72,7 @@ TASK = EncoderTask(
     read=("pooled",),
     answer_options=(DIMENSIONS,),
     answers=(Tensor("embedding", "FP32", ("answered",)),),
+    alias={"input_text": "text_input", "embedding": "embedding"},  # LiteLLM's, which sends a list of texts as [n]
     answer_parameters={"matryoshka": "matryoshka"},
     preprocess=partial(read_texts, prompts=True),
     postprocess=_load,
