@@ -19,6 +19,7 @@ from trident_export.errors import ModelsFileError
 from trident_export.huggingface import text_part
 from trident_export.huggingface.folder import HuggingFaceFolder, is_text
 from trident_export.huggingface.seq2seq import generation_config
+from trident_export.models_file import PROMPT_TASKS
 from trident_export.tasks import encoders, text_generation
 from trident_serving.encoders import TASKS
 
@@ -97,8 +98,10 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
         normalized = "normalized" if settings.normalize else "not normalized"
         pooling = ", ".join((settings.pooling, *settings.more))
         reasons.append(f"pooling {pooling}, {normalized}: the model's files")
-        if prompts := model.roles().prompts:
-            reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
+    prompts = model.roles().prompts if task in PROMPT_TASKS else {}
+    if any(prompts.values()):
+        table["prompts"] = True
+        reasons.append(f"prompts {', '.join(prompts)}: config_sentence_transformers.json")
     table |= {"limits": limits, "on_demand": True}
     proposal = Proposal(name, table, tuple(reasons))
     spec = models_file.parse(proposal.name, tomllib.loads(proposal.as_toml())[proposal.name])  # it can be read

@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from trident_export.models_file import ModelSpec
 from trident_serving import encoders
 from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
-from trident_serving.encoders.task import Tensor
+from trident_serving.encoders.task import EncoderTask, Tensor
 from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, TEMPLATE, Field
 from trident_serving.schema.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
 
@@ -47,6 +47,11 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
 def model_part(spec: ModelSpec, variant: str) -> str:
     """The name of the Triton model that holds a variant's graph in an ensemble."""
     return spec.public_name(variant).replace(spec.name, f"{spec.name}_model", 1)
+
+
+def alias(spec: ModelSpec) -> str:
+    """The name of the Triton model that is the default variant with other names of its tensors; "": there is none."""
+    return f"{spec.name}_texts" if spec.encoder and encoders.TASKS[spec.task].alias else ""
 
 
 def to_text(config: pb.ModelConfig) -> str:
@@ -193,14 +198,18 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig
     task = encoders.TASKS[spec.task]
     batch = limits.max_batch_size
     outer = batch if task.batched else 0
+    has = {"": True, "prompts": bool(spec.prompts), "matryoshka": bool(getattr(limits, "matryoshka", ()))}
+    options, answer_options = (
+        [tensor for tensor in tensors if has[tensor.of]] for tensors in (task.options, task.answer_options)
+    )
 
     tokenizer = _base(f"{spec.name}_tokenizer", "trident_tokenizer", outer)
-    _add_tensors(tokenizer, limits, task.texts, task.options, task.tokens)
+    _add_tensors(tokenizer, limits, task.texts, options, task.tokens)
     _set_parameters(tokenizer, {"task": spec.task} | _taken(limits, task.parameters))
     yield tokenizer
 
     postprocess = _base(f"{spec.name}_postprocess", "trident_postprocess", outer)
-    _add_tensors(postprocess, limits, task.read_tensors, task.answer_options, task.answers)
+    _add_tensors(postprocess, limits, task.read_tensors, answer_options, task.answers)
     _set_parameters(postprocess, {"task": spec.task} | _taken(limits, task.answer_parameters))
     yield postprocess
 
@@ -220,6 +229,26 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig
             for tensor in part.output:
                 step.output_map[tensor.name] = tensor.name
         yield ensemble
+
+    if name := alias(spec):
+        yield _alias(spec, name, limits, task)
+
+
+def _alias(spec: ModelSpec, name: str, limits: EncoderLimits, task: EncoderTask) -> pb.ModelConfig:
+    """The default variant with other names: a list of texts is one tensor [texts], and the batch is a dimension."""
+    config = _base(name, "ensemble", 0)
+    step = config.ensemble_scheduling.step.add(model_name=spec.name, model_version=-1)
+    ours = {tensor.name: tensor for tensor in (*task.texts, *task.answers)}
+    for theirs, our in task.alias.items():
+        tensor = ours[our]
+        if tensor in task.texts:
+            text = config.input.add(name=theirs, data_type=pb.TYPE_STRING, dims=[-1])
+            text.reshape.shape.extend([-1, *tensor.dims(limits)])
+            step.input_map[our] = theirs
+        else:
+            config.output.append(_tensor(pb.ModelOutput, theirs, tensor.data_type, tensor.rows.dims(limits)))
+            step.output_map[our] = theirs
+    return config
 
 
 def _taken(limits: EncoderLimits, parameters: Mapping[str, str]) -> dict[str, object]:

@@ -171,6 +171,7 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
                 fingerprint=digest,
                 fidelity=dict(checked.measures),
                 unverified=checked.refused,
+                aliases=[name] if (name := configs.alias(spec)) else [],
             )
             manifest.write(staging)
             configs.write(spec, staging / "_configs", checked.refused)

@@ -59,7 +59,8 @@ class ModelSpec:
         variants: precisions to export; `default_variant` is served under the plain name.
         trust_remote_code: run Python code that lies in the model's folder; never without this.
         on_demand: exported by `make export MODEL=name` alone, not by `make serve`.
-        prompts: what goes before a text, by the name that a request gives; embeddings alone. None: the model's own.
+        prompts: what goes before a text, by the name that a request gives; embeddings and ranking alone. True: the
+            model's own; False: it has none.
         source_lang: of translation, where a request names none and the model reads several; `target_lang` too.
         prefix: what goes before every source, as text; None: what the model's config says for the task.
         gates: thresholds by variant that replace the default ones (see `fidelity`).
@@ -77,7 +78,7 @@ class ModelSpec:
     limits: Limits
     on_demand: bool = False
     trust_remote_code: bool = False
-    prompts: Mapping[str, str] | None = None
+    prompts: Mapping[str, str] | bool = False
     source_lang: str = ""
     target_lang: str = ""
     prefix: str | None = None
@@ -105,6 +106,11 @@ class ModelSpec:
     def template(self) -> TemplateLimits | None:
         """The limits of a task in front of a generator; None for others."""
         return self.limits if isinstance(self.limits, TemplateLimits) else None
+
+    @property
+    def own_prompts(self) -> Mapping[str, str] | None:
+        """What the table says in place of the model's prompts; None: nothing."""
+        return None if isinstance(self.prompts, bool) else self.prompts
 
     @property
     def kind(self) -> Kind:
@@ -262,7 +268,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         limits=limits,
         on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
         trust_remote_code=_typed(f"{where}: trust_remote_code", table.get("trust_remote_code", False), bool),
-        prompts=_prompts(where, task, table.get("prompts")),
+        prompts=_prompts(where, task, table.get("prompts", False)),
         **_source_words(where, task, table),
         gates=gates,
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
@@ -343,13 +349,15 @@ def _source_words(where: str, task: str, table: Mapping[str, Any]) -> dict[str, 
     return given
 
 
-def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | None:
-    if table is None:
-        return None
+def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | bool:
+    if table is False:
+        return False
     if task not in PROMPT_TASKS:
         raise ModelsFileError(f"{where}: prompts are for {', '.join(PROMPT_TASKS)} alone, the task is {task}")
+    if table is True:
+        return True
     if not isinstance(table, dict):
-        raise ModelsFileError(f"{where} prompts must be a table, found {table!r}")
+        raise ModelsFileError(f"{where} prompts must be a table or true, found {table!r}")
     return {name: _typed(f"{where} prompts.{name}", text, str) for name, text in table.items()}
 
 

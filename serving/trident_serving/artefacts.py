@@ -36,6 +36,7 @@ class Manifest:
         fingerprint: digest of everything that the export depended on.
         fidelity: what the gate measured, by variant.
         unverified: variants that the gate refused and a person installed nevertheless, with the gate's reason.
+        aliases: more of the Triton models that a client calls: the default variant with other names of its tensors.
         format: of the artefact; 1 where none is written.
     """
 
@@ -46,7 +47,13 @@ class Manifest:
     fingerprint: str
     fidelity: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     unverified: dict[str, str] = field(default_factory=dict)
+    aliases: list[str] = field(default_factory=list)
     format: int = 1
+
+    @property
+    def called(self) -> list[str]:
+        """Every Triton model that a client calls, the default variant first."""
+        return [*self.public_models.values(), *self.aliases]
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a version folder."""

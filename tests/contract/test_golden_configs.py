@@ -37,7 +37,11 @@ KINDS = {
     "onnxruntime": (_encoder("text-classification", labels=3), "x_model"),
     "postprocess": (_encoder("text-classification", labels=3), "x_postprocess"),
     "ensemble_of_windows": (_encoder("question-answering", stride=64), "x"),
-    "ensemble_of_embeddings": (_encoder("feature-extraction", dimensions=8), "x"),
+    "ensemble_of_embeddings": (
+        _encoder("feature-extraction", dimensions=8, matryoshka=[4]) | {"prompts": True},
+        "x",
+    ),
+    "ensemble_of_lists": (_encoder("feature-extraction", dimensions=8), "x_texts"),
 }
 
 

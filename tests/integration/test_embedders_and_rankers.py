@@ -35,7 +35,7 @@ from transformers import (
 from tests import tiny_models
 from tests.conftest import post
 from trident_client import Client, InvalidRequestError, cli
-from trident_export import install, models_file
+from trident_export import add, install, models_file
 from trident_export.errors import ModelsFileError, UnsupportedModel
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -45,6 +45,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 2e-5
 TEXTS = ["cat", "The cat sat on the mat and looked at the RAIN", " two words\n", "a somewhat longer text " * 3]
 PROMPTS = {"query": "query: ", "passage": "the passage: "}
+# Models whose files have prompts, which their tables say.
+PROMPTED = ("last-token", "bidirectional", "older", "splade", "ranker", "answering-ranker")
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}<s>{{ m.content }}\n{% elif m.role == 'query' %}"
     "Query: {{ m.content }}\n{% elif m.role == 'document' %}Text: {{ m.content }}\n{% endif %}{% endfor %}Answer:"
@@ -115,6 +117,8 @@ def _make(folder: Path) -> dict[str, dict[str, Any]]:
         shared = {"max_tokens": 96, "buckets": [32], "threads": 1}
         source = {"path": str(folder / name)}
         tables[name] = {"task": task, "source": source, "variants": ["fp32"], "limits": shared | limits}
+        if name in PROMPTED:
+            tables[name]["prompts"] = True
         return folder / name
 
     def reader(path: Path, family: str, head: Any, **config: Any) -> Path:
@@ -238,8 +242,46 @@ def test_shorter_embeddings_are_beginnings_of_length_one(client: Client, folder:
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     with pytest.raises(InvalidRequestError, match="dimensions must be one of 8, 16, 24 .* found 12"):
         client.embed(TEXTS, model="bidirectional", dimensions=12)
-    with pytest.raises(InvalidRequestError, match="dimensions must be one of 20 "):
-        client.embed(TEXTS, model="layers", dimensions=10)
+
+
+def test_options_that_a_model_does_not_have_are_no_tensors_of_it(client: Client) -> None:
+    for options in ({"dimensions": 10}, {"prompt_name": "query"}):
+        (name,) = options
+        with pytest.raises(InvalidRequestError, match=f"unexpected inference input '{name}'"):
+            client.embed(TEXTS, model="layers", **options)  # type: ignore[arg-type]
+    with pytest.raises(
+        InvalidRequestError, match="prompt_name 'other' is not known to this model; known: document, query"
+    ):
+        client.embed(TEXTS, model="last-token", prompt_name="other")
+
+
+def test_a_table_says_whether_a_model_has_prompts(server: LocalServer, folder: Path, tmp_path: Path) -> None:
+    table = {"task": "feature-extraction", "variants": ["fp32"], "limits": {"dimensions": 32, "max_tokens": 96}}
+
+    def refused(name: str, **more: Any) -> str:
+        spec = models_file.parse("x", table | {"source": {"path": str(folder / name)}} | more)
+        with pytest.raises(ModelsFileError) as error:
+            install.export([spec], tmp_path, tmp_path, tmp_path, lambda message: None)
+        return str(error.value)
+
+    said = "[x] the model has prompts (query): set prompts = true, so that a request can name one, or prompts = {} to"
+    assert refused("last-token").startswith(said)
+    assert "prompts is true, and the model's files have none" in refused("hybrid", prompts=True)
+    proposed = {name: add.propose(folder / name, {"path": str(folder / name)}) for name in ("last-token", "layers")}
+    assert proposed["last-token"].table["prompts"] is True
+    assert "prompts" not in proposed["layers"].table
+    assert any(reason.startswith("prompts document, query: ") for reason in proposed["last-token"].reasons)
+
+
+def test_a_list_of_texts_by_the_names_of_other_clients(server: LocalServer, client: Client) -> None:
+    """As LiteLLM sends them."""
+    for name in ("bidirectional", "layers"):
+        given = {"name": "input_text", "shape": [len(TEXTS)], "datatype": "BYTES", "data": TEXTS}
+        status, text = post(f"{server.http_url}/v2/models/{name}_texts/infer", {"inputs": [given]})
+        (output,) = json.loads(text)["outputs"]
+        assert (status, output["name"]) == (200, "embedding")
+        expected = client.embed(TEXTS, model=name)
+        np.testing.assert_array_equal(np.array(output["data"], np.float32).reshape(output["shape"]), expected)
 
 
 @pytest.mark.parametrize(

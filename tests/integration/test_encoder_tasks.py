@@ -298,7 +298,7 @@ LONG = "the cat sat on the mat " * 60
             lambda c: c.embed("x", model="emb-xlm-roberta", prompt_name="doc"),
             "not known to this model; known: query, passage",
         ),
-        (lambda c: c.embed("x", model="emb-mpnet", prompt_name="doc"), "known: none"),
+        (lambda c: c.embed("x", model="emb-mpnet", prompt_name="doc"), "unexpected inference input 'prompt_name'"),
         (lambda c: c.rank("", ["a"], model="reranker"), "query is empty"),
         (
             lambda c: c.rank("a", ["b", LONG], model="reranker"),

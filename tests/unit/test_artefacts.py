@@ -13,7 +13,7 @@ from trident_serving.artefacts import FORMAT, Manifest
 # out, changes only this list; where a reader would misunderstand an older artefact, FORMAT is raised too.
 HELD = {
     2: {
-        "Manifest": "name task triton_models public_models fingerprint fidelity unverified format",
+        "Manifest": "name task triton_models public_models fingerprint fidelity unverified aliases format",
         "GenerationDefaults": (
             "prompt eos_token_ids max_length min_length num_beams length_penalty early_stopping repetition_penalty "
             "no_repeat_ngram_size bad_words forced_bos_token_id forced_eos_token_ids suppress_tokens "

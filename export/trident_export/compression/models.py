@@ -75,11 +75,12 @@ def table(spec: ModelSpec, name: str, folder: Path) -> str:
     limits = ", ".join(f"{key} = {_toml(value)}" for key, value in spec.as_dict()["limits"].items())
     chosen = [v for v in spec.variants if v in (spec.default_variant, "fp32")]
     variants = ", ".join(f'"{variant}"' for variant in chosen)
-    prompts = ", ".join(f"{key} = {json.dumps(text)}" for key, text in (spec.prompts or {}).items())
+    prompts = ", ".join(f"{key} = {json.dumps(text)}" for key, text in (spec.own_prompts or {}).items())
+    said = f"{{ {prompts} }}" if spec.own_prompts is not None else "true"
     return (
         f'[{name}]\ntask = "{spec.task}"\nsource = {{ path = "{folder.resolve()}" }}\nvariants = [{variants}]\n'
         f'default_variant = "{spec.default_variant}"\nlimits = {{ {limits} }}\n'
-    ) + (f"prompts = {{ {prompts} }}\n" if spec.prompts is not None else "")
+    ) + (f"prompts = {said}\n" if spec.prompts is not False else "")
 
 
 def _toml(value: object) -> str:

@@ -21,7 +21,7 @@ from trident_serving.encoders.tokens import read_texts
 from trident_serving.errors import InvalidRequest
 
 # Over HTTP the server reads numbers of JSON into an INT32 by their last 32 bits, and 2**32 + 8 would be 8.
-DIMENSIONS = Tensor("dimensions", "INT64", (1,))
+DIMENSIONS = Tensor("dimensions", "INT64", (1,), of="matryoshka")
 
 
 def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
@@ -73,6 +73,7 @@ TASK = EncoderTask(
     read=("pooled",),
     answer_options=(DIMENSIONS,),
     answers=(Tensor("embedding", "FP32", ("answered",)),),
+    alias={"input_text": "text_input", "embedding": "embedding"},  # LiteLLM's, which sends a list of texts as [n]
     answer_parameters={"matryoshka": "matryoshka"},
     preprocess=partial(read_texts, prompts=True),
     postprocess=_load,

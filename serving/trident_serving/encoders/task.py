@@ -29,11 +29,13 @@ class Tensor(NamedTuple):
     Attributes:
         data_type: Triton's, without TYPE_.
         shape: without the batch where the task batches; a word is the name of the limit that holds the size.
+        of: what a model must have to have this option: "prompts" or "matryoshka"; "": nothing.
     """
 
     name: str
     data_type: str
     shape: tuple[int | str, ...]
+    of: str = ""
 
     def dims(self, limits: object) -> list[int]:
         """The shape in numbers."""
@@ -52,7 +54,7 @@ SINGLE = (INPUT_IDS, ATTENTION_MASK)
 PAIR = (*SINGLE, TOKEN_TYPE_IDS)
 TEXT = Tensor("text_input", "STRING", (1,))
 TRUNCATE = Tensor("truncate", "BOOL", (1,))
-PROMPT_NAME = Tensor("prompt_name", "STRING", (1,))
+PROMPT_NAME = Tensor("prompt_name", "STRING", (1,), of="prompts")
 TOP_K = Tensor("top_k", "INT32", (1,))
 SCORE = Tensor("score", "FP32", (-1,))
 
@@ -74,6 +76,8 @@ class EncoderTask:
         read: names of what the postprocess stage reads, of all the above.
         answer_options: what a request may give to the postprocess stage.
         answers: what the ensemble gives.
+        alias: a text and an answer by the names that other clients fix, each with the name that it has here: those of
+            another ensemble, which does not batch; see `ALIAS`.
         batched: whether the batch of a request is that of the graph; a question may need several windows.
         parameters: of the tokenizer stage's config, and the limits that they come from.
         answer_parameters: of the postprocess stage's.
@@ -90,6 +94,7 @@ class EncoderTask:
     read: tuple[str, ...]
     answer_options: tuple[Tensor, ...] = ()
     answers: tuple[Tensor, ...]
+    alias: Mapping[str, str] = field(default_factory=dict)
     batched: bool = True
     parameters: Mapping[str, str] = field(default_factory=lambda: ENCODING)
     answer_parameters: Mapping[str, str] = field(default_factory=dict)

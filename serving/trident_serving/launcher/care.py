@@ -109,7 +109,7 @@ class Care:
         """The public models that failed with a stage; Triton does not load them again by itself."""
         manifests = artefacts.read_manifests(self._server.options.repository)
         owners = [manifest for manifest in manifests if model in manifest.triton_models]
-        public = {name for manifest in owners for name in manifest.public_models.values()}
+        public = {name for manifest in owners for name in manifest.called}
         return sorted((public & self._cleared) - {model})
 
     def _give_up(self, model: str, error: Exception) -> None:

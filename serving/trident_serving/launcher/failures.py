@@ -89,8 +89,8 @@ def find(index: Sequence[IndexEntry], wanted: Sequence[str], manifests: Sequence
         if own:
             # The stage that failed has a reason; the models that need it only wait.
             cause = next((name for name in own if name in known and known[name].reason), own[0])
-            missing = tuple(name for name in manifest.public_models.values() if name in own)
-            missing = missing or tuple(manifest.public_models.values())  # a stage that all variants need
+            missing = tuple(name for name in manifest.called if name in own)
+            missing = missing or tuple(manifest.called)  # a stage that all variants need
             failures.append(Failure(manifest.name, missing, cause, _reason(known.get(cause))))
     for name in broken:
         if name not in owners:

@@ -23,7 +23,7 @@ from trident_export.graphs.encoder import export_encoder_graph
 from trident_export.huggingface.folder import HuggingFaceFolder, reason
 from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.measure import fidelity
-from trident_export.models_file import ModelSpec
+from trident_export.models_file import PROMPT_TASKS, ModelSpec
 from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import track
 from trident_export.recipes import Kind
@@ -165,7 +165,7 @@ class EncoderExport(Generic[Limits]):
         source.check_head(self.head_of(source))
         _ = source.fast_tokenizer
         self._check_limits(spec, source)
-        source.roles(spec.prompts)
+        self._check_prompts(spec, source)
         self.settings(source)
 
     def trace(self, job: Job) -> None:
@@ -177,8 +177,10 @@ class EncoderExport(Generic[Limits]):
         )
         readers = (tokenizer, *([postprocess] if self.tokenizer_in_postprocess else []))
         for folder in readers:
-            save_tokenizer(source, spec.prompts, folder)
+            save_tokenizer(source, spec.own_prompts, folder)
         postprocess.mkdir(parents=True, exist_ok=True)
+        if name := configs.alias(spec):
+            (job.staging / name / VERSION).mkdir(parents=True)
         if (settings := self.settings(source)) is not None:
             settings.save(postprocess)
         job.graphs.mkdir()
@@ -256,6 +258,22 @@ class EncoderExport(Generic[Limits]):
             text = text[: found.offset_mapping[most][1]]
         made = self.far_sample(text, sample, source)
         return [] if made is None else [made]
+
+    def _check_prompts(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        """A table must say whether a request can name a prompt.
+
+        Raises:
+            ModelsFileError: it says something else than the model's files.
+        """
+        source.roles(spec.own_prompts)
+        own = source.sentence.prompts
+        if spec.prompts is True and not own:
+            raise ModelsFileError(f"[{spec.name}] prompts is true, and the model's files have none: leave it out")
+        if spec.prompts is False and spec.task in PROMPT_TASKS and (named := [name for name in own if own[name]]):
+            raise ModelsFileError(
+                f"[{spec.name}] the model has prompts ({', '.join(named)}): set prompts = true, so that a request can "
+                "name one, or prompts = {} to leave them out"
+            )
 
     def _check_limits(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
         """The limits of models.toml must be those of the model.

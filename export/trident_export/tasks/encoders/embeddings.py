@@ -118,7 +118,7 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
 
 
 def _default_prompt(spec: ModelSpec, source: HuggingFaceFolder) -> str:
-    roles = source.roles(spec.prompts)
+    roles = source.roles(spec.own_prompts)
     return roles.prompts[roles.default_prompt] if roles.default_prompt is not None else ""
 
 

@@ -98,7 +98,7 @@ class Ranking(Classification):
     def trace(self, job: Job) -> None:
         super().trace(job)
         if _answers(job.source):
-            parts = _parts(job.source, job.spec.prompts)
+            parts = _parts(job.source, job.spec.own_prompts)
             RankingTemplates(parts).save(job.staging / f"{job.spec.name}_tokenizer" / VERSION)
 
     def samples(self, texts: Sequence[str], source: HuggingFaceFolder) -> list[Texts]:
@@ -110,7 +110,7 @@ class Ranking(Classification):
         return None if _answers(source) else (sample[0], text)  # Hugging Face's side cuts no template
 
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
-        roles, tokenizer = source.roles(spec.prompts), source.tokenizer
+        roles, tokenizer = source.roles(spec.own_prompts), source.tokenizer
         prompt = roles.prompts[roles.default_prompt] if roles.default_prompt is not None else ""
         if not _answers(source):
             ask = super().reference(spec, source)
