@@ -145,12 +145,36 @@ def test_defaults_are_those_of_generate(original: Path, tmp_path: Path, name: st
 
 def test_what_is_not_applied_is_named(original: Path, tmp_path: Path) -> None:
     shutil.copytree(original, tmp_path / "source")
-    settings = {"num_beams": 3, "sequence_bias": [[[5], -2.0]], "do_sample": True, "top_p": 0.8, "temperature": 0.7}
+    settings = {"num_beams": 3, "sequence_bias": [[[5], -2.0]], "do_sample": True, "top_p": 0.8, "top_h": 0.4}
     change(tmp_path / "source" / "generation_config.json", **settings)
     source, model = written(tmp_path / "source", tmp_path / "1")
-    names = ["num_beams", "sequence_bias", "do_sample", "temperature", "top_p"]
-    assert texts.not_applied(source.generation_config) == names
+    assert texts.not_applied(source.generation_config) == ["num_beams", "sequence_bias", "top_h"]
     texts.check_generation(source, model, tmp_path / "1", LIMITS, ["Hello"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_k": 7},
+        {"top_p": 0.6, "repetition_penalty": 1.3},
+        {"min_p": 0.2, "top_k": 0},
+        {"typical_p": 0.5, "temperature": 2.0},
+    ],
+)
+def test_a_config_that_samples_gives_hugging_faces_chances(
+    original: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """And a folder without one of its settings is caught."""
+    shutil.copytree(original, tmp_path / "source")
+    change(tmp_path / "source" / "generation_config.json", do_sample=True, **settings)
+    source, model = written(tmp_path / "source", tmp_path / "1")
+    texts.check_generation(source, model, tmp_path / "1", LIMITS, ["Hello", "The rain in Spain"])
+    for name in settings:
+        if settings[name] or name == "top_k":
+            change(tmp_path / "1" / "generation_config.json", **settings | {name: 3 if name == "top_k" else None})
+            with pytest.raises(FidelityError, match="off Hugging Face's|as its own generate does not"):
+                texts.check_generation(source, model, tmp_path / "1", LIMITS, ["Hello", "The rain in Spain"])
 
 
 def test_a_tokenizer_that_transformers_reads_otherwise_than_it_is_written(original: Path, tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ from trident_serving.generation.request import RequestParser
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.detokenizer import Detokenizer
+from trident_serving.runtime.sampling.candidates import Candidates
 from trident_serving.runtime.sampling.defaults import GenerationDefaults
+from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.sampling.processors import filters, penalties
 from trident_serving.runtime.sampling.sampler import Sampler
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
@@ -55,6 +58,7 @@ EDGES = (
 CORPUS_TEXTS, CORPUS_CHARACTERS = 12, 200
 # Answers of `generate` that are compared, and their tokens and those of their prompts.
 ANSWERS, ANSWER_TOKENS, PROMPT_CHARACTERS = 4, 16, 60
+CHANCES = 1e-3  # a token's chance may be off by; float32, and a token that is as likely as the last one kept
 
 # Settings of a generation config that the runtime does not apply, with the values that are no settings.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
@@ -74,14 +78,15 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (None, 1.0),
     "encoder_no_repeat_ngram_size": (None, 0),
 }
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+# Of a config that samples, too.
+_SAMPLING_NOT_APPLIED = ("top_h", "epsilon_cutoff", "eta_cutoff")
 
 
 def not_applied(config: GenerationConfig) -> list[str]:
     """Settings of a generation config that a request which is silent does not get."""
     found = [name for name, harmless in _NOT_APPLIED.items() if getattr(config, name, None) not in harmless]
     if config.do_sample:
-        found += ["do_sample", *(name for name in _SAMPLING if getattr(config, name, None) is not None)]
+        found += [name for name in _SAMPLING_NOT_APPLIED if getattr(config, name, None)]
     return found
 
 
@@ -245,9 +250,12 @@ def check_generation(
             continue  # longer than a small context
         length = min(ANSWER_TOKENS, request.sampling.max_tokens)
         tokens, logits = _generated(model, request.prompt_ids, length)
-        params = dataclasses.replace(
+        sampled = dataclasses.replace(
             request.sampling, max_tokens=length, min_tokens=min(request.sampling.min_tokens, length)
         )
+        if not sampled.greedy:
+            _check_chances(model, request.prompt_ids, sampled, ends)
+        params = dataclasses.replace(sampled, temperature=0.0)
         sampler = Sampler.causal(params, request.prompt_ids, ends)
         found: list[int] = []
         for scores in logits:
@@ -261,20 +269,47 @@ def check_generation(
             )
 
 
+def _check_chances(model: PreTrainedModel, prompt: Sequence[int], params: SamplingParams, ends: frozenset[int]) -> None:
+    """Each token's chance to be drawn, against `generate`, behind an answer that it draws.
+
+    Raises:
+        FidelityError: some token has another chance.
+    """
+    torch.manual_seed(0)
+    given = _generate(model, prompt, params.max_tokens, do_sample=True, output_scores=True)
+    processors = [*penalties(params, len(prompt), ends), *filters(params)]
+    for index, (logits, scores) in enumerate(zip(given.logits, given.scores, strict=True)):
+        expected = torch.softmax(scores[0].double(), -1).numpy()
+        candidates = Candidates(logits[0].float().numpy())
+        for process in processors:
+            process(given.sequences[0, : len(prompt) + index].numpy(), candidates)
+        found = np.zeros_like(expected)
+        found[slice(None) if candidates.ids is None else candidates.ids] = candidates.weights / candidates.weights.sum()
+        if (largest := float(np.abs(found - expected).max())) > CHANCES:
+            raise FidelityError(
+                f"the model's generation config samples, and the chance of a token is {largest:.4f} off Hugging Face's"
+            )
+
+
 def _generated(model: PreTrainedModel, prompt: Sequence[int], length: int) -> tuple[list[int], list[Any]]:
-    """Tokens of Hugging Face's `generate`, and the logits that it chose each of."""
+    """Greedy tokens of Hugging Face's `generate`, and the logits that it chose each of."""
+    given = _generate(model, prompt, length, do_sample=False)
+    tokens: list[int] = given.sequences[0, len(prompt) :].tolist()
+    return tokens, [scores[0].float().numpy() for scores in given.logits]
+
+
+def _generate(model: PreTrainedModel, prompt: Sequence[int], length: int, **options: bool) -> Any:
     off: dict[str, Any] = {name: harmless[-1] for name, harmless in _NOT_APPLIED.items() if name != "max_new_tokens"}
-    given = model.generate(
+    off |= dict.fromkeys(_SAMPLING_NOT_APPLIED)
+    return model.generate(
         torch.tensor([list(prompt)]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         **{name: value for name, value in off.items() if getattr(model.generation_config, name, None) != value},
-        do_sample=False,
         max_new_tokens=length,
         return_dict_in_generate=True,
         output_logits=True,
+        **options,
     )
-    tokens: list[int] = given.sequences[0, len(prompt) :].tolist()
-    return tokens, [scores[0].float().numpy() for scores in given.logits]
 
 
 def _ids(value: int | list[int] | None) -> frozenset[int]:
