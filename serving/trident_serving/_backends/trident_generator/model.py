@@ -69,7 +69,8 @@ class Channel(adapter.Responder):
         if chunk.prompt_log_probs:
             tensors["prompt_log_probs"] = np.array([token.chosen for token in chunk.prompt_log_probs], np.float32)
             tensors |= likeliest("prompt", chunk.prompt_log_probs)
-        return {name: tensor[None] for name, tensor in tensors.items()}
+        # Texts are [answers], without the batch, as the TensorRT-LLM backend sends them: LlamaIndex iterates over them.
+        return {name: tensor if name == "text_output" else tensor[None] for name, tensor in tensors.items()}
 
     def is_last(self, chunk):
         return chunk.final
