@@ -114,6 +114,12 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "modernbert": {"global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": END},
     "modernbert-decoder": {"global_attn_every_n_layers": 2, "cls_token_id": 0, "sep_token_id": END},
     "longformer": {"sep_token_id": END},
@@ -151,6 +157,10 @@ TYPES: tuple[str, ...] = tuple(
 )
 
 
+class NotBuilt(Exception):
+    """Transformers makes no model of the sizes here."""
+
+
 def tiny(name: str) -> Any:
     """A configuration of a type with small sizes."""
     kind = CONFIG_MAPPING[name]
@@ -179,9 +189,11 @@ def check_encoder(name: str) -> str:
 
     Raises:
         ExportError: every head is refused.
+        NotBuilt: the first head can't be built, and no other is served.
     """
     config = tiny(name)
-    served, refused = 0, []
+    served = 0
+    refused: list[tuple[str, Exception]] = []
     for task, (head, outputs) in HEADS.items():
         if task == "feature-extraction" and config.is_encoder_decoder:
             head = AutoModelForTextEncoding
@@ -191,7 +203,7 @@ def check_encoder(name: str) -> str:
             if said := check_head(tiny(name), head, outputs):
                 return f"{task}: {said}"
             served += 1
-        except ExportError as error:
+        except (ExportError, NotBuilt) as error:
             refused.append((task, error))
     if refused and not served:
         raise refused[0][1]
@@ -207,13 +219,17 @@ def check_head(config: Any, head: Any, outputs: tuple[str, ...]) -> str:
 
     Raises:
         ExportError: it is refused.
+        NotBuilt: transformers makes no such model.
     """
     torch.manual_seed(0)
     config._attn_implementation = "eager"
     kinds = head._model_mapping[type(config)]
     config.architectures = [(kinds[0] if isinstance(kinds, tuple) else kinds).__name__]
     with tempfile.TemporaryDirectory() as folder:
-        model = head.from_config(config).eval()
+        try:
+            model = head.from_config(config).eval()
+        except Exception as error:
+            raise NotBuilt(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
@@ -296,9 +312,6 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="w1", eos_token="w2", unk_token="w3", model_input_names=names
     )
-
-
-KINDS = {"Encoders": (TYPES, check_encoder)}
 
 
 def main() -> None:

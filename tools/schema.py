@@ -33,7 +33,7 @@ Written by `make schema` from `trident_serving.schema.fields`: change that, not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 

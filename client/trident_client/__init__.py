@@ -30,6 +30,8 @@ from trident_client._types import (
     ModelStatus,
     Ranked,
     SparseVector,
+    TextPart,
+    ToolCall,
     Translation,
 )
 
@@ -53,6 +55,8 @@ __all__ = [
     "Ranked",
     "ServerError",
     "SparseVector",
+    "TextPart",
+    "ToolCall",
     "Translation",
     "TranslationOptions",
     "TridentError",

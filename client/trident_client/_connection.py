@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from trident_client import _admin_key, _wire
 from trident_client import _protocol as pb
 from trident_client._errors import ForbiddenError, NotFoundError, UnavailableError, translated
+from trident_client._sending import send_all
 from trident_client._types import Health, ModelStatus
 
 if TYPE_CHECKING:
@@ -237,19 +238,15 @@ class Connection:
     def _infer(
         self, model: str, requests: Sequence[Mapping[str, NDArray[Any]]], timeout: float | None
     ) -> list[dict[str, NDArray[Any]]]:
-        deadline = self._deadline(timeout)
+        def start(index: int, seconds: float | None) -> Any:
+            request = _wire.build_request(model, requests[index])
+            if seconds is not None:
+                request.parameters["timeout"].int64_param = max(int(seconds * 1e6), 1)
+            return self._stub.ModelInfer.future(request, timeout=seconds)
+
         with translated():
-            calls = []
-            for inputs in requests:
-                request = _wire.build_request(model, inputs)
-                if deadline is not None:
-                    request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)
-                calls.append(self._stub.ModelInfer.future(request, timeout=deadline))
-            try:
-                return [_wire.parse_response(call.result()) for call in calls]
-            finally:
-                for call in calls:
-                    call.cancel()
+            responses = send_all(start, len(requests), self._deadline(timeout))
+        return [_wire.parse_response(response) for response in responses]
 
 
 def channel_options(url: str) -> list[tuple[str, int]]:

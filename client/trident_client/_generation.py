@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from trident_client import _wire
 from trident_client._connection import Connection
 from trident_client._errors import InvalidRequestError, TridentError, from_named_code, translated
 from trident_client._options import GENERATION, GenerationOptions
-from trident_client._types import Generation, GenerationChunk, Message
+from trident_client._types import Generation, GenerationChunk, Message, ToolCall
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,7 +119,10 @@ class GenerationCalls(Connection):
         stream: bool = False,
         n: int = 1,
     ) -> Iterator[GenerationChunk]:
-        field, text = ("text_input", prompt) if isinstance(prompt, str) else ("messages", json.dumps(list(prompt)))
+        if isinstance(prompt, str):
+            field, text = "text_input", prompt
+        else:
+            field, text = "messages", _wire.as_json("messages", list(prompt))
         inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None], "stream": np.array([[stream]])}
         inputs |= _wire.options(options, GENERATION)
         if n != 1:
@@ -177,6 +181,8 @@ def _chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
                 top_log_probs=top[own],
                 prompt_log_probs=tuple(outputs.get("prompt_log_probs", np.empty(0)).reshape(-1).tolist()),
                 prompt_top_log_probs=_likeliest(outputs, "prompt"),
+                reasoning=_text(outputs, "reasoning", index),
+                tool_calls=_calls(_text(outputs, "tool_calls", index)),
             )
         )
     return found
@@ -191,6 +197,29 @@ def _likeliest(outputs: dict[str, NDArray[Any]], name: str) -> tuple[tuple[tuple
     return tuple(tuple(zip(*pair, strict=True)) for pair in pairs)
 
 
+def _text(outputs: dict[str, NDArray[Any]], name: str, index: int) -> str:
+    """A text of one of a response's answers; "" where there is none."""
+    text: str = outputs[name].reshape(-1)[index].decode("utf-8") if name in outputs else ""
+    return text
+
+
+def _calls(text: str) -> tuple[ToolCall, ...]:
+    """The `tool_calls` of an answer."""
+    return tuple(
+        ToolCall(call["index"], call.get("id", ""), call["function"].get("name", ""), call["function"]["arguments"])
+        for call in json.loads(text or "[]")
+    )
+
+
+def _joined_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    """Calls whose parts came one after the other."""
+    found: dict[int, ToolCall] = {}
+    for call in calls:
+        begun = found.get(call.index)
+        found[call.index] = call if begun is None else replace(begun, arguments=begun.arguments + call.arguments)
+    return tuple(found.values())
+
+
 def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
     every = list(chunks)
     last = every[-1]
@@ -201,6 +230,8 @@ def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
         num_output_tokens=last.num_output_tokens,
         log_probs=tuple(value for chunk in every for value in chunk.log_probs),
         top_log_probs=tuple(value for chunk in every for value in chunk.top_log_probs),
+        reasoning="".join(chunk.reasoning for chunk in every),
+        tool_calls=_joined_calls(call for chunk in every for call in chunk.tool_calls),
         prompt_log_probs=every[0].prompt_log_probs,
         prompt_top_log_probs=every[0].prompt_top_log_probs,
     )

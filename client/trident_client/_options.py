@@ -7,7 +7,7 @@ Written by `make schema` from `trident_serving.schema.fields`: change that, not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -61,6 +61,12 @@ class GenerationOptions(TypedDict, total=False):
         guided_regex: a regular expression that the whole answer matches.
         guided_choice: texts of which the answer is one.
         guided_grammar: a grammar that the answer follows: Lark, or GBNF where it has ::=.
+        tools: functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments.
+        tool_choice: whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON.
+        documents: texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`.
+        chat_template_kwargs: options of the model's chat template, a JSON object, such as `enable_thinking`.
+        return_reasoning: give the model's reasoning apart from the text of its answer (default false).
+        split_special_tokens: read special tokens in contents, documents and tools as ordinary text; false: as Hugging Face reads a prompt (default true).
     """
 
     max_tokens: int | None
@@ -89,6 +95,12 @@ class GenerationOptions(TypedDict, total=False):
     guided_regex: str | None
     guided_choice: list[str] | None
     guided_grammar: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    return_reasoning: bool | None
+    split_special_tokens: bool | None
 
 
 GENERATION: dict[str, Option] = {
@@ -166,6 +178,32 @@ GENERATION: dict[str, Option] = {
     "guided_regex": Option("BYTES", "a regular expression that the whole answer matches", flag=False),
     "guided_choice": Option("BYTES", "texts of which the answer is one", many=True, flag=False),
     "guided_grammar": Option("BYTES", "a grammar that the answer follows: Lark, or GBNF where it has ::=", flag=False),
+    "tools": Option(
+        "BYTES",
+        "functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments",
+        flag=False,
+    ),
+    "tool_choice": Option(
+        "BYTES",
+        "whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON",
+        flag=False,
+    ),
+    "documents": Option(
+        "BYTES",
+        "texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`",
+        flag=False,
+    ),
+    "chat_template_kwargs": Option(
+        "BYTES", "options of the model's chat template, a JSON object, such as `enable_thinking`", flag=False
+    ),
+    "return_reasoning": Option(
+        "BOOL", "give the model's reasoning apart from the text of its answer (default false)", flag=False
+    ),
+    "split_special_tokens": Option(
+        "BOOL",
+        "read special tokens in contents, documents and tools as ordinary text; false: as Hugging Face reads a prompt (default true)",
+        flag=False,
+    ),
 }
 
 

@@ -78,6 +78,9 @@ class AnswerOptions(TypedDict, total=False):
     timeout: float | None
 
 
+QUESTIONS = 32  # in one request
+
+
 class TaskCalls(Connection):
     """Calls of every task but generation."""
 
@@ -104,12 +107,12 @@ class TaskCalls(Connection):
 
         Raises:
             TridentError: see its subclasses.
-            ValueError: `dimensions` is no number of 32 bits, or a text is no text.
+            ValueError: `dimensions` is no number of 64 bits, or a text is no text.
         """
         batch = [texts] if isinstance(texts, str) else texts
         options = _prompted(prompt_name)
         if dimensions is not None:
-            options["dimensions"] = _wire.scalar("dimensions", dimensions, np.int32)
+            options["dimensions"] = _wire.scalar("dimensions", dimensions, np.int64)
         model = model or self._only_model("feature-extraction", timeout)
         responses = self._rows(model, {"text_input": batch}, truncate, batch_size, timeout, options)
         if not responses:
@@ -296,6 +299,8 @@ class TaskCalls(Connection):
     ) -> list[Answer] | list[list[Answer]]:
         """The answers that a context holds, the best first; one list for a single question.
 
+        Many questions go out in requests of 32.
+
         Args:
             question: one, or several to be answered from one context or from one each.
             top_k: answers to a question.
@@ -305,20 +310,26 @@ class TaskCalls(Connection):
         Raises:
             TridentError: see its subclasses.
         """
-        inputs: dict[str, NDArray[Any]] = {
-            "question": _wire.texts([question] if isinstance(question, str) else list(question)),
-            "context": _wire.texts([context] if isinstance(context, str) else list(context)),
-            "top_k": _wire.scalar("top_k", top_k, np.int32),
-        }
+        questions = [question] if isinstance(question, str) else list(question)
+        options = {"top_k": _wire.scalar("top_k", top_k, np.int32)}
         if max_answer_len is not None:
-            inputs["max_answer_len"] = _wire.scalar("max_answer_len", max_answer_len, np.int32)
+            options["max_answer_len"] = _wire.scalar("max_answer_len", max_answer_len, np.int32)
         if handle_impossible_answer is not None:
-            inputs["handle_impossible_answer"] = np.array([handle_impossible_answer])
-        (outputs,) = self._infer(model or self._only_model("question-answering", timeout), [inputs], timeout)
-        shape = outputs["answer"].shape
-        outputs["no_answer_score"] = np.broadcast_to(outputs["no_answer_score"][:, None], shape)
-        names = ("answer", "score", "start", "end", "no_answer_score")
-        found = [_records(Answer, row) for row in _split(outputs, names)]
+            options["handle_impossible_answer"] = np.array([handle_impossible_answer])
+        contexts = [context] if isinstance(context, str) else list(context)
+        if len(contexts) not in (1, len(questions)):
+            raise ValueError(f"give one context, or one for each question, found {len(contexts)} and {len(questions)}")
+        requests = []
+        for start in range(0, len(questions), QUESTIONS):
+            part = slice(start, start + QUESTIONS)
+            read = contexts if len(contexts) == 1 else contexts[part]
+            requests.append({"question": _wire.texts(questions[part]), "context": _wire.texts(read), **options})
+        found = []
+        for outputs in self._infer(model or self._only_model("question-answering", timeout), requests, timeout):
+            shape = outputs["answer"].shape
+            outputs["no_answer_score"] = np.broadcast_to(outputs["no_answer_score"][:, None], shape)
+            names = ("answer", "score", "start", "end", "no_answer_score")
+            found += [_records(Answer, row) for row in _split(outputs, names)]
         return found[0] if isinstance(question, str) else found
 
     def rank(
@@ -392,7 +403,9 @@ class TaskCalls(Connection):
         timeout: float | None = None,
         **options: Unpack[TranslationOptions],
     ) -> Translation | list[Translation]:
-        """Each text in another language; one answer for a single text. Many texts are sent at once.
+        """Each text in another language; one answer for a single text.
+
+        Many texts are sent 16 at a time. One that finds the server's queue full is sent again, within its `timeout`.
 
         Args:
             texts: one text or several.

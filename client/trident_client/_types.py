@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
-class Message(TypedDict):
-    """One message of a conversation; roles are the chat template's, usually `system`, `user`, `assistant`."""
+class TextPart(TypedDict):
+    """A part of a message's content; its type is "text"."""
 
+    type: str
+    text: str
+
+
+class _Role(TypedDict):
     role: str
-    content: str
+
+
+class Message(_Role, total=False):
+    """One message of a conversation; roles are the chat template's, usually `system`, `user`, `assistant`, `tool`.
+
+    Attributes:
+        content: a text, a list of text parts, or None for a message of the assistant that calls tools.
+        name: of who speaks, where the template shows it.
+        reasoning_content: the assistant's thoughts.
+        tool_calls: that the assistant made, as chat APIs have them; `Generation.message` gives them so.
+        tool_call_id: of a message of role `tool`: the call whose result it is.
+    """
+
+    content: str | Sequence[TextPart] | None
+    name: str
+    reasoning_content: str | None
+    tool_calls: Sequence[Mapping[str, Any]] | None
+    tool_call_id: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool, or, in a stream, more of one.
+
+    Attributes:
+        index: of the call in the answer, from 0.
+        id: of the call, to which a message of role `tool` answers; "" in a stream where the call goes on.
+        name: of the tool; "" in a stream where the call goes on.
+        arguments: as JSON text, or more of it. A model may write JSON that is none.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+    def parsed(self) -> Any:
+        """The arguments.
+
+        Raises:
+            ValueError: they are no JSON.
+        """
+        return json.loads(self.arguments)
 
 
 @dataclass(frozen=True)
@@ -25,6 +74,8 @@ class GenerationChunk:
         log_probs: log-probabilities of the new tokens; () unless `return_log_probs` asks for them.
         top_log_probs: for each new token the likeliest tokens, as (id, log-probability); () unless `top_logprobs`
             asks for them.
+        reasoning: the model's, where `return_reasoning` asks for it.
+        tool_calls: calls of the request's `tools`; in a stream, what is new of them.
         prompt_log_probs: log-probabilities of the prompt's tokens but the first, in the first chunk; () unless
             `prompt_logprobs` asks for them.
         prompt_top_log_probs: the likeliest tokens at each of them.
@@ -36,6 +87,8 @@ class GenerationChunk:
     num_output_tokens: int
     log_probs: tuple[float, ...] = ()
     top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
     prompt_log_probs: tuple[float, ...] = ()
     prompt_top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
@@ -134,6 +187,20 @@ class Ranked:
 @dataclass(frozen=True)
 class Generation(GenerationChunk):
     """A complete answer: one chunk that holds all of it."""
+
+    @property
+    def message(self) -> Message:
+        """The answer as a message of the assistant, for the conversation to go on with."""
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["content"] = self.text or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        return message
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def options(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, 
         if value is None or (option.many and not value):
             continue
         if option.dtype == "BYTES":
-            values = list(value) if option.many else [value if isinstance(value, str) else _json(name, value)]
+            values = list(value) if option.many else [value if isinstance(value, str) else as_json(name, value)]
             tensors[name] = texts(values)[None]
         elif option.many:
             tensors[name] = np.concatenate([scalar(name, each, _DTYPES[option.dtype]) for each in value])[None]
@@ -76,11 +76,16 @@ def options(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, 
     return tensors
 
 
-def _json(name: str, value: object) -> str:
+def as_json(name: str, value: Any) -> str:
+    """A value as JSON.
+
+    Raises:
+        ValueError: something in it has no form in JSON.
+    """
     try:
-        return json.dumps(dict(value) if isinstance(value, Mapping) else value)
-    except TypeError as error:
-        raise ValueError(f"{name} can't be written as JSON: {error}") from None
+        return json.dumps(dict(value) if isinstance(value, Mapping) else value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} has no form in JSON: {error}") from None
 
 
 def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:

@@ -146,7 +146,10 @@ def _print_stream(client: Client, options: argparse.Namespace, prompt: Any) -> i
             print(chunk.text, end="", flush=True)
     if options.json:
         result = dataclasses.asdict(chunks[-1]) | {"text": "".join(chunk.text for chunk in chunks)}
-        result = {name: value for name, value in result.items() if not name.endswith("log_probs")}
+        unasked = ("reasoning", "tool_calls")
+        result = {
+            name: value for name, value in result.items() if not name.endswith("log_probs") and name not in unasked
+        }
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()

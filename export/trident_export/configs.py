@@ -150,6 +150,8 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
         ("prompt_log_probs", "FP32", [-1]),
         ("prompt_top_token_ids", "INT32", [-1, -1]),
         ("prompt_top_log_probs", "FP32", [-1, -1]),
+        ("reasoning", "STRING", [-1]),
+        ("tool_calls", "STRING", [-1]),
     ]
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
     _set_parameters(config, asdict(limits))

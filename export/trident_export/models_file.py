@@ -287,6 +287,7 @@ def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:
         "max_tokens",
         "max_waiting",
         "timeout",
+        "chat_template_kwargs",
         "source_lang",
         "target_lang",
         "on_demand",
@@ -303,13 +304,15 @@ def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:
     numbers = {
         key: _integer(f"{where}: {key}", table[key]) for key in ("max_tokens", "max_waiting", "timeout") if key in table
     }
+    options = {key: table[key] for key in ("chat_template_kwargs",) if key in table}
+    limits = _read(where, TemplateLimits, {**texts, **numbers, **options})
     return ModelSpec(
         name=name,
         task=task,
         source=Source(),
         variants=(TEMPLATE_VARIANT,),
         default_variant=TEMPLATE_VARIANT,
-        limits=TemplateLimits(generator=texts["generator"], template=texts["template"], **numbers),
+        limits=limits,
         on_demand=_typed(f"{where}: on_demand", table.get("on_demand", False), bool),
         **{key: _typed(f"{where}: {key}", table[key], str) for key in ("source_lang", "target_lang") if key in table},
     )

@@ -150,7 +150,10 @@ class TemplateTask:
             "messages": encode_texts([message])[None],
             "max_tokens": np.array([[_MAX_TOKENS.read(inputs, self.limits.max_tokens)]], np.int32),
             "return_log_probs": np.array([[True]]),
+            "return_reasoning": np.array([[True]]),  # so that it is no part of the answer
         }
+        if self.limits.chat_template_kwargs.values:
+            tensors["chat_template_kwargs"] = encode_texts([self.limits.chat_template_kwargs])[None]
         for field in TEMPLATE:
             if field is not _MAX_TOKENS and field.name in inputs:
                 tensors[field.name] = inputs[field.name].reshape(1, -1)

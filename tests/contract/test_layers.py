@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 SERVING: tuple[tuple[str, ...], ...] = (
     ("errors", "artefacts"),
     ("text",),
+    ("chat",),
     ("schema",),
     ("runtime",),
     ("generation", "seq2seq", "encoders"),

@@ -284,6 +284,23 @@ def test_a_list_of_texts_by_the_names_of_other_clients(server: LocalServer, clie
         np.testing.assert_array_equal(np.array(output["data"], np.float32).reshape(output["shape"]), expected)
 
 
+@pytest.mark.parametrize(
+    ("size", "code", "said"),
+    [
+        (8, 200, '"shape":[1,8]'),
+        (2**32 + 8, 400, "dimensions must be one of 8, 16, 24 for all texts of a request, found 4294967304"),
+        (2**64 + 8, 500, "Unable to parse 'data'"),  # tritonserver's own answer, before any model is asked
+        (float("nan"), 500, "Unable to parse 'data'"),
+        (8.5, 500, "Unable to parse 'data'"),
+    ],
+)
+def test_a_size_in_json_is_not_wrapped_around(server: LocalServer, size: float, code: int, said: str) -> None:
+    text = {"name": "text_input", "shape": [1, 1], "datatype": "BYTES", "data": ["a cat"]}
+    asked = {"name": "dimensions", "shape": [1, 1], "datatype": "INT64", "data": [size]}
+    status, answer = post(f"{server.http_url}/v2/models/bidirectional/infer", {"inputs": [text, asked]})
+    assert (status, said in answer) == (code, True), answer
+
+
 @pytest.mark.parametrize(("name", "prompt"), [("splade", None), ("splade", "query"), ("splade-sum", None)])
 def test_sparse_embeddings_are_those_of_sentence_transformers(
     client: Client, folder: Path, name: str, prompt: str | None

@@ -1,4 +1,4 @@
-"""What pip installs from a wheel: the server in an empty environment, and only the client in many.
+"""What is installed from a wheel: the server in an empty environment, and only the client in many.
 
 The wheel is built from the files of the checkout; the environments get only it and the package index. One server
 answers all tests: the installed one, started with proxies in its environment that do not exist.
@@ -26,7 +26,7 @@ import torch
 from packaging.requirements import Requirement
 from transformers import AutoModel, AutoTokenizer
 
-from tests import tiny_models
+from tests import environments, tiny_models
 from tests.conftest import ROOT, post
 from tests.integration.test_architectures import hugging_face
 from tests.integration.test_launcher import children
@@ -128,20 +128,10 @@ def expected(repository: Path, folder: Path) -> dict[str, Any]:
     return {"text": text, "vectors": np.stack([(mean / mean.norm()).numpy() for mean in means])}
 
 
-def environment(python: str | Path, folder: Path) -> Path:
-    """An empty virtual environment; its interpreter."""
-    run(python, "-m", "venv", folder)
-    return folder / "bin/python"
-
-
-def pip_install(python: Path, *requirements: str) -> None:
-    run(python, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade", *requirements, env=stranger())
-
-
 @pytest.fixture(scope="module")
 def programs(wheel: Path, folder: Path) -> Path:
-    python = environment(sys.executable, folder / "served")
-    pip_install(python, f"{wheel}[serve]")
+    python = environments.make(sys.executable, folder / "served")
+    environments.install(python, f"{wheel}[serve]")
     return python.parent
 
 
@@ -250,10 +240,10 @@ def test_only_the_client(
     found = interpreter(version)
     if found is None:
         pytest.skip(f"this machine has no Python {version} with venv and pip")
-    python = environment(found, tmp_path / "client")
+    python = environments.make(found, tmp_path / "client")
     for kind in CLIENTS[version]:
         pins = {"oldest": oldest(wheel), "protobuf 5": PROTOBUF_5, "newest": ["grpcio", "numpy", "protobuf"]}[kind]
-        pip_install(python, str(wheel), *pins)
+        environments.install(python, str(wheel), *pins)
         words = [f"127.0.0.1:{server[1]}", PROMPT, str(TOKENS), json.dumps(TEXTS)]
         # Old packages use what newer Pythons call deprecated; any other warning is ours.
         flags = ["-W", "error", "-W", "ignore::DeprecationWarning"]

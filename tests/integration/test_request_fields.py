@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests import tiny_models
 from tests.conftest import post, triton_request
 from tests.integration.test_bad_requests import raw_stream
-from trident_client import Client, InvalidRequestError, _wire
+from trident_client import Client, DeadlineExceededError, InvalidRequestError, _wire
 from trident_export import install, models_file
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -29,6 +29,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = "the cat sat on"
 TURN = "<|turn|>"
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 7, "top_p": 0.9}
 SCHEMA = {
     "type": "object",
@@ -48,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fields") / "m"
     tokenizer = tiny_models.byte_level_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
+    tokenizer.chat_template = CHAT
     config = tiny_models.causal_config("llama", 128)
     config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
@@ -77,9 +81,14 @@ def tokenizer(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """The model, and the same graph with a generation config that samples."""
+    """The model, a task in front of it, and the same graph with a generation config that samples."""
     root = tmp_path_factory.mktemp("fields-server")
-    (root / "models.toml").write_text(tiny_models.models_toml({"m": tiny_models.causal_entry(folder, slots=8)}))
+    template = 'template = "To {{ target_lang }}: {{ text_input }}"\ntarget_lang = "English"\n'
+    entries = {
+        "m": tiny_models.causal_entry(folder, slots=8, max_waiting=4),
+        "tr": f'task = "translation"\ngenerator = "m"\n{template}',
+    }
+    (root / "models.toml").write_text(tiny_models.models_toml(entries))
     install.export(models_file.load(root / "models.toml"), root / "repository", root, root / "cache", lambda line: None)
     sampling = root / "repository" / "sampling"
     shutil.copytree(root / "repository" / "m", sampling)
@@ -373,3 +382,15 @@ def test_guides_of_tensorrt_llm(server: LocalServer) -> None:
     url = f"{server.http_url}/v2/models/m/generate"
     _, text = post(url, {"text_input": PROMPT, "max_tokens": 90, "guided_decoding_guide_type": "json"})
     assert json.loads(text)["text_output"][:1] in ("{", "[")
+
+
+def test_more_texts_than_the_queue_takes(client: Client) -> None:
+    """In order, each the answer that it has alone; one that waits for too long fails, and the others with it."""
+    texts = [f"text {index}" for index in range(60)]
+    found = client.translate(texts, model="tr", max_tokens=12)
+    assert len(found) == 60
+    for index in (0, 17, 59):
+        assert found[index] == client.translate(texts[index], model="tr", max_tokens=12)
+    with pytest.raises(DeadlineExceededError):
+        client.translate(texts, model="tr", max_tokens=60, timeout=0.005)
+    assert client.translate([], model="tr") == []

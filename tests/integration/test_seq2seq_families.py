@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig
 
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs.seq2seq import export_encoder
+from trident_export.huggingface.folder import HuggingFaceFolder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -26,6 +27,7 @@ def test_every_token_is_that_of_generate(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(families_seq2seq, "BEAMS", (2,))
     monkeypatch.setattr(families_seq2seq, "LENGTHS", (5, 64))
     monkeypatch.setattr(families_seq2seq, "TOKENS", 12)
+    monkeypatch.setitem(families_seq2seq.SIZES, "num_experts", 2)
     assert families_seq2seq.check(name) == ""
 
 
@@ -43,3 +45,9 @@ def test_experts_that_transformers_itself_runs_wrongly_are_refused(tmp_path: Pat
     assert ran == [0, 1]
     with pytest.raises(UnsupportedArchitecture, match="runs the first two experts of an NLLB mixture for every token"):
         export_encoder(model, tmp_path / "encoder.onnx")
+
+
+@pytest.mark.parametrize("name", ["led", "t5gemma"])
+def test_the_longest_source_is_what_the_encoder_has_positions_for(tmp_path: Path, name: str) -> None:
+    families_seq2seq.tiny(name).save_pretrained(tmp_path)
+    assert HuggingFaceFolder(tmp_path).longest_input == families_seq2seq.CONTEXT

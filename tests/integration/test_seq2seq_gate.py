@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from transformers import AutoModelForSeq2SeqLM, MarianConfig, MarianMTModel, MarianTokenizer
 
 from tests import tiny_models
@@ -17,7 +20,7 @@ from trident_export import corpora, models_file, tasks
 from trident_export.errors import FidelityError
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.seq2seq import task_generation_config
-from trident_export.measure import seq2seq_texts
+from trident_export.measure import fidelity, seq2seq_texts
 from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import VERSION
 from trident_serving.seq2seq.source import SourceText
@@ -134,3 +137,35 @@ def test_marian_with_a_vocabulary_for_each_side(tmp_path: Path) -> None:
     answer = words(text_target="The quick brown fox").input_ids
     assert served.decode(answer) == words.decode(answer, skip_special_tokens=True)
     assert words(text_target="The quick brown fox").input_ids != words("The quick brown fox").input_ids
+
+
+@pytest.fixture(scope="module")
+def built_bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bart-gate")
+    folder = tiny_models.make_seq2seq(root / "hf", "bart", 3)
+    tasks.build(tasks.Job(bart(folder), HuggingFaceFolder(folder), root / "root", lambda message: None))
+    return root
+
+
+def bart(folder: Path) -> ModelSpec:
+    limits = LIMITS | {"max_source_tokens": 120, "max_target_tokens": 110}
+    table = {"task": "summarization", "source": {"path": str(folder)}, "variants": ["fp32"], "limits": limits}
+    return models_file.parse("m", table)
+
+
+@pytest.mark.parametrize("graph", ["encoder.onnx", "decoder.onnx"])
+def test_a_table_of_positions_is_compared_to_its_end(built_bart: Path, tmp_path: Path, graph: str) -> None:
+    """Sources and answers of the gate's usual length read the first 48 and 24 positions."""
+    spec, source = bart(built_bart / "hf"), HuggingFaceFolder(built_bart / "hf")
+    shutil.copytree(built_bart / "root", tmp_path / "root")
+    file = tmp_path / "root/m/1" / graph
+    model = onnx.load(str(file))
+    tables = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 2 and 100 < tensor.dims[0] <= 130]
+    for table in tables:
+        rows = numpy_helper.to_array(table).copy()
+        rows[90:] = np.roll(rows[90:], 1, axis=0)
+        table.CopyFrom(numpy_helper.from_array(rows, table.name))
+    assert len(tables) == 1
+    onnx.save(model, str(file))
+    with pytest.raises(FidelityError, match="kl is|top1 is"):
+        fidelity.check("summarization", "fp32", tasks.evaluate(spec, source, tmp_path / "root")["fp32"])

@@ -29,6 +29,7 @@ from trident_client import (
     ModelStatus,
     NotFoundError,
     ServerError,
+    ToolCall,
     UnavailableError,
     _wire,
     cli,
@@ -48,6 +49,21 @@ TASKS = {
     "de-en": "translation",
     "en-de": "translation",
 }
+
+
+def called() -> Iterator[Any]:
+    """Calls of tools in three responses."""
+    parts: list[list[dict[str, Any]]] = [
+        [{"index": 0, "id": "id0", "type": "function", "function": {"name": "weather", "arguments": ""}}],
+        [
+            {"index": 0, "function": {"arguments": '{"city": "Zü'}},
+            {"index": 1, "id": "id1", "type": "function", "function": {"name": "now", "arguments": "{}"}},
+        ],
+        [{"index": 0, "function": {"arguments": 'rich"}'}}],
+    ]
+    for index, (reasoning, calls) in enumerate(zip("abc", parts, strict=True)):
+        more = {"reasoning": reasoning, "tool_calls": json.dumps(calls, ensure_ascii=False)}
+        yield chunk("", "stop" if index == 2 else "", index + 1, **more)
 
 
 class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -82,6 +98,9 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
             while context.is_active():
                 yield chunk("more ", "", 1)
                 time.sleep(0.01)
+            return
+        if "tools" in tensors:
+            yield from called()
             return
         words = text.split(" ")
         texts = [f"{word} " for word in words] if tensors["stream"].item() else [" ".join(words)]
@@ -147,13 +166,14 @@ def response(tensors: dict[str, Any]) -> Any:
     return answer
 
 
-def chunk(text: str, reason: str, count: int, log_probs: list[float] | None = None) -> Any:
+def chunk(text: str, reason: str, count: int, log_probs: list[float] | None = None, **texts: str) -> Any:
     tensors = {
         "text_output": _wire.texts([text])[None],
         "finish_reason": _wire.texts([reason])[None],
         "num_input_tokens": np.array([[7]], np.int32),
         "num_output_tokens": np.array([[count]], np.int32),
         "output_log_probs": np.array([log_probs or []], np.float32),
+        **{name: _wire.texts([value])[None] for name, value in texts.items()},
     }
     return pb.ModelStreamInferResponse(infer_response=response(tensors))
 
@@ -197,11 +217,44 @@ def test_exported_names() -> None:
         "Ranked",
         "SparseVector",
         "ServerError",
+        "TextPart",
+        "ToolCall",
         "Translation",
         "TranslationOptions",
         "TridentError",
         "UnavailableError",
     }
+
+
+def test_calls_of_tools_are_typed(connected: Client, served: tuple[str, Service]) -> None:
+    """What a stream brings in parts is one call; the answer goes back as a message."""
+    tool = {"type": "function", "function": {"name": "weather"}}
+    answer = connected.chat("call", tools=[tool], tool_choice="auto", chat_template_kwargs={"enable_thinking": False})
+    chunks = list(connected.stream([{"role": "user", "content": "call"}], tools=[tool], return_reasoning=True))
+    sent = served[1].requests[-2]
+    assert json.loads(sent["tools"].item()) == [tool]
+    assert sent["tool_choice"].item() == b"auto"
+    assert json.loads(sent["chat_template_kwargs"].item()) == {"enable_thinking": False}
+    assert [chunk.tool_calls for chunk in chunks] == [
+        (ToolCall(0, "id0", "weather", ""),),
+        (ToolCall(0, "", "", '{"city": "Zü'), ToolCall(1, "id1", "now", "{}")),
+        (ToolCall(0, "", "", 'rich"}'),),
+    ]
+    assert answer.tool_calls == (ToolCall(0, "id0", "weather", '{"city": "Zürich"}'), ToolCall(1, "id1", "now", "{}"))
+    assert answer.tool_calls[0].parsed() == {"city": "Zürich"}
+    assert answer.reasoning == "abc"
+    assert answer.message == {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "abc",
+        "tool_calls": [
+            {"id": "id0", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Zürich"}'}},
+            {"id": "id1", "type": "function", "function": {"name": "now", "arguments": "{}"}},
+        ],
+    }
+    assert Generation("hi", "stop", 1, 1).message == {"role": "assistant", "content": "hi"}
+    with pytest.raises(ValueError, match="tools has no form in JSON"):
+        connected.chat("call", tools=[{"name": {1, 2}}])
 
 
 def test_generate(connected: Client, served: tuple[str, Service]) -> None:
@@ -228,8 +281,8 @@ def test_numbers_that_do_not_fit_are_not_wrapped_around(connected: Client) -> No
         connected.generate("x", max_tokens=2**32 + 5)
     with pytest.raises(ValueError, match=r"random_seed must be between 0 and 18446744073709551615, found -1"):
         connected.generate("x", random_seed=-1)
-    with pytest.raises(ValueError, match=r"dimensions must be between .* and 2147483647, found 4294967304"):
-        connected.embed(["a"], model="minilm", dimensions=2**32 + 8)
+    with pytest.raises(ValueError, match=r"dimensions must be between .* and 9223372036854775807, found 1844"):
+        connected.embed(["a"], model="minilm", dimensions=2**64 + 8)
 
 
 @pytest.mark.parametrize(

@@ -224,3 +224,25 @@ def test_the_reference_names_every_task() -> None:
     text = (Path(__file__).parents[2] / "docs" / "reference" / "models-toml.md").read_text(encoding="utf-8")
     (row,) = [line for line in text.splitlines() if line.startswith("| `task` |")]
     assert set(re.findall(r"`([\w-]+)`", row)) == {"task", *LIMITS}
+
+
+def test_options_of_chat_templates() -> None:
+    """Of a generator, and of a task in front of one."""
+    options = {"enable_thinking": False}
+    limits = {"limits": {"context": 64, "chat_template_kwargs": options, "chat_format": "hermes"}}
+    generator = models_file.parse("g", GOOD | limits).generation
+    assert generator is not None
+    assert generator.chat_template_kwargs.values == options
+    table = {"task": "summarization", "generator": "g", "template": "{{ text_input }}", "chat_template_kwargs": options}
+    template = models_file.parse("t", table).template
+    assert template is not None
+    assert template.chat_template_kwargs.values == options
+    for bad in (5, "x", {"messages": 1}, {"a b": 1}):
+        for name, wrong in (
+            ("g", GOOD | {"limits": {"chat_template_kwargs": bad}}),
+            ("t", table | {"chat_template_kwargs": bad}),
+        ):
+            with pytest.raises(ModelsFileError, match="chat_template_kwargs"):
+                models_file.parse(name, wrong)
+    with pytest.raises(ModelsFileError, match="chat_format must be one of auto, hermes"):
+        models_file.parse("g", GOOD | {"limits": {"chat_format": "qwen"}})

@@ -15,11 +15,13 @@ from tests import tiny_models
 from trident_export import corpora
 from trident_export.errors import FidelityError
 from trident_export.measure import fidelity
+from trident_serving.chat.messages import parse_messages
+from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest, StartError
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.schema.reading import read_parameters
 from trident_serving.triton import adapter

@@ -116,12 +116,14 @@ class States:
         return inputs
 
     def check_returned(self, state: torch.Tensor) -> None:
-        """A layer gives a state to the cache; it must be one that an operator computed.
+        """A layer gives a state to the cache; it must be one that an operator computed, or the layer's in a stack.
 
         Raises:
             UnsupportedArchitecture: it is another.
         """
-        if not any(state is known for known in self.present.values()):
+        own = [known for name, known in self.present.items() if name.startswith(f"{self._layer}.recurrent_")]
+        stacked = len(own) > 1 and torch.equal(state, torch.stack(own, dim=1))  # Zamba's, one for each head
+        if not stacked and not any(state is known for known in self.present.values()):
             raise UnsupportedArchitecture(f"layer {self._layer} keeps a state of a kind that is not known here")
 
     def check_all_taken(self) -> None:

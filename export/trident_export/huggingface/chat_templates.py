@@ -73,8 +73,8 @@ def _main() -> int:
     """Read an order on standard input; say what is wrong on standard output."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    from trident_serving.errors import InvalidRequest
-    from trident_serving.runtime.tokenizer import ChatTemplate
+    from trident_serving.chat.messages import Conversation
+    from trident_serving.chat.template import ChatTemplate
 
     order = json.load(sys.stdin)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -86,11 +86,13 @@ def _main() -> int:
         template = ChatTemplate(order["template"], order["special_tokens"])
         for index, conversation in enumerate(order["conversations"]):
             try:
-                text = template.render([{"role": role, "content": content} for role, content in conversation])
-            except InvalidRequest as error:
+                text = template.run(
+                    Conversation([{"role": role, "content": content} for role, content in conversation])
+                )
+            except TemplateError as error:
                 if index:
                     continue  # a template may refuse a system message
-                print(str(error).rpartition(": ")[2])
+                print(error.message)
                 return 1
             if len(text) > _CHARACTERS:
                 print(f"it writes {len(text)} characters for a short conversation, the limit is {_CHARACTERS}")

@@ -264,11 +264,18 @@ class HuggingFaceFolder(os.PathLike[str]):
         from transformers import AutoTokenizer
 
         tokenizer_files.check(self)
+        from trident_export.huggingface import spm_tokenizer
+
+        spm_tokenizer.let_transformers_read()
         with self._reading_tokenizer():
             found = AutoTokenizer.from_pretrained(self.path, use_fast=True, trust_remote_code=self.trust_remote_code)
         wanted = sorted({"tokenizer.json", *found.vocab_files_names.values()})
         if len(wanted) > 1 and not any((self.path / name).is_file() for name in wanted):
             raise UnreadableSource(f"{self}: {tokenizer_files.NO_VOCABULARY}: copy the tokenizer's files again")
+        if found.is_fast and not (self.path / "tokenizer.json").is_file():
+            for name in found.vocab_files_names.values():
+                if name.endswith(".model") and (self.path / name).is_file():
+                    spm_tokenizer.check_conversion(self, self.path / name, found)
         longest = found.model_max_length
         if not isinstance(longest, int | float):
             raise UnreadableSource(
@@ -385,6 +392,9 @@ class HuggingFaceFolder(os.PathLike[str]):
         """
         config, limits = self.config, []
         positions = getattr(config, "max_position_embeddings", None)
+        if positions is None:  # LED's, and those of T5Gemma's encoder
+            positions = getattr(config, "max_encoder_position_embeddings", None)
+            positions = positions or getattr(getattr(config, "encoder", None), "max_position_embeddings", None)
         if positions and positions > 0:
             if config.model_type in _BEGINNING_POSITIONS:
                 # These architectures count positions from behind the padding token's id.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,17 @@ from tokenizers import Tokenizer
 from trident_export.errors import FidelityError, UnreadableSource
 from trident_export.huggingface.chat_templates import CONVERSATIONS
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_serving.chat.messages import Conversation, Message
+from trident_serving.chat.origins import Traced, plain
+from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.request import RequestParser
 from trident_serving.generation.service import read_eos_token_ids
+from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.detokenizer import Detokenizer
 from trident_serving.runtime.sampling.defaults import GenerationDefaults
 from trident_serving.runtime.sampling.sampler import Sampler
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 
 if TYPE_CHECKING:
@@ -97,7 +101,7 @@ def check(
     served = TextTokenizer.load(folder)
     samples = [*EDGES, *(text[:CORPUS_CHARACTERS] for text in texts[:: max(1, len(texts) // CORPUS_TEXTS)])]
     check_tokens(source.tokenizer, served, samples)
-    check_chats(source.tokenizer, served, ChatTemplate.load(folder))
+    check_chats(source.tokenizer, served, folder)
     check_generation(
         source, model, folder, limits, [text[:PROMPT_CHARACTERS] for text in samples[:: 1 + 20 // ANSWERS]]
     )
@@ -151,46 +155,68 @@ def check_tokens(tokenizer: Any, served: TextTokenizer, texts: Sequence[str]) ->
             )
 
 
-def check_chats(tokenizer: Any, served: TextTokenizer, template: ChatTemplate | None) -> None:
+def check_chats(tokenizer: Any, served: TextTokenizer, folder: Path) -> None:
     """Prompts of the chat template against `apply_chat_template`: the same text, tokens and refusals.
+
+    Args:
+        folder: a version folder.
 
     Raises:
         FidelityError: one is otherwise.
     """
+    template = ChatTemplate.load(folder)
     if template is None:
         if tokenizer.chat_template is not None:
             raise FidelityError("the model has a chat template, and the artefacts have none")
         return
-    for conversation in CONVERSATIONS:
-        messages = [{"role": role, "content": content} for role, content in conversation]
+    control = ControlTokens.load(folder, served, template.literals)
+    for conversation in _conversations(template):
         for attempt in range(2):  # a template may write the time
-            expected = _prompt_of(tokenizer, messages)
+            expected = _prompt_of(tokenizer, template.shaped(conversation))
             try:
-                found: str | None = template.render(messages)
+                found: Traced | None = template.render(conversation)
             except InvalidRequest:
                 found = None
             if found == expected or attempt:
                 break
         if found != expected:
             raise FidelityError(
-                f"the chat template makes {found!r} of {json.dumps(messages, ensure_ascii=False)}, Hugging Face's "
-                f"apply_chat_template makes {expected!r}"
+                f"the chat template makes {found!r} of {json.dumps(conversation.messages, ensure_ascii=False)}, "
+                f"Hugging Face's apply_chat_template makes {expected!r}"
             )
         if found is not None:
-            ids = tokenizer(found, add_special_tokens=False).input_ids
-            if (own := served.encode(found, add_special_tokens=False)) != ids:
+            ids = tokenizer(plain(found), add_special_tokens=False).input_ids
+            marked = any(token in text for token in control.ids for text in conversation.texts)
+            own = served.encode(found, add_special_tokens=False) if marked else control.encode(found)
+            if own != ids:
                 raise FidelityError(
                     f"the prompt {found!r} has the tokens {_differing(own, ids)}, unlike Hugging Face's"
                 )
 
 
-def _prompt_of(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
-    """Hugging Face's prompt; None where the template refuses the messages."""
-    from jinja2 import TemplateError
+def _conversations(template: ChatTemplate) -> Iterator[Conversation]:
+    """What is compared: texts, and a call of a tool, where the template knows tools."""
+    for conversation in CONVERSATIONS:
+        yield Conversation([{"role": role, "content": content} for role, content in conversation])
+    if "tools" in template.variables:
+        schema = {"type": "object", "properties": {"city": {"type": "string", "description": "Its name"}}}
+        function = {"name": "weather", "description": "The weather of a city", "parameters": schema}
+        call = {"name": "weather", "arguments": {"city": "Zürich"}}
+        user: Message = {"role": "user", "content": "Is it warm?"}
+        called: Message = {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "function": call}]}
+        result: Message = {"role": "tool", "tool_call_id": "call00001", "name": "weather", "content": "18"}
+        for messages in ([user], [user, called, result]):
+            yield Conversation(messages, tools=[{"type": "function", "function": function}])
 
+
+def _prompt_of(tokenizer: Any, conversation: Conversation) -> str | None:
+    """Hugging Face's prompt; None where the template refuses the messages."""
+    tools = None if conversation.tools is None else list(conversation.tools)
     try:
-        prompt: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+        prompt: str = tokenizer.apply_chat_template(
+            list(conversation.messages), tools=tools, tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # a template's expressions raise whatever Python's operators raise
         return None
     return prompt
 
@@ -211,7 +237,7 @@ def check_generation(
         raise FidelityError(f"answers end at the tokens {sorted(ends)}, Hugging Face's at {sorted(wanted)}")
     served = TextTokenizer.load(folder)
     defaults = GenerationDefaults.load(folder)
-    parser = RequestParser(served, ChatTemplate.load(folder), limits, defaults)
+    parser = RequestParser(served, None, limits, defaults)
     for text in texts[:ANSWERS]:
         try:
             request = parser.parse({"text_input": np.array([[text.encode()]], np.object_)})

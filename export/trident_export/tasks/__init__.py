@@ -118,7 +118,13 @@ def build(job: Job, *, force: bool = False) -> Checked:
 def _uncompared(spec: ModelSpec, measures: Measures) -> str | None:
     """What the gate leaves to belief: texts longer than the longest that it compared."""
     longest = int(min((measured[fidelity.LONGEST] for measured in measures.values() if measured), default=0))
-    most = spec.generation.context if spec.generation else spec.encoder.max_tokens if spec.encoder else 0
+    most = 0
+    if spec.generation:
+        most = spec.generation.context
+    elif spec.encoder:
+        most = spec.encoder.max_tokens
+    elif spec.seq2seq:
+        most = spec.seq2seq.max_source_tokens
     return f"compared texts have {longest} tokens at most, the model takes {most}" if longest < most else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ GATE_TEXTS = 12
 GATE_SOURCE = 48
 GATE_TOKENS = 24
 GATE_ROWS = 4
+# Tokens of the longest source and answer that are compared, and logits of the latter.
+FAR_SOURCE, FAR_TARGET, FAR_LOGITS = 1024, 256, 2**26
 
 
 def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
@@ -82,7 +85,8 @@ def evaluator(
     prompt = GenerationDefaults.load(folder).prompt
     length = min(GATE_TOKENS, _limits(spec).max_target_tokens)
     targets = [answer_ids(model, ids, prompt, length) for ids in samples]
-    reference = reference_logits(model, samples, targets)
+    far = far_text(spec, source, folder, targets, prompt, texts)
+    reference = reference_logits(model, [*samples, far[0]], [*targets, far[1]])
     capacity = positions(_limits(spec).max_target_tokens, prompt)
     tokenizer = source.tokenizer
     seq2seq_texts.check_sources(source.tokenizer, folder, corpora.held_out())
@@ -91,7 +95,7 @@ def evaluator(
 
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
-        measured = measure(folder, samples, targets, reference, capacity, _limits(spec).threads)
+        measured = measure(folder, samples, targets, reference, capacity, _limits(spec).threads, far)
         if spec.recipes[variant].precision == "fp32":
             seq2seq_texts.check_answers(model, config, folder, _limits(spec), corpora.held_out())
         if thorough:
@@ -148,6 +152,25 @@ def answer_ids(model: PreTrainedModel, source_ids: list[int], prompt: tuple[int,
     return ids[: len(prompt) + length - 1]
 
 
+def far_text(
+    spec: ModelSpec,
+    source: HuggingFaceFolder,
+    folder: Path,
+    targets: list[list[int]],
+    prompt: tuple[int, ...],
+    texts: Sequence[str],
+) -> tuple[list[int], list[int]]:
+    """A source as long as the limit, and an answer to it made of the others' tokens: positions may have vectors."""
+    limits, longest = _limits(spec), source.longest_input or FAR_SOURCE
+    reader = SourceText.load(folder, min(limits.max_source_tokens, FAR_SOURCE))
+    ids = list(reader.windows("\n".join(texts), LongInput.TRUNCATE)[0].ids)
+    rows = max(getattr(source.text_config, name, 0) or 0 for name in ("vocab_size", "decoder_vocab_size"))
+    affordable = min(FAR_TARGET, max(FAR_LOGITS // max(rows, 1), GATE_TOKENS))
+    length = min(limits.max_target_tokens, longest - len(prompt), affordable)
+    answer = [token for target in targets for token in target[len(prompt) :]]
+    return ids, [*prompt, *islice(cycle(answer), max(length - 1, 0))]
+
+
 def reference_logits(model: PreTrainedModel, samples: list[list[int]], targets: list[list[int]]) -> list[Floats]:
     """Hugging Face's logits behind each token of the answers, float32 [tokens, vocabulary] for each text."""
     with torch.inference_mode():
@@ -164,8 +187,13 @@ def measure(
     reference: list[Floats],
     capacity: int,
     threads: int = 0,
+    far: tuple[list[int], list[int]] | None = None,
 ) -> dict[str, float]:
     """Compare the graphs in a version folder with Hugging Face; see `fidelity.compare_logits`.
+
+    Args:
+        reference: of the samples, and then of the far text.
+        far: see `far_text`.
 
     The texts run as they would be served, several at once, each one step behind the other, as two beams that share
     their text. `batch_effect` is the largest difference of a logit from a text that runs alone.
@@ -180,7 +208,11 @@ def measure(
     for ids, target, served in track(every, f"{folder.parent.name}, one at a time"):
         (alone,) = served_logits(decoder, [ids], [target], beams=1)
         effect = max(effect, float(np.abs(alone - served).max()))
-    return fidelity.compare_logits(reference, found, targets) | {"batch_effect": effect}
+    if far is not None:
+        samples, targets = [*samples, far[0]], [*targets, far[1]]
+        found += served_logits(decoder, [far[0]], [far[1]], beams=1)
+    compared = fidelity.compare_logits(reference, found, targets)
+    return compared | {"batch_effect": effect, fidelity.LONGEST: float(max(map(len, samples)))}
 
 
 def served_answers(

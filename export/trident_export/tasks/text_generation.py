@@ -36,10 +36,11 @@ from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
+from trident_serving.chat.template import TOOLS_FILE, ChatTemplate
 from trident_serving.generation.batch import MIN_POSITIONS, SlotTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 
 # Tokens of each text that the gate compares, and how many of them it runs one at a time.
@@ -65,8 +66,9 @@ def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
     check_context(spec, source.config)
     _ = source.generation_config
     tokenizer = source.fast_tokenizer
-    if (template := default_template(source, tokenizer.chat_template)) is not None:
-        chat_templates.check(source, template, tokenizer.special_tokens_map)
+    for template in (default_template(source, tokenizer.chat_template), template_for_tools(tokenizer.chat_template)):
+        if template is not None:
+            chat_templates.check(source, template, tokenizer.special_tokens_map)
 
 
 def trace(job: Job) -> None:
@@ -248,8 +250,10 @@ def save_text_files(source: HuggingFaceFolder, folder: Path, rows: int) -> None:
     folder.mkdir(parents=True)
     tokenizer = source.fast_tokenizer
     texts_gate.check_file(source)
-    tokenizer.chat_template = default_template(source, tokenizer.chat_template)
+    named = tokenizer.chat_template
+    tokenizer.chat_template = default_template(source, named)
     tokenizer.save_pretrained(str(folder))
+    tokenizer.chat_template = named
     for name in ("config.json", "generation_config.json"):
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, folder / name)
@@ -263,6 +267,8 @@ def save_text_files(source: HuggingFaceFolder, folder: Path, rows: int) -> None:
     for path in folder.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (for_tools := template_for_tools(named)) is not None:
+        (folder / TOOLS_FILE).write_text(for_tools, encoding="utf-8")
     drop_tokens_beyond(source, folder / "tokenizer.json", rows)
     if not (folder / "generation_config.json").exists():
         # Older models keep these settings in their config.
@@ -283,6 +289,11 @@ def default_template(source: HuggingFaceFolder, templates: str | dict[str, str] 
             "that is served: name it so, or take them away to serve the model without messages"
         )
     return templates["default"]
+
+
+def template_for_tools(templates: str | dict[str, str] | None) -> str | None:
+    """Of several templates that are named, the one that transformers takes for conversations with tools."""
+    return templates.get("tool_use") if isinstance(templates, dict) else None
 
 
 def greedy_answer(model: PreTrainedModel, ids: list[int]) -> list[int]:

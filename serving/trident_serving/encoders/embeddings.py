@@ -20,7 +20,8 @@ from trident_serving.encoders.task import (
 from trident_serving.encoders.tokens import read_texts
 from trident_serving.errors import InvalidRequest
 
-DIMENSIONS = Tensor("dimensions", "INT32", (1,), of="matryoshka")
+# Over HTTP the server reads numbers of JSON into an INT32 by their last 32 bits, and 2**32 + 8 would be 8.
+DIMENSIONS = Tensor("dimensions", "INT64", (1,), of="matryoshka")
 
 
 def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:

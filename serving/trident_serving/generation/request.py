@@ -1,7 +1,7 @@
 """A generation request, checked: from the tensors of the call to what the engine runs.
 
-The fields are those of `trident_serving.schema.fields`, plus `messages` for the chat template. Everything but the
-prompt is optional.
+The fields are those of `trident_serving.schema.fields`, plus `text_input` or `messages`. Everything but the prompt is
+optional.
 """
 
 from __future__ import annotations
@@ -13,11 +13,22 @@ from typing import Any
 
 import numpy as np
 
+from trident_serving.chat.messages import (
+    Conversation,
+    ToolMode,
+    parse_documents,
+    parse_messages,
+    parse_options,
+    parse_tool_choice,
+    parse_tools,
+)
+from trident_serving.chat.origins import plain
 from trident_serving.errors import InvalidRequest
+from trident_serving.generation.chat import Chat
 from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
 from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer, parse_messages
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import (
     DEFAULT_TIMEOUT_SECONDS,
     GENERATION,
@@ -25,7 +36,9 @@ from trident_serving.schema.fields import (
     MAX_STOP_TOKENS,
     MAX_STOP_WORD_BYTES,
     MAX_STOP_WORDS,
+    MESSAGES,
     Inputs,
+    by_name,
     single_text,
     timeout_seconds,
     without_aliases,
@@ -33,6 +46,9 @@ from trident_serving.schema.fields import (
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import decode_texts
 
+_SPLIT_SPECIAL_TOKENS = by_name(MESSAGES)["split_special_tokens"]
+_KEPT = by_name(GENERATION)["truncate_prompt_tokens"]
+_END_CHARACTERS = 64  # of a prompt, which show whether it has opened the reasoning
 MAX_TRUNCATED_BYTES = 2**20
 
 # Fields whose default a model's generation config may give.
@@ -50,6 +66,9 @@ class GenerationRequest:
         include_prompt: whether the answer repeats the prompt's text.
         prompt_lookup: whether drafts may be taken from the prompt.
         timeout_seconds: the request fails once so much time is over.
+        conversation: what the chat template was given; None: the prompt is a text of the request.
+        prompt_end: the end of the rendered prompt, whatever of it was cut.
+        return_reasoning: whether the model's reasoning comes apart from the text of its answer.
         stop_token_ids: end the answer beside the model's own end tokens.
         ignore_eos: the model's own do not.
         skip_special_tokens: whether the answer's text leaves them out.
@@ -77,12 +96,16 @@ class GenerationRequest:
     answers: int = 1
     grammar: Grammar | None = None
     counts_chunks: bool = False
+    conversation: Conversation | None = None
+    prompt_end: str = ""
+    return_reasoning: bool = False
 
 
 class RequestParser:
     """Turns tensors into requests for one model.
 
     Args:
+        chat: the model's conversations; None: it takes texts only.
         defaults: what the model's generation config says where a request does not.
         vocabulary_size: tokens of the model.
     """
@@ -90,13 +113,13 @@ class RequestParser:
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        chat_template: ChatTemplate | None,
+        chat: Chat | None,
         limits: GenerationLimits,
         defaults: GenerationDefaults = NO_DEFAULTS,
         vocabulary_size: int = 2**31,
     ) -> None:
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._chat = chat
         self._limits = limits
         self._defaults = defaults
         self._vocabulary_size = vocabulary_size
@@ -111,8 +134,11 @@ class RequestParser:
             InvalidRequest: a field is missing, malformed or out of range.
         """
         inputs = without_aliases(inputs, GENERATION)
+        conversation = self._conversation(inputs)
         values = {field.name: field.read(inputs) for field in GENERATION if field.shape == (1,)}
-        prompt, prompt_ids = self._prompt(inputs, values["truncate_prompt_tokens"], values["max_tokens"])
+        rendered, prompt, prompt_ids = self._prompt(
+            inputs, conversation, values["truncate_prompt_tokens"], values["max_tokens"]
+        )
         room = self._limits.context - len(prompt_ids)
         if values["max_tokens"] is None:
             values["max_tokens"] = min(self._limits.default_max_tokens, room)
@@ -134,6 +160,10 @@ class RequestParser:
                 f"in the context of {self._limits.context}"
             )
         stop_words = _words(inputs, "stop_words")
+        grammar = _grammar(inputs, values)
+        turn_ends: frozenset[int] = frozenset()
+        if self._chat is not None and conversation is not None and not values["ignore_eos"]:
+            turn_ends = self._chat.end_token_ids
         return GenerationRequest(
             prompt=prompt,
             prompt_ids=tuple(prompt_ids),
@@ -145,30 +175,79 @@ class RequestParser:
             include_prompt=not values["exclude_input_in_output"],
             prompt_lookup=values["prompt_lookup"],
             timeout_seconds=timeout_seconds(timeout, self._limits.timeout),
-            stop_token_ids=self._stop_token_ids(inputs, values["end_id"], stop_words),
+            stop_token_ids=self._stop_token_ids(inputs, values["end_id"], stop_words) | turn_ends,
             ignore_eos=values["ignore_eos"],
             skip_special_tokens=values["skip_special_tokens"],
             prompt_log_probs=values["prompt_logprobs"],
             answers=values["n"],
-            grammar=_grammar(inputs, values),
+            grammar=self._forced(conversation, rendered, grammar) or grammar,
             counts_chunks=values["return_num_output_tokens"],
+            conversation=conversation,
+            prompt_end=rendered[-_END_CHARACTERS:],
+            return_reasoning=values["return_reasoning"],
         )
 
-    def _prompt(self, inputs: Inputs, kept: int | None, max_tokens: int | None) -> tuple[str, list[int]]:
+    def _conversation(self, inputs: Inputs) -> Conversation | None:
+        """What the chat template gets; None where the prompt is a text."""
         given = [name for name in ("text_input", "messages") if name in inputs]
         if len(given) != 1:
             raise InvalidRequest(
                 f"give exactly one of text_input and messages, found {' and '.join(given) or 'neither'}"
             )
-        field = given[0]
-        prompt = single_text(inputs, field)
-        self._check_bytes(prompt, field, kept)
-        if field == "messages":
-            if self._chat_template is None:
-                raise InvalidRequest("messages needs a model with a chat template: send text_input instead")
-            prompt = self._chat_template.render(parse_messages(prompt))
-            self._check_bytes(prompt, field, kept)
-        ids = self._tokenizer.encode(prompt, add_special_tokens=field == "text_input")
+        if given == ["text_input"]:
+            for field in MESSAGES:
+                if field.name in inputs and field.read(inputs) not in (False, field.default):
+                    raise InvalidRequest(f"{field.name} needs messages; text_input is read as it is")
+            return None
+        text = self._checked_text(inputs, "messages")
+        if self._chat is None:
+            raise InvalidRequest("messages needs a model with a chat template: send text_input instead")
+        sent = {
+            name: self._checked_text(inputs, name)
+            for name in ("tools", "documents", "chat_template_kwargs", "tool_choice")
+            if name in inputs
+        }
+        messages = parse_messages(text)
+        tools = parse_tools(sent["tools"]) if "tools" in sent else None
+        choice = parse_tool_choice(sent["tool_choice"], tools) if "tool_choice" in sent else ToolMode.AUTO
+        return Conversation(
+            messages,
+            tools=None if choice == ToolMode.NONE else tools,
+            tool_choice=choice,
+            documents=parse_documents(sent["documents"]) if "documents" in sent else None,
+            options=parse_options(sent["chat_template_kwargs"]) if "chat_template_kwargs" in sent else {},
+        )
+
+    def _forced(self, conversation: Conversation | None, rendered: str, other: Grammar | None) -> Grammar | None:
+        """The grammar of a call that `tool_choice` forces."""
+        if self._chat is None or conversation is None:
+            return None
+        grammar = self._chat.forced_grammar(conversation, rendered)
+        if grammar is None:
+            return None
+        if other is not None:
+            raise InvalidRequest(f"give one of tool_choice and {other.field}: an answer follows one grammar")
+        return Grammar(GrammarKind.LARK, grammar, "tool_choice")
+
+    def _prompt(
+        self, inputs: Inputs, conversation: Conversation | None, kept: int | None, max_tokens: int | None
+    ) -> tuple[str, str, list[int]]:
+        """The text of a prompt as it was rendered, and as its tokens have it, with them."""
+        if conversation is None:
+            field = "text_input"
+            prompt = self._checked_text(inputs, field)
+            ids = self._tokenizer.encode(prompt)
+        else:
+            field = "messages"
+            assert self._chat is not None
+            traced = self._chat.template.render(conversation)
+            self._check_bytes(traced, field, kept)
+            prompt = plain(traced)
+            if _SPLIT_SPECIAL_TOKENS.read(inputs):
+                ids = self._chat.control.encode(traced, conversation.texts)
+            else:
+                ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        rendered = prompt
         if not ids:
             raise InvalidRequest(f"{field} is empty: the model needs at least one token to go on from")
         if kept is not None:
@@ -180,7 +259,12 @@ class RequestParser:
                 f"{field} has {len(ids)} tokens, the model's context of {self._limits.context} allows {longest}"
                 + (" and one generated token" if max_tokens != 0 else "")
             )
-        return prompt, ids
+        return rendered, prompt, ids
+
+    def _checked_text(self, inputs: Inputs, field: str) -> str:
+        text = single_text(inputs, field)
+        self._check_bytes(text, field, _KEPT.read(inputs))
+        return text
 
     def _truncated(self, ids: list[int], kept: int, max_tokens: int | None) -> list[int]:
         """The last tokens of a prompt."""

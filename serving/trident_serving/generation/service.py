@@ -11,10 +11,12 @@ from pathlib import Path
 from trident_serving.errors import DoesNotFit, InvalidRequest, Overloaded
 from trident_serving.generation.answer import Job
 from trident_serving.generation.batch import SlotTokens
+from trident_serving.generation.chat import Chat
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings
 from trident_serving.generation.group import AnswerGroup
+from trident_serving.generation.parts import AnswerParts
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.memory import MEBIBYTE, available_bytes
@@ -22,7 +24,7 @@ from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
 from trident_serving.runtime.sampling.defaults import GenerationDefaults, ids, read_config
 from trident_serving.runtime.sampling.grammars import Grammars, Guide
-from trident_serving.runtime.tokenizer import ChatTemplate, TextTokenizer
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs
 from trident_serving.schema.limits import GenerationLimits
 
@@ -117,6 +119,7 @@ class GenerationService:
         self._tokenizer = tokenizer
         self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
+        self._chat = Chat.load(folder, tokenizer, limits)
         decoder = OnnxDecoder(
             folder / "model.onnx",
             slots=limits.slots,
@@ -127,7 +130,7 @@ class GenerationService:
             device_id=device_id,
         )
         self._parser = RequestParser(
-            tokenizer, ChatTemplate.load(folder), limits, GenerationDefaults.load(folder), decoder.vocabulary_size
+            tokenizer, self._chat, limits, GenerationDefaults.load(folder), decoder.vocabulary_size
         )
         self._grammars = Grammars(folder / "tokenizer.json", decoder.vocabulary_size, self._eos_token_ids)
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
@@ -162,7 +165,10 @@ class GenerationService:
         group = AnswerGroup(channel, request.answers, streaming=request.stream)
         members = [channel] if request.answers == 1 else [group.member(index) for index in range(request.answers)]
         notify = self._outbox.notify
-        streams = [TextStream(request, self._tokenizer, self._eos_token_ids, member, notify) for member in members]
+        streams = [
+            TextStream(request, self._tokenizer, self._eos_token_ids, member, notify, self._parts(request))
+            for member in members
+        ]
         for stream in streams:
             self._outbox.add(stream)
         if request.grammar is None:
@@ -189,6 +195,18 @@ class GenerationService:
             return
         for stream in streams:
             stream.fail(error)
+
+    def _parts(self, request: GenerationRequest) -> AnswerParts | None:
+        """What parts an answer into text, reasoning and calls, where the request wants that."""
+        if self._chat is None or request.conversation is None:
+            return None
+        parser = self._chat.parser(request.conversation, request.prompt_end, reasoning=request.return_reasoning)
+        if parser is None:
+            return None
+        tools = request.conversation.tools is not None
+        # Where special tokens are shown, marks are in the text already.
+        marks = self._chat.marks if request.skip_special_tokens else {}
+        return AnswerParts(parser, marks, request.prompt_ids, calls=tools, reasoning=request.return_reasoning)
 
     def steps(self) -> int:
         """Steps of the engine so far."""

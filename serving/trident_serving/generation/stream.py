@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from trident_serving.generation.answer import FinishReason
+from trident_serving.generation.parts import AnswerParts
 from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stopping import StopStrings
 from trident_serving.runtime.detokenizer import Detokenizer
@@ -25,6 +26,8 @@ class Chunk:
         index: which of several answers this is.
         final: whether no response follows.
         others: the other answers, in a response that carries all.
+        reasoning: the model's, where it was asked for.
+        tool_calls: as JSON, where the request has tools.
     """
 
     text: str = ""
@@ -36,6 +39,8 @@ class Chunk:
     index: int = 0
     final: bool = False
     others: list[Chunk] = field(default_factory=list)
+    reasoning: str | None = None
+    tool_calls: str | None = None
 
 
 class ResponseChannel(Protocol):
@@ -59,6 +64,7 @@ class TextStream:
 
     Args:
         notify: called, on the engine's thread, when there is something to send.
+        parts: part the answer into text, reasoning and calls; None: all of it is text.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class TextStream:
         eos_token_ids: frozenset[int],
         channel: ResponseChannel,
         notify: Callable[[TextStream], None],
+        parts: AnswerParts | None = None,
     ) -> None:
         self.channel = channel
         self.cancelled = False
@@ -81,6 +88,7 @@ class TextStream:
         self._counts_chunks = request.counts_chunks
         self._min_tokens = request.sampling.min_tokens
         self._stop_strings = StopStrings(request.stop_words)
+        self._parts = parts
         self._notify = notify
         self._lock = threading.Lock()
         self._text = request.prompt if request.include_prompt else ""
@@ -98,14 +106,17 @@ class TextStream:
 
     def accept(self, token: int, log_probs: TokenLogProbs | None) -> bool:
         """See `Consumer.accept`."""
-        new = "" if token in self._ends else self._detokenizer.push(token)
+        ended = token in self._ends
+        new = "" if ended else self._detokenizer.push(token)
+        if self._parts is not None and not ended:
+            new += self._parts.marks.get(token, "")
         text, stopped = self._stop_strings.push(new, counts=self._num_output_tokens + 1 >= self._min_tokens)
         with self._lock:
-            self._text += text
+            self._text += self._parts.push(text) if self._parts is not None else text
             self._num_output_tokens += 1
             if log_probs is not None:
                 self._log_probs.append(log_probs)
-            ready = self._streaming and bool(self._text) and not stopped
+            ready = self._streaming and self._waiting and not stopped
         if ready and not self.pending:  # else the outbox sends it anyway
             self._notify(self)
         return stopped
@@ -120,7 +131,7 @@ class TextStream:
         text, stopped = self._stop_strings.push(self._detokenizer.flush())
         rest = text if stopped else text + self._stop_strings.flush()
         with self._lock:
-            self._text += rest
+            self._text += self._parts.push(rest) + self._parts.finish() if self._parts is not None else rest
             self._reason = FinishReason.STOP if stopped else reason
         self._notify(self)
 
@@ -134,7 +145,7 @@ class TextStream:
         """Send what waits, on the outbox's thread; True when that was the last response."""
         with self._lock:
             ended = self._error is not None or self._reason is not None
-            if self._closed or not (ended or (self._streaming and self._text)):
+            if self._closed or not (ended or (self._streaming and self._waiting)):
                 return False  # nothing yet, or an earlier notification has sent it
             self._closed = ended
             error, chunk = self._error, self._take()
@@ -143,6 +154,10 @@ class TextStream:
             return True
         self.channel.send(chunk)
         return chunk.finish_reason is not None
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self._text) or (self._parts is not None and self._parts.waiting)
 
     def _take(self) -> Chunk:
         chunk = Chunk(
@@ -154,6 +169,8 @@ class TextStream:
             self._prompt_log_probs,
             final=self._reason is not None,
         )
+        if self._parts is not None:
+            chunk.reasoning, chunk.tool_calls = self._parts.take()
         self._text, self._log_probs, self._prompt_log_probs = "", [], []
         if self._counts_chunks:
             chunk.num_output_tokens -= self._counted

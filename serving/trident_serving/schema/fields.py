@@ -42,6 +42,30 @@ class Aggregation(StrEnum):
     MAX = "max"
 
 
+class ChatFormat(StrEnum):
+    """How a model writes calls of tools: the format of a family of models.
+
+    auto: the one that its chat template shows. json: any common one, in JSON or Python.
+    """
+
+    AUTO = "auto"
+    HERMES = "hermes"
+    QWEN_CODER = "qwen_coder"
+    GLM = "glm"
+    LLAMA3 = "llama3"
+    MISTRAL = "mistral"
+    PHI = "phi"
+    GRANITE = "granite"
+    GEMMA = "gemma"
+    DEEPSEEK = "deepseek"
+    KIMI = "kimi"
+    COMMAND_R = "command_r"
+    HARMONY = "harmony"
+    SMOLLM3 = "smollm3"
+    LFM2 = "lfm2"
+    JSON = "json"
+
+
 @dataclass(frozen=True)
 class Range:
     """Which numbers a field may have.
@@ -211,6 +235,47 @@ _REPETITION = Field(
 )
 _SEED = Field("random_seed", "UINT64", "makes sampling repeatable")
 
+# Of a conversation: they need `messages`.
+MESSAGES = (
+    Field(
+        "tools",
+        "STRING",
+        "functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments",
+        flag=False,
+        annotation="Sequence[Mapping[str, Any]]",
+    ),
+    Field(
+        "tool_choice",
+        "STRING",
+        "whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON",
+        flag=False,
+        annotation="str | Mapping[str, Any]",
+    ),
+    Field(
+        "documents",
+        "STRING",
+        "texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`",
+        flag=False,
+        annotation="Sequence[Mapping[str, Any]]",
+    ),
+    Field(
+        "chat_template_kwargs",
+        "STRING",
+        "options of the model's chat template, a JSON object, such as `enable_thinking`",
+        flag=False,
+        annotation="Mapping[str, Any]",
+    ),
+    Field(
+        "return_reasoning", "BOOL", "give the model's reasoning apart from the text of its answer", False, flag=False
+    ),
+    Field(
+        "split_special_tokens",
+        "BOOL",
+        "read special tokens in contents, documents and tools as ordinary text; false: as Hugging Face reads a prompt",
+        True,
+        flag=False,
+    ),
+)
 # What clients of TensorRT-LLM's backend send beside that, where it means the same here or changes nothing.
 _NO_BEAMS = "generators do not search with beams; n asks for several answers"
 _NO_LOGITS = "logits are not returned; top_logprobs and prompt_logprobs give log-probabilities"
@@ -341,6 +406,7 @@ GENERATION = (
         "a grammar that the answer follows: Lark, or GBNF where it has ::=",
         flag=False,
     ),
+    *MESSAGES,
     *_COMPATIBLE,
 )
 SEQ2SEQ = (

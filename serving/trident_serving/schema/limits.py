@@ -8,12 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trident_serving.errors import ReadingError
-from trident_serving.schema.fields import Aggregation, LongInput
+from trident_serving.chat.messages import parse_options
+from trident_serving.errors import InvalidRequest, ReadingError
+from trident_serving.schema.fields import Aggregation, ChatFormat, LongInput
+from trident_serving.schema.reading import JsonObject
 
 DEVICES = ("cpu", "cuda")
+NO_OPTIONS = JsonObject("{}")
 BUCKETS = (128, 256)
 _LONG = 512  # tokens from which on attention, which grows by the square of the padded length, is most of the work
+
+
+def check_options(options: JsonObject) -> None:
+    """Options of a chat template that a table names.
+
+    Raises:
+        ReadingError: one is no name of a template's variable, or is the request's to set.
+    """
+    try:
+        parse_options(options)
+    except InvalidRequest as error:
+        raise ReadingError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,9 @@ class GenerationLimits:
         prompt_lookup: whether greedy answers may be drafted from their prompt.
         threads: ONNX Runtime's intra-op threads.
         device: "cpu" or "cuda"; the graph is made for it (decision 0023).
+        chat_template_kwargs: options of the chat template where a request does not say otherwise, such as
+            `{ enable_thinking = false }`.
+        chat_format: how the model writes calls of tools; "auto": as its chat template shows.
     """
 
     context: int = 1024
@@ -46,12 +64,15 @@ class GenerationLimits:
     prompt_lookup: bool = True
     threads: int = 2
     device: str = "cpu"
+    chat_template_kwargs: JsonObject = NO_OPTIONS
+    chat_format: ChatFormat = ChatFormat.AUTO
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise ReadingError(f"device must be one of {', '.join(DEVICES)}, found {self.device!r}")
         if self.context < 2:
             raise ReadingError(f"context must be at least 2, a token and its successor, found {self.context}")
+        check_options(self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -241,6 +262,8 @@ class TemplateLimits:
         max_waiting: requests that may be answered or wait at once.
         timeout: seconds that a request may take, waiting included; then it fails with DEADLINE_EXCEEDED. A request may
             ask for less.
+        chat_template_kwargs: options of the generator's chat template for this task, such as
+            `{ enable_thinking = false }`.
     """
 
     generator: str
@@ -248,6 +271,10 @@ class TemplateLimits:
     max_tokens: int = 128
     max_waiting: int = 64
     timeout: int = 300
+    chat_template_kwargs: JsonObject = NO_OPTIONS
+
+    def __post_init__(self) -> None:
+        check_options(self.chat_template_kwargs)
 
 
 Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits | TemplateLimits

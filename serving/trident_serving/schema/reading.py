@@ -20,6 +20,31 @@ T = TypeVar("T")
 LARGEST = 2**31 - 1  # of a whole number: most of them are tensors' sizes, or bound an INT32
 
 
+class JsonObject(str):
+    """A JSON object as its text, which a dataclass, a config's parameter and a key of models.toml can hold.
+
+    Raises:
+        ReadingError: it is no JSON object.
+    """
+
+    def __new__(cls, value: object = "{}") -> JsonObject:
+        """From the text, or from a table."""
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ReadingError(f"must be a table or the text of a JSON object, found {value!r}")
+        return str.__new__(cls, text)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What it holds."""
+        found: dict[str, Any] = json.loads(self)
+        return found
+
+
 def read(kind: type[T], table: object, where: str, *, positive: bool = True) -> T:
     """A dataclass from a table, whose values must have the types of its fields. A list becomes a tuple.
 
@@ -128,6 +153,11 @@ def _value(where: str, value: Any, hint: Any, least: int | None) -> Any:
         if value > LARGEST:
             raise ReadingError(f"{where} must be at most {LARGEST}, found {value}")
         return value
+    if hint is JsonObject:
+        try:
+            return JsonObject(value)
+        except ReadingError as error:
+            raise ReadingError(f"{where} {error}") from None
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         if value not in list(hint):
             raise ReadingError(f"{where} must be one of {', '.join(hint)}, found {value!r}")

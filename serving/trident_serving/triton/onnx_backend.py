@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trident_serving.errors import LoadError
 from trident_serving.text import decode_texts, encode_texts
+from trident_serving.triton import padded_rows
 from trident_serving.triton.onnx_session import Config, TensorInfo, open_session
 
 logger = logging.getLogger(__name__)
@@ -99,9 +100,17 @@ class OnnxModel:
         return [{name: arrays[index] for name, arrays in split.items()} for index in range(len(requests))]
 
     def _run_one(self, feeds: Tensors, names: list[str]) -> Tensors:
-        values = self._session.run(names, feeds, self._run_options)
+        values = self._values(feeds, names)
         outputs = zip(names, values, strict=True)
         return {name: self._from_onnx(name, np.asarray(value)) for name, value in outputs}
+
+    def _values(self, feeds: Tensors, names: list[str]) -> list[NDArray[Any]]:
+        def run(inputs: padded_rows.Tensors) -> list[NDArray[Any]]:
+            return [np.asarray(value) for value in self._session.run(names, dict(inputs), self._run_options)]
+
+        if not self._max_batch_size or not padded_rows.is_padded(feeds):
+            return run(feeds)
+        return padded_rows.run(feeds, run, [self._output_dims.get(name, ())[:1] == (-1,) for name in names])
 
     def _to_onnx(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
         shape = self._reshapes.get(name)

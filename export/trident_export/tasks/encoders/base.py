@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ from trident_serving.schema.limits import EncoderLimits
 from trident_serving.text import encode_texts
 from trident_serving.triton.adapter import parameters
 from trident_serving.triton.onnx_backend import OnnxModel
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
@@ -395,9 +398,10 @@ class Served:
 
 def unrunnable(name: str, shape: Sequence[int], error: Exception) -> UnsupportedArchitecture:
     """What it means that ONNX Runtime can't run a graph: sizes were taken for constants when it was traced."""
+    logger.warning("%s", reason(error))  # which --verbose shows
     return UnsupportedArchitecture(
-        f"the graph of {name} can't be run on {' x '.join(map(str, shape))} tokens ({reason(error)}): the architecture "
-        "fixes sizes when it is traced, choose another model"
+        f"the graph of {name} can't be run on {' x '.join(map(str, shape))} tokens: the architecture fixes sizes when "
+        "it is traced: choose another model"
     )
 
 

@@ -69,6 +69,9 @@ class Channel(adapter.Responder):
         if chunk.prompt_log_probs:
             tensors["prompt_log_probs"] = np.array([token.chosen for token in chunk.prompt_log_probs], np.float32)
             tensors |= likeliest("prompt", chunk.prompt_log_probs)
+        for name in ("reasoning", "tool_calls"):
+            if getattr(chunk, name) is not None:
+                tensors[name] = text.encode_texts([getattr(answer, name) for answer in answers])
         # Texts are [answers], without the batch, as the TensorRT-LLM backend sends them: LlamaIndex iterates over them.
         return {name: tensor if name == "text_output" else tensor[None] for name, tensor in tensors.items()}
 
