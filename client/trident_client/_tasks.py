@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from trident_client import _wire
 from trident_client._connection import Connection
+from trident_client._errors import InvalidRequestError
 from trident_client._options import TRANSLATION, TranslationOptions
 from trident_client._types import Answer, Entity, Filling, Label, Ranked, SparseVector, Translation
 
@@ -318,7 +319,9 @@ class TaskCalls(Connection):
             options["handle_impossible_answer"] = np.array([handle_impossible_answer])
         contexts = [context] if isinstance(context, str) else list(context)
         if len(contexts) not in (1, len(questions)):
-            raise ValueError(f"give one context, or one for each question, found {len(contexts)} and {len(questions)}")
+            raise InvalidRequestError(
+                f"there are {len(questions)} questions and {len(contexts)} contexts: give one context, or one for each"
+            )
         requests = []
         for start in range(0, len(questions), QUESTIONS):
             part = slice(start, start + QUESTIONS)

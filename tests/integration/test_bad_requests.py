@@ -160,7 +160,7 @@ def test_http_answers_400(server: LocalServer) -> None:
     url = f"{server.http_url}/v2/models/smollm2/generate"
     assert post(url, {"text_input": "a", "max_tokens": -1}) == (
         400,
-        '{"error":"INVALID_ARGUMENT: max_tokens must be at least 1, found -1"}',
+        '{"error":"INVALID_ARGUMENT: max_tokens must be at least 0, found -1"}',
     )
     assert post(url, {"text_input": "a", "messages": "[]"})[0] == 400
 

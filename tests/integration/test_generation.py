@@ -69,11 +69,12 @@ def test_greedy_equals_hugging_face_in_a_batch(client: Client, hugging_face: dic
 
 
 def test_the_capital_of_france(client: Client) -> None:
-    answer = client.chat("What is the capital of France?")
+    """Of float32: two tokens are nearly as likely, and how a processor rounds 8 bits decides between them."""
+    answer = client.chat("What is the capital of France?", model=FP32)
     assert answer.text == "The capital of France is Paris."
     assert answer.finish_reason == "stop"
     assert answer.num_input_tokens == 37
-    assert client.generate([{"role": "user", "content": "What is the capital of France?"}]) == answer
+    assert client.generate([{"role": "user", "content": "What is the capital of France?"}], model=FP32) == answer
 
 
 def test_the_default_variant_gives_the_same_answers_in_a_batch(client: Client) -> None:
@@ -155,8 +156,9 @@ def test_log_probs_equal_hugging_face(client: Client, smollm2_folder: Path) -> N
 
 
 def test_min_tokens_and_prompt_in_the_answer(client: Client, server: LocalServer) -> None:
-    short = client.chat("What is the capital of France?")
-    longer = client.chat("What is the capital of France?", min_tokens=short.num_output_tokens + 5, max_tokens=40)
+    short = client.chat("What is the capital of France?", model=FP32)
+    more = short.num_output_tokens + 5
+    longer = client.chat("What is the capital of France?", model=FP32, min_tokens=more, max_tokens=40)
     assert longer.num_output_tokens >= short.num_output_tokens + 5
     body = json.dumps({"text_input": "Hello", "max_tokens": 3, "exclude_input_in_output": False}).encode()
     url = f"{server.http_url}/v2/models/smollm2/generate"
