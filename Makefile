@@ -19,7 +19,7 @@ TEST_WORKERS ?= 3
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test check schema format docs quality families bench load soak image up down clean
+.PHONY: help setup serve export test check schema format docs quality families bench load soak clients image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -86,6 +86,9 @@ soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make
 	@$(BIN)/python -m trident_export export smollm2 --variants all --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(REPOSITORY)
+
+clients: $(SETUP) ## run LiteLLM, LlamaIndex, aiperf and perf_analyzer against the default models
+	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
 image: $(SETUP) ## build the images and run them, where podman is
 	@$(BIN)/python -m pytest -m image tests/images $(PYTEST_ARGS)

@@ -33,6 +33,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Files whose tests ask the default models' server: one worker has them all, so that it is started once.
 SERVED = (
+    "tests/clients/test_clients.py",
     "tests/integration/test_bad_requests.py",
     "tests/integration/test_embeddings.py",
     "tests/integration/test_engine_limits.py",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -180,6 +182,45 @@ def test_a_misspelt_option(server: LocalServer, model: str, body: dict[str, Any]
     if model != "minilm":
         assert "known are " in text
         assert "max_tokens, " in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "message"),
+    [
+        ('"temperature": "hot"', 500, "attempt to access JSON non-number as double"),
+        ('"temperature": {"a": 1}', 500, "attempt to access JSON non-number as double"),
+        ('"temperature": null', 500, "attempt to access JSON non-number as double"),
+        ('"temperature": 1e999', 500, "Number too big to be stored in double"),
+        ('"temperature": NaN', 400, "temperature must be between 0 and 100, found nan"),
+        ('"temperature": -Infinity', 400, "temperature must be between 0 and 100, found -inf"),
+        ('"temperature": 1e40', 400, "temperature must be between 0 and 100, found inf"),
+        ('"max_tokens": 1.5', 500, "attempt to access JSON non-signed-integer as signed-integer"),
+        ('"max_tokens": 99999999999999999999', 500, "attempt to access JSON non-signed-integer as signed-integer"),
+        ('"stop_words": 5', 500, "attempt to access JSON non-string as string"),
+        ('"stop_words": {"a": 1}', 500, "attempt to access JSON non-string as string"),
+        ('"stream": "yes"', 500, "attempt to access JSON non-boolean as boolean"),
+        ('"random_seed": -1', 500, "attempt to access JSON non-unsigned-integer as unsigned-integer"),
+        ('"parameters": {"temperature": "hot"}', 500, "attempt to access JSON non-number as double"),
+        ('"parameters": 5', 500, "attempt to access JSON non-object as object"),
+        ('"top_p": []', 400, "input byte size mismatch for input 'top_p'"),
+        ('"temperature": [0.5, 0.6]', 400, "batch size does not match other inputs"),
+    ],
+)
+def test_wrong_types_over_http(server: LocalServer, fields: str, status: int, message: str) -> None:
+    """Triton's parser answers 500 where it refuses; what it lets through is ours."""
+    text = "{" + f'"text_input": "1, 2, 3, 4,", {fields}' + "}"
+    request = urllib.request.Request(f"{server.http_url}/v2/models/smollm2/generate", text.encode())
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    assert error.value.code == status
+    assert message in json.loads(error.value.read())["error"]
+
+
+def test_whole_numbers_are_cut_to_32_bits_by_triton(server: LocalServer, client: Client) -> None:
+    """No model sees what was cut off: the reference says so."""
+    body = {"text_input": "1, 2, 3, 4,", "max_tokens": 2**32 + 2}
+    status, text = post(f"{server.http_url}/v2/models/smollm2/generate", body)
+    assert (status, json.loads(text)["num_output_tokens"]) == (200, 2)
 
 
 def test_triton_s_own_fields_of_a_request(server: LocalServer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +14,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
+from tritonclient.utils import InferenceServerException, serialize_byte_tensor, serialized_byte_size, shared_memory
 
-from trident_client import Client, InvalidRequestError
+from trident_client import Client, InvalidRequestError, _admin_key
 from trident_export import corpora
+from trident_serving.launcher.admin_key import HEADER
 from trident_serving.launcher.local import LocalServer
 
 
@@ -97,3 +101,31 @@ def test_similar_texts_are_closer(client: Client) -> None:
     cat, kitten, finance = client.embed(["a cat on a sofa", "a kitten on a couch", "quarterly interest rates"])
     assert cat @ kitten > 0.6
     assert cat @ finance < 0.2
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_texts_and_vectors_in_shared_memory(server: LocalServer, client: Client, protocol: str) -> None:
+    """As perf_analyzer has them with --shared-memory system; only whoever has the admin key registers a region."""
+    library = importlib.import_module(f"tritonclient.{protocol}")
+    key = server.admin_headers[HEADER]
+    headers = {HEADER if protocol == "http" else _admin_key.METADATA: key}
+    data = np.array([["a cat"], ["The dog lay under the tree."]], np.object_)
+    size, answered = serialized_byte_size(serialize_byte_tensor(data)), 2 * 384 * 4
+    name = f"trident-test-{os.getpid()}-{protocol}"
+    region = shared_memory.create_shared_memory_region(name, f"/{name}", size + answered)
+    url = server.grpc_url if protocol == "grpc" else f"127.0.0.1:{server.http_port}"
+    with library.InferenceServerClient(url) as triton:
+        try:
+            shared_memory.set_shared_memory_region(region, [serialize_byte_tensor(data)])
+            with pytest.raises(InferenceServerException, match="restricted, expecting header"):
+                triton.register_system_shared_memory(name, f"/{name}", size + answered)
+            triton.register_system_shared_memory(name, f"/{name}", size + answered, headers=headers)
+            given, wanted = library.InferInput("text_input", [2, 1], "BYTES"), library.InferRequestedOutput("embedding")
+            given.set_shared_memory(name, size)
+            wanted.set_shared_memory(name, answered, size)
+            triton.infer("minilm", [given], outputs=[wanted])
+            found = shared_memory.get_contents_as_numpy(region, np.float32, [2, 384], size)
+            np.testing.assert_array_equal(found, client.embed(data[:, 0].tolist()))
+        finally:
+            triton.unregister_system_shared_memory(name, headers=headers)
+            shared_memory.destroy_shared_memory_region(region)

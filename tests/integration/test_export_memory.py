@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from trident_export import recipes
+from tests import tiny_models
+from trident_export import install, models_file, recipes, tasks
 from trident_export.graphs import decoder_passes, editing
 from trident_export.graphs.causal import export_causal_graph
+from trident_export.huggingface.folder import HuggingFaceFolder
 
 
 def _status(key: str) -> int:
@@ -54,3 +58,29 @@ def test_weights_are_held_once(tmp_path: Path) -> None:
     assert grown["fp32"] < 0.1 * weights
     assert grown["int4"] < 0.5 * weights
     assert (tmp_path / "second/fp32/model.onnx.data").samefile(tmp_path / "second/graph.onnx.data")
+
+
+def test_a_gate_lets_hugging_faces_model_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first session is opened: both would hold the weights."""
+    held: list[weakref.ref[Any]] = []
+    reference = HuggingFaceFolder.reference
+
+    def remembered(self: HuggingFaceFolder, kind: Any) -> Any:
+        held.append(weakref.ref(model := reference(self, kind)))
+        return model
+
+    folders = {
+        "causal": tiny_models.causal_entry(tiny_models.make_causal(tmp_path / "causal", "gpt2")),
+        "reader": 'task = "feature-extraction"\n'
+        f'source = {{ path = "{tiny_models.make_reader(tmp_path / "reader", "bert", AutoModel)}" }}\n'
+        'variants = ["fp32"]\nlimits = { max_tokens = 32, threads = 1, dimensions = 32 }\n',
+    }
+    (tmp_path / "models.toml").write_text(tiny_models.models_toml(folders))
+    monkeypatch.setattr(HuggingFaceFolder, "reference", remembered)
+    for spec in models_file.load(tmp_path / "models.toml"):
+        install.export([spec], tmp_path / "repository", tmp_path, tmp_path / "cache", lambda line: None)
+        held.clear()
+        evaluate = tasks.evaluator(spec, HuggingFaceFolder(tmp_path / spec.name), tmp_path / "repository")
+        assert held
+        assert [model() for model in held] == [None] * len(held)
+        assert evaluate("fp32")

@@ -167,10 +167,12 @@ def evaluator(
     device = spec.generation.device if _has(spec.generation.device) else "cpu"
     prompts = [ids[: min(len(ids), spec.generation.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
     expected = [greedy_answer(model, ids) for ids in prompts] if thorough else []
+    name = type(model).__name__
+    del model  # so that sessions have its memory
 
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
-        with running(f"the graph of a {type(model).__name__}", "be run over the gate's texts"):
+        with running(f"the graph of a {name}", "be run over the gate's texts"):
             measured = measure(folder, samples, reference, device, far)
         if thorough:
             measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))

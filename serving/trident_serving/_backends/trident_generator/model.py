@@ -72,7 +72,8 @@ class Channel(adapter.Responder):
         for name in ("reasoning", "tool_calls"):
             if getattr(chunk, name) is not None:
                 tensors[name] = text.encode_texts([getattr(answer, name) for answer in answers])
-        return {name: tensor[None] for name, tensor in tensors.items()}
+        # Texts are [answers], without the batch, as the TensorRT-LLM backend sends them: LlamaIndex iterates over them.
+        return {name: tensor if name == "text_output" else tensor[None] for name, tensor in tensors.items()}
 
     def is_last(self, chunk):
         return chunk.final
