@@ -48,7 +48,7 @@ class GenerationOptions(TypedDict, total=False):
         random_seed: makes sampling repeatable.
         return_log_probs: give each token's log-probability (default false).
         top_logprobs: give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20).
-        prompt_lookup: draft greedy answers from their prompt, which changes their speed only (default true).
+        prompt_lookup: draft greedy answers from their and others' text, which changes speed only (default true).
         stop_words: texts that end the answer and are left out of it, at most 32; they count from min_tokens on.
         stop_token_ids: tokens that end the answer, as the model's own do, at most 64.
         bad_words: texts that never appear, as their tokens at the beginning of a text and behind a space, at most 32.
@@ -142,7 +142,7 @@ GENERATION: dict[str, Option] = {
         flag=False,
     ),
     "prompt_lookup": Option(
-        "BOOL", "draft greedy answers from their prompt, which changes their speed only (default true)"
+        "BOOL", "draft greedy answers from their and others' text, which changes speed only (default true)"
     ),
     "stop_words": Option(
         "BYTES",

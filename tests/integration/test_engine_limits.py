@@ -162,6 +162,24 @@ def test_drafts_are_accepted_and_can_be_switched_off(server: LocalServer, client
     assert steps < (between["batch_size_count"] - before["batch_size_count"]) / 1.6
 
 
+def test_an_answer_that_comes_again_is_drafted_from_the_first(server: LocalServer, client: Client) -> None:
+    """Its own text has no draft for it; a request without drafts leaves nothing for others."""
+    question = [{"role": "user", "content": "Explain how a rainbow forms over a waterfall."}]
+    found, before = [], metrics(server)
+    for lookup in (False, True, True):
+        text = client.chat(question, max_tokens=40, temperature=0.0, prompt_lookup=lookup).text
+        after = metrics(server)
+        change = {name: after[name] - before[name] for name in after}
+        found.append((text, change["batch_size_count"], change["pool_draft_tokens_accepted_total"]))
+        before = after
+    (plain, steps, drafted), (first, _, early), (again, few, accepted) = found
+    assert plain == first == again
+    assert drafted == 0
+    assert early < 10
+    assert accepted > 20
+    assert few < steps / 3
+
+
 def test_metrics(server: LocalServer, client: Client) -> None:
     before = metrics(server)
     answer = client.generate("One two three", max_tokens=12, min_tokens=12, prompt_lookup=False)

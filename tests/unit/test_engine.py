@@ -17,6 +17,7 @@ from trident_serving.errors import BrokenModel, DeadlineExceeded, Overloaded
 from trident_serving.generation.answer import FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.engine import Engine, EngineSettings
+from trident_serving.generation.ngram_pool import SIZE
 from trident_serving.generation.scheduler import Scheduler
 from trident_serving.runtime.log_probabilities import TokenLogProbs
 from trident_serving.runtime.metrics import Recorder
@@ -475,6 +476,95 @@ def test_drafts_save_runs_and_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
         engine.stop()
     assert answers[0] == answers[1] == expected(prompt, 25)
     assert runs[1] < runs[0] / 2
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 2), min_size=6, max_size=14), st.integers(1, 30)), min_size=1, max_size=9
+    ),
+    st.integers(1, 4),
+)
+def test_other_answers_change_no_answer(requests: list[tuple[list[int], int]], slots: int) -> None:
+    """Prompts of two words, with answers of two words, so that the pool often proposes, and often wrongly."""
+
+    class Words(ListDecoder):
+        def following(self, tokens: list[int]) -> int:
+            return 1 + hash(tuple(tokens[-SIZE - 2 :])) % 2  # two tokens more than the pool compares
+
+    found = []
+    for pool in (False, True):
+        engine = make(Words(slots), ngram_pool=pool)
+        consumers = [Collector() for _ in requests]
+        for (prompt, max_tokens), consumer in zip(requests, consumers, strict=True):
+            engine.submit(Job(list(prompt), SamplingParams(max_tokens=max_tokens), consumer))
+        assert all(consumer.done.wait(10) for consumer in consumers)
+        found.append([consumer.tokens for consumer in consumers])
+        engine.stop()
+    assert found[0] == found[1]
+
+
+def steps_of(engine: Engine, decoder: ListDecoder, prompt: list[int], **more: Any) -> int:
+    """Runs of an answer of 40 tokens, which is compared."""
+    before, consumer = len(decoder.runs), Collector()
+    engine.submit(Job(list(prompt), SamplingParams(max_tokens=40, **more), consumer))
+    assert consumer.done.wait(10)
+    if not more:
+        assert consumer.tokens == expected(prompt, 40)
+    return len(decoder.runs) - before
+
+
+def counting(sequence: list[int]) -> int:
+    """A model that says nothing twice."""
+    return sequence[-1] % (VOCABULARY - 1) + 1
+
+
+def test_a_second_request_is_drafted_from_the_answer_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.test_engine.next_token", counting)
+    prompt = list(range(20, 30))
+    for pool in (True, False):
+        decoder, recorder = ListDecoder(1, seconds=0.0005), Recorder()
+        engine = make(decoder, ngram_pool=pool, recorder=recorder)
+        first, second = (steps_of(engine, decoder, prompt) for _ in range(2))
+        assert first >= 40
+        assert (second < 15) if pool else (second >= 40)
+        counters = recorder.drain().counters
+        assert (counters["pool_draft_tokens_accepted"] > 25) == pool
+        assert counters["pool_draft_tokens"] == counters["draft_tokens"]  # none from its own text
+        engine.stop()
+
+
+def test_requests_without_drafts_neither_give_to_the_pool_nor_take_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.test_engine.next_token", counting)
+    prompt, decoder = list(range(20, 30)), ListDecoder(1, seconds=0.0005)
+    engine = make(decoder)
+    silent = Collector()
+    engine.submit(Job(list(prompt), SamplingParams(max_tokens=40), silent, prompt_lookup=False))
+    assert silent.done.wait(10)
+    steps_of(engine, decoder, prompt, temperature=1.0, seed=1)
+    assert steps_of(engine, decoder, prompt) >= 40  # of which there is nothing in the pool
+    before = len(decoder.runs)
+    again = Collector()
+    engine.submit(Job(list(prompt), SamplingParams(max_tokens=40), again, prompt_lookup=False))
+    assert again.done.wait(10)
+    assert len(decoder.runs) - before >= 40
+    engine.stop()
+
+
+def test_a_pool_of_wrong_answers_costs_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.test_engine.next_token", counting)
+    prompt, decoder, recorder = list(range(20, 30)), ListDecoder(1, seconds=0.0005), Recorder()
+    engine = make(decoder, recorder=recorder)
+    pool = engine._ngram_pool
+    assert pool is not None
+    text = [*prompt, *expected(prompt, 40)]
+    for end in range(len(prompt), len(text)):  # behind each n-gram of the answer, what the model does not say
+        pool.add([*text[:end], 3, 3, 3], end)
+    assert steps_of(engine, decoder, prompt) == 42
+    counters = recorder.drain().counters
+    assert counters["pool_draft_tokens_accepted"] == 0
+    assert 0 < counters["pool_draft_tokens"] <= 12  # in pauses that become longer
+    engine.stop()
 
 
 def test_a_sampled_request_is_not_drafted() -> None:

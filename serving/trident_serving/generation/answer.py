@@ -10,6 +10,7 @@ from typing import Protocol
 
 from trident_serving.generation import scheduler
 from trident_serving.generation.drafting import SequenceDrafts
+from trident_serving.generation.ngram_pool import NgramPool
 from trident_serving.runtime import loop
 from trident_serving.runtime.log_probabilities import Logits, TokenLogProbs, log_probabilities
 from trident_serving.runtime.metrics import Recorder
@@ -49,7 +50,8 @@ class Job:
     Attributes:
         log_probs: whether the consumer gets log-probabilities.
         top_log_probs: of how many of the likeliest tokens, besides that of the chosen one.
-        prompt_lookup: whether drafts may be taken from the sequence itself; greedy requests only.
+        prompt_lookup: whether drafts may be taken from the sequence itself and from the pool, to which the answer is
+            given then; greedy requests only.
         seconds: it fails once this time is over, waiting included; None: never.
         stop_token_ids: end the answer beside the model's own end tokens.
         ignore_eos: the model's own do not.
@@ -79,7 +81,15 @@ class Answer(scheduler.Sequence, loop.Request):
         guide: see `Job`.
     """
 
-    def __init__(self, job: Job, eos_token_ids: frozenset[int], recorder: Recorder, *, prompt_lookup: bool) -> None:
+    def __init__(
+        self,
+        job: Job,
+        eos_token_ids: frozenset[int],
+        recorder: Recorder,
+        *,
+        prompt_lookup: bool,
+        pool: NgramPool | None = None,
+    ) -> None:
         scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens)
         loop.Request.__init__(self, job.consumer, job.seconds)
         self._job = job
@@ -90,7 +100,8 @@ class Answer(scheduler.Sequence, loop.Request):
         self.guide = job.guide
         self.scored = job.prompt_log_probs is not None
         drafted = prompt_lookup and job.prompt_lookup and job.sampling.greedy
-        self.drafts = SequenceDrafts(self.tokens) if drafted else None
+        # What a grammar allows tells little of what the model says without it.
+        self.drafts = SequenceDrafts(self.tokens, pool if job.guide is None else None) if drafted else None
 
     def guided(self, draft: list[int], limit: int) -> list[int]:
         """A draft that the grammar allows, if there is one: what it forces, at most `limit` tokens, or what fits."""
@@ -122,6 +133,9 @@ class Answer(scheduler.Sequence, loop.Request):
             self.drafts.record(len(draft), accepted)
             self._recorder.count("draft_tokens", len(draft))
             self._recorder.count("draft_tokens_accepted", accepted)
+            if self.drafts.pooled:
+                self._recorder.count("pool_draft_tokens", len(draft))
+                self._recorder.count("pool_draft_tokens_accepted", accepted)
         return reason
 
     def score_prompt(self, logits: Logits, start: int) -> None:
@@ -138,6 +152,8 @@ class Answer(scheduler.Sequence, loop.Request):
     def finish(self, reason: FinishReason) -> None:
         """Tell the consumer that the answer is complete."""
         self._job.consumer.finish(reason)
+        if self.drafts is not None:
+            self.drafts.keep()
 
     def _hand_out(self, token: int, logits: Logits) -> FinishReason | None:
         job = self._job

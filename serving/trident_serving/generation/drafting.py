@@ -1,20 +1,24 @@
-"""Prompt-lookup speculative decoding: drafts found in the sequence itself, and how many of them pay.
+"""Speculative decoding without a second model: drafts found in texts, and how many of their tokens pay.
 
 A draft is what followed the last time that the latest tokens stood in the sequence (Saxena, "Prompt Lookup Decoding",
-2023). One run of the model verifies it, and a token that the model would not have chosen ends it, so answers are
-those without drafts; batches are invariant to the last bit here, so that this holds for every token.
+2023), or in another answer (see `ngram_pool`). One run of the model verifies it, and a token that the model would not
+have chosen ends it, so answers are those without drafts; batches are invariant to the last bit here, so that this holds
+for every token.
 
 How long a draft may be follows from what was accepted before and what a token costs: see `allot`. A sequence whose
-drafts miss stops drafting for a while, twice as long each time.
+drafts miss stops drafting for a while, twice as long each time. Its own text and the pool are judged apart.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+
+from trident_serving.generation.ngram_pool import NgramPool
 
 MAX_DRAFT = 12
 NGRAMS = (3, 2)  # how many of the latest tokens must be found, tried in this order
@@ -83,25 +87,64 @@ class Acceptance:
             self._pause = min(2**self._misses, MAX_PAUSE)
 
 
+@dataclass
+class Source:
+    """A source of drafts of one sequence, and how they did.
+
+    Attributes:
+        draft: finds up to as many tokens as it is asked for.
+    """
+
+    draft: Callable[[int], list[int]]
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    def propose(self, limit: int) -> tuple[float, list[int]]:
+        """The chance of each token to be right, and up to `limit` tokens; call it once a step."""
+        chance = self.acceptance.chance()
+        tokens = self.draft(limit) if chance else []
+        return (chance, tokens) if tokens else (0.0, [])
+
+
 class SequenceDrafts:
     """The drafts of one sequence: where they come from, and how they did.
 
     Args:
         tokens: of the sequence; the caller appends to them.
+        pool: what other answers said; None: drafts come from the sequence only.
     """
 
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self._lookup = PromptLookup(tokens)
-        self._acceptance = Acceptance()
+    def __init__(self, tokens: Sequence[int], pool: NgramPool | None = None) -> None:
+        self._tokens, self._pool = tokens, pool
+        self._prompt_length = len(tokens)
+        self._sources = [Source(PromptLookup(tokens).draft)]
+        if pool is not None:
+            self._sources.append(Source(partial(pool.draft, tokens)))
+        self._drafted = self._sources[0]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the latest draft came from the pool."""
+        return self._drafted is not self._sources[0]
 
     def propose(self, limit: int) -> tuple[float, list[int]]:
         """The chance of each token to be right, and up to `limit` tokens, often none; call it once a step."""
-        chance = self._acceptance.chance() if limit > 0 else 0.0
-        return chance, self._lookup.draft(limit) if chance else []
+        if limit <= 0:
+            return 0.0, []
+        best: tuple[float, list[int]] = (0.0, [])
+        for source in self._sources:  # the sequence's own text comes first where both seem as good
+            found = source.propose(limit)
+            if found[0] > best[0]:
+                best, self._drafted = found, source
+        return best
 
     def record(self, drafted: int, accepted: int) -> None:
-        """See `Acceptance.record`."""
-        self._acceptance.record(drafted, accepted)
+        """The latest draft was verified; see `Acceptance.record`."""
+        self._drafted.acceptance.record(drafted, accepted)
+
+    def keep(self) -> None:
+        """Give the answer to the pool."""
+        if self._pool is not None:
+            self._pool.add(self._tokens, self._prompt_length)
 
 
 @dataclass(frozen=True)

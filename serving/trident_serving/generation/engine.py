@@ -20,6 +20,7 @@ from trident_serving.generation.answer import Answer, FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import Decoder, run_each
 from trident_serving.generation.drafting import MAX_DRAFT, Drafter
+from trident_serving.generation.ngram_pool import NgramPool
 from trident_serving.generation.scheduler import PrefillChunk, Scheduler
 from trident_serving.generation.slots import Placement, SlotPool
 from trident_serving.runtime.log_probabilities import Logits
@@ -41,6 +42,7 @@ class EngineSettings:
         max_waiting: requests that may wait for a slot.
         prefix_reuse: whether prompts start behind what the cache already holds of them.
         prompt_lookup: whether greedy requests may be drafted.
+        ngram_pool: whether their drafts may come from other answers.
         whole_prefixes: what the cache holds is reused as a whole or not at all.
         original_context: tokens up to which a text has the first of the model's two rotations; 0: there is one.
     """
@@ -51,6 +53,7 @@ class EngineSettings:
     max_waiting: int
     prefix_reuse: bool = True
     prompt_lookup: bool = True
+    ngram_pool: bool = True
     whole_prefixes: bool = False
     original_context: int = 0
 
@@ -76,6 +79,7 @@ class Engine(EngineLoop[Answer]):
         self._settings = settings
         self._eos_token_ids = eos_token_ids
         self._drafter = Drafter()
+        self._ngram_pool = NgramPool() if settings.prompt_lookup and settings.ngram_pool else None
         self._mask_maker = MaskMaker()
         self._scheduler = self._new_scheduler()
         self.start()
@@ -89,8 +93,8 @@ class Engine(EngineLoop[Answer]):
         Raises:
             Overloaded: the queue is full, or the engine is stopping.
         """
-        lookup = self._settings.prompt_lookup
-        answers = [Answer(job, self._eos_token_ids, self._recorder, prompt_lookup=lookup) for job in jobs]
+        lookup, pool = self._settings.prompt_lookup, self._ngram_pool
+        answers = [Answer(job, self._eos_token_ids, self._recorder, prompt_lookup=lookup, pool=pool) for job in jobs]
         for answer in answers[1:]:
             answer.leader = answers[0]
         with self._adding():

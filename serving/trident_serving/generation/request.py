@@ -64,7 +64,7 @@ class GenerationRequest:
         prompt_ids: its tokens, at least one.
         top_log_probs: for how many of the likeliest tokens log-probabilities are returned at each position.
         include_prompt: whether the answer repeats the prompt's text.
-        prompt_lookup: whether drafts may be taken from the prompt.
+        prompt_lookup: see `Job`.
         timeout_seconds: the request fails once so much time is over.
         conversation: what the chat template was given; None: the prompt is a text of the request.
         prompt_end: the end of the rendered prompt, whatever of it was cut.

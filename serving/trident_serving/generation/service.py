@@ -149,6 +149,7 @@ class GenerationService:
                 prefix_reuse=limits.prefix_reuse,
                 # A draft that is refused can't be taken back from a state.
                 prompt_lookup=limits.prompt_lookup and not decoder.states,
+                ngram_pool=limits.ngram_pool,
                 whole_prefixes=bool(decoder.states),
                 original_context=decoder.original_context,
             ),

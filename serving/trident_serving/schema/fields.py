@@ -337,7 +337,7 @@ GENERATION = (
     Field(
         "exclude_input_in_output", "BOOL", "leave the prompt out of the answer's text", True, option=False, flag=False
     ),
-    Field("prompt_lookup", "BOOL", "draft greedy answers from their prompt, which changes their speed only", True),
+    Field("prompt_lookup", "BOOL", "draft greedy answers from their and others' text, which changes speed only", True),
     Field(
         "stop_words",
         "STRING",

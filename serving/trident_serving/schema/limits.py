@@ -45,7 +45,9 @@ class GenerationLimits:
             ask for less.
         default_max_tokens: length of an answer where the request names none.
         prefix_reuse: whether a prompt reuses the tokens of its beginning that the cache already holds.
-        prompt_lookup: whether greedy answers may be drafted from their prompt.
+        prompt_lookup: whether greedy answers may be drafted from their own text.
+        ngram_pool: whether they may be drafted from other requests' answers too, which changes their speed only;
+            `prompt_lookup` is needed for it.
         threads: ONNX Runtime's intra-op threads.
         device: "cpu" or "cuda"; the graph is made for it (decision 0023).
         chat_template_kwargs: options of the chat template where a request does not say otherwise, such as
@@ -62,6 +64,7 @@ class GenerationLimits:
     default_max_tokens: int = 256
     prefix_reuse: bool = True
     prompt_lookup: bool = True
+    ngram_pool: bool = True
     threads: int = 2
     device: str = "cpu"
     chat_template_kwargs: JsonObject = NO_OPTIONS
