@@ -201,9 +201,9 @@ def test_a_damaged_generator_is_refused(
     """Damaged between the reference run and the tracing."""
     original = text_generation.export_causal_graph
 
-    def damaged(model: torch.nn.Module, positions: int) -> ir.Model:
+    def damaged(model: torch.nn.Module, *more: Any) -> ir.Model:
         damage(model)  # type: ignore[operator]
-        return original(model, positions)
+        return original(model, *more)
 
     monkeypatch.setattr(text_generation, "export_causal_graph", damaged)
     spec = models_file.parse("llama", _table(tiny["llama"]))
@@ -220,7 +220,8 @@ def test_wrong_positions_are_refused(tiny: dict[str, Path], tmp_path: Path, monk
     original = OnnxDecoder.run
 
     def shifted(self, items):  # type: ignore[no-untyped-def]
-        return original(self, [replace(item, start=item.start - (len(item.tokens) == 1)) for item in items])
+        late = [item.start > 0 and len(item.tokens) == 1 for item in items]
+        return original(self, [replace(item, start=item.start - one) for item, one in zip(items, late, strict=True)])
 
     monkeypatch.setattr(OnnxDecoder, "run", shifted)
     spec = models_file.parse("llama", _table(tiny["llama"]))

@@ -127,6 +127,7 @@ class Seq2SeqDecoder:
         self._logits = np.empty((slots, self.vocabulary_size), np.float32)
         self._binding: Any = None
         self._bound: tuple[int, int] | None = None
+        self._twice: bool | None = None  # whether a single row runs twice; None until there is one
         self.slots = slots
         self.capacity = capacity
 
@@ -147,9 +148,21 @@ class Seq2SeqDecoder:
     def run(self, rows: Sequence[Row]) -> Floats:
         """Append a token to each of the first slots of the cache, one slot for each row.
 
+        A processor may sum a single row of 4-bit weights in another order (see `generation.batch.PADDED_ROWS`). Then
+        one row runs twice, the second time in the slot behind it, which is idle.
+
         Returns:
             Logits, float32 [rows, vocabulary]; valid until the next call.
         """
+        if len(rows) > 1 or len(self._logits) == 1 or self._twice is False:
+            return self._run(rows)
+        alone = None if self._twice else self._run(rows).copy()
+        logits = self._run([*rows, *rows])[:1]
+        if alone is not None:
+            self._twice = not np.array_equal(alone, logits, equal_nan=True)
+        return logits
+
+    def _run(self, rows: Sequence[Row]) -> Floats:
         by_text: dict[Hashable, list[int]] = {}
         for number, row in enumerate(rows):
             by_text.setdefault(row.text, []).append(number)
