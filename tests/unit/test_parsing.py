@@ -361,7 +361,7 @@ def test_long_answers_of_marks_take_no_long_time(kind: str, text: str) -> None:
     """The engine's thread parts answers: a hostile one takes microseconds a character, too."""
     started = time.process_time()
     Answer.of(ChatFormat(kind), [text])
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 2.0  # of a processor, a slow one too
 
 
 FORMATS = {
