@@ -241,6 +241,8 @@ def test_several_answers(client: Client, server: LocalServer) -> None:
     alone = [client.generate(PROMPT, random_seed=40 + index, **sampled, **options) for index in range(10)]
     assert len({each.text for each in alone}) == 10
     assert client.generate_many(PROMPT, 10, random_seed=40, **sampled, **options) == alone  # more than there are slots
+    _, text = post(f"{server.http_url}/v2/models/m/generate", {"text_input": PROMPT, "max_tokens": 4, "n": 3})
+    assert json.loads(text)["index"] == [0, 1, 2]
     prompt = "a longer prompt that is computed once, " * 2  # 80 tokens or so in chunks of 16
     before = hits(server)
     many = client.generate_many(prompt, 4, **options)

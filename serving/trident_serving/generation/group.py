@@ -45,6 +45,8 @@ class AnswerGroup:
             chunk.index, chunk.final = index, final
             self._channel.send(chunk)
         elif final:
+            for place, each in enumerate(complete):
+                each.index = place
             first = complete[0]
             first.others, first.final = complete[1:], True
             self._channel.send(first)
