@@ -597,3 +597,33 @@ def test_what_is_counted() -> None:
     assert sizes["request_duration"] == 2
     assert recorded.gauges["requests_running"] == recorded.gauges["slots_used"] == 0
     assert recorder.drain().counters == {}
+
+
+class Forcing:
+    """A guide that allows every token, and says that some come next, which the model does not choose."""
+
+    def forced(self, limit: int) -> list[int]:
+        return [VOCABULARY - 1, VOCABULARY - 2][: max(limit, 0)]
+
+    def fits(self, draft: Sequence[int]) -> list[int]:
+        return list(draft)
+
+    def masks(self, draft: Sequence[int]) -> np.ndarray:
+        return np.ones((1 + len(draft), VOCABULARY), bool)
+
+    def accept(self, token: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", [ListDecoder, StatesDecoder])
+def test_what_a_grammar_forces_changes_no_answer(kind: type[ListDecoder]) -> None:
+    """Where slots can't be cut back nothing is drafted: a token that is refused would stay in the state."""
+    decoder = kind(1)
+    engine = make(decoder, whole_prefixes=kind is StatesDecoder)
+    consumer = Collector()
+    engine.submit(Job([1, 2, 3], SamplingParams(max_tokens=12), consumer, guide=Forcing()))  # type: ignore[arg-type]
+    assert consumer.done.wait(10)
+    engine.stop()
+    assert consumer.error is None
+    assert consumer.tokens == expected([1, 2, 3], 12)
+    assert (max(decoder.runs[1:]) == 1) == (kind is StatesDecoder)

@@ -183,6 +183,8 @@ class Engine(EngineLoop[Answer]):
                 self._take(answer, logits, draft, mask)
 
     def _longest_draft(self, answer: Answer) -> int:
+        if self._settings.whole_prefixes:  # a draft that is refused can't be taken back, a grammar's neither
+            return 0
         # The last token of an answer need not be drafted: it comes with the verification.
         longest = answer.max_tokens - answer.generated - 1
         if self._settings.original_context and not answer.rotation:  # whose next rotation a draft does not have
