@@ -30,6 +30,7 @@ class _Request:
     tries: int = 0
 
     def pause(self) -> float:
+        """Seconds until it is sent again; longer each time."""
         self.tries += 1
         return min(FIRST_PAUSE * 2.0 ** min(self.tries, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
@@ -67,9 +68,8 @@ def send_all(start: Callable[[int, float | None], Any], count: int, seconds: flo
             except queue.Empty:
                 continue
             del flying[request.index]
-            pause = request.pause()
-            if _refused(call) and time.monotonic() + pause < request.until:
-                heapq.heappush(waiting, (time.monotonic() + pause, request.index, request))
+            if _refused(call) and (again := time.monotonic() + request.pause()) < request.until:
+                heapq.heappush(waiting, (again, request.index, request))
                 limit = max(limit // 2, 1)
                 continue
             responses[request.index] = call.result()

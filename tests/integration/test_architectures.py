@@ -96,6 +96,17 @@ def test_states_are_those_of_the_text(tiny_client: Client, folders: dict[str, Pa
     assert tiny_client.generate(longer, model=name, max_tokens=24).text == hugging_face(folders[name], longer, 24)
 
 
+@pytest.mark.parametrize("name", ["llama", *HYBRIDS])
+def test_what_a_grammar_forces_leaves_states_right(tiny_client: Client, name: str) -> None:
+    """Forced texts are drafts, but for a model with states; the next answer is what it was."""
+    before = tiny_client.generate(PROMPTS[0], model=name, max_tokens=24)
+    choices = ["a long text that is the same up to here: yes", "a long text that is the same up to here: no"]
+    for seed in range(3):
+        options = {"model": name, "max_tokens": 90, "temperature": 1.5, "random_seed": seed}
+        assert tiny_client.generate(PROMPTS[0], guided_choice=choices, **options).text in choices
+    assert tiny_client.generate(PROMPTS[0], model=name, max_tokens=24) == before
+
+
 def test_half_a_character_at_the_end_is_shown_as_such(tiny_client: Client, folders: dict[str, Path]) -> None:
     """Random weights give invalid UTF-8 all the time: joined chunks equal the answer in one chunk."""
     for prompt in PROMPTS:

@@ -306,6 +306,8 @@ def test_prompts_are_cut_on_request(client: Client, model: Any, tokenizer: Any) 
     text = "one two three four five six seven eight nine ten " * 20
     ids = tokenizer(text).input_ids
     assert len(ids) > 128
+    silent = client.generate(text, model="m", truncate_prompt_tokens=-1, ignore_eos=True)
+    assert (silent.num_input_tokens, silent.num_output_tokens) == (128 - 16, 16)  # `default_max_tokens` is 16
     for kept, expected in ((9, 9), (-1, 128 - 24), (1000, None)):
         if expected is None:
             with pytest.raises(InvalidRequestError, match="in the context|the model's context of 128 allows 127"):
@@ -368,6 +370,7 @@ def test_several_grammars_in_one_batch(client: Client) -> None:
 
 def test_a_cut_answer_says_so(client: Client) -> None:
     found = client.generate(PROMPT, model="m", max_tokens=4, guided_json=SCHEMA)
+    assert found.text
     assert (found.finish_reason, found.text) == ("length", '{"name": "'[: len(found.text)])
 
 

@@ -271,7 +271,8 @@ class RequestParser:
         if kept == 0:
             raise InvalidRequest("truncate_prompt_tokens must be -1 or at least 1, found 0")
         if kept == -1:
-            kept = self._limits.context - min(max(1 if max_tokens is None else max_tokens, 0), self._limits.context - 1)
+            answer = self._limits.default_max_tokens if max_tokens is None else max_tokens
+            kept = max(self._limits.context - answer, 1)
         return ids[-kept:]
 
     def _bad_words(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
