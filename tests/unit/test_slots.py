@@ -18,6 +18,7 @@ class Text:
     tokens: list[int]
     cached: int = 0
     rotation: int = 0
+    adapter: int = 0
 
     @classmethod
     def prompt(cls, *more: int) -> Text:

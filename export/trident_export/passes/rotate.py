@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
 from trident_export.graphs.editing import array, constant, drop_unused, rank_of_weight, store
-from trident_export.passes.base import CalibrationRuns, Pass
+from trident_export.passes.base import CalibrationRuns, Pass, adapter_matmuls
 
 # Root-mean-square norms by operator: where their scale stands among the inputs.
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
@@ -47,7 +47,7 @@ class Rotate(Pass):
 
     def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`; it takes no matmuls."""
-        found = find_rotated(model, set(chosen))
+        found = find_rotated(model, {*chosen, *adapter_matmuls(model)})
         if found is None:
             return model, set()
         (channels,) = {weight.shape[-1] for weight in found.adding}

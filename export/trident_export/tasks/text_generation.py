@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise, zip_longest
@@ -19,13 +20,13 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
-from trident_export.errors import ModelsFileError, TextError, UnreadableSource
+from trident_export.errors import FidelityError, ModelsFileError, TextError, UnreadableSource
 from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
-from trident_export.huggingface import chat_templates
+from trident_export.huggingface import chat_templates, lora
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.measure import fidelity
@@ -84,8 +85,14 @@ def trace(job: Job) -> None:
     job.graphs.mkdir()
     job.progress("tracing the graph")
     assert spec.generation
-    traced = export_causal_graph(model, positions(spec.generation), spec.generation.context)
-    save(decoder_passes.optimize(traced, ragged=spec.generation.device == "cpu"), job.graphs / "model.onnx")
+    adapters = [
+        lora.read(job.source, name, folder, AutoModelForCausalLM)
+        for name, folder in lora.adapters_of(job.source).items()
+    ]
+    limits = spec.generation
+    traced = export_causal_graph(model, positions(limits), limits.context, adapted=bool(adapters))
+    optimized = decoder_passes.optimize(traced, ragged=limits.device == "cpu", adapters=adapters)
+    save(optimized, job.graphs / "model.onnx")
 
 
 def positions(limits: GenerationLimits) -> int:
@@ -169,11 +176,14 @@ def evaluator(
     expected = [greedy_answer(model, ids) for ids in prompts] if thorough else []
     name = type(model).__name__
     del model  # so that sessions have its memory
+    adapters = adapter_references(source, samples)
 
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
         with running(f"the graph of a {name}", "be run over the gate's texts"):
             measured = measure(folder, samples, reference, device, far)
+            for adapter, found in measure_adapters(folder, samples, adapters, device).items():
+                measured |= fidelity.of_adapter(found, adapter)
         if thorough:
             measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))
         return measured
@@ -487,10 +497,8 @@ def measure(
     found: list[NDArray[np.float32]] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
-    effect = 0.0
-    for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
-        alone = decoder.run([SlotTokens(0, 0, ids, len(ids), decoder.rotation(len(ids)))])
-        effect = max(effect, float(np.abs(alone - served).max()))
+    pairs = track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time")
+    effect = max(_effect(decoder, ids, served) for ids, served in pairs)
     del decoder  # one session at a time
     if far is not None:
         reference, found = [*reference, *far.reference], [*found, *far_logits(folder, far, device)]
@@ -500,15 +508,100 @@ def measure(
     return compared | {"batch_effect": effect, fidelity.LONGEST: float(longest)}
 
 
-def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArray[np.float32]]:
-    """Logits of texts that run together, a row each; float32 [tokens, vocabulary] for each text."""
+@dataclass(frozen=True)
+class AdapterReferences:
+    """What Hugging Face's model says with each adapter, in files: of many adapters it is gigabytes.
+
+    Attributes:
+        names: of the adapters, in their order.
+        folder: where the files lie, as long as this is.
+    """
+
+    names: tuple[str, ...]
+    folder: tempfile.TemporaryDirectory[str]
+
+    def keep(self, adapter: int, logits: Sequence[NDArray[np.float32]]) -> None:
+        """Write the logits of each text."""
+        for text, rows in enumerate(logits):
+            np.save(self._file(adapter, text), rows)
+
+    def logits(self, adapter: int, text: int) -> NDArray[np.float32]:
+        """Of one text, float32 [tokens, vocabulary]."""
+        found: NDArray[np.float32] = np.load(self._file(adapter, text))
+        return found
+
+    def _file(self, adapter: int, text: int) -> Path:
+        return Path(self.folder.name) / f"{adapter}-{text}.npy"
+
+
+def adapter_references(source: HuggingFaceFolder, samples: list[list[int]]) -> AdapterReferences:
+    """Ask Hugging Face's model with each adapter of a source."""
+    names = tuple(lora.adapters_of(source))
+    references = AdapterReferences(names, tempfile.TemporaryDirectory())
+    for adapter, name in enumerate(names):
+        assert isinstance(source, lora.BaseWithAdapters)
+        references.keep(adapter, reference_logits(source.reference_with(name, AutoModelForCausalLM), samples))
+    return references
+
+
+def measure_adapters(
+    folder: Path, samples: list[list[int]], references: AdapterReferences, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Compare a decoder's adapters with Hugging Face's model that has each of them; the measures are `measure`'s.
+
+    Neighbours in a run have different adapters, or none.
+
+    Raises:
+        FidelityError: the graph has other adapters.
+    """
+    names = references.names
+    if not names:
+        return {}
+    longest = max(len(ids) for ids in samples)
+    decoder = OnnxDecoder(
+        folder / "model.onnx", slots=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
+    )
+    if decoder.adapters != names:
+        raise FidelityError(f"{folder.parent.name} has the adapters {decoder.adapters}, models.toml says {names}")
+    compared: list[list[NDArray[np.float64]]] = [[] for _ in names]
+    effects = [0.0] * len(names)
+    for text, ids in enumerate(track(samples, f"{folder.parent.name}, adapters")):
+        jobs = range(len(names) + 1)
+        found: list[NDArray[np.float32]] = []
+        for start in jobs[::GATE_ROWS]:
+            group = jobs[start : start + GATE_ROWS]
+            found += _served_logits(decoder, [ids] * len(group), group)
+        for adapter, served in enumerate(found[1:]):
+            compared[adapter].append(fidelity.compare_tokens(references.logits(adapter, text), served))
+            effects[adapter] = max(effects[adapter], _effect(decoder, ids, served, adapter + 1))
+    return {
+        name: fidelity.summary(each) | {"batch_effect": effect}
+        for name, each, effect in zip(names, compared, effects, strict=True)
+    }
+
+
+def _effect(decoder: OnnxDecoder, ids: list[int], served: NDArray[np.float32], adapter: int = 0) -> float:
+    """The largest difference of a text's logits from those that it has when it runs alone and whole."""
+    alone = decoder.run([SlotTokens(0, 0, ids, len(ids), decoder.rotation(len(ids)), adapter)])
+    return float(np.abs(alone - served).max())
+
+
+def _served_logits(
+    decoder: OnnxDecoder, samples: list[list[int]], adapters: Sequence[int] = ()
+) -> list[NDArray[np.float32]]:
+    """Logits of texts that run together, a row each; float32 [tokens, vocabulary] for each text.
+
+    Args:
+        adapters: of each text; (): none.
+    """
     pieces: list[list[SlotTokens]] = []
     for row, ids in enumerate(samples):
+        adapter = adapters[row] if adapters else 0
         decoded = min(GATE_DECODED + row, len(ids) - 2)
         middle = (len(ids) - decoded) // (2 + row)
         bounds = [0, middle, *range(len(ids) - decoded, len(ids) + 1)]
         rotation = decoder.rotation(len(ids))
-        pieces.append([SlotTokens(row, a, ids[a:b], b - a, rotation) for a, b in pairwise(bounds) if a < b])
+        pieces.append([SlotTokens(row, a, ids[a:b], b - a, rotation, adapter) for a, b in pairwise(bounds) if a < b])
     logits: list[list[NDArray[np.float32]]] = [[] for _ in samples]
     for step in zip_longest(*pieces):
         items = [item for item in step if item is not None]
