@@ -764,8 +764,8 @@ def export_causal_graph(
         plan = plan_of(model, positions, original)
         if adapted and not plan.packed:
             raise UnsupportedArchitecture(
-                f"a {type(model).__name__} does not run packed, so its requests can't have adapters of their own: merge "
-                "each by a table of its own, source = { ..., adapter = ... }"
+                f"a {type(model).__name__} does not run packed, so its requests can't have adapters of their own: "
+                "merge each by a table of its own, source = { ..., adapter = ... }"
             )
         arguments = [*_first_texts(model)[1]]
         inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]

@@ -111,9 +111,8 @@ def read(base: HuggingFaceFolder, name: str, adapter: Path, head: Any) -> Lora:
     check(adapter, base)
     model: Any = adapters.attach(base, adapter, head).get_base_model()
     layers: dict[str, Low] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
+    adapted: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]
+    for path, module in adapted:
         inner = module.get_base_layer()
         if type(inner) is not torch.nn.Linear or module is model.get_output_embeddings():
             raise UnsupportedModel(

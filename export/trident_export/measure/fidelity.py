@@ -77,7 +77,11 @@ def compare_logits(
 
 
 def compare_tokens(expected: Floats, actual: Floats) -> NDArray[np.float64]:
-    """Of each token the divergence, and 1 where the likeliest is the same, [2, tokens]; of [tokens, vocabulary] logits."""
+    """Of each token the divergence, and 1 where the likeliest is the same, [2, tokens].
+
+    Args:
+        expected: logits [tokens, vocabulary]; `actual` too.
+    """
     p, q = log_softmax(expected), log_softmax(actual)
     return np.stack([(np.exp(p) * (p - q)).sum(axis=-1), expected.argmax(axis=-1) == actual.argmax(axis=-1)])
 
