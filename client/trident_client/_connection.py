@@ -95,6 +95,18 @@ class Connection:
             answer = self._stub.ModelConfig(pb.ModelConfigRequest(name=model), timeout=self._deadline(timeout))
         return str(answer.config.parameters["unverified"].string_value)
 
+    def adapters(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """The adapters of a model, which `lora_name` chooses from; [] of one that has none.
+
+        Raises:
+            NotFoundError: the server has not loaded such a model.
+            TridentError: see its other subclasses.
+        """
+        with translated():
+            answer = self._stub.ModelConfig(pb.ModelConfigRequest(name=model), timeout=self._deadline(timeout))
+        named = str(answer.config.parameters["adapters"].string_value)
+        return named.split(",") if named else []
+
     def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Load a model that was exported since the server started, or that was exported again.
 

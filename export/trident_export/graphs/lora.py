@@ -75,13 +75,14 @@ def add_adapters(model: ir.Model, adapters: Sequence[Lora]) -> None:
     chosen = ir.Value(name="adapters", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1, tokens]))
     graph.inputs.append(chosen)
     masks = _Masks(graph, chosen, len(adapters), max(adapter.rank for adapter in adapters))
-    left = {layer for adapter in adapters for layer in adapter.layers}
+    adapted = {layer for adapter in adapters for layer in adapter.layers}
+    left = set(adapted)
     for node in [node for node in graph if node.op_type == "MatMul" and node.inputs[1].is_initializer()]:
         parts = [(_layer(name), columns) for name, columns in parts_of(node)]
-        if left.intersection(layer for layer, _ in parts):
+        if adapted.intersection(layer for layer, _ in parts):
             _add_beside(node, parts, adapters, masks)
-    taken = {layer for node in graph for layer in node.meta.get(ADAPTERS, ())}
-    if missing := sorted(left - taken):
+            left.difference_update(layer for layer, _ in parts)
+    if missing := sorted(left):
         raise UnsupportedArchitecture(
             f"{missing[0]} has an adapter, and is no matmul of one token after the other in the graph: merge the "
             "adapter by a table of its own, source = { ..., adapter = ... }"
@@ -166,7 +167,6 @@ def _add_beside(node: ir.Node, parts: Sequence[tuple[str, int]], adapters: Seque
     output.replace_all_uses_with(added.outputs[0])
     added.replace_input_with(0, output)
     graph.insert_after(node, [*made, added])
-    first.meta[ADAPTERS] = [layer for layer, *_ in groups]
 
 
 def _groups(parts: Sequence[tuple[str, int]], adapted: set[str]) -> list[tuple[str, int, int, int]]:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise, zip_longest
+from itertools import cycle, islice, pairwise, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -111,7 +111,9 @@ def write(job: Job, variant: str) -> None:
 def calibration_runs(job: Job) -> CalibrationRuns:
     """Calibration texts as the graph's inputs, some in a run, each from an empty cache.
 
-    Where the model has a chat template, a third of them once more as a user's message: its tokens are in no text.
+    Where there are adapters, all texts run once more, each with one of them: keys and activations can have larger
+    numbers with an adapter than without. Where the model has a chat template, a third of the texts run once more as a
+    user's message: its tokens are in no text.
 
     Raises:
         TextError: when texts are drawn: the file has none.
@@ -128,16 +130,27 @@ def calibration_runs(job: Job) -> CalibrationRuns:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
             tokens += [tokenizer.encode(chat, add_special_tokens=False)[: min(CHAT_TOKENS, room)] for chat in chats]
         tokens = [ids for ids in tokens if len(ids) >= MIN_POSITIONS]
-        starts = range(0, len(tokens), CALIBRATION_ROWS)
-        runs = (inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS]) for start in starts)
-        return Counted(runs, len(starts))
+        groups = [tokens[start : start + CALIBRATION_ROWS] for start in range(0, len(tokens), CALIBRATION_ROWS)]
+        runs = [(group, [0] * len(group)) for group in groups]
+        if count := len(job.spec.adapters):
+            numbers = cycle(range(1, count + 1))
+            runs += [(group, list(islice(numbers, len(group)))) for group in groups]
+        return Counted((inputs_of(graph, *group, adapters=chosen) for group, chosen in runs), len(runs))
 
     return feeds
 
 
-def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_POSITIONS`, from an empty cache."""
-    packed = pack([SlotTokens(row, 0, ids) for row, ids in enumerate(texts)])
+def inputs_of(
+    graph: onnx.GraphProto, *texts: Sequence[int], adapters: Sequence[int] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_POSITIONS`, from an empty cache.
+
+    Args:
+        adapters: of each text; None: none has one.
+    """
+    chosen = adapters or [0] * len(texts)
+    items = [SlotTokens(row, 0, ids, adapter=chosen[row]) for row, ids in enumerate(texts)]
+    packed = pack(items)
     longest = max(map(len, texts))
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:
