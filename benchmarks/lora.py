@@ -1,7 +1,7 @@
 """What adapters cost: python -m benchmarks.lora [--adapters 1,4,16] [--rank 16] [--targets q_proj,v_proj].
 
-SmolLM2 is exported with that many random adapters beside it, once (`--work` keeps the exports), and each passes its gate
-against peft. Then the graphs run in this process in turns, so that nothing but the engine is measured: 16 streams that
+SmolLM2 is exported with that many random adapters beside it, once (`--work` keeps the exports), and each passes its
+gate against peft. Then the graphs run in this process in turns, so that nothing but the engine is measured: 16 streams that
 share the adapters, 16 streams of the base, one stream with an adapter, and a prompt of 512 tokens with one. Figures are
 tokens a second while all streams run, medians over rounds, and in brackets the share of the graph without adapters, the
 median of the rounds' shares.
@@ -69,7 +69,7 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def runs(engine: TridentEngine, prompts: Prompts) -> dict[str, float]:
+def runs(engine: TridentEngine, prompts: Prompts, long: Sequence[int]) -> dict[str, float]:
     """Tokens a second of each kind of streams."""
     count = len(engine.decoder.adapters)
     mixed = [1 + index % count for index in range(STREAMS)] if count else []
@@ -77,7 +77,7 @@ def runs(engine: TridentEngine, prompts: Prompts) -> dict[str, float]:
         f"{STREAMS} streams": summarize(engine.generate(prompts, TOKENS, mixed)).decode,
         f"{STREAMS} of the base": summarize(engine.generate(prompts, TOKENS)).decode,
         "1 stream": summarize(engine.generate(prompts[:1], TOKENS, mixed[:1])).decode,
-        "prefill": len(prompts[-1]) / engine.generate(prompts[-1:], 2, mixed[-1:])[0][0],
+        "prefill": len(long) / engine.generate([long], 2, mixed[:1])[0][0],
     }
 
 
@@ -98,14 +98,14 @@ def main() -> int:
     }
     tokenizer = TextTokenizer.load(folders[0])
     texts = [text[:240] for text in corpora.held_out() if len(text) > 200]
-    prompts = (list(map(tokenizer.encode, texts)) * STREAMS)[: STREAMS - 1]
-    prompts.append((tokenizer.encode("\n".join(texts)) * 2)[:PREFILL_TOKENS])
+    prompts = (list(map(tokenizer.encode, texts)) * STREAMS)[:STREAMS]
+    long = (tokenizer.encode("\n".join(texts)) * 2)[:PREFILL_TOKENS]
     found: dict[int, dict[str, list[float]]] = {count: {} for count in folders}
     engines = {count: TridentEngine(folder, f"with {count} adapters") for count, folder in folders.items()}
     for number in range(options.rounds + 1):  # the first one warms up
         print(f"lora: round {number} of {options.rounds}", file=sys.stderr, flush=True)
         for count, engine in engines.items():
-            for name, rate in runs(engine, prompts).items():
+            for name, rate in runs(engine, prompts, long).items():
                 if number:
                     found[count].setdefault(name, []).append(rate)
     print(
