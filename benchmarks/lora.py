@@ -1,10 +1,10 @@
 """What adapters cost: python -m benchmarks.lora [--adapters 1,4,16] [--rank 16] [--targets q_proj,v_proj].
 
 SmolLM2 is exported with that many random adapters beside it, once (`--work` keeps the exports), and each passes its
-gate against peft. Then the graphs run in this process in turns, so that nothing but the engine is measured: 16 streams that
-share the adapters, 16 streams of the base, one stream with an adapter, and a prompt of 512 tokens with one. Figures are
-tokens a second while all streams run, medians over rounds, and in brackets the share of the graph without adapters, the
-median of the rounds' shares.
+gate against peft. Then the graphs run in this process in turns, so that nothing but the engine is measured: 16 streams
+that share the adapters, 16 streams of the base, one stream with an adapter, and a prompt of 512 tokens with one. The
+figures are tokens a second while all streams run, medians over rounds, and in brackets the share of the graph without
+adapters, the median of the rounds' shares.
 """
 
 from __future__ import annotations

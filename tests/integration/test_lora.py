@@ -22,11 +22,15 @@ from tests.conftest import post
 from tests.integration.test_engine_limits import metrics
 from tests.unit.test_adapters import adapter
 from trident_client import Client, InvalidRequestError
-from trident_export import configs, install, models_file, tasks
+from trident_export import configs, install, models_file, recipes, tasks
 from trident_export.errors import ExportError, FidelityError
+from trident_export.graphs.editing import load, save
+from trident_export.graphs.lora import Lora, Low
 from trident_export.huggingface import lora, sources
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import fidelity
+from trident_export.passes import Pass, Rotate
+from trident_export.passes.smooth import Smooth
 from trident_export.tasks import text_generation
 from trident_serving.artefacts import VERSION
 from trident_serving.generation.batch import SlotTokens
@@ -165,6 +169,33 @@ def test_bit_exact_in_company(repository: Path, model: str) -> None:
             position[item.slot], begin = end, begin + item.wanted
 
 
+@pytest.mark.parametrize("steps", [[Rotate()], [Smooth(samples=4)], [Rotate(), Smooth(samples=4)]], ids=repr)
+def test_passes_that_change_no_answer_change_none_of_an_adapter(
+    repository: Path, spec: models_file.ModelSpec, tmp_path: Path, steps: list[Pass]
+) -> None:
+    path = repository / "m" / VERSION / "model.onnx"
+    job = tasks.Job(spec, HuggingFaceFolder(path.parent), tmp_path, lambda line: None)
+    shutil.copytree(path.parent, job.assets)
+    shutil.copytree(path.parent, job.graphs)
+    runs = text_generation.calibration_runs(job)
+    save(recipes.transform(load(path), steps, runs), tmp_path / "model.onnx")
+    weights = [
+        {each.name: numpy_helper.to_array(each) for each in onnx.load(str(file)).graph.initializer}
+        for file in (path, tmp_path / "model.onnx")
+    ]
+    name = "adapters/model/model/layers.1/self_attn/qkv_proj/A"
+    assert not np.allclose(weights[0][name], weights[1][name])
+    ids = list(range(7, 40))
+    for adapter in range(len(NAMES)):
+        before, after = (
+            OnnxDecoder(file, slots=1, context=64, longest_run=64, threads=1).run(
+                [SlotTokens(0, 0, ids, len(ids), adapter=adapter)]
+            )
+            for file in (path, tmp_path / "model.onnx")
+        )
+        np.testing.assert_allclose(after, before, atol=1e-4 * float(np.abs(before).max()))
+
+
 def test_answers_do_not_depend_on_neighbours(client: Client) -> None:
     jobs = [(name, prompt) for prompt in PROMPTS for name in NAMES]
     alone = [ask(client, *job, prompt_lookup=False) for job in jobs]
@@ -257,9 +288,9 @@ def test_an_export_whose_adapter_is_left_out_fails(
 ) -> None:
     read = lora.read
 
-    def halved(*arguments: Any) -> lora.Lora:
+    def halved(*arguments: Any) -> Lora:
         found = read(*arguments)
-        return lora.Lora(found.name, {name: lora.Low(low.down, low.up / 2) for name, low in found.layers.items()})
+        return Lora(found.name, {name: Low(low.down, low.up / 2) for name, low in found.layers.items()})
 
     monkeypatch.setattr(lora, "read", halved)
     spec = spec_of(tmp_path, base, {"queries": folders["queries"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from trident_export.errors import FidelityError, ModelsFileError, TextError, Unr
 from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
+from trident_export.graphs.lora import Lora
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
 from trident_export.huggingface import chat_templates, lora
@@ -75,6 +77,7 @@ def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
 def trace(job: Job) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
+    adapters = read_adapters(job)
     job.progress("loading the model")
     model = load_model(job.source)
     if unused := texts_gate.not_applied(job.source.generation_config):
@@ -85,14 +88,20 @@ def trace(job: Job) -> None:
     job.graphs.mkdir()
     job.progress("tracing the graph")
     assert spec.generation
-    adapters = [
-        lora.read(job.source, name, folder, AutoModelForCausalLM)
-        for name, folder in lora.adapters_of(job.source).items()
-    ]
     limits = spec.generation
     traced = export_causal_graph(model, positions(limits), limits.context, adapted=bool(adapters))
     optimized = decoder_passes.optimize(traced, ragged=limits.device == "cpu", adapters=adapters)
     save(optimized, job.graphs / "model.onnx")
+
+
+def read_adapters(job: Job) -> list[Lora]:
+    """The adapters of a job's source; the base is in memory once meanwhile."""
+    found = []
+    for name, folder in lora.adapters_of(job.source).items():
+        job.progress(f"reading the adapter {name}")
+        found.append(lora.read(job.source, name, folder, AutoModelForCausalLM))
+        gc.collect()
+    return found
 
 
 def positions(limits: GenerationLimits) -> int:
@@ -554,6 +563,7 @@ def adapter_references(source: HuggingFaceFolder, samples: list[list[int]]) -> A
     for adapter, name in enumerate(names):
         assert isinstance(source, lora.BaseWithAdapters)
         references.keep(adapter, reference_logits(source.reference_with(name, AutoModelForCausalLM), samples))
+        gc.collect()
     return references
 
 
