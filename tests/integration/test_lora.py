@@ -186,10 +186,10 @@ def test_passes_that_change_no_answer_change_none_of_an_adapter(
     name = "adapters/model/model/layers.1/self_attn/qkv_proj/A"
     assert not np.allclose(weights[0][name], weights[1][name])
     ids = list(range(7, 40))
-    for adapter in range(len(NAMES)):
+    for number in range(len(NAMES)):
         before, after = (
             OnnxDecoder(file, slots=1, context=64, longest_run=64, threads=1).run(
-                [SlotTokens(0, 0, ids, len(ids), adapter=adapter)]
+                [SlotTokens(0, 0, ids, len(ids), adapter=number)]
             )
             for file in (path, tmp_path / "model.onnx")
         )

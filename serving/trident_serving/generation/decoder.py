@@ -241,11 +241,11 @@ class OnnxDecoder:
         return rows
 
     def _probe(self, rows: Rows) -> Logits:
-        """Logits of two texts of one token, with each adapter."""
+        """Logits of two texts of one token, without an adapter and with one, if there are any."""
         self._rows = rows
         found = []
         for token in (self.vocabulary_size // 3, self.vocabulary_size // 2):
-            for adapter in range(len(self.adapters) + 1):
+            for adapter in {0, len(self.adapters)}:
                 found.append(self.run([SlotTokens(0, 0, [token], adapter=adapter)]).copy())
                 self.release(0, 0)
         return np.concatenate(found)
