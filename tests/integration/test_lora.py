@@ -24,6 +24,7 @@ from tests.unit.test_adapters import adapter
 from trident_client import Client, InvalidRequestError
 from trident_export import configs, install, models_file, recipes, tasks
 from trident_export.errors import ExportError, FidelityError
+from trident_export.graphs import lora as graphs_lora
 from trident_export.graphs.editing import load, save
 from trident_export.graphs.lora import Lora, Low
 from trident_export.huggingface import lora, sources
@@ -87,6 +88,14 @@ def spec(base: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPath
     return spec_of(tmp_path_factory.mktemp("export"), base, folders, '["fp32", "int8", "int8_cache"]')
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_blocks() -> Iterator[None]:
+    """The first two adapters share a block, the third has its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs_lora, "COLUMNS", 16)
+        yield
+
+
 @pytest.fixture(scope="module")
 def repository(spec: models_file.ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All variants, each of which has passed its gate with each adapter."""
@@ -146,6 +155,8 @@ def test_equal_to_peft(client: Client, base: Path, peft: dict[str | None, Any]) 
 @pytest.mark.parametrize("model", ["m", "m_int8", "m_int8_cache"])
 def test_bit_exact_in_company(repository: Path, model: str) -> None:
     """Prompts, single tokens and drafts of a mix of adapters in one run, against each of them alone and whole."""
+    graph = onnx.load(str(repository / model / VERSION / "model.onnx"), load_external_data=False).graph
+    assert [node.op_type for node in graph.node].count("If") == 11  # 8 of the first block, 3 of the second
     decoder = OnnxDecoder(repository / model / VERSION / "model.onnx", slots=8, context=96, longest_run=64, threads=2)
     assert decoder.adapters == tuple(ADAPTERS)
     random = np.random.default_rng(0)
@@ -171,19 +182,19 @@ def test_bit_exact_in_company(repository: Path, model: str) -> None:
 
 @pytest.mark.parametrize("steps", [[Rotate()], [Smooth(samples=4)], [Rotate(), Smooth(samples=4)]], ids=repr)
 def test_passes_that_change_no_answer_change_none_of_an_adapter(
-    repository: Path, spec: models_file.ModelSpec, tmp_path: Path, steps: list[Pass]
+    spec: models_file.ModelSpec, tmp_path: Path, steps: list[Pass]
 ) -> None:
-    path = repository / "m" / VERSION / "model.onnx"
-    job = tasks.Job(spec, HuggingFaceFolder(path.parent), tmp_path, lambda line: None)
-    shutil.copytree(path.parent, job.assets)
-    shutil.copytree(path.parent, job.graphs)
+    source = sources.fetch(spec, tmp_path, tmp_path, lambda line: None)
+    job = tasks.Job(spec, source, tmp_path, lambda line: None)
+    tasks.trace(job)
+    path = job.graphs / "model.onnx"
     runs = text_generation.calibration_runs(job)
     save(recipes.transform(load(path), steps, runs), tmp_path / "model.onnx")
     weights = [
         {each.name: numpy_helper.to_array(each) for each in onnx.load(str(file)).graph.initializer}
         for file in (path, tmp_path / "model.onnx")
     ]
-    name = "adapters/model/model/layers.1/self_attn/qkv_proj/A"
+    name = "adapters/model/model/layers.1/self_attn/qkv_proj/block_1/A"
     assert not np.allclose(weights[0][name], weights[1][name])
     ids = list(range(7, 40))
     for number in range(len(NAMES)):
@@ -264,9 +275,11 @@ def test_a_damaged_adapter_is_caught(repository: Path, spec: models_file.ModelSp
         fidelity.check("text-generation", "fp32", measured)
     for variant in ("fp32", "int8"):
         graph = onnx.load(str(repository / spec.public_name(variant) / VERSION / "model.onnx"))
-        (tensor,) = (each for each in graph.graph.initializer if each.name.endswith("layers.1/mlp/down_proj/B_0"))
+        (tensor,) = (
+            each for each in graph.graph.initializer if each.name.endswith("layers.1/mlp/down_proj/block_1/B_0")
+        )
         rows = numpy_helper.to_array(tensor).copy()
-        rows[16:] = 0  # the third adapter's, of three of rank 8
+        rows[-8:] = 0  # the third adapter's, the second of its block
         tensor.CopyFrom(numpy_helper.from_array(rows, tensor.name))
         folder = tmp_path / variant
         folder.mkdir()

@@ -25,7 +25,7 @@ from trident_export.errors import FidelityError, ModelsFileError, TextError, Unr
 from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
-from trident_export.graphs.lora import Lora
+from trident_export.graphs.lora import Lora, skip_idle_blocks
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
 from trident_export.huggingface import chat_templates, lora
@@ -113,7 +113,10 @@ def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     folder = job.staging / job.spec.public_name(variant) / VERSION
     graph, runs = job.graphs / "model.onnx", calibration_runs(job)
-    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", runs)
+    assert job.spec.generation
+    # A GPU would wait for the CPU at every branch.
+    finish = skip_idle_blocks if job.spec.adapters and job.spec.generation.device == "cpu" else None
+    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", runs, finish)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
