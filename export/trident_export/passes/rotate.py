@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
 from trident_export.graphs.editing import array, constant, drop_unused, rank_of_weight, store
+from trident_export.graphs.lora import PREFIX
 from trident_export.passes.base import CalibrationRuns, Pass, adapter_matmuls
 
 # Root-mean-square norms by operator: where their scale stands among the inputs.
@@ -106,6 +107,8 @@ def find_rotated(model: ir.Model, matmuls: set[str]) -> Rotated | None:
     sums: set[ir.Value] = set()
     normed: dict[ir.Value, ir.Value] = {}  # outputs of norms, with the norm's scale
     for node in model.graph:
+        if node.name.startswith(f"{PREFIX}mask"):
+            continue
         if node.op_type == "Gather" and rank_of_weight(node.inputs[0]) == 2 and not sums:
             found.adding.append(node.inputs[0])
             sums.add(node.outputs[0])
