@@ -260,12 +260,13 @@ def test_over_http_and_in_chat_lists(server: LocalServer, client: Client) -> Non
     assert [answer.text for answer in two] == [ask(client, "queries", PROMPTS[0]).text] * 2
 
 
-def test_unloaded_and_loaded_with_the_model(client: Client) -> None:
+def test_unloaded_and_loaded_with_the_model(server: LocalServer, client: Client) -> None:
     expected = [ask(client, name, PROMPTS[1]).text for name in NAMES]
-    client.unload("m")
+    url = f"{server.http_url}/v2/repository/models/m"
+    assert post(f"{url}/unload", {}, server.admin_headers)[0] == 200
     with pytest.raises((NotFoundError, UnavailableError)):
         ask(client, "queries", PROMPTS[1])
-    client.load("m")
+    assert post(f"{url}/load", {}, server.admin_headers)[0] == 200
     assert [ask(client, name, PROMPTS[1]).text for name in NAMES] == expected
 
 

@@ -114,7 +114,7 @@ def read(base: HuggingFaceFolder, name: str, adapter: Path, head: Any) -> Lora:
     adapted: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]
     for path, module in adapted:
         inner = module.get_base_layer()
-        if type(inner) is not torch.nn.Linear or module is model.get_output_embeddings():
+        if not isinstance(inner, torch.nn.Linear) or module is model.get_output_embeddings():
             raise UnsupportedModel(
                 f"{adapter} adapts {path}: only linear layers of attention and feed-forward can have an adapter for "
                 f"each request: {_MERGE}"
