@@ -456,7 +456,8 @@ def test_an_idle_process_that_hangs_or_dies_costs_no_answer(
                 return call() == expected
             return False
 
-        until(lambda: f"the backend process of {model}" in server.log.read_text(), 2.5)
+        # A hang shows after 2 s; the rest is for a machine whose cores are busy with other tests.
+        until(lambda: f"the backend process of {model}" in server.log.read_text(), 5)
         until(answers, 20)
         *_, last = stream
         assert last.num_output_tokens == 4000
