@@ -434,7 +434,12 @@ def test_a_dead_generator_is_reported_and_reloaded_and_other_models_go_on(reposi
 
 @pytest.mark.parametrize(
     ("model", "number"),
-    [("t5", signal.SIGSTOP), ("cls_tokenizer", signal.SIGSTOP), ("cls_model", signal.SIGKILL), ("tr", signal.SIGKILL)],
+    [
+        ("t5", signal.SIGSTOP),
+        pytest.param("cls_tokenizer", signal.SIGSTOP, marks=pytest.mark.slow),
+        ("cls_model", signal.SIGKILL),
+        pytest.param("tr", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_an_idle_process_that_hangs_or_dies_costs_no_answer(
     repository: Path, tmp_path: Path, model: str, number: signal.Signals
