@@ -427,7 +427,7 @@ class Client(Connection):
             ForbiddenError: the admin key is missing or wrong.
             TridentError: see its other subclasses.
         """
-        return self._run(_control.models(), timeout)
+        return self._run(_control.models, timeout)
 
     def unverified(self, model: str, *, timeout: float | None = None) -> str:
         """Why the fidelity gate refused a model that was installed by force; "" for any other.
@@ -436,7 +436,7 @@ class Client(Connection):
             NotFoundError: the server has not loaded such a model.
             TridentError: see its other subclasses.
         """
-        return self._run(_control.unverified(model), timeout)
+        return self._run(lambda: _control.unverified(model), timeout)
 
     def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Load a model that was exported since the server started, or that was exported again.
@@ -454,7 +454,8 @@ class Client(Connection):
             TridentError: see its other subclasses; a model that can't be loaded says why.
         """
         self._only.clear()
-        return self._run(_control.load(model, self._deadline(timeout)), timeout)
+        every = self._run_on_all(lambda: _control.load(model, self._deadline(timeout)), timeout)
+        return every[-1]
 
     def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Unload a model, once its running requests are answered; it stays in the repository.
@@ -468,8 +469,9 @@ class Client(Connection):
             TridentError: see its other subclasses.
         """
         self._only.clear()
-        return self._run(_control.unload(model, self._deadline(timeout)), timeout)
+        every = self._run_on_all(lambda: _control.unload(model, self._deadline(timeout)), timeout)
+        return every[-1]
 
     def health(self, *, timeout: float | None = None) -> Health:
-        """Whether the server answers; one that can't be reached is not live, which is no error."""
-        return self._run(_control.health(), timeout)
+        """Whether a server answers; one that can't be reached, or does not answer in time, is not live: no error."""
+        return _control.best(self._run_on_all(_control.health, timeout))
