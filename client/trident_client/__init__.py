@@ -21,6 +21,7 @@ from trident_client._errors import (
     UnavailableError,
 )
 from trident_client._options import GenerationOptions, TranslationOptions
+from trident_client._settings import TLS
 from trident_client._types import (
     Answer,
     Entity,
@@ -39,6 +40,7 @@ from trident_client._types import (
 )
 
 __all__ = [
+    "TLS",
     "Answer",
     "AsyncClient",
     "CancelledError",

@@ -84,7 +84,7 @@ class Address:
         host, slash, path = rest.partition("/")
         if "@" in host:
             raise ValueError("an address has no user and no password: give a key with api_key=")
-        if not host or (slash and path and scheme.startswith("grpc")) or "?" in path or "#" in path:
+        if not host or (slash and path and scheme.startswith("grpc")) or "?" in rest or "#" in rest:
             raise ValueError(f"{url!r} is no address of a server, which is {scheme}://host:port")
         if scheme.startswith("grpc"):
             return cls("grpc", host, scheme == "grpcs")
@@ -141,7 +141,9 @@ class Settings:
         found = [Address.parse(each, bool(self.tls)) for each in urls]
         for address, given in zip(found, urls, strict=True):
             if self.tls and not address.secure:
-                raise ValueError(f"{given!r} is not encrypted, but tls= is given: leave the scheme out, or one of them")
+                raise ValueError(
+                    f"{given!r} is not encrypted, but tls= is given: leave the scheme out, or take grpcs or https"
+                )
         return found
 
     def certificates(self) -> TLS:
