@@ -39,8 +39,7 @@ from trident_client._types import (
     Translation,
 )
 
-__all__ = [
-    "TLS",
+__all__ = [  # noqa: RUF022: as Python sorts
     "Answer",
     "AsyncClient",
     "CancelledError",
@@ -61,6 +60,7 @@ __all__ = [
     "Ranked",
     "ServerError",
     "SparseVector",
+    "TLS",
     "TextPart",
     "ToolCall",
     "Translation",

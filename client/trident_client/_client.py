@@ -32,13 +32,32 @@ if TYPE_CHECKING:
 
 
 class Client(Connection):
-    """Calls a Trident server.
+    """Calls Trident servers.
 
     Args:
-        url: host and port of the server's gRPC endpoint.
-        timeout: seconds that a call without its own timeout may take; None: no limit.
-        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or the key that a server of the same
-            user on this machine has written to a file.
+        url: host and port of a server's gRPC endpoint ("localhost:8001"), or the URL of its HTTP endpoint
+            ("http://localhost:8000"), which needs the extra `http`; "grpcs://" and "https://" are encrypted. Of several
+            servers, the one with the fewest requests of this client gets the next one. If it can't be reached or has no
+            room, another one does, as long as nothing of the answer has come.
+        timeout: seconds that a call without its own may take; None: no limit. A stream may take longer, but not be
+            silent for so long.
+        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or, over gRPC, the key that a server of
+            the same user on this machine has written to a file.
+        api_key: for a proxy before the server; it is sent as a bearer token.
+        headers: more headers (gRPC's metadata) of every request; a function is called for each of them. The caller's
+            span of OpenTelemetry is sent without being named here.
+        tls: True, or the certificates: an address without a scheme is then encrypted.
+        max_message_bytes: of one request and of one response; None: any, but 3 MiB of a request over HTTP, because
+            older servers end at 4.
+        keepalive: seconds of silence after which a gRPC connection is tested; without an answer in 20 seconds its calls
+            raise UnavailableError. None: never.
+        wait_if_full: whether requests of every call but those of a generator are sent again, within their time, where
+            the server's queue is full.
+
+    Raises:
+        ValueError: an argument makes no sense; its message says which.
+        ModuleNotFoundError: an address is one of HTTP, and the extra is not installed.
+        OSError: a certificate can't be read.
     """
 
     def generate(
@@ -75,6 +94,7 @@ class Client(Connection):
         """The same, in chunks as they come. Closing the iterator cancels the request.
 
         Args:
+            timeout: seconds until the last chunk; None: no limit but the client's, between two chunks.
             options: those of `generate`.
 
         Raises:
