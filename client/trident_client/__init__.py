@@ -39,7 +39,7 @@ from trident_client._types import (
     Translation,
 )
 
-__all__ = [  # noqa: RUF022: as Python sorts
+__all__ = [  # noqa: RUF022 (as `sorted` has it)
     "Answer",
     "AsyncClient",
     "CancelledError",
