@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -555,3 +556,17 @@ def test_an_async_client_belongs_to_one_loop(both: tuple[list[str], list[Observe
     asyncio.run(use())
     with pytest.raises(RuntimeError, match="belongs to another event loop"):
         asyncio.run(use())
+
+
+def test_an_import_brings_only_what_everybody_needs() -> None:
+    code = "import sys, trident_client; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"httpx2", "opentelemetry", "tritonclient", "trident_serving"} & set(found)
+
+
+def test_http_without_its_extra(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    for module in ("_http", "_http_client", "_http_async"):
+        monkeypatch.delitem(sys.modules, f"trident_client.{module}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"needs httpx2: pip install 'trident-serving\[http\]'"):
+        door.kind("http://localhost:8000")
