@@ -301,5 +301,5 @@ def translated(target: str) -> Iterator[None]:
         ) from error
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
         raise InvalidRequestError(str(error)) from error
-    except httpx2.TransportError as error:
+    except (httpx2.TransportError, OSError) as error:  # an alert of TLS comes as it is
         raise UnavailableError(f"{target} can't be reached: {error or type(error).__name__}") from error

@@ -238,11 +238,13 @@ class Relay:
 
     Attributes:
         swallows: whether it loses everything instead.
+        seen: what it has forwarded.
         secure: decrypts what callers send.
     """
 
     def __init__(self, port: int) -> None:
         self.swallows = False
+        self.seen = b""
         self.secure: ssl.SSLContext | None = None
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -285,6 +287,7 @@ class Relay:
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                self.seen += data
                 if not self.swallows:
                     target.sendall(data)
         with suppress(OSError):
@@ -373,6 +376,78 @@ def test_whoever_waits_for_a_dead_server_is_told_in_time(server: LocalServer, pr
             assert isinstance(error, DeadlineExceededError | UnavailableError), (kind, name, error)
             assert took < 2 * LIMIT, (kind, name, took, error)
     assert until(lambda: running_slots(server) == 0)
+
+
+def test_a_dead_server_is_noticed_without_any_limit(server: LocalServer) -> None:
+    """By gRPC's pings."""
+    options: Any = {"timeout": None, "keepalive": 1}
+
+    async def awaited(begun: threading.Event, dead: threading.Event) -> None:
+        async with AsyncClient(server.grpc_url, **options) as client:
+            stream = client.stream(PROMPT, **LONG)
+            await anext(stream)
+            begun.set()
+            await asyncio.to_thread(dead.wait, 20)
+            async for _ in stream:
+                pass
+
+    begun, dead = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool, Client(server.grpc_url, **options) as client:
+        stream = client.stream(PROMPT, **LONG)
+        next(stream)
+        other = pool.submit(asyncio.run, awaited(begun, dead))
+        assert begun.wait(20)
+        with frozen(server):
+            began = time.monotonic()
+            dead.set()
+            with pytest.raises(UnavailableError):
+                list(stream)
+            with pytest.raises(UnavailableError):
+                other.result(20)
+            assert time.monotonic() - began < 6
+
+
+def test_several_servers_over_all_doors(server: LocalServer) -> None:
+    dead = [f"{prefix}127.0.0.1:{port}" for prefix, port in zip(("http://", ""), local.free_ports(2), strict=True)]
+    urls = [dead[0], server.http_url, dead[1], server.grpc_url]
+    texts = ["a b c", "some longer text"] * 10
+
+    async def awaited() -> Any:
+        async with AsyncClient(urls) as client:
+            chunks = [[chunk.text async for chunk in client.stream(PROMPT, model="m", max_tokens=8)] for _ in urls]
+            return ["".join(each) for each in chunks], (await client.embed(texts, batch_size=2)).tolist()
+
+    with Client(urls) as client, Client(server.grpc_url) as one:
+        found = [client.generate(PROMPT, model="m", max_tokens=8).text for _ in urls]
+        vectors = client.embed(texts, batch_size=2).tolist()
+        assert found == [one.generate(PROMPT, model="m", max_tokens=8).text] * 4
+        assert vectors == one.embed(texts, batch_size=2).tolist()
+    assert asyncio.run(awaited()) == (found, vectors)
+
+
+def test_headers_over_http(server: LocalServer) -> None:
+    relay = Relay(server.http_port)
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    options: Any = {"headers": {"Traceparent": trace}, "api_key": "a-key", "admin_key": "another-key"}
+
+    async def awaited() -> None:
+        async with AsyncClient(f"http://127.0.0.1:{relay.port}", **options) as client:
+            await client.generate(PROMPT, model="m", max_tokens=2)
+
+    with Client(f"http://127.0.0.1:{relay.port}", **options) as client:
+        for call in (lambda: client.generate(PROMPT, model="m", max_tokens=2), client.health):
+            call()
+            for line in (f"traceparent: {trace}", "authorization: Bearer a-key"):
+                assert f"\r\n{line}\r\n".encode() in relay.seen
+            assert b"another-key" not in relay.seen
+            relay.seen = b""
+        with pytest.raises(ForbiddenError):
+            client.models()
+        assert b"trident-admin-key: another-key\r\n" in relay.seen
+        relay.seen = b""
+        asyncio.run(awaited())
+        assert trace.encode() in relay.seen
+    relay.close()
 
 
 # Encryption over HTTP

@@ -446,6 +446,9 @@ def test_a_silent_stream_ends(door: Door, both: tuple[list[str], list[Observed]]
 
 def test_a_slow_reader_is_not_a_silent_server(both: tuple[list[str], list[Observed]]) -> None:
     with Client(both[0][0], timeout=0.1) as client:
+        stream = client.stream("one two", timeout=0.3, **PROMPT)
+        time.sleep(0.4)  # the time of a stream begins when somebody looks for its first chunk
+        assert len(list(stream)) == 2
         for _ in client.stream("one two", **PROMPT):
             time.sleep(0.3)
 
