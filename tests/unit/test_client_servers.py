@@ -30,6 +30,7 @@ from trident_client import (
     DeadlineExceededError,
     Health,
     InvalidRequestError,
+    OverloadedError,
     UnavailableError,
 )
 from trident_client._choice import FIRST_REST, Choice
@@ -233,7 +234,7 @@ def test_a_full_server_s_requests_go_to_another(door: Door, both: tuple[list[str
     assert services[0].headers  # it was asked
 
     def alone(client: Any) -> Any:
-        with pytest.raises(UnavailableError, match="queue is full"):
+        with pytest.raises(OverloadedError, match="queue is full"):
             yield lambda: client.embed(["a"] * 20, batch_size=1, **PROMPT)
 
     began = time.monotonic()
@@ -249,7 +250,7 @@ def test_nothing_is_sent_twice_once_an_answer_has_begun(door: Door, both: tuple[
             yield client.stream("one word, then gone", **PROMPT)
 
     def refused(client: Any) -> Any:
-        with pytest.raises(UnavailableError, match="queue is full"):
+        with pytest.raises(OverloadedError, match="queue is full"):
             yield lambda: client.generate("no room", **PROMPT)
 
     door(urls, begun)
