@@ -28,7 +28,7 @@ from transformers import (
     pipeline,
 )
 
-from tests import tiny_models
+from tests import doors, tiny_models
 from tests.conftest import runs_slow_tests, some_slow
 from tests.golden import question_answering as record
 from trident_client import Client, InvalidRequestError, cli
@@ -423,3 +423,22 @@ def test_limits_that_are_not_the_models(
     spec = models_file.parse(name, _tables(folder)[name] | {"limits": limits})
     with pytest.raises(ValueError, match=message):
         install.export([spec], tmp_path, tmp_path, tmp_path, lambda message: None)
+
+
+def test_both_clients_over_grpc_and_http(reader_server: LocalServer, texts: list[str]) -> None:
+    short, context = texts[:6], "Ada Lovelace wrote the first program in London."
+    entities = {"model": "ner-bert", "aggregation_strategy": "simple"}
+    found = doors.answers(
+        reader_server,
+        lambda client: client.classify(short, model="cls-bert", top_k=3, batch_size=2),
+        lambda client: client.classify(short[0], text_pairs=short[1], model="cls-roberta", top_k=4),
+        lambda client: client.entities([context, *short], **entities),
+        lambda client: client.entities(context, **entities),
+        lambda client: client.answer(["Who?", "Where?"], context, model="qa-bert", top_k=2),
+        lambda client: client.answer("Who?", context, model="qa-bert", handle_impossible_answer=True),
+        lambda client: client.rank("Who?", short, batch_size=4),
+        lambda client: client.fill_mask("the [MASK] sat on the [MASK]", model="fill-bert", top_k=3),
+        lambda client: client.embed(short, model="emb-xlm-roberta", prompt_name="query"),
+    )
+    assert [len(answer) for answer in found[:8]] == [6, 4, 7, len(found[2][0]), 2, 1, 6, 2]
+    assert found[2][0] == found[3]

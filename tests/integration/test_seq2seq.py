@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests import tiny_models
+from tests import doors, tiny_models
 from tests.conftest import post, runs_slow_tests, some_slow, triton_request
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, cli
 from trident_export import corpora, install, models_file
@@ -452,3 +452,15 @@ def test_limits_that_are_not_the_models(folder: Path, tmp_path: Path) -> None:
     spec = models_file.parse("nllb", _table(folder, "nllb") | {"target_lang": "xx"})
     with pytest.raises(ValueError, match="target_lang is 'xx', the model knows"):
         install.export([spec], tmp_path, tmp_path, tmp_path, lambda message: None)
+
+
+def test_both_clients_over_grpc_and_http(seq2seq_server: LocalServer) -> None:
+    found = doors.answers(
+        seq2seq_server,
+        lambda client: client.translate(TEXTS, model="t5", max_tokens=12),
+        lambda client: client.translate(TEXTS[0], model="t5", temperature=1.5, random_seed=2**50, max_tokens=12),
+        lambda client: client.summarize(TEXTS[:3], model="bart", num_beams=3, long_input="window"),
+    )
+    assert len({answer.text for answer in found[0]}) > 4
+    assert found[1].num_output_tokens > 0
+    assert all(len(answer.scores) == 1 for answer in found[2])
