@@ -4,8 +4,11 @@ from trident_client import Client
 
 with Client("localhost:8001") as client:
     print(client.generate("The capital of France is", max_tokens=8).text)
+
+`AsyncClient` has the same methods for asyncio.
 """
 
+from trident_client._async_client import AsyncClient
 from trident_client._client import Client
 from trident_client._errors import (
     CancelledError,
@@ -37,6 +40,7 @@ from trident_client._types import (
 
 __all__ = [
     "Answer",
+    "AsyncClient",
     "CancelledError",
     "Client",
     "DeadlineExceededError",

@@ -34,7 +34,7 @@ from trident_client import (
     _wire,
     cli,
 )
-from trident_client._connection import channel_options
+from trident_client._grpc import channel_options
 from trident_serving.launcher import local
 
 # The public models that the service shows, with their tasks.
@@ -199,6 +199,7 @@ def test_exported_names() -> None:
     assert trident_client.__all__ == sorted(trident_client.__all__)
     assert set(trident_client.__all__) == {
         "Answer",
+        "AsyncClient",
         "CancelledError",
         "Client",
         "DeadlineExceededError",
