@@ -48,6 +48,7 @@ class GenerationOptions(TypedDict, total=False):
         random_seed: makes sampling repeatable.
         return_log_probs: give each token's log-probability (default false).
         top_logprobs: give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20).
+        exclude_input_in_output: leave the prompt out of the answer's text (default true).
         prompt_lookup: draft greedy answers from their and others' text, which changes speed only (default true).
         stop_words: texts that end the answer and are left out of it, at most 32; they count from min_tokens on.
         stop_token_ids: tokens that end the answer, as the model's own do, at most 64.
@@ -84,6 +85,7 @@ class GenerationOptions(TypedDict, total=False):
     random_seed: int | None
     return_log_probs: bool | None
     top_logprobs: int | None
+    exclude_input_in_output: bool | None
     prompt_lookup: bool | None
     stop_words: list[str] | None
     stop_token_ids: list[int] | None
@@ -145,6 +147,7 @@ GENERATION: dict[str, Option] = {
         "give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20)",
         flag=False,
     ),
+    "exclude_input_in_output": Option("BOOL", "leave the prompt out of the answer's text (default true)", flag=False),
     "prompt_lookup": Option(
         "BOOL", "draft greedy answers from their and others' text, which changes speed only (default true)"
     ),

@@ -39,18 +39,26 @@ async def whole(
         ApiError: see `Admission.slot` and `Servers.call`.
         ClientGone: the client has hung up; the server is told.
     """
+    return await unless_gone(request.receive, turn(request, model, ask, beginning=beginning, answers=answers))
 
-    async def work() -> Result:
-        async with _slot(request, model, answers):
-            return await gateway_of(request).servers.call(model.name, beginning, ask)
 
-    return await unless_gone(request.receive, work())
+async def turn(
+    request: Request,
+    model: Model,
+    ask: Callable[[AsyncClient], Awaitable[Result]],
+    *,
+    beginning: bytes = b"",
+    answers: int = 1,
+) -> Result:
+    """As `whole`, but for the hang-up, which the caller minds."""
+    async with _slot(request, model, answers):
+        return await gateway_of(request).servers.call(model.name, beginning, ask)
 
 
 async def parts(
     request: Request,
     model: Model,
-    ask: Callable[[AsyncClient], AsyncIterator[Result]],
+    ask: Callable[[AsyncClient], AsyncGenerator[Result, None]],
     *,
     beginning: bytes = b"",
     answers: int = 1,

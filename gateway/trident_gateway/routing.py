@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -119,15 +119,15 @@ class Servers:
             ApiError: none can, or the server refuses the request or fails.
         """
 
-        async def one(client: AsyncClient) -> AsyncIterator[Result]:
+        async def one(client: AsyncClient) -> AsyncGenerator[Result, None]:
             yield await ask(client)
 
         async with contextlib.aclosing(self.stream(model, beginning, one)) as answers:
             return await anext(answers)
 
     async def stream(
-        self, model: str, beginning: bytes, ask: Callable[[AsyncClient], AsyncIterator[Result]]
-    ) -> AsyncIterator[Result]:
+        self, model: str, beginning: bytes, ask: Callable[[AsyncClient], AsyncGenerator[Result, None]]
+    ) -> AsyncGenerator[Result, None]:
         """An answer in parts, from the first server that can be reached; closing it cancels the request.
 
         Raises:
@@ -154,8 +154,7 @@ class Servers:
                 raise ApiError(400, str(error)) from None
             finally:
                 server.running -= 1
-                if (close := getattr(parts, "aclose", None)) is not None:
-                    await close()
+                await parts.aclose()
         raise from_trident(failure)
 
     async def _watch(self, server: Server) -> None:

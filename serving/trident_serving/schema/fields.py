@@ -334,9 +334,7 @@ GENERATION = (
         Range(0, MAX_TOP_LOG_PROBS),
         flag=False,
     ),
-    Field(
-        "exclude_input_in_output", "BOOL", "leave the prompt out of the answer's text", True, option=False, flag=False
-    ),
+    Field("exclude_input_in_output", "BOOL", "leave the prompt out of the answer's text", True, flag=False),
     Field("prompt_lookup", "BOOL", "draft greedy answers from their and others' text, which changes speed only", True),
     Field(
         "stop_words",
