@@ -10,7 +10,7 @@ from fastapi import Request
 from trident_client import AsyncClient
 from trident_gateway.admission import Admission
 from trident_gateway.catalog import Model
-from trident_gateway.errors import invalid, model_not_found
+from trident_gateway.errors import ApiError, invalid, model_not_found
 from trident_gateway.exchange import Exchange
 from trident_gateway.keys import KeyRing
 from trident_gateway.logs import AccessLog
@@ -77,6 +77,8 @@ class Gateway:
             self._next_look = time.monotonic() + _LOOK_PAUSE
             await self.servers.look_again()
             known = self.servers.models()
+        if not any(server.healthy for server in self.servers.every):
+            raise ApiError(503, "no server answers: try again later", code="unavailable", retry_after=2)
         if not name:
             return _only(known, tasks, param)
         if name not in known:
