@@ -21,6 +21,7 @@ from trident_client._errors import (
     UnavailableError,
 )
 from trident_client._options import GenerationOptions, TranslationOptions
+from trident_client._settings import TLS
 from trident_client._types import (
     Answer,
     Entity,
@@ -38,7 +39,7 @@ from trident_client._types import (
     Translation,
 )
 
-__all__ = [
+__all__ = [  # noqa: RUF022: as Python sorts
     "Answer",
     "AsyncClient",
     "CancelledError",
@@ -59,6 +60,7 @@ __all__ = [
     "Ranked",
     "ServerError",
     "SparseVector",
+    "TLS",
     "TextPart",
     "ToolCall",
     "Translation",

@@ -314,30 +314,32 @@ class AsyncClient(AsyncConnection):
 
     async def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """See `Client.models`."""
-        return await self._run(_control.models(), timeout)
+        return await self._run(_control.models, timeout)
 
     async def served(self, *, timeout: float | None = None) -> list[str]:
         """See `Client.served`."""
-        return await self._run(_control.served(), timeout)
+        return await self._run(_control.served, timeout)
 
     async def parameters(self, model: str, *, timeout: float | None = None) -> dict[str, str]:
         """See `Client.parameters`."""
-        return await self._run(_control.parameters(model), timeout)
+        return await self._run(lambda: _control.parameters(model), timeout)
 
     async def unverified(self, model: str, *, timeout: float | None = None) -> str:
         """See `Client.unverified`."""
-        return await self._run(_control.unverified(model), timeout)
+        return await self._run(lambda: _control.unverified(model), timeout)
 
     async def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """See `Client.load`."""
         self._only.clear()
-        return await self._run(_control.load(model, self._deadline(timeout)), timeout)
+        every = await self._run_on_all(lambda: _control.load(model, self._deadline(timeout)), timeout)
+        return every[-1]
 
     async def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
         """See `Client.unload`."""
         self._only.clear()
-        return await self._run(_control.unload(model, self._deadline(timeout)), timeout)
+        every = await self._run_on_all(lambda: _control.unload(model, self._deadline(timeout)), timeout)
+        return every[-1]
 
     async def health(self, *, timeout: float | None = None) -> Health:
         """See `Client.health`."""
-        return await self._run(_control.health(), timeout)
+        return _control.best(await self._run_on_all(_control.health, timeout))

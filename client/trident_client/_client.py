@@ -32,13 +32,32 @@ if TYPE_CHECKING:
 
 
 class Client(Connection):
-    """Calls a Trident server.
+    """Calls Trident servers.
 
     Args:
-        url: host and port of the server's gRPC endpoint.
-        timeout: seconds that a call without its own timeout may take; None: no limit.
-        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or the key that a server of the same
-            user on this machine has written to a file.
+        url: host and port of a server's gRPC endpoint ("localhost:8001"), or the URL of its HTTP endpoint
+            ("http://localhost:8000"), which needs the extra `http`; "grpcs://" and "https://" are encrypted. Of several
+            servers, the one with the fewest requests of this client gets the next one. If it can't be reached or has no
+            room, another one does, as long as nothing of the answer has come.
+        timeout: seconds that a call without its own may take; None: no limit. A stream may take longer, but not be
+            silent for so long.
+        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or, over gRPC, the key that a server of
+            the same user on this machine has written to a file.
+        api_key: for a proxy before the server; it is sent as a bearer token.
+        headers: more headers (gRPC's metadata) of every request; a function is called for each of them. The caller's
+            span of OpenTelemetry is sent without being named here.
+        tls: True, or the certificates: an address without a scheme is then encrypted.
+        max_message_bytes: of one request and of one response; None: any, but 3 MiB of a request over HTTP, because
+            older servers end at 4.
+        keepalive: seconds of silence after which a gRPC connection is tested; without an answer in 20 seconds its calls
+            raise UnavailableError. None: never.
+        wait_if_full: whether requests of every call but those of a generator are sent again, within their time, where
+            the server's queue is full.
+
+    Raises:
+        ValueError: an argument makes no sense; its message says which.
+        ModuleNotFoundError: an address is one of HTTP, and the extra is not installed.
+        OSError: a certificate can't be read.
     """
 
     def generate(
@@ -77,6 +96,7 @@ class Client(Connection):
 
         Args:
             n: answers, see `generate_many`; each chunk is of one, which its `index` says.
+            timeout: seconds until the last chunk; None: no limit but the client's, between two chunks.
             options: those of `generate`.
 
         Raises:
@@ -452,7 +472,7 @@ class Client(Connection):
             ForbiddenError: the admin key is missing or wrong.
             TridentError: see its other subclasses.
         """
-        return self._run(_control.models(), timeout)
+        return self._run(_control.models, timeout)
 
     def served(self, *, timeout: float | None = None) -> list[str]:
         """The models that the server has loaded, with their stages, by name; no key is needed.
@@ -460,7 +480,7 @@ class Client(Connection):
         Raises:
             TridentError: see its subclasses.
         """
-        return self._run(_control.served(), timeout)
+        return self._run(_control.served, timeout)
 
     def parameters(self, model: str, *, timeout: float | None = None) -> dict[str, str]:
         """The parameters of a model's config: its task and its limits, as texts.
@@ -469,7 +489,7 @@ class Client(Connection):
             NotFoundError: the server has not loaded such a model.
             TridentError: see its other subclasses.
         """
-        return self._run(_control.parameters(model), timeout)
+        return self._run(lambda: _control.parameters(model), timeout)
 
     def unverified(self, model: str, *, timeout: float | None = None) -> str:
         """Why the fidelity gate refused a model that was installed by force; "" for any other.
@@ -478,7 +498,7 @@ class Client(Connection):
             NotFoundError: the server has not loaded such a model.
             TridentError: see its other subclasses.
         """
-        return self._run(_control.unverified(model), timeout)
+        return self._run(lambda: _control.unverified(model), timeout)
 
     def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Load a model that was exported since the server started, or that was exported again.
@@ -496,7 +516,8 @@ class Client(Connection):
             TridentError: see its other subclasses; a model that can't be loaded says why.
         """
         self._only.clear()
-        return self._run(_control.load(model, self._deadline(timeout)), timeout)
+        every = self._run_on_all(lambda: _control.load(model, self._deadline(timeout)), timeout)
+        return every[-1]
 
     def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Unload a model, once its running requests are answered; it stays in the repository.
@@ -510,8 +531,9 @@ class Client(Connection):
             TridentError: see its other subclasses.
         """
         self._only.clear()
-        return self._run(_control.unload(model, self._deadline(timeout)), timeout)
+        every = self._run_on_all(lambda: _control.unload(model, self._deadline(timeout)), timeout)
+        return every[-1]
 
     def health(self, *, timeout: float | None = None) -> Health:
-        """Whether the server answers; one that can't be reached is not live, which is no error."""
-        return self._run(_control.health(), timeout)
+        """Whether a server answers; one that can't be reached, or does not answer in time, is not live: no error."""
+        return _control.best(self._run_on_all(_control.health, timeout))

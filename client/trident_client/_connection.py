@@ -1,21 +1,24 @@
-"""What `Client` stands on: runs what the calls describe, over a connection to a server."""
+"""What `Client` stands on: runs what the calls describe, on one of its servers."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from trident_client import _control, _generation, _wire
-from trident_client._errors import TridentError, translated
+from trident_client import _control, _generation
+from trident_client._choice import Choice
+from trident_client._errors import CancelledError, TridentError, UnavailableError
 from trident_client._grpc_channel import GrpcServer
-from trident_client._sending import send_all
-from trident_client._steps import Batch, Pause, Prompt, Steps, Tensors
+from trident_client._sending import send_all, was_full
+from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
+from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
 from trident_client._types import GenerationChunk
+from trident_client._watch import Watch
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's is Python 3.11's
@@ -24,15 +27,43 @@ Result = TypeVar("Result")
 _Outputs = dict[str, NDArray[Any]]
 
 
+class Server(Protocol):
+    """A server, over gRPC or HTTP; `GrpcServer` says what the methods do."""
+
+    def close(self) -> None: ...
+
+    def ask(self, ask: Ask, seconds: float | None) -> Any: ...
+
+    def start(self, model: str, inputs: Tensors, seconds: float | None) -> Any: ...
+
+    def stream(
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None
+    ) -> Generator[_Outputs, None, None]: ...
+
+
 class Connection:
-    """The connection to a server; `Client` adds the calls and says what the arguments are."""
+    """The connections to servers; `Client` adds the calls and says what the arguments are."""
 
     def __init__(
-        self, url: str = "localhost:8001", *, timeout: float | None = None, admin_key: str | None = None
+        self,
+        url: str | Sequence[str] = "localhost:8001",
+        *,
+        timeout: float | None = SECONDS,
+        admin_key: str | None = None,
+        api_key: str | None = None,
+        headers: Headers | Callable[[], Headers] | None = None,
+        tls: TLS | bool = False,
+        max_message_bytes: int | None = None,
+        keepalive: float | None = KEEPALIVE,
+        wait_if_full: bool = True,
     ) -> None:
+        settings = Settings(admin_key, api_key, headers, tls, max_message_bytes, keepalive)
         self._timeout = timeout
+        self._wait_if_full = wait_if_full
         self._only: dict[str, str] = {}
-        self._server = GrpcServer(url, admin_key)
+        self._closed = False
+        watch = Watch()
+        self._servers = Choice([_connected(address, settings, watch) for address in settings.addresses(url)])
 
     def __enter__(self) -> Self:
         return self
@@ -43,11 +74,33 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls that still run raise CancelledError."""
-        self._server.close()
+        """Close the connections; calls that still run raise CancelledError."""
+        self._closed = True
+        for server in self._servers.all():
+            server.close()
 
-    def _run(self, steps: Steps[Result], timeout: float | None) -> Result:
-        """Do what a call's steps ask for, within its timeout."""
+    def _run(self, make: Callable[[], Steps[Result]], timeout: float | None) -> Result:
+        """Run the steps of a call on one server, or on the next where that can't be reached."""
+        failure: TridentError = UnavailableError("no server can be reached")
+        for server in self._order():
+            try:
+                result = self._run_on(server, make(), timeout)
+            except TridentError as error:
+                failure = error
+                if not self._servers.note(server, error):
+                    break
+            else:
+                self._servers.answered(server)
+                return result
+        raise failure
+
+    def _run_on_all(self, make: Callable[[], Steps[Result]], timeout: float | None) -> list[Result]:
+        """Run the steps of a call on every server."""
+        self._check_open()
+        return [self._run_on(server, make(), timeout) for server in self._servers.all()]
+
+    def _run_on(self, server: Server, steps: Steps[Result], timeout: float | None) -> Result:
+        """Do what the steps ask for, within the timeout of the call."""
         seconds = self._deadline(timeout)
         until = None if seconds is None else time.monotonic() + seconds
         answer: Any = None
@@ -64,42 +117,110 @@ class Connection:
                     time.sleep(step.seconds)
                 else:
                     left = seconds if step.alone or until is None else max(until - time.monotonic(), 0.0)
-                    answer = self._server.ask(step, left)
+                    answer = server.ask(step, left)
             except TridentError as raised:
                 error = raised
 
     def _send(self, batch: Batch[Result], timeout: float | None) -> Result:
         """The answer to requests that have one response each."""
-        return batch.join(self._infer(self._model(batch.model, batch.task, timeout), batch.requests, timeout))
+        left = self._countdown(timeout)
+        model = self._model(batch.model, batch.task, timeout)
+        return batch.join(self._infer(model, batch.requests, left()))
 
-    def _infer(self, model: str, requests: Sequence[Tensors], timeout: float | None) -> list[_Outputs]:
+    def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
+        """The responses to requests, each of which has so many seconds."""
+        asked: dict[Any, Server] = {}
+
         def start(index: int, seconds: float | None) -> Any:
-            return self._server.start(model, requests[index], seconds)
+            server = self._order()[0]
+            call = server.start(model, requests[index], seconds)
+            asked[call] = server
+            end = self._servers.begin(server)
+            call.add_done_callback(lambda _: end())
+            return call
 
-        with translated():
-            responses = send_all(start, len(requests), self._deadline(timeout))
-        return [_wire.parse_response(response) for response in responses]
+        def again(call: Any) -> bool:
+            elsewhere = self._servers.note(asked.pop(call), call.error())
+            return elsewhere or (self._wait_if_full and was_full(call))
+
+        return send_all(start, len(requests), seconds, again)
 
     def _chunks(self, prompt: Prompt, timeout: float | None) -> Generator[GenerationChunk, None, None]:
         """The answer of a generator. A model that is not named is looked for at once, all else while iterating."""
+        left = self._countdown(timeout)
         model = self._model(prompt.model, _generation.TASK, timeout)
-        return self._parsed(model, prompt.inputs, timeout)
+        silence = self._timeout if prompt.stream and timeout is None else None
+        return self._parsed(self._receive(model, prompt.inputs, left if silence is None else _endless, silence))
 
-    def _parsed(self, model: str, inputs: Tensors, timeout: float | None) -> Generator[GenerationChunk, None, None]:
-        with contextlib.closing(self._receive(model, inputs, timeout)) as responses:
+    def _parsed(self, stream: Generator[_Outputs, None, None]) -> Generator[GenerationChunk, None, None]:
+        with contextlib.closing(stream) as responses:
             for outputs in responses:
                 yield from _generation.chunks(outputs)
 
-    def _receive(self, model: str, inputs: Tensors, timeout: float | None) -> Generator[_Outputs, None, None]:
-        return self._server.stream(model, inputs, self._deadline(timeout))
+    def _receive(
+        self, model: str, inputs: Tensors, left: Callable[[], float | None], silence: float | None = None
+    ) -> Generator[_Outputs, None, None]:
+        """The responses to a request of a generator.
+
+        Args:
+            left: gives the seconds that are left; None: no limit.
+            silence: seconds without a response; None: no limit.
+        """
+        failure: TridentError = UnavailableError("no server can be reached")
+        for server in self._order():
+            begun = False
+            try:
+                with (
+                    self._servers.using(server),
+                    contextlib.closing(server.stream(model, inputs, left(), silence)) as responses,
+                ):
+                    for outputs in responses:
+                        begun = True
+                        yield outputs
+            except TridentError as error:
+                failure = error
+                if not self._servers.note(server, error) or begun:
+                    break
+            else:
+                self._servers.answered(server)
+                return
+        raise failure
 
     def _model(self, model: str | None, task: str, timeout: float | None) -> str:
-        """The model that is meant; the server is asked once for the only one of a task."""
+        """The model that is meant; a server is asked once for the only one of a task."""
         if model:
             return model
         if task not in self._only:
-            self._only[task] = self._run(_control.only_model(task), timeout)
+            self._only[task] = self._run(lambda: _control.only_model(task), timeout)
         return self._only[task]
+
+    def _order(self) -> list[Server]:
+        self._check_open()
+        return self._servers.order()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CancelledError("the client was closed")
 
     def _deadline(self, timeout: float | None) -> float | None:
         return self._timeout if timeout is None else timeout
+
+    def _countdown(self, timeout: float | None) -> Callable[[], float | None]:
+        """Gives the seconds that a call has left; None: no limit."""
+        seconds = self._deadline(timeout)
+        if seconds is None:
+            return _endless
+        until = time.monotonic() + seconds
+        return lambda: max(until - time.monotonic(), 0.0)
+
+
+def _endless() -> None:
+    """No limit."""
+
+
+def _connected(address: Address, settings: Settings, watch: Watch) -> Server:
+    if address.protocol == "grpc":
+        return GrpcServer(address, settings, watch)
+    with http_installed():
+        from trident_client._http_client import HttpServer
+    return HttpServer(address, settings, watch)

@@ -19,9 +19,14 @@ def health() -> Steps[Health]:
     try:
         live = yield Ask("live")
         ready = yield Ask("ready")
-    except UnavailableError:
+    except (UnavailableError, DeadlineExceededError):
         return Health(live=False, ready=False)
     return Health(live=live, ready=ready)
+
+
+def best(found: Sequence[Health]) -> Health:
+    """The health of several servers: what one of them can answer is answered."""
+    return Health(any(health.live for health in found), any(health.ready for health in found))
 
 
 def models() -> Steps[list[ModelStatus]]:

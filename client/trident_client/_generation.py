@@ -38,7 +38,7 @@ def prompt(
     inputs |= _wire.options(options, GENERATION)
     if n != 1:
         inputs["n"] = _wire.scalar("n", n, np.int32)[None]
-    return Prompt(model, inputs)
+    return Prompt(model, inputs, stream)
 
 
 def turns(messages: str | Sequence[Message]) -> Sequence[Message]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,36 +11,44 @@ import grpc.experimental
 
 from trident_client import _admin_key, _wire
 from trident_client import _protocol as pb
-from trident_client._errors import ForbiddenError
-from trident_client._steps import Ask, Tensors
+from trident_client._settings import Settings, is_loopback
+from trident_client._steps import RESTRICTED, Ask, Tensors
 from trident_client._types import ModelStatus
 
 STREAM = f"/{pb.SERVICE}/ModelStreamInfer"
-_CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-)
+CONNECT_MILLISECONDS = 10_000  # for one try; the next begins after a pause of at most half of that
+# A ping that is not answered ends the connection, and with it the calls that wait for a frozen server.
+_PING_TIMEOUT_MILLISECONDS = 20_000
 # The thread that iterates over a stream receives its messages itself; else a thread of the channel passes them on.
 ONE_THREAD = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
 
 
-def channel_options(url: str) -> list[tuple[str, int]]:
+def channel_options(url: str, settings: Settings | None = None) -> list[tuple[str, Any]]:
     """The options of a channel to `url`; a server of this machine is never called through the environment's proxy."""
-    return [*_CHANNEL_OPTIONS, *([("grpc.enable_http_proxy", 0)] if _is_loopback(url) else [])]
+    settings = settings or Settings()
+    limit = -1 if settings.max_message_bytes is None else settings.max_message_bytes
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_send_message_length", limit),
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.min_reconnect_backoff_ms", CONNECT_MILLISECONDS),
+        ("grpc.initial_reconnect_backoff_ms", 500),
+        ("grpc.max_reconnect_backoff_ms", CONNECT_MILLISECONDS // 2),
+    ]
+    if is_loopback(url):
+        options.append(("grpc.enable_http_proxy", 0))
+    if settings.keepalive is not None:
+        options.append(("grpc.keepalive_time_ms", int(settings.keepalive * 1000)))
+        options.append(("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MILLISECONDS))
+    if (name := settings.certificates().server_name) is not None:
+        options.append(("grpc.ssl_target_name_override", name))
+    return options
 
 
-def _is_loopback(url: str) -> bool:
-    """Whether a gRPC target, with or without its scheme ("dns:", "ipv4:", "dns:///"), is on this machine itself."""
-    target = url.rpartition("/")[2]
-    scheme, _, rest = target.partition(":")
-    target = rest if scheme in ("dns", "ipv4", "ipv6") else target
-    host = target[1:].partition("]")[0] if target.startswith("[") else target.partition(":")[0]
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def credentials(settings: Settings) -> grpc.ChannelCredentials:
+    """What encrypts a channel."""
+    tls = settings.certificates()
+    files = (tls.ca, tls.key, tls.certificate)
+    return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
 
 
 def question(ask: Ask) -> tuple[str, Any, Callable[[Any], Any]]:
@@ -89,11 +97,9 @@ def inference(model: str, inputs: Tensors, seconds: float | None) -> Any:
     return request
 
 
-def metadata(ask: Ask, url: str, admin_key: str | None) -> list[tuple[str, str]]:
-    """The admin key for what needs it, if there is one; looked up at each call, because servers come and go."""
-    if ask.what not in ("index", "load", "unload"):
-        return []
-    key = (admin_key or _admin_key.find(url) or "").strip()
-    if not key.isascii() or not key.isprintable():
-        raise ForbiddenError("the admin key has impossible characters: a key is printable ASCII")
-    return [(_admin_key.METADATA, key)] if key else []
+def metadata(settings: Settings, ask: Ask | None = None, url: str = "") -> list[tuple[str, str]]:
+    """The headers of a call, with the admin key where it is needed and known."""
+    found = settings.outgoing()
+    if ask is not None and ask.what in RESTRICTED and (key := settings.admin(url)):
+        found.append((_admin_key.METADATA, key))
+    return found

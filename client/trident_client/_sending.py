@@ -9,7 +9,6 @@ import asyncio
 import heapq
 import queue
 import random
-import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from typing import Any, TypeVar
 
 import grpc
 
-from trident_client._errors import UnavailableError
+from trident_client._errors import UnavailableError, is_full
 
 IN_FLIGHT = 16
 FIRST_PAUSE = 0.05  # seconds; doubled with each try, and drawn between half and all of it
 LONGEST_PAUSE = 2.0
 PATIENCE = 300.0  # seconds that a request without a deadline is tried
-FULL = re.compile(r"queue is full|requests are being answered already")
 
 
 _Response = TypeVar("_Response")
@@ -98,15 +96,21 @@ class _Plan:
         self._limit = min(self._limit + 1, IN_FLIGHT)
 
 
-def send_all(start: Callable[[int, float | None], Any], count: int, seconds: float | None) -> list[Any]:
+def send_all(
+    start: Callable[[int, float | None], Any],
+    count: int,
+    seconds: float | None,
+    again: Callable[[Any], bool] | None = None,
+) -> list[Any]:
     """The responses to `count` requests, in their order.
 
     Args:
-        start: called with a request's index and the seconds it has; gives a future of gRPC.
+        start: called with a request's index and the seconds it has; gives a future of gRPC, or what is like one.
         seconds: for each request, from when it is first sent, tries and pauses included; None: no limit.
+        again: whether a call that has ended so is worth another try; None: where the server had no room.
 
     Raises:
-        grpc.RpcError: of the first request that failed; the others are cancelled.
+        Exception: of the first request that failed; the others are cancelled.
     """
     plan = _Plan(count, seconds)
     responses: list[Any] = [None] * count
@@ -126,7 +130,7 @@ def send_all(start: Callable[[int, float | None], Any], count: int, seconds: flo
             except queue.Empty:
                 continue
             del flying[request.index]
-            if _refused(call) and plan.refused(request):
+            if (again or was_full)(call) and plan.refused(request):
                 continue
             responses[request.index] = call.result()
             plan.answered()
@@ -136,20 +140,23 @@ def send_all(start: Callable[[int, float | None], Any], count: int, seconds: flo
     return responses
 
 
-def _refused(call: Any) -> bool:
-    """Whether the server had no room for a request."""
-    full = call.code() == grpc.StatusCode.UNAVAILABLE and FULL.search(call.details() or "")
-    return bool(full)
+def was_full(call: Any) -> bool:
+    """Whether a call ended because the server had no room for it."""
+    return call.code() == grpc.StatusCode.UNAVAILABLE and is_full(UnavailableError(call.details() or ""))
 
 
 async def send_all_async(
-    start: Callable[[int, float | None], Awaitable[_Response]], count: int, seconds: float | None
+    start: Callable[[int, float | None], Awaitable[_Response]],
+    count: int,
+    seconds: float | None,
+    wait_if_full: bool = True,
 ) -> list[_Response]:
     """The same for calls that are awaited.
 
     Args:
         start: called with a request's index and the seconds it has; gives its response.
         seconds: see `send_all`.
+        wait_if_full: whether a request is sent again where the server had no room for it.
 
     Raises:
         TridentError: of the first request that failed; the others are cancelled.
@@ -169,7 +176,7 @@ async def send_all_async(
             for call in ended:
                 request = flying.pop(call)
                 error = call.exception()
-                if isinstance(error, UnavailableError) and FULL.search(str(error)) and plan.refused(request):
+                if wait_if_full and is_full(error) and plan.refused(request):
                     continue
                 responses[request.index] = call.result()
                 plan.answered()

@@ -36,10 +36,12 @@ class Prompt:
     Attributes:
         model: public name; None: the server's only generator.
         inputs: its tensors.
+        stream: whether the answer is wanted as it comes, so that only silence is limited by the client's own timeout.
     """
 
     model: str | None
     inputs: Tensors
+    stream: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Ask:
     what: Literal["live", "ready", "metadata", "parameters", "served", "index", "load", "unload"]
     model: str = ""
     alone: bool = False
+
+
+RESTRICTED = ("index", "load", "unload")  # what the server answers only with its admin key
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ def connected(served: tuple[str, Service]) -> Iterator[Client]:
 def test_exported_names() -> None:
     assert trident_client.__all__ == sorted(trident_client.__all__)
     assert set(trident_client.__all__) == {
+        "TLS",
         "Answer",
         "AsyncClient",
         "CancelledError",
