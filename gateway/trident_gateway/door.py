@@ -47,26 +47,32 @@ class Door:
         answer = _Answer(exchange, send)
         self._gateway.open += 1
         try:
-            body = _Body(receive, Headers(scope=scope), self._gateway)
-            try:
-                self._check(scope, exchange)
-                await body.check()
-                await self._app(scope, body.receive, answer.send)
-            except ApiError as error:
-                await answer.refuse(error, scope["path"])
-            except ClientGone:
-                pass
-            except Exception as error:
-                # The frames say where; the message may hold what the request said.
-                frames = "".join(traceback.format_tb(error.__traceback__))
-                logger.error("%s: a request failed by %s:\n%s", exchange.request_id, type(error).__name__, frames)
-                await answer.refuse(ApiError(500, "the gateway failed; its log says why"), scope["path"])
+            with self._gateway.tracing.request(exchange):
+                await self._answer(scope, receive, answer, exchange)
         finally:
             self._gateway.open -= 1
-            exchange.route = getattr(scope.get("route"), "path", "")
             seconds = time.perf_counter() - exchange.began
             self._gateway.metrics.over(exchange, seconds)
             self._gateway.log.write(exchange, seconds)
+
+    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer, exchange: Exchange) -> None:
+        """Answer a request, whatever becomes of it."""
+        try:
+            body = _Body(receive, Headers(scope=scope), self._gateway)
+            self._check(scope, exchange)
+            await body.check()
+            await self._app(scope, body.receive, answer.send)
+        except ApiError as error:
+            await answer.refuse(error, scope["path"])
+        except ClientGone:
+            pass
+        except Exception as error:
+            # The frames say where; the message may hold what the request said.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("%s: a request failed by %s:\n%s", exchange.request_id, type(error).__name__, frames)
+            await answer.refuse(ApiError(500, "the gateway failed; its log says why"), scope["path"])
+        finally:
+            exchange.route = getattr(scope.get("route"), "path", "")
 
     def _check(self, scope: Scope, exchange: Exchange) -> None:
         """Refuse what needs no look at the body.

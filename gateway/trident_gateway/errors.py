@@ -101,13 +101,17 @@ def overloaded(message: str, seconds: int) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded", retry_after=seconds)
 
 
+def refused(message: str) -> ApiError:
+    """What the server, or its client, says of a request that can never succeed."""
+    code = "context_length_exceeded" if _TOO_LONG.search(message) else None
+    return ApiError(400, message, code=code, param=_field(message))
+
+
 def from_trident(error: TridentError) -> ApiError:
     """The answer to a request that the server refuses or that fails there."""
     message = str(error)
     if isinstance(error, InvalidRequestError):
-        if _TOO_LONG.search(message):
-            return ApiError(400, message, code="context_length_exceeded", param=_field(message))
-        return ApiError(400, message, param=_field(message))
+        return refused(message)
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="model_not_found", param="model")
     if isinstance(error, UnavailableError):

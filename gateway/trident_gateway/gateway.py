@@ -8,6 +8,7 @@ import time
 from fastapi import Request
 
 from trident_client import AsyncClient
+from trident_gateway import tracing
 from trident_gateway.admission import Admission
 from trident_gateway.catalog import Model
 from trident_gateway.errors import ApiError, invalid, model_not_found
@@ -17,6 +18,7 @@ from trident_gateway.logs import AccessLog
 from trident_gateway.metrics import Metrics
 from trident_gateway.routing import Servers
 from trident_gateway.settings import Settings
+from trident_gateway.tracing import Tracing
 
 EXCHANGE = "trident.exchange"  # of an ASGI scope
 _POLL_SECONDS = 0.05
@@ -39,7 +41,11 @@ class Gateway:
         self.log = AccessLog() if settings.access_log else AccessLog(None)
         self.draining = False
         self.open = 0
-        clients = {address: AsyncClient(address, timeout=settings.timeout) for address in settings.triton}
+        self.tracing = Tracing.configured()
+        clients = {
+            address: AsyncClient(address, timeout=settings.timeout, headers=tracing.headers)
+            for address in settings.triton
+        }
         self.servers = Servers(
             clients, settings.health_seconds, lambda address, up: self.metrics.server(address, healthy=up)
         )

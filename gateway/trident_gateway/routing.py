@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from trident_client import AsyncClient, TridentError, UnavailableError
 from trident_gateway.catalog import Model, catalog
-from trident_gateway.errors import ApiError, from_trident
+from trident_gateway.errors import from_trident, refused
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -138,11 +138,11 @@ class Servers:
         for server in servers:
             begun = False
             server.running += 1
-            parts = ask(server.client)
             try:
-                async for part in parts:
-                    begun = True
-                    yield part
+                async with contextlib.aclosing(ask(server.client)) as parts:
+                    async for part in parts:
+                        begun = True
+                        yield part
                 return
             except UnavailableError as error:
                 if begun:
@@ -151,10 +151,9 @@ class Servers:
             except TridentError as error:
                 raise from_trident(error) from None
             except (TypeError, ValueError) as error:  # of the client: a number that fits no tensor
-                raise ApiError(400, str(error)) from None
+                raise refused(str(error)) from None
             finally:
                 server.running -= 1
-                await parts.aclose()
         raise from_trident(failure)
 
     async def _watch(self, server: Server) -> None:
