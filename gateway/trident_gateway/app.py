@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import AsyncIterator
 
@@ -12,11 +13,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from trident_gateway import classify, ollama, rerank, tei, tokens
+from trident_gateway import bodies, classify, ollama, rerank, tei, tokens
 from trident_gateway.door import Door
 from trident_gateway.errors import ApiError
 from trident_gateway.gateway import Gateway
 from trident_gateway.openai import chat, completions, embeddings, models, responses
+
+MODULES = (chat, completions, responses, embeddings, models, rerank, classify, tokens, tei, ollama)
+ROUTERS = [module.router for module in MODULES]
 
 
 def create(gateway: Gateway) -> ASGIApp:
@@ -31,8 +35,9 @@ def create(gateway: Gateway) -> ASGIApp:
     # The pages that show the schema load scripts from elsewhere, so there are none; the schema itself is served.
     app = FastAPI(title="Trident gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
-    for module in (chat, completions, responses, embeddings, models, rerank, classify, tokens, tei, ollama):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.openapi = functools.cache(lambda: bodies.describe(app, ROUTERS))  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _not_found)
     if gateway.settings.cors_origins:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from trident_gateway.errors import ApiError, invalid
 
+_KIND = "kind"  # of a dependency that reads a body
 Neutral = Any  # the type of a field that changes no answer, and is not looked at
 
 
@@ -49,7 +52,23 @@ def read(kind: type[BodyT]) -> Callable[[Request], Awaitable[BodyT]]:
         except ValidationError as error:
             raise _refusal(error.errors(include_url=False, include_input=False), kind) from None
 
+    setattr(body, _KIND, kind)
     return body
+
+
+def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
+    """The schema of an application, with the bodies that `read` reads in the endpoints of its routers."""
+    schema: dict[str, Any] = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    shared = schema.setdefault("components", {}).setdefault("schemas", {})
+    for route in (route for router in routers for route in router.routes if isinstance(route, APIRoute)):
+        for dependency in route.dependant.dependencies:
+            kind = getattr(dependency.call, _KIND, None)
+            if kind is not None:
+                body = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                shared |= body.pop("$defs", {})
+                operation = schema["paths"][route.path]["post"]
+                operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    return schema
 
 
 def _refusal(errors: list[ErrorDetails], kind: type[BaseModel]) -> ApiError:
