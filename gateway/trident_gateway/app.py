@@ -15,7 +15,8 @@ from starlette.types import ASGIApp
 
 from trident_gateway import bodies, classify, ollama, rerank, tei, tokens
 from trident_gateway.door import Door
-from trident_gateway.errors import ApiError
+from trident_gateway.errors import ApiError, ClientGone
+from trident_gateway.exchange import HANGUP
 from trident_gateway.gateway import Gateway
 from trident_gateway.openai import chat, completions, embeddings, models, responses
 
@@ -39,6 +40,7 @@ def create(gateway: Gateway) -> ASGIApp:
         app.include_router(router)
     app.openapi = functools.cache(lambda: bodies.describe(app, ROUTERS))  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _not_found)
     if gateway.settings.cors_origins:
         app.add_middleware(
@@ -54,6 +56,11 @@ def create(gateway: Gateway) -> ASGIApp:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _answer(request, error)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this; its status is for the log."""
+    return Response(status_code=HANGUP)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

@@ -24,6 +24,8 @@ _FIELD = re.compile(r"([a-z][a-z0-9_]*)(?:\[\d+\])? (?:must|is|has|holds|names|n
 _TOO_LONG = re.compile(r"has \d+ (?:tokens|bytes).*context|tokens leave room for")
 _FULL = re.compile(r"queue is full|requests are being answered already")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ENSEMBLE = re.compile(r"in ensemble '[^']*', ")  # Triton's own, of models with stages
+_ENCODERS_NAMES = {"text_input": "input"}
 _OPENAI_NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop", "random_seed": "seed"}
 
 
@@ -103,8 +105,11 @@ def overloaded(message: str, seconds: int) -> ApiError:
 
 def refused(message: str) -> ApiError:
     """What the server, or its client, says of a request that can never succeed."""
-    code = "context_length_exceeded" if _TOO_LONG.search(message) else None
-    return ApiError(400, message, code=code, param=_field(message))
+    inner = _ENSEMBLE.sub("", message)
+    code = "context_length_exceeded" if _TOO_LONG.search(inner) else None
+    field = _FIELD.match(inner)
+    names = _OPENAI_NAMES if inner == message else _ENCODERS_NAMES
+    return ApiError(400, inner, code=code, param=None if field is None else names.get(field[1], field[1]))
 
 
 def from_trident(error: TridentError) -> ApiError:
@@ -123,8 +128,3 @@ def from_trident(error: TridentError) -> ApiError:
     if isinstance(error, CancelledError):
         return ApiError(503, "the server gave the request up: try again", code="cancelled", retry_after=1)
     return ApiError(500, "the server failed; its log says why", code="server_error")
-
-
-def _field(message: str) -> str | None:
-    found = _FIELD.match(message)
-    return None if found is None else _OPENAI_NAMES.get(found[1], found[1])

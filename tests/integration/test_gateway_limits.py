@@ -34,7 +34,7 @@ PATH = "/v1/chat/completions"
 def raw(body: Any, path: str = PATH, **headers: str) -> bytes:
     """A request as it goes over the wire."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = {"host": "127.0.0.1", "content-type": "application/json", "content-length": str(len(content))} | headers
+    lines = {"host": "127.0.0.1", "content_type": "application/json", "content_length": str(len(content))} | headers
     head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + content
 
@@ -92,12 +92,12 @@ BAD = {
     "deep-object": (b'{"a":' * 5_000 + b"1" + b"}" * 5_000, 400, "invalid_json", "recursion"),
     "cut": (b'{"model": "talk"', 400, "invalid_json", "EOF"),
     "nan": (b'{"model": "talk", "messages": [], "temperature": NaN}', 400, "invalid_json", "column"),
-    "not-utf8": (b'{"model": "\xff"}', 400, "invalid_json", "utf"),
-    "surrogate": (b'{"model": "\\ud800"}', 400, "invalid_json", "surrogate"),
+    "not-utf8": (b'{"model": "\xff"}', 400, "invalid_json", "unicode"),
+    "surrogate": (b'{"model": "\\ud800"}', 400, "invalid_json", "hex escape"),
     "list": (b"[1]", 400, None, "a JSON object"),
     "empty": (b"", 400, None, "empty"),
     "null": (b'{"model": null, "messages": null}', 400, "invalid_value", "model"),
-    "huge-number": (b'{"model": "talk", "messages": [], "seed": 1e400}', 400, None, "seed"),
+    "huge-number": (b'{"model": "talk", "messages": [], "seed": 1e400}', 400, "invalid_value", "seed"),
 }
 
 
@@ -269,9 +269,7 @@ def test_a_full_queue(guarded: Gateway, user: dict[str, str], one: dict[str, str
     assert (status, "this key has 1 requests" in answer["error"]["message"]) == (429, True)
     for connection in held:
         connection.close()
-    began = time.monotonic()
-    assert guarded.ask(PATH, CHAT, user)[0] == 200
-    assert time.monotonic() - began < 1
+    until(lambda: guarded.ask(PATH, CHAT, user)[0] == 200, 1)
 
 
 def test_slow_clients(guarded: Gateway, user: dict[str, str]) -> None:

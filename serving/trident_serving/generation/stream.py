@@ -102,6 +102,7 @@ class TextStream:
         self._spell = codec.token_bytes if request.return_tokens else None
         self._token_ids: list[int] = []
         self._log_probs: list[TokenLogProbs] = []
+        self._scoring = request.prompt_log_probs is not None  # until there is a token: the first response has them
         self._prompt_log_probs: list[TokenLogProbs] = []
         self._num_output_tokens = self._counted = 0
         self._reason: FinishReason | None = None
@@ -123,6 +124,7 @@ class TextStream:
         with self._lock:
             self._text += self._parts.push(text) if self._parts is not None else text
             self._num_output_tokens += 1
+            self._scoring = False
             if self._spell is not None:
                 self._token_ids.append(token)
             if log_probs is not None:
@@ -168,7 +170,7 @@ class TextStream:
 
     @property
     def _waiting(self) -> bool:
-        return bool(self._text) or (self._parts is not None and self._parts.waiting)
+        return not self._scoring and (bool(self._text) or (self._parts is not None and self._parts.waiting))
 
     def _take(self) -> Chunk:
         chunk = Chunk(
