@@ -25,7 +25,8 @@ from trident_client import AsyncClient
 from trident_serving.launcher import local
 from trident_serving.launcher.local import free_ports
 
-WORDS = "the server answers many questions about models that it holds in memory every day".split()
+SENTENCE = "the server answers many questions about models that it holds in memory every day"
+WORDS = SENTENCE.split()
 OUTPUT_TOKENS = 64
 Ask = Callable[[str], Awaitable["Timed"]]
 
@@ -183,6 +184,7 @@ async def measure(server: local.LocalServer, options: argparse.Namespace) -> dic
     """All of it, against one server."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "trident_gateway", "--triton", server.grpc_url, "--port", str(port)]
+    command += ["--queue-seconds", "600", "--timeout", "600"]  # the last of many held streams waits long
     with (options.reports / "gateway.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:

@@ -1,4 +1,4 @@
-"""Gateways of the tests: real processes on free ports."""
+"""Gateways of the tests: real processes on free ports, and the models behind them."""
 
 from __future__ import annotations
 
@@ -90,3 +90,55 @@ def running(log: Path, *triton: str, flags: tuple[str, ...] = (), ready: bool = 
     finally:
         process.terminate()
         process.wait(60)
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def make_models(root: Path) -> None:
+    """Hugging Face folders: `chain` thinks and calls a tool, `talk` writes anything, and one of each encoder task."""
+    # Here, because most tests need none of this, which takes seconds.
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from tests import tiny_models
+    from tests.integration.test_messages import chain, tokenizer
+
+    chain().save_pretrained(root / "chain")
+    tokenizer().save_pretrained(root / "chain")
+    (root / "chain" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0}))
+    words = tiny_models.byte_level_tokenizer()
+    words.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    talk = AutoModelForCausalLM.from_config(tiny_models.causal_config("llama", 2048)).eval()
+    with torch.no_grad():
+        for parameter in talk.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    talk.save_pretrained(root / "talk")
+    words.save_pretrained(root / "talk")
+    tiny_models.make_reader(root / "embed", "xlm-roberta", AutoModel, seed=1)
+    classifier = AutoModelForSequenceClassification
+    tiny_models.make_reader(root / "rank", "bert", classifier, seed=2, num_labels=1)
+    tiny_models.make_reader(root / "classify", "bert", classifier, seed=3, num_labels=3)
+
+
+def export_models(root: Path) -> Path:
+    """Their repository."""
+    from trident_export import install, models_file
+
+    tables: dict[str, dict[str, Any]] = {
+        "chain": {"task": "text-generation", "limits": {"context": 512, "slots": 4, "threads": 1}},
+        "talk": {"task": "text-generation", "limits": {"context": 2048, "slots": 4, "max_waiting": 8, "threads": 1}},
+    }
+    shared = {"max_tokens": 96, "buckets": [32], "threads": 1}
+    tables["embed"] = {"task": "feature-extraction", "limits": {**shared, "dimensions": 32, "matryoshka": [8]}}
+    tables["rank"] = {"task": "text-ranking", "limits": {**shared, "labels": 1}}
+    tables["classify"] = {"task": "text-classification", "limits": {**shared, "labels": 3}}
+    for name, table in tables.items():
+        table |= {"source": {"path": str(root / name)}, "variants": ["fp32"]}
+    specs = [models_file.parse(name, table) for name, table in tables.items()]
+    install.export(specs, root / "repository", root, root / "cache", lambda message: None)
+    return root / "repository"
