@@ -22,6 +22,7 @@ from trident_client import (
 # Beginnings of what the server's messages say of a field: "temperature must be ...", "max_tokens is 5000, but ...".
 _FIELD = re.compile(r"([a-z][a-z0-9_]*)(?:\[\d+\])? (?:must|is|has|holds|names|needs|admits)\b")
 _TOO_LONG = re.compile(r"has \d+ (?:tokens|bytes).*context|tokens leave room for")
+_CONTEXT = re.compile(r"context (?:of|is) (\d+)")
 _FULL = re.compile(r"queue is full|requests are being answered already")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ENSEMBLE = re.compile(r"in ensemble '[^']*', ")  # Triton's own, of models with stages
@@ -106,10 +107,15 @@ def overloaded(message: str, seconds: int) -> ApiError:
 def refused(message: str) -> ApiError:
     """What the server, or its client, says of a request that can never succeed."""
     inner = _ENSEMBLE.sub("", message)
-    code = "context_length_exceeded" if _TOO_LONG.search(inner) else None
     field = _FIELD.match(inner)
     names = _OPENAI_NAMES if inner == message else _ENCODERS_NAMES
-    return ApiError(400, inner, code=code, param=None if field is None else names.get(field[1], field[1]))
+    param = None if field is None else names.get(field[1], field[1])
+    if not _TOO_LONG.search(inner):
+        return ApiError(400, inner, param=param)
+    # OpenAI's words, by which libraries know this error.
+    context = _CONTEXT.search(inner)
+    told = f"This model's maximum context length is {context[1]} tokens: {inner}" if context else inner
+    return ApiError(400, told, code="context_length_exceeded", param=param)
 
 
 def from_trident(error: TridentError) -> ApiError:

@@ -52,11 +52,19 @@ class TeiRerankBody(TeiBody):
     return_text: bool | None = None
 
 
+class PredictParameters(Body):
+    """What huggingface_hub adds."""
+
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    function_to_apply: None = None
+
+
 class PredictBody(TeiBody):
     """A text, a pair of texts, or a list of either."""
 
     inputs: str | list[str] | list[list[str]]
     raw_scores: bool | None = None
+    parameters: PredictParameters | None = None
 
 
 @router.post("/embed")
@@ -104,7 +112,8 @@ async def predict(request: Request, body: Annotated[PredictBody, Depends(bodies.
     model = await gateway_of(request).model(body.model, CLASSIFICATION, param="inputs")
     texts, pairs, single = _inputs(body.inputs)
     found, _ = await classified(request, model, listed(texts, "inputs"), pairs, body.truncate)
-    answers = [_labels(each) for each in found]
+    top_k = None if body.parameters is None else body.parameters.top_k
+    answers = [_labels(each[:top_k]) for each in found]
     return JSONResponse(answers[0] if single else answers)
 
 

@@ -340,6 +340,8 @@ def test_classes(gateway: Gateway, direct: Client) -> None:
     assert answer["usage"]["prompt_tokens"] == sum(map(len, direct.tokenize(TEXTS, model="classify")))
     _, _, answer = gateway.ask("/predict", {"inputs": TEXTS[0]})
     assert [(each["label"], each["score"]) for each in answer] == right[0]
+    _, _, answer = gateway.ask("/predict", {"inputs": TEXTS[0], "parameters": {"top_k": 1}})
+    assert [(each["label"], each["score"]) for each in answer] == right[0][:1]
     _, _, answer = gateway.ask("/predict", {"inputs": [[text] for text in TEXTS]})
     assert [[(each["label"], each["score"]) for each in classes] for classes in answer] == right
     _, _, answer = gateway.ask("/predict", {"inputs": [TEXTS[0], TEXTS[1]]})  # a pair

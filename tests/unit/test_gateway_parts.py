@@ -200,6 +200,7 @@ def test_errors_of_the_server() -> None:
     too_long = "messages has 3000 tokens, the model's context of 2048 allows 2047 and one generated token"
     error = from_trident(InvalidRequestError(too_long))
     assert (error.status, error.code, error.param) == (400, "context_length_exceeded", "messages")
+    assert error.message == f"This model's maximum context length is 2048 tokens: {too_long}"
     error = from_trident(InvalidRequestError("stop_words holds 33 texts, the limit is 32"))
     assert (error.status, error.code, error.param) == (400, None, "stop")
     assert from_trident(UnavailableError("the queue is full: 8 requests wait")).status == 429

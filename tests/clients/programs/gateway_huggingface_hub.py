@@ -13,8 +13,5 @@ found = {
     "vectors": InferenceClient(model=f"{url}/embed").feature_extraction(texts).tolist(),
     "chat": chat.chat_completion(messages, model="talk", max_tokens=8).choices[0].message.content,
     "chunks": [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices],
-    "labels": [
-        [each.label, each.score] for each in InferenceClient(model=f"{url}/predict").text_classification(texts[0])
-    ],
 }
 print(json.dumps(found))

@@ -42,7 +42,7 @@ found = {
     "tool": weather.invoke(called.tool_calls[0]["args"]),
     "person": [len(person.name) <= 6, 0 <= person.age <= 130],
     "completion": OpenAI(model="talk", max_tokens=8, temperature=0, **shared).invoke("the cat"),
-    "responses": responses.invoke("What is rain?").text,
+    "responses": responses.text,
     "vectors": embeddings.embed_documents(texts),
 }
 print(json.dumps(found))

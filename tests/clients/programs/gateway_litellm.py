@@ -27,7 +27,9 @@ found = {
     "chunks": [chunk.choices[0].delta.content or "" for chunk in stream],
     "reasoning": called.choices[0].message.reasoning_content,
     "calls": [[call.function.name, call.function.arguments] for call in called.choices[0].message.tool_calls],
-    "completion": litellm.text_completion("openai/talk", prompt="the cat", max_tokens=8, temperature=0, **shared)
+    "completion": litellm.text_completion(
+        model="text-completion-openai/talk", prompt="the cat", max_tokens=8, temperature=0, **shared
+    )
     .choices[0]
     .text,
     "vectors": [row["embedding"] for row in litellm.embedding("openai/embed", texts, **shared).data],
