@@ -53,7 +53,7 @@ class Rerank2Body(Body):
     query: str
     documents: list[str]
     top_n: int | None = None
-    max_tokens_per_doc: Neutral = None  # the model's own limit holds, and says so
+    max_tokens_per_doc: int | None = None
     priority: Neutral = None
 
 
@@ -148,7 +148,8 @@ async def rerank(request: Request, body: Annotated[RerankBody, Depends(bodies.re
 async def rerank2(request: Request, body: Annotated[Rerank2Body, Depends(bodies.read(Rerank2Body))]) -> Response:
     """The passages, best first, as Cohere's clients read them."""
     model = await gateway_of(request).model(body.model, RANKING)
-    found, _ = await ranked(request, model, body.query, passages(body.documents, "documents"), counted=False)
+    texts, cut = passages(body.documents, "documents"), body.max_tokens_per_doc is not None
+    found, _ = await ranked(request, model, body.query, texts, counted=False, truncate=cut or None)
     results = [{"index": each.index, "relevance_score": each.score} for each in first(body.top_n, found)]
     return JSONResponse({"id": f"rerank-{secrets.token_hex(12)}", "results": results, "meta": _meta("2")})
 

@@ -167,6 +167,8 @@ def test_aiperf(gateway: Gateway, gateway_folder: Path, tmp_path: Path, kind: st
     command += ["--no-server-metrics", "--artifact-dir", tmp_path]
     if kind in ("chat", "completions"):
         command += ["--streaming", "--osl", "16", "--extra-inputs", "ignore_eos:true"]
+    if kind == "rankings":
+        command += ["--rankings-passages-prompt-token-mean", "20", "--rankings-query-prompt-token-mean", "5"]
     run(*command)
     metrics = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
     assert metrics["request_count"]["avg"] == 6

@@ -311,6 +311,13 @@ def test_rerank(gateway: Gateway, direct: Client) -> None:
     assert "document" not in answer["results"][0]
     _, _, answer = gateway.ask("/v2/rerank", body)
     assert [(each["index"], each["relevance_score"]) for each in answer["results"]] == scores
+    long = body | {"documents": ["rain " * 200, "cat"]}
+    assert gateway.ask("/v2/rerank", long)[0] == 400
+    _, _, answer = gateway.ask("/v2/rerank", long | {"max_tokens_per_doc": 50})
+    cut = direct.rank("rain", long["documents"], model="rank", truncate=True)
+    assert [(each["index"], each["relevance_score"]) for each in answer["results"]] == [
+        (each.index, each.score) for each in cut
+    ]
     _, _, answer = gateway.ask("/rerank", {"query": "rain", "texts": TEXTS, "return_text": True})
     assert [(each["index"], each["score"]) for each in answer] == scores
     assert answer[0]["text"] == TEXTS[scores[0][0]]
@@ -417,6 +424,7 @@ def test_ollama_s_other_endpoints(gateway: Gateway, direct: Client) -> None:
 
 
 CHAT: dict[str, Any] = {"model": "talk", "messages": MESSAGES, "max_tokens": 4}
+LONG_TEXT: dict[str, Any] = {"model": "embed", "input": "word " * 200}
 RESPONSE: dict[str, Any] = {"model": "talk", "input": "a"}
 
 
@@ -463,7 +471,7 @@ RESPONSE: dict[str, Any] = {"model": "talk", "input": "a"}
         ("/v1/embeddings", {"model": "embed", "input": []}, 400, None, "input", "empty"),
         ("/v1/embeddings", {"model": "embed", "input": [1, 2]}, 400, None, "input", "token ids"),
         ("/v1/embeddings", {"model": "embed", "input": "a", "dimensions": 7}, 400, None, "dimensions", "7"),
-        ("/v1/embeddings", {"model": "embed", "input": "word " * 200}, 400, None, None, "96"),
+        ("/v1/embeddings", LONG_TEXT, 400, "context_length_exceeded", "input", "maximum context length is 96"),
         ("/v1/rerank", {"model": "rank", "query": "a", "documents": ["b"], "top_n": 0}, 400, None, "top_n", "top_n"),
         ("/v1/responses", RESPONSE | {"conversation": "r"}, 400, "invalid_value", "conversation", "None"),
         ("/v1/responses", RESPONSE | {"input": [{"type": "item_reference"}]}, 400, None, "input", "item_reference"),
