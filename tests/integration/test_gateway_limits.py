@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from tests import gateways
@@ -397,6 +398,43 @@ def test_another_server_answers_when_one_goes(gateway_server: LocalServer, direc
             status, answer = ask(f"question {number}", stream=number % 2 == 1)
             assert status == 200, answer
         assert gateway.ask(PATH, CHAT)[2]["choices"][0]["message"]["content"] == right
+
+
+class Recorder(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Passes every call on to a server, and notes what each carried."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self.calls: list[tuple[str, dict[str, str]]] = []
+        self.server = grpc.server(ThreadPoolExecutor(8), handlers=[self])
+        self.port = self.server.add_insecure_port("127.0.0.1:0")
+        self.server.start()
+
+    def service(self, details: Any) -> Any:
+        self.calls.append((details.method, dict(details.invocation_metadata)))
+        if details.method.endswith("ModelStreamInfer"):
+            call = self._channel.unary_stream(details.method)
+            return grpc.unary_stream_rpc_method_handler(lambda request, context: call(request))
+        ask = self._channel.unary_unary(details.method)
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: ask(request))
+
+
+def test_traces_go_on_to_triton(gateway_server: LocalServer, tmp_path: Path) -> None:
+    """Each request's own, whatever runs beside it."""
+    recorder = Recorder(gateway_server.grpc_url)
+    traces = [f"00-{number:032x}-{number:016x}-01" for number in range(1, 9)]
+    with gateways.running(tmp_path / "log", f"127.0.0.1:{recorder.port}") as gateway, ThreadPoolExecutor(8) as pool:
+
+        def ask(trace: str) -> int:
+            stream = trace in traces[::2]
+            return gateway.ask(PATH, CHAT | {"stream": stream}, {"traceparent": trace})[0]
+
+        assert set(pool.map(ask, traces)) == {200}
+        assert gateway.ask(PATH, CHAT)[0] == 200
+    recorder.server.stop(None)
+    sent = [metadata.get("traceparent") for method, metadata in recorder.calls if method.endswith("ModelStreamInfer")]
+    assert sorted(filter(None, sent)) == traces
+    assert len(sent) == 9
 
 
 def test_no_server_at_all(tmp_path: Path) -> None:
