@@ -17,7 +17,8 @@ import pytest
 import torch
 from tritonclient.grpc import service_pb2 as pb
 
-from tests import warm
+from tests import gateways, warm
+from tests.gateways import Gateway
 from trident_client import Client, _wire
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -53,6 +54,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class BySharedFixtures(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
+            if file.startswith("tests/integration/test_gateway"):
+                return "gateway"  # they share a server, too
             return "server" if file in SERVED else file
 
     config.option.loadscopereorder = False
@@ -183,3 +186,35 @@ def minilm_folder(default_repository: Path) -> Path:
 
     spec = models_file.select(models_file.load(ROOT / "models.toml"), "minilm")[0]
     return sources.fetch(spec, ROOT, ROOT / ".cache", print).path
+
+
+@pytest.fixture(scope="session")
+def gateway_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Hugging Face folders of the gateway's models, by name."""
+    root = tmp_path_factory.mktemp("gateway-models")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gateways.make_models(root)
+    torch.set_num_threads(threads)
+    return root
+
+
+@pytest.fixture(scope="session")
+def gateway_server(gateway_folder: Path) -> Iterator[LocalServer]:
+    """The gateway's models behind a real server."""
+    with local.running(gateways.export_models(gateway_folder), gateway_folder / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gateway(gateway_server: LocalServer, gateway_folder: Path) -> Iterator[Gateway]:
+    """A gateway as it starts without any option."""
+    with gateways.running(gateway_folder / "gateway.log", gateway_server.grpc_url) as running:
+        yield running
+
+
+@pytest.fixture
+def direct(gateway_server: LocalServer) -> Iterator[Client]:
+    """Our own client, past the gateway."""
+    with Client(gateway_server.grpc_url, timeout=60) as connected:
+        yield connected

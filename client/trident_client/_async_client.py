@@ -48,7 +48,7 @@ class AsyncClient(AsyncConnection):
 
     async def generate(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         *,
         model: str | None = None,
         timeout: float | None = None,
@@ -61,18 +61,19 @@ class AsyncClient(AsyncConnection):
 
     def stream(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         *,
         model: str | None = None,
+        n: int = 1,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[GenerationChunk, None]:
         """See `Client.stream`. A model that is not named is looked for while iterating."""
-        return self._chunks(_generation.prompt(prompt, model, options, stream=True), timeout)
+        return self._chunks(_generation.prompt(prompt, model, options, stream=True, n=n), timeout)
 
     async def generate_many(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         n: int,
         *,
         model: str | None = None,
@@ -107,6 +108,19 @@ class AsyncClient(AsyncConnection):
     ) -> NDArray[np.float32]:
         """See `Client.embed`."""
         return await self._send(_tasks.embed(texts, model, prompt_name, dimensions, truncate, batch_size), timeout)
+
+    async def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str,
+        text_pairs: Sequence[str] | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[list[int]]:
+        """See `Client.tokenize`."""
+        return await self._send(_tasks.tokenize(texts, text_pairs, model, truncate, batch_size), timeout)
 
     # A str is a sequence of str too: the first overload wins.
     @overload
@@ -301,6 +315,14 @@ class AsyncClient(AsyncConnection):
     async def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """See `Client.models`."""
         return await self._run(_control.models, timeout)
+
+    async def served(self, *, timeout: float | None = None) -> list[str]:
+        """See `Client.served`."""
+        return await self._run(_control.served, timeout)
+
+    async def parameters(self, model: str, *, timeout: float | None = None) -> dict[str, str]:
+        """See `Client.parameters`."""
+        return await self._run(lambda: _control.parameters(model), timeout)
 
     async def unverified(self, model: str, *, timeout: float | None = None) -> str:
         """See `Client.unverified`."""

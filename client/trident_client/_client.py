@@ -62,16 +62,16 @@ class Client(Connection):
 
     def generate(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         *,
         model: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generation:
-        """The continuation of a prompt; a list of messages is a chat.
+        """The continuation of a prompt; a list of messages is a chat, a list of numbers the prompt's tokens.
 
         Args:
-            prompt: a text to continue, or the messages of a chat.
+            prompt: a text to continue, its tokens, or the messages of a chat.
             model: public name; None: the server's only generator.
             options: see `GenerationOptions`; an option that is None is left out.
             timeout: seconds; the server then gives up the request too, even one that waits for a slot.
@@ -85,15 +85,17 @@ class Client(Connection):
 
     def stream(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         *,
         model: str | None = None,
+        n: int = 1,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generator[GenerationChunk, None, None]:
         """The same, in chunks as they come. Closing the iterator cancels the request.
 
         Args:
+            n: answers, see `generate_many`; each chunk is of one, which its `index` says.
             timeout: seconds until the last chunk; None: no limit but the client's, between two chunks.
             options: those of `generate`.
 
@@ -101,11 +103,11 @@ class Client(Connection):
             TridentError: see its subclasses; raised while iterating, but for a model that is not named and not found.
             TypeError: an option is unknown.
         """
-        return self._chunks(_generation.prompt(prompt, model, options, stream=True), timeout)
+        return self._chunks(_generation.prompt(prompt, model, options, stream=True, n=n), timeout)
 
     def generate_many(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         n: int,
         *,
         model: str | None = None,
@@ -171,6 +173,29 @@ class Client(Connection):
             ValueError: `dimensions` is no number of 64 bits, or a text is no text.
         """
         return self._send(_tasks.embed(texts, model, prompt_name, dimensions, truncate, batch_size), timeout)
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str,
+        text_pairs: Sequence[str] | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[list[int]]:
+        """The tokens of each text as a model of encoders reads it, by their ids.
+
+        Args:
+            model: public name.
+            text_pairs: for a ranker: a text for each query.
+            truncate: see `embed`; `batch_size` too.
+
+        Raises:
+            NotFoundError: the model is none of encoders.
+            TridentError: see its other subclasses.
+        """
+        return self._send(_tasks.tokenize(texts, text_pairs, model, truncate, batch_size), timeout)
 
     # A str is a sequence of str too: the first overload wins.
     @overload
@@ -448,6 +473,23 @@ class Client(Connection):
             TridentError: see its other subclasses.
         """
         return self._run(_control.models, timeout)
+
+    def served(self, *, timeout: float | None = None) -> list[str]:
+        """The models that the server has loaded, with their stages, by name; no key is needed.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        return self._run(_control.served, timeout)
+
+    def parameters(self, model: str, *, timeout: float | None = None) -> dict[str, str]:
+        """The parameters of a model's config: its task and its limits, as texts.
+
+        Raises:
+            NotFoundError: the server has not loaded such a model.
+            TridentError: see its other subclasses.
+        """
+        return self._run(lambda: _control.parameters(model), timeout)
 
     def unverified(self, model: str, *, timeout: float | None = None) -> str:
         """Why the fidelity gate refused a model that was installed by force; "" for any other.

@@ -35,6 +35,18 @@ def models() -> Steps[list[ModelStatus]]:
     return sorted((status for status in statuses if status.state), key=lambda status: status.name)
 
 
+def served() -> Steps[list[str]]:
+    """See `Client.served`."""
+    names: list[str] = yield Ask("served")
+    return sorted(set(names))
+
+
+def parameters(model: str) -> Steps[dict[str, str]]:
+    """See `Client.parameters`."""
+    found: dict[str, str] = yield Ask("parameters", model)
+    return dict(found)
+
+
 def unverified(model: str) -> Steps[str]:
     """See `Client.unverified`."""
     parameters: dict[str, str] = yield Ask("parameters", model)

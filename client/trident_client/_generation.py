@@ -20,14 +20,22 @@ TASK = "text-generation"
 
 
 def prompt(
-    given: str | Sequence[Message], model: str | None, options: Mapping[str, Any], *, stream: bool = False, n: int = 1
+    given: str | Sequence[Message] | Sequence[int],
+    model: str | None,
+    options: Mapping[str, Any],
+    *,
+    stream: bool = False,
+    n: int = 1,
 ) -> Prompt:
-    """The request for a text to continue, or for the messages of a chat."""
+    """The request for a text or tokens to continue, or for the messages of a chat."""
+    inputs: dict[str, NDArray[Any]]
     if isinstance(given, str):
-        field, text = "text_input", given
+        inputs = {"text_input": _wire.texts([given])[None]}
+    elif given and all(isinstance(each, int) for each in given):
+        inputs = {"input_ids": np.concatenate([_wire.scalar("input_ids", each, np.int32) for each in given])[None]}
     else:
-        field, text = "messages", _wire.as_json("messages", list(given))
-    inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None], "stream": np.array([[stream]])}
+        inputs = {"messages": _wire.texts([_wire.as_json("messages", list(given))])[None]}
+    inputs["stream"] = np.array([[stream]])
     inputs |= _wire.options(options, GENERATION)
     if n != 1:
         inputs["n"] = _wire.scalar("n", n, np.int32)[None]
@@ -46,6 +54,9 @@ def chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
     log_probs, top = outputs["output_log_probs"].reshape(-1).tolist(), _likeliest(outputs, "output")
     prompt = outputs.get("prompt_log_probs")
     prompt_log_probs = () if prompt is None else tuple(prompt.reshape(-1).tolist())
+    ids, tokens = _flat(outputs, "output_ids"), _flat(outputs, "output_tokens")
+    top_tokens = _rows_of(outputs, "output_top_tokens")
+    indices = _flat(outputs, "index") or tuple(range(len(counts)))
     found = []
     for index, (text, reason, count) in enumerate(
         zip(outputs["text_output"].reshape(-1), outputs["finish_reason"].reshape(-1), counts, strict=True)
@@ -64,6 +75,13 @@ def chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
                 prompt_top_log_probs=_likeliest(outputs, "prompt"),
                 reasoning=_text(outputs, "reasoning", index),
                 tool_calls=_calls(_text(outputs, "tool_calls", index)),
+                index=indices[index],
+                token_ids=ids[own],
+                tokens=tokens[own],
+                top_tokens=top_tokens[own],
+                prompt_token_ids=_flat(outputs, "prompt_token_ids"),
+                prompt_tokens=_flat(outputs, "prompt_tokens"),
+                prompt_top_tokens=_rows_of(outputs, "prompt_top_tokens"),
             )
         )
     return found
@@ -76,6 +94,16 @@ def _likeliest(outputs: dict[str, NDArray[Any]], name: str) -> tuple[tuple[tuple
         return ()
     pairs = zip(ids[0].tolist(), log_probs[0].tolist(), strict=True)
     return tuple(tuple(zip(*pair, strict=True)) for pair in pairs)
+
+
+def _flat(outputs: dict[str, NDArray[Any]], name: str) -> tuple[Any, ...]:
+    """A tensor's elements; () where there is none."""
+    return tuple(outputs[name].reshape(-1).tolist()) if name in outputs else ()
+
+
+def _rows_of(outputs: dict[str, NDArray[Any]], name: str) -> tuple[tuple[Any, ...], ...]:
+    """A tensor [1, rows, n] as rows; () where there is none."""
+    return tuple(map(tuple, outputs[name][0].tolist())) if name in outputs else ()
 
 
 def _text(outputs: dict[str, NDArray[Any]], name: str, index: int) -> str:
@@ -115,4 +143,11 @@ def joined(chunks: Iterable[GenerationChunk]) -> Generation:
         tool_calls=_joined_calls(call for chunk in every for call in chunk.tool_calls),
         prompt_log_probs=every[0].prompt_log_probs,
         prompt_top_log_probs=every[0].prompt_top_log_probs,
+        index=every[0].index,
+        token_ids=tuple(token for chunk in every for token in chunk.token_ids),
+        tokens=tuple(token for chunk in every for token in chunk.tokens),
+        top_tokens=tuple(tokens for chunk in every for tokens in chunk.top_tokens),
+        prompt_token_ids=every[0].prompt_token_ids,
+        prompt_tokens=every[0].prompt_tokens,
+        prompt_top_tokens=every[0].prompt_top_tokens,
     )

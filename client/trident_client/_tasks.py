@@ -45,6 +45,22 @@ def embed(
     return Batch("feature-extraction", model, requests, join)
 
 
+def tokenize(
+    texts: Sequence[str], text_pairs: Sequence[str] | None, model: str, truncate: bool | None, batch_size: int
+) -> Batch[list[list[int]]]:
+    """See `Client.tokenize`."""
+
+    def join(responses: _Responses) -> list[list[int]]:
+        return [
+            ids[mask > 0].tolist()
+            for response in responses
+            for ids, mask in zip(response["input_ids"], response["attention_mask"], strict=True)
+        ]
+
+    columns = {"text_input": texts} if text_pairs is None else {"query": texts, "text_input": text_pairs}
+    return Batch("", f"{model.partition('_')[0]}_tokenizer", _rows(columns, truncate, batch_size, {}), join)
+
+
 def embed_sparse(
     texts: str | Sequence[str], model: str | None, prompt_name: str | None, truncate: bool | None, batch_size: int
 ) -> Batch[SparseVector | list[SparseVector]]:

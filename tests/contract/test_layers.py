@@ -96,8 +96,9 @@ def test_an_import_upward_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "foreign"),
     [
-        ("client/trident_client", ("trident_serving", "trident_export")),
-        ("serving/trident_serving", ("trident_export", "torch", "transformers", "onnx")),
+        ("client/trident_client", ("trident_serving", "trident_export", "trident_gateway")),
+        ("gateway/trident_gateway", ("trident_serving", "trident_export", "tokenizers", "onnxruntime")),
+        ("serving/trident_serving", ("trident_export", "trident_gateway", "torch", "transformers", "onnx")),
     ],
 )
 def test_packages_stand_on_lower_ones(folder: str, foreign: tuple[str, ...]) -> None:

@@ -80,8 +80,7 @@ def answered(model: Any, prompt: str) -> list[int]:
     return answer
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+def chain() -> Any:
     """A chain: the likeliest token behind each is the next of `PIECES`, and the first one's is a line's end."""
     torch.manual_seed(0)
     config = tiny_models.causal_config("llama", 512)
@@ -99,6 +98,11 @@ def model() -> Any:
         for token, following in pairwise(chain):
             made.lm_head.weight[following] += vectors[token]
     return made
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return chain()
 
 
 @pytest.fixture(scope="module")
