@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 import torch
 from tritonclient.grpc import service_pb2 as pb
 
-from tests import warm
+from tests import gateways, warm
+from tests.gateways import Gateway
 from trident_client import Client, _wire
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -52,6 +54,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class BySharedFixtures(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
+            if file.startswith("tests/integration/test_gateway"):
+                return "gateway"  # they share a server, too
             return "server" if file in SERVED else file
 
     config.option.loadscopereorder = False
@@ -72,6 +76,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(
             key=lambda item: (2 * (item.path in late) - 3 * (item.path in served), item.path.stem != "test_gates")
         )
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collecting garbage, as an export does several times, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def runs_slow_tests(config: pytest.Config) -> bool:
+    """Whether tests marked `slow` were asked for, so that what they share must be there."""
+    return "not slow" not in config.option.markexpr
+
+
+def some_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """Names as the parameters of a test; some are slow ones."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -112,9 +132,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def default_repository() -> Path:
-    """The default models, exported where `make serve` has them too, and SmolLM2's variants on request."""
-    for arguments in (["smollm2", "--variants", "all"], []):
+def default_repository(request: pytest.FixtureRequest) -> Path:
+    """The default models, exported where `make serve` has them too; with slow tests SmolLM2's variants on request."""
+    slow: list[list[str]] = [["smollm2", "--variants", "all"]] if runs_slow_tests(request.config) else []
+    for arguments in (*slow, []):
         done = run_export_cold("export", *arguments)
         assert done.returncode == 0, done.stderr
     return ROOT / "model_repository"
@@ -165,3 +186,35 @@ def minilm_folder(default_repository: Path) -> Path:
 
     spec = models_file.select(models_file.load(ROOT / "models.toml"), "minilm")[0]
     return sources.fetch(spec, ROOT, ROOT / ".cache", print).path
+
+
+@pytest.fixture(scope="session")
+def gateway_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Hugging Face folders of the gateway's models, by name."""
+    root = tmp_path_factory.mktemp("gateway-models")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gateways.make_models(root)
+    torch.set_num_threads(threads)
+    return root
+
+
+@pytest.fixture(scope="session")
+def gateway_server(gateway_folder: Path) -> Iterator[LocalServer]:
+    """The gateway's models behind a real server."""
+    with local.running(gateways.export_models(gateway_folder), gateway_folder / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gateway(gateway_server: LocalServer, gateway_folder: Path) -> Iterator[Gateway]:
+    """A gateway as it starts without any option."""
+    with gateways.running(gateway_folder / "gateway.log", gateway_server.grpc_url) as running:
+        yield running
+
+
+@pytest.fixture
+def direct(gateway_server: LocalServer) -> Iterator[Client]:
+    """Our own client, past the gateway."""
+    with Client(gateway_server.grpc_url, timeout=60) as connected:
+        yield connected

@@ -4,8 +4,11 @@ from trident_client import Client
 
 with Client("localhost:8001") as client:
     print(client.generate("The capital of France is", max_tokens=8).text)
+
+`AsyncClient` has the same methods for asyncio.
 """
 
+from trident_client._async_client import AsyncClient
 from trident_client._client import Client
 from trident_client._errors import (
     CancelledError,
@@ -13,11 +16,13 @@ from trident_client._errors import (
     ForbiddenError,
     InvalidRequestError,
     NotFoundError,
+    OverloadedError,
     ServerError,
     TridentError,
     UnavailableError,
 )
 from trident_client._options import GenerationOptions, TranslationOptions
+from trident_client._settings import TLS
 from trident_client._types import (
     Answer,
     Entity,
@@ -35,8 +40,9 @@ from trident_client._types import (
     Translation,
 )
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (as `sorted` has it)
     "Answer",
+    "AsyncClient",
     "CancelledError",
     "Client",
     "DeadlineExceededError",
@@ -52,9 +58,11 @@ __all__ = [
     "Message",
     "ModelStatus",
     "NotFoundError",
+    "OverloadedError",
     "Ranked",
     "ServerError",
     "SparseVector",
+    "TLS",
     "TextPart",
     "ToolCall",
     "Translation",

@@ -1,17 +1,548 @@
-"""The client: one gRPC channel, a method for each task. Safe to use from several threads."""
+"""The client whose calls block. Safe to use from several threads."""
 
 from __future__ import annotations
 
-from trident_client._generation import GenerationCalls
-from trident_client._tasks import TaskCalls
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trident_client import _control, _generation, _tasks
+from trident_client._connection import Connection
+from trident_client._options import GenerationOptions, TranslationOptions
+from trident_client._task_options import AnswerOptions, ClassifyOptions, EntityOptions, TextOptions, ZeroShotOptions
+from trident_client._types import (
+    Answer,
+    Entity,
+    Filling,
+    Generation,
+    GenerationChunk,
+    Health,
+    Label,
+    Message,
+    ModelStatus,
+    Ranked,
+    SparseVector,
+    Translation,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class Client(GenerationCalls, TaskCalls):
-    """Calls a Trident server.
+class Client(Connection):
+    """Calls Trident servers.
 
     Args:
-        url: host and port of the server's gRPC endpoint.
-        timeout: seconds that a call without its own timeout may take; None: no limit.
-        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or the key that a server of the same
-            user on this machine has written to a file.
+        url: host and port of a server's gRPC endpoint ("localhost:8001"), or the URL of its HTTP endpoint
+            ("http://localhost:8000"), which needs the extra `http`; "grpcs://" and "https://" are encrypted. Of several
+            servers, the one with the fewest requests of this client gets the next one. If it can't be reached or has no
+            room, another one does, as long as nothing of the answer has come.
+        timeout: seconds that a call without its own may take; None: no limit. A stream may take longer, but not be
+            silent for so long.
+        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or, over gRPC, the key that a server of
+            the same user on this machine has written to a file.
+        api_key: for a proxy before the server; it is sent as a bearer token.
+        headers: more headers (gRPC's metadata) of every request; a function is called for each of them. The caller's
+            span of OpenTelemetry is sent without being named here.
+        tls: True, or the certificates: an address without a scheme is then encrypted.
+        max_message_bytes: of one request and of one response; None: any, but 3 MiB of a request over HTTP, because
+            older servers end at 4.
+        keepalive: seconds of silence after which a gRPC connection with calls is tested; they raise UnavailableError if
+            no answer comes for as long again. None: never.
+        wait_if_full: whether requests of every call but those of a generator are sent again, within their time, where
+            the server's queue is full.
+
+    Raises:
+        ValueError: an argument makes no sense; its message says which.
+        ModuleNotFoundError: an address is one of HTTP, and the extra is not installed.
+        OSError: a certificate can't be read.
     """
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation:
+        """The continuation of a prompt; a list of messages is a chat, a list of numbers the prompt's tokens.
+
+        Args:
+            prompt: a text to continue, its tokens, or the messages of a chat.
+            model: public name; None: the server's only generator.
+            options: see `GenerationOptions`; an option that is None is left out.
+            timeout: seconds; the server then gives up the request too, even one that waits for a slot.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+            ValueError: an option's number does not fit its type.
+        """
+        return _generation.joined(self._chunks(_generation.prompt(prompt, model, options), timeout))
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int],
+        *,
+        model: str | None = None,
+        n: int = 1,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[GenerationChunk, None, None]:
+        """The same, in chunks as they come. Closing the iterator cancels the request.
+
+        Args:
+            n: answers, see `generate_many`; each chunk is of one, which its `index` says.
+            timeout: seconds until the last chunk; None: no limit but the client's, between two chunks.
+            options: those of `generate`.
+
+        Raises:
+            TridentError: see its subclasses; raised while iterating, but for a model that is not named and not found.
+            TypeError: an option is unknown.
+        """
+        return self._chunks(_generation.prompt(prompt, model, options, stream=True, n=n), timeout)
+
+    def generate_many(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int],
+        n: int,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation]:
+        """Several answers to one prompt, which is computed once; with `temperature` above 0 they differ.
+
+        Args:
+            prompt: see `generate`.
+            n: how many, between 1 and 32. The i-th has the seed `random_seed + i`.
+            options: those of `generate`.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+        """
+        every = self._chunks(_generation.prompt(prompt, model, options, n=n), timeout)
+        return [_generation.joined([chunk]) for chunk in every]
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation:
+        """The assistant's next turn, through the model's chat template; a text is one message of the user.
+
+        Args:
+            options: those of `generate`.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+        """
+        return self.generate(_generation.turns(messages), model=model, timeout=timeout, **options)
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str | None = None,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> NDArray[np.float32]:
+        """Embeddings, float32 [texts, dimensions]; [dimensions] for a single text.
+
+        Args:
+            prompt_name: which of the model's prompts goes before each text, often "query" or "passage"; None: the
+                model's default one, if it has one.
+            dimensions: numbers in an embedding, one of those that the model allows; None: all that it gives.
+            truncate: whether to cut texts that are longer than the model takes; None leaves it to the server,
+                which refuses them unless its models.toml says otherwise.
+            batch_size: texts in one request, at most the model's `max_batch_size`.
+
+        Raises:
+            TridentError: see its subclasses.
+            ValueError: `dimensions` is no number of 64 bits, or a text is no text.
+        """
+        return self._send(_tasks.embed(texts, model, prompt_name, dimensions, truncate, batch_size), timeout)
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str,
+        text_pairs: Sequence[str] | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[list[int]]:
+        """The tokens of each text as a model of encoders reads it, by their ids.
+
+        Args:
+            model: public name.
+            text_pairs: for a ranker: a text for each query.
+            truncate: see `embed`; `batch_size` too.
+
+        Raises:
+            NotFoundError: the model is none of encoders.
+            TridentError: see its other subclasses.
+        """
+        return self._send(_tasks.tokenize(texts, text_pairs, model, truncate, batch_size), timeout)
+
+    # A str is a sequence of str too: the first overload wins.
+    @overload
+    def embed_sparse(  # type: ignore[overload-overlap]
+        self, texts: str, *, prompt_name: str | None = None, **options: Unpack[TextOptions]
+    ) -> SparseVector: ...
+    @overload
+    def embed_sparse(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, **options: Unpack[TextOptions]
+    ) -> list[SparseVector]: ...
+    def embed_sparse(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str | None = None,
+        prompt_name: str | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> SparseVector | list[SparseVector]:
+        """Sparse embeddings, one a text: a weight for some tokens of the vocabulary; one for a single text.
+
+        Args:
+            model: public name, of sparse or hybrid embeddings; None: the server's only model of sparse ones.
+            prompt_name: see `embed`; `truncate` and `batch_size` too.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        return self._send(_tasks.embed_sparse(texts, model, prompt_name, truncate, batch_size), timeout)
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]
+        self, texts: str, *, text_pairs: str | None = None, **options: Unpack[ClassifyOptions]
+    ) -> list[Label]: ...
+    @overload
+    def classify(
+        self, texts: Sequence[str], *, text_pairs: Sequence[str] | None = None, **options: Unpack[ClassifyOptions]
+    ) -> list[list[Label]]: ...
+    def classify(
+        self,
+        texts: str | Sequence[str],
+        *,
+        text_pairs: str | Sequence[str] | None = None,
+        model: str | None = None,
+        top_k: int = 1,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """The likeliest classes of each text, the likeliest first; one list for a single text.
+
+        Args:
+            text_pairs: a second text for each, for models that compare two.
+            top_k: classes of each text, at most the model's.
+            truncate: see `embed`; `batch_size` too.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        return self._send(_tasks.classify(texts, text_pairs, model, top_k, truncate, batch_size), timeout)
+
+    @overload
+    def classify_zero_shot(  # type: ignore[overload-overlap]
+        self, texts: str, candidate_labels: Sequence[str], **options: Unpack[ZeroShotOptions]
+    ) -> list[Label]: ...
+    @overload
+    def classify_zero_shot(
+        self, texts: Sequence[str], candidate_labels: Sequence[str], **options: Unpack[ZeroShotOptions]
+    ) -> list[list[Label]]: ...
+    def classify_zero_shot(
+        self,
+        texts: str | Sequence[str],
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        multi_label: bool | None = None,
+        model: str | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 1,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """All of the labels for each text, the likeliest first; one list for a single text.
+
+        Args:
+            candidate_labels: what a text may be about, in words.
+            hypothesis_template: the sentence for a label, with {} in its place; None: "This example is {}."
+            multi_label: whether each label is scored by itself, so that the scores need not add up to 1.
+            truncate: see `embed`.
+            batch_size: texts in one request; times the labels at most the model's `max_batch_size`.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        batch = _tasks.classify_zero_shot(
+            texts, candidate_labels, hypothesis_template, multi_label, model, truncate, batch_size
+        )
+        return self._send(batch, timeout)
+
+    @overload
+    def entities(  # type: ignore[overload-overlap]
+        self, texts: str, **options: Unpack[EntityOptions]
+    ) -> list[Entity]: ...
+    @overload
+    def entities(self, texts: Sequence[str], **options: Unpack[EntityOptions]) -> list[list[Entity]]: ...
+    def entities(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str | None = None,
+        aggregation_strategy: str | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[Entity] | list[list[Entity]]:
+        """The entities of each text, in its order; one list for a single text.
+
+        Args:
+            aggregation_strategy: "none", "simple", "first", "average" or "max"; None leaves it to the server.
+            truncate: see `embed`; `batch_size` too.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        return self._send(_tasks.entities(texts, model, aggregation_strategy, truncate, batch_size), timeout)
+
+    @overload
+    def answer(  # type: ignore[overload-overlap]
+        self, question: str, context: str, **options: Unpack[AnswerOptions]
+    ) -> list[Answer]: ...
+    @overload
+    def answer(
+        self, question: Sequence[str], context: str | Sequence[str], **options: Unpack[AnswerOptions]
+    ) -> list[list[Answer]]: ...
+    def answer(
+        self,
+        question: str | Sequence[str],
+        context: str | Sequence[str],
+        *,
+        top_k: int = 1,
+        model: str | None = None,
+        max_answer_len: int | None = None,
+        handle_impossible_answer: bool | None = None,
+        timeout: float | None = None,
+    ) -> list[Answer] | list[list[Answer]]:
+        """The answers that a context holds, the best first; one list for a single question.
+
+        Many questions go out in requests of 32.
+
+        Args:
+            question: one, or several to be answered from one context or from one each.
+            top_k: answers to a question.
+            max_answer_len: tokens of an answer; None: 15.
+            handle_impossible_answer: whether "" may be an answer.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        batch = _tasks.answer(question, context, top_k, model, max_answer_len, handle_impossible_answer)
+        return self._send(batch, timeout)
+
+    def rank(
+        self,
+        query: str,
+        passages: Sequence[str],
+        *,
+        model: str | None = None,
+        prompt_name: str | None = None,
+        truncate: bool | None = None,
+        batch_size: int = 32,
+        timeout: float | None = None,
+    ) -> list[Ranked]:
+        """The passages by how well they answer a query, the best first.
+
+        Args:
+            prompt_name: which of the model's prompts goes with the query; None: the model's default one, if any.
+            truncate: see `embed`; `batch_size` too.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        return self._send(_tasks.rank(query, passages, model, prompt_name, truncate, batch_size), timeout)
+
+    def fill_mask(
+        self, text: str, *, model: str | None = None, top_k: int | None = None, timeout: float | None = None
+    ) -> list[list[Filling]]:
+        """The likeliest tokens for each mask of a text, the likeliest first.
+
+        Args:
+            text: with the model's mask token ("[MASK]", "<mask>") in place of a word.
+            top_k: tokens for a mask; None: 5.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        return self._send(_tasks.fill_mask(text, model, top_k), timeout)
+
+    @overload
+    def translate(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> Translation: ...
+    @overload
+    def translate(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> list[Translation]: ...
+    def translate(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> Translation | list[Translation]:
+        """Each text in another language; one answer for a single text.
+
+        Many texts are sent 16 at a time. One that finds the server's queue full is sent again, within its `timeout`.
+
+        Args:
+            texts: one text or several.
+            model: public name; None: the server's only model of the task.
+            options: see `TranslationOptions`; the model's generation config has the defaults.
+            timeout: seconds; the server then gives up the request too.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+            ValueError: an option's number does not fit its type.
+        """
+        return self._send(_tasks.text_to_text("translation", texts, model, options), timeout)
+
+    @overload
+    def summarize(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> Translation: ...
+    @overload
+    def summarize(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> list[Translation]: ...
+    def summarize(
+        self,
+        texts: str | Sequence[str],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranslationOptions],
+    ) -> Translation | list[Translation]:
+        """A summary of each text; see `translate`."""
+        return self._send(_tasks.text_to_text("summarization", texts, model, options), timeout)
+
+    def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
+        """The models that the server has loaded or tried to load, by name.
+
+        Raises:
+            ForbiddenError: the admin key is missing or wrong.
+            TridentError: see its other subclasses.
+        """
+        return self._run(_control.models, timeout)
+
+    def served(self, *, timeout: float | None = None) -> list[str]:
+        """The models that the server has loaded, with their stages, by name; no key is needed.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        return self._run(_control.served, timeout)
+
+    def parameters(self, model: str, *, timeout: float | None = None) -> dict[str, str]:
+        """The parameters of a model's config: its task and its limits, as texts.
+
+        Raises:
+            NotFoundError: the server has not loaded such a model.
+            TridentError: see its other subclasses.
+        """
+        return self._run(lambda: _control.parameters(model), timeout)
+
+    def unverified(self, model: str, *, timeout: float | None = None) -> str:
+        """Why the fidelity gate refused a model that was installed by force; "" for any other.
+
+        Raises:
+            NotFoundError: the server has not loaded such a model.
+            TridentError: see its other subclasses.
+        """
+        return self._run(lambda: _control.unverified(model), timeout)
+
+    def adapters(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """The adapters of a model, which `lora_name` chooses from; [] of one that has none.
+
+        Raises:
+            NotFoundError: the server has not loaded such a model.
+            TridentError: see its other subclasses.
+        """
+        return self._run(lambda: _control.adapters(model), timeout)
+
+    def load(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """Load a model that was exported since the server started, or that was exported again.
+
+        The other models keep answering, and so does a generator until its new version is loaded. An ensemble that is
+        loaded is unloaded first, because a new tokenizer before an old graph gives wrong answers; its requests get
+        NotFoundError or UnavailableError until it is loaded again.
+
+        Returns:
+            The Triton models that were loaded: its stages and variants, the public ones last.
+
+        Raises:
+            NotFoundError: the repository has no such model, or it was never exported.
+            ForbiddenError: the admin key is missing or wrong.
+            TridentError: see its other subclasses; a model that can't be loaded says why.
+        """
+        self._only.clear()
+        every = self._run_on_all(lambda: _control.load(model, self._deadline(timeout)), timeout)
+        return every[-1]
+
+    def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """Unload a model, once its running requests are answered; it stays in the repository.
+
+        Returns:
+            The Triton models that were unloaded.
+
+        Raises:
+            NotFoundError: the repository has no such model.
+            ForbiddenError: the admin key is missing or wrong.
+            TridentError: see its other subclasses.
+        """
+        self._only.clear()
+        every = self._run_on_all(lambda: _control.unload(model, self._deadline(timeout)), timeout)
+        return every[-1]
+
+    def health(self, *, timeout: float | None = None) -> Health:
+        """Whether a server answers; one that can't be reached, or does not answer in time, is not live: no error."""
+        return _control.best(self._run_on_all(_control.health, timeout))

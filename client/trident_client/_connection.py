@@ -1,63 +1,69 @@
-"""One gRPC channel to a server: requests, health, and which models it has loaded."""
+"""What `Client` stands on: runs what the calls describe, on one of its servers."""
 
 from __future__ import annotations
 
-import ipaddress
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import grpc
-import grpc.experimental
-import numpy as np
 from numpy.typing import NDArray
 
-from trident_client import _admin_key, _wire
-from trident_client import _protocol as pb
-from trident_client._errors import ForbiddenError, NotFoundError, UnavailableError, translated
-from trident_client._sending import send_all
-from trident_client._types import Health, ModelStatus
+from trident_client import _control, _generation
+from trident_client._choice import Choice
+from trident_client._errors import CancelledError, TridentError, UnavailableError
+from trident_client._grpc_channel import GrpcServer
+from trident_client._sending import send_all, was_full
+from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
+from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
+from trident_client._types import GenerationChunk
+from trident_client._watch import Watch, countdown
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's is Python 3.11's
 
-_POLL_SECONDS = 0.05
-# A server sees a new model within a second of its export.
-_EXPORTED_SECONDS = 2.0
-_CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # The thread that iterates over a stream receives its messages itself; else a thread of the channel passes them on.
-    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
-)
+Result = TypeVar("Result")
+_Outputs = dict[str, NDArray[Any]]
+
+
+class Server(Protocol):
+    """A server, over gRPC or HTTP; `GrpcServer` says what the methods do."""
+
+    def close(self) -> None: ...
+
+    def ask(self, ask: Ask, seconds: float | None) -> Any: ...
+
+    def start(self, model: str, inputs: Tensors, seconds: float | None) -> Any: ...
+
+    def stream(
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None
+    ) -> Generator[_Outputs, None, None]: ...
 
 
 class Connection:
-    """The channel to a server, and what every call needs; `Client` adds the calls.
-
-    Args:
-        url: host and port of the server's gRPC endpoint.
-        timeout: seconds that a call without its own timeout may take; None: no limit.
-        admin_key: for `models`, `load` and `unload`; None: TRIDENT_ADMIN_KEY, or the key that a server of the same
-            user on this machine has written to a file.
-    """
+    """The connections to servers; `Client` adds the calls and says what the arguments are."""
 
     def __init__(
-        self, url: str = "localhost:8001", *, timeout: float | None = None, admin_key: str | None = None
+        self,
+        url: str | Sequence[str] = "localhost:8001",
+        *,
+        timeout: float | None = SECONDS,
+        admin_key: str | None = None,
+        api_key: str | None = None,
+        headers: Headers | Callable[[], Headers] | None = None,
+        tls: TLS | bool = False,
+        max_message_bytes: int | None = None,
+        keepalive: float | None = KEEPALIVE,
+        wait_if_full: bool = True,
     ) -> None:
-        self._url = url
+        settings = Settings(admin_key, api_key, headers, tls, max_message_bytes, keepalive)
         self._timeout = timeout
-        self._admin_key = admin_key
+        self._wait_if_full = wait_if_full
         self._only: dict[str, str] = {}
-        self._channel = grpc.insecure_channel(url, options=channel_options(url))
-        self._stub = pb.Stub(self._channel)
-        # Triton's stream may carry many requests; each of our calls sends one.
-        self._stream_infer = self._channel.unary_stream(
-            f"/{pb.SERVICE}/ModelStreamInfer",
-            request_serializer=pb.ModelInferRequest.SerializeToString,
-            response_deserializer=pb.ModelStreamInferResponse.FromString,
-        )
+        self._closed = False
+        watch = Watch()
+        self._servers = Choice([_connected(address, settings, watch) for address in settings.addresses(url)])
 
     def __enter__(self) -> Self:
         return self
@@ -68,218 +74,143 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
-        self._channel.close()
+        """Close the connections; calls that still run raise CancelledError."""
+        self._closed = True
+        for server in self._servers.all():
+            server.close()
 
-    def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
-        """The models that the server has loaded or tried to load, by name.
+    def _run(self, make: Callable[[], Steps[Result]], timeout: float | None) -> Result:
+        """Run the steps of a call on one server, or on the next where that can't be reached."""
+        failure: TridentError = UnavailableError("no server can be reached")
+        for server in self._order():
+            try:
+                result = self._run_on(server, make(), timeout)
+            except TridentError as error:
+                failure = error
+                if not self._servers.note(server, error):
+                    break
+            else:
+                self._servers.answered(server)
+                return result
+        raise failure
 
-        Raises:
-            ForbiddenError: the admin key is missing or wrong.
-            TridentError: see its other subclasses.
+    def _run_on_all(self, make: Callable[[], Steps[Result]], timeout: float | None) -> list[Result]:
+        """Run the steps of a call on every server."""
+        self._check_open()
+        return [self._run_on(server, make(), timeout) for server in self._servers.all()]
+
+    def _run_on(self, server: Server, steps: Steps[Result], timeout: float | None) -> Result:
+        """Do what the steps ask for, within the timeout of the call."""
+        seconds = self._deadline(timeout)
+        until = None if seconds is None else time.monotonic() + seconds
+        answer: Any = None
+        error: TridentError | None = None
+        while True:
+            try:
+                step = steps.send(answer) if error is None else steps.throw(error)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            answer = error = None
+            try:
+                if isinstance(step, Pause):
+                    time.sleep(step.seconds)
+                else:
+                    left = seconds if step.alone or until is None else max(until - time.monotonic(), 0.0)
+                    answer = server.ask(step, left)
+            except TridentError as raised:
+                error = raised
+
+    def _send(self, batch: Batch[Result], timeout: float | None) -> Result:
+        """The answer to requests that have one response each."""
+        left = countdown(self._deadline(timeout))
+        model = self._model(batch.model, batch.task, timeout)
+        return batch.join(self._infer(model, batch.requests, left()))
+
+    def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
+        """The responses to requests, each of which has so many seconds."""
+        asked: dict[Any, Server] = {}
+
+        def start(index: int, seconds: float | None) -> Any:
+            server = self._order()[0]
+            call = server.start(model, requests[index], seconds)
+            asked[call] = server
+            end = self._servers.begin(server)
+            call.add_done_callback(lambda _: end())
+            return call
+
+        def again(call: Any) -> bool:
+            elsewhere = self._servers.note(asked.pop(call), call.error())
+            return elsewhere or (self._wait_if_full and was_full(call))
+
+        return send_all(start, len(requests), seconds, again)
+
+    def _chunks(self, prompt: Prompt, timeout: float | None) -> Generator[GenerationChunk, None, None]:
+        """The answer of a generator. A model that is not named is looked for at once, all else while iterating."""
+        left = countdown(self._deadline(timeout))
+        model = self._model(prompt.model, _generation.TASK, timeout)
+        if prompt.stream and timeout is None:
+            return self._parsed(self._receive(model, prompt.inputs, None, self._timeout))
+        return self._parsed(self._receive(model, prompt.inputs, left()))
+
+    def _parsed(self, stream: Generator[_Outputs, None, None]) -> Generator[GenerationChunk, None, None]:
+        with contextlib.closing(stream) as responses:
+            for outputs in responses:
+                yield from _generation.chunks(outputs)
+
+    def _receive(
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None = None
+    ) -> Generator[_Outputs, None, None]:
+        """The responses to a request of a generator.
+
+        Args:
+            seconds: until the last of them, from the first look for one; None: no limit.
+            silence: seconds without a response; None: no limit.
         """
-        index = self._index(timeout)
-        statuses = [
-            ModelStatus(model.name, model.version, model.state, model.reason) for model in index.models if model.state
-        ]
-        return sorted(statuses, key=lambda status: status.name)
+        left = countdown(seconds)
+        failure: TridentError = UnavailableError("no server can be reached")
+        for server in self._order():
+            begun = False
+            try:
+                with (
+                    self._servers.using(server),
+                    contextlib.closing(server.stream(model, inputs, left(), silence)) as responses,
+                ):
+                    for outputs in responses:
+                        begun = True
+                        yield outputs
+            except TridentError as error:
+                failure = error
+                if not self._servers.note(server, error) or begun:
+                    break
+            else:
+                self._servers.answered(server)
+                return
+        raise failure
 
-    def unverified(self, model: str, *, timeout: float | None = None) -> str:
-        """Why the fidelity gate refused a model that was installed by force; "" for any other.
-
-        Raises:
-            NotFoundError: the server has not loaded such a model.
-            TridentError: see its other subclasses.
-        """
-        with translated():
-            answer = self._stub.ModelConfig(pb.ModelConfigRequest(name=model), timeout=self._deadline(timeout))
-        return str(answer.config.parameters["unverified"].string_value)
-
-    def adapters(self, model: str, *, timeout: float | None = None) -> list[str]:
-        """The adapters of a model, which `lora_name` chooses from; [] of one that has none.
-
-        Raises:
-            NotFoundError: the server has not loaded such a model.
-            TridentError: see its other subclasses.
-        """
-        with translated():
-            answer = self._stub.ModelConfig(pb.ModelConfigRequest(name=model), timeout=self._deadline(timeout))
-        named = str(answer.config.parameters["adapters"].string_value)
-        return named.split(",") if named else []
-
-    def load(self, model: str, *, timeout: float | None = None) -> list[str]:
-        """Load a model that was exported since the server started, or that was exported again.
-
-        The other models keep answering, and so does a generator until its new version is loaded. An ensemble that is
-        loaded is unloaded first, because a new tokenizer before an old graph gives wrong answers; its requests get
-        NotFoundError or UnavailableError until it is loaded again.
-
-        Returns:
-            The Triton models that were loaded: its stages and variants, the public ones last.
-
-        Raises:
-            NotFoundError: the repository has no such model, or it was never exported.
-            ForbiddenError: the admin key is missing or wrong.
-            TridentError: see its other subclasses; a model that can't be loaded says why.
-        """
-        self._only.clear()
-        names = self._triton_models(model, timeout)
-        public = [name for name in names if not name.startswith(_roles(model))]
-        if len(public) < len(names):
-            self._unload(public, timeout)
-        with translated():
-            for name in names:
-                request = pb.RepositoryModelLoadRequest(model_name=name)
-                self._stub.RepositoryModelLoad(request, timeout=self._deadline(timeout), metadata=self._metadata())
-        return names
-
-    def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
-        """Unload a model, once its running requests are answered; it stays in the repository.
-
-        Returns:
-            The Triton models that were unloaded.
-
-        Raises:
-            NotFoundError: the repository has no such model.
-            ForbiddenError: the admin key is missing or wrong.
-            TridentError: see its other subclasses.
-        """
-        self._only.clear()
-        names = self._triton_models(model, timeout)[::-1]
-        self._unload(names, timeout)
-        return names
-
-    def health(self, *, timeout: float | None = None) -> Health:
-        """Whether the server answers; one that can't be reached is not live, which is no error."""
-        try:
-            with translated():
-                live = self._stub.ServerLive(pb.ServerLiveRequest(), timeout=self._deadline(timeout)).live
-                ready = self._stub.ServerReady(pb.ServerReadyRequest(), timeout=self._deadline(timeout)).ready
-        except UnavailableError:
-            return Health(live=False, ready=False)
-        return Health(live=live, ready=ready)
-
-    def _only_model(self, task: str, timeout: float | None) -> str:
-        """The public name of the server's only model of a task; the client asks the server once and keeps the name.
-
-        Raises:
-            NotFoundError: there is none, or there are several; the message names them.
-        """
+    def _model(self, model: str | None, task: str, timeout: float | None) -> str:
+        """The model that is meant; a server is asked once for the only one of a task."""
+        if model:
+            return model
         if task not in self._only:
-            with translated():
-                statistics = self._stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=self._deadline(timeout))
-                # Names with "_" are stages and variants.
-                names = sorted({model.name for model in statistics.model_stats if "_" not in model.name})
-                tasks = {name: self._task(name, timeout) for name in names}
-            found = [name for name, its in tasks.items() if its == task]
-            if len(found) != 1:
-                served = ", ".join(f"{name} ({its})" for name, its in tasks.items() if its)
-                several = f"serves {' and '.join(found)} for {task}" if found else f"serves no model for {task}"
-                raise NotFoundError(f"the server {several}: name one with model=; it serves {served or 'none'}")
-            self._only[task] = found[0]
+            self._only[task] = self._run(lambda: _control.only_model(task), timeout)
         return self._only[task]
 
-    def _task(self, model: str, timeout: float | None) -> str:
-        request = pb.ModelConfigRequest(name=model)
-        config = self._stub.ModelConfig(request, timeout=self._deadline(timeout)).config
-        return str(config.parameters["task"].string_value)
+    def _order(self) -> list[Server]:
+        self._check_open()
+        return self._servers.order()
 
-    def _unload(self, names: Sequence[str], timeout: float | None) -> None:
-        """Unload models and wait until their running requests are answered."""
-        with translated():
-            for name in names:
-                request = pb.RepositoryModelUnloadRequest(model_name=name)
-                self._stub.RepositoryModelUnload(request, timeout=self._deadline(timeout), metadata=self._metadata())
-        while any(status.name in names and status.state != "UNAVAILABLE" for status in self.models(timeout=timeout)):
-            time.sleep(_POLL_SECONDS)
-
-    def _triton_models(self, model: str, timeout: float | None) -> list[str]:
-        """The Triton models of a public one, stages first. In a name, "_" comes only before a stage or a variant."""
-        deadline = time.monotonic() + _EXPORTED_SECONDS
-        while True:
-            names = {entry.name for entry in self._index(timeout).models if entry.name.partition("_")[0] == model}
-            if model in names:
-                return sorted(names, key=lambda name: (not name.startswith(_roles(model)), name))
-            if time.monotonic() > deadline:
-                raise NotFoundError(f"the server's repository has no exported model {model!r}")
-            time.sleep(_POLL_SECONDS)
-
-    def _index(self, timeout: float | None) -> Any:
-        with translated():
-            return self._stub.RepositoryIndex(
-                pb.RepositoryIndexRequest(), timeout=self._deadline(timeout), metadata=self._metadata()
-            )
-
-    def _metadata(self) -> list[tuple[str, str]]:
-        """The admin key, if there is one; looked up at each call, because servers come and go."""
-        key = (self._admin_key or _admin_key.find(self._url) or "").strip()
-        if not key.isascii() or not key.isprintable():
-            raise ForbiddenError("the admin key has impossible characters: a key is printable ASCII")
-        return [(_admin_key.METADATA, key)] if key else []
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CancelledError("the client was closed")
 
     def _deadline(self, timeout: float | None) -> float | None:
         return self._timeout if timeout is None else timeout
 
-    def _rows(
-        self,
-        model: str,
-        columns: Mapping[str, Sequence[str]],
-        truncate: bool | None,
-        batch_size: int,
-        timeout: float | None,
-        options: Mapping[str, NDArray[Any]],
-    ) -> list[dict[str, NDArray[Any]]]:
-        """Texts in requests of at most `batch_size` rows, sent at once; an option is repeated for each row."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-        lengths = {name: len(column) for name, column in columns.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"the lists must have the same length, found {lengths}")
-        requests = []
-        for start in range(0, max(lengths.values()), batch_size):
-            inputs: dict[str, NDArray[Any]] = {
-                name: _wire.texts(list(column[start : start + batch_size]))[:, None] for name, column in columns.items()
-            }
-            rows = len(next(iter(inputs.values())))
-            if truncate is not None:
-                inputs["truncate"] = np.full((rows, 1), truncate)
-            inputs |= {name: np.repeat(value[None], rows, axis=0) for name, value in options.items()}
-            requests.append(inputs)
-        return self._infer(model, requests, timeout)
 
-    def _infer(
-        self, model: str, requests: Sequence[Mapping[str, NDArray[Any]]], timeout: float | None
-    ) -> list[dict[str, NDArray[Any]]]:
-        def start(index: int, seconds: float | None) -> Any:
-            request = _wire.build_request(model, requests[index])
-            if seconds is not None:
-                request.parameters["timeout"].int64_param = max(int(seconds * 1e6), 1)
-            return self._stub.ModelInfer.future(request, timeout=seconds)
-
-        with translated():
-            responses = send_all(start, len(requests), self._deadline(timeout))
-        return [_wire.parse_response(response) for response in responses]
-
-
-def channel_options(url: str) -> list[tuple[str, int]]:
-    """The options of a channel to `url`; a server of this machine is never called through the environment's proxy."""
-    return [*_CHANNEL_OPTIONS, *([("grpc.enable_http_proxy", 0)] if _is_loopback(url) else [])]
-
-
-def _is_loopback(url: str) -> bool:
-    """Whether a gRPC target, with or without its scheme ("dns:", "ipv4:", "dns:///"), is on this machine itself."""
-    target = url.rpartition("/")[2]
-    scheme, _, rest = target.partition(":")
-    target = rest if scheme in ("dns", "ipv4", "ipv6") else target
-    host = target[1:].partition("]")[0] if target.startswith("[") else target.partition(":")[0]
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _roles(model: str) -> tuple[str, ...]:
-    """The beginnings of the names of an ensemble's stages."""
-    return tuple(f"{model}_{role}" for role in ("tokenizer", "model", "postprocess"))
+def _connected(address: Address, settings: Settings, watch: Watch) -> Server:
+    if address.protocol == "grpc":
+        return GrpcServer(address, settings, watch)
+    with http_installed():
+        from trident_client._http_client import HttpServer
+    return HttpServer(address, settings, watch)

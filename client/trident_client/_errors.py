@@ -4,7 +4,8 @@ TridentError
 ├── InvalidRequestError     the request can never succeed: its message names field, value and limit
 ├── NotFoundError           there is no such model on the server
 ├── UnavailableError        the server can't be reached, is draining, or has no room: try again later
-├── ForbiddenError          the call needs the server's admin key, which is missing or wrong
+│   └── OverloadedError     it has no room: its queue is full
+├── ForbiddenError          the call needs a key, which is missing or wrong
 ├── DeadlineExceededError   the answer took longer than `timeout`
 ├── CancelledError          the call was cancelled
 └── ServerError             anything else: a defect of the server
@@ -35,8 +36,12 @@ class UnavailableError(TridentError):
     """The server can't be reached or has no room now."""
 
 
+class OverloadedError(UnavailableError):
+    """The server's queue is full; nothing of the request was done."""
+
+
 class ForbiddenError(TridentError):
-    """The call needs the server's admin key."""
+    """The call needs a key, which is missing or wrong."""
 
 
 class DeadlineExceededError(TridentError):
@@ -53,16 +58,39 @@ class ServerError(TridentError):
 
 # Triton uses one code for different errors, which only their texts tell apart. A call without its key is UNAVAILABLE,
 # like one that may be sent again. An answer that is lost with its backend process is INTERNAL, like a defect. A model
-# that is being loaded again, or goes as the server ends, is NOT_FOUND, like one that never was there.
-_RESTRICTED = re.compile(r"This protocol is restricted, expecting header")
+# that is being loaded again, or goes as the server ends, is NOT_FOUND, like one that never was there. gRPC's code for
+# messages beyond a limit is also a proxy's for too many requests.
+_RESTRICTED = re.compile(r"This (protocol|API) is restricted, expecting header")
 _AWAY = re.compile(r"Stub process '.*' is not healthy|has no available versions")
+_FULL = re.compile(r"queue is full|requests are being answered already")
+_TOO_LARGE = re.compile(r"larger than max")
+_FORBIDDEN = (
+    "the server asks for its admin key: set TRIDENT_ADMIN_KEY or give Client(admin_key=...); over gRPC, the client "
+    "finds the key of a server that the same user started on this machine"
+)
 
 _BY_CODE: dict[grpc.StatusCode, type[TridentError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: UnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: ForbiddenError,
+    grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.CANCELLED: CancelledError,
+}
+_BY_STATUS: dict[int, type[TridentError]] = {
+    400: InvalidRequestError,
+    401: ForbiddenError,
+    403: ForbiddenError,
+    404: NotFoundError,
+    413: InvalidRequestError,
+    422: InvalidRequestError,
+    429: UnavailableError,
+    499: CancelledError,
+    502: UnavailableError,
+    503: UnavailableError,
+    504: DeadlineExceededError,
 }
 
 
@@ -73,13 +101,15 @@ def translated() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         details = error.details() or error.code().name
-        if _RESTRICTED.match(details):
-            raise ForbiddenError(
-                "the server asks for its admin key: set TRIDENT_ADMIN_KEY or give Client(admin_key=...); the client "
-                "finds the key of a server that the same user started on this machine"
-            ) from error
-        kind = UnavailableError if _AWAY.search(details) else _BY_CODE.get(error.code(), ServerError)
-        raise kind(details) from error
+        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE.search(details):
+            raise InvalidRequestError(details) from error
+        raise _known(details, _BY_CODE.get(error.code(), ServerError)) from error
+
+
+def from_status(status: int, message: str) -> TridentError:
+    """The error of an HTTP status, whose message may name a more exact code."""
+    named = from_named_code(message)
+    return named or _known(message or f"the server answered with status {status}", _BY_STATUS.get(status, ServerError))
 
 
 def from_named_code(message: str) -> TridentError | None:
@@ -92,4 +122,20 @@ def from_named_code(message: str) -> TridentError | None:
     codes = {code.name: code for code in grpc.StatusCode}
     if not separator or name not in codes:
         return None
-    return _BY_CODE.get(codes[name], ServerError)(text)
+    return _known(text, _BY_CODE.get(codes[name], ServerError))
+
+
+def _known(message: str, kind: type[TridentError]) -> TridentError:
+    """The error of a message and what its code says of it."""
+    if _RESTRICTED.search(message):
+        return ForbiddenError(_FORBIDDEN)
+    if _AWAY.search(message):
+        kind = UnavailableError
+    if kind is UnavailableError and says_full(message):
+        kind = OverloadedError
+    return kind(message)
+
+
+def says_full(message: str) -> bool:
+    """Whether the message of an UnavailableError says that the server had no room."""
+    return bool(_FULL.search(message))

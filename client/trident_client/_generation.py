@@ -1,170 +1,62 @@
-"""Text generation, whole or streamed."""
+"""What a generator is sent, and how its responses become chunks and answers; see `Client` for the calls."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_client import _protocol as pb
 from trident_client import _wire
-from trident_client._connection import Connection
-from trident_client._errors import InvalidRequestError, TridentError, from_named_code, translated
-from trident_client._options import GENERATION, GenerationOptions
+from trident_client._options import GENERATION
+from trident_client._steps import Prompt
 from trident_client._types import Generation, GenerationChunk, Message, ToolCall
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+TASK = "text-generation"
 
 
-class GenerationCalls(Connection):
-    """Calls of a generator."""
-
-    def generate(
-        self,
-        prompt: str | Sequence[Message],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        **options: Unpack[GenerationOptions],
-    ) -> Generation:
-        """The continuation of a prompt; a list of messages is a chat.
-
-        Args:
-            prompt: a text to continue, or the messages of a chat.
-            model: public name; None: the server's only generator.
-            options: see `GenerationOptions`; an option that is None is left out.
-            timeout: seconds; the server then gives up the request too, even one that waits for a slot.
-
-        Raises:
-            TridentError: see its subclasses.
-            TypeError: an option is unknown.
-            ValueError: an option's number does not fit its type.
-        """
-        return _joined(self._chunks(prompt, model, timeout, dict(options), stream=False))
-
-    def stream(
-        self,
-        prompt: str | Sequence[Message],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        **options: Unpack[GenerationOptions],
-    ) -> Iterator[GenerationChunk]:
-        """The same, in chunks as they come. Closing the iterator cancels the request.
-
-        Args:
-            options: those of `generate`.
-
-        Raises:
-            TridentError: see its subclasses; raised while iterating, but for a model that is not named and not found.
-            TypeError: an option is unknown.
-        """
-        return self._chunks(prompt, model, timeout, dict(options), stream=True)
-
-    def generate_many(
-        self,
-        prompt: str | Sequence[Message],
-        n: int,
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        **options: Unpack[GenerationOptions],
-    ) -> list[Generation]:
-        """Several answers to one prompt, which is computed once; with `temperature` above 0 they differ.
-
-        Args:
-            prompt: see `generate`.
-            n: how many, between 1 and 32. The i-th has the seed `random_seed + i`.
-            options: those of `generate`.
-
-        Raises:
-            TridentError: see its subclasses.
-            TypeError: an option is unknown.
-        """
-        return [_joined(iter([chunk])) for chunk in self._chunks(prompt, model, timeout, dict(options), n=n)]
-
-    def chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        **options: Unpack[GenerationOptions],
-    ) -> Generation:
-        """The assistant's next turn, through the model's chat template; a text is one message of the user.
-
-        Args:
-            options: those of `generate`.
-
-        Raises:
-            TridentError: see its subclasses.
-            TypeError: an option is unknown.
-        """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        return self.generate(messages, model=model, timeout=timeout, **options)
-
-    def _chunks(
-        self,
-        prompt: str | Sequence[Message],
-        model: str | None,
-        timeout: float | None,
-        options: dict[str, Any],
-        *,
-        stream: bool = False,
-        n: int = 1,
-    ) -> Iterator[GenerationChunk]:
-        if isinstance(prompt, str):
-            field, text = "text_input", prompt
-        else:
-            field, text = "messages", _wire.as_json("messages", list(prompt))
-        inputs: dict[str, NDArray[Any]] = {field: _wire.texts([text])[None], "stream": np.array([[stream]])}
-        inputs |= _wire.options(options, GENERATION)
-        if n != 1:
-            inputs["n"] = _wire.scalar("n", n, np.int32)[None]
-        request = _wire.build_request(model or self._only_model("text-generation", timeout), inputs)
-        deadline = self._deadline(timeout)
-        if deadline is not None:
-            request.parameters["timeout"].int64_param = max(int(deadline * 1e6), 1)
-        return self._receive(request, deadline)
-
-    def _receive(self, request: Any, timeout: float | None) -> Iterator[GenerationChunk]:
-        with translated():
-            call = self._stream_infer(request, timeout=timeout)
-            try:
-                for response in call:
-                    if response.error_message:
-                        raise self._stream_error(request.model_name, response.error_message)
-                    yield from _chunks(_wire.parse_response(response.infer_response))
-            finally:
-                call.cancel()
-
-    def _stream_error(self, model: str, message: str) -> TridentError:
-        """The error behind a message of a stream, which carries no status code.
-
-        Trident's generator begins its messages with the code's name. Messages of Triton itself have none: either the
-        model is unknown, which the server is asked, or the request does not fit the model.
-        """
-        if (error := from_named_code(message)) is not None:
-            return error
-        try:
-            with translated():
-                self._stub.ModelMetadata(pb.ModelMetadataRequest(name=model))
-        except TridentError as refusal:
-            return refusal
-        return InvalidRequestError(message)
+def prompt(
+    given: str | Sequence[Message] | Sequence[int],
+    model: str | None,
+    options: Mapping[str, Any],
+    *,
+    stream: bool = False,
+    n: int = 1,
+) -> Prompt:
+    """The request for a text or tokens to continue, or for the messages of a chat."""
+    inputs: dict[str, NDArray[Any]]
+    if isinstance(given, str):
+        inputs = {"text_input": _wire.texts([given])[None]}
+    elif given and all(isinstance(each, int) for each in given):
+        inputs = {"input_ids": np.concatenate([_wire.scalar("input_ids", each, np.int32) for each in given])[None]}
+    else:
+        inputs = {"messages": _wire.texts([_wire.as_json("messages", list(given))])[None]}
+    inputs["stream"] = np.array([[stream]])
+    inputs |= _wire.options(options, GENERATION)
+    if n != 1:
+        inputs["n"] = _wire.scalar("n", n, np.int32)[None]
+    return Prompt(model, inputs, stream)
 
 
-def _chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
+def turns(messages: str | Sequence[Message]) -> Sequence[Message]:
+    """The messages of a chat; a text is one message of the user."""
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
     """The answers of a response: one, or all of a request with several."""
     counts = outputs["num_output_tokens"].reshape(-1).tolist()
-    ends = np.cumsum([0, *counts])
+    ends = list(itertools.accumulate(counts, initial=0))
     log_probs, top = outputs["output_log_probs"].reshape(-1).tolist(), _likeliest(outputs, "output")
+    prompt = outputs.get("prompt_log_probs")
+    prompt_log_probs = () if prompt is None else tuple(prompt.reshape(-1).tolist())
+    ids, tokens = _flat(outputs, "output_ids"), _flat(outputs, "output_tokens")
+    top_tokens = _rows_of(outputs, "output_top_tokens")
+    indices = _flat(outputs, "index") or tuple(range(len(counts)))
     found = []
     for index, (text, reason, count) in enumerate(
         zip(outputs["text_output"].reshape(-1), outputs["finish_reason"].reshape(-1), counts, strict=True)
@@ -179,10 +71,17 @@ def _chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
                 num_output_tokens=count,
                 log_probs=tuple(log_probs[own]),
                 top_log_probs=top[own],
-                prompt_log_probs=tuple(outputs.get("prompt_log_probs", np.empty(0)).reshape(-1).tolist()),
+                prompt_log_probs=prompt_log_probs,
                 prompt_top_log_probs=_likeliest(outputs, "prompt"),
                 reasoning=_text(outputs, "reasoning", index),
                 tool_calls=_calls(_text(outputs, "tool_calls", index)),
+                index=indices[index],
+                token_ids=ids[own],
+                tokens=tokens[own],
+                top_tokens=top_tokens[own],
+                prompt_token_ids=_flat(outputs, "prompt_token_ids"),
+                prompt_tokens=_flat(outputs, "prompt_tokens"),
+                prompt_top_tokens=_rows_of(outputs, "prompt_top_tokens"),
             )
         )
     return found
@@ -197,6 +96,16 @@ def _likeliest(outputs: dict[str, NDArray[Any]], name: str) -> tuple[tuple[tuple
     return tuple(tuple(zip(*pair, strict=True)) for pair in pairs)
 
 
+def _flat(outputs: dict[str, NDArray[Any]], name: str) -> tuple[Any, ...]:
+    """A tensor's elements; () where there is none."""
+    return tuple(outputs[name].reshape(-1).tolist()) if name in outputs else ()
+
+
+def _rows_of(outputs: dict[str, NDArray[Any]], name: str) -> tuple[tuple[Any, ...], ...]:
+    """A tensor [1, rows, n] as rows; () where there is none."""
+    return tuple(map(tuple, outputs[name][0].tolist())) if name in outputs else ()
+
+
 def _text(outputs: dict[str, NDArray[Any]], name: str, index: int) -> str:
     """A text of one of a response's answers; "" where there is none."""
     text: str = outputs[name].reshape(-1)[index].decode("utf-8") if name in outputs else ""
@@ -207,7 +116,7 @@ def _calls(text: str) -> tuple[ToolCall, ...]:
     """The `tool_calls` of an answer."""
     return tuple(
         ToolCall(call["index"], call.get("id", ""), call["function"].get("name", ""), call["function"]["arguments"])
-        for call in json.loads(text or "[]")
+        for call in (json.loads(text) if text else ())
     )
 
 
@@ -220,7 +129,7 @@ def _joined_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
     return tuple(found.values())
 
 
-def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
+def joined(chunks: Iterable[GenerationChunk]) -> Generation:
     every = list(chunks)
     last = every[-1]
     return Generation(
@@ -234,4 +143,11 @@ def _joined(chunks: Iterator[GenerationChunk]) -> Generation:
         tool_calls=_joined_calls(call for chunk in every for call in chunk.tool_calls),
         prompt_log_probs=every[0].prompt_log_probs,
         prompt_top_log_probs=every[0].prompt_top_log_probs,
+        index=every[0].index,
+        token_ids=tuple(token for chunk in every for token in chunk.token_ids),
+        tokens=tuple(token for chunk in every for token in chunk.tokens),
+        top_tokens=tuple(tokens for chunk in every for tokens in chunk.top_tokens),
+        prompt_token_ids=every[0].prompt_token_ids,
+        prompt_tokens=every[0].prompt_tokens,
+        prompt_top_tokens=every[0].prompt_top_tokens,
     )

@@ -35,7 +35,7 @@ class GenerationOptions(TypedDict, total=False):
     """Options of `generate`, `stream` and `chat`; None leaves one out.
 
     Attributes:
-        max_tokens: how long the answer may be, in tokens; the model's limits have a default; 0: none, for a prompt's log-probabilities (at least 0).
+        max_tokens: how long the answer may be, in tokens; the model's limits have a default; 0: none, for a prompt's log-probabilities, tokens or text (at least 0).
         min_tokens: how short the answer may be, in tokens (default 0; at least 0).
         temperature: 0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100).
         top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
@@ -48,6 +48,7 @@ class GenerationOptions(TypedDict, total=False):
         random_seed: makes sampling repeatable.
         return_log_probs: give each token's log-probability (default false).
         top_logprobs: give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20).
+        exclude_input_in_output: leave the prompt out of the answer's text (default true).
         prompt_lookup: draft greedy answers from their and others' text, which changes speed only (default true).
         stop_words: texts that end the answer and are left out of it, at most 32; they count from min_tokens on.
         stop_token_ids: tokens that end the answer, as the model's own do, at most 64.
@@ -57,6 +58,8 @@ class GenerationOptions(TypedDict, total=False):
         skip_special_tokens: leave special tokens out of the answer's text (default true).
         truncate_prompt_tokens: cut a longer prompt to its last tokens, so many; -1: as many as fit beside max_tokens (at least -1).
         prompt_logprobs: give the log-probability of each token of the prompt but the first, and this many of the likeliest ones (between 0 and 20).
+        return_prompt_token_ids: give the tokens of the prompt, by their ids (default false).
+        return_tokens: give the ids of the answer's tokens, and the bytes of every token told (default false).
         guided_json: a JSON schema that the answer follows.
         guided_regex: a regular expression that the whole answer matches.
         guided_choice: texts of which the answer is one.
@@ -83,6 +86,7 @@ class GenerationOptions(TypedDict, total=False):
     random_seed: int | None
     return_log_probs: bool | None
     top_logprobs: int | None
+    exclude_input_in_output: bool | None
     prompt_lookup: bool | None
     stop_words: list[str] | None
     stop_token_ids: list[int] | None
@@ -92,6 +96,8 @@ class GenerationOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     truncate_prompt_tokens: int | None
     prompt_logprobs: int | None
+    return_prompt_token_ids: bool | None
+    return_tokens: bool | None
     guided_json: Mapping[str, Any] | str | None
     guided_regex: str | None
     guided_choice: list[str] | None
@@ -108,7 +114,7 @@ class GenerationOptions(TypedDict, total=False):
 GENERATION: dict[str, Option] = {
     "max_tokens": Option(
         "INT32",
-        "how long the answer may be, in tokens; the model's limits have a default; 0: none, for a prompt's log-probabilities (at least 0)",
+        "how long the answer may be, in tokens; the model's limits have a default; 0: none, for a prompt's log-probabilities, tokens or text (at least 0)",
     ),
     "min_tokens": Option("INT32", "how short the answer may be, in tokens (default 0; at least 0)"),
     "temperature": Option(
@@ -143,6 +149,7 @@ GENERATION: dict[str, Option] = {
         "give the log-probabilities of this many of the likeliest tokens (default 0; between 0 and 20)",
         flag=False,
     ),
+    "exclude_input_in_output": Option("BOOL", "leave the prompt out of the answer's text (default true)", flag=False),
     "prompt_lookup": Option(
         "BOOL", "draft greedy answers from their and others' text, which changes speed only (default true)"
     ),
@@ -175,6 +182,12 @@ GENERATION: dict[str, Option] = {
         "INT32",
         "give the log-probability of each token of the prompt but the first, and this many of the likeliest ones (between 0 and 20)",
         flag=False,
+    ),
+    "return_prompt_token_ids": Option(
+        "BOOL", "give the tokens of the prompt, by their ids (default false)", flag=False
+    ),
+    "return_tokens": Option(
+        "BOOL", "give the ids of the answer's tokens, and the bytes of every token told (default false)", flag=False
     ),
     "guided_json": Option("BYTES", "a JSON schema that the answer follows", flag=False),
     "guided_regex": Option("BYTES", "a regular expression that the whole answer matches", flag=False),

@@ -5,22 +5,26 @@ Only a refusal of the server itself is answered by another try: it means that no
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import queue
 import random
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+
+from trident_client._errors import OverloadedError, says_full
 
 IN_FLIGHT = 16
 FIRST_PAUSE = 0.05  # seconds; doubled with each try, and drawn between half and all of it
 LONGEST_PAUSE = 2.0
 PATIENCE = 300.0  # seconds that a request without a deadline is tried
-_FULL = re.compile(r"queue is full|requests are being answered already")
+
+
+_Response = TypeVar("_Response")
 
 
 @dataclass
@@ -34,54 +38,150 @@ class _Request:
         self.tries += 1
         return min(FIRST_PAUSE * 2.0 ** min(self.tries, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
+    def left(self) -> float:
+        """Seconds until its time is over."""
+        return max(self.until - time.monotonic(), 1e-3)
 
-def send_all(start: Callable[[int, float | None], Any], count: int, seconds: float | None) -> list[Any]:
+
+class _Plan:
+    """Which of the requests are sent, and when. Less are in flight after a refusal, and more after each answer.
+
+    Args:
+        count: how many there are.
+        seconds: for each, from when it is first sent; None: `PATIENCE`.
+    """
+
+    def __init__(self, count: int, seconds: float | None) -> None:
+        self._fresh = iter(range(count))
+        self._missing = count
+        self._patience = PATIENCE if seconds is None else seconds
+        self._flying = 0
+        self._limit = IN_FLIGHT
+        self._waiting: list[tuple[float, int, _Request]] = []  # those that are sent again, by when
+
+    def done(self) -> bool:
+        """Whether all are answered."""
+        return not self._missing
+
+    def due(self) -> list[_Request]:
+        """Those to send now."""
+        now = time.monotonic()
+        found = []
+        while self._flying < self._limit and self._waiting and self._waiting[0][0] <= now:
+            self._flying += 1
+            found.append(heapq.heappop(self._waiting)[2])
+        while self._flying + len(self._waiting) < self._limit and (index := next(self._fresh, None)) is not None:
+            self._flying += 1
+            found.append(_Request(index, now + self._patience))
+        return found
+
+    def wait(self) -> float | None:
+        """Seconds until one is due again; None: none waits for that."""
+        return max(self._waiting[0][0] - time.monotonic(), 0.0) if self._waiting else None
+
+    def refused(self, request: _Request) -> bool:
+        """Note that the server had no room for a request; whether it is sent again."""
+        again = time.monotonic() + request.pause()
+        if again >= request.until:
+            return False
+        self._flying -= 1
+        heapq.heappush(self._waiting, (again, request.index, request))
+        self._limit = max(self._limit // 2, 1)
+        return True
+
+    def answered(self) -> None:
+        """Note an answer."""
+        self._flying -= 1
+        self._missing -= 1
+        self._limit = min(self._limit + 1, IN_FLIGHT)
+
+
+def send_all(
+    start: Callable[[int, float | None], Any],
+    count: int,
+    seconds: float | None,
+    again: Callable[[Any], bool] | None = None,
+) -> list[Any]:
     """The responses to `count` requests, in their order.
 
     Args:
-        start: called with a request's index and the seconds it has; gives a future of gRPC.
+        start: called with a request's index and the seconds it has; gives a future of gRPC, or what is like one.
         seconds: for each request, from when it is first sent, tries and pauses included; None: no limit.
+        again: whether a call that has ended so is worth another try; None: where the server had no room.
 
     Raises:
-        grpc.RpcError: of the first request that failed; the others are cancelled.
+        Exception: of the first request that failed; the others are cancelled.
     """
+    plan = _Plan(count, seconds)
     responses: list[Any] = [None] * count
-    done: queue.SimpleQueue[tuple[_Request, Any]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[_Request, Any]] = queue.SimpleQueue()
     flying: dict[int, Any] = {}
-    waiting: list[tuple[float, int, _Request]] = []  # those that are sent again, by when
-    fresh, answered, limit = iter(range(count)), 0, IN_FLIGHT
 
     def send(request: _Request) -> None:
-        left = None if seconds is None else max(request.until - time.monotonic(), 1e-3)
-        call = flying[request.index] = start(request.index, left)
-        call.add_done_callback(lambda ended: done.put((request, ended)))
+        call = flying[request.index] = start(request.index, None if seconds is None else request.left())
+        call.add_done_callback(lambda call: ended.put((request, call)))
 
     try:
-        while answered < count:
-            now = time.monotonic()
-            while len(flying) < limit and waiting and waiting[0][0] <= now:
-                send(heapq.heappop(waiting)[2])
-            while len(flying) + len(waiting) < limit and (index := next(fresh, None)) is not None:
-                send(_Request(index, now + (PATIENCE if seconds is None else seconds)))
+        while not plan.done():
+            for request in plan.due():
+                send(request)
             try:
-                request, call = done.get(timeout=max(waiting[0][0] - now, 0.0) if waiting else None)
+                request, call = ended.get(timeout=plan.wait())
             except queue.Empty:
                 continue
             del flying[request.index]
-            if _refused(call) and (again := time.monotonic() + request.pause()) < request.until:
-                heapq.heappush(waiting, (again, request.index, request))
-                limit = max(limit // 2, 1)
+            if (again or was_full)(call) and plan.refused(request):
                 continue
             responses[request.index] = call.result()
-            answered += 1
-            limit = min(limit + 1, IN_FLIGHT)
+            plan.answered()
     finally:
         for call in flying.values():
             call.cancel()
     return responses
 
 
-def _refused(call: Any) -> bool:
-    """Whether the server had no room for a request."""
-    full = call.code() == grpc.StatusCode.UNAVAILABLE and _FULL.search(call.details() or "")
-    return bool(full)
+def was_full(call: Any) -> bool:
+    """Whether a call ended because the server had no room for it."""
+    return call.code() == grpc.StatusCode.UNAVAILABLE and says_full(call.details() or "")
+
+
+async def send_all_async(
+    start: Callable[[int, float | None], Awaitable[_Response]],
+    count: int,
+    seconds: float | None,
+    wait_if_full: bool = True,
+) -> list[_Response]:
+    """The same for calls that are awaited.
+
+    Args:
+        start: called with a request's index and the seconds it has; gives its response.
+        seconds: see `send_all`.
+        wait_if_full: whether a request is sent again where the server had no room for it.
+
+    Raises:
+        TridentError: of the first request that failed; the others are cancelled.
+    """
+    plan = _Plan(count, seconds)
+    responses: dict[int, _Response] = {}
+    flying: dict[asyncio.Future[_Response], _Request] = {}
+    try:
+        while not plan.done():
+            for request in plan.due():
+                left = None if seconds is None else request.left()
+                flying[asyncio.ensure_future(start(request.index, left))] = request
+            if not flying:
+                await asyncio.sleep(plan.wait() or 0.0)
+                continue
+            ended, _ = await asyncio.wait(flying, timeout=plan.wait(), return_when=asyncio.FIRST_COMPLETED)
+            for call in ended:
+                request = flying.pop(call)
+                error = call.exception()
+                if wait_if_full and isinstance(error, OverloadedError) and plan.refused(request):
+                    continue
+                responses[request.index] = call.result()
+                plan.answered()
+    finally:
+        for call in flying:
+            call.cancel()
+        await asyncio.gather(*flying, return_exceptions=True)
+    return [responses[index] for index in range(count)]

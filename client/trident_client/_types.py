@@ -79,6 +79,13 @@ class GenerationChunk:
         prompt_log_probs: log-probabilities of the prompt's tokens but the first, in the first chunk; () unless
             `prompt_logprobs` asks for them.
         prompt_top_log_probs: the likeliest tokens at each of them.
+        index: which of several answers it belongs to.
+        token_ids: of the new tokens; () unless `return_tokens` asks for them.
+        tokens: their bytes, some perhaps a part of a character.
+        top_tokens: the bytes of the tokens of `top_log_probs`.
+        prompt_token_ids: of the prompt, in the first chunk; () unless `return_prompt_token_ids` asks for them.
+        prompt_tokens: their bytes, with `return_tokens`.
+        prompt_top_tokens: the bytes of the tokens of `prompt_top_log_probs`.
     """
 
     text: str
@@ -91,6 +98,13 @@ class GenerationChunk:
     tool_calls: tuple[ToolCall, ...] = ()
     prompt_log_probs: tuple[float, ...] = ()
     prompt_top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    tokens: tuple[bytes, ...] = ()
+    top_tokens: tuple[tuple[bytes, ...], ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_tokens: tuple[bytes, ...] = ()
+    prompt_top_tokens: tuple[tuple[bytes, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,21 +107,31 @@ def build_request(model: str, inputs: Arrays) -> Any:
     """A `ModelInferRequest` with these tensors."""
     request = pb.ModelInferRequest(model_name=model)
     for name, array in inputs.items():
-        request.inputs.add(name=name, datatype=_NAMES[array.dtype], shape=array.shape)
-        request.raw_input_contents.append(_to_bytes(array))
+        request.inputs.add(name=name, datatype=datatype(array), shape=array.shape)
+        request.raw_input_contents.append(to_bytes(array))
     return request
 
 
 def parse_response(response: Any) -> dict[str, NDArray[Any]]:
     """The tensors of a `ModelInferResponse` by name."""
-    outputs = {}
-    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
-        array = _elements(raw) if output.datatype == "BYTES" else np.frombuffer(raw, dtype=_DTYPES[output.datatype])
-        outputs[output.name] = array.reshape(tuple(output.shape))
-    return outputs
+    return {
+        output.name: to_array(output.datatype, output.shape, raw)
+        for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
 
 
-def _to_bytes(array: NDArray[Any]) -> bytes:
+def datatype(array: NDArray[Any]) -> str:
+    """The protocol's name of an array's type."""
+    return _NAMES[array.dtype]
+
+
+def to_array(datatype: str, shape: Sequence[int], raw: bytes) -> NDArray[Any]:
+    """The tensor with this content."""
+    array: NDArray[Any] = _elements(raw) if datatype == "BYTES" else np.frombuffer(raw, dtype=_DTYPES[datatype])
+    return array.reshape(tuple(shape))
+
+
+def to_bytes(array: NDArray[Any]) -> bytes:
     """The tensor's content; of BYTES, each element after its length in four bytes, little end first."""
     if array.dtype != np.object_:
         return array.tobytes()

@@ -45,7 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.add_argument("--url", default="localhost:8001", help="gRPC endpoint (default %(default)s)")
-        command.add_argument("--timeout", type=float, help="seconds that the call may take")
+        command.add_argument(
+            "--timeout",
+            type=float,
+            default=60.0,
+            help="seconds that the call may take; a streamed answer may take longer, but not be silent for so long "
+            "(default %(default)g)",
+        )
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
         return command

@@ -139,6 +139,7 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     config.model_transaction_policy.decoupled = True
     for name_of_prompt in ("text_input", "messages"):
         config.input.append(_tensor(pb.ModelInput, name_of_prompt, "STRING", [1], optional=True))
+    config.input.append(_tensor(pb.ModelInput, "input_ids", "INT32", [-1], optional=True))
     _add_fields(config, GENERATION)
     outputs = [
         ("text_output", "STRING", [-1]),
@@ -146,11 +147,17 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
         ("index", "INT32", [-1]),
         ("num_input_tokens", "INT32", [1]),
         ("num_output_tokens", "INT32", [-1]),
+        ("output_ids", "INT32", [-1]),
+        ("output_tokens", "STRING", [-1]),
         ("output_log_probs", "FP32", [-1]),
         ("output_top_token_ids", "INT32", [-1, -1]),
+        ("output_top_tokens", "STRING", [-1, -1]),
         ("output_top_log_probs", "FP32", [-1, -1]),
+        ("prompt_token_ids", "INT32", [-1]),
+        ("prompt_tokens", "STRING", [-1]),
         ("prompt_log_probs", "FP32", [-1]),
         ("prompt_top_token_ids", "INT32", [-1, -1]),
+        ("prompt_top_tokens", "STRING", [-1, -1]),
         ("prompt_top_log_probs", "FP32", [-1, -1]),
         ("reasoning", "STRING", [-1]),
         ("tool_calls", "STRING", [-1]),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
+from tests import environments
 from tests.conftest import ROOT
 
 CACHE = ROOT / ".cache" / "clients"
 PACKAGES = {
+    "aiperf": ("aiperf==0.13.0",),
+    "cohere": ("cohere==7.3.1",),
+    "huggingface-hub": ("huggingface_hub==2.4.0", "numpy"),
+    "langchain": ("langchain-openai==1.7.4",),
     "litellm": ("litellm==1.110.2",),
     "llama-index": ("llama-index-llms-nvidia-triton==0.6.0", "tritonclient[grpc]==2.73.0"),
-    "aiperf": ("aiperf==0.13.0",),
+    "llama-index-openai": ("llama-index-llms-openai-like==0.8.1", "llama-index-embeddings-openai-like"),
+    "lm-eval": ("lm_eval[api]==0.4.13", "transformers"),
+    "ollama": ("ollama==0.6.3",),
 }
 
 
@@ -20,13 +26,13 @@ def environment(client: str) -> Path:
     """The folder of an environment's commands; it is made where it is missing or has other packages.
 
     Raises:
-        CalledProcessError: pip could not install a package.
+        AssertionError: a package could not be installed.
     """
     folder, packages = CACHE / client, PACKAGES[client]
     made = folder / "packages.txt"
     if not made.exists() or made.read_text(encoding="utf-8").split() != list(packages):
         made.unlink(missing_ok=True)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(folder / "bin/python"), "-m", "pip", "install", "--quiet", *packages], check=True)
+        python = environments.make(sys.executable, folder)
+        environments.install(python, *packages)
         made.write_text("\n".join(packages), encoding="utf-8")
     return folder / "bin"

@@ -21,6 +21,7 @@ from tests import tiny_models
 from tests.conftest import post, triton_request
 from tests.integration.test_bad_requests import raw_stream
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, _wire
+from trident_client._steps import Prompt
 from trident_export import install, models_file
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -140,6 +141,10 @@ def test_names_of_tensorrt_llm(server: LocalServer, fields: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        (
+            {"max_tokens": 0},
+            "max_tokens must be at least 1, found 0; 0 is for requests with prompt_logprobs or return_pr",
+        ),
         ({"beam_width": 4}, "beam_width must be 1, found 4: generators do not search with beams; n asks for"),
         ({"return_context_logits": True}, "return_context_logits must be false, found true: logits are not returned"),
         ({"seed": 1, "random_seed": 1}, "seed is another name of random_seed: give one of them"),
@@ -300,6 +305,57 @@ def test_log_probabilities_of_the_prompt(client: Client, model: Any, tokenizer: 
             values, tokens_ = row.topk(3)
             np.testing.assert_allclose([value for _, value in own], values.numpy(), atol=2e-4)
             assert [token for token, _ in own] == tokens_.tolist()
+
+
+def test_prompts_and_answers_as_tokens(client: Client, model: Any, tokenizer: Any) -> None:
+    """Ids in and out, with the bytes of each token; a prompt is told without a run of the model."""
+    text = "the cat 😀 sat" + TURN
+    ids = tokenizer(text).input_ids
+    right = generated(model, ids)
+    for prompt in (text, ids):
+        told = {"return_prompt_token_ids": True, "return_tokens": True, "skip_special_tokens": False}
+        chunks = list(client.stream(prompt, model="m", max_tokens=24, top_logprobs=2, prompt_logprobs=1, **told))
+        whole = client.generate(prompt, model="m", max_tokens=24, top_logprobs=2, prompt_logprobs=1, **told)
+        assert [token for chunk in chunks for token in chunk.token_ids] == right == list(whole.token_ids)
+        assert list(chunks[0].prompt_token_ids) == ids == list(whole.prompt_token_ids)
+        assert b"".join(whole.prompt_tokens).decode() == text
+        assert b"".join(whole.tokens).decode("utf-8", "replace") == whole.text
+        for tokens, top in (
+            (whole.top_tokens, whole.top_log_probs),
+            (whole.prompt_top_tokens, whole.prompt_top_log_probs),
+        ):
+            spelled = [[token.decode("utf-8", "replace") for token in row] for row in tokens]
+            assert spelled == [[tokenizer.decode([token]) for token, _ in row] for row in top]
+    only = client.generate(text, model="m", max_tokens=0, return_prompt_token_ids=True)
+    assert (only.prompt_token_ids, only.text, only.finish_reason) == (tuple(ids), "", "length")
+    back = {"return_prompt_token_ids": True, "exclude_input_in_output": False, "skip_special_tokens": False}
+    assert client.generate(ids, model="m", max_tokens=0, **back).text == text
+    silent = client.generate(text, model="m", max_tokens=4)
+    assert (silent.token_ids, silent.tokens, silent.prompt_token_ids) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([1, 999], "input_ids names the token 999"),
+        ([-1], "input_ids names the token -1"),
+        ([5] * 128, "has 128 tokens"),
+    ],
+)
+def test_tokens_that_are_refused(client: Client, prompt: list[int], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        client.generate(prompt, model="m")
+    both = {"text_input": _wire.texts(["a"])[None], "input_ids": np.array([[1]], np.int32)}
+    with pytest.raises(InvalidRequestError, match="one of text_input, messages and input_ids, found text_input"):
+        list(client._chunks(Prompt("m", both), None))
+
+
+def test_several_streamed_answers_have_their_index(client: Client) -> None:
+    options = {"max_tokens": 12, "temperature": 1.5, "random_seed": 3}
+    texts = ["", "", ""]
+    for chunk in client.stream(PROMPT, model="m", n=3, **options):
+        texts[chunk.index] += chunk.text
+    assert texts == [each.text for each in client.generate_many(PROMPT, 3, model="m", **options)]
 
 
 def test_prompts_are_cut_on_request(client: Client, model: Any, tokenizer: Any) -> None:

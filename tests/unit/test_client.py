@@ -34,7 +34,7 @@ from trident_client import (
     _wire,
     cli,
 )
-from trident_client._connection import channel_options
+from trident_client._grpc import channel_options
 from trident_serving.launcher import local
 
 # The public models that the service shows, with their tasks.
@@ -198,7 +198,9 @@ def connected(served: tuple[str, Service]) -> Iterator[Client]:
 def test_exported_names() -> None:
     assert trident_client.__all__ == sorted(trident_client.__all__)
     assert set(trident_client.__all__) == {
+        "TLS",
         "Answer",
+        "AsyncClient",
         "CancelledError",
         "Client",
         "DeadlineExceededError",
@@ -214,6 +216,7 @@ def test_exported_names() -> None:
         "Message",
         "ModelStatus",
         "NotFoundError",
+        "OverloadedError",
         "Ranked",
         "SparseVector",
         "ServerError",

@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"trident_client": "client", "trident_export": "export", "trident_serving": "serving"}
+PACKAGES = {
+    "trident_client": "client",
+    "trident_export": "export",
+    "trident_gateway": "gateway",
+    "trident_serving": "serving",
+}
 
 _STATUS = re.compile(
     r"Status: (accepted|(partly )?superseded by \[(?P<number>\d{4})\]\((?P<file>[\w.-]+\.md)\): (?P<reason>\S.*))"
@@ -24,7 +29,7 @@ _REASON_WORDS = 6
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_NAME = re.compile(r"`((?:trident_client|trident_export|trident_serving)(?:\.\w+)+)[`(]")
+_NAME = re.compile(r"`((?:trident_client|trident_export|trident_gateway|trident_serving)(?:\.\w+)+)[`(]")
 _PAGE = re.compile(r"(?<![\w/.-])(?:docs/[\w./-]+\.md|docs/decisions/\d{4}(?![\w-]))")
 _FOREIGN = ("docs/ContribOperators.md", "docs/gguf.md")  # of onnxruntime and ggml
 

@@ -33,6 +33,7 @@ TASK = EncoderTask(
     read=("logits",),
     answer_options=(TOP_K,),
     answers=(Tensor("label", "STRING", (-1,)), SCORE),
+    answer_parameters={"labels": "labels"},
     preprocess=read_texts,
     postprocess=_load,
 )

@@ -1,7 +1,7 @@
 """A generation request, checked: from the tensors of the call to what the engine runs.
 
-The fields are those of `trident_serving.schema.fields`, plus `text_input` or `messages`. Everything but the prompt is
-optional.
+The fields are those of `trident_serving.schema.fields`, plus the prompt: `text_input`, `messages` or `input_ids`.
+Everything but the prompt is optional.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from trident_serving.text import decode_texts
 
 _SPLIT_SPECIAL_TOKENS = by_name(MESSAGES)["split_special_tokens"]
 _KEPT = by_name(GENERATION)["truncate_prompt_tokens"]
+_SKIP_SPECIAL_TOKENS = by_name(GENERATION)["skip_special_tokens"]
 _END_CHARACTERS = 64  # of a prompt, which show whether it has opened the reasoning
 MAX_TRUNCATED_BYTES = 2**20
 
@@ -69,6 +70,8 @@ class GenerationRequest:
         conversation: what the chat template was given; None: the prompt is a text of the request.
         prompt_end: the end of the rendered prompt, whatever of it was cut.
         return_reasoning: whether the model's reasoning comes apart from the text of its answer.
+        return_prompt_token_ids: whether the prompt's tokens are told.
+        return_tokens: whether the answer's tokens are told, and the bytes of all that are.
         stop_token_ids: end the answer beside the model's own end tokens.
         ignore_eos: the model's own do not.
         skip_special_tokens: whether the answer's text leaves them out.
@@ -101,6 +104,13 @@ class GenerationRequest:
     prompt_end: str = ""
     return_reasoning: bool = False
     adapter: int = 0
+    return_prompt_token_ids: bool = False
+    return_tokens: bool = False
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the answer takes a run of the model, not only the tokenizer."""
+        return self.sampling.max_tokens > 0 or self.prompt_log_probs is not None
 
 
 class RequestParser:
@@ -145,6 +155,11 @@ class RequestParser:
             inputs, conversation, values["truncate_prompt_tokens"], values["max_tokens"]
         )
         room = self._limits.context - len(prompt_ids)
+        if values["max_tokens"] == 0 and values["prompt_logprobs"] is None and not values["return_prompt_token_ids"]:
+            raise InvalidRequest(
+                "max_tokens must be at least 1, found 0; 0 is for requests with prompt_logprobs or "
+                "return_prompt_token_ids"
+            )
         if values["max_tokens"] is None:
             values["max_tokens"] = min(self._limits.default_max_tokens, room)
         for name in DEFAULTS:
@@ -191,19 +206,21 @@ class RequestParser:
             prompt_end=rendered[-_END_CHARACTERS:],
             return_reasoning=values["return_reasoning"],
             adapter=self._adapter(values["lora_name"]),
+            return_prompt_token_ids=values["return_prompt_token_ids"],
+            return_tokens=values["return_tokens"],
         )
 
     def _conversation(self, inputs: Inputs) -> Conversation | None:
         """What the chat template gets; None where the prompt is a text."""
-        given = [name for name in ("text_input", "messages") if name in inputs]
+        given = [name for name in ("text_input", "messages", "input_ids") if name in inputs]
         if len(given) != 1:
             raise InvalidRequest(
-                f"give exactly one of text_input and messages, found {' and '.join(given) or 'neither'}"
+                f"give exactly one of text_input, messages and input_ids, found {' and '.join(given) or 'none'}"
             )
-        if given == ["text_input"]:
+        if given != ["messages"]:
             for field in MESSAGES:
                 if field.name in inputs and field.read(inputs) not in (False, field.default):
-                    raise InvalidRequest(f"{field.name} needs messages; text_input is read as it is")
+                    raise InvalidRequest(f"{field.name} needs messages; {given[0]} is read as it is")
             return None
         text = self._checked_text(inputs, "messages")
         if self._chat is None:
@@ -239,7 +256,11 @@ class RequestParser:
         self, inputs: Inputs, conversation: Conversation | None, kept: int | None, max_tokens: int | None
     ) -> tuple[str, str, list[int]]:
         """The text of a prompt as it was rendered, and as its tokens have it, with them."""
-        if conversation is None:
+        if "input_ids" in inputs:
+            field = "input_ids"
+            ids = self._given_ids(inputs)
+            prompt = self._tokenizer.decode(ids, skip_special_tokens=_SKIP_SPECIAL_TOKENS.read(inputs))
+        elif conversation is None:
             field = "text_input"
             prompt = self._checked_text(inputs, field)
             ids = self._tokenizer.encode(prompt)
@@ -266,6 +287,15 @@ class RequestParser:
                 + (" and one generated token" if max_tokens != 0 else "")
             )
         return rendered, prompt, ids
+
+    def _given_ids(self, inputs: Inputs) -> list[int]:
+        """The tokens of a prompt that a request names by their ids."""
+        given = inputs["input_ids"].reshape(-1)
+        if given.size:
+            for token in (int(given.min()), int(given.max())):
+                self._check_token("input_ids", token)
+        ids: list[int] = given.tolist()
+        return ids
 
     def _checked_text(self, inputs: Inputs, field: str) -> str:
         text = single_text(inputs, field)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trident_serving.errors import DoesNotFit, InvalidRequest, Overloaded
-from trident_serving.generation.answer import Job
+from trident_serving.generation.answer import FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.chat import Chat
 from trident_serving.generation.decoder import OnnxDecoder
@@ -172,7 +172,10 @@ class GenerationService:
         ]
         for stream in streams:
             self._outbox.add(stream)
-        if request.grammar is None:
+        if not request.needs_model:
+            for stream in streams:
+                stream.finish(FinishReason.LENGTH)
+        elif request.grammar is None:
             self._start(request, streams, None)
         else:
             compiled = self._grammars.guide(request.grammar)

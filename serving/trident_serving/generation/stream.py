@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,6 +28,9 @@ class Chunk:
         others: the other answers, in a response that carries all.
         reasoning: the model's, where it was asked for.
         tool_calls: as JSON, where the request has tools.
+        token_ids: the new tokens, where they were asked for.
+        prompt_ids: in the first chunk, where they were asked for.
+        spell: gives the bytes of a token; None: they were not asked for.
     """
 
     text: str = ""
@@ -41,6 +44,9 @@ class Chunk:
     others: list[Chunk] = field(default_factory=list)
     reasoning: str | None = None
     tool_calls: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    prompt_ids: Sequence[int] = ()
+    spell: Callable[[int], bytes] | None = None
 
 
 class ResponseChannel(Protocol):
@@ -92,7 +98,11 @@ class TextStream:
         self._notify = notify
         self._lock = threading.Lock()
         self._text = request.prompt if request.include_prompt else ""
+        self._prompt_ids = request.prompt_ids if request.return_prompt_token_ids else ()
+        self._spell = codec.token_bytes if request.return_tokens else None
+        self._token_ids: list[int] = []
         self._log_probs: list[TokenLogProbs] = []
+        self._scoring = request.prompt_log_probs is not None  # until there is a token: the first response has them
         self._prompt_log_probs: list[TokenLogProbs] = []
         self._num_output_tokens = self._counted = 0
         self._reason: FinishReason | None = None
@@ -114,6 +124,9 @@ class TextStream:
         with self._lock:
             self._text += self._parts.push(text) if self._parts is not None else text
             self._num_output_tokens += 1
+            self._scoring = False
+            if self._spell is not None:
+                self._token_ids.append(token)
             if log_probs is not None:
                 self._log_probs.append(log_probs)
             ready = self._streaming and self._waiting and not stopped
@@ -157,7 +170,7 @@ class TextStream:
 
     @property
     def _waiting(self) -> bool:
-        return bool(self._text) or (self._parts is not None and self._parts.waiting)
+        return not self._scoring and (bool(self._text) or (self._parts is not None and self._parts.waiting))
 
     def _take(self) -> Chunk:
         chunk = Chunk(
@@ -168,10 +181,14 @@ class TextStream:
             self._log_probs,
             self._prompt_log_probs,
             final=self._reason is not None,
+            token_ids=self._token_ids,
+            prompt_ids=self._prompt_ids,
+            spell=self._spell,
         )
         if self._parts is not None:
             chunk.reasoning, chunk.tool_calls = self._parts.take()
         self._text, self._log_probs, self._prompt_log_probs = "", [], []
+        self._token_ids, self._prompt_ids = [], ()
         if self._counts_chunks:
             chunk.num_output_tokens -= self._counted
             self._counted = self._num_output_tokens

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from tokenizers import Tokenizer
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of a SentencePiece vocabulary that falls back to bytes
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The characters with which byte-level vocabularies write bytes: those that can be seen are themselves."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(0x100) if byte not in seen]
+    pairs = [*((chr(byte), byte) for byte in seen), *((chr(0x100 + at), byte) for at, byte in enumerate(unseen))]
+    return {character: bytes([byte]) for character, byte in pairs}
+
+
+_BYTES = _byte_alphabet()
 
 
 class Codec(Protocol):
@@ -22,6 +36,10 @@ class Codec(Protocol):
         """Token ids to text."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of text that a token stands for, perhaps a part of a character."""
+        ...
+
 
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with what generation needs around it."""
@@ -30,6 +48,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._spelled: dict[int, bytes] = {}
 
     @property
     def backend(self) -> Tokenizer:
@@ -50,6 +69,30 @@ class TextTokenizer:
         """Token ids to text."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of text that a token stands for, perhaps a part of a character; b"" if the vocabulary lacks it."""
+        found = self._spelled.get(token)
+        if found is None:
+            found = self._spelled[token] = self._spell(token)
+        return found
+
+    def _spell(self, token: int) -> bytes:
+        text = self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""
+        if token in self._tokenizer.get_added_tokens_decoder():
+            return bytes(text, "utf-8")
+        if self._byte_level:
+            return b"".join(_BYTES[each] if each in _BYTES else each.encode("utf-8") for each in text)
+        if _BYTE_TOKEN.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        return bytes(text.replace("\u2581", " "), "utf-8")  # SentencePiece's space
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        """Whether a token is written with one character for each byte."""
+        return '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:

@@ -314,7 +314,7 @@ _COMPATIBLE = tuple(
 GENERATION = (
     replace(
         _SAMPLING[0],
-        help=f"{_SAMPLING[0].help}; 0: none, for a prompt's log-probabilities",
+        help=f"{_SAMPLING[0].help}; 0: none, for a prompt's log-probabilities, tokens or text",
         range=Range(0),
     ),
     *_SAMPLING[1:],
@@ -334,9 +334,7 @@ GENERATION = (
         Range(0, MAX_TOP_LOG_PROBS),
         flag=False,
     ),
-    Field(
-        "exclude_input_in_output", "BOOL", "leave the prompt out of the answer's text", True, option=False, flag=False
-    ),
+    Field("exclude_input_in_output", "BOOL", "leave the prompt out of the answer's text", True, flag=False),
     Field("prompt_lookup", "BOOL", "draft greedy answers from their and others' text, which changes speed only", True),
     Field(
         "stop_words",
@@ -380,6 +378,14 @@ GENERATION = (
         "INT32",
         "give the log-probability of each token of the prompt but the first, and this many of the likeliest ones",
         range=Range(0, MAX_TOP_LOG_PROBS),
+        flag=False,
+    ),
+    Field("return_prompt_token_ids", "BOOL", "give the tokens of the prompt, by their ids", False, flag=False),
+    Field(
+        "return_tokens",
+        "BOOL",
+        "give the ids of the answer's tokens, and the bytes of every token told",
+        False,
         flag=False,
     ),
     Field(

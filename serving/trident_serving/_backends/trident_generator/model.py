@@ -64,11 +64,15 @@ class Channel(adapter.Responder):
             "num_input_tokens": np.array([chunk.num_input_tokens], np.int32),
             "num_output_tokens": np.array([answer.num_output_tokens for answer in answers], np.int32),
             "output_log_probs": np.array([token.chosen for token in log_probs], np.float32),
-            **likeliest("output", log_probs),
+            **likeliest("output", log_probs, chunk.spell),
         }
+        if chunk.spell is not None:
+            tensors |= told("output", [token for answer in answers for token in answer.token_ids], chunk.spell, "ids")
+        if chunk.prompt_ids:
+            tensors |= told("prompt", chunk.prompt_ids, chunk.spell)
         if chunk.prompt_log_probs:
             tensors["prompt_log_probs"] = np.array([token.chosen for token in chunk.prompt_log_probs], np.float32)
-            tensors |= likeliest("prompt", chunk.prompt_log_probs)
+            tensors |= likeliest("prompt", chunk.prompt_log_probs, chunk.spell)
         for name in ("reasoning", "tool_calls"):
             if getattr(chunk, name) is not None:
                 tensors[name] = text.encode_texts([getattr(answer, name) for answer in answers])
@@ -79,11 +83,22 @@ class Channel(adapter.Responder):
         return chunk.final
 
 
-def likeliest(name, tokens):
+def told(name, ids, spell, kind="token_ids"):
+    """The tensors of tokens, with their bytes where these were asked for."""
+    tensors = {f"{name}_{kind}": np.array(ids, np.int32)}
+    if spell is not None:
+        tensors[f"{name}_tokens"] = np.array([spell(token) for token in ids], np.object_)
+    return tensors
+
+
+def likeliest(name, tokens, spell):
     """The tensors of the likeliest tokens, if they were asked for."""
     if not any(token.top for token in tokens):
         return {}
-    return {
+    tensors = {
         f"{name}_top_token_ids": np.array([[i for i, _ in token.top] for token in tokens], np.int32),
         f"{name}_top_log_probs": np.array([[p for _, p in token.top] for token in tokens], np.float32),
     }
+    if spell is not None:
+        tensors[f"{name}_top_tokens"] = np.array([[spell(i) for i, _ in token.top] for token in tokens], np.object_)
+    return tensors

@@ -1,0 +1,234 @@
+"""What `AsyncClient` stands on: runs what the calls describe, on one of its servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from numpy.typing import NDArray
+
+from trident_client import _control, _generation
+from trident_client._choice import Choice
+from trident_client._errors import CancelledError, TridentError, UnavailableError
+from trident_client._grpc_aio import AsyncGrpcServer
+from trident_client._sending import send_all_async
+from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
+from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
+from trident_client._types import GenerationChunk
+from trident_client._watch import countdown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's is Python 3.11's
+
+Result = TypeVar("Result")
+_Outputs = dict[str, NDArray[Any]]
+
+
+class AsyncServer(Protocol):
+    """A server, over gRPC or HTTP; `GrpcServer` says what the methods do."""
+
+    async def close(self) -> None: ...
+
+    async def ask(self, ask: Ask, seconds: float | None) -> Any: ...
+
+    async def infer(self, model: str, inputs: Tensors, seconds: float | None) -> _Outputs: ...
+
+    def stream(
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None
+    ) -> AsyncGenerator[_Outputs, None]: ...
+
+
+class AsyncConnection:
+    """The connections to servers; `AsyncClient` adds the calls; `Client` says what the arguments are."""
+
+    def __init__(
+        self,
+        url: str | Sequence[str] = "localhost:8001",
+        *,
+        timeout: float | None = SECONDS,
+        admin_key: str | None = None,
+        api_key: str | None = None,
+        headers: Headers | Callable[[], Headers] | None = None,
+        tls: TLS | bool = False,
+        max_message_bytes: int | None = None,
+        keepalive: float | None = KEEPALIVE,
+        wait_if_full: bool = True,
+    ) -> None:
+        settings = Settings(admin_key, api_key, headers, tls, max_message_bytes, keepalive)
+        self._timeout = timeout
+        self._wait_if_full = wait_if_full
+        self._only: dict[str, str] = {}
+        self._closed = False
+        self._settings = settings
+        self._addresses = settings.addresses(url)
+        if any(address.protocol == "http" for address in self._addresses):
+            with http_installed():
+                import httpx2  # noqa: F401
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._made: Choice[AsyncServer] | None = None
+
+    @property
+    def _servers(self) -> Choice[AsyncServer]:
+        """The connections, which the first call makes in the event loop that uses them."""
+        loop = asyncio.get_running_loop()
+        if self._made is None:
+            self._loop = loop
+            self._made = Choice([_connected(address, self._settings) for address in self._addresses])
+        elif loop is not self._loop:
+            raise RuntimeError("this AsyncClient belongs to another event loop: make one in each")
+        return self._made
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; calls that still run raise CancelledError."""
+        self._closed = True
+        if self._made is not None:
+            await asyncio.gather(*(server.close() for server in self._servers.all()))
+
+    async def _run(self, make: Callable[[], Steps[Result]], timeout: float | None) -> Result:
+        """Run the steps of a call on one server, or on the next where that can't be reached."""
+        failure: TridentError = UnavailableError("no server can be reached")
+        for server in self._order():
+            try:
+                result = await self._run_on(server, make(), timeout)
+            except TridentError as error:
+                failure = error
+                if not self._servers.note(server, error):
+                    break
+            else:
+                self._servers.answered(server)
+                return result
+        raise failure
+
+    async def _run_on_all(self, make: Callable[[], Steps[Result]], timeout: float | None) -> list[Result]:
+        """Run the steps of a call on every server."""
+        self._check_open()
+        return [await self._run_on(server, make(), timeout) for server in self._servers.all()]
+
+    async def _run_on(self, server: AsyncServer, steps: Steps[Result], timeout: float | None) -> Result:
+        """Do what the steps ask for, within the timeout of the call."""
+        seconds = self._deadline(timeout)
+        until = None if seconds is None else time.monotonic() + seconds
+        answer: Any = None
+        error: TridentError | None = None
+        while True:
+            try:
+                step = steps.send(answer) if error is None else steps.throw(error)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            answer = error = None
+            try:
+                if isinstance(step, Pause):
+                    await asyncio.sleep(step.seconds)
+                else:
+                    left = seconds if step.alone or until is None else max(until - time.monotonic(), 0.0)
+                    answer = await server.ask(step, left)
+            except TridentError as raised:
+                error = raised
+
+    async def _send(self, batch: Batch[Result], timeout: float | None) -> Result:
+        """The answer to requests that have one response each."""
+        left = countdown(self._deadline(timeout))
+        model = await self._model(batch.model, batch.task, timeout)
+        return batch.join(await self._infer(model, batch.requests, left()))
+
+    async def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
+        """The responses to requests, each of which has so many seconds."""
+
+        async def start(index: int, seconds: float | None) -> _Outputs:
+            return await self._first(model, requests[index], seconds)
+
+        return await send_all_async(start, len(requests), seconds, self._wait_if_full)
+
+    async def _first(self, model: str, inputs: Tensors, seconds: float | None) -> _Outputs:
+        """The response to a request, from the first server that gives one."""
+        left = countdown(seconds)
+        failure: TridentError = UnavailableError("no server can be reached")
+        for server in self._order():
+            try:
+                with self._servers.using(server):
+                    outputs = await server.infer(model, inputs, left())
+            except TridentError as error:
+                failure = error
+                if not self._servers.note(server, error):
+                    break
+            else:
+                self._servers.answered(server)
+                return outputs
+        raise failure
+
+    async def _chunks(self, prompt: Prompt, timeout: float | None) -> AsyncGenerator[GenerationChunk, None]:
+        """The answer of a generator."""
+        left = countdown(self._deadline(timeout))
+        model = await self._model(prompt.model, _generation.TASK, timeout)
+        if prompt.stream and timeout is None:
+            stream = self._receive(model, prompt.inputs, None, self._timeout)
+        else:
+            stream = self._receive(model, prompt.inputs, left())
+        async with contextlib.aclosing(stream) as responses:
+            async for outputs in responses:
+                for chunk in _generation.chunks(outputs):
+                    yield chunk
+
+    async def _receive(
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None = None
+    ) -> AsyncGenerator[_Outputs, None]:
+        """The responses to a request of a generator; see `Connection`."""
+        left = countdown(seconds)
+        failure: TridentError = UnavailableError("no server can be reached")
+        for server in self._order():
+            begun = False
+            try:
+                stream = server.stream(model, inputs, left(), silence)
+                with self._servers.using(server):
+                    async with contextlib.aclosing(stream) as responses:
+                        async for outputs in responses:
+                            begun = True
+                            yield outputs
+            except TridentError as error:
+                failure = error
+                if not self._servers.note(server, error) or begun:
+                    break
+            else:
+                self._servers.answered(server)
+                return
+        raise failure
+
+    async def _model(self, model: str | None, task: str, timeout: float | None) -> str:
+        """The model that is meant; a server is asked once for the only one of a task."""
+        if model:
+            return model
+        if task not in self._only:
+            self._only[task] = await self._run(lambda: _control.only_model(task), timeout)
+        return self._only[task]
+
+    def _order(self) -> list[AsyncServer]:
+        self._check_open()
+        return self._servers.order()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CancelledError("the client was closed")
+
+    def _deadline(self, timeout: float | None) -> float | None:
+        return self._timeout if timeout is None else timeout
+
+
+def _connected(address: Address, settings: Settings) -> AsyncServer:
+    if address.protocol == "grpc":
+        return AsyncGrpcServer(address, settings)
+    from trident_client._http_async import AsyncHttpServer  # only here: it needs httpx2
+
+    return AsyncHttpServer(address, settings)

@@ -1,0 +1,103 @@
+"""A server over gRPC, with calls that are awaited; see `_grpc_channel`, which has the same methods."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+from numpy.typing import NDArray
+
+from trident_client import _protocol as pb
+from trident_client import _wire
+from trident_client._errors import CancelledError, InvalidRequestError, TridentError, from_named_code, translated
+from trident_client._grpc import STREAM, channel_options, credentials, inference, metadata, question
+from trident_client._settings import Address, Settings
+from trident_client._steps import Ask, Tensors
+from trident_client._watch import Alarm
+
+
+class AsyncGrpcServer:
+    """One channel, of the event loop in which it is made.
+
+    Args:
+        address: of the server.
+        settings: see `Client`.
+    """
+
+    def __init__(self, address: Address, settings: Settings) -> None:
+        self._url = address.target
+        self._settings = settings
+        self._closed = False
+        options = channel_options(self._url, settings)
+        if address.secure:
+            self._channel = grpc.aio.secure_channel(self._url, credentials(settings), options=options)
+        else:
+            self._channel = grpc.aio.insecure_channel(self._url, options=options)
+        self._stub = pb.Stub(self._channel)
+        self._stream = self._channel.unary_stream(
+            STREAM,
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+
+    async def close(self) -> None:
+        """End the channel and all that runs on it."""
+        self._closed = True
+        await self._channel.close()
+
+    async def ask(self, ask: Ask, seconds: float | None) -> Any:
+        """The answer to a question."""
+        name, request, answer = question(ask)
+        keys = metadata(self._settings, ask, self._url)
+        with self._translated():
+            return answer(await getattr(self._stub, name)(request, timeout=seconds, metadata=keys))
+
+    async def infer(self, model: str, inputs: Tensors, seconds: float | None) -> dict[str, NDArray[Any]]:
+        """The response to a request that has one."""
+        request, keys = inference(model, inputs, seconds), metadata(self._settings)
+        with self._translated():
+            response = await self._stub.ModelInfer(request, timeout=seconds, metadata=keys)
+        return _wire.parse_response(response)
+
+    async def stream(
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None
+    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
+        """The responses to a request, as they come."""
+        request, keys = inference(model, inputs, seconds), metadata(self._settings)
+        with self._translated():
+            call = self._stream(request, timeout=seconds, metadata=keys)
+            try:
+                while True:
+                    with Alarm(silence, f"there was no response for {silence} s"):
+                        response = await call.read()
+                    if response is grpc.aio.EOF:
+                        return
+                    if response.error_message:
+                        raise await self._refusal(model, response.error_message, seconds or silence)
+                    yield _wire.parse_response(response.infer_response)
+            finally:
+                call.cancel()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Raise gRPC's errors as this package's. It cancels the task that waits for a call whose channel is closed."""
+        try:
+            with translated():
+                yield
+        except asyncio.CancelledError:
+            if self._closed:
+                raise CancelledError("the client was closed") from None
+            raise
+
+    async def _refusal(self, model: str, message: str, seconds: float | None) -> TridentError:
+        if (error := from_named_code(message)) is not None:
+            return error
+        try:
+            await self.ask(Ask("metadata", model), seconds)
+        except TridentError as refusal:
+            return refusal
+        return InvalidRequestError(message)

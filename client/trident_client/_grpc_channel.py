@@ -1,0 +1,161 @@
+"""A server over gRPC, with calls that block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import grpc
+from numpy.typing import NDArray
+
+from trident_client import _protocol as pb
+from trident_client import _wire
+from trident_client._errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    TridentError,
+    UnavailableError,
+    from_named_code,
+    translated,
+)
+from trident_client._grpc import ONE_THREAD, STREAM, channel_options, credentials, inference, metadata, question
+from trident_client._settings import Address, Settings
+from trident_client._steps import Ask, Tensors
+from trident_client._watch import Watch
+
+
+class GrpcServer:
+    """One channel.
+
+    Args:
+        address: of the server.
+        settings: see `Client`.
+        watch: ends streams that are silent.
+    """
+
+    def __init__(self, address: Address, settings: Settings, watch: Watch) -> None:
+        self._url = address.target
+        self._settings = settings
+        self._watch = watch
+        options = [*channel_options(self._url, settings), ONE_THREAD]
+        if address.secure:
+            self._channel = grpc.secure_channel(self._url, credentials(settings), options=options)
+        else:
+            self._channel = grpc.insecure_channel(self._url, options=options)
+        self._stub = pb.Stub(self._channel)
+        # Triton's stream may carry many requests; each of our calls sends one.
+        self._stream = self._channel.unary_stream(
+            STREAM,
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+
+    def close(self) -> None:
+        """End the channel and all that runs on it."""
+        self._channel.close()
+
+    def ask(self, ask: Ask, seconds: float | None) -> Any:
+        """The answer to a question.
+
+        Args:
+            seconds: it may take; None: no limit.
+        """
+        name, request, answer = question(ask)
+        keys = metadata(self._settings, ask, self._url)
+        with translated():
+            return answer(getattr(self._stub, name)(request, timeout=seconds, metadata=keys))
+
+    def start(self, model: str, inputs: Tensors, seconds: float | None) -> GrpcCall:
+        """Send a request that has one response."""
+        request = inference(model, inputs, seconds)
+        return GrpcCall(self._stub.ModelInfer.future(request, timeout=seconds, metadata=metadata(self._settings)))
+
+    def stream(
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None
+    ) -> Generator[dict[str, NDArray[Any]], None, None]:
+        """The responses to a request, as they come.
+
+        Args:
+            seconds: until the last of them; None: no limit.
+            silence: seconds without a response, as long as somebody waits for it; None: no limit.
+        """
+        request, keys = inference(model, inputs, seconds), metadata(self._settings)
+        with translated():
+            call = self._stream(request, timeout=seconds, metadata=keys)
+            try:
+                for response in self._watched(call, silence):
+                    if response.error_message:
+                        raise self._refusal(model, response.error_message, seconds or silence)
+                    yield _wire.parse_response(response.infer_response)
+            finally:
+                call.cancel()
+
+    def _watched(self, call: Any, silence: float | None) -> Generator[Any, None, None]:
+        """The messages of a call."""
+        if silence is None:
+            yield from call
+            return
+        with self._watch.over(call.cancel) as wait:
+            try:
+                while True:
+                    with wait.limited(time.monotonic() + silence):
+                        response = next(call, None)
+                    if response is None:
+                        return
+                    yield response
+            except grpc.RpcError as error:
+                if wait.ended:
+                    raise DeadlineExceededError(f"there was no response for {silence:g} s") from error
+                raise
+
+    def _refusal(self, model: str, message: str, seconds: float | None) -> TridentError:
+        """The error behind a message of a stream, which carries no status code.
+
+        Trident's generator begins its messages with the code's name. Messages of Triton itself have none: either the
+        model is unknown, which the server is asked, or the request does not fit the model.
+        """
+        if (error := from_named_code(message)) is not None:
+            return error
+        try:
+            self.ask(Ask("metadata", model), seconds)
+        except TridentError as refusal:
+            return refusal
+        return InvalidRequestError(message)
+
+
+class GrpcCall:
+    """A request under way; `send_all` waits for it."""
+
+    def __init__(self, future: Any) -> None:
+        self._future = future
+
+    def add_done_callback(self, callback: Callable[[Any], Any]) -> None:
+        """Have a function called with this call once it has ended."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def code(self) -> grpc.StatusCode:
+        """How it ended."""
+        return grpc.StatusCode.UNAVAILABLE if isinstance(self.error(), UnavailableError) else self._future.code()
+
+    def details(self) -> str:
+        """What the server said of an error."""
+        return self._future.details() or ""
+
+    def error(self) -> TridentError | None:
+        """Its error, None if it has a response."""
+        try:
+            with translated():
+                self._future.result()
+        except TridentError as error:
+            return error
+        return None
+
+    def cancel(self) -> None:
+        """Cancel it."""
+        self._future.cancel()
+
+    def result(self) -> dict[str, NDArray[Any]]:
+        """The tensors of the response."""
+        with translated():
+            return _wire.parse_response(self._future.result())

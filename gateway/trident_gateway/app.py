@@ -1,0 +1,76 @@
+"""The application: every endpoint behind the door."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from trident_gateway import bodies, classify, ollama, rerank, tei, tokens
+from trident_gateway.door import Door
+from trident_gateway.errors import ApiError, ClientGone
+from trident_gateway.exchange import HANGUP
+from trident_gateway.gateway import Gateway
+from trident_gateway.openai import chat, completions, embeddings, models, responses
+
+MODULES = (chat, completions, responses, embeddings, models, rerank, classify, tokens, tei, ollama)
+ROUTERS = [module.router for module in MODULES]
+
+
+def create(gateway: Gateway) -> ASGIApp:
+    """The application of one process, around its state."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await gateway.start()
+        yield
+        await gateway.stop()
+
+    # The pages that show the schema load scripts from elsewhere, so there are none; the schema itself is served.
+    app = FastAPI(title="Trident gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.gateway = gateway
+    for router in ROUTERS:
+        app.include_router(router)
+    app.openapi = functools.cache(lambda: bodies.describe(app, ROUTERS))  # type: ignore[method-assign]
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(ClientGone, _gone)
+    app.add_exception_handler(HTTPException, _not_found)
+    if gateway.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(gateway.settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return Door(app, gateway)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _answer(request, error)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this; its status is for the log."""
+    return Response(status_code=HANGUP)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    """What the router itself refuses."""
+    assert isinstance(error, HTTPException)
+    messages = {404: "there is no such endpoint", 405: "this endpoint has other methods"}
+    message = messages.get(error.status_code, str(error.detail))
+    return _answer(request, ApiError(error.status_code, message, headers=error.headers))
+
+
+def _answer(request: Request, error: ApiError) -> Response:
+    content = json.dumps(error.body(request.url.path))
+    return Response(content, error.status, headers=error.headers, media_type="application/json")

@@ -1,0 +1,76 @@
+"""What the gateway knows of a model: its task and its limits, from the parameters of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+GENERATION = "text-generation"
+EMBEDDING = "feature-extraction"
+HYBRID = "hybrid-embedding"
+CLASSIFICATION = "text-classification"
+ZERO_SHOT = "zero-shot-classification"
+RANKING = "text-ranking"
+# Triton models of an ensemble that are not for callers, by what follows the public name.
+_STAGES = ("tokenizer", "model", "postprocess", "texts")
+_ENCODER_ANSWERS = 64  # requests to an encoder at once, which its batches share
+
+
+@dataclass(frozen=True)
+class Model:
+    """A public model.
+
+    Attributes:
+        name: as a request names it.
+        task: the transformers pipeline's.
+        parameters: of its config, as texts.
+        tokenizer: the name of its tokenizer stage; "": it has none.
+        stages: the parameters of its tokenizer stage and of what follows its graph.
+    """
+
+    name: str
+    task: str
+    parameters: Mapping[str, str]
+    tokenizer: str = ""
+    stages: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that it takes, of a generator with the answer."""
+        text = self.parameters.get("context") or self.stages.get("max_tokens")
+        return int(text) if text else None
+
+    @property
+    def at_once(self) -> int:
+        """Requests that a server should have of this model at once: enough that no slot waits for the gateway."""
+        slots, waiting = self.parameters.get("slots"), self.parameters.get("max_waiting", "0")
+        if not slots:
+            return _ENCODER_ANSWERS
+        return int(slots) + max(min(int(slots), int(waiting) // 2), 0)
+
+    @property
+    def labels(self) -> int:
+        """Classes of a classifier; 0: unknown."""
+        return int(self.stages.get("labels", "0"))
+
+    @property
+    def verified(self) -> bool:
+        """Whether its export passed the gate."""
+        return not self.parameters.get("unverified")
+
+
+def catalog(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, Model]:
+    """The public models among those that a server has loaded, by name.
+
+    Args:
+        parameters: of the config of every Triton model.
+    """
+    found = {}
+    for name, its in parameters.items():
+        base, _, role = name.partition("_")
+        if "task" not in its or (role.startswith(_STAGES) and base in parameters):
+            continue
+        tokenizer = f"{base}_tokenizer"
+        stages = {**parameters.get(tokenizer, {}), **parameters.get(f"{base}_postprocess", {})}
+        found[name] = Model(name, its["task"], its, tokenizer if tokenizer in parameters else "", stages)
+    return found

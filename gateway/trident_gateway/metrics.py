@@ -1,0 +1,96 @@
+"""Prometheus metrics of the gateway: requests by route, model and status, tokens, queues, latencies, servers.
+
+With several processes each writes its own numbers to files of a folder, which `PROMETHEUS_MULTIPROC_DIR` names before
+the library is imported, and any of them can tell the sum.
+"""
+
+from __future__ import annotations
+
+import os
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from trident_gateway.exchange import Exchange
+
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """The numbers of one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        several = FOLDER in os.environ
+        if several:
+            multiprocess.MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
+        registry = None if several else self.registry
+        by_model = ("route", "model")
+        self._requests = Counter(
+            "trident_gateway_requests", "Requests that are over.", (*by_model, "status"), registry=registry
+        )
+        self._seconds = Histogram(
+            "trident_gateway_request_seconds", "Time of a request.", by_model, buckets=_SECONDS, registry=registry
+        )
+        self._first_byte = Histogram(
+            "trident_gateway_first_byte_seconds",
+            "Time until an answer begins.",
+            by_model,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._queue = Histogram(
+            "trident_gateway_queue_seconds", "Time in the queue.", ("model",), buckets=_SECONDS, registry=registry
+        )
+        self._tokens = Counter("trident_gateway_tokens", "Tokens.", ("model", "kind"), registry=registry)
+        self._running = Gauge(
+            "trident_gateway_running",
+            "Answers that are being made.",
+            ("model",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._waiting = Gauge(
+            "trident_gateway_waiting",
+            "Requests in the queue.",
+            ("model",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._healthy = Gauge(
+            "trident_gateway_server_healthy",
+            "Whether a server answers.",
+            ("server",),
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+
+    def over(self, exchange: Exchange, seconds: float) -> None:
+        """A request is over."""
+        route, model = exchange.route or "unknown", exchange.model or ""
+        self._requests.labels(route, model, str(exchange.status)).inc()
+        self._seconds.labels(route, model).observe(seconds)
+        if exchange.first_byte_seconds is not None:
+            self._first_byte.labels(route, model).observe(exchange.first_byte_seconds)
+        if exchange.queue_seconds is not None:
+            self._queue.labels(model).observe(exchange.queue_seconds)
+        if exchange.prompt_tokens:
+            self._tokens.labels(model, "prompt").inc(exchange.prompt_tokens)
+        if exchange.completion_tokens:
+            self._tokens.labels(model, "completion").inc(exchange.completion_tokens)
+
+    def depths(self, depths: dict[str, tuple[int, int]]) -> None:
+        """How many requests run and wait, by model."""
+        for model, (running, waiting) in depths.items():
+            self._running.labels(model).set(running)
+            self._waiting.labels(model).set(waiting)
+
+    def server(self, address: str, *, healthy: bool) -> None:
+        """Whether a server answers."""
+        self._healthy.labels(address).set(int(healthy))
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry)

@@ -1,0 +1,210 @@
+"""The processes of a gateway: they listen, drain when they are told to end, and drop clients that are too slow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from trident_gateway import app
+from trident_gateway.gateway import Gateway
+from trident_gateway.metrics import FOLDER
+from trident_gateway.settings import Settings
+
+logger = logging.getLogger(__name__)
+_MAX_HEADER_BYTES = 64 * 1024
+_KEEP_ALIVE_SECONDS = 75
+_BACKLOG = 2048
+_LOOK_SECONDS = 1.0  # between two looks at the workers
+_END_SECONDS = 10.0  # that a worker may take to end, beyond its grace
+
+
+class Protocol(HttpToolsProtocol):
+    """HTTP that waits neither for headers nor for a reader for longer than the settings say."""
+
+    header_seconds = 30.0
+    write_seconds = 30.0
+    _headers: asyncio.TimerHandle | None = None
+    _reader: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has come: its headers are awaited."""
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        for timer in (self._headers, self._reader):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """More of a request."""
+        if self._headers is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_headers()
+        self._header_bytes += len(data)
+        super().data_received(data)
+        if self._headers is not None and self._header_bytes > _MAX_HEADER_BYTES:
+            self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        """The headers are there; the body's time is the application's to mind."""
+        if self._headers is not None:
+            self._headers.cancel()
+            self._headers = None
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        """The client reads too slowly."""
+        super().pause_writing()
+        self._reader = self.loop.call_later(self.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        if self._reader is not None:
+            self._reader.cancel()
+        super().resume_writing()
+
+    def _await_headers(self) -> None:
+        self._header_bytes = 0
+        self._headers = self.loop.call_later(self.header_seconds, self.transport.abort)
+
+
+class Server(uvicorn.Server):
+    """A server that answers what it has begun before it ends; a second signal ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal asks the process to end."""
+        if self._loop is None or self._gateway.draining:
+            super().handle_exit(sig, frame)
+            return
+        self._gateway.draining = True
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        await self._gateway.drain()
+        self.should_exit = True
+
+
+def config(settings: Settings, application: Any = None) -> uvicorn.Config:
+    """How uvicorn runs."""
+    protocol = type(
+        "GatewayProtocol",
+        (Protocol,),
+        {"header_seconds": settings.body_seconds, "write_seconds": settings.write_seconds},
+    )
+    return uvicorn.Config(
+        application,
+        host=settings.host,
+        port=settings.port,
+        http=protocol,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=2,
+        backlog=_BACKLOG,
+    )
+
+
+def run_worker(settings: Settings, sockets: list[socket.socket]) -> None:
+    """Answer requests until a signal comes."""
+    logging.basicConfig(level=logging.INFO, format="trident-gateway: %(message)s", stream=sys.stderr)
+    gateway = Gateway(settings)
+    Server(config(settings, app.create(gateway)), gateway).run(sockets=sockets)
+
+
+def serve(settings: Settings) -> int:
+    """Listen until a signal comes; the exit status.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    listening = _listen(settings)
+    host, port = listening.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"trident-gateway: http://{address} for {', '.join(settings.triton)}", file=sys.stderr, flush=True)
+    if settings.workers == 1:
+        run_worker(settings, [listening])
+        return 0
+    folder = tempfile.mkdtemp(prefix="trident-gateway-")
+    os.environ[FOLDER] = folder  # read where the metrics' library is imported, in the workers
+    try:
+        _supervise(settings, listening)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _supervise(settings: Settings, listening: socket.socket) -> None:
+    """Keep the workers alive until a signal comes, then let them drain."""
+    ending = threading.Event()
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: ending.set())
+    spawn = multiprocessing.get_context("spawn")
+
+    def start() -> Any:
+        worker = spawn.Process(target=run_worker, args=(settings, [listening]))
+        worker.start()
+        return worker
+
+    workers = [start() for _ in range(settings.workers)]
+    while not ending.wait(_LOOK_SECONDS):
+        for place, worker in enumerate(workers):
+            if not worker.is_alive():
+                logger.error("worker %s ended with status %s: another one starts", worker.pid, worker.exitcode)
+                mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+                workers[place] = start()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(settings.grace + _END_SECONDS)
+        if worker.is_alive():
+            worker.kill()
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The socket on which all processes listen."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError:
+        listening.close()
+        raise
+    listening.listen(_BACKLOG)
+    listening.set_inheritable(True)
+    return listening

@@ -1,0 +1,144 @@
+"""Gateways of the tests: real processes on free ports, and the models behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trident_serving.launcher.local import free_ports
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A gateway that answers.
+
+    Attributes:
+        process: of the command.
+        log: the file with its access log and what it says on standard error.
+    """
+
+    port: int
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The access log."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def ask(
+        self, path: str, body: Any = None, headers: dict[str, str] | None = None, seconds: float = 60
+    ) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and JSON of a request; a body makes it a POST."""
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        sent = {"content-type": "application/json"} | (headers or {})
+        request = urllib.request.Request(self.url + path, content, sent)
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as response:
+                return response.status, _lower(response.headers), _json(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _lower(error.headers), _json(error.read())
+
+    def connect(self, seconds: float = 30) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=seconds)
+
+
+def _lower(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return content.decode()
+
+
+@contextlib.contextmanager
+def running(log: Path, *triton: str, flags: tuple[str, ...] = (), ready: bool = True) -> Iterator[Gateway]:
+    """A gateway in front of servers."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "trident_gateway", "--port", str(port), *flags]
+    for address in triton:
+        command += ["--triton", address]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+    gateway = Gateway(port, process, log)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            with contextlib.suppress(OSError):
+                if gateway.ask("/ready")[0] == 200 or not ready:
+                    break
+            time.sleep(0.05)
+        yield gateway
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def make_models(root: Path) -> None:
+    """Hugging Face folders: `chain` thinks and calls a tool, `talk` writes anything, and one of each encoder task."""
+    # Here, because most tests need none of this, which takes seconds.
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from tests import tiny_models
+    from tests.integration.test_messages import chain, tokenizer
+
+    chain().save_pretrained(root / "chain")
+    tokenizer().save_pretrained(root / "chain")
+    (root / "chain" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0}))
+    words = tiny_models.byte_level_tokenizer()
+    words.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    talk = AutoModelForCausalLM.from_config(tiny_models.causal_config("llama", 2048)).eval()
+    with torch.no_grad():
+        for parameter in talk.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    talk.save_pretrained(root / "talk")
+    words.save_pretrained(root / "talk")
+    tiny_models.make_reader(root / "embed", "xlm-roberta", AutoModel, seed=1)
+    classifier = AutoModelForSequenceClassification
+    tiny_models.make_reader(root / "rank", "bert", classifier, seed=2, num_labels=1)
+    tiny_models.make_reader(root / "classify", "bert", classifier, seed=3, num_labels=3)
+
+
+def export_models(root: Path) -> Path:
+    """Their repository."""
+    from trident_export import install, models_file
+
+    tables: dict[str, dict[str, Any]] = {
+        "chain": {"task": "text-generation", "limits": {"context": 512, "slots": 4, "threads": 1}},
+        "talk": {"task": "text-generation", "limits": {"context": 2048, "slots": 4, "max_waiting": 8, "threads": 1}},
+    }
+    shared = {"max_tokens": 96, "buckets": [32], "threads": 1}
+    tables["embed"] = {"task": "feature-extraction", "limits": {**shared, "dimensions": 32, "matryoshka": [8]}}
+    tables["rank"] = {"task": "text-ranking", "limits": {**shared, "labels": 1}}
+    tables["classify"] = {"task": "text-classification", "limits": {**shared, "labels": 3}}
+    for name, table in tables.items():
+        table |= {"source": {"path": str(root / name)}, "variants": ["fp32"]}
+    specs = [models_file.parse(name, table) for name, table in tables.items()]
+    install.export(specs, root / "repository", root, root / "cache", lambda message: None)
+    return root / "repository"

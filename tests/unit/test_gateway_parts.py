@@ -1,0 +1,274 @@
+"""The parts of the gateway that need no server: queues, keys, the choice of a server, items, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trident_client import GenerationChunk, InvalidRequestError, UnavailableError
+from trident_gateway import cli, keys
+from trident_gateway.admission import Admission
+from trident_gateway.catalog import Model, catalog
+from trident_gateway.errors import ApiError, from_trident
+from trident_gateway.exchange import Exchange
+from trident_gateway.openai.completions import LogProbs, written
+from trident_gateway.openai.items import messages_of
+from trident_gateway.routing import Server, Servers, beginning_of
+from trident_gateway.settings import Settings
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 10))
+
+
+async def hold(admission: Admission, order: list[str], name: str, done: asyncio.Event, **more: Any) -> None:
+    async with admission.slot("m", 2, **more):
+        order.append(name)
+        await done.wait()
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_first_come_first_served() -> None:
+    async def work() -> None:
+        admission, order = Admission(10, 60), list[str]()
+        ends = {name: asyncio.Event() for name in "abcd"}
+        tasks = [asyncio.create_task(hold(admission, order, name, ends[name])) for name in "abcd"]
+        await settled()
+        assert order == ["a", "b"]
+        assert admission.depths() == {"m": (2, 2)}
+        ends["b"].set()
+        await settled()
+        assert order == ["a", "b", "c"]
+        for end in ends.values():
+            end.set()
+        await asyncio.gather(*tasks)
+        assert order == ["a", "b", "c", "d"]
+        assert admission.depths() == {"m": (0, 0)}
+
+    run(work())
+
+
+def test_who_hangs_up_leaves_the_queue_and_no_slot_is_lost() -> None:
+    async def work() -> None:
+        admission, order, end = Admission(10, 60), list[str](), asyncio.Event()
+        first = [asyncio.create_task(hold(admission, order, name, end)) for name in "ab"]
+        await settled()
+        large = asyncio.create_task(hold(admission, order, "large", end, answers=2))
+        small = asyncio.create_task(hold(admission, order, "small", end))
+        await settled()
+        large.cancel()
+        first[0].cancel()
+        await settled()
+        assert order == ["a", "b", "small"]
+        end.set()
+        await asyncio.gather(*first, large, small, return_exceptions=True)
+        assert admission.depths() == {"m": (0, 0)}
+
+    run(work())
+
+
+def test_a_turn_that_comes_with_the_hangup_goes_to_the_next() -> None:
+    async def work() -> None:
+        admission, order = Admission(10, 60), list[str]()
+        ends = {name: asyncio.Event() for name in "abcd"}
+        tasks = {name: asyncio.create_task(hold(admission, order, name, ends[name])) for name in "abcd"}
+        await settled()
+        ends["a"].set()
+        await asyncio.sleep(0)  # a's slot is c's now, which does not know it yet
+        tasks["c"].cancel()
+        await settled()
+        assert order == ["a", "b", "d"]
+        for end in ends.values():
+            end.set()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        assert admission.depths() == {"m": (0, 0)}
+
+    run(work())
+
+
+def test_full_queues_and_keys_are_refused() -> None:
+    async def work() -> None:
+        admission, order, end = Admission(1, 0.05), list[str](), asyncio.Event()
+        tasks = [asyncio.create_task(hold(admission, order, name, end)) for name in "abc"]
+        await settled()
+        with pytest.raises(ApiError, match="1 requests wait already") as full:
+            async with admission.slot("m", 2):
+                pass
+        assert (full.value.status, full.value.headers["retry-after"]) == (429, "1")
+        await asyncio.sleep(0.1)
+        with pytest.raises(ApiError, match="no room within 0.05 s"):
+            await tasks[2]
+        async with admission.slot("other", 1, key="k", per_key=1):
+            with pytest.raises(ApiError, match="this key has 1 requests"):
+                async with admission.slot("other", 5, key="k", per_key=1):
+                    pass
+            async with admission.slot("other", 5, key="l", per_key=1):
+                pass
+        async with admission.slot("other", 1, key="k", per_key=1):
+            end.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(work())
+
+
+def test_a_request_of_more_answers_than_slots_goes_in_alone() -> None:
+    async def work() -> None:
+        async with Admission(1, 1).slot("m", 2, answers=5):
+            pass
+
+    run(work())
+
+
+def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys.json"
+    assert cli.main(["key", "add", "web", "--keys", str(file)]) == 0
+    key = capsys.readouterr().out.strip()
+    assert cli.main(["key", "add", "ops", "--scope", "admin", "--keys", str(file)]) == 0
+    assert key not in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert cli.main(["key", "add", "web", "--keys", str(file)]) == 1
+    assert "there is a key 'web' already" in capsys.readouterr().err
+    ring = keys.KeyRing(file)
+    found = ring.find(key)
+    assert found is not None
+    assert (found.name, found.scopes) == ("web", ("inference",))
+    assert ring.find(key + "x") is None
+    assert ring.find("") is None
+    assert cli.main(["key", "remove", "web", "--keys", str(file)]) == 0
+    ring._next_look = 0.0
+    assert ring.find(key) is None
+    assert cli.main(["key", "list", "--keys", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("ops\tadmin\t")
+    file.write_text("[]")
+    assert cli.main(["key", "list", "--keys", str(file)]) == 1
+    assert "is no file of keys" in capsys.readouterr().err
+
+
+def servers(**running: int) -> Servers:
+    made = Servers({}, 1)
+    model = Model("m", "text-generation", {})
+    made.every = [
+        Server(address, None, healthy=True, models={"m": model}, running=count)  # type: ignore[arg-type]
+        for address, count in running.items()
+    ]
+    return made
+
+
+def test_a_conversation_stays_where_it_began_unless_that_is_much_busier() -> None:
+    conversations = [beginning_of(["system", f"question {index}"]) for index in range(200)]
+    homes = [servers(a=0, b=0, c=0).order("m", each)[0].address for each in conversations]
+    assert {name: 40 < homes.count(name) < 95 for name in "abc"} == dict.fromkeys("abc", True)
+    slightly = [servers(a=4, b=0, c=0).order("m", each)[0].address for each in conversations]
+    assert slightly == homes
+    much = [servers(a=5, b=0, c=0).order("m", each)[0].address for each in conversations]
+    assert "a" not in much
+    assert [its for its, home in zip(much, homes, strict=True) if home != "a"] == [its for its in homes if its != "a"]
+    two = [servers(a=0, b=0).order("m", each)[0].address for each in conversations]
+    assert [its for its, home in zip(two, homes, strict=True) if home != "c"] == [its for its in homes if its != "c"]
+    assert [server.address for server in servers(a=2, b=1, c=3).order("m", b"")] == ["b", "a", "c"]
+
+
+def test_stages_are_no_models() -> None:
+    embedding = {"task": "feature-extraction"}
+    found = catalog(
+        {
+            "e": embedding,
+            "e_int8": embedding,
+            "e_texts": embedding,
+            "e_tokenizer": embedding | {"max_tokens": "96"},
+            "e_model": {},
+            "e_model_int8": {},
+            "e_postprocess": embedding | {"labels": "3"},
+            "g": {"task": "text-generation", "slots": "8", "max_waiting": "6", "context": "512"},
+        }
+    )
+    assert list(found) == ["e", "e_int8", "g"]
+    assert (found["e_int8"].context, found["e_int8"].labels, found["e_int8"].tokenizer) == (96, 3, "e_tokenizer")
+    assert (found["g"].context, found["g"].at_once) == (512, 11)
+
+
+def test_errors_of_the_server() -> None:
+    too_long = "messages has 3000 tokens, the model's context of 2048 allows 2047 and one generated token"
+    error = from_trident(InvalidRequestError(too_long))
+    assert (error.status, error.code, error.param) == (400, "context_length_exceeded", "messages")
+    assert error.message == f"This model's maximum context length is 2048 tokens: {too_long}"
+    error = from_trident(InvalidRequestError("stop_words holds 33 texts, the limit is 32"))
+    assert (error.status, error.code, error.param) == (400, None, "stop")
+    assert from_trident(UnavailableError("the queue is full: 8 requests wait")).status == 429
+    assert from_trident(UnavailableError("connection refused")).status == 503
+
+
+def test_items_become_messages() -> None:
+    items: list[dict[str, Any]] = [
+        {
+            "role": "developer",
+            "content": [{"type": "input_text", "text": "one"}, {"type": "input_text", "text": "two"}],
+        },
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "b", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": "1"},
+    ]
+
+    def call(name: str, function: str) -> dict[str, Any]:
+        return {"id": name, "type": "function", "function": {"name": function, "arguments": "{}"}}
+
+    assert messages_of(items, "be brief") == [
+        {"role": "system", "content": "be brief"},
+        {"role": "system", "content": "one\ntwo"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "reasoning_content": "hm",
+            "tool_calls": [call("a", "f"), call("b", "g")],
+        },
+        {"role": "tool", "tool_call_id": "a", "content": "1"},
+    ]
+
+
+def test_tokens_that_are_no_text() -> None:
+    first, second = bytes([0xF0, 0x9F]), bytes([0x98, 0x80])
+    assert written(first) == "bytes:\\xf0\\x9f"
+    chunk = GenerationChunk("a😀b", "", 1, 4, (-1.0,) * 4, tokens=(b"a", first, second, b"b"))
+    assert LogProbs(False).of(chunk)["text_offset"] == [0, 1, 1, 2]
+
+
+def test_what_the_log_says_of_a_request() -> None:
+    def of(**headers: str) -> Exchange:
+        raw = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()]
+        return Exchange.of({"headers": raw, "method": "POST", "client": ("1.2.3.4", 5)})
+
+    assert of(x_request_id="abc-1").request_id == "abc-1"
+    for bad in ("", "a b", "x" * 129, 'a"b', "a\x1b[0m"):
+        assert of(x_request_id=bad).request_id.startswith("req-")
+    trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+    assert of(traceparent=trace).trace_id == "a" * 32
+    assert of(traceparent=trace + "x").trace_id is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"host": "0.0.0.0"}, "can be reached from other machines"),
+        ({"triton": ()}, "names no server"),
+        ({"workers": 0}, "workers must be at least 1"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+def test_a_gateway_for_others_needs_keys_or_says_that_it_needs_none(tmp_path: Path) -> None:
+    assert Settings(host="0.0.0.0", public=True).keys is None
+    assert json.dumps(str(Settings(host="0.0.0.0", keys=tmp_path / "k").keys))
