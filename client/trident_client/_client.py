@@ -500,6 +500,15 @@ class Client(Connection):
         """
         return self._run(lambda: _control.unverified(model), timeout)
 
+    def adapters(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """The adapters of a model, which `lora_name` chooses from; [] of one that has none.
+
+        Raises:
+            NotFoundError: the server has not loaded such a model.
+            TridentError: see its other subclasses.
+        """
+        return self._run(lambda: _control.adapters(model), timeout)
+
     def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Load a model that was exported since the server started, or that was exported again.
 
