@@ -1,0 +1,441 @@
+"""Drafts by a second, smaller model with the same tokens (Leviathan et al., "Fast Inference from Transformers via
+Speculative Decoding", 2023).
+
+The draft model has a slot for each slot of the model. Nothing keeps the two in step: a draft's slot knows which tokens
+it holds, and before it drafts it runs those of the sequence that it does not hold. So a refused token, a slot that was
+given away or a sequence that was not drafted for a while cost time, and never an answer: the model verifies every
+token, as it does with drafts from texts.
+
+Other than those, a draft token costs before it is verified. So its length is chosen first, from how often the draft
+was right and from what steps of both models take; see `allot_rounds`. Where it does not pay, nothing is drafted, and
+that is looked at again with a hundredth of the time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trident_serving.generation.batch import SlotTokens
+from trident_serving.generation.decoder import Decoder
+from trident_serving.generation.drafting import (
+    MAX_DRAFT,
+    Acceptance,
+    Drafter,
+    Proposal,
+    SequenceDrafts,
+    StepCost,
+    StepTimes,
+    Wanted,
+)
+from trident_serving.generation.slots import MIN_REUSED, common_prefix
+from trident_serving.runtime.log_probabilities import Logits
+
+logger = logging.getLogger(__name__)
+
+FIRST_CHANCE = 0.8  # of a draft model about which nothing is known
+FIRST_ANSWER = 64.0  # tokens of an answer before any was given
+SHARED_MEMORY = 0.99  # the weight of a draft once the next one is known, over all sequences
+WEIGHT = 4.0  # draft tokens that what is known of the other sequences counts as
+RETURN = 0.03  # how fast a sequence that is not drafted goes back to what is known of the others, a step
+EXPLORED = 0.01  # the share of the time that is spent on drafts that do not seem to pay
+
+
+class DraftModel:
+    """The decoder that drafts, and which tokens its slots hold.
+
+    Args:
+        decoder: with as many slots as the model's has.
+        context: tokens that one of its slots takes at most.
+        vocabulary: tokens that both models have; what one has beyond, no tokenizer gives.
+    """
+
+    def __init__(self, decoder: Decoder, slots: int, context: int, vocabulary: int) -> None:
+        self.context = context
+        self.times = StepTimes()
+        self._decoder = decoder
+        self._vocabulary = vocabulary
+        self._held: list[list[int]] = [[] for _ in range(slots)]
+
+    def warm_up(self) -> None:
+        """Run a token twice, so that it is known what it takes before the first draft."""
+        for _ in range(2):
+            self.run([(0, 0, [0])])
+        self.release(0, 0)
+
+    def held(self, slot: int, tokens: Sequence[int]) -> int:
+        """How many of the tokens a slot holds, at most all but the last, which is to run."""
+        return common_prefix(self._held[slot], tokens, len(tokens) - 1)
+
+    def run(self, items: Sequence[tuple[int, int, Sequence[int]]], *, drafting: bool = True) -> list[int]:
+        """Append tokens to slots.
+
+        Args:
+            items: slot, the position of the first token, and the tokens, at least one.
+            drafting: whether the next token of each is wanted.
+
+        Returns:
+            The likeliest next token of each.
+        """
+        started = time.perf_counter()
+        wanted = int(drafting)
+        known = [[token if token < self._vocabulary else 0 for token in tokens] for _, _, tokens in items]
+        to_run = [SlotTokens(slot, start, ids, wanted) for (slot, start, _), ids in zip(items, known, strict=True)]
+        for slot, start, _ in items:
+            del self._held[slot][start:]
+        logits: Logits = self._decoder.run(to_run)
+        for slot, _, tokens in items:
+            self._held[slot] += tokens
+        found = logits[:, : self._vocabulary].argmax(axis=-1).tolist() if drafting else []
+        more = sum(len(tokens) for _, _, tokens in items) - len(items)
+        self.times.record(len(items), more, time.perf_counter() - started)
+        return found
+
+    def reuse(self, slot: int, tokens: Sequence[int]) -> None:
+        """Copy the beginning of a text from another slot, if one holds more of it."""
+        if not self._decoder.can_copy:
+            return
+        source = max(range(len(self._held)), key=lambda index: self.held(index, tokens))
+        length = self.held(source, tokens)
+        if length >= self.held(slot, tokens) + MIN_REUSED:
+            self.copy(source, slot, length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first positions of a slot become those of another, as far as that holds them."""
+        self.release(target, 0)
+        self._held[target] = self._held[source][:length]
+        if self._held[target]:
+            self._decoder.copy(source, target, len(self._held[target]))
+
+    def release(self, slot: int, start: int) -> None:
+        """The slot's positions from `start` on are not needed any more."""
+        del self._held[slot][start:]
+        self._decoder.release(slot, len(self._held[slot]))
+
+
+class Followed:
+    """A model's decoder whose slots the draft's follow: what is copied or released is so in both.
+
+    Args:
+        decoder: the model's.
+        draft: the draft's.
+    """
+
+    def __init__(self, decoder: Decoder, draft: DraftModel) -> None:
+        self._decoder, self._draft = decoder, draft
+
+    @property
+    def can_copy(self) -> bool:
+        """See `Decoder.can_copy`."""
+        return self._decoder.can_copy
+
+    def run(self, items: Sequence[SlotTokens]) -> Logits:
+        """See `Decoder.run`."""
+        return self._decoder.run(items)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `Decoder.copy`."""
+        self._decoder.copy(source, target, length)
+        self._draft.copy(source, target, length)
+
+    def release(self, slot: int, start: int) -> None:
+        """See `Decoder.release`."""
+        self._decoder.release(slot, start)
+        self._draft.release(slot, start)
+
+
+class History:
+    """What is known of a draft model from all sequences.
+
+    Attributes:
+        chance: of a draft token to be right.
+        answer: tokens of an answer, on average.
+    """
+
+    def __init__(self) -> None:
+        self._right, self._tried = FIRST_CHANCE * WEIGHT, WEIGHT
+        self.answer = FIRST_ANSWER
+
+    @property
+    def chance(self) -> float:
+        """See there."""
+        return self._right / self._tried
+
+    def record(self, right: int, tried: int) -> None:
+        """Of `tried` draft tokens whose predecessors were right, so many were right."""
+        self._right = SHARED_MEMORY * self._right + right
+        self._tried = SHARED_MEMORY * self._tried + tried
+
+    def ended(self, tokens: int) -> None:
+        """An answer has ended."""
+        self.answer += 0.1 * (tokens - self.answer)
+
+
+class ModelAcceptance(Acceptance):
+    """How likely the draft model is right in one sequence: as in the others, until its own drafts tell."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._right, self._tried = history.chance * WEIGHT, WEIGHT
+
+    def chance(self) -> float:
+        """The chance of each token of a draft."""
+        return self._right / self._tried
+
+    def rest(self) -> None:
+        """The sequence was not drafted in this step."""
+        self._right += RETURN * (self._history.chance * WEIGHT - self._right)
+        self._tried += RETURN * (WEIGHT - self._tried)
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """See `Acceptance.record`."""
+        tried = accepted + (accepted < drafted)
+        self._right = 0.8 * self._right + accepted
+        self._tried = 0.8 * self._tried + tried
+        self._history.record(accepted, tried)
+
+    def ended(self, tokens: int) -> None:
+        """The answer has ended with so many tokens."""
+        self._history.ended(tokens)
+
+    def left(self, generated: int, limit: int) -> float:
+        """Tokens that an answer of so many is expected to have still, `limit` at most: as the others, or twice as many.
+
+        Args:
+            generated: tokens of it so far.
+            limit: that it may still have.
+        """
+        return min(limit, max(self._history.answer - generated, generated))
+
+
+def allot_rounds(
+    chances: Sequence[float], limits: Sequence[int], rest: tuple[float, float], token: float, draft: StepCost
+) -> list[int]:
+    """Draft lengths that make the most tokens a second, where a model drafts.
+
+    It gives every sequence that drafts still one token in each round. A round is added, with as many of the likeliest
+    sequences as pay, while that raises the tokens that the step is expected to give, over what it takes.
+
+    Args:
+        chances: of each sequence.
+        limits: longest draft of each.
+        rest: tokens that the step is expected to give without these drafts, and what it takes.
+        token: what verifying a draft token takes.
+        draft: of a step of the draft model.
+    """
+    lengths, gains = [0] * len(chances), list(chances)
+    expected, spent = rest
+    drafting = list(range(len(chances)))
+    while True:
+        drafting = sorted((i for i in drafting if lengths[i] < limits[i]), key=lambda i: -gains[i])
+        best, gained, gain = 0, 0.0, 0.0
+        rate = expected / spent
+        for count, index in enumerate(drafting, 1):
+            gain += gains[index]
+            found = (expected + gain) / (spent + count * token + draft.of(count, 0))
+            if found > rate:
+                best, gained, rate = count, gain, found
+        if not best:
+            return lengths
+        expected += gained
+        spent += best * token + draft.of(best, 0)
+        drafting = drafting[:best]
+        for index in drafting:
+            lengths[index] += 1
+            gains[index] *= chances[index]
+
+
+def best_rate(chance: float, limit: int, step: float, token: float) -> float:
+    """Tokens a second of one sequence with the best length of its drafts.
+
+    Args:
+        chance: of each draft token.
+        limit: tokens of a draft at most.
+        step: its share of a step without drafts.
+        token: what a draft token takes.
+    """
+    gain, expected, best = 1.0, 1.0, 1 / step
+    for length in range(1, limit + 1):
+        gain *= chance
+        expected += gain
+        best = max(best, expected / (step + length * token))
+    return best
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A sequence that the model may draft.
+
+    Attributes:
+        index: in the step.
+        chance: of each draft token.
+        limit: tokens of a draft at most.
+        behind: tokens that the draft must run before the last one.
+        saved: what the rest of the answer takes less if it is drafted, in seconds.
+    """
+
+    index: int
+    slot: int
+    tokens: Sequence[int]
+    chance: float
+    limit: int
+    behind: int
+    saved: float
+
+
+class ModelDrafter(Drafter):
+    """The drafts of a step from texts, and by a model where that makes more of it.
+
+    Args:
+        model: it drafts.
+        chunk: tokens of texts that it runs in one step at most before it drafts.
+        ends: tokens that nothing is drafted behind.
+    """
+
+    def __init__(self, model: DraftModel, chunk: int, ends: frozenset[int]) -> None:
+        super().__init__()
+        self._model: DraftModel | None = model
+        self._chunk = chunk
+        self._ends = ends
+        self._history = History()
+        self._idle = False  # whether nothing was drafted by the model, though it could have been
+        self._saved_up = 0.0  # seconds for drafts that do not seem to pay
+        model.warm_up()
+
+    def acceptance(self) -> ModelAcceptance | None:
+        """See `Drafter.acceptance`."""
+        return None if self._model is None else ModelAcceptance(self._history)
+
+    def draft(self, sequences: Sequence[Wanted]) -> list[list[int]]:
+        """See `Drafter.draft`."""
+        if self._model is None or not self._times.known:
+            return super().draft(sequences)
+        proposals, cost = self._proposals(sequences), self._times.cost()
+        candidates = self._candidates(sequences, proposals, cost, self._model)
+        chosen, exploring = self._choose(candidates, cost, self._model)
+        by_text = self._cut(proposals, cost)
+        drafts = list(by_text)
+        try:
+            ready = self._catch_up(chosen, self._model)
+            for each in ready:
+                drafts[each.index] = []
+            lengths = [1] * len(ready) if exploring else self._lengths(ready, proposals, drafts, cost, self._model)
+            found = self._run(ready, lengths, self._model)
+        except Exception:
+            logger.exception("the draft model failed: answers go on without it until the model is loaded again")
+            self._model = None
+            return by_text
+        drafted = {each.index: tokens for each, tokens in zip(ready, found, strict=True) if tokens}
+        for candidate in candidates:
+            owner = _drafts(sequences[candidate.index])
+            if candidate.index in drafted:
+                owner.origin = "model"
+                drafts[candidate.index] = drafted[candidate.index]
+                continue
+            drafts[candidate.index] = by_text[candidate.index]
+            if owner.model is not None:
+                owner.model.rest()
+        return drafts
+
+    def record(self, drafts: Sequence[Sequence[int]], seconds: float) -> None:
+        """See `Drafter.record`."""
+        super().record(drafts, seconds)
+        if self._idle:
+            self._saved_up += EXPLORED * seconds
+
+    def _candidates(
+        self, sequences: Sequence[Wanted], proposals: Sequence[Proposal], cost: StepCost, model: DraftModel
+    ) -> list[_Candidate]:
+        """Sequences that the model can draft, and what that saves."""
+        able = []
+        for index, each in enumerate(sequences):
+            if each.drafts is not None and each.drafts.model is not None:
+                limit = min(each.limit, MAX_DRAFT, model.context + 1 - len(each.drafts.tokens))
+                able += [(index, each, each.drafts, each.drafts.model, limit)] if limit > 0 else []
+        if not able:
+            return []
+        draft, step = model.times.cost(), cost.of(len(sequences), 0) / len(sequences)
+        token = cost.token + draft.of(len(able), 0) / len(able)
+        found = []
+        for index, each, drafts, acceptance, limit in able:
+            chance, text = proposals[index]
+            before = best_rate(chance, len(text), step, cost.token)
+            now = best_rate(acceptance.chance(), limit, step, token)
+            left = acceptance.left(len(drafts.tokens) - drafts.prompt_length, each.limit + 1)
+            behind = len(drafts.tokens) - 1 - model.held(each.slot, drafts.tokens)
+            saved = left * (1 / before - 1 / now)
+            found.append(_Candidate(index, each.slot, drafts.tokens, acceptance.chance(), limit, behind, saved))
+        return found
+
+    def _choose(
+        self, candidates: Sequence[_Candidate], cost: StepCost, model: DraftModel
+    ) -> tuple[list[_Candidate], bool]:
+        """The sequences that the model drafts, and whether that is only to see how it does."""
+        draft = model.times.cost()
+        chosen = [each for each in candidates if each.saved > each.behind * draft.token]
+        self._idle = bool(candidates) and not chosen
+        if chosen or not candidates:
+            self._saved_up *= not chosen
+            return chosen, False
+        nearest = min(candidates, key=lambda each: each.behind)
+        price = draft.of(1, nearest.behind) + cost.token
+        if self._saved_up < price:
+            return [], False
+        self._saved_up -= price
+        return [nearest], True
+
+    def _catch_up(self, chosen: Sequence[_Candidate], model: DraftModel) -> list[_Candidate]:
+        """Run what the draft's slots lack, a chunk of it at most; returns the sequences that can be drafted now."""
+        ready, items, room = [], [], self._chunk
+        for each in chosen:
+            start = len(each.tokens) - 1 - each.behind
+            if each.behind > MAX_DRAFT:  # less of it runs with the first token of the draft
+                model.reuse(each.slot, each.tokens)
+                start = model.held(each.slot, each.tokens)
+            behind = len(each.tokens) - 1 - start
+            run = min(behind, room) if behind > MAX_DRAFT else 0
+            if run:
+                items.append((each.slot, start, each.tokens[start : start + run]))
+                room -= run
+            if behind - run <= MAX_DRAFT:
+                ready.append(each)
+        if items:
+            model.run(items, drafting=False)
+        return ready
+
+    @staticmethod
+    def _lengths(
+        ready: Sequence[_Candidate],
+        proposals: Sequence[Proposal],
+        drafts: Sequence[Sequence[int]],
+        cost: StepCost,
+        model: DraftModel,
+    ) -> list[int]:
+        by_text = [(chance, len(draft)) for (chance, _), draft in zip(proposals, drafts, strict=True)]
+        expected = len(drafts) + sum(chance**n for chance, length in by_text for n in range(1, length + 1))
+        spent = cost.of(len(drafts), sum(length for _, length in by_text))
+        chances, limits = [each.chance for each in ready], [each.limit for each in ready]
+        return allot_rounds(chances, limits, (expected, spent), cost.token, model.times.cost())
+
+    def _run(self, ready: Sequence[_Candidate], lengths: Sequence[int], model: DraftModel) -> list[list[int]]:
+        """Draft so many tokens of each sequence, one for all in each run."""
+        found: list[list[int]] = [[] for _ in ready]
+        drafting = [index for index, length in enumerate(lengths) if length]
+        items = []
+        for index in drafting:
+            slot, tokens = ready[index].slot, ready[index].tokens
+            start = model.held(slot, tokens)
+            items.append((slot, start, tokens[start:]))
+        while drafting:
+            for index, token in zip(drafting, model.run(items), strict=True):
+                found[index].append(token)
+            drafting = [i for i in drafting if len(found[i]) < lengths[i] and found[i][-1] not in self._ends]
+            items = [(ready[i].slot, len(ready[i].tokens) + len(found[i]) - 1, found[i][-1:]) for i in drafting]
+        return found
+
+
+def _drafts(wanted: Wanted) -> SequenceDrafts:
+    assert wanted.drafts is not None
+    return wanted.drafts
