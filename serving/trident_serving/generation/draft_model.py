@@ -35,6 +35,7 @@ from trident_serving.runtime.log_probabilities import Logits
 
 logger = logging.getLogger(__name__)
 
+WARM_UP = 4  # runs
 FIRST_CHANCE = 0.8  # of a draft model about which nothing is known
 FIRST_ANSWER = 64.0  # tokens of an answer before any was given
 SHARED_MEMORY = 0.99  # the weight of a draft once the next one is known, over all sequences
@@ -60,10 +61,15 @@ class DraftModel:
         self._held: list[list[int]] = [[] for _ in range(slots)]
 
     def warm_up(self) -> None:
-        """Run a token twice, so that it is known what it takes before the first draft."""
-        for _ in range(2):
+        """Run a token some times, so that it is known what it takes before the first draft: the fastest run tells."""
+        took = []
+        for _ in range(WARM_UP):
+            started = time.perf_counter()
             self.run([(0, 0, [0])])
+            took.append(time.perf_counter() - started)
         self.release(0, 0)
+        self.times = StepTimes()
+        self.times.record(1, 0, min(took))
 
     def held(self, slot: int, tokens: Sequence[int]) -> int:
         """How many of the tokens a slot holds, at most all but the last, which is to run."""
