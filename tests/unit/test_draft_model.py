@@ -106,7 +106,7 @@ def make(slots: int, draft: Draft, *, context: int = FAR, **more: Any) -> Engine
         EngineSettings(slots=slots, **options),
         eos_token_ids=frozenset([EOS]),
         recorder=recorder,
-        draft=DraftModel(draft, slots, context, VOCABULARY),
+        draft=DraftModel(draft, slots, context, VOCABULARY, options["prefill_chunk"]),
     )
 
 
@@ -244,7 +244,7 @@ def test_a_draft_that_fails_ends_no_answer(caplog: pytest.LogCaptureFixture) -> 
 def test_tokens_that_the_draft_does_not_have_are_verified() -> None:
     """A caller may bias the answer to a row of the model that stands for no token."""
     draft = Draft(1)
-    model = DraftModel(draft, 1, FAR, 50)  # the draft has half of the tokens
+    model = DraftModel(draft, 1, FAR, 50, 4)  # the draft has half of the tokens
     engine = Engine(
         Model(1),
         EngineSettings(slots=1, cache_tokens=FAR, prefill_chunk=4, max_waiting=9),

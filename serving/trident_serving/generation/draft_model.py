@@ -17,9 +17,11 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from trident_serving.artefacts import DRAFT, DraftSettings
 from trident_serving.generation.batch import SlotTokens
-from trident_serving.generation.decoder import Decoder
+from trident_serving.generation.decoder import Decoder, OnnxDecoder
 from trident_serving.generation.drafting import (
     MAX_DRAFT,
     Acceptance,
@@ -32,6 +34,7 @@ from trident_serving.generation.drafting import (
 )
 from trident_serving.generation.slots import MIN_REUSED, common_prefix
 from trident_serving.runtime.log_probabilities import Logits
+from trident_serving.schema.limits import GenerationLimits
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +54,11 @@ class DraftModel:
         decoder: with as many slots as the model's has.
         context: tokens that one of its slots takes at most.
         vocabulary: tokens that both models have; what one has beyond, no tokenizer gives.
+        chunk: tokens of texts that it runs in one step at most before it drafts.
     """
 
-    def __init__(self, decoder: Decoder, slots: int, context: int, vocabulary: int) -> None:
-        self.context = context
+    def __init__(self, decoder: Decoder, slots: int, context: int, vocabulary: int, chunk: int) -> None:
+        self.context, self.chunk = context, chunk
         self.times = StepTimes()
         self._decoder = decoder
         self._vocabulary = vocabulary
@@ -119,6 +123,37 @@ class DraftModel:
         """The slot's positions from `start` on are not needed any more."""
         del self._held[slot][start:]
         self._decoder.release(slot, len(self._held[slot]))
+
+
+def open_decoder(folder: Path, settings: DraftSettings, limits: GenerationLimits, device_id: int) -> OnnxDecoder:
+    """The decoder of the graph that drafts, in a model's version folder."""
+    return OnnxDecoder(
+        folder / DRAFT / "model.onnx",
+        slots=limits.slots,
+        context=min(limits.context, settings.context),
+        longest_run=min(max(limits.prefill_chunk, MAX_DRAFT + 1), settings.longest_run),
+        threads=limits.threads,
+        device=limits.device,
+        device_id=device_id,
+    )
+
+
+def over_decoder(
+    decoder: OnnxDecoder, settings: DraftSettings, limits: GenerationLimits, vocabulary: int
+) -> DraftModel:
+    """The draft model over its decoder.
+
+    Args:
+        vocabulary: of the model.
+    """
+    return DraftModel(
+        decoder,
+        limits.slots,
+        # A text beyond the original context of a draft with two rotations would have to run again.
+        min(decoder.context, decoder.original_context or decoder.context),
+        min(vocabulary, decoder.vocabulary_size),
+        min(limits.prefill_chunk, settings.longest_run),
+    )
 
 
 class Followed:
@@ -296,14 +331,12 @@ class ModelDrafter(Drafter):
 
     Args:
         model: it drafts.
-        chunk: tokens of texts that it runs in one step at most before it drafts.
         ends: tokens that nothing is drafted behind.
     """
 
-    def __init__(self, model: DraftModel, chunk: int, ends: frozenset[int]) -> None:
+    def __init__(self, model: DraftModel, ends: frozenset[int]) -> None:
         super().__init__()
         self._model: DraftModel | None = model
-        self._chunk = chunk
         self._ends = ends
         self._history = History()
         self._idle = False  # whether nothing was drafted by the model, though it could have been
@@ -392,9 +425,10 @@ class ModelDrafter(Drafter):
         self._saved_up -= price
         return [nearest], True
 
-    def _catch_up(self, chosen: Sequence[_Candidate], model: DraftModel) -> list[_Candidate]:
+    @staticmethod
+    def _catch_up(chosen: Sequence[_Candidate], model: DraftModel) -> list[_Candidate]:
         """Run what the draft's slots lack, a chunk of it at most; returns the sequences that can be drafted now."""
-        ready, items, room = [], [], self._chunk
+        ready, items, room = [], [], model.chunk
         for each in chosen:
             start = len(each.tokens) - 1 - each.behind
             if each.behind > MAX_DRAFT:  # less of it runs with the first token of the draft

@@ -81,7 +81,7 @@ class Engine(EngineLoop[Answer]):
         self._decoder = decoder if draft is None else Followed(decoder, draft)
         self._settings = settings
         self._eos_token_ids = eos_token_ids
-        self._drafter = Drafter() if draft is None else ModelDrafter(draft, settings.prefill_chunk, eos_token_ids)
+        self._drafter = Drafter() if draft is None else ModelDrafter(draft, eos_token_ids)
         self._ngram_pool = NgramPool() if settings.prompt_lookup and settings.ngram_pool else None
         self._mask_maker = MaskMaker()
         self._scheduler = self._new_scheduler()
