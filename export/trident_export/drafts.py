@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 
 from trident_export.errors import ModelsFileError
 from trident_export.graphs import editing
-from trident_export.graphs.states import PAST
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec, as_installed
 from trident_serving.artefacts import DRAFT, VERSION, DraftSettings
 from trident_serving.generation.drafting import MAX_DRAFT
+
+_PAST_STATES = "past_states."  # of `graphs.states`, which imports transformers
 
 
 def first(specs: Sequence[ModelSpec], repository: Path) -> list[ModelSpec]:
@@ -103,4 +104,4 @@ def link(spec: ModelSpec, staging: Path, repository: Path) -> dict[str, str]:
 
 def _keeps_states(graph: Path) -> bool:
     inputs = onnx.load(str(graph), load_external_data=False).graph.input
-    return any(value.name.startswith(PAST) for value in inputs)
+    return any(value.name.startswith(_PAST_STATES) for value in inputs)
