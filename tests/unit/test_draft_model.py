@@ -106,7 +106,7 @@ def make(slots: int, draft: Draft, *, context: int = FAR, **more: Any) -> Engine
         EngineSettings(slots=slots, **options),
         eos_token_ids=frozenset([EOS]),
         recorder=recorder,
-        draft=DraftModel(draft, slots, context, VOCABULARY, options["prefill_chunk"]),
+        draft=DraftModel(draft, slots, context, (VOCABULARY, VOCABULARY + 2), options["prefill_chunk"]),
     )
 
 
@@ -243,8 +243,13 @@ def test_a_draft_that_fails_ends_no_answer(caplog: pytest.LogCaptureFixture) -> 
 
 def test_tokens_that_the_draft_does_not_have_are_verified() -> None:
     """A caller may bias the answer to a row of the model that stands for no token."""
-    draft = Draft(1)
-    model = DraftModel(draft, 1, FAR, 50, 4)  # the draft has half of the tokens
+
+    class Narrow(Draft):
+        def run(self, items: Sequence[SlotTokens]) -> np.ndarray:
+            return super().run(items)[:, :50]
+
+    draft = Narrow(1)
+    model = DraftModel(draft, 1, FAR, (VOCABULARY, 50), 4)  # the draft has half of the tokens
     engine = Engine(
         Model(1),
         EngineSettings(slots=1, cache_tokens=FAR, prefill_chunk=4, max_waiting=9),
@@ -256,6 +261,21 @@ def test_tokens_that_the_draft_does_not_have_are_verified() -> None:
     assert consumer.tokens == continued([90, 91], 40)
     assert max(token for slot in draft.slots for token in slot) < 50
     engine.stop()
+
+
+def test_the_draft_knows_penalties_and_least_lengths() -> None:
+    """It takes of its logits what the answer would: not the end, and no token twice."""
+    recorder, draft = Recorder(), Draft(1)
+    engine = make(1, draft, recorder=recorder)
+    consumer = Collector()
+    sampling = SamplingParams(max_tokens=60, min_tokens=60, repetition_penalty=2.0, logit_bias=((EOS, 5.0), (7, 0.6)))
+    engine.submit(Job([20], sampling, consumer, prompt_lookup=False))
+    assert consumer.done.wait(10)
+    engine.stop()
+    assert EOS not in consumer.tokens
+    assert 7 in consumer.tokens
+    counters = recorder.drain().counters
+    assert counters["model_draft_tokens_accepted"] == counters["model_draft_tokens"] > 40
 
 
 def test_sampled_answers_are_not_drafted() -> None:

@@ -106,7 +106,7 @@ class Answer(scheduler.Sequence, loop.Request):
         if job.sampling.greedy and (lookup or model is not None):
             # What a grammar allows tells little of what the model says without it.
             pool = pool if lookup and job.guide is None else None
-            self.drafts = SequenceDrafts(self.tokens, pool, own_text=lookup, model=model)
+            self.drafts = SequenceDrafts(self.tokens, pool, own_text=lookup, model=model, guess=self._sampler.guess)
 
     def forced(self, limit: int) -> list[int]:
         """At most `limit` tokens that the grammar forces, if there is one."""

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from trident_serving.artefacts import DRAFT, DraftSettings
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import Decoder, OnnxDecoder
@@ -26,6 +28,7 @@ from trident_serving.generation.drafting import (
     MAX_DRAFT,
     Acceptance,
     Drafter,
+    Guess,
     Proposal,
     SequenceDrafts,
     StepCost,
@@ -53,15 +56,15 @@ class DraftModel:
     Args:
         decoder: with as many slots as the model's has.
         context: tokens that one of its slots takes at most.
-        vocabulary: tokens that both models have; what one has beyond, no tokenizer gives.
+        vocabulary: tokens of the model, and of the draft; what one has beyond the other, no tokenizer gives.
         chunk: tokens of texts that it runs in one step at most before it drafts.
     """
 
-    def __init__(self, decoder: Decoder, slots: int, context: int, vocabulary: int, chunk: int) -> None:
+    def __init__(self, decoder: Decoder, slots: int, context: int, vocabulary: tuple[int, int], chunk: int) -> None:
         self.context, self.chunk = context, chunk
         self.times = StepTimes()
         self._decoder = decoder
-        self._vocabulary = vocabulary
+        self._vocabulary, self._own_vocabulary = vocabulary
         self._held: list[list[int]] = [[] for _ in range(slots)]
 
     def warm_up(self) -> None:
@@ -79,7 +82,7 @@ class DraftModel:
         """How many of the tokens a slot holds, at most all but the last, which is to run."""
         return common_prefix(self._held[slot], tokens, len(tokens) - 1)
 
-    def run(self, items: Sequence[tuple[int, int, Sequence[int]]], *, drafting: bool = True) -> list[int]:
+    def run(self, items: Sequence[tuple[int, int, Sequence[int]]], *, drafting: bool = True) -> Logits:
         """Append tokens to slots.
 
         Args:
@@ -87,21 +90,27 @@ class DraftModel:
             drafting: whether the next token of each is wanted.
 
         Returns:
-            The likeliest next token of each.
+            Logits of each one's next token, float32 [items, tokens of the model]; valid until the next call.
         """
         started = time.perf_counter()
         wanted = int(drafting)
-        known = [[token if token < self._vocabulary else 0 for token in tokens] for _, _, tokens in items]
+        known = [[token if token < self._own_vocabulary else 0 for token in tokens] for _, _, tokens in items]
         to_run = [SlotTokens(slot, start, ids, wanted) for (slot, start, _), ids in zip(items, known, strict=True)]
         for slot, start, _ in items:
             del self._held[slot][start:]
-        logits: Logits = self._decoder.run(to_run)
+        logits = self._fitting(self._decoder.run(to_run))
         for slot, _, tokens in items:
             self._held[slot] += tokens
-        found = logits[:, : self._vocabulary].argmax(axis=-1).tolist() if drafting else []
         more = sum(len(tokens) for _, _, tokens in items) - len(items)
         self.times.record(len(items), more, time.perf_counter() - started)
-        return found
+        return logits
+
+    def _fitting(self, logits: Logits) -> Logits:
+        """Logits of the model's tokens; what the draft does not have is never likely."""
+        missing = self._vocabulary - logits.shape[1]
+        if missing > 0:
+            return np.pad(logits, ((0, 0), (0, missing)), constant_values=-np.inf)
+        return logits[:, : self._vocabulary]
 
     def reuse(self, slot: int, tokens: Sequence[int]) -> None:
         """Copy the beginning of a text from another slot, if one holds more of it."""
@@ -151,7 +160,7 @@ def over_decoder(
         limits.slots,
         # A text beyond the original context of a draft with two rotations would have to run again.
         min(decoder.context, decoder.original_context or decoder.context),
-        min(vocabulary, decoder.vocabulary_size),
+        (vocabulary, decoder.vocabulary_size),
         min(limits.prefill_chunk, settings.longest_run),
     )
 
@@ -311,6 +320,7 @@ class _Candidate:
 
     Attributes:
         index: in the step.
+        guess: from the draft's logits to the token that the answer would take.
         chance: of each draft token.
         limit: tokens of a draft at most.
         behind: tokens that the draft must run before the last one.
@@ -320,6 +330,7 @@ class _Candidate:
     index: int
     slot: int
     tokens: Sequence[int]
+    guess: Guess
     chance: float
     limit: int
     behind: int
@@ -405,7 +416,9 @@ class ModelDrafter(Drafter):
             left = acceptance.left(len(drafts.tokens) - drafts.prompt_length, each.limit + 1)
             behind = len(drafts.tokens) - 1 - model.held(each.slot, drafts.tokens)
             saved = left * (1 / before - 1 / now)
-            found.append(_Candidate(index, each.slot, drafts.tokens, acceptance.chance(), limit, behind, saved))
+            found.append(
+                _Candidate(index, each.slot, drafts.tokens, drafts.guess, acceptance.chance(), limit, behind, saved)
+            )
         return found
 
     def _choose(
@@ -469,8 +482,8 @@ class ModelDrafter(Drafter):
             start = model.held(slot, tokens)
             items.append((slot, start, tokens[start:]))
         while drafting:
-            for index, token in zip(drafting, model.run(items), strict=True):
-                found[index].append(token)
+            for index, logits in zip(drafting, model.run(items), strict=True):
+                found[index].append(ready[index].guess(logits, found[index]))
             drafting = [i for i in drafting if len(found[i]) < lengths[i] and found[i][-1] not in self._ends]
             items = [(ready[i].slot, len(ready[i].tokens) + len(found[i]) - 1, found[i][-1:]) for i in drafting]
         return found

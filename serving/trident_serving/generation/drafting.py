@@ -22,6 +22,7 @@ import numpy as np
 
 from trident_serving.generation.ngram_pool import NgramPool
 from trident_serving.generation.slots import common_prefix
+from trident_serving.runtime.log_probabilities import Logits
 
 if TYPE_CHECKING:
     from trident_serving.generation.draft_model import ModelAcceptance
@@ -34,6 +35,14 @@ MEMORY = 0.98  # the weight of a step's time once the next one is known
 UNLEARNED = 32  # of the latest steps are kept until the cost is asked for
 LONGEST = 1.5  # times as long as expected; a step that took longer was held up
 Proposal = tuple[float, list[int]]  # the chance of each token to be right, and the tokens
+
+
+Guess = Callable[[Logits, Sequence[int]], int]
+
+
+def likeliest(logits: Logits, ahead: Sequence[int]) -> int:
+    """The `Guess` of a sequence that takes the likeliest token."""
+    return int(logits.argmax())
 
 
 class PromptLookup:
@@ -120,11 +129,13 @@ class SequenceDrafts:
         pool: what other answers said; None: they draft nothing.
         own_text: whether its own text drafts.
         model: how the draft model does here; None: there is none.
+        guess: see there.
 
     Attributes:
         tokens: see there.
         prompt_length: how many of them are the prompt.
         model: see there.
+        guess: from logits, behind the sequence and some more tokens, to the token that it would take.
         origin: of the latest draft: "text", "pool", "model"; "": there was none.
     """
 
@@ -135,10 +146,11 @@ class SequenceDrafts:
         *,
         own_text: bool = True,
         model: ModelAcceptance | None = None,
+        guess: Guess = likeliest,
     ) -> None:
         self.tokens, self._pool = tokens, pool
         self.prompt_length = len(tokens)
-        self.model = model
+        self.model, self.guess = model, guess
         self.origin = ""
         self._sources = {"text": Source(PromptLookup(tokens).draft)} if own_text else {}
         if pool is not None:
