@@ -38,13 +38,18 @@ def first(specs: Sequence[ModelSpec], repository: Path) -> list[ModelSpec]:
 
 
 def check(spec: ModelSpec, source: HuggingFaceFolder, repository: Path) -> None:
-    """Refuse another model's draft that has other tokens.
+    """Refuse another model as the draft that has other tokens, or keeps states.
 
     Raises:
-        ModelsFileError: it has.
+        ModelsFileError: it has, or does.
     """
     if spec.draft_spec is None:
         return
+    inputs = onnx.load(str(repository / spec.draft / VERSION / "model.onnx"), load_external_data=False).graph.input
+    if any(value.name.startswith(_PAST_STATES) for value in inputs):
+        raise ModelsFileError(
+            f"[{spec.name}]: draft {spec.draft!r} keeps states, from which a token that is refused can't be taken back"
+        )
     ours = _tokens(source.fast_tokenizer.backend_tokenizer)
     theirs = _tokens(Tokenizer.from_file(str(repository / spec.draft / VERSION / "tokenizer.json")))
     different = [name for name, tokens in ours.items() if theirs[name] != tokens]
@@ -74,9 +79,6 @@ def link(spec: ModelSpec, staging: Path, repository: Path) -> dict[str, str]:
 
     Returns:
         The public name of the model that drafts, by variant.
-
-    Raises:
-        ModelsFileError: the model, or its draft, keeps states, from which nothing that was refused can be taken back.
     """
     names = {}
     for variant in spec.variants:
@@ -87,12 +89,6 @@ def link(spec: ModelSpec, staging: Path, repository: Path) -> dict[str, str]:
         root = staging if owner.name == spec.name else repository
         folder = staging / spec.public_name(variant) / VERSION
         graph = root / owner.public_name(drafting) / VERSION / "model.onnx"
-        for file, name in ((folder / "model.onnx", spec.name), (graph, owner.name)):
-            if _keeps_states(file):
-                raise ModelsFileError(
-                    f"[{spec.name}]: draft {spec.draft!r} can't be used: {name} keeps states, from which a token that "
-                    "is refused can't be taken back: remove the key"
-                )
         editing.link(graph, folder / DRAFT / "model.onnx")
         limits = owner.generation
         assert limits is not None
@@ -100,8 +96,3 @@ def link(spec: ModelSpec, staging: Path, repository: Path) -> dict[str, str]:
         settings.write(folder / DRAFT)
         names[variant] = settings.name
     return names
-
-
-def _keeps_states(graph: Path) -> bool:
-    inputs = onnx.load(str(graph), load_external_data=False).graph.input
-    return any(value.name.startswith(_PAST_STATES) for value in inputs)
