@@ -6,9 +6,9 @@ it holds, and before it drafts it runs those of the sequence that it does not ho
 given away or a sequence that was not drafted for a while cost time, and never an answer: the model verifies every
 token, as it does with drafts from texts.
 
-Other than those, a draft token costs before it is verified. So its length is chosen first, from how often the draft
-was right and from what steps of both models take; see `allot_rounds`. Where it does not pay, nothing is drafted, and
-that is looked at again with a hundredth of the time.
+Unlike those, a draft token costs before it is verified. So the length is chosen first, from how often the draft was
+right and from what steps of both models take; see `allot_rounds`. Where it does not pay, nothing is drafted, and a
+hundredth of the time goes into seeing whether that has changed.
 """
 
 from __future__ import annotations
