@@ -175,6 +175,18 @@ def test_a_draft_that_is_right_saves_runs(streams: int) -> None:
     assert accepted == recorded.counters["draft_tokens_accepted"] > 0.8 * drafted
 
 
+def test_what_was_refused_is_overwritten() -> None:
+    """One of eight tokens is refused; those behind it are right again, and so they are in a slot's next texts."""
+    recorder, draft = Recorder(), Draft(1, wrong=8)
+    engine = make(1, draft, recorder=recorder)
+    for prompt in ([20, 21], [20, 22], [31]):
+        consumer = answer(engine, prompt, 100, prompt_lookup=False)
+        assert consumer.done.wait(10)
+        assert consumer.tokens == continued(prompt, 100)
+    engine.stop()
+    assert recorder.drain().counters["model_draft_tokens_accepted"] > 150
+
+
 @pytest.mark.parametrize(("wrong", "takes"), [(1, 0.1), (0, 1.0)])
 def test_a_draft_that_is_wrong_or_slow_is_left(wrong: int, takes: float) -> None:
     """One that is never right, and one that is always right and takes as long as the model."""
