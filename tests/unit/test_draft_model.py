@@ -175,6 +175,23 @@ def test_a_draft_that_is_right_saves_runs(streams: int) -> None:
     assert accepted == recorded.counters["draft_tokens_accepted"] > 0.8 * drafted
 
 
+def test_a_slot_holds_what_a_text_shares_with_it() -> None:
+    draft = Draft(3)
+    model = DraftModel(draft, 3, FAR, (VOCABULARY, VOCABULARY + 2), 16)
+    text = list(range(1, 21))
+    model.run([(0, 0, text)], drafting=False)
+    assert [model.held(0, text), model.held(0, [*text, 5]), model.held(0, [*text[:7], 50, 51])] == [19, 20, 7]
+    model.reuse(1, [*text[:12], 60, 61])
+    assert draft.slots[1] == text[:12]
+    assert model.held(1, [*text, 5]) == 12
+    model.reuse(2, [*text[:7], 60])  # too little
+    assert model.held(2, text) == 0
+    model.release(0, 5)
+    assert model.held(0, text) == 5
+    model.copy(0, 2, 9)  # it holds no more than five
+    assert draft.slots[2] == text[:5]
+
+
 def test_what_was_refused_is_overwritten() -> None:
     """One of eight tokens is refused; those behind it are right again, and so they are in a slot's next texts."""
     recorder, draft = Recorder(), Draft(1, wrong=8)
