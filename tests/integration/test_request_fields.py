@@ -140,6 +140,7 @@ def test_names_of_tensorrt_llm(server: LocalServer, fields: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, found 0; 0 is for requests with prompt_logprobs"),
         ({"beam_width": 4}, "beam_width must be 1, found 4: generators do not search with beams; n asks for"),
         ({"return_context_logits": True}, "return_context_logits must be false, found true: logits are not returned"),
         ({"seed": 1, "random_seed": 1}, "seed is another name of random_seed: give one of them"),

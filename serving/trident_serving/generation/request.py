@@ -140,6 +140,8 @@ class RequestParser:
             inputs, conversation, values["truncate_prompt_tokens"], values["max_tokens"]
         )
         room = self._limits.context - len(prompt_ids)
+        if values["max_tokens"] == 0 and values["prompt_logprobs"] is None:
+            raise InvalidRequest("max_tokens must be at least 1, found 0; 0 is for requests with prompt_logprobs")
         if values["max_tokens"] is None:
             values["max_tokens"] = min(self._limits.default_max_tokens, room)
         for name in DEFAULTS:
