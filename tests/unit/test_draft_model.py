@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_engine import EOS, VOCABULARY, Collector, Forcing, ListDecoder, expected, next_token
+from tests.unit.test_engine import (
+    EOS,
+    ORIGINAL,
+    VOCABULARY,
+    Collector,
+    Forcing,
+    ListDecoder,
+    RotatingDecoder,
+    expected,
+    next_token,
+)
 from trident_serving.generation.answer import FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.draft_model import (
@@ -289,6 +299,40 @@ def test_answers_of_one_prompt_share_what_the_draft_ran() -> None:
         assert consumer.done.wait(10)
         assert consumer.tokens == continued(prompt, 30)
     assert sum(run for run in draft.runs if run > 20) < 2 * len(prompt)
+    engine.stop()
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 2), min_size=8, max_size=24), st.integers(1, 14)), min_size=1, max_size=9
+    ),
+    st.integers(1, 3),
+)
+def test_no_draft_goes_beyond_the_original_context(requests: list[tuple[list[int], int]], slots: int) -> None:
+    """Of a model with two rotations; `RotatingDecoder` sees to it that each token has the right one."""
+
+    class Timed(RotatingDecoder):
+        def run(self, items: Sequence[SlotTokens]) -> np.ndarray:
+            Clock.now += 1.0
+            return super().run(items)
+
+    decoder = Timed(slots)
+    engine = Engine(
+        decoder,
+        EngineSettings(slots, cache_tokens=FAR, prefill_chunk=4, max_waiting=100, original_context=ORIGINAL),
+        eos_token_ids=frozenset([EOS]),
+        draft=DraftModel(Draft(slots, follows=decoder.following), slots, FAR, (VOCABULARY, VOCABULARY + 2), 4),
+    )
+    asked = [answer(engine, prompt, most, prompt_lookup=False) for prompt, most in requests]
+    for (prompt, most), consumer in zip(requests, asked, strict=True):
+        assert consumer.done.wait(10)
+        assert consumer.error is None
+        text = list(prompt)
+        for token in consumer.tokens:
+            assert token == decoder.following([each + VOCABULARY * (len(text) > ORIGINAL) for each in text])
+            text.append(token)
+        assert len(consumer.tokens) == most
     engine.stop()
 
 
