@@ -363,31 +363,22 @@ class ModelDrafter(Drafter):
         if self._model is None or not self._times.known:
             return super().draft(sequences)
         proposals, cost = self._proposals(sequences), self._times.cost()
-        candidates = self._candidates(sequences, proposals, cost, self._model)
-        chosen, exploring = self._choose(candidates, cost, self._model)
         by_text = self._cut(proposals, cost)
-        drafts = list(by_text)
+        candidates = self._candidates(sequences, proposals, cost, self._model)
         try:
-            ready = self._catch_up(chosen, self._model)
-            for each in ready:
-                drafts[each.index] = []
-            lengths = [1] * len(ready) if exploring else self._lengths(ready, proposals, drafts, cost, self._model)
-            found = self._run(ready, lengths, self._model)
+            drafted = self._by_model(candidates, proposals, by_text, cost, self._model)
         except Exception:
             logger.exception("the draft model failed: answers go on without it until the model is loaded again")
             self._model = None
             return by_text
-        drafted = {each.index: tokens for each, tokens in zip(ready, found, strict=True) if tokens}
+        self._idle = bool(candidates) and not drafted
         for candidate in candidates:
             owner = _drafts(sequences[candidate.index])
             if candidate.index in drafted:
                 owner.origin = "model"
-                drafts[candidate.index] = drafted[candidate.index]
-                continue
-            drafts[candidate.index] = by_text[candidate.index]
-            if owner.model is not None:
+            elif owner.model is not None:
                 owner.model.rest()
-        return drafts
+        return [drafted.get(index, draft) for index, draft in enumerate(by_text)]
 
     def record(self, drafts: Sequence[Sequence[int]], seconds: float) -> None:
         """See `Drafter.record`."""
@@ -421,22 +412,36 @@ class ModelDrafter(Drafter):
             )
         return found
 
-    def _choose(
-        self, candidates: Sequence[_Candidate], cost: StepCost, model: DraftModel
-    ) -> tuple[list[_Candidate], bool]:
-        """The sequences that the model drafts, and whether that is only to see how it does."""
-        draft = model.times.cost()
-        chosen = [each for each in candidates if each.saved > each.behind * draft.token]
-        self._idle = bool(candidates) and not chosen
-        if chosen or not candidates:
-            self._saved_up *= not chosen
-            return chosen, False
+    def _by_model(
+        self,
+        candidates: Sequence[_Candidate],
+        proposals: Sequence[Proposal],
+        by_text: Sequence[Sequence[int]],
+        cost: StepCost,
+        model: DraftModel,
+    ) -> dict[int, list[int]]:
+        """What the model drafts, by the sequence's index in the step."""
+        token = model.times.cost().token
+        ready = self._catch_up([each for each in candidates if each.saved > each.behind * token], model)
+        lengths = self._lengths(ready, proposals, by_text, cost, model)
+        if any(lengths):
+            self._saved_up = 0.0
+        else:
+            ready = self._catch_up(self._explored(candidates, cost, model), model)
+            lengths = [1] * len(ready)
+        found = self._run(ready, lengths, model)
+        return {each.index: tokens for each, tokens in zip(ready, found, strict=True) if tokens}
+
+    def _explored(self, candidates: Sequence[_Candidate], cost: StepCost, model: DraftModel) -> list[_Candidate]:
+        """A sequence to see how the draft does, though it does not seem to pay; often none."""
+        if not candidates:
+            return []
         nearest = min(candidates, key=lambda each: each.behind)
-        price = draft.of(1, nearest.behind) + cost.token
+        price = model.times.cost().of(1, nearest.behind) + cost.token
         if self._saved_up < price:
-            return [], False
+            return []
         self._saved_up -= price
-        return [nearest], True
+        return [nearest]
 
     @staticmethod
     def _catch_up(chosen: Sequence[_Candidate], model: DraftModel) -> list[_Candidate]:
@@ -462,13 +467,15 @@ class ModelDrafter(Drafter):
     def _lengths(
         ready: Sequence[_Candidate],
         proposals: Sequence[Proposal],
-        drafts: Sequence[Sequence[int]],
+        by_text: Sequence[Sequence[int]],
         cost: StepCost,
         model: DraftModel,
     ) -> list[int]:
-        by_text = [(chance, len(draft)) for (chance, _), draft in zip(proposals, drafts, strict=True)]
-        expected = len(drafts) + sum(chance**n for chance, length in by_text for n in range(1, length + 1))
-        spent = cost.of(len(drafts), sum(length for _, length in by_text))
+        """How many tokens the model drafts of each, beside what texts draft of the others."""
+        taken = {each.index for each in ready}
+        others = [(proposals[i][0], len(draft)) for i, draft in enumerate(by_text) if i not in taken]
+        expected = len(by_text) + sum(chance**n for chance, length in others for n in range(1, length + 1))
+        spent = cost.of(len(by_text), sum(length for _, length in others))
         chances, limits = [each.chance for each in ready], [each.limit for each in ready]
         return allot_rounds(chances, limits, (expected, spent), cost.token, model.times.cost())
 
