@@ -139,7 +139,7 @@ def answer(engine: Engine, prompt: list[int], max_tokens: int, **more: Any) -> C
     return consumer
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=40), st.integers(1, 30), st.booleans()),
@@ -243,14 +243,14 @@ def time_of(engine: Engine, prompts: int, length: int, tokens: int) -> float:
     return Clock.now - started
 
 
-@pytest.mark.parametrize(("length", "tokens"), [(4, 200), (120, 30), (120, 4)])
+@pytest.mark.parametrize(("length", "tokens"), [(4, 120), (120, 30), (120, 4)])
 @pytest.mark.parametrize("takes", [0.05, 0.3, 0.9])
 def test_a_wrong_draft_costs_less_than_a_twentieth(takes: float, length: int, tokens: int) -> None:
     """Also with long prompts and short answers, and whatever a run of it takes."""
     with_draft = make(4, Draft(4, wrong=1, takes=takes), prefill_chunk=64)
     settings = EngineSettings(slots=4, cache_tokens=10**7, prefill_chunk=64, max_waiting=100)
     without = Engine(Model(4), settings, eos_token_ids=frozenset([EOS]))
-    assert time_of(with_draft, 32, length, tokens) <= 1.05 * time_of(without, 32, length, tokens)
+    assert time_of(with_draft, 16, length, tokens) <= 1.05 * time_of(without, 16, length, tokens)
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(120, 30), (120, 4)])
@@ -260,7 +260,7 @@ def test_long_prompts_with_short_answers_are_no_slower(length: int, tokens: int)
     for takes in (0.1, 0.3, 1.0):
         with_draft = make(4, Draft(4, takes=takes), prefill_chunk=64)
         without = Engine(Model(4), settings, eos_token_ids=frozenset([EOS]))
-        assert time_of(with_draft, 32, length, tokens) <= 1.05 * time_of(without, 32, length, tokens)
+        assert time_of(with_draft, 16, length, tokens) <= 1.05 * time_of(without, 16, length, tokens)
 
 
 def test_a_draft_that_becomes_right_is_found_again() -> None:
