@@ -189,7 +189,7 @@ def test_a_slot_holds_what_a_text_shares_with_it() -> None:
     draft = Draft(3)
     model = DraftModel(draft, 3, FAR, (VOCABULARY, VOCABULARY + 2), 16)
     text = list(range(1, 21))
-    model.run([(0, 0, text)], drafting=False)
+    model.run([(0, 0, text)], wanted=0)
     assert [model.held(0, text), model.held(0, [*text, 5]), model.held(0, [*text[:7], 50, 51])] == [19, 20, 7]
     model.reuse(1, [*text[:12], 60, 61])
     assert draft.slots[1] == text[:12]

@@ -7,8 +7,9 @@ given away or a sequence that was not drafted for a while cost time, and never a
 token, as it does with drafts from texts.
 
 Unlike those, a draft token costs before it is verified. So the length is chosen first, from how often the draft was
-right and from what steps of both models take; see `allot_rounds`. Where it does not pay, nothing is drafted, and a
-hundredth of the time goes into seeing whether that has changed.
+right and from what steps of both models take; see `allot_rounds`. Where it does not pay, nothing is drafted. One
+hundredth of the time then goes into answers that the draft reads, in one run, to see how many of their tokens it would
+have said.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ FIRST_ANSWER = 64.0  # tokens of an answer before any was given
 SHARED_MEMORY = 0.99  # the weight of a draft once the next one is known, over all sequences
 WEIGHT = 4.0  # draft tokens that what is known of the other sequences counts as
 RETURN = 0.03  # how fast a sequence that is not drafted goes back to what is known of the others, a step
-EXPLORED = 0.01  # the share of the time that is spent on drafts that do not seem to pay
+EXPLORED = 0.01  # the share of the time that goes into seeing whether drafts would pay that do not seem to
+FIRST_EXPLORED = 4  # steps whose time does so in the beginning
+LEAST_EXPLORED, MOST_EXPLORED = 16, 32  # tokens of an answer that tell how the draft does; each takes memory for logits
 
 
 class DraftModel:
@@ -82,18 +85,17 @@ class DraftModel:
         """How many of the tokens a slot holds, at most all but the last, which is to run."""
         return common_prefix(self._held[slot], tokens, len(tokens) - 1)
 
-    def run(self, items: Sequence[tuple[int, int, Sequence[int]]], *, drafting: bool = True) -> Logits:
+    def run(self, items: Sequence[tuple[int, int, Sequence[int]]], wanted: int = 1) -> Logits:
         """Append tokens to slots.
 
         Args:
             items: slot, the position of the first token, and the tokens, at least one.
-            drafting: whether the next token of each is wanted.
+            wanted: how many of the last tokens of each get logits.
 
         Returns:
-            Logits of each one's next token, float32 [items, tokens of the model]; valid until the next call.
+            Logits, item by item, float32 [items x wanted, tokens of the model]; valid until the next call.
         """
         started = time.perf_counter()
-        wanted = int(drafting)
         known = [[token if token < self._own_vocabulary else 0 for token in tokens] for _, _, tokens in items]
         to_run = [SlotTokens(slot, start, ids, wanted) for (slot, start, _), ids in zip(items, known, strict=True)]
         for slot, start, _ in items:
@@ -323,6 +325,7 @@ class _Candidate:
         guess: from the draft's logits to the token that the answer would take.
         chance: of each draft token.
         limit: tokens of a draft at most.
+        generated: tokens of the answer.
         behind: tokens that the draft must run before the last one.
         saved: what the rest of the answer takes less if it is drafted, in seconds.
     """
@@ -333,6 +336,7 @@ class _Candidate:
     guess: Guess
     chance: float
     limit: int
+    generated: int
     behind: int
     saved: float
 
@@ -351,7 +355,7 @@ class ModelDrafter(Drafter):
         self._ends = ends
         self._history = History()
         self._idle = False  # whether nothing was drafted by the model, though it could have been
-        self._saved_up = 0.0  # seconds for drafts that do not seem to pay
+        self._saved_up: float | None = None  # seconds for seeing whether it would pay; None: not known yet
         model.warm_up()
 
     def acceptance(self) -> ModelAcceptance | None:
@@ -383,7 +387,7 @@ class ModelDrafter(Drafter):
     def record(self, drafts: Sequence[Sequence[int]], seconds: float) -> None:
         """See `Drafter.record`."""
         super().record(drafts, seconds)
-        if self._idle:
+        if self._idle and self._saved_up is not None:
             self._saved_up += EXPLORED * seconds
 
     def _candidates(
@@ -404,11 +408,22 @@ class ModelDrafter(Drafter):
             chance, text = proposals[index]
             before = best_rate(chance, len(text), step, cost.token)
             now = best_rate(acceptance.chance(), limit, step, token)
-            left = acceptance.left(len(drafts.tokens) - drafts.prompt_length, each.limit + 1)
+            generated = len(drafts.tokens) - drafts.prompt_length
+            left = acceptance.left(generated, each.limit + 1)
             behind = len(drafts.tokens) - 1 - model.held(each.slot, drafts.tokens)
             saved = left * (1 / before - 1 / now)
             found.append(
-                _Candidate(index, each.slot, drafts.tokens, drafts.guess, acceptance.chance(), limit, behind, saved)
+                _Candidate(
+                    index,
+                    each.slot,
+                    drafts.tokens,
+                    drafts.guess,
+                    acceptance.chance(),
+                    limit,
+                    generated,
+                    behind,
+                    saved,
+                )
             )
         return found
 
@@ -427,21 +442,29 @@ class ModelDrafter(Drafter):
         if any(lengths):
             self._saved_up = 0.0
         else:
-            ready = self._catch_up(self._explored(candidates, cost, model), model)
-            lengths = [1] * len(ready)
+            self._explore(candidates, cost, model)
         found = self._run(ready, lengths, model)
         return {each.index: tokens for each, tokens in zip(ready, found, strict=True) if tokens}
 
-    def _explored(self, candidates: Sequence[_Candidate], cost: StepCost, model: DraftModel) -> list[_Candidate]:
-        """A sequence to see how the draft does, though it does not seem to pay; often none."""
-        if not candidates:
-            return []
-        nearest = min(candidates, key=lambda each: each.behind)
-        price = model.times.cost().of(1, nearest.behind) + cost.token
+    def _explore(self, candidates: Sequence[_Candidate], cost: StepCost, model: DraftModel) -> None:
+        """Let the draft read an answer, if there is time for that, to see what of it it would have said."""
+        if self._saved_up is None:
+            self._saved_up = FIRST_EXPLORED * cost.of(1, 0)
+        told = [each for each in candidates if min(each.behind, each.generated) >= LEAST_EXPLORED]
+        if not told:
+            return
+        nearest = min(told, key=lambda each: each.behind)
+        start, count = len(nearest.tokens) - 1 - nearest.behind, min(nearest.behind, model.chunk)
+        price = model.times.cost().of(1, count)
         if self._saved_up < price:
-            return []
+            return
         self._saved_up -= price
-        return [nearest]
+        end = start + count
+        wanted = max(0, min(count, MOST_EXPLORED, end + 1 - (len(nearest.tokens) - nearest.generated)))
+        logits = model.run([(nearest.slot, start, nearest.tokens[start:end])], wanted)
+        said = logits.argmax(axis=-1).tolist()
+        answer = nearest.tokens[end + 1 - wanted : end + 1]
+        self._history.record(sum(one == other for one, other in zip(said, answer, strict=True)), wanted)
 
     @staticmethod
     def _catch_up(chosen: Sequence[_Candidate], model: DraftModel) -> list[_Candidate]:
@@ -460,7 +483,7 @@ class ModelDrafter(Drafter):
             if behind - run <= MAX_DRAFT:
                 ready.append(each)
         if items:
-            model.run(items, drafting=False)
+            model.run(items, wanted=0)
         return ready
 
     @staticmethod
