@@ -56,7 +56,8 @@ def unverified(model: str) -> Steps[str]:
 def adapters(model: str) -> Steps[list[str]]:
     """See `Client.adapters`."""
     parameters: dict[str, str] = yield Ask("parameters", model)
-    return [name for name in parameters.get("adapters", "").split(",") if name]
+    named = parameters.get("adapters", "")
+    return named.split(",") if named else []
 
 
 def only_model(task: str) -> Steps[str]:

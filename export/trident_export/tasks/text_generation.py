@@ -84,6 +84,7 @@ def trace(job: Job) -> None:
     if unused := texts_gate.not_applied(job.source.generation_config):
         job.progress(f"the generation config's {', '.join(unused)} are not applied: a request gives what it wants")
     check_device(spec, model)
+    check_draft(spec, model)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
     save_text_files(job.source, job.assets, rows_of(model))
     job.graphs.mkdir()
@@ -273,6 +274,19 @@ def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
         raise ModelsFileError(
             f"[{spec.name}] device is {spec.generation.device!r}, but models of type {model.config.model_type!r} keep "
             'states that are served on the CPU only: set device = "cpu"'
+        )
+
+
+def check_draft(spec: ModelSpec, model: PreTrainedModel) -> None:
+    """A token of a draft that is refused can't be taken back from a state.
+
+    Raises:
+        ModelsFileError: the model keeps some, and another is to draft for it.
+    """
+    if spec.draft and keeps_states(model):
+        raise ModelsFileError(
+            f"[{spec.name}] has the draft {spec.draft!r}, but models of type {model.config.model_type!r} keep states, "
+            "from which a token that is refused can't be taken back: remove the key"
         )
 
 

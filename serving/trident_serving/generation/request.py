@@ -205,9 +205,9 @@ class RequestParser:
             conversation=conversation,
             prompt_end=rendered[-_END_CHARACTERS:],
             return_reasoning=values["return_reasoning"],
-            adapter=self._adapter(values["lora_name"]),
             return_prompt_token_ids=values["return_prompt_token_ids"],
             return_tokens=values["return_tokens"],
+            adapter=self._adapter(values["lora_name"]),
         )
 
     def _conversation(self, inputs: Inputs) -> Conversation | None:
