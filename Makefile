@@ -19,11 +19,11 @@ TEST_WORKERS ?= 2
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test check schema format docs quality families bench load soak clients image up down clean
+.PHONY: help setup serve export test test-all check schema format docs quality families bench load soak clients image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## create .venv with the pinned packages
 
@@ -44,8 +44,11 @@ serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
 export: $(SETUP) ## export models: make export [MODEL=name [VARIANTS=all] [SOURCE=folder] [FORCE=1]]
 	@$(BIN)/python -m trident_export export $(MODEL) $(if $(VARIANTS),--variants $(VARIANTS)) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
-test: $(SETUP) ## run every test, against a real server on free ports
+test: $(SETUP) ## run the tests, against a real server on free ports
 	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+
+test-all: $(SETUP) ## run the slow tests as well: more variants and families of what `make test` shows
+	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m 'not image and not clients' $(PYTEST_ARGS)
 
 check: $(SETUP) ## lint, types, configs in step with models.toml, deployment files
 	@$(BIN)/ruff check .

@@ -85,12 +85,18 @@ class TridentEngine:
         settings = EngineSettings(SLOTS, SLOTS * CONTEXT, prefill_chunk=128, max_waiting=SLOTS, prefix_reuse=False)
         self._engine = Engine(self.decoder, settings, eos_token_ids=frozenset())
 
-    def generate(self, prompts: Prompts, tokens: int) -> Times:
-        """See `Peer.generate`."""
+    def generate(self, prompts: Prompts, tokens: int, adapters: Sequence[int] = ()) -> Times:
+        """See `Peer.generate`.
+
+        Args:
+            adapters: of each prompt; (): none.
+        """
         started = time.perf_counter()
         consumers = [_Timed(started) for _ in prompts]
-        for prompt, consumer in zip(prompts, consumers, strict=True):
-            self._engine.submit(Job(prompt, SamplingParams(max_tokens=tokens), consumer, prompt_lookup=False))
+        for index, (prompt, consumer) in enumerate(zip(prompts, consumers, strict=True)):
+            adapter = adapters[index] if adapters else 0
+            sampling = SamplingParams(max_tokens=tokens)
+            self._engine.submit(Job(prompt, sampling, consumer, prompt_lookup=False, adapter=adapter))
         for consumer in consumers:
             consumer.done.wait()
         return [consumer.times for consumer in consumers]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collecting garbage, as an export does several times, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def runs_slow_tests(config: pytest.Config) -> bool:
+    """Whether tests marked `slow` were asked for, so that what they share must be there."""
+    return "not slow" not in config.option.markexpr
+
+
+def some_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """Names as the parameters of a test; some are slow ones."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
 def run_export(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`python -m trident_export` in a process of its own that has been imported before."""
     return warm.run(*arguments, cwd=cwd)
@@ -115,9 +132,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def default_repository() -> Path:
-    """The default models, exported where `make serve` has them too, and SmolLM2's variants on request."""
-    for arguments in (["smollm2", "--variants", "all"], []):
+def default_repository(request: pytest.FixtureRequest) -> Path:
+    """The default models, exported where `make serve` has them too; with slow tests SmolLM2's variants on request."""
+    slow: list[list[str]] = [["smollm2", "--variants", "all"]] if runs_slow_tests(request.config) else []
+    for arguments in (*slow, []):
         done = run_export_cold("export", *arguments)
         assert done.returncode == 0, done.stderr
     return ROOT / "model_repository"

@@ -7,6 +7,7 @@ a library reads from the environment while it is imported is not the caller's.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -112,4 +113,5 @@ def _become(order: dict[str, Any]) -> NoReturn:
 
 if __name__ == "__main__":
     _import()
+    gc.freeze()  # a fork that collects garbage need not look at what was imported, nor copy it
     _serve()

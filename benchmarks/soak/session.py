@@ -75,6 +75,7 @@ def run(
     say: Callable[[str], None],
     *,
     touch: bool = True,
+    cached: bool = True,
     period: float = 2.0,
 ) -> Outcome:
     """Send traffic for a while.
@@ -84,15 +85,16 @@ def run(
         reloaded: models that are unloaded and loaded meanwhile.
         say: prints progress.
         touch: fill the KV cache once before.
+        cached: ask smollm2_int8_cache, too, which is exported on request.
         period: seconds between two samples of the processes.
     """
     address = Address(server.http_port, server.grpc_port, server.metrics_port)
     log_begins = server.log.stat().st_size
     say("asking for the answers that are right")
-    expected = expect(address, reloaded)
+    expected = expect(address, reloaded, cached)
     if touch:
         say("filling the KV cache once")
-        touch_slots(address)
+        touch_slots(address, ["smollm2", "smollm2_int8_cache"] if cached else ["smollm2"])
     watching = Watch(server.launcher.pid, server.http_port, period)
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(address, time.monotonic() + seconds, expected, list(reloaded), find_key(server))
@@ -106,13 +108,13 @@ def run(
     return Outcome(seconds, entries, watching, list(reloaded), left, mended, failed)
 
 
-def expect(address: Address, reloaded: Sequence[str]) -> dict[str, Answer]:
+def expect(address: Address, reloaded: Sequence[str], cached: bool) -> dict[str, Answer]:
     """The answers before there is any traffic, one request after the other.
 
     Raises:
         CallError: one of them fails.
     """
-    cases = answers.GENERATIONS + answers.CACHED + answers.TEMPLATES + answers.EMBEDDINGS
+    cases = answers.GENERATIONS + (answers.CACHED if cached else []) + answers.TEMPLATES + answers.EMBEDDINGS
     cases += [case for model in reloaded for case in answers.RELOADED[model]]
     caller = Caller(address)
     try:
@@ -129,7 +131,7 @@ def _ask(caller: Caller, case: Case) -> Answer:
     return found
 
 
-def touch_slots(address: Address) -> None:
+def touch_slots(address: Address, models: Sequence[str]) -> None:
     """Fill every slot of the generators as far as the traffic will, so that their caches have all their memory."""
 
     def ask(number: int, model: str) -> None:
@@ -141,7 +143,7 @@ def touch_slots(address: Address) -> None:
             caller.close()
 
     with ThreadPoolExecutor(TOUCHED_SLOTS) as pool:
-        for model in ("smollm2", "smollm2_int8_cache"):
+        for model in models:
             list(pool.map(ask, range(TOUCHED_SLOTS), [model] * TOUCHED_SLOTS))
 
 

@@ -197,7 +197,8 @@ def _reloaded(plan: Plan, generators: bool) -> list[Case]:
 
 def threads(role: str, plan: Plan, journal: Journal) -> list[Callable[[], None]]:
     """What the threads of a process do."""
-    generations = answers.GENERATIONS + answers.CACHED + _reloaded(plan, generators=True)
+    cached = [case for case in answers.CACHED if case.name in plan.expected]
+    generations = answers.GENERATIONS + cached + _reloaded(plan, generators=True)
     streams, whole = _picks(generations, STREAMS), _picks(generations, WHOLE)
     tasks = _picks(answers.TEMPLATES, UNARY | WHOLE)
     encoders = _picks(answers.EMBEDDINGS + _reloaded(plan, generators=False), UNARY)

@@ -16,6 +16,7 @@ from trident_client._errors import (
     ForbiddenError,
     InvalidRequestError,
     NotFoundError,
+    OverloadedError,
     ServerError,
     TridentError,
     UnavailableError,
@@ -39,7 +40,7 @@ from trident_client._types import (
     Translation,
 )
 
-__all__ = [  # noqa: RUF022: as Python sorts
+__all__ = [  # noqa: RUF022 (as `sorted` has it)
     "Answer",
     "AsyncClient",
     "CancelledError",
@@ -57,6 +58,7 @@ __all__ = [  # noqa: RUF022: as Python sorts
     "Message",
     "ModelStatus",
     "NotFoundError",
+    "OverloadedError",
     "Ranked",
     "ServerError",
     "SparseVector",

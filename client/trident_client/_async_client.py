@@ -328,6 +328,10 @@ class AsyncClient(AsyncConnection):
         """See `Client.unverified`."""
         return await self._run(lambda: _control.unverified(model), timeout)
 
+    async def adapters(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """See `Client.adapters`."""
+        return await self._run(lambda: _control.adapters(model), timeout)
+
     async def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """See `Client.load`."""
         self._only.clear()

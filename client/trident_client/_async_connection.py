@@ -19,6 +19,7 @@ from trident_client._sending import send_all_async
 from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
 from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
 from trident_client._types import GenerationChunk
+from trident_client._watch import countdown
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's is Python 3.11's
@@ -139,7 +140,7 @@ class AsyncConnection:
 
     async def _send(self, batch: Batch[Result], timeout: float | None) -> Result:
         """The answer to requests that have one response each."""
-        left = self._countdown(timeout)
+        left = countdown(self._deadline(timeout))
         model = await self._model(batch.model, batch.task, timeout)
         return batch.join(await self._infer(model, batch.requests, left()))
 
@@ -153,7 +154,7 @@ class AsyncConnection:
 
     async def _first(self, model: str, inputs: Tensors, seconds: float | None) -> _Outputs:
         """The response to a request, from the first server that gives one."""
-        left = self._countdown(seconds) if seconds is not None else _endless
+        left = countdown(seconds)
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():
             try:
@@ -170,19 +171,22 @@ class AsyncConnection:
 
     async def _chunks(self, prompt: Prompt, timeout: float | None) -> AsyncGenerator[GenerationChunk, None]:
         """The answer of a generator."""
-        left = self._countdown(timeout)
+        left = countdown(self._deadline(timeout))
         model = await self._model(prompt.model, _generation.TASK, timeout)
-        silence = self._timeout if prompt.stream and timeout is None else None
-        stream = self._receive(model, prompt.inputs, left if silence is None else _endless, silence)
+        if prompt.stream and timeout is None:
+            stream = self._receive(model, prompt.inputs, None, self._timeout)
+        else:
+            stream = self._receive(model, prompt.inputs, left())
         async with contextlib.aclosing(stream) as responses:
             async for outputs in responses:
                 for chunk in _generation.chunks(outputs):
                     yield chunk
 
     async def _receive(
-        self, model: str, inputs: Tensors, left: Callable[[], float | None], silence: float | None = None
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None = None
     ) -> AsyncGenerator[_Outputs, None]:
         """The responses to a request of a generator; see `Connection`."""
+        left = countdown(seconds)
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():
             begun = False
@@ -220,18 +224,6 @@ class AsyncConnection:
 
     def _deadline(self, timeout: float | None) -> float | None:
         return self._timeout if timeout is None else timeout
-
-    def _countdown(self, timeout: float | None) -> Callable[[], float | None]:
-        """Gives the seconds that a call has left; None: no limit."""
-        seconds = self._deadline(timeout)
-        if seconds is None:
-            return _endless
-        until = time.monotonic() + seconds
-        return lambda: max(until - time.monotonic(), 0.0)
-
-
-def _endless() -> None:
-    """No limit."""
 
 
 def _connected(address: Address, settings: Settings) -> AsyncServer:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from trident_client._errors import DeadlineExceededError, UnavailableError, is_full
+from trident_client._errors import DeadlineExceededError, OverloadedError, UnavailableError
 
 FIRST_REST = 1.0  # seconds that a server is left alone after a failure; doubled with each one that follows
 LONGEST_REST = 30.0
@@ -97,7 +97,7 @@ class Choice(Generic[Server]):
 
     def note(self, server: Server, error: BaseException | None) -> bool:
         """Note how a request ended; whether another server may answer it, if nothing of an answer has come."""
-        if is_full(error):
+        if isinstance(error, OverloadedError):
             self.full(server)
         elif isinstance(error, UnavailableError | DeadlineExceededError):
             self.failed(server)

@@ -49,8 +49,8 @@ class Client(Connection):
         tls: True, or the certificates: an address without a scheme is then encrypted.
         max_message_bytes: of one request and of one response; None: any, but 3 MiB of a request over HTTP, because
             older servers end at 4.
-        keepalive: seconds of silence after which a gRPC connection is tested; without an answer in 20 seconds its calls
-            raise UnavailableError. None: never.
+        keepalive: seconds of silence after which a gRPC connection with calls is tested; they raise UnavailableError if
+            no answer comes for as long again. None: never.
         wait_if_full: whether requests of every call but those of a generator are sent again, within their time, where
             the server's queue is full.
 
@@ -499,6 +499,15 @@ class Client(Connection):
             TridentError: see its other subclasses.
         """
         return self._run(lambda: _control.unverified(model), timeout)
+
+    def adapters(self, model: str, *, timeout: float | None = None) -> list[str]:
+        """The adapters of a model, which `lora_name` chooses from; [] of one that has none.
+
+        Raises:
+            NotFoundError: the server has not loaded such a model.
+            TridentError: see its other subclasses.
+        """
+        return self._run(lambda: _control.adapters(model), timeout)
 
     def load(self, model: str, *, timeout: float | None = None) -> list[str]:
         """Load a model that was exported since the server started, or that was exported again.

@@ -18,7 +18,7 @@ from trident_client._sending import send_all, was_full
 from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
 from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
 from trident_client._types import GenerationChunk
-from trident_client._watch import Watch
+from trident_client._watch import Watch, countdown
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's is Python 3.11's
@@ -123,7 +123,7 @@ class Connection:
 
     def _send(self, batch: Batch[Result], timeout: float | None) -> Result:
         """The answer to requests that have one response each."""
-        left = self._countdown(timeout)
+        left = countdown(self._deadline(timeout))
         model = self._model(batch.model, batch.task, timeout)
         return batch.join(self._infer(model, batch.requests, left()))
 
@@ -147,10 +147,11 @@ class Connection:
 
     def _chunks(self, prompt: Prompt, timeout: float | None) -> Generator[GenerationChunk, None, None]:
         """The answer of a generator. A model that is not named is looked for at once, all else while iterating."""
-        left = self._countdown(timeout)
+        left = countdown(self._deadline(timeout))
         model = self._model(prompt.model, _generation.TASK, timeout)
-        silence = self._timeout if prompt.stream and timeout is None else None
-        return self._parsed(self._receive(model, prompt.inputs, left if silence is None else _endless, silence))
+        if prompt.stream and timeout is None:
+            return self._parsed(self._receive(model, prompt.inputs, None, self._timeout))
+        return self._parsed(self._receive(model, prompt.inputs, left()))
 
     def _parsed(self, stream: Generator[_Outputs, None, None]) -> Generator[GenerationChunk, None, None]:
         with contextlib.closing(stream) as responses:
@@ -158,14 +159,15 @@ class Connection:
                 yield from _generation.chunks(outputs)
 
     def _receive(
-        self, model: str, inputs: Tensors, left: Callable[[], float | None], silence: float | None = None
+        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None = None
     ) -> Generator[_Outputs, None, None]:
         """The responses to a request of a generator.
 
         Args:
-            left: gives the seconds that are left; None: no limit.
+            seconds: until the last of them, from the first look for one; None: no limit.
             silence: seconds without a response; None: no limit.
         """
+        left = countdown(seconds)
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():
             begun = False
@@ -204,18 +206,6 @@ class Connection:
 
     def _deadline(self, timeout: float | None) -> float | None:
         return self._timeout if timeout is None else timeout
-
-    def _countdown(self, timeout: float | None) -> Callable[[], float | None]:
-        """Gives the seconds that a call has left; None: no limit."""
-        seconds = self._deadline(timeout)
-        if seconds is None:
-            return _endless
-        until = time.monotonic() + seconds
-        return lambda: max(until - time.monotonic(), 0.0)
-
-
-def _endless() -> None:
-    """No limit."""
 
 
 def _connected(address: Address, settings: Settings, watch: Watch) -> Server:

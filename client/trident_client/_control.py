@@ -53,6 +53,13 @@ def unverified(model: str) -> Steps[str]:
     return parameters.get("unverified", "")
 
 
+def adapters(model: str) -> Steps[list[str]]:
+    """See `Client.adapters`."""
+    parameters: dict[str, str] = yield Ask("parameters", model)
+    named = parameters.get("adapters", "")
+    return named.split(",") if named else []
+
+
 def only_model(task: str) -> Steps[str]:
     """The public name of the server's only model of a task.
 

@@ -4,6 +4,7 @@ TridentError
 ├── InvalidRequestError     the request can never succeed: its message names field, value and limit
 ├── NotFoundError           there is no such model on the server
 ├── UnavailableError        the server can't be reached, is draining, or has no room: try again later
+│   └── OverloadedError     it has no room: its queue is full
 ├── ForbiddenError          the call needs a key, which is missing or wrong
 ├── DeadlineExceededError   the answer took longer than `timeout`
 ├── CancelledError          the call was cancelled
@@ -33,6 +34,10 @@ class NotFoundError(TridentError):
 
 class UnavailableError(TridentError):
     """The server can't be reached or has no room now."""
+
+
+class OverloadedError(UnavailableError):
+    """The server's queue is full; nothing of the request was done."""
 
 
 class ForbiddenError(TridentError):
@@ -117,16 +122,20 @@ def from_named_code(message: str) -> TridentError | None:
     codes = {code.name: code for code in grpc.StatusCode}
     if not separator or name not in codes:
         return None
-    return _BY_CODE.get(codes[name], ServerError)(text)
+    return _known(text, _BY_CODE.get(codes[name], ServerError))
 
 
 def _known(message: str, kind: type[TridentError]) -> TridentError:
     """The error of a message and what its code says of it."""
     if _RESTRICTED.search(message):
         return ForbiddenError(_FORBIDDEN)
-    return (UnavailableError if _AWAY.search(message) else kind)(message)
+    if _AWAY.search(message):
+        kind = UnavailableError
+    if kind is UnavailableError and says_full(message):
+        kind = OverloadedError
+    return kind(message)
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error says that the server had no room for a request: nothing of it was done."""
-    return isinstance(error, UnavailableError) and bool(_FULL.search(str(error)))
+def says_full(message: str) -> bool:
+    """Whether the message of an UnavailableError says that the server had no room."""
+    return bool(_FULL.search(message))

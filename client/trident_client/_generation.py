@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -49,8 +50,10 @@ def turns(messages: str | Sequence[Message]) -> Sequence[Message]:
 def chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
     """The answers of a response: one, or all of a request with several."""
     counts = outputs["num_output_tokens"].reshape(-1).tolist()
-    ends = np.cumsum([0, *counts])
+    ends = list(itertools.accumulate(counts, initial=0))
     log_probs, top = outputs["output_log_probs"].reshape(-1).tolist(), _likeliest(outputs, "output")
+    prompt = outputs.get("prompt_log_probs")
+    prompt_log_probs = () if prompt is None else tuple(prompt.reshape(-1).tolist())
     ids, tokens = _flat(outputs, "output_ids"), _flat(outputs, "output_tokens")
     top_tokens = _rows_of(outputs, "output_top_tokens")
     indices = _flat(outputs, "index") or tuple(range(len(counts)))
@@ -68,7 +71,7 @@ def chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
                 num_output_tokens=count,
                 log_probs=tuple(log_probs[own]),
                 top_log_probs=top[own],
-                prompt_log_probs=tuple(outputs.get("prompt_log_probs", np.empty(0)).reshape(-1).tolist()),
+                prompt_log_probs=prompt_log_probs,
                 prompt_top_log_probs=_likeliest(outputs, "prompt"),
                 reasoning=_text(outputs, "reasoning", index),
                 tool_calls=_calls(_text(outputs, "tool_calls", index)),
@@ -113,7 +116,7 @@ def _calls(text: str) -> tuple[ToolCall, ...]:
     """The `tool_calls` of an answer."""
     return tuple(
         ToolCall(call["index"], call.get("id", ""), call["function"].get("name", ""), call["function"]["arguments"])
-        for call in json.loads(text or "[]")
+        for call in (json.loads(text) if text else ())
     )
 
 

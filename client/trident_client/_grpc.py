@@ -17,8 +17,6 @@ from trident_client._types import ModelStatus
 
 STREAM = f"/{pb.SERVICE}/ModelStreamInfer"
 CONNECT_MILLISECONDS = 10_000  # for one try; the next begins after a pause of at most half of that
-# A ping that is not answered ends the connection, and with it the calls that wait for a frozen server.
-_PING_TIMEOUT_MILLISECONDS = 20_000
 # The thread that iterates over a stream receives its messages itself; else a thread of the channel passes them on.
 ONE_THREAD = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
 
@@ -37,8 +35,11 @@ def channel_options(url: str, settings: Settings | None = None) -> list[tuple[st
     if is_loopback(url):
         options.append(("grpc.enable_http_proxy", 0))
     if settings.keepalive is not None:
-        options.append(("grpc.keepalive_time_ms", int(settings.keepalive * 1000)))
-        options.append(("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MILLISECONDS))
+        # A ping that is not answered ends the connection, and with it the calls that wait for a frozen server.
+        names = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+        options += [
+            (name, int(settings.keepalive * 1000)) for name in names
+        ]  # newer ones go by the last, else a minute
     if (name := settings.certificates().server_name) is not None:
         options.append(("grpc.ssl_target_name_override", name))
     return options

@@ -37,8 +37,6 @@ ADMIN_KEY = "trident-admin-key"
 CONNECT_SECONDS = 10.0
 # tritonserver 2.51 ends at a body of 4 MiB.
 LARGEST_BODY = 3 * 2**20
-# tritonserver cuts larger numbers of JSON without a word.
-_LARGEST_NUMBER = 2**31 - 1
 _LENGTH = "inference-header-content-length"
 
 
@@ -149,12 +147,8 @@ def inferred(headers: Mapping[str, str], body: bytes) -> dict[str, NDArray[Any]]
 def generation(
     model: str, inputs: Tensors, seconds: float | None, limit: int | None
 ) -> tuple[str, bytes, dict[str, str]]:
-    """The path, the body and the headers of a request of a generator.
-
-    Raises:
-        InvalidRequestError: JSON can't carry a number to the server.
-    """
-    fields = {name: _plain(name, array) for name, array in inputs.items()}
+    """The path, the body and the headers of a request of a generator."""
+    fields = {name: _plain(array) for name, array in inputs.items()}
     if "n" not in fields:
         fields["stream"] = True
     body = json.dumps({**fields, "parameters": _timeout(seconds)}, ensure_ascii=False, allow_nan=False).encode()
@@ -163,11 +157,9 @@ def generation(
     return path, body, {"content-type": "application/json", "accept": "text/event-stream"}
 
 
-def _plain(name: str, array: NDArray[Any]) -> Any:
+def _plain(array: NDArray[Any]) -> Any:
+    """A tensor as JSON has it: Triton makes it a row again."""
     values = [value.decode("utf-8") if isinstance(value, bytes) else value for value in array.reshape(-1).tolist()]
-    for value in values:
-        if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
-            raise InvalidRequestError(f"{name} must be at most {_LARGEST_NUMBER} over HTTP, found {value}: use gRPC")
     return values[0] if len(values) == 1 else values
 
 
@@ -265,8 +257,9 @@ class Events:
             return array[None]
         kind, _, rest = name.partition("_top_")
         if rest and kind in self._widths:
-            return np.array(values).reshape(1, -1, max(self._widths[kind], 1))
-        return np.array(values)[None]
+            dtype = np.float32 if rest == "log_probs" else np.int32
+            return np.array(values, dtype).reshape(1, -1, max(self._widths[kind], 1))
+        return np.array(values, np.float32 if name.endswith("log_probs") else None)[None]
 
 
 def failure(status: int, body: bytes) -> TridentError:
@@ -308,5 +301,5 @@ def translated(target: str) -> Iterator[None]:
         ) from error
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
         raise InvalidRequestError(str(error)) from error
-    except httpx2.TransportError as error:
+    except (httpx2.TransportError, OSError) as error:  # an alert of TLS comes as it is
         raise UnavailableError(f"{target} can't be reached: {error or type(error).__name__}") from error

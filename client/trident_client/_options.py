@@ -64,6 +64,7 @@ class GenerationOptions(TypedDict, total=False):
         guided_regex: a regular expression that the whole answer matches.
         guided_choice: texts of which the answer is one.
         guided_grammar: a grammar that the answer follows: Lark, or GBNF where it has ::=.
+        lora_name: the adapter of the model that answers, by its name in models.toml; empty: none.
         tools: functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments.
         tool_choice: whether tools are called: `auto`, `none`, `required`, or a tool as chat APIs name it, in JSON.
         documents: texts for the chat template to answer from: a JSON list of objects, usually with `title` and `text`.
@@ -101,6 +102,7 @@ class GenerationOptions(TypedDict, total=False):
     guided_regex: str | None
     guided_choice: list[str] | None
     guided_grammar: str | None
+    lora_name: str | None
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any] | None
     documents: Sequence[Mapping[str, Any]] | None
@@ -191,6 +193,7 @@ GENERATION: dict[str, Option] = {
     "guided_regex": Option("BYTES", "a regular expression that the whole answer matches", flag=False),
     "guided_choice": Option("BYTES", "texts of which the answer is one", many=True, flag=False),
     "guided_grammar": Option("BYTES", "a grammar that the answer follows: Lark, or GBNF where it has ::=", flag=False),
+    "lora_name": Option("BYTES", "the adapter of the model that answers, by its name in models.toml; empty: none"),
     "tools": Option(
         "BYTES",
         "functions that the model may call: a JSON list, each with a name and a JSON schema of its arguments",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from trident_client._errors import UnavailableError, is_full
+from trident_client._errors import OverloadedError, says_full
 
 IN_FLIGHT = 16
 FIRST_PAUSE = 0.05  # seconds; doubled with each try, and drawn between half and all of it
@@ -142,7 +142,7 @@ def send_all(
 
 def was_full(call: Any) -> bool:
     """Whether a call ended because the server had no room for it."""
-    return call.code() == grpc.StatusCode.UNAVAILABLE and is_full(UnavailableError(call.details() or ""))
+    return call.code() == grpc.StatusCode.UNAVAILABLE and says_full(call.details() or "")
 
 
 async def send_all_async(
@@ -176,7 +176,7 @@ async def send_all_async(
             for call in ended:
                 request = flying.pop(call)
                 error = call.exception()
-                if wait_if_full and is_full(error) and plan.refused(request):
+                if wait_if_full and isinstance(error, OverloadedError) and plan.refused(request):
                     continue
                 responses[request.index] = call.result()
                 plan.answered()

@@ -15,7 +15,7 @@ from trident_client import _admin_key
 from trident_client._errors import ForbiddenError
 
 SECONDS = 60.0  # that a call may take where nobody says otherwise
-KEEPALIVE = 30.0  # seconds
+KEEPALIVE = 20.0  # seconds of silence until a connection is tested, and then until its calls are given up
 
 Headers = Mapping[str, str]
 

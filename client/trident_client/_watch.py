@@ -1,4 +1,4 @@
-"""Ends what waits too long for a server, where the library that waits has no limit of that kind."""
+"""Time limits: what is left of one, and an end of what waits too long where a library has no limit of that kind."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 POLL_SECONDS = 0.1
+
+
+def countdown(seconds: float | None) -> Callable[[], float | None]:
+    """Gives what is left of so many seconds; None: no limit."""
+    if seconds is None:
+        return lambda: None
+    until = time.monotonic() + seconds
+    return lambda: max(until - time.monotonic(), 0.0)
 
 
 class Wait:

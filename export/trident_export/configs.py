@@ -37,8 +37,10 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
         assert spec.encoder
         configs = list(_ensemble(spec, spec.encoder))
     built = {config.name: config for config in configs}
-    for variant in spec.variants:  # by which a client finds the model of a task
+    for variant in spec.variants:  # by which a client finds the model of a task, and its adapters
         _set_parameters(built[spec.public_name(variant)], {"task": spec.task})
+        if spec.adapters:
+            _set_parameters(built[spec.public_name(variant)], {"adapters": ",".join(spec.adapters)})
     for variant, reason in (unverified or {}).items():
         _set_parameters(built[spec.public_name(variant)], {UNVERIFIED: reason})
     return built

@@ -20,6 +20,7 @@ from trident_export import configs, disk, memory, report, tasks
 from trident_export.errors import ExportError, ExportsFailed, SourceError
 from trident_export.fingerprint import fingerprint
 from trident_export.huggingface import sources
+from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.progress import Progress
 from trident_serving.artefacts import (
@@ -179,9 +180,10 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for variant, values in checked.measures.items():
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         verdict = f"UNVERIFIED: {checked.refused[variant]}" if variant in checked.refused else "passed"
-        progress(f"{variant}: {verdict} ({shown})")
+        for adapter, measured in fidelity.by_adapter(values).items():
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+            progress(f"{variant}: with adapter {adapter} ({shown})" if adapter else f"{variant}: {verdict} ({shown})")
 
 
 def _install(manifest: Manifest, staging: Path, repository: Path) -> None:

@@ -23,6 +23,7 @@ PROMPT_TASKS = ("feature-extraction", "sparse-embedding", "hybrid-embedding", "t
 TEMPLATE_VARIANT = "template"
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
 T = TypeVar("T")
+_ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{,127}")
 # Names are those of folders, so none may be "." or "..", or hidden as .trident is; Triton itself takes any folder.
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{,127}")
 
@@ -63,6 +64,7 @@ class ModelSpec:
             model's own; False: it has none.
         source_lang: of translation, where a request names none and the model reads several; `target_lang` too.
         prefix: what goes before every source, as text; None: what the model's config says for the task.
+        adapters: LoRA adapters that are served with a causal model and chosen by `lora_name`: folders by name.
         gates: thresholds by variant that replace the default ones (see `fidelity`).
         calibration: a file of representative text, for recipes that look at activations; "": the packaged texts.
         recipes: of the variants.
@@ -82,6 +84,7 @@ class ModelSpec:
     source_lang: str = ""
     target_lang: str = ""
     prefix: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     calibration: str = ""
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
@@ -131,6 +134,8 @@ class ModelSpec:
         """All that decides its artefacts, as plain data."""
         values = asdict(replace(self, recipes={}, more={}))
         del values["more"]
+        if not self.adapters:
+            del values["adapters"]
         return values | {"recipes": repr(self.recipes)}
 
 
@@ -270,6 +275,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         trust_remote_code=_typed(f"{where}: trust_remote_code", table.get("trust_remote_code", False), bool),
         prompts=_prompts(where, task, table.get("prompts", False)),
         **_source_words(where, task, table),
+        adapters=_adapters(where, table),
         gates=gates,
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
         recipes={variant: known_recipes[variant] for variant in variants},
@@ -347,6 +353,25 @@ def _source_words(where: str, task: str, table: Mapping[str, Any]) -> dict[str, 
     if given and LIMITS[task] is not Seq2SeqLimits:
         raise ModelsFileError(f"{where}: {', '.join(given)} is for translation and summarization, the task is {task}")
     return given
+
+
+def _adapters(where: str, table: Mapping[str, Any]) -> Mapping[str, str]:
+    adapters = table.get("adapters", {})
+    if not isinstance(adapters, dict):
+        raise ModelsFileError(f"{where}: adapters must be a table of names and folders, found {adapters!r}")
+    if adapters and LIMITS[table["task"]] is not GenerationLimits:
+        raise ModelsFileError(f"{where}: adapters are for text-generation alone, the task is {table['task']}")
+    if adapters and isinstance(table["source"], dict) and "adapter" in table["source"]:
+        raise ModelsFileError(f"{where}: a source has an adapter that is merged, or the table has adapters, not both")
+    for name, folder in adapters.items():
+        if not _ADAPTER.fullmatch(name):
+            raise ModelsFileError(
+                f"{where} adapters: {name[:80]!r} must have letters, digits, '-', '_' and '.' alone, begin with a "
+                "letter or digit, and have 128 characters at most"
+            )
+        if not _typed(f"{where} adapters.{name}", folder, str):
+            raise ModelsFileError(f"{where} adapters.{name} must be the folder of an adapter, found ''")
+    return adapters
 
 
 def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | bool:

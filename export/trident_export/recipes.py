@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from importlib import resources
@@ -165,13 +165,27 @@ def transform(model: ir.Model, passes: Sequence[Pass], runs: CalibrationRuns | N
     return model
 
 
-def apply(recipe: Recipe, kind: Kind, graph: Path, target: Path, runs: CalibrationRuns | None = None) -> None:
-    """Write `target` (weights in `<target>.data`) from the float32 graph at `graph`; see `transform`."""
-    if not recipe.passes[kind]:
+def apply(
+    recipe: Recipe,
+    kind: Kind,
+    graph: Path,
+    target: Path,
+    runs: CalibrationRuns | None = None,
+    finish: Callable[[ir.Model], None] | None = None,
+) -> None:
+    """Write `target` (weights in `<target>.data`) from the float32 graph at `graph`; see `transform`.
+
+    Args:
+        finish: changes the model behind all passes.
+    """
+    if not recipe.passes[kind] and finish is None:
         link(graph, target)
         return
     with scratch():
-        save(transform(load_graph(graph), recipe.passes[kind], runs), target)
+        model = transform(load_graph(graph), recipe.passes[kind], runs)
+        if finish is not None:
+            finish(model)
+        save(model, target)
 
 
 def as_toml(steps: Sequence[Pass]) -> str:

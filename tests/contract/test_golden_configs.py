@@ -13,7 +13,13 @@ from tests.conftest import ROOT
 from trident_export import configs, models_file
 
 GOLDEN = ROOT / "tests" / "golden"
-GENERATOR = {"task": "text-generation", "source": {"path": "x"}, "variants": ["int8"], "limits": {"slots": 4}}
+GENERATOR = {
+    "task": "text-generation",
+    "source": {"path": "x"},
+    "variants": ["int8"],
+    "limits": {"slots": 4},
+    "adapters": {"polite": "a", "sql": "b"},
+}
 SEQ2SEQ = {"task": "translation", "source": {"path": "x"}, "variants": ["fp32"], "limits": {"long_input": "window"}}
 TEMPLATE = {
     "task": "translation",

@@ -21,6 +21,17 @@ SERVING: tuple[tuple[str, ...], ...] = (
     ("generation", "seq2seq", "encoders"),
     ("triton",),
 )
+CLIENT: tuple[tuple[str, ...], ...] = (
+    ("_errors", "_types", "_options", "_task_options", "_admin_key", "_protocol"),
+    ("_settings", "_wire", "_watch"),
+    ("_steps", "_choice", "_sending"),
+    ("_control", "_generation", "_tasks"),  # what calls send: no input, no output
+    ("_grpc", "_http"),
+    ("_grpc_channel", "_grpc_aio", "_http_client", "_http_async"),
+    ("_connection", "_async_connection"),
+    ("_client", "_async_client"),
+    ("cli",),
+)
 EXPORT: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("progress", "quiet", "corpora"),
@@ -61,7 +72,12 @@ def upward(folder: Path, layers: tuple[tuple[str, ...], ...]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "layers"), [("serving/trident_serving", SERVING), ("export/trident_export", EXPORT)]
+    ("folder", "layers"),
+    [
+        ("client/trident_client", CLIENT),
+        ("serving/trident_serving", SERVING),
+        ("export/trident_export", EXPORT),
+    ],
 )
 def test_nothing_imports_upward(folder: str, layers: tuple[tuple[str, ...], ...]) -> None:
     assert upward(ROOT / folder, layers) == []

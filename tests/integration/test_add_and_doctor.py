@@ -54,15 +54,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "task", "expected"),
     [
         ("labels", "text-classification", {"labels": 3, "max_tokens": 128}),
-        ("tokens", "token-classification", {"labels": 5, "max_tokens": 130}),
-        ("answers", "question-answering", {"max_tokens": 130, "stride": 43}),
-        ("masks", "fill-mask", {"max_tokens": 130}),
+        pytest.param("tokens", "token-classification", {"labels": 5, "max_tokens": 130}, marks=pytest.mark.slow),
+        pytest.param("answers", "question-answering", {"max_tokens": 130, "stride": 43}, marks=pytest.mark.slow),
+        pytest.param("masks", "fill-mask", {"max_tokens": 130}, marks=pytest.mark.slow),
         ("vectors", "feature-extraction", {"dimensions": 32, "max_tokens": 128}),
         ("reranker", "text-ranking", {"labels": 1, "max_tokens": 130}),
         ("gpt", "text-generation", {"context": 128, "slots": 8, "kv_cache_mib": 1024}),
         ("marian", "translation", {"max_source_tokens": 128, "max_target_tokens": 128}),
-        ("bart", "summarization", {"max_source_tokens": 128, "max_target_tokens": 64}),
-        ("nllb", "translation", {"max_source_tokens": 128, "max_target_tokens": 128}),
+        pytest.param(
+            *("bart", "summarization", {"max_source_tokens": 128, "max_target_tokens": 64}), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("nllb", "translation", {"max_source_tokens": 128, "max_target_tokens": 128}), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_is_proposed_can_be_exported(

@@ -153,7 +153,7 @@ def test_malformed_prompts(server: LocalServer, inputs: dict[str, list[bytes]], 
 def test_wrong_dtype_and_shape(server: LocalServer, tensors: dict[str, Any]) -> None:
     assert raw_stream(server, triton_request("smollm2", tensors))
     with pytest.raises(InvalidRequestError), Client(server.grpc_url) as client:
-        list(client._receive("smollm2", tensors, lambda: 60.0))
+        list(client._receive("smollm2", tensors, 60.0))
 
 
 def test_http_answers_400(server: LocalServer) -> None:

@@ -45,7 +45,14 @@ def printed_tables(stdout: str) -> str:
     return stdout.split("# for models.toml:\n")[1]
 
 
-@pytest.mark.parametrize(("method", "sparsity"), [("heads", "0.5"), ("columns", "0.33"), ("layers", "0.5")])
+@pytest.mark.parametrize(
+    ("method", "sparsity"),
+    [
+        pytest.param("heads", "0.5", marks=pytest.mark.slow),
+        pytest.param("columns", "0.33", marks=pytest.mark.slow),
+        ("layers", "0.5"),
+    ],
+)
 def test_a_pruned_generator_is_exported_and_served(folder: Path, method: str, sparsity: str) -> None:
     done = run_export(
         "prune", "llama", "--method", method, "--sparsity", sparsity, "--variant", "fp32",
@@ -77,6 +84,7 @@ def test_a_pruned_generator_is_exported_and_served(folder: Path, method: str, sp
         )
 
 
+@pytest.mark.slow
 def test_zeros_make_a_graph_that_compresses_and_is_as_large(folder: Path) -> None:
     done = run_export_cold(
         "prune", "vectors", "--method", "wanda", "--experimental", "--sparsity", "0.2", "0.6",

@@ -32,7 +32,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tests import tiny_models
+from tests import doors, tiny_models
 from tests.conftest import post
 from trident_client import Client, InvalidRequestError, cli
 from trident_export import add, install, models_file
@@ -437,3 +437,15 @@ def test_command_line(server: LocalServer, client: Client, capsys: pytest.Captur
     (found,) = run("rank", "--model", "ranker", "--query", "what?", "--prompt-name", "query", "a cat")
     (right,) = client.rank("what?", ["a cat"], model="ranker", prompt_name="query")
     assert found[0]["score"] == pytest.approx(right.score)
+
+
+def test_both_clients_over_grpc_and_http(server: LocalServer) -> None:
+    sparse, dense, ranked = doors.answers(
+        server,
+        lambda client: client.embed_sparse(TEXTS, model="splade", batch_size=2),
+        lambda client: client.embed(TEXTS, model="bidirectional", dimensions=8, prompt_name="passage"),
+        lambda client: client.rank("a cat", TEXTS, model="answering-ranker", prompt_name="code"),
+    )
+    assert all(len(vector.indices) == len(vector.weights) > 0 for vector in sparse)
+    assert [len(row) for row in dense[1]] == [8] * len(TEXTS)
+    assert sorted(each.index for each in ranked) == list(range(len(TEXTS)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from transformers import (
     pipeline,
 )
 
-from tests import tiny_models
+from tests import doors, tiny_models
+from tests.conftest import runs_slow_tests, some_slow
 from tests.golden import question_answering as record
 from trident_client import Client, InvalidRequestError, cli
 from trident_export import corpora, install, models_file, recipes, tasks
@@ -60,15 +61,20 @@ TOKEN_CLASSIFIERS = {
 QUESTION_ANSWERERS = {f"qa-{family}": family for family in ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet")}
 FILLERS = {f"fill-{family}": family for family in ("bert", "roberta", "modernbert", "deberta-v2")}
 EMBEDDERS = {f"emb-{family}": family for family in ("mpnet", "xlm-roberta", "modernbert")}
+# Served with slow tests only: the gate of the export proves these families elsewhere, and other families show the task.
+SLOW = {
+    *("cls-distilbert", "cls-modernbert", "cls-mpnet", "cls-deberta", "ner-xlm-roberta", "ner-modernbert"),
+    *("qa-distilbert", "qa-xlm-roberta", "qa-mpnet", "fill-roberta", "fill-deberta-v2", "emb-modernbert"),
+}
 
 
-def _tables(folder: Path, make: bool = True) -> dict[str, dict[str, Any]]:
-    """The tables of models.toml that serve the models, which are made in the same folder."""
+def _tables(folder: Path, make: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """The tables of models.toml that serve the models; some are made, in the same folder."""
     made: dict[str, dict[str, Any]] = {}
 
     def add(name: str, family: str, head: type, task: str, limits: dict[str, Any], **config: Any) -> None:
         path = folder / name
-        if make:
+        if name in make:
             tiny_models.make_reader(path, family, head, seed=len(made), **config)
             if head is AutoModelForQuestionAnswering:
                 tiny_models.settle(path)
@@ -103,8 +109,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reader_server(folder: Path) -> Iterator[LocalServer]:
-    specs = [models_file.parse(name, table) for name, table in _tables(folder).items()]
+def reader_server(folder: Path, request: pytest.FixtureRequest) -> Iterator[LocalServer]:
+    served = {name for name in _tables(folder) if name not in SLOW or runs_slow_tests(request.config)}
+    specs = [models_file.parse(name, table) for name, table in _tables(folder, served).items() if name in served]
     install.export(specs, folder / "repository", folder, folder / "cache", lambda message: None)
     with local.running(folder / "repository", folder / "log") as running:
         yield running
@@ -126,7 +133,7 @@ def hugging_face(folder: Path, task: str, name: str) -> Any:
     return pipeline(task, model=str(folder / name), tokenizer=str(folder / name), device="cpu")
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", some_slow(CLASSIFIERS, SLOW))
 def test_classification(reader: Client, folder: Path, texts: list[str], name: str) -> None:
     pipe = hugging_face(folder, "text-classification", name)
     labels = CLASSIFIERS[name][1]["num_labels"]
@@ -154,7 +161,7 @@ def test_classification_of_pairs(reader: Client, folder: Path, texts: list[str],
 
 
 @pytest.mark.parametrize("strategy", ["none", "simple", "first", "average", "max"])
-@pytest.mark.parametrize("name", TOKEN_CLASSIFIERS)
+@pytest.mark.parametrize("name", some_slow(TOKEN_CLASSIFIERS, SLOW))
 def test_entities(reader: Client, folder: Path, texts: list[str], name: str, strategy: str) -> None:
     pipe = hugging_face(folder, "token-classification", name)
     with warnings.catch_warnings():
@@ -200,7 +207,7 @@ def test_entities_of_a_long_text(reader: Client, folder: Path, texts: list[str],
     assert [len(row) for row in together] == [len(whole), len(alone)]
 
 
-@pytest.mark.parametrize("name", QUESTION_ANSWERERS)
+@pytest.mark.parametrize("name", some_slow(QUESTION_ANSWERERS, SLOW))
 def test_question_answering(reader: Client, folder: Path, name: str) -> None:
     """Answer, characters and score equal on fifty mixed contexts: F1 against the pipeline is 1."""
     windows = 0
@@ -224,7 +231,7 @@ def test_several_questions_at_once(reader: Client) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", FILLERS)
+@pytest.mark.parametrize("name", some_slow(FILLERS, SLOW))
 def test_fill_mask(reader: Client, folder: Path, name: str) -> None:
     pipe = hugging_face(folder, "fill-mask", name)
     mask = pipe.tokenizer.mask_token
@@ -243,7 +250,7 @@ def test_fill_mask(reader: Client, folder: Path, name: str) -> None:
             np.testing.assert_allclose([f.score for f in given], [item["score"] for item in wanted], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", EMBEDDERS)
+@pytest.mark.parametrize("name", some_slow(EMBEDDERS, SLOW))
 def test_embeddings(reader: Client, folder: Path, texts: list[str], name: str) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder / name), AutoModel.from_pretrained(folder / name).eval()
     prefix = "query: " if name == "emb-xlm-roberta" else ""
@@ -356,7 +363,7 @@ def test_a_damaged_model_is_refused(
     reader_server: LocalServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The weights of one matmul three percent too large."""
-    spec = models_file.parse(name, _tables(folder, make=False)[name])
+    spec = models_file.parse(name, _tables(folder)[name])
     original = recipes.apply
 
     def damaged(recipe: Any, kind: Any, graph: Path, *more: Any) -> None:
@@ -413,6 +420,25 @@ def test_a_table_of_positions_is_compared_to_its_end(tmp_path: Path, monkeypatch
 def test_limits_that_are_not_the_models(
     reader_server: LocalServer, folder: Path, tmp_path: Path, name: str, limits: dict[str, int], message: str
 ) -> None:
-    spec = models_file.parse(name, _tables(folder, make=False)[name] | {"limits": limits})
+    spec = models_file.parse(name, _tables(folder)[name] | {"limits": limits})
     with pytest.raises(ValueError, match=message):
         install.export([spec], tmp_path, tmp_path, tmp_path, lambda message: None)
+
+
+def test_both_clients_over_grpc_and_http(reader_server: LocalServer, texts: list[str]) -> None:
+    short, context = texts[:6], "Ada Lovelace wrote the first program in London."
+    entities = {"model": "ner-bert", "aggregation_strategy": "simple"}
+    found = doors.answers(
+        reader_server,
+        lambda client: client.classify(short, model="cls-bert", top_k=3, batch_size=2),
+        lambda client: client.classify(short[0], text_pairs=short[1], model="cls-roberta", top_k=4),
+        lambda client: client.entities([context, *short], **entities),
+        lambda client: client.entities(context, **entities),
+        lambda client: client.answer(["Who?", "Where?"], context, model="qa-bert", top_k=2),
+        lambda client: client.answer("Who?", context, model="qa-bert", handle_impossible_answer=True),
+        lambda client: client.rank("Who?", short, batch_size=4),
+        lambda client: client.fill_mask("the [MASK] sat on the [MASK]", model="fill-bert", top_k=3),
+        lambda client: client.embed(short, model="emb-xlm-roberta", prompt_name="query"),
+    )
+    assert [len(answer) for answer in found[:8]] == [6, 4, 7, len(found[2][0]), 2, 1, 6, 2]
+    assert found[2][0] == found[3]

@@ -49,7 +49,7 @@ def eventually(check: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("model", ["smollm2", "smollm2_int8_cache"])
+@pytest.mark.parametrize("model", ["smollm2", pytest.param("smollm2_int8_cache", marks=pytest.mark.slow)])
 def test_answers_do_not_depend_on_their_batch(client: Client, model: str) -> None:
     """Bit for bit: the log-probabilities of every token, greedy and sampled, with and without drafts."""
     source = random.Random(5)

@@ -108,11 +108,13 @@ def connected(folder: Path) -> Iterator[Client]:
         yield client
 
 
+@pytest.mark.slow
 def test_generation(connected: Client) -> None:
     for name in CAUSAL:
         assert connected.generate("Hello", model=name, max_tokens=4).num_output_tokens == 4
 
 
+@pytest.mark.slow
 def test_translation_and_summarization(connected: Client, folder: Path) -> None:
     for name in SEQ2SEQ:
         assert connected.translate("Hello there", model=name, max_tokens=4).num_output_tokens >= 1
@@ -122,6 +124,7 @@ def test_translation_and_summarization(connected: Client, folder: Path) -> None:
     assert connected.translate(">>deu<< Hello", model="opus-mt-en-zh", max_tokens=4).num_output_tokens >= 1
 
 
+@pytest.mark.slow
 def test_encoders(connected: Client) -> None:
     assert connected.classify("a fine film")[0].label in ("LABEL_0", "LABEL_1")
     assert {entity.entity for entity in connected.entities("Anna lives in Rome", aggregation_strategy="none")} <= set(

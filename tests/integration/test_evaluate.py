@@ -16,6 +16,7 @@ from tests.conftest import ROOT, run_export, run_export_cold
 from trident_export.measure import fidelity, quality
 
 
+@pytest.mark.slow
 def test_the_default_models(default_repository: Path, tmp_path: Path) -> None:
     done = run_export_cold("evaluate", "minilm", "--reports", str(tmp_path), "--repository", str(default_repository))
     assert done.returncode == 0, done.stderr

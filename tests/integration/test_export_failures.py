@@ -381,6 +381,7 @@ def test_failures_of_several_are_one_error(llama: Path, tmp_path: Path) -> None:
     assert "nowhere does not exist" in failed.value.failures["two"]
 
 
+@pytest.mark.slow
 def test_long_steps_have_a_bar_on_a_terminal_and_lines_elsewhere(
     llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from tests import tiny_models
-from tests.conftest import run_export, run_export_cold
+from tests.conftest import run_export
 from trident_client import Client, cli
 from trident_export import configs, models_file
 from trident_serving import artefacts
@@ -41,7 +41,7 @@ def test_an_unverified_variant_is_called_so_everywhere(
 ) -> None:
     repository = tmp_path / "repository"
     options = ("--models-file", str(models), "--repository", str(repository))
-    done = run_export_cold("export", *options)
+    done = run_export("export", *options)
     assert done.returncode == 1
     assert "mixed does not compute what Hugging Face computes: kl is" in done.stderr
     assert artefacts.loadable(repository) == []

@@ -99,11 +99,11 @@ def generator_check(default_repository: Path) -> Callable[[str, Path], None]:
     [
         ("int8", nothing, ""),
         ("int8", scales_off, "kl is .*top1 is"),
-        ("int8", layer_zeroed, "kl is .*top1 is"),
+        pytest.param("int8", layer_zeroed, "kl is .*top1 is", marks=pytest.mark.slow),
         ("int8", heads_swapped, "kl is .*top1 is"),
-        ("int8_cache", scales_off, "kl is .*top1 is"),
-        ("int8_cache", cache_clipped, "kl is .*top1 is"),
-        ("int4", layer_zeroed, "kl is .*top1 is"),
+        pytest.param("int8_cache", scales_off, "kl is .*top1 is", marks=pytest.mark.slow),
+        pytest.param("int8_cache", cache_clipped, "kl is .*top1 is", marks=pytest.mark.slow),
+        pytest.param("int4", layer_zeroed, "kl is .*top1 is", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_generator(
@@ -125,6 +125,7 @@ def test_a_damaged_generator(
         generator_check(variant, tmp_path)
 
 
+@pytest.mark.slow
 def test_every_product_of_int4_but_the_head_has_four_bits(default_repository: Path) -> None:
     model = onnx.load(str(default_repository / "smollm2_int4" / VERSION / "model.onnx"), load_external_data=False)
     matmuls = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
@@ -133,13 +134,17 @@ def test_every_product_of_int4_but_the_head_has_four_bits(default_repository: Pa
     assert list(bits.values()).count(4) == 4 * 30
 
 
-@pytest.mark.parametrize(("variant", "table"), [("fp32", 4 * 49152 * 576), ("int4", 49152 * 576 * 9 // 8)])
+@pytest.mark.parametrize(
+    ("variant", "table"),
+    [("fp32", 4 * 49152 * 576), pytest.param("int4", 49152 * 576 * 9 // 8, marks=pytest.mark.slow)],
+)
 def test_what_a_token_reads_is_all_but_the_embedding_table(default_repository: Path, variant: str, table: int) -> None:
     """`make bench` gives a share of the memory's bandwidth by it: bytes in float32, or in blocks of 32 with a scale."""
     folder = default_repository / SPECS["smollm2"].public_name(variant) / VERSION
     assert generation.bytes_of(folder) - generation.bytes_read(folder) == table
 
 
+@pytest.mark.slow
 def test_quantize_dynamic_is_refused(
     default_repository: Path, generator_check: Callable[[str, Path], None], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests import tiny_models
+from tests import doors, tiny_models
 from tests.conftest import post
 from trident_client import Client, InvalidRequestError
 from trident_export import install, models_file
@@ -336,3 +336,18 @@ def test_ends_of_turns_are_ends(chat_client: Client) -> None:
     shown = chat_client.chat("Hi", model="m", max_tokens=24, skip_special_tokens=False, tools=[TOOL])
     assert shown.text.endswith("I look.")
     assert len(shown.tool_calls) == 1
+
+
+def test_both_clients_over_grpc_and_http(chats: LocalServer) -> None:
+    options: dict[str, Any] = {"model": "m", "tools": [TOOL], "return_reasoning": True, "max_tokens": 24}
+    whole, several, summary, answer = doors.answers(
+        chats,
+        lambda client: client.chat("Hi", **options),
+        lambda client: client.generate_many([USER], 2, **options),
+        lambda client: client.summarize(["Hi", "there"], model="sum"),
+        lambda client: client.answer("Who?", "Me", model="qa"),
+    )
+    assert (whole.text, whole.reasoning) == ("I look.", "He asks.")
+    assert [call.name for call in whole.tool_calls] == ["weather"]
+    assert [(each.text, each.reasoning) for each in several] == [("I look.", "He asks.")] * 2
+    assert (len(summary), len(answer)) == (2, 1)

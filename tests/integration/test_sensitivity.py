@@ -62,6 +62,7 @@ def test_the_recipe_that_it_prints_is_closer(folder: Path) -> None:
     assert manifest.fidelity["coarse_kept"]["kl"] < 0.5 * manifest.fidelity["coarse"]["kl"]
 
 
+@pytest.mark.slow
 def test_both_graphs_of_a_translation_model(tmp_path: Path) -> None:
     """One matmul at a time: the other graph is kept as a whole, which is no misfit of the recipe."""
     tiny_models.make_seq2seq(tmp_path / "t5", "t5")

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests import tiny_models
-from tests.conftest import post, triton_request
+from tests import doors, tiny_models
+from tests.conftest import post, runs_slow_tests, some_slow, triton_request
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, cli
 from trident_export import corpora, install, models_file
 from trident_export.errors import FidelityError
@@ -38,6 +38,7 @@ from trident_serving.seq2seq.search import Found, SearchParams
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = tiny_models.SEQ2SEQ
+SLOW = {"mt5", "mbart"}  # T5 and MBart-50 compute the same
 MAX_TOKENS = 24
 LIMITS = {"max_source_tokens": 96, "max_target_tokens": 40, "slots": 24, "threads": 1, "max_waiting": 64}
 # Settings of the families' generation configs in addition to the required ones.
@@ -55,10 +56,12 @@ def _table(folder: Path, family: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     path = tmp_path_factory.mktemp("seq2seq")
     specs = []
     for seed, family in enumerate(FAMILIES):
+        if family in SLOW and not runs_slow_tests(request.config):
+            continue
         tiny_models.make_seq2seq(path / family, family, seed, **GENERATION.get(family, {}))
         specs.append(models_file.parse(family, _table(path, family)))
     install.export(specs, path / "repository", path, path / "cache", lambda message: None)
@@ -143,7 +146,7 @@ SEARCHES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, SLOW))
 def test_every_token_is_that_of_generate(folder: Path, family: str) -> None:
     """Greedy and by beams, all texts and all searches in one batch."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / family).eval()
@@ -212,7 +215,7 @@ def test_answers_do_not_depend_on_the_batch(folder: Path, data: st.DataObject) -
         assert run_together(folder, family, [job]) == [found]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, SLOW))
 def test_served_texts_are_those_of_the_pipeline(connected: Client, folder: Path, family: str) -> None:
     """With the model's own generation config, sent at once by many callers."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / family).eval()
@@ -449,3 +452,15 @@ def test_limits_that_are_not_the_models(folder: Path, tmp_path: Path) -> None:
     spec = models_file.parse("nllb", _table(folder, "nllb") | {"target_lang": "xx"})
     with pytest.raises(ValueError, match="target_lang is 'xx', the model knows"):
         install.export([spec], tmp_path, tmp_path, tmp_path, lambda message: None)
+
+
+def test_both_clients_over_grpc_and_http(seq2seq_server: LocalServer) -> None:
+    found = doors.answers(
+        seq2seq_server,
+        lambda client: client.translate(TEXTS, model="t5", max_tokens=12),
+        lambda client: client.translate(TEXTS[0], model="t5", temperature=1.5, random_seed=2**50, max_tokens=12),
+        lambda client: client.summarize(TEXTS[:3], model="bart", num_beams=3, long_input="window"),
+    )
+    assert len({answer.text for answer in found[0]}) > 4
+    assert found[1].num_output_tokens > 0
+    assert all(len(answer.scores) == 1 for answer in found[2])

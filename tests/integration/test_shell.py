@@ -30,6 +30,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from tests import tiny_models
 from tests.conftest import post, triton_request
+from tests.integration.test_bad_requests import raw_stream
 from tests.integration.test_launcher import alive, children
 from trident_client import Client, DeadlineExceededError, ForbiddenError, TridentError, UnavailableError, _wire, cli
 from trident_export import install, models_file
@@ -218,9 +219,8 @@ def test_no_caller_ends_the_answers_of_others(shell: LocalServer, connected: Cli
     next(stream)
     for field in ("cancel_key", "request_key"):
         inputs = {field: _wire.texts([""])[None]}
-        request = _wire.build_request("gen", inputs)
-        errors = [response.error_message for response in connected._stream_infer(request, timeout=20)]
-        assert errors == [f"unexpected inference input '{field}' for model 'gen'"]
+        errors = raw_stream(shell, triton_request("gen", inputs))
+        assert errors == f"unexpected inference input '{field}' for model 'gen'"
         for endpoint in ("generate", "generate_stream"):
             assert post(f"{shell.http_url}/v2/models/gen/{endpoint}", {field: ""})[0] == 400
             body = {"text_input": "A", "max_tokens": 1, field: ""}
@@ -266,9 +266,8 @@ def test_a_load_that_fails_and_an_unload_leave_the_server_ready(
 @pytest.mark.parametrize("depth", [1_000, 100_000])
 def test_deep_messages_are_refused(shell: LocalServer, connected: Client, depth: int) -> None:
     for text in ("[" * depth, "[" * depth + "]" * depth, '[{"role":"user","content":' + "[" * depth):
-        request = _wire.build_request("gen", {"messages": _wire.texts([text])[None]})
-        (response,) = connected._stream_infer(request, timeout=60)
-        assert response.error_message.startswith("INVALID_ARGUMENT: messages ")
+        request = triton_request("gen", {"messages": _wire.texts([text])[None]})
+        assert raw_stream(shell, request).startswith("INVALID_ARGUMENT: messages ")
     assert connected.generate("A", model="gen", max_tokens=1).num_output_tokens == 1
 
 
@@ -368,14 +367,11 @@ def test_refusals_with_cancellations(shell: LocalServer) -> None:
 
 
 def test_questions_of_one_request_are_answered_together(connected: Client) -> None:
-    request = _wire.build_request(
-        "ask",
-        {
-            "question": _wire.texts([f"q{index}" for index in range(9)]),
-            "context": _wire.texts(["the context"]),
-        },
-    )
-    answers = _wire.parse_response(connected._stub.ModelInfer(request))
+    inputs = {
+        "question": _wire.texts([f"q{index}" for index in range(9)]),
+        "context": _wire.texts(["the context"]),
+    }
+    (answers,) = connected._infer("ask", [inputs], None)
     single = [connected.answer(f"q{index}", "the context", model="ask")[0] for index in range(9)]
     assert [text.decode() for text in answers["answer"].reshape(-1)] == [answer.answer for answer in single]
 
@@ -434,7 +430,12 @@ def test_a_dead_generator_is_reported_and_reloaded_and_other_models_go_on(reposi
 
 @pytest.mark.parametrize(
     ("model", "number"),
-    [("t5", signal.SIGSTOP), ("cls_tokenizer", signal.SIGSTOP), ("cls_model", signal.SIGKILL), ("tr", signal.SIGKILL)],
+    [
+        ("t5", signal.SIGSTOP),
+        pytest.param("cls_tokenizer", signal.SIGSTOP, marks=pytest.mark.slow),
+        ("cls_model", signal.SIGKILL),
+        pytest.param("tr", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_an_idle_process_that_hangs_or_dies_costs_no_answer(
     repository: Path, tmp_path: Path, model: str, number: signal.Signals

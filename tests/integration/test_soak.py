@@ -11,7 +11,7 @@ SECONDS = 20
 
 
 def test_a_short_soak_finds_nothing(server: LocalServer) -> None:
-    outcome = session.run(server, SECONDS, ["minilm_int8_static"], print, touch=False, period=1.0)
+    outcome = session.run(server, SECONDS, ["minilm_int8_static"], print, touch=False, cached=False, period=1.0)
     assert report.findings(outcome, short=True) == []
     kinds = Counter(entry.kind for entry in outcome.entries if entry.outcome == "good")
     assert {kind.split()[0] for kind in kinds} >= {"smollm2", "minilm", "minilm_int8"}

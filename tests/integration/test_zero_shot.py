@@ -18,7 +18,7 @@ import torch
 from onnx import numpy_helper
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from tests import tiny_models
+from tests import doors, tiny_models
 from trident_client import Client, InvalidRequestError, cli
 from trident_export import corpora, install, models_file, recipes
 from trident_export.errors import FidelityError, UnsupportedModel
@@ -224,3 +224,13 @@ def test_models_that_can_not(tmp_path: Path, kind: str, labels: list[str], messa
     AutoConfig.for_model(kind, **_named(labels)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=message):
         zero_shot.EXPORT.settings(HuggingFaceFolder(tmp_path))
+
+
+def test_both_clients_over_grpc_and_http(server: LocalServer, texts: list[str]) -> None:
+    options = {"model": "bert", "hypothesis_template": "It is about {}."}
+    found = doors.answers(
+        server,
+        lambda client: client.classify_zero_shot(texts[:5], TOPICS, batch_size=2, **options),
+        lambda client: client.classify_zero_shot(texts[0], TOPICS, multi_label=True, **options),
+    )
+    assert {label.label for label in found[0][4]} == {label.label for label in found[1]} == set(TOPICS)

@@ -40,6 +40,12 @@ def test_a_second_row_where_the_processor_sums_one_otherwise() -> None:
     assert pack([SlotTokens(1, 10, [7]), SlotTokens(0, 5, [6])], rows=Rows(2, 2)).input_ids.tolist() == [[7, 6]]
 
 
+def test_every_token_has_its_adapter() -> None:
+    items = [SlotTokens(2, 5, [6, 7], adapter=3), SlotTokens(0, 1, [8])]
+    assert pack(items).adapters.tolist() == [[3, 3, 0]]
+    assert pack(items[:1], rows=Rows(4, 1)).adapters.tolist() == [[3, 3, 3, 3]]
+
+
 def test_where_states_find_their_tokens() -> None:
     """Slots 2 and 4 with a token and with three; slot 3 is idle."""
     batch = pack([SlotTokens(2, 7, [5]), SlotTokens(4, 0, [1, 2, 3])])

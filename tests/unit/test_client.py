@@ -216,6 +216,7 @@ def test_exported_names() -> None:
         "Message",
         "ModelStatus",
         "NotFoundError",
+        "OverloadedError",
         "Ranked",
         "SparseVector",
         "ServerError",

@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from trident_client import (
     DeadlineExceededError,
     Health,
     InvalidRequestError,
+    OverloadedError,
     UnavailableError,
 )
 from trident_client._choice import FIRST_REST, Choice
@@ -232,7 +234,7 @@ def test_a_full_server_s_requests_go_to_another(door: Door, both: tuple[list[str
     assert services[0].headers  # it was asked
 
     def alone(client: Any) -> Any:
-        with pytest.raises(UnavailableError, match="queue is full"):
+        with pytest.raises(OverloadedError, match="queue is full"):
             yield lambda: client.embed(["a"] * 20, batch_size=1, **PROMPT)
 
     began = time.monotonic()
@@ -248,7 +250,7 @@ def test_nothing_is_sent_twice_once_an_answer_has_begun(door: Door, both: tuple[
             yield client.stream("one word, then gone", **PROMPT)
 
     def refused(client: Any) -> Any:
-        with pytest.raises(UnavailableError, match="queue is full"):
+        with pytest.raises(OverloadedError, match="queue is full"):
             yield lambda: client.generate("no room", **PROMPT)
 
     door(urls, begun)
@@ -445,6 +447,9 @@ def test_a_silent_stream_ends(door: Door, both: tuple[list[str], list[Observed]]
 
 def test_a_slow_reader_is_not_a_silent_server(both: tuple[list[str], list[Observed]]) -> None:
     with Client(both[0][0], timeout=0.1) as client:
+        stream = client.stream("one two", timeout=0.3, **PROMPT)
+        time.sleep(0.4)  # the time of a stream begins when somebody looks for its first chunk
+        assert len(list(stream)) == 2
         for _ in client.stream("one two", **PROMPT):
             time.sleep(0.3)
 
@@ -555,3 +560,17 @@ def test_an_async_client_belongs_to_one_loop(both: tuple[list[str], list[Observe
     asyncio.run(use())
     with pytest.raises(RuntimeError, match="belongs to another event loop"):
         asyncio.run(use())
+
+
+def test_an_import_brings_only_what_everybody_needs() -> None:
+    code = "import sys, trident_client; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"httpx2", "opentelemetry", "tritonclient", "trident_serving"} & set(found)
+
+
+def test_http_without_its_extra(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    for module in ("_http", "_http_client", "_http_async"):
+        monkeypatch.delitem(sys.modules, f"trident_client.{module}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"needs httpx2: pip install 'trident-serving\[http\]'"):
+        door.kind("http://localhost:8000")

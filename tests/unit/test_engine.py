@@ -118,6 +118,18 @@ class RotatingDecoder(ListDecoder):
         return super().run(rotated)
 
 
+class AdaptedDecoder(ListDecoder):
+    """A `Decoder` of a model with adapters: each makes keys of its own, and those of a slot decide the next token."""
+
+    def following(self, tokens: list[int]) -> int:
+        return 1 + hash(tuple(tokens)) % 2
+
+    def run(self, items: Sequence[SlotTokens]) -> np.ndarray:
+        return super().run(
+            [replace(item, tokens=[token + VOCABULARY * item.adapter for token in item.tokens]) for item in items]
+        )
+
+
 class Collector:
     """A `Consumer` that keeps its tokens."""
 
@@ -240,6 +252,33 @@ def test_a_text_beyond_the_original_context_has_one_rotation(requests: list[tupl
         text = list(prompt)
         for token in consumer.tokens:
             assert token == decoder.following([each + VOCABULARY * (len(text) > ORIGINAL) for each in text])
+            text.append(token)
+        assert len(consumer.tokens) == max_tokens
+    engine.stop()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 2), min_size=1, max_size=20), st.integers(1, 12), st.integers(0, 2)),
+        min_size=1,
+        max_size=9,
+    ),
+    st.integers(1, 4),
+)
+def test_each_request_has_its_own_adapter(requests: list[tuple[list[int], int, int]], slots: int) -> None:
+    """With reuse of prefixes, drafts from its own text and from answers of other adapters."""
+    decoder = AdaptedDecoder(slots)
+    engine = make(decoder)
+    consumers = [Collector() for _ in requests]
+    for (prompt, max_tokens, adapter), consumer in zip(requests, consumers, strict=True):
+        engine.submit(Job(list(prompt), SamplingParams(max_tokens=max_tokens), consumer, adapter=adapter))
+    for (prompt, max_tokens, adapter), consumer in zip(requests, consumers, strict=True):
+        assert consumer.done.wait(10)
+        assert consumer.error is None
+        text = list(prompt)
+        for token in consumer.tokens:
+            assert token == decoder.following([each + VOCABULARY * adapter for each in text])
             text.append(token)
         assert len(consumer.tokens) == max_tokens
     engine.stop()

@@ -46,6 +46,18 @@ def test_a_good_table() -> None:
         ({"variants": ["fp32", "fp32"]}, "variants must be different ones"),
         ({"variants": ["int3"]}, "found ('int3',)"),
         ({"default_variant": "int4"}, "default_variant 'int4' is not one of variants int8, fp32"),
+        ({"adapters": ["a"]}, "adapters must be a table of names and folders, found ['a']"),
+        ({"adapters": {"a,b": "x"}}, "adapters: 'a,b' must have letters, digits"),
+        ({"adapters": {"a": 5}}, "adapters.a must be str, found 5"),
+        ({"adapters": {"a": ""}}, "adapters.a must be the folder of an adapter, found ''"),
+        (
+            {"adapters": {"a": "x"}, "source": {"path": "b", "adapter": "c"}},
+            "a source has an adapter that is merged, or the table has adapters, not both",
+        ),
+        (
+            {"adapters": {"a": "x"}, "task": "translation", "limits": {}},
+            "adapters are for text-generation alone, the task is translation",
+        ),
         ({"source": {}}, "source must be { hub, revision }, { path } or { package, path }"),
         ({"source": {"hub": "a", "path": "b"}}, "source must be"),
         ({"source": {"hub": 1}}, "source.hub must be str, found 1"),

@@ -18,6 +18,7 @@ class Text:
     tokens: list[int]
     cached: int = 0
     rotation: int = 0
+    adapter: int = 0
 
     @classmethod
     def prompt(cls, *more: int) -> Text:
@@ -119,6 +120,16 @@ def test_what_can_not_be_cut_back_is_reused_whole() -> None:
     assert pool.place(Text.prompt(1, 2), 30) == Placement(slot=2)  # one token must run
     pool.release(2)
     assert pool.place(Text.prompt(1, 2, 3), 30) == Placement(slot=0, reused=len(SYSTEM) + 2)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_slot_belongs_to_one_adapter(whole: bool) -> None:
+    pool = SlotPool(slots=4, budget=300, whole=whole)
+    prompt = [*SYSTEM, 1, 2]
+    ended(pool, Text(prompt, adapter=1))
+    assert ended(pool, Text([*prompt, 3])) == Placement(slot=1)
+    assert ended(pool, Text([*prompt, 3], adapter=2)) == Placement(slot=2)
+    assert pool.place(Text([*prompt, 3], adapter=1), 40) == Placement(slot=0, reused=len(prompt))
 
 
 def test_what_runs_is_copied_whole() -> None:

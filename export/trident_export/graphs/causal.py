@@ -736,12 +736,15 @@ def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.T
     )
 
 
-def export_causal_graph(model: PreTrainedModel, positions: int, longest: int | None = None) -> ir.Model:
+def export_causal_graph(
+    model: PreTrainedModel, positions: int, longest: int | None = None, *, adapted: bool = False
+) -> ir.Model:
     """The graph of `model` (float32, in evaluation mode), whose numbers are the model's own; see `tracing`.
 
     Args:
         positions: the largest capacity of a cache that the graph will be used with.
         longest: tokens of a text at most; None: `positions`.
+        adapted: whether adapters are to be put beside its layers, which needs packed tokens.
 
     Raises:
         UnsupportedArchitecture: the model can't be run over slots of a KV cache, or not be written as a graph.
@@ -759,6 +762,11 @@ def export_causal_graph(model: PreTrainedModel, positions: int, longest: int | N
         around.enter_context(_longer_biases(model, positions))
         around.enter_context(_traced_choice(model))
         plan = plan_of(model, positions, original)
+        if adapted and not plan.packed:
+            raise UnsupportedArchitecture(
+                f"a {type(model).__name__} does not run packed, so its requests can't have adapters of their own: "
+                "merge each by a table of its own, source = { ..., adapter = ... }"
+            )
         arguments = [*_first_texts(model)[1]]
         inputs = ["input_ids", "position_ids", "attention_tokens", "attention_places", "query_seqlens", "seqlens_k"]
         inputs += ["total_sequence_length", "logits_tokens"]

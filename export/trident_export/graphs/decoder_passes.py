@@ -7,6 +7,7 @@ weights         come second in a matmul: with tokens as its columns it would sum
 matmuls         queries, keys and values come from one matmul, in the packed form of the attention operator, and
                 two other matmuls of one input (gate and up projection) are joined, too: one stream waits for the
                 number of operators as much as for their arithmetic
+adapters        are put beside the matmuls of their layers, see `lora`
 norms           ONNX Runtime's fusions of RMS norms, with the addition of the residual before them
 
 All work on the float32 graph, before weights are quantized, and none changes what is computed.
@@ -25,17 +26,22 @@ import numpy as np
 import onnx_ir as ir
 
 from trident_export.graphs import editing
-from trident_export.graphs.editing import array, constant, drop_unused, numbers, side_by_side
+from trident_export.graphs.editing import array, constant, drop_unused, numbers, set_parts, side_by_side
+from trident_export.graphs.lora import Lora, add_adapters
 from trident_export.graphs.shape_folding import fold_shapes
 
 QUERY_SEQLENS = 16  # position among the attention operator's inputs
 
 
-def optimize(model: ir.Model, *, ragged: bool = True) -> ir.Model:
+def optimize(model: ir.Model, *, ragged: bool = True, adapters: Sequence[Lora] = ()) -> ir.Model:
     """Constant shapes and all passes; the model that is given may be changed.
 
     Args:
         ragged: whether the slots of a run may have different numbers of tokens, which takes ONNX Runtime 1.32.
+        adapters: that each token may choose from.
+
+    Raises:
+        UnsupportedArchitecture: an adapter's layer is no matmul of the packed tokens.
     """
     fold_shapes(model)
     drop_idle_casts(model)
@@ -45,6 +51,7 @@ def optimize(model: ir.Model, *, ragged: bool = True) -> ir.Model:
     put_weights_second(model)
     pack_attention(model)
     join_matmuls(model)
+    add_adapters(model, adapters)
     return fuse_norms(model)
 
 
@@ -218,5 +225,6 @@ def _join(nodes: Sequence[ir.Node], name: str) -> ir.Value:
         path += "_next"
     weight = side_by_side(nodes[0].graph, f"{path}/weight", [node.inputs[1] for node in nodes], axis=1)
     joined = editing.make("MatMul", [nodes[0].inputs[0], weight], f"{path}/output", name=f"{path}/MatMul")
+    set_parts(joined, nodes)
     nodes[0].prepend(joined)
     return joined.outputs[0]

@@ -27,6 +27,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 SMALL = 1024  # bytes of a constant that shape inference may look at
 LARGE = 2**20  # bytes of a matrix that memory does not hold longer than it must
 
+_PARTS = "parts"
 _SCRATCH: ContextVar[Path | None] = ContextVar("scratch", default=None)
 _NUMBERS = count()
 
@@ -130,6 +131,16 @@ def side_by_side(graph: ir.Graph, name: str, parts: Sequence[ir.Value], axis: in
         return ir.Tensor(np.concatenate([_read(tensor) for tensor in tensors], axis=axis), name=name)
 
     return _initializer(graph, ir.LazyTensor(read, tensors[0].dtype, ir.Shape(shape), name=name))
+
+
+def parts_of(matmul: ir.Node) -> list[tuple[str, int]]:
+    """What stands side by side in a matmul's weight: names of the matmuls that it was, with the columns of each."""
+    return list(matmul.meta.get(_PARTS, [(matmul.name, matmul.inputs[1].shape[-1])]))
+
+
+def set_parts(matmul: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Note which matmuls one was; until the graph is written."""
+    matmul.meta[_PARTS] = [part for node in nodes for part in parts_of(node)]
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

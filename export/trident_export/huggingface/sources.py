@@ -17,7 +17,7 @@ from typing import Any
 
 from trident_export import disk, memory
 from trident_export.errors import SourceError, UnreadableSource
-from trident_export.huggingface import adapters, converted, gguf_file, quantized
+from trident_export.huggingface import adapters, converted, gguf_file, lora, quantized
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files, reading, reason
 from trident_export.models_file import ModelSpec, Source
 from trident_export.progress import Progress
@@ -33,9 +33,11 @@ def identity(spec: ModelSpec, base: Path) -> object:
     source = spec.source
     if source == Source():
         return []  # a template has no weights
-    if not source.adapter:
+    adapters = [adapter_source(source, base)] if source.adapter else []
+    adapters += [Source(path=folder) for folder in spec.adapters.values()]
+    if not adapters:
         return _identity(source, base)
-    return [_identity(source, base), _identity(adapter_source(source, base), base), importlib.metadata.version("peft")]
+    return [_identity(source, base), *(_identity(each, base) for each in adapters), importlib.metadata.version("peft")]
 
 
 def _identity(source: Source, base: Path) -> object:
@@ -71,11 +73,28 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
         raise _no_folder(spec.name, path)
     else:
         folder = HuggingFaceFolder(_plain(path, cache, progress), trust_remote_code=spec.trust_remote_code)
+    if spec.adapters:
+        return _with_adapters(spec, base, path, folder)
     if not source.adapter:
         return folder
     adapter = fetch_adapter(source, base)
     adapters.check_base(adapter, path, source.hub)
     return _adapted(spec, adapter, folder, cache, progress, force)
+
+
+def _with_adapters(spec: ModelSpec, base: Path, path: Path, folder: HuggingFaceFolder) -> HuggingFaceFolder:
+    """A base with the adapters that its table names.
+
+    Args:
+        path: the folder or file of the base, as the source names it.
+    """
+    found = {}
+    for name, named in spec.adapters.items():
+        found[name] = _local(Source(path=named), base)
+        check_files(found[name])
+        adapters.check_base(found[name], path, spec.source.hub)
+        lora.check(found[name], folder)
+    return lora.BaseWithAdapters(folder, found)
 
 
 def _found(spec: ModelSpec, base: Path, progress: Progress) -> Path:

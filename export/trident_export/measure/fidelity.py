@@ -71,18 +71,29 @@ def compare_logits(
     Args:
         ids: the texts' tokens; with them also the perplexity of both.
     """
-    divergences, same = [], []
-    for expected, actual in zip(reference, found, strict=True):
-        p, q = log_softmax(expected), log_softmax(actual)
-        divergences.append((np.exp(p) * (p - q)).sum(axis=-1))
-        same.append(expected.argmax(axis=-1) == actual.argmax(axis=-1))
-    divergence = np.concatenate(divergences)
+    compared = [compare_tokens(expected, actual) for expected, actual in zip(reference, found, strict=True)]
+    more = {} if ids is None else {"perplexity": perplexity(found, ids), "hf_perplexity": perplexity(reference, ids)}
+    return summary(compared) | more
+
+
+def compare_tokens(expected: Floats, actual: Floats) -> NDArray[np.float64]:
+    """Of each token the divergence, and 1 where the likeliest is the same, [2, tokens].
+
+    Args:
+        expected: logits [tokens, vocabulary]; `actual` too.
+    """
+    p, q = log_softmax(expected), log_softmax(actual)
+    return np.stack([(np.exp(p) * (p - q)).sum(axis=-1), expected.argmax(axis=-1) == actual.argmax(axis=-1)])
+
+
+def summary(compared: Sequence[NDArray[np.float64]]) -> dict[str, float]:
+    """`kl`, its 99th percentile, `top1` and the number of `tokens` of texts that `compare_tokens` compared."""
+    divergence, same = np.concatenate(compared, axis=1)
     return {
         "kl": float(divergence.mean()),
         "kl_p99": float(np.quantile(divergence, 0.99)),
-        "top1": float(np.concatenate(same).mean()),
+        "top1": float(same.mean()),
         "tokens": float(divergence.size),
-        **({} if ids is None else {"perplexity": perplexity(found, ids), "hf_perplexity": perplexity(reference, ids)}),
     }
 
 
@@ -207,6 +218,20 @@ def recall(
     return float(np.mean([len(set(expected) & set(actual)) / len(expected) for expected, actual in pairs]))
 
 
+def of_adapter(measured: Mapping[str, float], name: str) -> dict[str, float]:
+    """Measures of an adapter, under its name beside those of its base: `kl.<name>`."""
+    return {f"{measure}.{name}": value for measure, value in measured.items()}
+
+
+def by_adapter(measured: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Measures of the base, whose name is "", and of each adapter."""
+    found: dict[str, dict[str, float]] = {"": {}}
+    for key, value in measured.items():
+        measure, _, name = key.partition(".")
+        found.setdefault(name, {})[measure] = value
+    return found
+
+
 def check(
     task: str,
     variant: str,
@@ -214,7 +239,7 @@ def check(
     overrides: Mapping[str, float] | None = None,
     precision: str = "",
 ) -> None:
-    """Refuse a variant that is beyond its thresholds; a measure that is not a number is beyond any.
+    """Refuse a variant that is beyond its thresholds, with each of its adapters; what is not a number is beyond any.
 
     Args:
         overrides: thresholds from models.toml, which replace the default ones of the same name.
@@ -224,6 +249,10 @@ def check(
         FidelityError: the message says by how much, for each threshold.
     """
     thresholds = {**GATES[task].get(precision or variant, {}), **(overrides or {})}
+    if len(parts := by_adapter(measured)) > 1:
+        for name, part in parts.items():
+            check(task, f"{variant} with adapter {name}" if name else variant, part, thresholds)
+        return
     if not thresholds:
         raise FidelityError(
             f"{variant} has no gate for {task}: give its recipe one of the precisions {', '.join(GATES[task])}, "

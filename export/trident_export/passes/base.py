@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trident_export.errors import ModelsFileError, UsageError
 from trident_export.graphs.editing import array, constant, infer, make, rank_of_weight, replace
+from trident_export.graphs.lora import PREFIX
 from trident_export.graphs.unpadding import is_packed
 
 # Inputs of a graph by name, one mapping a run.
@@ -89,11 +90,20 @@ class Keep(Pass):
 
 
 def matmuls(model: ir.Model) -> list[str]:
-    """Names of the matmuls of an activation and a constant matrix, which passes choose from.
+    """Names of the matmuls of an activation and a constant matrix, which passes choose from; adapters stay in float32.
 
     Layers that are Gemm (gpt2) become matmuls in the model.
     """
     split_gemms(model)
+    return [name for name in _all_matmuls(model) if not name.startswith(PREFIX)]
+
+
+def adapter_matmuls(model: ir.Model) -> list[str]:
+    """Names of the matmuls of adapters."""
+    return [name for name in _all_matmuls(model) if name.startswith(PREFIX)]
+
+
+def _all_matmuls(model: ir.Model) -> list[str]:
     return [node.name for node in model.graph if node.op_type == "MatMul" and rank_of_weight(node.inputs[1]) == 2]
 
 

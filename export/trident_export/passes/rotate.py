@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
 from trident_export.graphs.editing import array, constant, drop_unused, rank_of_weight, store
-from trident_export.passes.base import CalibrationRuns, Pass
+from trident_export.graphs.lora import PREFIX
+from trident_export.passes.base import CalibrationRuns, Pass, adapter_matmuls
 
 # Root-mean-square norms by operator: where their scale stands among the inputs.
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
@@ -47,7 +48,7 @@ class Rotate(Pass):
 
     def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`; it takes no matmuls."""
-        found = find_rotated(model, set(chosen))
+        found = find_rotated(model, {*chosen, *adapter_matmuls(model)})
         if found is None:
             return model, set()
         (channels,) = {weight.shape[-1] for weight in found.adding}
@@ -106,6 +107,8 @@ def find_rotated(model: ir.Model, matmuls: set[str]) -> Rotated | None:
     sums: set[ir.Value] = set()
     normed: dict[ir.Value, ir.Value] = {}  # outputs of norms, with the norm's scale
     for node in model.graph:
+        if node.name.startswith(f"{PREFIX}mask"):
+            continue
         if node.op_type == "Gather" and rank_of_weight(node.inputs[0]) == 2 and not sums:
             found.adding.append(node.inputs[0])
             sums.add(node.outputs[0])

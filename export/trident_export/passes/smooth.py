@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
 from trident_export.graphs.editing import array, store
-from trident_export.passes.base import Calibrated, CalibrationRuns
+from trident_export.passes.base import Calibrated, CalibrationRuns, adapter_matmuls
 from trident_export.passes.calibration import peaks
 
 # Norms by operator: the positions of their scale and, where they have one, their bias among the inputs.
@@ -50,13 +50,15 @@ class Smooth(Calibrated):
         Raises:
             ModelsFileError: there is nothing to calibrate with.
         """
-        behind = behind_norms(model, set(chosen))
+        adapters = set(adapter_matmuls(model))
+        behind = behind_norms(model, {*chosen, *adapters})
         if not behind:
             return model, set()
         largest = peaks(model, list(behind), self.feeds(runs))
         for name, (norm, matmuls) in behind.items():
             weights = {matmul.inputs[1]: array(matmul.inputs[1]) for matmul in matmuls}
-            factors = self.factors(largest[name], np.max([np.abs(m).max(axis=1) for m in weights.values()], axis=0))
+            own = [array(matmul.inputs[1]) for matmul in matmuls if matmul.name not in adapters]
+            factors = self.factors(largest[name], np.max([np.abs(matrix).max(axis=1) for matrix in own], axis=0))
             for scale in _scales(norm):
                 store(scale, array(scale) / factors)
             for weight, matrix in weights.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise, zip_longest
+from itertools import cycle, islice, pairwise, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,13 +21,14 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
-from trident_export.errors import ModelsFileError, TextError, UnreadableSource
+from trident_export.errors import FidelityError, ModelsFileError, TextError, UnreadableSource
 from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
+from trident_export.graphs.lora import Lora, skip_idle_blocks
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
-from trident_export.huggingface import chat_templates
+from trident_export.huggingface import chat_templates, lora
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.measure import fidelity
@@ -74,6 +77,7 @@ def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
 def trace(job: Job) -> None:
     """See `trident_export.tasks`."""
     spec = job.spec
+    adapters = read_adapters(job)
     job.progress("loading the model")
     model = load_model(job.source)
     if unused := texts_gate.not_applied(job.source.generation_config):
@@ -84,8 +88,20 @@ def trace(job: Job) -> None:
     job.graphs.mkdir()
     job.progress("tracing the graph")
     assert spec.generation
-    traced = export_causal_graph(model, positions(spec.generation), spec.generation.context)
-    save(decoder_passes.optimize(traced, ragged=spec.generation.device == "cpu"), job.graphs / "model.onnx")
+    limits = spec.generation
+    traced = export_causal_graph(model, positions(limits), limits.context, adapted=bool(adapters))
+    optimized = decoder_passes.optimize(traced, ragged=limits.device == "cpu", adapters=adapters)
+    save(optimized, job.graphs / "model.onnx")
+
+
+def read_adapters(job: Job) -> list[Lora]:
+    """The adapters of a job's source; the base is in memory once meanwhile."""
+    found = []
+    for name, folder in lora.adapters_of(job.source).items():
+        job.progress(f"reading the adapter {name}")
+        found.append(lora.read(job.source, name, folder, AutoModelForCausalLM))
+        gc.collect()
+    return found
 
 
 def positions(limits: GenerationLimits) -> int:
@@ -97,14 +113,19 @@ def write(job: Job, variant: str) -> None:
     """See `trident_export.tasks`."""
     folder = job.staging / job.spec.public_name(variant) / VERSION
     graph, runs = job.graphs / "model.onnx", calibration_runs(job)
-    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", runs)
+    assert job.spec.generation
+    # A GPU would wait for the CPU at every branch.
+    finish = skip_idle_blocks if job.spec.adapters and job.spec.generation.device == "cpu" else None
+    recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", runs, finish)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
 def calibration_runs(job: Job) -> CalibrationRuns:
     """Calibration texts as the graph's inputs, some in a run, each from an empty cache.
 
-    Where the model has a chat template, a third of them once more as a user's message: its tokens are in no text.
+    Where there are adapters, all texts run once more, each with one of them: keys and activations can have larger
+    numbers with an adapter than without. Where the model has a chat template, a third of the texts run once more as a
+    user's message: its tokens are in no text.
 
     Raises:
         TextError: when texts are drawn: the file has none.
@@ -121,16 +142,27 @@ def calibration_runs(job: Job) -> CalibrationRuns:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
             tokens += [tokenizer.encode(chat, add_special_tokens=False)[: min(CHAT_TOKENS, room)] for chat in chats]
         tokens = [ids for ids in tokens if len(ids) >= MIN_POSITIONS]
-        starts = range(0, len(tokens), CALIBRATION_ROWS)
-        runs = (inputs_of(graph, *tokens[start : start + CALIBRATION_ROWS]) for start in starts)
-        return Counted(runs, len(starts))
+        groups = [tokens[start : start + CALIBRATION_ROWS] for start in range(0, len(tokens), CALIBRATION_ROWS)]
+        runs = [(group, [0] * len(group)) for group in groups]
+        if count := len(job.spec.adapters):
+            numbers = cycle(range(1, count + 1))
+            runs += [(group, list(islice(numbers, len(group)))) for group in groups]
+        return Counted((inputs_of(graph, *group, adapters=chosen) for group, chosen in runs), len(runs))
 
     return feeds
 
 
-def inputs_of(graph: onnx.GraphProto, *texts: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_POSITIONS`, from an empty cache."""
-    packed = pack([SlotTokens(row, 0, ids) for row, ids in enumerate(texts)])
+def inputs_of(
+    graph: onnx.GraphProto, *texts: Sequence[int], adapters: Sequence[int] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Inputs of a float32 graph that run the tokens of texts, each at least `MIN_POSITIONS`, from an empty cache.
+
+    Args:
+        adapters: of each text; None: none has one.
+    """
+    chosen = adapters or [0] * len(texts)
+    items = [SlotTokens(row, 0, ids, adapter=chosen[row]) for row, ids in enumerate(texts)]
+    packed = pack(items)
     longest = max(map(len, texts))
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:
@@ -169,11 +201,14 @@ def evaluator(
     expected = [greedy_answer(model, ids) for ids in prompts] if thorough else []
     name = type(model).__name__
     del model  # so that sessions have its memory
+    adapters = adapter_references(source, samples)
 
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
         with running(f"the graph of a {name}", "be run over the gate's texts"):
             measured = measure(folder, samples, reference, device, far)
+            for adapter, found in measure_adapters(folder, samples, adapters, device).items():
+                measured |= fidelity.of_adapter(found, adapter)
         if thorough:
             measured["greedy_match"] = fidelity.mean_match(expected, served_answers(folder, prompts, device))
         return measured
@@ -487,10 +522,8 @@ def measure(
     found: list[NDArray[np.float32]] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
-    effect = 0.0
-    for ids, served in track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time"):
-        alone = decoder.run([SlotTokens(0, 0, ids, len(ids), decoder.rotation(len(ids)))])
-        effect = max(effect, float(np.abs(alone - served).max()))
+    pairs = track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time")
+    effect = max(_effect(decoder, ids, served) for ids, served in pairs)
     del decoder  # one session at a time
     if far is not None:
         reference, found = [*reference, *far.reference], [*found, *far_logits(folder, far, device)]
@@ -500,15 +533,101 @@ def measure(
     return compared | {"batch_effect": effect, fidelity.LONGEST: float(longest)}
 
 
-def _served_logits(decoder: OnnxDecoder, samples: list[list[int]]) -> list[NDArray[np.float32]]:
-    """Logits of texts that run together, a row each; float32 [tokens, vocabulary] for each text."""
+@dataclass(frozen=True)
+class AdapterReferences:
+    """What Hugging Face's model says with each adapter, in files: of many adapters it is gigabytes.
+
+    Attributes:
+        names: of the adapters, in their order.
+        folder: where the files lie, as long as this is.
+    """
+
+    names: tuple[str, ...]
+    folder: tempfile.TemporaryDirectory[str]
+
+    def keep(self, adapter: int, logits: Sequence[NDArray[np.float32]]) -> None:
+        """Write the logits of each text."""
+        for text, rows in enumerate(logits):
+            np.save(self._file(adapter, text), rows)
+
+    def logits(self, adapter: int, text: int) -> NDArray[np.float32]:
+        """Of one text, float32 [tokens, vocabulary]."""
+        found: NDArray[np.float32] = np.load(self._file(adapter, text))
+        return found
+
+    def _file(self, adapter: int, text: int) -> Path:
+        return Path(self.folder.name) / f"{adapter}-{text}.npy"
+
+
+def adapter_references(source: HuggingFaceFolder, samples: list[list[int]]) -> AdapterReferences:
+    """Ask Hugging Face's model with each adapter of a source."""
+    names = tuple(lora.adapters_of(source))
+    references = AdapterReferences(names, tempfile.TemporaryDirectory())
+    for adapter, name in enumerate(names):
+        assert isinstance(source, lora.BaseWithAdapters)
+        references.keep(adapter, reference_logits(source.reference_with(name, AutoModelForCausalLM), samples))
+        gc.collect()
+    return references
+
+
+def measure_adapters(
+    folder: Path, samples: list[list[int]], references: AdapterReferences, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Compare a decoder's adapters with Hugging Face's model that has each of them; the measures are `measure`'s.
+
+    Neighbours in a run have different adapters, or none.
+
+    Raises:
+        FidelityError: the graph has other adapters.
+    """
+    names = references.names
+    if not names:
+        return {}
+    longest = max(len(ids) for ids in samples)
+    decoder = OnnxDecoder(
+        folder / "model.onnx", slots=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
+    )
+    if decoder.adapters != names:
+        raise FidelityError(f"{folder.parent.name} has the adapters {decoder.adapters}, models.toml says {names}")
+    compared: list[list[NDArray[np.float64]]] = [[] for _ in names]
+    effects = [0.0] * len(names)
+    for text, ids in enumerate(track(samples, f"{folder.parent.name}, adapters")):
+        jobs = range(len(names) + 1)
+        found: list[NDArray[np.float32]] = []
+        for start in jobs[::GATE_ROWS]:
+            group = jobs[start : start + GATE_ROWS]
+            found += _served_logits(decoder, [ids] * len(group), group)
+        for adapter, served in enumerate(found[1:]):
+            compared[adapter].append(fidelity.compare_tokens(references.logits(adapter, text), served))
+            effects[adapter] = max(effects[adapter], _effect(decoder, ids, served, adapter + 1))
+    return {
+        name: fidelity.summary(each) | {"batch_effect": effect}
+        for name, each, effect in zip(names, compared, effects, strict=True)
+    }
+
+
+def _effect(decoder: OnnxDecoder, ids: list[int], served: NDArray[np.float32], adapter: int = 0) -> float:
+    """The largest difference of a text's logits from those that it has when it runs alone and whole."""
+    alone = decoder.run([SlotTokens(0, 0, ids, len(ids), decoder.rotation(len(ids)), adapter)])
+    return float(np.abs(alone - served).max())
+
+
+def _served_logits(
+    decoder: OnnxDecoder, samples: list[list[int]], adapters: Sequence[int] = ()
+) -> list[NDArray[np.float32]]:
+    """Logits of texts that run together, a row each; float32 [tokens, vocabulary] for each text.
+
+    Args:
+        adapters: of each text; (): none.
+    """
     pieces: list[list[SlotTokens]] = []
     for row, ids in enumerate(samples):
+        adapter = adapters[row] if adapters else 0
         decoded = min(GATE_DECODED + row, len(ids) - 2)
         middle = (len(ids) - decoded) // (2 + row)
         bounds = [0, middle, *range(len(ids) - decoded, len(ids) + 1)]
         rotation = decoder.rotation(len(ids))
-        pieces.append([SlotTokens(row, a, ids[a:b], b - a, rotation) for a, b in pairwise(bounds) if a < b])
+        pieces.append([SlotTokens(row, a, ids[a:b], b - a, rotation, adapter) for a, b in pairwise(bounds) if a < b])
     logits: list[list[NDArray[np.float32]]] = [[] for _ in samples]
     for step in zip_longest(*pieces):
         items = [item for item in step if item is not None]

@@ -58,6 +58,7 @@ class Job:
         prompt_log_probs: of how many of the likeliest tokens the consumer gets log-probabilities at each token of the
             prompt, beside that token's own; None: none at all.
         guide: through the grammar that the answer follows; None: it is free.
+        adapter: number of the model's adapter that answers; 0: the base does.
     """
 
     prompt_ids: Sequence[int]
@@ -71,6 +72,7 @@ class Job:
     ignore_eos: bool = False
     prompt_log_probs: int | None = None
     guide: Guide | None = None
+    adapter: int = 0
 
 
 class Answer(scheduler.Sequence, loop.Request):
@@ -90,7 +92,7 @@ class Answer(scheduler.Sequence, loop.Request):
         prompt_lookup: bool,
         pool: NgramPool | None = None,
     ) -> None:
-        scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens)
+        scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens, job.adapter)
         loop.Request.__init__(self, job.consumer, job.seconds)
         self._job = job
         self._ends = job.stop_token_ids | (frozenset() if job.ignore_eos else eos_token_ids)

@@ -52,6 +52,7 @@ class SlotTokens:
         tokens: ids, at least one.
         wanted: how many of the last tokens get logits.
         rotation: 1 where the text goes beyond the original context of a model with two rotations.
+        adapter: 0 for the base, otherwise the number of one of its adapters, from 1.
     """
 
     slot: int
@@ -59,6 +60,7 @@ class SlotTokens:
     tokens: Sequence[int]
     wanted: int = 1
     rotation: int = 0
+    adapter: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class PackedBatch(Layout):
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     rotations: NDArray[np.int64]
+    adapters: NDArray[np.int64]
     seqlens_k: NDArray[np.int32]
 
 
@@ -145,12 +148,16 @@ def pack(
     starts[[item.slot - layout.first_slot for item in items]] = [item.start for item in items]
     ends = starts + (layout.query_seqlens if held is None else layout.attention_tokens.shape[1]) - 1
     ids = [token for item in items for token in item.tokens]
-    ids += ids[-1:] * (rows.tokens - len(ids))
+    adapters = [item.adapter for item in items for _ in item.tokens]
+    padding = rows.tokens - len(ids)
+    ids += ids[-1:] * padding
+    adapters += adapters[-1:] * padding
     return PackedBatch(
         **vars(layout),
         input_ids=np.array([ids], np.int64),
         position_ids=starts[layout.attention_places[..., 0]] + layout.attention_places[..., 1],
         rotations=np.array([[item.rotation for item in items for _ in item.tokens]], np.int64),
+        adapters=np.array([adapters], np.int64),
         seqlens_k=np.maximum(ends, 0).astype(np.int32),  # of an idle slot: any that it can have
     )
 

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL_CONTEXT = "original_context"
 """Under this name a graph with two rotations says up to how many tokens a text has the first one."""
+
+ADAPTERS = "adapters"
+"""Under this name a graph with adapters beside its base has their names, in a JSON list."""
 
 _PAST = "past_key_values."
 _STATE, _NEXT_STATE = "past_states.", "present_states."
@@ -112,6 +116,7 @@ class OnnxDecoder:
 
     Attributes:
         original_context: tokens up to which a text has the first of two rotations; 0: there is one.
+        adapters: names of the adapters that the graph has beside its base; the first has the number 1.
 
     Raises:
         DeviceMissing: there is no such device here.
@@ -131,7 +136,9 @@ class OnnxDecoder:
         self._session = open_session(path, device, device_id, threads)
         self._device_id = device_id
         inputs = {node.name: node for node in self._session.get_inputs()}
-        self.original_context = int(self._session.get_modelmeta().custom_metadata_map.get(ORIGINAL_CONTEXT, 0))
+        said = self._session.get_modelmeta().custom_metadata_map
+        self.original_context = int(said.get(ORIGINAL_CONTEXT, 0))
+        self.adapters: tuple[str, ...] = tuple(json.loads(said.get(ADAPTERS, "[]")))
         past = {name: node for name, node in inputs.items() if name.startswith(_PAST)}
         shapes = {name: (int(node.shape[1]), int(node.shape[3])) for name, node in past.items()}
         states = {name: tuple(node.shape[1:]) for name, node in inputs.items() if name.startswith(_STATE)}
@@ -234,12 +241,13 @@ class OnnxDecoder:
         return rows
 
     def _probe(self, rows: Rows) -> Logits:
-        """Logits of two texts of one token."""
+        """Logits of two texts of one token, without an adapter and with one, if there are any."""
         self._rows = rows
         found = []
         for token in (self.vocabulary_size // 3, self.vocabulary_size // 2):
-            found.append(self.run([SlotTokens(0, 0, [token])]).copy())
-            self.release(0, 0)
+            for adapter in {0, len(self.adapters)}:
+                found.append(self.run([SlotTokens(0, 0, [token], adapter=adapter)]).copy())
+                self.release(0, 0)
         return np.concatenate(found)
 
     def _run_with_states(self, items: Sequence[SlotTokens], batch: PackedBatch, logits: Logits) -> None:

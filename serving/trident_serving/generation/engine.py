@@ -145,7 +145,7 @@ class Engine(EngineLoop[Answer]):
         for answer, chunk in zip(answers, chunks, strict=True):
             tokens = answer.tokens[chunk.start : chunk.end]
             count = len(tokens) if answer.scored else int(chunk.is_last)
-            items.append(SlotTokens(_slot(answer), chunk.start, tokens, count, answer.rotation))
+            items.append(_tokens(answer, chunk.start, tokens, count))
         guides = [answer.guide if chunk.is_last else None for answer, chunk in zip(answers, chunks, strict=True)]
         with self._masks([(guide, ()) for guide in guides]) as masks:
             found = self._run(answers, items)
@@ -169,7 +169,7 @@ class Engine(EngineLoop[Answer]):
             for each, draft, limit in zip(answers, drafts, limits, strict=True)
         ]
         items = [
-            SlotTokens(_slot(answer), answer.cached, [answer.tokens[-1], *draft], 1 + len(draft), answer.rotation)
+            _tokens(answer, answer.cached, [answer.tokens[-1], *draft], 1 + len(draft))
             for answer, draft in zip(answers, drafts, strict=True)
         ]
         self._recorder.observe("batch_size", len(answers))
@@ -251,6 +251,10 @@ class Engine(EngineLoop[Answer]):
                 slots_used=self._pool.running,
                 kv_cache_tokens=self._pool.held,
             )
+
+
+def _tokens(answer: Answer, start: int, tokens: list[int], wanted: int) -> SlotTokens:
+    return SlotTokens(_slot(answer), start, tokens, wanted, answer.rotation, answer.adapter)
 
 
 def _slot(answer: Answer) -> int:

@@ -80,6 +80,7 @@ class GenerationRequest:
         answers: to the prompt.
         grammar: what the answer follows; None: nothing.
         counts_chunks: whether a response counts its own tokens only.
+        adapter: number of the model's adapter that answers; 0: the base does.
     """
 
     prompt: str
@@ -102,6 +103,7 @@ class GenerationRequest:
     conversation: Conversation | None = None
     prompt_end: str = ""
     return_reasoning: bool = False
+    adapter: int = 0
     return_prompt_token_ids: bool = False
     return_tokens: bool = False
 
@@ -118,6 +120,7 @@ class RequestParser:
         chat: the model's conversations; None: it takes texts only.
         defaults: what the model's generation config says where a request does not.
         vocabulary_size: tokens of the model.
+        adapters: names of the model's adapters.
     """
 
     def __init__(
@@ -127,12 +130,14 @@ class RequestParser:
         limits: GenerationLimits,
         defaults: GenerationDefaults = NO_DEFAULTS,
         vocabulary_size: int = 2**31,
+        adapters: Sequence[str] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
         self._defaults = defaults
         self._vocabulary_size = vocabulary_size
+        self._adapters = {name: number for number, name in enumerate(adapters, start=1)}
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """Check the tensors of one request, each of them [1, n].
@@ -202,6 +207,7 @@ class RequestParser:
             return_reasoning=values["return_reasoning"],
             return_prompt_token_ids=values["return_prompt_token_ids"],
             return_tokens=values["return_tokens"],
+            adapter=self._adapter(values["lora_name"]),
         )
 
     def _conversation(self, inputs: Inputs) -> Conversation | None:
@@ -350,6 +356,15 @@ class RequestParser:
                 raise InvalidRequest(f"logit_bias must hold numbers between -100 and 100, found {str(value)[:80]}")
             bias[token] = float(value)
         return tuple(bias.items())
+
+    def _adapter(self, name: str | None) -> int:
+        """The number of the adapter of a name; 0 of the base, which has none."""
+        if not name:
+            return 0
+        if name not in self._adapters:
+            known = f"its adapters are {', '.join(self._adapters)}" if self._adapters else "this model has no adapters"
+            raise InvalidRequest(f"lora_name {name[:80]!r} is not known: {known}; leave it out to ask the base")
+        return self._adapters[name]
 
     def _check_token(self, field: str, token: int) -> None:
         if not 0 <= token < self._vocabulary_size:

@@ -28,15 +28,17 @@ class Sequence:
         scored: whether each token of the prompt needs its logits, so that none is reused.
         leader: a sequence with the same prompt; this one is placed once that has run its own.
         rotation: of the keys in the cache: 1 where the text goes beyond the model's original context.
+        adapter: that runs with it; 0: none.
     """
 
-    def __init__(self, prompt: list[int], max_tokens: int) -> None:
+    def __init__(self, prompt: list[int], max_tokens: int, adapter: int = 0) -> None:
         self.tokens = prompt
         self.prompt_length = self.prefill_length = len(prompt)
         self.max_tokens = max_tokens
         self.cached = 0
         self.slot: int | None = None
         self.rotation = 0
+        self.adapter = adapter
         self.scored = False
         self.leader: Sequence | None = None
 

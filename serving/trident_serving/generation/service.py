@@ -130,7 +130,7 @@ class GenerationService:
             device_id=device_id,
         )
         self._parser = RequestParser(
-            tokenizer, self._chat, limits, GenerationDefaults.load(folder), decoder.vocabulary_size
+            tokenizer, self._chat, limits, GenerationDefaults.load(folder), decoder.vocabulary_size, decoder.adapters
         )
         self._grammars = Grammars(folder / "tokenizer.json", decoder.vocabulary_size, self._eos_token_ids)
         weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
@@ -248,4 +248,5 @@ def _job(request: GenerationRequest, index: int, stream: TextStream, guide: Guid
         ignore_eos=request.ignore_eos,
         prompt_log_probs=None if index else request.prompt_log_probs,
         guide=None if guide is None else guide.copy(),
+        adapter=request.adapter,
     )

@@ -1,10 +1,10 @@
 """Which slot of the KV cache a sequence gets, and what it finds there: admission by memory, reuse of prefixes.
 
 A slot keeps its content when its sequence ends. A prompt that begins like the content of any slot, running or
-not, starts behind the beginning that they share: in that slot, if it continues the whole content, or in another one
-that gets a copy. Content that no sequence uses is evicted, the least recently used slot first, when a sequence needs
-the slot or the memory. Where layers keep states, which can't be cut back, only the whole content of a slot is the
-beginning of a prompt. Pure bookkeeping: no tensors, no I/O.
+not, and has the same adapter, starts behind the beginning that they share: in that slot, if it continues the whole
+content, or in another one that gets a copy. Content that no sequence uses is evicted, the least recently used slot
+first, when a sequence needs the slot or the memory. Where layers keep states, which can't be cut back, only the whole
+content of a slot is the beginning of a prompt. Pure bookkeeping: no tensors, no I/O.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ class Content(Protocol):
     @property
     def rotation(self) -> int:
         """Which of the model's rotations its keys have; another can't use them."""
+        ...
+
+    @property
+    def adapter(self) -> int:
+        """Which adapter made its keys and values; another can't use them."""
         ...
 
 
@@ -139,7 +144,9 @@ class SlotPool:
         """The slot that shares the longest beginning with a prompt, and its length, less than the whole prompt."""
         best, length, prompt = None, MIN_REUSED - 1, new.tokens
         for index, slot in enumerate(self._slots):
-            if slot.content is None or not self._reuse or slot.content.rotation != new.rotation:
+            if slot.content is None or not self._reuse:
+                continue
+            if (slot.content.rotation, slot.content.adapter) != (new.rotation, new.adapter):
                 continue
             shared = common_prefix(prompt, slot.content.tokens, min(slot.content.cached, len(prompt) - 1))
             if self._whole and shared < slot.content.cached:

@@ -412,6 +412,7 @@ GENERATION = (
         "a grammar that the answer follows: Lark, or GBNF where it has ::=",
         flag=False,
     ),
+    Field("lora_name", "STRING", "the adapter of the model that answers, by its name in models.toml; empty: none"),
     *MESSAGES,
     *_COMPATIBLE,
 )

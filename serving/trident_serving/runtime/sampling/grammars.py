@@ -134,21 +134,27 @@ class Grammars:
 
     def guide(self, grammar: Grammar) -> Future[Guide]:
         """An answer's way through a grammar, once that is compiled; `InvalidRequest` where it can't be."""
-        with self._lock:
-            found = self._compiled.get((grammar.kind, grammar.text))
+        found = self._kept(grammar)
         if found is None:
             return self._compiler.submit(self._compile, grammar)
         ready: Future[Guide] = Future()
-        ready.set_result(Guide(found.deep_copy(), self._size))
+        ready.set_result(found)
         return ready
 
     def stop(self) -> None:
         """End the thread that compiles; what waits is given up."""
         self._compiler.shutdown(wait=False, cancel_futures=True)
 
+    def _kept(self, grammar: Grammar) -> Guide | None:
+        with self._lock:
+            found = self._compiled.get((grammar.kind, grammar.text))
+        return None if found is None else Guide(found.deep_copy(), self._size)
+
     def _compile(self, grammar: Grammar) -> Guide:
         import llguidance
 
+        if (kept := self._kept(grammar)) is not None:  # compiled for another request while this one waited
+            return kept
         if self._tokenizer is None:
             ends = self._ends or None
             self._tokenizer = llguidance.LLTokenizer(str(self._path), n_vocab=self._size, eos_token=ends)
