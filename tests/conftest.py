@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ def gateway_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gateway-models")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gateways.make_models(root)
+    with warnings.catch_warnings(action="ignore"):  # peft's, as in test_lora
+        gateways.make_models(root)
     torch.set_num_threads(threads)
     return root
 
@@ -202,7 +204,9 @@ def gateway_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gateway_server(gateway_folder: Path) -> Iterator[LocalServer]:
     """The gateway's models behind a real server."""
-    with local.running(gateways.export_models(gateway_folder), gateway_folder / "log") as running:
+    with warnings.catch_warnings(action="ignore"):
+        repository = gateways.export_models(gateway_folder)
+    with local.running(repository, gateway_folder / "log") as running:
         yield running
 
 

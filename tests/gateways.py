@@ -101,10 +101,12 @@ def make_models(root: Path) -> None:
     """Hugging Face folders: `chain` thinks and calls a tool, `talk` writes anything, and one of each encoder task."""
     # Here, because most tests need none of this, which takes seconds.
     import torch
+    from peft import LoraConfig
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from tests import tiny_models
     from tests.integration.test_messages import chain, tokenizer
+    from tests.unit.test_adapters import adapter
 
     chain().save_pretrained(root / "chain")
     tokenizer().save_pretrained(root / "chain")
@@ -119,6 +121,7 @@ def make_models(root: Path) -> None:
                 parameter.mul_(8)
     talk.save_pretrained(root / "talk")
     words.save_pretrained(root / "talk")
+    adapter(root / "other", root / "talk", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     tiny_models.make_reader(root / "embed", "xlm-roberta", AutoModel, seed=1)
     classifier = AutoModelForSequenceClassification
     tiny_models.make_reader(root / "rank", "bert", classifier, seed=2, num_labels=1)
@@ -137,6 +140,7 @@ def export_models(root: Path) -> Path:
     tables["embed"] = {"task": "feature-extraction", "limits": {**shared, "dimensions": 32, "matryoshka": [8]}}
     tables["rank"] = {"task": "text-ranking", "limits": {**shared, "labels": 1}}
     tables["classify"] = {"task": "text-classification", "limits": {**shared, "labels": 3}}
+    tables["talk"]["adapters"] = {"other": str(root / "other")}
     for name, table in tables.items():
         table |= {"source": {"path": str(root / name)}, "variants": ["fp32"]}
     specs = [models_file.parse(name, table) for name, table in tables.items()]

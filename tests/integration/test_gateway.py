@@ -379,8 +379,22 @@ def test_tokens(gateway: Gateway, words: Any, gateway_folder: Path) -> None:
     assert answer["tokens"] == AutoTokenizer.from_pretrained(gateway_folder / "embed")("a cat").input_ids
 
 
+def test_adapters(sdk: openai.OpenAI, gateway: Gateway, direct: Client) -> None:
+    right = direct.chat(MESSAGES, model="talk", lora_name="other", max_tokens=12).text
+    assert right != direct.chat(MESSAGES, model="talk", max_tokens=12).text
+    answer = sdk.chat.completions.create(model="talk:other", messages=MESSAGES, max_tokens=12)
+    assert answer.choices[0].message.content == right
+    assert sdk.responses.create(model="talk:other", input=MESSAGES, max_output_tokens=12).output_text == right
+    body = {"model": "talk:other", "messages": MESSAGES, "options": {"num_predict": 12}, "stream": False}
+    assert gateway.ask("/api/chat", body)[2]["message"]["content"] == right
+    plain = direct.generate(PROMPT, model="talk", lora_name="other", max_tokens=16).text
+    assert sdk.completions.create(model="talk:other", prompt=PROMPT).choices[0].text == plain
+    with pytest.raises(openai.NotFoundError, match="the model 'talk:third' does not exist"):
+        sdk.completions.create(model="talk:third", prompt=PROMPT)
+
+
 def test_models(sdk: openai.OpenAI) -> None:
-    assert [model.id for model in sdk.models.list()] == ["chain", "classify", "embed", "rank", "talk"]
+    assert [model.id for model in sdk.models.list()] == ["chain", "classify", "embed", "rank", "talk", "talk:other"]
     assert sdk.models.retrieve("talk").owned_by == "trident"
     with pytest.raises(openai.NotFoundError, match="the model 'talk_tokenizer' does not exist"):
         sdk.models.retrieve("talk_tokenizer")
