@@ -90,7 +90,7 @@ soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make
 	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(REPOSITORY)
 
-clients: $(SETUP) ## run LiteLLM, LlamaIndex, aiperf and perf_analyzer against the default models
+clients: $(SETUP) ## run other people's clients against the default models and the gateway
 	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
 image: $(SETUP) ## build the images and run them, where podman is
