@@ -6,6 +6,7 @@ import gc
 import inspect
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise, zip_longest
@@ -547,17 +548,17 @@ def measure(
     return compared | {"batch_effect": effect, fidelity.LONGEST: float(longest)}
 
 
-@dataclass(frozen=True)
 class AdapterReferences:
     """What Hugging Face's model says with each adapter, in files: of many adapters it is gigabytes.
 
-    Attributes:
+    Args:
         names: of the adapters, in their order.
-        folder: where the files lie, as long as this is.
     """
 
-    names: tuple[str, ...]
-    folder: tempfile.TemporaryDirectory[str]
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def keep(self, adapter: int, logits: Sequence[NDArray[np.float32]]) -> None:
         """Write the logits of each text."""
@@ -570,14 +571,13 @@ class AdapterReferences:
         return found
 
     def _file(self, adapter: int, text: int) -> Path:
-        return Path(self.folder.name) / f"{adapter}-{text}.npy"
+        return self._folder / f"{adapter}-{text}.npy"
 
 
 def adapter_references(source: HuggingFaceFolder, samples: list[list[int]]) -> AdapterReferences:
     """Ask Hugging Face's model with each adapter of a source."""
-    names = tuple(lora.adapters_of(source))
-    references = AdapterReferences(names, tempfile.TemporaryDirectory())
-    for adapter, name in enumerate(names):
+    references = AdapterReferences(list(lora.adapters_of(source)))
+    for adapter, name in enumerate(references.names):
         assert isinstance(source, lora.BaseWithAdapters)
         references.keep(adapter, reference_logits(source.reference_with(name, AutoModelForCausalLM), samples))
         gc.collect()
