@@ -10,6 +10,7 @@ adapters, the median of the rounds' shares.
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,7 @@ def main() -> int:
     parser.add_argument("--variant", default="int8_nearest")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    logging.disable(logging.INFO)  # the libraries that peers of other benchmarks need switch it on
     targets = options.targets.split(",")
     folders = {
         count: export(options.work, count, options.rank, targets, options.variant)

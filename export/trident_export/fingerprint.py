@@ -1,9 +1,9 @@
 """What an artefact depends on, as one digest: another digest means another artefact, so the model is exported again.
 
-It covers the table of models.toml, the source, the calibration texts, the packages that trace and quantize, the format
-of artefacts, and the exporter's own modules that make or gate the artefact. Those are found from the model's task and
-the passes of its recipes by their imports, and enter by their syntax trees without docstrings: a comment or a sentence
-in a docstring exports nothing again.
+It covers the table of models.toml, the source, the draft model, the calibration texts, the packages that trace and
+quantize, the format of artefacts, and the exporter's own modules that make or gate the artefact. Those are found from
+the model's task and the passes of its recipes by their imports, and enter by their syntax trees without docstrings: a
+comment or a sentence in a docstring exports nothing again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from trident_export import tasks
@@ -20,6 +21,7 @@ from trident_export.errors import TextError
 from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import FORMAT
+from trident_serving.schema.limits import GenerationLimits
 
 _PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
 _ROOT = Path(__file__).parent
@@ -44,7 +46,29 @@ def fingerprint(spec: ModelSpec, base: Path) -> str:
         calibration = hashlib.sha256(_content(Path(spec.calibration))).hexdigest() if spec.calibration else corpus()
         parts += [calibration, sources.identity(spec, base), [code(module) for module in sorted(makers(spec))]]
         parts += [f"{package}=={importlib.metadata.version(package)}" for package in _PACKAGES]
+    if spec.draft:
+        parts.append(code("drafts"))
+    if spec.draft_spec is not None:
+        parts.append(fingerprint(_graph_only(spec.draft_spec, spec.draft), base))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _graph_only(spec: ModelSpec, public_name: str) -> ModelSpec:
+    """A generator with all that decides the graph of one variant, and nothing else."""
+    (variant,) = (each for each in spec.variants if spec.public_name(each) == public_name)
+    limits = spec.generation
+    assert limits is not None
+    return replace(
+        spec,
+        variants=(variant,),
+        default_variant=variant,
+        limits=GenerationLimits(context=limits.context, prefill_chunk=limits.prefill_chunk, device=limits.device),
+        on_demand=False,
+        gates={},
+        draft="",
+        draft_spec=None,
+        recipes={variant: spec.recipes[variant]},
+    )
 
 
 def makers(spec: ModelSpec) -> frozenset[str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trident_export import configs, disk, memory, report, tasks
+from trident_export import configs, disk, drafts, memory, report, tasks
 from trident_export.errors import ExportError, ExportsFailed, SourceError
 from trident_export.fingerprint import fingerprint
 from trident_export.huggingface import sources
@@ -24,6 +24,7 @@ from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.progress import Progress
 from trident_serving.artefacts import (
+    DRAFT,
     MANIFEST,
     VERSION,
     Manifest,
@@ -53,7 +54,10 @@ def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
         folder = repository / spec.public_name(variant) / VERSION
         return [folder / "encoder.onnx", folder / "decoder.onnx"]
     part = spec.public_name(variant) if spec.generation else configs.model_part(spec, variant)
-    return [repository / part / VERSION / "model.onnx"]
+    folders = [repository / part / VERSION]
+    if spec.draft_of(variant) is not None:
+        folders.append(folders[0] / DRAFT)
+    return [folder / "model.onnx" for folder in folders]
 
 
 def export(
@@ -81,10 +85,13 @@ def export(
     """
     exported: list[str] = []
     failures: dict[str, str] = {}
+    specs = drafts.first(specs, repository)
     for spec in specs:
         say = _timed(spec.name, progress)
         try:
             _check_generator(spec, specs, failures, repository)
+            if spec.draft_spec is not None and spec.draft_spec.name in failures:
+                raise SourceError(f"its draft {spec.draft} is not exported: see there")
             if _export_if_needed(spec, repository, base, cache, progress, force):
                 exported.append(spec.name)
         except Exception as error:
@@ -153,6 +160,7 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
     for left in work.glob("staging-*"):  # of an export that was killed: the lock says that none is running
         shutil.rmtree(left, ignore_errors=True)
     source = sources.fetch(spec, base, cache, progress, force=force)
+    drafts.check(spec, source, repository)
     if not spec.template:
         memory.require(spec.name, source.parameters, spec.kind, force=force)
     staging = Path(tempfile.mkdtemp(prefix="staging-", dir=work))
@@ -173,6 +181,7 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
                 fidelity=dict(checked.measures),
                 unverified=checked.refused,
                 aliases=[name] if (name := configs.alias(spec)) else [],
+                drafts=drafts.link(spec, staging, repository),
             )
             manifest.write(staging)
             configs.write(spec, staging / "_configs", checked.refused)

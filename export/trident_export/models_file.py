@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,9 @@ class ModelSpec:
         prefix: what goes before every source, as text; None: what the model's config says for the task.
         adapters: LoRA adapters that are served with a causal model and chosen by `lora_name`: folders by name.
         gates: thresholds by variant that replace the default ones (see `fidelity`).
+        draft: who drafts for its variants: a variant of its own, for those that are larger, or another generator of
+            the file, by its public name, for all of them; "": nobody.
+        draft_spec: that other generator.
         calibration: a file of representative text, for recipes that look at activations; "": the packaged texts.
         recipes: of the variants.
         more: recipes of variants that are exported on request, `make export MODEL=name VARIANTS=...`, and kept from
@@ -86,6 +89,8 @@ class ModelSpec:
     prefix: str | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    draft: str = ""
+    draft_spec: ModelSpec | None = None
     calibration: str = ""
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     more: Mapping[str, Recipe] = field(default_factory=dict)
@@ -124,6 +129,14 @@ class ModelSpec:
         """The name under which clients call a variant."""
         return self.name if variant == self.default_variant else f"{self.name}_{variant}"
 
+    def draft_of(self, variant: str) -> tuple[ModelSpec, str] | None:
+        """The model and its variant that draft for a variant; None: none does."""
+        if self.draft_spec is not None:
+            return self.draft_spec, _variant_called(self.draft_spec, self.draft)
+        if self.draft and self.recipes[variant].size > self.recipes[self.draft].size:
+            return self, self.draft
+        return None
+
     def with_variants(self, wanted: Iterable[str]) -> ModelSpec:
         """The same model with some of its variants on request; others are left."""
         found = {variant: recipe for variant, recipe in self.more.items() if variant in set(wanted)}
@@ -132,10 +145,11 @@ class ModelSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """All that decides its artefacts, as plain data."""
-        values = asdict(replace(self, recipes={}, more={}))
-        del values["more"]
-        if not self.adapters:
-            del values["adapters"]
+        values = asdict(replace(self, recipes={}, more={}, draft_spec=None))
+        del values["more"], values["draft_spec"]
+        for key in ("adapters", "draft"):
+            if not values[key]:
+                del values[key]
         return values | {"recipes": repr(self.recipes)}
 
 
@@ -179,7 +193,33 @@ def load(path: Path) -> list[ModelSpec]:
             if spec.template.generator not in generators:
                 choice = ", ".join(generators) or "none"
                 raise ModelsFileError(f"[{spec.name}]: generator {spec.template.generator!r} is not one of {choice}")
-    return specs
+    return [_with_draft(spec, specs, ()) for spec in specs]
+
+
+def _with_draft(spec: ModelSpec, specs: Sequence[ModelSpec], path: tuple[str, ...]) -> ModelSpec:
+    """The same with the other generator that drafts for it, if one does.
+
+    Args:
+        path: the models that it drafts for itself.
+    """
+    if not spec.draft or spec.draft in spec.variants:
+        return spec
+    where = f"[{spec.name}]: draft {spec.draft!r}"
+    generators = [other for other in specs if other.generation and other.name != spec.name]
+    owner = next((other for other in generators if spec.draft in map(other.public_name, other.variants)), None)
+    if owner is None:
+        choice = ", ".join([*spec.variants, *(other.public_name(v) for other in generators for v in other.variants)])
+        raise ModelsFileError(f"{where} is not one of {choice}")
+    if owner.name in path:
+        raise ModelsFileError(f"{where}: {' and '.join((*path, spec.name))} would draft for each other")
+    devices = [each.generation.device for each in (owner, spec) if each.generation]
+    if devices[0] != devices[1]:
+        raise ModelsFileError(f"{where} is made for the device {devices[0]!r}, this model for {devices[1]!r}")
+    return replace(spec, draft_spec=_with_draft(owner, specs, (*path, spec.name)))
+
+
+def _variant_called(spec: ModelSpec, public_name: str) -> str:
+    return next(variant for variant in spec.variants if spec.public_name(variant) == public_name)
 
 
 def _resolved(spec: ModelSpec, base: Path) -> ModelSpec:
@@ -240,7 +280,9 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
     if "generator" in table:
         return _template(name, table)
-    known = [f.name for f in fields(ModelSpec) if f.name not in ("name", "recipes", "more")] + ["more_variants"]
+    known = [f.name for f in fields(ModelSpec) if f.name not in ("name", "draft_spec", "recipes", "more")] + [
+        "more_variants"
+    ]
     known_recipes = recipes.load() if known_recipes is None else known_recipes
     _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
     task = table["task"]
@@ -263,6 +305,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
             known_recipes[variant].check(variant, kind, getattr(limits, "device", "cpu"))
     except ModelsFileError as error:
         raise ModelsFileError(f"{where}: {error}") from None
+    draft = _draft(where, table, kind, {variant: known_recipes[variant] for variant in variants}, more)
     gates = _gates(f"{where} gates", table.get("gates", {}), every)
     return ModelSpec(
         name=name,
@@ -277,10 +320,24 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         **_source_words(where, task, table),
         adapters=_adapters(where, table),
         gates=gates,
+        draft=draft,
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
         recipes={variant: known_recipes[variant] for variant in variants},
         more={variant: known_recipes[variant] for variant in more},
     )
+
+
+def _draft(where: str, table: Mapping[str, Any], kind: Kind, own: Mapping[str, Recipe], more: Iterable[str]) -> str:
+    draft: str = _typed(f"{where}: draft", table.get("draft", ""), str)
+    if not draft:
+        return draft
+    if kind is not Kind.DECODER:
+        raise ModelsFileError(f"{where}: draft is for text-generation, the task is {table['task']}")
+    if draft in more:
+        raise ModelsFileError(f"{where}: draft {draft!r} is made on request: move it from more_variants to variants")
+    if draft in own and not any(recipe.size > own[draft].size for recipe in own.values()):
+        raise ModelsFileError(f"{where}: draft {draft!r} drafts for larger variants, and none of {', '.join(own)} is")
+    return draft
 
 
 def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:

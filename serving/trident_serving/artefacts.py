@@ -21,6 +21,9 @@ MANIFEST = "trident.json"
 FAILURES = ".trident/failures.json"
 # The config parameter that says why the gate refused a variant that is served nevertheless.
 UNVERIFIED = "unverified"
+# The folder in a version folder with the graph that drafts, and the file in it that says what it is.
+DRAFT = "draft"
+DRAFT_FILE = "draft.json"
 CONFIG_HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
 
 
@@ -37,6 +40,7 @@ class Manifest:
         fidelity: what the gate measured, by variant.
         unverified: variants that the gate refused and a person installed nevertheless, with the gate's reason.
         aliases: more of the Triton models that a client calls: the default variant with other names of its tensors.
+        drafts: the model that drafts, by variant; only of those that have one.
         format: of the artefact; 1 where none is written.
     """
 
@@ -48,6 +52,7 @@ class Manifest:
     fidelity: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     unverified: dict[str, str] = field(default_factory=dict)
     aliases: list[str] = field(default_factory=list)
+    drafts: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
     @property
@@ -59,6 +64,34 @@ class Manifest:
         """Write the manifest into a version folder."""
         text = json.dumps(asdict(self) | {"format": FORMAT}, indent=2)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """What a version folder says of the graph that drafts.
+
+    Attributes:
+        name: the model that it comes from.
+        context: tokens of a text that it takes at most.
+        longest_run: tokens of a text that it takes at once at most.
+    """
+
+    name: str
+    context: int
+    longest_run: int
+
+    def write(self, folder: Path) -> None:
+        """Write it into the graph's folder."""
+        (folder / DRAFT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_draft(version_folder: Path) -> DraftSettings | None:
+    """What a version folder says of its draft; None: it has none."""
+    try:
+        text = (version_folder / DRAFT / DRAFT_FILE).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return DraftSettings(**json.loads(text))
 
 
 def manifest_path(repository: Path, name: str) -> Path:

@@ -295,7 +295,7 @@ def test_a_damaged_adapter_is_caught(repository: Path, spec: models_file.ModelSp
             fidelity.check("text-generation", variant, measured, spec.gates.get(variant))
         others = {name: value for name, value in measured.items() if "Feed" not in name}
         fidelity.check("text-generation", variant, others, spec.gates.get(variant))
-    other = text_generation.AdapterReferences((*references.names[::-1],), references.folder)
+    other = text_generation.AdapterReferences(references.names[::-1])
     with pytest.raises(FidelityError, match="has the adapters"):
         text_generation.measure_adapters(repository / "m" / VERSION, samples, other)
 

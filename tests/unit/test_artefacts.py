@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from trident_serving import artefacts
-from trident_serving.artefacts import FORMAT, Manifest
+from trident_serving.artefacts import FORMAT, DraftSettings, Manifest
 
 # The fields of what an artefact holds, by format. A field that is added with a default, which older artefacts may leave
 # out, changes only this list; where a reader would misunderstand an older artefact, FORMAT is raised too.
 HELD = {
     2: {
-        "Manifest": "name task triton_models public_models fingerprint fidelity unverified aliases format",
+        "Manifest": "name task triton_models public_models fingerprint fidelity unverified aliases drafts format",
+        "DraftSettings": "name context longest_run",
         "GenerationDefaults": (
             "prompt eos_token_ids max_length min_length num_beams length_penalty early_stopping repetition_penalty "
             "no_repeat_ngram_size bad_words forced_bos_token_id forced_eos_token_ids suppress_tokens "
@@ -30,7 +31,7 @@ def _manifest() -> Manifest:
 def test_the_fields_that_artefacts_hold_are_those_of_their_format() -> None:
     from trident_serving.seq2seq.request import GenerationDefaults
 
-    for kind in (Manifest, GenerationDefaults):
+    for kind in (Manifest, DraftSettings, GenerationDefaults):
         assert " ".join(field.name for field in dataclasses.fields(kind)) == HELD[FORMAT][kind.__name__]
 
 

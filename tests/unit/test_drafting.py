@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trident_serving.generation.draft_model import History, ModelAcceptance
 from trident_serving.generation.drafting import (
     EXPLORED,
     MAX_DRAFT,
@@ -15,6 +16,7 @@ from trident_serving.generation.drafting import (
     NGRAMS,
     Acceptance,
     PromptLookup,
+    SequenceDrafts,
     StepCost,
     StepTimes,
     allot,
@@ -144,6 +146,24 @@ def test_misses_make_pauses_twice_as_long_and_a_hit_ends_them() -> None:
     assert acceptance.chance() == EXPLORED
     acceptance.record(2, 2)
     assert acceptance.chance() > EXPLORED
+
+
+def test_texts_are_judged_while_a_model_drafts() -> None:
+    """By what the sequence says then, so that a copy is found while the model drafts."""
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    drafts = SequenceDrafts(tokens, model=ModelAcceptance(History()))
+    assert drafts.propose(4) == (EXPLORED, [3, 4, 5, 6])
+    drafts.origin = "model"
+    tokens += [3, 4, 5]
+    drafts.record(2, 2)
+    after_hits = drafts.propose(4)[0]
+    assert after_hits > EXPLORED
+    drafts.origin = "model"
+    tokens += [9, 9]
+    drafts.record(1, 0)
+    assert drafts.propose(4) == (0.0, [])  # it pauses
+    drafts.record(0, 0)
+    assert SequenceDrafts(tokens, own_text=False).propose(4) == (0.0, [])
 
 
 def run_steps(times: StepTimes, cost: StepCost, count: int, source: random.Random) -> None:

@@ -110,3 +110,19 @@ def test_custom_code_is_part_of_the_fingerprint(folder: Path) -> None:
         for more in ({}, {"trust_remote_code": False}, {"trust_remote_code": True})
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_of_a_draft_counts_what_makes_its_graph(folder: Path, tmp_path: Path) -> None:
+    def digest(draft: str = 'draft = "small"', small: str = "", limits: str = "") -> str:
+        head = f'task = "text-generation"\nsource = {{ path = "{folder}" }}\n'
+        text = f'[big]\n{head}variants = ["fp32"]\nlimits = {{}}\n{draft}\n\n'
+        text += f'[small]\n{head}variants = ["int8", "fp32"]\nlimits = {{ context = 64{limits} }}\n{small}\n'
+        (tmp_path / "models.toml").write_text(text)
+        return fingerprint.fingerprint(models_file.load(tmp_path / "models.toml")[0], tmp_path)
+
+    before = digest()
+    assert before == digest(small="on_demand = true", limits=", slots = 3")
+    seen = {before, digest(draft=""), digest('draft = "small_fp32"'), digest(limits=", prefill_chunk = 32")}
+    (tmp_path / "recipes.toml").write_text('[int8]\ndecoder = [{ pass = "groups", bits = 8 }]\n')
+    seen.add(digest())
+    assert len(seen) == 5

@@ -11,6 +11,7 @@ import pytest
 from trident_export import add, models_file, pin
 from trident_export.errors import ModelsFileError, SourceError
 from trident_export.huggingface import sources
+from trident_export.models_file import ModelSpec
 from trident_serving.schema.limits import LIMITS, EmbeddingLimits, GenerationLimits
 
 GOOD: dict[str, Any] = {
@@ -79,6 +80,13 @@ def test_a_good_table() -> None:
         ({"variants": 5}, "variants must be a list of texts, found 5"),
         ({"more_variants": [[1]]}, "more_variants must be a list of texts, found [[1]]"),
         ({"calibration": "a\0"}, "calibration holds a null character"),
+        ({"draft": 1}, "draft must be str, found 1"),
+        ({"draft": "fp32"}, "draft 'fp32' drafts for larger variants, and none of int8, fp32 is"),
+        ({"draft": "int4", "more_variants": ["int4"]}, "draft 'int4' is made on request: move it from more_variants"),
+        (
+            {"task": "fill-mask", "limits": {"max_tokens": 9}, "draft": "int8"},
+            "draft is for text-generation, the task is fill-mask",
+        ),
         ({"limits": {"slots": 2**40}}, "limits.slots must be at most 2147483647, found 1099511627776"),
     ],
 )
@@ -258,3 +266,49 @@ def test_options_of_chat_templates() -> None:
                 models_file.parse(name, wrong)
     with pytest.raises(ModelsFileError, match="chat_format must be one of auto, hermes"):
         models_file.parse("g", GOOD | {"limits": {"chat_format": "qwen"}})
+
+
+def _tables(tmp_path: Path, **drafts: str) -> dict[str, ModelSpec]:
+    """Generators a, b and c with the drafts that are named; d is for a GPU."""
+    tables = []
+    for name in "abcd":
+        draft = f'draft = "{drafts[name]}"\n' if name in drafts else ""
+        variants, device = ('"fp32"', "cuda") if name == "d" else ('"int8", "fp32"', "cpu")
+        tables.append(
+            f'[{name}]\ntask = "text-generation"\nsource = {{ path = "p" }}\nvariants = [{variants}]\n'
+            f'limits = {{ device = "{device}" }}\n{draft}'
+        )
+    (tmp_path / "models.toml").write_text("\n".join(tables) + TEMPLATE)
+    return {spec.name: spec for spec in models_file.load(tmp_path / "models.toml")}
+
+
+TEMPLATE = '[t]\ntask = "summarization"\ngenerator = "a"\ntemplate = "{{ text_input }}"\n'
+
+
+def test_drafts_are_own_variants_or_other_generators(tmp_path: Path) -> None:
+    found = _tables(tmp_path, a="int8", b="a_fp32", c="b")
+    assert found["a"].draft_of("int8") is None
+    own = found["a"].draft_of("fp32")
+    assert own is not None
+    assert (own[0].name, own[1]) == ("a", "int8")
+    for name, variant, expected in (("b", "int8", ("a", "fp32")), ("c", "fp32", ("b", "int8"))):
+        other = found[name].draft_of(variant)
+        assert other is not None
+        assert (other[0].name, other[1]) == expected
+    assert found["d"].draft_of("fp32") is None
+
+
+@pytest.mark.parametrize(
+    ("drafts", "message"),
+    [
+        ({"a": "x"}, r"\[a\]: draft 'x' is not one of int8, fp32, b, b_fp32, c, c_fp32, d"),
+        ({"a": "a"}, r"\[a\]: draft 'a' is not one of int8"),
+        ({"a": "t"}, r"\[a\]: draft 't' is not one of"),
+        ({"a": "d"}, r"\[a\]: draft 'd' is made for the device 'cuda', this model for 'cpu'"),
+        ({"a": "b", "b": "a"}, r"draft 'a': a and b would draft for each other"),
+        ({"a": "b", "b": "c", "c": "a"}, r"draft 'a': a and b and c would draft for each other"),
+    ],
+)
+def test_drafts_that_are_none(tmp_path: Path, drafts: dict[str, str], message: str) -> None:
+    with pytest.raises(ModelsFileError, match=message):
+        _tables(tmp_path, **drafts)

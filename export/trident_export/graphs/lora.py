@@ -164,7 +164,8 @@ class _Block:
         groups = _groups(parts, {layer for adapter in self.adapters.values() for layer in adapter.layers})
         if not groups:
             return
-        path = f"{PREFIX}{node.name.strip('/').rpartition('/')[0]}/block_{self.number}"
+        # A layer that runs twice has a second node, MatMul_1.
+        path = f"{PREFIX}{node.name.strip('/').removesuffix('/MatMul')}/block_{self.number}"
         inputs = node.inputs[1].shape[0]
         downs = [self._down(layer, inputs) for layer, *_ in groups]
         first = make(

@@ -6,6 +6,7 @@ import gc
 import inspect
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise, zip_longest
@@ -83,6 +84,7 @@ def trace(job: Job) -> None:
     if unused := texts_gate.not_applied(job.source.generation_config):
         job.progress(f"the generation config's {', '.join(unused)} are not applied: a request gives what it wants")
     check_device(spec, model)
+    check_draft(spec, model)
     disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
     save_text_files(job.source, job.assets, rows_of(model))
     job.graphs.mkdir()
@@ -272,6 +274,19 @@ def check_device(spec: ModelSpec, model: PreTrainedModel) -> None:
         raise ModelsFileError(
             f"[{spec.name}] device is {spec.generation.device!r}, but models of type {model.config.model_type!r} keep "
             'states that are served on the CPU only: set device = "cpu"'
+        )
+
+
+def check_draft(spec: ModelSpec, model: PreTrainedModel) -> None:
+    """A token of a draft that is refused can't be taken back from a state.
+
+    Raises:
+        ModelsFileError: the model keeps some, and another is to draft for it.
+    """
+    if spec.draft and keeps_states(model):
+        raise ModelsFileError(
+            f"[{spec.name}] has the draft {spec.draft!r}, but models of type {model.config.model_type!r} keep states, "
+            "from which a token that is refused can't be taken back: remove the key"
         )
 
 
@@ -533,17 +548,17 @@ def measure(
     return compared | {"batch_effect": effect, fidelity.LONGEST: float(longest)}
 
 
-@dataclass(frozen=True)
 class AdapterReferences:
     """What Hugging Face's model says with each adapter, in files: of many adapters it is gigabytes.
 
-    Attributes:
+    Args:
         names: of the adapters, in their order.
-        folder: where the files lie, as long as this is.
     """
 
-    names: tuple[str, ...]
-    folder: tempfile.TemporaryDirectory[str]
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def keep(self, adapter: int, logits: Sequence[NDArray[np.float32]]) -> None:
         """Write the logits of each text."""
@@ -556,14 +571,13 @@ class AdapterReferences:
         return found
 
     def _file(self, adapter: int, text: int) -> Path:
-        return Path(self.folder.name) / f"{adapter}-{text}.npy"
+        return self._folder / f"{adapter}-{text}.npy"
 
 
 def adapter_references(source: HuggingFaceFolder, samples: list[list[int]]) -> AdapterReferences:
     """Ask Hugging Face's model with each adapter of a source."""
-    names = tuple(lora.adapters_of(source))
-    references = AdapterReferences(names, tempfile.TemporaryDirectory())
-    for adapter, name in enumerate(names):
+    references = AdapterReferences(list(lora.adapters_of(source)))
+    for adapter, name in enumerate(references.names):
         assert isinstance(source, lora.BaseWithAdapters)
         references.keep(adapter, reference_logits(source.reference_with(name, AutoModelForCausalLM), samples))
         gc.collect()

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from trident_serving.generation import scheduler
+from trident_serving.generation.draft_model import ModelAcceptance
 from trident_serving.generation.drafting import SequenceDrafts
 from trident_serving.generation.ngram_pool import NgramPool
 from trident_serving.runtime import loop
@@ -91,6 +92,7 @@ class Answer(scheduler.Sequence, loop.Request):
         *,
         prompt_lookup: bool,
         pool: NgramPool | None = None,
+        model: ModelAcceptance | None = None,
     ) -> None:
         scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens, job.adapter)
         loop.Request.__init__(self, job.consumer, job.seconds)
@@ -101,15 +103,25 @@ class Answer(scheduler.Sequence, loop.Request):
         self._last_token_at = self.submitted
         self.guide = job.guide
         self.scored = job.prompt_log_probs is not None
-        drafted = prompt_lookup and job.prompt_lookup and job.sampling.greedy
-        # What a grammar allows tells little of what the model says without it.
-        self.drafts = SequenceDrafts(self.tokens, pool if job.guide is None else None) if drafted else None
+        lookup = prompt_lookup and job.prompt_lookup
+        self.drafts: SequenceDrafts | None = None
+        if job.sampling.greedy and (lookup or model is not None):
+            # What a grammar allows tells little of what the model says without it.
+            pool = pool if lookup and job.guide is None else None
+            self.drafts = SequenceDrafts(self.tokens, pool, own_text=lookup, model=model, guess=self._sampler.guess)
 
-    def guided(self, draft: list[int], limit: int) -> list[int]:
-        """A draft that the grammar allows, if there is one: what it forces, at most `limit` tokens, or what fits."""
-        if self.guide is None:
+    def forced(self, limit: int) -> list[int]:
+        """At most `limit` tokens that the grammar forces, if there is one."""
+        return [] if self.guide is None else self.guide.forced(limit)
+
+    def fitting(self, draft: list[int]) -> list[int]:
+        """The beginning of a draft that the grammar allows, if there is one."""
+        if self.guide is None or not draft:
             return draft
-        return self.guide.forced(limit) or self.guide.fits(draft)
+        fitting = self.guide.fits(draft)
+        if not fitting and self.drafts is not None and self.drafts.origin == "model":
+            self._record_draft(len(draft), 0)
+        return fitting
 
     def take(self, logits: Logits, draft: Sequence[int], masks: Mask | None = None) -> FinishReason | None:
         """Choose the next tokens and hand them out; returns why the answer ends, if it does.
@@ -131,13 +143,8 @@ class Answer(scheduler.Sequence, loop.Request):
             if reason is not None or index == len(draft) or token != draft[index]:
                 break
             accepted += 1
-        if draft and self.drafts is not None and self.guide is None:
-            self.drafts.record(len(draft), accepted)
-            self._recorder.count("draft_tokens", len(draft))
-            self._recorder.count("draft_tokens_accepted", accepted)
-            if self.drafts.pooled:
-                self._recorder.count("pool_draft_tokens", len(draft))
-                self._recorder.count("pool_draft_tokens_accepted", accepted)
+        if draft:
+            self._record_draft(len(draft), accepted)
         return reason
 
     def score_prompt(self, logits: Logits, start: int) -> None:
@@ -166,6 +173,15 @@ class Answer(scheduler.Sequence, loop.Request):
         if stopped or token in self._ends:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.generated >= job.sampling.max_tokens else None
+
+    def _record_draft(self, drafted: int, accepted: int) -> None:
+        if self.drafts is None or (self.guide is not None and self.drafts.origin != "model"):
+            return
+        self.drafts.record(drafted, accepted)
+        counted = [""] if self.drafts.origin == "text" else ["", f"{self.drafts.origin}_"]
+        for prefix in counted:
+            self._recorder.count(f"{prefix}draft_tokens", drafted)
+            self._recorder.count(f"{prefix}draft_tokens_accepted", accepted)
 
     def _record_token(self) -> None:
         now = time.monotonic()

@@ -6,7 +6,8 @@ have chosen ends it, so answers are those without drafts; batches are invariant 
 for every token.
 
 How long a draft may be follows from what was accepted before and what a token costs: see `allot`. A sequence whose
-drafts miss stops drafting for a while, twice as long each time. Its own text and the pool are judged apart.
+drafts miss stops drafting for a while, twice as long each time. Its own text and the pool are judged apart, and so is a
+draft model where there is one (see `draft_model`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trident_serving.generation.ngram_pool import NgramPool
+from trident_serving.generation.slots import common_prefix
+from trident_serving.runtime.log_probabilities import Logits
+
+if TYPE_CHECKING:
+    from trident_serving.generation.draft_model import ModelAcceptance
 
 MAX_DRAFT = 12
 NGRAMS = (3, 2)  # how many of the latest tokens must be found, tried in this order
@@ -27,6 +34,15 @@ EXPLORED = 0.35  # the chance of a first token about which nothing is known
 MEMORY = 0.98  # the weight of a step's time once the next one is known
 UNLEARNED = 32  # of the latest steps are kept until the cost is asked for
 LONGEST = 1.5  # times as long as expected; a step that took longer was held up
+Proposal = tuple[float, list[int]]  # the chance of each token to be right, and the tokens
+
+
+Guess = Callable[[Logits, Sequence[int]], int]
+
+
+def likeliest(logits: Logits, ahead: Sequence[int]) -> int:
+    """The `Guess` of a sequence that takes the likeliest token."""
+    return int(logits.argmax())
 
 
 class PromptLookup:
@@ -98,7 +114,7 @@ class Source:
     draft: Callable[[int], list[int]]
     acceptance: Acceptance = field(default_factory=Acceptance)
 
-    def propose(self, limit: int) -> tuple[float, list[int]]:
+    def propose(self, limit: int) -> Proposal:
         """The chance of each token to be right, and up to `limit` tokens; call it once a step."""
         chance = self.acceptance.chance()
         tokens = self.draft(limit) if chance else []
@@ -110,41 +126,87 @@ class SequenceDrafts:
 
     Args:
         tokens: of the sequence; the caller appends to them.
-        pool: what other answers said; None: drafts come from the sequence only.
+        pool: what other answers said; None: they draft nothing.
+        own_text: whether its own text drafts.
+        model: how the draft model does here; None: there is none.
+        guess: see there.
+
+    Attributes:
+        tokens: see there.
+        prompt_length: how many of them are the prompt.
+        model: see there.
+        guess: from logits, behind the sequence and some more tokens, to the token that it would take.
+        origin: of the latest draft: "text", "pool", "model"; "": there was none.
     """
 
-    def __init__(self, tokens: Sequence[int], pool: NgramPool | None = None) -> None:
-        self._tokens, self._pool = tokens, pool
-        self._prompt_length = len(tokens)
-        self._sources = [Source(PromptLookup(tokens).draft)]
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        pool: NgramPool | None = None,
+        *,
+        own_text: bool = True,
+        model: ModelAcceptance | None = None,
+        guess: Guess = likeliest,
+    ) -> None:
+        self.tokens, self._pool = tokens, pool
+        self.prompt_length = len(tokens)
+        self.model, self.guess = model, guess
+        self.origin = ""
+        self._sources = {"text": Source(PromptLookup(tokens).draft)} if own_text else {}
         if pool is not None:
-            self._sources.append(Source(partial(pool.draft, tokens)))
-        self._drafted = self._sources[0]
+            self._sources["pool"] = Source(partial(pool.draft, tokens))
+        self._found: tuple[str, list[int]] = ("", [])
+        self._length = 0  # of the sequence when it was proposed
 
-    @property
-    def pooled(self) -> bool:
-        """Whether the latest draft came from the pool."""
-        return self._drafted is not self._sources[0]
-
-    def propose(self, limit: int) -> tuple[float, list[int]]:
+    def propose(self, limit: int) -> Proposal:
         """The chance of each token to be right, and up to `limit` tokens, often none; call it once a step."""
+        best: Proposal = (0.0, [])
+        self.origin, self._found, self._length = "", ("", []), len(self.tokens)
         if limit <= 0:
-            return 0.0, []
-        best: tuple[float, list[int]] = (0.0, [])
-        for source in self._sources:  # the sequence's own text comes first where both seem as good
+            return best
+        for origin, source in self._sources.items():  # the sequence's own text comes first where both seem as good
             found = source.propose(limit)
             if found[0] > best[0]:
-                best, self._drafted = found, source
+                best, self.origin, self._found = found, origin, (origin, found[1])
         return best
 
     def record(self, drafted: int, accepted: int) -> None:
-        """The latest draft was verified; see `Acceptance.record`."""
-        self._drafted.acceptance.record(drafted, accepted)
+        """The latest draft was verified; see `Acceptance.record`.
+
+        Where the model drafted, what a text proposed is judged by what the sequence says now.
+        """
+        if self.origin == "model" and self.model is not None:
+            self.model.record(drafted, accepted)
+            origin, proposed = self._found
+            said = self.tokens[self._length :]
+            drafted = min(len(proposed), len(said))
+            accepted = common_prefix(proposed, said, drafted)
+        else:
+            origin = self.origin
+        if origin in self._sources and drafted:
+            self._sources[origin].acceptance.record(drafted, accepted)
 
     def keep(self) -> None:
-        """Give the answer to the pool."""
+        """The answer has ended: give it to the pool."""
         if self._pool is not None:
-            self._pool.add(self._tokens, self._prompt_length)
+            self._pool.add(self.tokens, self.prompt_length)
+        if self.model is not None:
+            self.model.ended(len(self.tokens) - self.prompt_length)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A sequence that decodes.
+
+    Attributes:
+        drafts: of it; None: it has none.
+        limit: tokens of a draft at most.
+        slot: of the KV cache.
+    """
+
+    drafts: SequenceDrafts | None
+    limit: int
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -182,6 +244,11 @@ class StepTimes:
     def record(self, sequences: int, drafted: int, seconds: float) -> None:
         """A step of `sequences` sequences and `drafted` draft tokens took `seconds`."""
         self._new.append((sequences, drafted, max(seconds, 1e-9)))
+
+    @property
+    def known(self) -> bool:
+        """Whether a step was recorded; else the cost is in no unit."""
+        return self._seen or bool(self._new)
 
     def cost(self) -> StepCost:
         """Of a step now. A draft token never costs too much for a single sequence to try its first one."""
@@ -237,21 +304,31 @@ class Drafter:
     def __init__(self) -> None:
         self._times = StepTimes()
 
-    def draft(self, sequences: Sequence[tuple[SequenceDrafts | None, int]]) -> list[list[int]]:
-        """A draft for each sequence that decodes, mostly empty.
+    def acceptance(self) -> ModelAcceptance | None:
+        """Of a new sequence by the draft model; None: there is none."""
+        return None
 
-        Args:
-            sequences: the drafts of each, None where it has none, and how long a draft may be.
-        """
-        proposals = [
-            drafts.propose(min(limit, MAX_DRAFT)) if drafts is not None else (0.0, []) for drafts, limit in sequences
-        ]
+    def draft(self, sequences: Sequence[Wanted]) -> list[list[int]]:
+        """A draft for each sequence that decodes, mostly empty."""
+        proposals = self._proposals(sequences)
         if not any(tokens for _, tokens in proposals):
             return [[] for _ in sequences]
-        chances, limits = [chance for chance, _ in proposals], [len(tokens) for _, tokens in proposals]
-        lengths = allot(chances, limits, len(sequences), self._times.cost())
-        return [tokens[:length] for (_, tokens), length in zip(proposals, lengths, strict=True)]
+        return self._cut(proposals, self._times.cost())
 
     def record(self, drafts: Sequence[Sequence[int]], seconds: float) -> None:
         """The step with these drafts, one for each sequence that decoded, took `seconds`."""
         self._times.record(len(drafts), sum(map(len, drafts)), seconds)
+
+    @staticmethod
+    def _proposals(sequences: Sequence[Wanted]) -> list[Proposal]:
+        return [
+            each.drafts.propose(min(each.limit, MAX_DRAFT)) if each.drafts is not None else (0.0, [])
+            for each in sequences
+        ]
+
+    @staticmethod
+    def _cut(proposals: Sequence[Proposal], cost: StepCost) -> list[list[int]]:
+        """Of each proposal what pays."""
+        chances, limits = [chance for chance, _ in proposals], [len(tokens) for _, tokens in proposals]
+        lengths = allot(chances, limits, len(proposals), cost)
+        return [tokens[:length] for (_, tokens), length in zip(proposals, lengths, strict=True)]

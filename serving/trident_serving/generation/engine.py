@@ -19,7 +19,8 @@ from trident_serving.errors import InvalidRequest
 from trident_serving.generation.answer import Answer, FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import Decoder, run_each
-from trident_serving.generation.drafting import MAX_DRAFT, Drafter
+from trident_serving.generation.draft_model import DraftModel, Followed, ModelDrafter
+from trident_serving.generation.drafting import MAX_DRAFT, Drafter, Wanted
 from trident_serving.generation.ngram_pool import NgramPool
 from trident_serving.generation.scheduler import PrefillChunk, Scheduler
 from trident_serving.generation.slots import Placement, SlotPool
@@ -41,7 +42,7 @@ class EngineSettings:
         prefill_chunk: prompt tokens in one step at most.
         max_waiting: requests that may wait for a slot.
         prefix_reuse: whether prompts start behind what the cache already holds of them.
-        prompt_lookup: whether greedy requests may be drafted.
+        prompt_lookup: whether greedy requests may be drafted from texts.
         ngram_pool: whether their drafts may come from other answers.
         whole_prefixes: what the cache holds is reused as a whole or not at all.
         original_context: tokens up to which a text has the first of the model's two rotations; 0: there is one.
@@ -64,6 +65,7 @@ class Engine(EngineLoop[Answer]):
     Args:
         decoder: runs the model over slots of its cache.
         eos_token_ids: tokens that end an answer; they are not handed to the consumer as text.
+        draft: a smaller model that drafts; None: there is none.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class Engine(EngineLoop[Answer]):
         *,
         eos_token_ids: frozenset[int],
         recorder: Recorder | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         super().__init__("engine", recorder)
-        self._decoder = decoder
+        self._decoder = decoder if draft is None else Followed(decoder, draft)
         self._settings = settings
         self._eos_token_ids = eos_token_ids
-        self._drafter = Drafter()
+        self._drafter = Drafter() if draft is None else ModelDrafter(draft, eos_token_ids)
         self._ngram_pool = NgramPool() if settings.prompt_lookup and settings.ngram_pool else None
         self._mask_maker = MaskMaker()
         self._scheduler = self._new_scheduler()
@@ -94,7 +97,17 @@ class Engine(EngineLoop[Answer]):
             Overloaded: the queue is full, or the engine is stopping.
         """
         lookup, pool = self._settings.prompt_lookup, self._ngram_pool
-        answers = [Answer(job, self._eos_token_ids, self._recorder, prompt_lookup=lookup, pool=pool) for job in jobs]
+        answers = [
+            Answer(
+                job,
+                self._eos_token_ids,
+                self._recorder,
+                prompt_lookup=lookup,
+                pool=pool,
+                model=self._drafter.acceptance(),
+            )
+            for job in jobs
+        ]
         for answer in answers[1:]:
             answer.leader = answers[0]
         with self._adding():
@@ -163,11 +176,14 @@ class Engine(EngineLoop[Answer]):
 
     def _decode(self, answers: Sequence[Answer]) -> None:
         limits = [self._longest_draft(each) for each in answers]
-        drafts = self._drafter.draft([(each.drafts, limit) for each, limit in zip(answers, limits, strict=True)])
-        drafts = [
-            each.guided(draft, min(limit, MAX_DRAFT))
-            for each, draft, limit in zip(answers, drafts, limits, strict=True)
-        ]
+        forced = [each.forced(min(limit, MAX_DRAFT)) for each, limit in zip(answers, limits, strict=True)]
+        drafts = self._drafter.draft(
+            [
+                Wanted(each.drafts, 0 if known else limit, _slot(each))
+                for each, limit, known in zip(answers, limits, forced, strict=True)
+            ]
+        )
+        drafts = [known or each.fitting(draft) for each, draft, known in zip(answers, drafts, forced, strict=True)]
         items = [
             _tokens(answer, answer.cached, [answer.tokens[-1], *draft], 1 + len(draft))
             for answer, draft in zip(answers, drafts, strict=True)

@@ -8,7 +8,9 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trident_serving.artefacts import DRAFT, read_draft
 from trident_serving.errors import DoesNotFit, InvalidRequest, Overloaded
+from trident_serving.generation import draft_model
 from trident_serving.generation.answer import FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.chat import Chat
@@ -36,10 +38,10 @@ class MemoryNeeds:
     """What a model takes at most, in bytes.
 
     Attributes:
-        weights: the files of the graph.
+        weights: the files of the graph, and of the draft's.
         cache_tokens: tokens that the KV cache may hold.
-        bytes_per_token: of the KV cache.
-        logits: the buffer for the logits.
+        bytes_per_token: of the KV cache, and of the draft's.
+        logits: the buffer for the logits, and the draft's.
         states: of all slots, beside the KV cache; 0 for most models.
     """
 
@@ -64,13 +66,19 @@ class MemoryNeeds:
         )
 
 
-def plan_memory(limits: GenerationLimits, decoder: OnnxDecoder, weights: int, available: int) -> MemoryNeeds:
+def plan_memory(
+    limits: GenerationLimits, decoder: OnnxDecoder, weights: int, available: int, draft: OnnxDecoder | None = None
+) -> MemoryNeeds:
     """What the settings take on this machine, once the weights are loaded.
+
+    Args:
+        draft: the decoder that drafts, whose slots hold what those of the model hold.
 
     Raises:
         DoesNotFit: the cache can't hold a single context, or the memory that is available can't hold the cache.
     """
-    each = decoder.cache.bytes_per_token
+    decoders = [decoder] if draft is None else [decoder, draft]
+    each = sum(one.cache.bytes_per_token for one in decoders)
     tokens = limits.slots * limits.context
     if limits.kv_cache_mib and each:
         tokens = min(tokens, limits.kv_cache_mib * MEBIBYTE // each)
@@ -80,7 +88,8 @@ def plan_memory(limits: GenerationLimits, decoder: OnnxDecoder, weights: int, av
             f"{limits.context * each / MEBIBYTE:.0f} MiB: raise kv_cache_mib or lower context"
         )
     states = limits.slots * decoder.states.bytes_per_slot
-    needs = MemoryNeeds(weights, tokens, each, limits.slots * decoder.vocabulary_size * 4, states)
+    logits = limits.slots * sum(one.vocabulary_size for one in decoders) * 4
+    needs = MemoryNeeds(weights, tokens, each, logits, states)
     if decoder.cache.device != "cpu":
         return needs  # a GPU's cache is taken when it is made, and fails there
     if needs.cache + needs.states + needs.logits > available:
@@ -103,6 +112,11 @@ class GenerationService:
         folder: the model's artefacts.
         unloading: asked while requests run; once it says yes, they fail.
         device_id: which GPU, where the device is one.
+
+    Attributes:
+        memory: what it takes.
+        recorder: of its metrics.
+        draft_name: the model that drafts; "": none does.
 
     Raises:
         DoesNotFit: the settings take more memory than there is.
@@ -133,10 +147,18 @@ class GenerationService:
             tokenizer, self._chat, limits, GenerationDefaults.load(folder), decoder.vocabulary_size, decoder.adapters
         )
         self._grammars = Grammars(folder / "tokenizer.json", decoder.vocabulary_size, self._eos_token_ids)
-        weights = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-        self.memory = plan_memory(limits, decoder, weights, available_bytes())
-        decoder.run([SlotTokens(0, 0, [0])])  # a graph that can't run is not served
-        decoder.release(0, 0)
+        settings = read_draft(folder)
+        drafting = None if settings is None else draft_model.open_decoder(folder, settings, limits, device_id)
+        graphs = [*folder.glob("model.onnx*"), *folder.glob(f"{DRAFT}/model.onnx*")]
+        weights = sum(file.stat().st_size for file in graphs)
+        self.memory = plan_memory(limits, decoder, weights, available_bytes(), drafting)
+        for each in (decoder,) if drafting is None else (decoder, drafting):
+            each.run([SlotTokens(0, 0, [0])])  # a graph that can't run is not served
+            each.release(0, 0)
+        draft = None
+        if settings is not None and drafting is not None:
+            draft = draft_model.over_decoder(drafting, settings, limits, decoder.vocabulary_size)
+        self.draft_name = "" if settings is None else settings.name
         self.recorder = Recorder()
         self._outbox = Outbox(self._check_unloading)
         self._engine = Engine(
@@ -155,6 +177,7 @@ class GenerationService:
             ),
             eos_token_ids=self._eos_token_ids,
             recorder=self.recorder,
+            draft=draft,
         )
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:

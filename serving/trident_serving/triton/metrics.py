@@ -33,6 +33,8 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "draft_tokens_accepted": ("draft_tokens_accepted_total", "Those of them that the model accepted"),
     "pool_draft_tokens": ("pool_draft_tokens_total", "Those of the drafted tokens that came from other answers"),
     "pool_draft_tokens_accepted": ("pool_draft_tokens_accepted_total", "Those of them that the model accepted"),
+    "model_draft_tokens": ("model_draft_tokens_total", "Those of the drafted tokens that came from the draft model"),
+    "model_draft_tokens_accepted": ("model_draft_tokens_accepted_total", "Those of them that the model accepted"),
     "requests_cancelled": ("requests_cancelled_total", "Requests that were cancelled"),
     "requests_failed": ("requests_failed_total", "Requests that ended with an error once they were queued"),
     "requests_rejected": ("requests_rejected_total", "Requests that found the queue full"),

@@ -28,8 +28,9 @@ class TritonPythonModel:
         self.service = GenerationService(adapter.version_folder(args), limits, unloading, device)
         self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
         # Not through Triton's logger, whose level would hide the line. It shows the memory that the limits take.
+        drafted = f", drafted by {self.service.draft_name}" if self.service.draft_name else ""
         print(
-            f"trident: {name}: {limits.slots} slots of {limits.context} tokens; {self.service.memory}",
+            f"trident: {name}: {limits.slots} slots of {limits.context} tokens{drafted}; {self.service.memory}",
             file=sys.stderr,
             flush=True,
         )

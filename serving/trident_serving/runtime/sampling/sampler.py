@@ -56,6 +56,18 @@ class Sampler:
             raise InvalidRequest("the grammar and the request's other fields leave no token")
         return token
 
+    def guess(self, logits: Scores, ahead: Sequence[int]) -> int:
+        """The likeliest token behind the sequence and some more tokens; none of them is taken.
+
+        Args:
+            logits: of another model that guesses, float32 [vocabulary].
+        """
+        candidates = Candidates(logits, int(logits.argmax()))
+        tokens = np.append(self._tokens, np.array(ahead, np.int64)) if self._processors else self._tokens
+        for process in self._processors:
+            process(tokens, candidates)
+        return candidates.likeliest()
+
     def _choose(self, logits: Scores, likeliest: int) -> int:
         candidates = Candidates(logits, likeliest)
         for process in self._processors:
