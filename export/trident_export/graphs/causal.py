@@ -52,6 +52,7 @@ from unittest import mock
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -63,6 +64,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trident_export.errors import UnsupportedArchitecture
 from trident_export.graphs import rotary, states
 from trident_export.graphs.decoder_passes import QUERY_SEQLENS
+from trident_export.graphs.editing import set_parts
 from trident_export.graphs.experts import every_expert
 from trident_export.graphs.slot_attention import Batch, MaskFunction, Slots, window_of
 from trident_export.graphs.states import PAST, PRESENT, States, StatesOfCache, keeps_states, mixers_replaced
@@ -736,6 +738,23 @@ def _first_texts(model: PreTrainedModel) -> tuple[list[list[int]], tuple[torch.T
     )
 
 
+def name_layers(graph: ir.Model, model: torch.nn.Module) -> None:
+    """Note which linear layer each matmul of a traced graph is.
+
+    They are told by their weights, which are the model's own numbers: torch names a node by the calls that led to it,
+    and those can leave out a part of the layer's name.
+    """
+    layers = {
+        module.weight.data_ptr(): (name, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for node in graph.graph:
+        weight = node.inputs[1].const_value if node.op_type == "MatMul" else None
+        if isinstance(weight, TorchTensor) and (layer := layers.get(weight.raw.data_ptr())) is not None:
+            set_parts(node, [layer])
+
+
 def export_causal_graph(
     model: PreTrainedModel, positions: int, longest: int | None = None, *, adapted: bool = False
 ) -> ir.Model:
@@ -806,6 +825,8 @@ def export_causal_graph(
             stack.enter_context(rotary.left_to_operator(model, set(plan.rotary_calls)))
             graph = _CausalGraph(model, plan)
             made = trace(graph, arguments, inputs=inputs, outputs=outputs, axes=axes, of=f"a {type(model).__name__}")
+        if adapted:
+            name_layers(made, model)
         if plan.original_context:
             made.metadata_props[ORIGINAL_CONTEXT] = str(plan.original_context)
         return made

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trident_export.graphs import editing
-from trident_export.graphs.editing import array, constant, drop_unused, numbers, set_parts, side_by_side
+from trident_export.graphs.editing import array, constant, drop_unused, numbers, parts_of, set_parts, side_by_side
 from trident_export.graphs.lora import Lora, add_adapters
 from trident_export.graphs.shape_folding import fold_shapes
 
@@ -225,6 +225,6 @@ def _join(nodes: Sequence[ir.Node], name: str) -> ir.Value:
         path += "_next"
     weight = side_by_side(nodes[0].graph, f"{path}/weight", [node.inputs[1] for node in nodes], axis=1)
     joined = editing.make("MatMul", [nodes[0].inputs[0], weight], f"{path}/output", name=f"{path}/MatMul")
-    set_parts(joined, nodes)
+    set_parts(joined, [part for node in nodes for part in parts_of(node)])
     nodes[0].prepend(joined)
     return joined.outputs[0]

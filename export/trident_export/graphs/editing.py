@@ -134,13 +134,13 @@ def side_by_side(graph: ir.Graph, name: str, parts: Sequence[ir.Value], axis: in
 
 
 def parts_of(matmul: ir.Node) -> list[tuple[str, int]]:
-    """What stands side by side in a matmul's weight: names of the matmuls that it was, with the columns of each."""
+    """What stands side by side in a matmul's weight: layers or matmuls that it was, with the columns of each."""
     return list(matmul.meta.get(_PARTS, [(matmul.name, matmul.inputs[1].shape[-1])]))
 
 
-def set_parts(matmul: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Note which matmuls one was; until the graph is written."""
-    matmul.meta[_PARTS] = [part for node in nodes for part in parts_of(node)]
+def set_parts(matmul: ir.Node, parts: Sequence[tuple[str, int]]) -> None:
+    """Note what stands side by side in a matmul's weight; until the graph is written."""
+    matmul.meta[_PARTS] = list(parts)
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -31,7 +31,6 @@ from trident_serving.generation.decoder import ADAPTERS
 PREFIX = "adapters/"
 # Of a block at most, if it has several adapters: an If takes 3 microseconds, as long as a few dozen columns of SmolLM2.
 COLUMNS = 64
-_MODEL = "/model/"  # what the traced model is called in the graph
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def add_adapters(model: ir.Model, adapters: Sequence[Lora]) -> None:
     """Put adapters beside the matmuls of their layers; the model is changed.
 
     Args:
-        model: the float32 graph of a packed decoder, behind `decoder_passes.join_matmuls`.
+        model: the float32 graph of a packed decoder, behind `causal.name_layers` and `decoder_passes.join_matmuls`.
 
     Raises:
         UnsupportedArchitecture: a layer of an adapter is no matmul of the packed tokens.
@@ -84,7 +83,7 @@ def add_adapters(model: ir.Model, adapters: Sequence[Lora]) -> None:
     adapted = {layer for adapter in adapters for layer in adapter.layers}
     left = set(adapted)
     for node in [node for node in graph if node.op_type == "MatMul" and node.inputs[1].is_initializer()]:
-        parts = [(_layer(name), columns) for name, columns in parts_of(node)]
+        parts = parts_of(node)
         if adapted.intersection(layer for layer, _ in parts):
             for block in blocks:
                 block.add_beside(node, parts)
@@ -96,11 +95,6 @@ def add_adapters(model: ir.Model, adapters: Sequence[Lora]) -> None:
         )
     model.metadata_props[ADAPTERS] = json.dumps([adapter.name for adapter in adapters])
     graph.sort()
-
-
-def _layer(name: str) -> str:
-    """The layer that a node computes, by the name that torch gives both: `/model/model/layers.0/mlp/up_proj/MatMul`."""
-    return name.removeprefix(_MODEL).rpartition("/")[0].replace("/", ".")
 
 
 def _blocks(graph: ir.Graph, chosen: ir.Value, adapters: Sequence[Lora]) -> list[_Block]:
