@@ -34,6 +34,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other cores are the other workers'
 
 
+SLOW = pytest.StashKey[bool]()
+
 # Files whose tests ask the default models' server: one worker has them all, so that it is started once.
 SERVED = (
     "tests/clients/test_clients.py",
@@ -79,15 +81,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported by now stays: collecting garbage, as an export does several times, need not look at it."""
+    session.config.stash[SLOW] = any(item.get_closest_marker("slow") for item in session.items)
     gc.collect()
     gc.freeze()
 
 
 def runs_slow_tests(config: pytest.Config) -> bool:
     """Whether tests marked `slow` were asked for, so that what they share must be there."""
-    return "not slow" not in config.option.markexpr
+    return config.stash[SLOW]
 
 
 def some_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
