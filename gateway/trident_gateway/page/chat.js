@@ -71,6 +71,7 @@ function shift(change) {
 onSend(form, async (signal) => {
   const asked = field.message.value;
   const body = request(asked);
+  const here = history; // a new conversation may begin meanwhile
   const mine = message("user", "You");
   mine.say(asked);
   const answer = message("assistant", body.model);
@@ -95,16 +96,16 @@ onSend(form, async (signal) => {
     if (!text) {
       mine.remove();
       answer.remove();
-      field.message.value ||= asked;
+      if (here === history) field.message.value ||= asked;
     } else {
       answer.about.textContent = signal.aborted ? "stopped" : "broken off";
-      history.push({ role: "user", content: asked }, { role: "assistant", content: text });
+      here.push({ role: "user", content: asked }, { role: "assistant", content: text });
     }
     throw error;
   } finally {
     log.removeAttribute("aria-busy");
   }
-  history.push({ role: "user", content: asked }, { role: "assistant", content: text });
+  here.push({ role: "user", content: asked }, { role: "assistant", content: text });
   shift(() => {
     answer.about.textContent = about(body, text, ended, usage, began, first);
   });

@@ -49,7 +49,7 @@ export function onSend(form, work) {
   });
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (running) return;
+    if (running || send.disabled) return;
     running = new AbortController();
     failed.textContent = "";
     status.textContent = "The model is working.";
