@@ -1,7 +1,10 @@
-"""The gateway's page in Chromium: `gateway_page.py try URL` uses it and prints what it shows, as JSON;
-`gateway_page.py pictures URL FOLDER` takes screenshots of real models."""
+"""The gateway's page in Chromium: `try URL` uses it and prints what it shows; `pictures URL FOLDER` takes screenshots.
+
+Nothing here runs scripts in the page, because its Content-Security-Policy forbids that.
+"""
 
 import json
+import re
 import shutil
 import sys
 
@@ -17,20 +20,15 @@ def send(page: Page, panel: str, done: str = DONE, **fields: str) -> None:
     for name, value in fields.items():
         page.fill(f"#{panel} [name={name}]", value)
     page.click(f"#{panel} [name=send]")
-    page.wait_for_function(
-        "([panel, done]) => [...document.querySelectorAll(`#${panel} form .status, #${panel} form .error`)]"
-        ".some((each) => each.textContent.startsWith(done))",
-        arg=[panel, done],
-    )
+    page.locator(f"#{panel} form :is(.status, .error)", has_text=done).wait_for()
 
 
 def texts(page: Page, selector: str) -> list[str]:
-    return page.eval_on_selector_all(selector, "(found) => found.map((each) => each.textContent)")
+    return page.locator(selector).all_text_contents()
 
 
 def rows(page: Page, selector: str) -> list[list[str]]:
-    script = "(found) => found.map((row) => [...row.children].map((cell) => cell.textContent))"
-    return page.eval_on_selector_all(f"{selector} tbody tr", script)
+    return [row.locator("th, td").all_text_contents() for row in page.locator(f"{selector} tbody tr").all()]
 
 
 def use(page: Page, url: str) -> dict:
@@ -41,7 +39,7 @@ def use(page: Page, url: str) -> dict:
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(url)
-    page.wait_for_function("document.querySelector('#connection').textContent.includes('model')")
+    page.locator("#connection", has_text="model").wait_for()
     found: dict = {"choices": texts(page, "#chat [name=model] option")}
     page.select_option("#chat [name=model]", "talk")
     send(page, "chat", "The answer is complete", message=HOSTILE, max_tokens="8")
@@ -59,17 +57,16 @@ def use(page: Page, url: str) -> dict:
     page.fill("#chat [name=max_tokens]", "1900")
     page.fill("#chat [name=message]", "Go on.")
     page.press("#chat [name=message]", "Enter")
-    page.wait_for_function("document.querySelector('#chat .message.assistant .text')?.textContent.length > 5")
+    page.locator("#chat .message.assistant .text", has_text=re.compile(r".{5}", re.DOTALL)).wait_for()
     found["busy"] = page.get_attribute("#chat .log", "aria-busy")
     page.press("#chat [name=message]", "Escape")
-    page.wait_for_function("document.querySelector('#chat .status').textContent === 'Stopped.'")
+    page.locator("#chat .status", has_text="Stopped.").wait_for()
     found["stopped"] = texts(page, "#chat .log .about")[-1]
     page.focus("#tab-chat")
     page.keyboard.press("ArrowRight")
-    found["focused"] = page.evaluate("document.activeElement.id")
+    found["focused"] = page.locator("[role=tab]:focus").get_attribute("id")
     send(page, "embed", texts="a cat\n\nThe dog lay under the tree.\nrain")
     found["cosines"] = rows(page, "#embed .heat")
-    page.keyboard.press("Tab")
     page.click("#tab-rank")
     send(page, "rank", query="rain", texts="a cat\nThe dog lay under the tree.\nrain")
     found["ranked"] = rows(page, "#rank table")
@@ -81,7 +78,7 @@ def use(page: Page, url: str) -> dict:
     found["entities"] = rows(page, "#entities table")
     found["marked"] = texts(page, "#entities mark")
     page.click("#tab-metrics")
-    page.wait_for_function("document.querySelectorAll('#metrics tbody tr').length > 3")
+    page.locator("#metrics table").first.locator("tbody tr").nth(4).wait_for()
     found["metrics"] = rows(page, "#metrics table:first-child")
     return found | {"hosts": sorted(hosts), "wrong": wrong, "title": page.title()}
 
@@ -89,7 +86,7 @@ def use(page: Page, url: str) -> dict:
 def pictures(page: Page, url: str, folder: str) -> dict:
     """Screenshots, of the light and the dark form."""
     page.goto(url)
-    page.wait_for_function("document.querySelector('#connection').textContent.includes('model')")
+    page.locator("#connection", has_text="model").wait_for()
     page.select_option("#chat [name=model]", "smollm2")
     send(page, "chat", "The answer is complete", message=QUESTION, max_tokens="60")
     page.screenshot(path=f"{folder}/page-chat.png")
