@@ -46,7 +46,7 @@ panel("embed", "v1/embeddings", ({ texts }) => ({ input: several(texts.value) })
 
 function heat(value) {
   const cell = element("td", { class: value < 0 ? "number negative" : "number" }, value.toFixed(3));
-  cell.style.setProperty("--heat", `${Math.min(Math.abs(value), 1) * 60}%`);
+  cell.style.setProperty("--heat", `${Math.min(Math.abs(value), 1) * 100}%`);
   return cell;
 }
 
