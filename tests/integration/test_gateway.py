@@ -394,7 +394,8 @@ def test_adapters(sdk: openai.OpenAI, gateway: Gateway, direct: Client) -> None:
 
 
 def test_models(sdk: openai.OpenAI) -> None:
-    assert [model.id for model in sdk.models.list()] == ["chain", "classify", "embed", "rank", "talk", "talk:other"]
+    names = ["chain", "classify", "embed", "rank", "tag", "talk", "translate", "talk:other"]
+    assert [model.id for model in sdk.models.list()] == names
     assert sdk.models.retrieve("talk").owned_by == "trident"
     with pytest.raises(openai.NotFoundError, match="the model 'talk_tokenizer' does not exist"):
         sdk.models.retrieve("talk_tokenizer")
@@ -428,7 +429,7 @@ def test_ollama(gateway: Gateway, direct: Client, stream: bool) -> None:
 
 def test_ollama_s_other_endpoints(gateway: Gateway, direct: Client) -> None:
     _, _, answer = gateway.ask("/api/tags")
-    assert [model["name"] for model in answer["models"]][-1] == "talk:latest"
+    assert [model["name"] for model in answer["models"]][-2:] == ["talk:latest", "translate:latest"]
     _, _, answer = gateway.ask("/api/version")
     assert answer["version"]
     _, _, answer = gateway.ask("/api/embed", {"model": "embed", "input": TEXTS})

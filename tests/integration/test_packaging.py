@@ -239,6 +239,13 @@ def oldest(wheel: Path) -> list[str]:
     return ends
 
 
+def test_the_gateway_s_page_is_in_the_wheel(wheel: Path) -> None:
+    page = ROOT / "gateway" / "trident_gateway" / "page"
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name.rpartition("/")[2]: archive.read(name) for name in archive.namelist() if "/page/" in name}
+    assert found == {file.name: file.read_bytes() for file in page.iterdir()}
+
+
 @pytest.mark.parametrize("version", CLIENTS)
 def test_only_the_client(
     wheel: Path, server: list[int], expected: Mapping[str, Any], tmp_path: Path, version: str
