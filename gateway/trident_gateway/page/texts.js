@@ -38,7 +38,7 @@ panel("embed", "v1/embeddings", ({ texts }) => ({ input: several(texts.value) })
     element("th", { scope: "row", dir: "auto" }, `${place + 1}. ${input[place]}`),
     ...data.map((column) => heat(cosine(row.embedding, column.embedding))),
   ]);
-  const caption = `Cosines of ${data.length} texts with ${data[0].embedding.length} dimensions; the darker, the closer.`;
+  const caption = `Cosines of ${data.length} texts with ${data[0].embedding.length} dimensions; the stronger the colour, the closer.`;
   const found = table(caption, ["Text", ...data.map((_, place) => String(place + 1))], rows);
   found.className = "heat";
   return [found];

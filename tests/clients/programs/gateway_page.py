@@ -11,7 +11,7 @@ import sys
 from playwright.sync_api import Page, sync_playwright
 
 HOSTILE = '<img src="x" onerror="document.title=1">'
-QUESTION = "What is the capital of France?"
+QUESTION = "What is rain?"
 DONE = "Done"
 
 
@@ -88,7 +88,7 @@ def pictures(page: Page, url: str, folder: str) -> dict:
     page.goto(url)
     page.locator("#connection", has_text="model").wait_for()
     page.select_option("#chat [name=model]", "smollm2")
-    send(page, "chat", "The answer is complete", message=QUESTION, max_tokens="60")
+    send(page, "chat", "The answer is complete", message=QUESTION, max_tokens="120")
     page.screenshot(path=f"{folder}/page-chat.png")
     page.emulate_media(color_scheme="dark")
     page.click("#tab-embed")
