@@ -8,6 +8,7 @@ REPOSITORY ?= model_repository
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
+GATEWAY_PORT ?= 8080
 MINUTES ?= 15
 MODEL ?=
 VARIANTS ?=
@@ -34,7 +35,7 @@ $(SETUP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-PORTS := --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+PORTS := --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) --gateway-port $(GATEWAY_PORT)
 
 serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
 	@$(BIN)/python -m trident_serving --check $(PORTS)
@@ -90,7 +91,7 @@ soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make
 	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(REPOSITORY)
 
-clients: $(SETUP) ## run LiteLLM, LlamaIndex, aiperf and perf_analyzer against the default models
+clients: $(SETUP) ## run other people's clients against the default models and the gateway
 	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
 image: $(SETUP) ## build the images and run them, where podman is

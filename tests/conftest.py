@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "loc
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other cores are the other workers'
 
+
+SLOW = pytest.StashKey[bool]()
 
 # Files whose tests ask the default models' server: one worker has them all, so that it is started once.
 SERVED = (
@@ -78,15 +81,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         )
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported by now stays: collecting garbage, as an export does several times, need not look at it."""
+    session.config.stash[SLOW] = any(item.get_closest_marker("slow") for item in session.items)
     gc.collect()
     gc.freeze()
 
 
 def runs_slow_tests(config: pytest.Config) -> bool:
     """Whether tests marked `slow` were asked for, so that what they share must be there."""
-    return "not slow" not in config.option.markexpr
+    return config.stash[SLOW]
 
 
 def some_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
@@ -194,7 +198,8 @@ def gateway_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gateway-models")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gateways.make_models(root)
+    with warnings.catch_warnings(action="ignore"):  # peft's, as in test_lora
+        gateways.make_models(root)
     torch.set_num_threads(threads)
     return root
 
@@ -202,7 +207,9 @@ def gateway_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gateway_server(gateway_folder: Path) -> Iterator[LocalServer]:
     """The gateway's models behind a real server."""
-    with local.running(gateways.export_models(gateway_folder), gateway_folder / "log") as running:
+    with warnings.catch_warnings(action="ignore"):
+        repository = gateways.export_models(gateway_folder)
+    with local.running(repository, gateway_folder / "log") as running:
         yield running
 
 

@@ -97,14 +97,24 @@ CHAT_TEMPLATE = (
 )
 
 
+LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+
+
 def make_models(root: Path) -> None:
     """Hugging Face folders: `chain` thinks and calls a tool, `talk` writes anything, and one of each encoder task."""
     # Here, because most tests need none of this, which takes seconds.
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from peft import LoraConfig
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     from tests import tiny_models
     from tests.integration.test_messages import chain, tokenizer
+    from tests.unit.test_adapters import adapter
 
     chain().save_pretrained(root / "chain")
     tokenizer().save_pretrained(root / "chain")
@@ -119,10 +129,13 @@ def make_models(root: Path) -> None:
                 parameter.mul_(8)
     talk.save_pretrained(root / "talk")
     words.save_pretrained(root / "talk")
+    adapter(root / "other", root / "talk", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     tiny_models.make_reader(root / "embed", "xlm-roberta", AutoModel, seed=1)
     classifier = AutoModelForSequenceClassification
     tiny_models.make_reader(root / "rank", "bert", classifier, seed=2, num_labels=1)
     tiny_models.make_reader(root / "classify", "bert", classifier, seed=3, num_labels=3)
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: row for row, name in enumerate(LABELS)}}
+    tiny_models.make_reader(root / "tag", "bert", AutoModelForTokenClassification, seed=4, **names)
 
 
 def export_models(root: Path) -> Path:
@@ -137,8 +150,12 @@ def export_models(root: Path) -> Path:
     tables["embed"] = {"task": "feature-extraction", "limits": {**shared, "dimensions": 32, "matryoshka": [8]}}
     tables["rank"] = {"task": "text-ranking", "limits": {**shared, "labels": 1}}
     tables["classify"] = {"task": "text-classification", "limits": {**shared, "labels": 3}}
+    tables["tag"] = {"task": "token-classification", "limits": {**shared, "labels": len(LABELS)}}
+    tables["talk"]["adapters"] = {"other": str(root / "other")}
     for name, table in tables.items():
         table |= {"source": {"path": str(root / name)}, "variants": ["fp32"]}
+    tables["translate"] = {"task": "translation", "generator": "talk", "target_lang": "German"}
+    tables["translate"]["template"] = "To {{ target_lang }}: {{ text_input }}"
     specs = [models_file.parse(name, table) for name, table in tables.items()]
     install.export(specs, root / "repository", root, root / "cache", lambda message: None)
     return root / "repository"

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_client import _wire
+from trident_client._errors import ServerError
 from trident_client._options import GENERATION
 from trident_client._steps import Prompt
 from trident_client._types import Generation, GenerationChunk, Message, ToolCall
@@ -130,7 +131,14 @@ def _joined_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
 
 
 def joined(chunks: Iterable[GenerationChunk]) -> Generation:
+    """All of an answer.
+
+    Raises:
+        ServerError: there are no chunks.
+    """
     every = list(chunks)
+    if not every:
+        raise ServerError("the server ended the answer before it began")
     last = every[-1]
     return Generation(
         text="".join(chunk.text for chunk in every),

@@ -96,7 +96,8 @@ def answer(ask: Ask, status: int, body: bytes) -> Any:
     if status != 200:
         raise failure(status, body)
     read = _ANSWERS.get(ask.what)
-    return None if read is None else read(_json(body))
+    with _tritons(body):
+        return None if read is None else read(json.loads(body))
 
 
 _ANSWERS: Mapping[str, Callable[[Any], Any]] = {
@@ -135,12 +136,13 @@ def inference(
 
 def inferred(headers: Mapping[str, str], body: bytes) -> dict[str, NDArray[Any]]:
     """The tensors of its response by name."""
-    length = int(headers.get(_LENGTH, len(body)))
-    outputs, start = {}, length
-    for output in _json(body[:length])["outputs"]:
-        end = start + output["parameters"]["binary_data_size"]
-        outputs[output["name"]] = _wire.to_array(output["datatype"], output["shape"], body[start:end])
-        start = end
+    outputs = {}
+    with _tritons(body):
+        start = int(headers.get(_LENGTH, len(body)))
+        for output in json.loads(body[:start])["outputs"]:
+            end = start + output["parameters"]["binary_data_size"]
+            outputs[output["name"]] = _wire.to_array(output["datatype"], output["shape"], body[start:end])
+            start = end
     return outputs
 
 
@@ -242,10 +244,11 @@ class Events:
             raise UnavailableError("the server ended the answer within an event")
 
     def _tensors(self, event: bytes) -> dict[str, NDArray[Any]]:
-        fields = _json(event)
-        if "error" in fields:
-            raise from_named_code(fields["error"]) or InvalidRequestError(fields["error"])
-        tensors = {name: self._tensor(name, value) for name, value in fields.items()}
+        with _tritons(event):
+            fields: dict[str, Any] = json.loads(event)
+            if "error" in fields:
+                raise from_named_code(fields["error"]) or InvalidRequestError(fields["error"])
+            tensors = {name: self._tensor(name, value) for name, value in fields.items()}
         tensors.setdefault("output_log_probs", np.empty((1, 0), np.float32))
         return tensors
 
@@ -273,11 +276,13 @@ def failure(status: int, body: bytes) -> TridentError:
     return from_status(status, text)
 
 
-def _json(body: bytes) -> Any:
+@contextmanager
+def _tritons(body: bytes) -> Iterator[None]:
+    """Say so where a body, which is read in the `with` block, is none of Triton's."""
     try:
-        return json.loads(body)
-    except ValueError as error:
-        raise ServerError(f"the server's answer is no JSON: {body[:200]!r}") from error
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ServerError(f"the server's answer is not one of Triton's: {body[:200]!r}") from error
 
 
 def hang_up(response: httpx2.Response) -> None:

@@ -151,11 +151,8 @@ def _print_stream(client: Client, options: argparse.Namespace, prompt: Any) -> i
         if not options.json:
             print(chunk.text, end="", flush=True)
     if options.json:
-        result = dataclasses.asdict(chunks[-1]) | {"text": "".join(chunk.text for chunk in chunks)}
-        unasked = ("reasoning", "tool_calls")
-        result = {
-            name: value for name, value in result.items() if not name.endswith("log_probs") and name not in unasked
-        }
+        told = ("finish_reason", "num_input_tokens", "num_output_tokens")  # the rest no flag can ask for
+        result = {"text": "".join(chunk.text for chunk in chunks)} | {name: getattr(chunks[-1], name) for name in told}
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()

@@ -13,14 +13,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from trident_gateway import bodies, classify, ollama, rerank, tei, tokens
+from trident_gateway import bodies, classify, ollama, rerank, tei, texts, tokens, web
 from trident_gateway.door import Door
 from trident_gateway.errors import ApiError, ClientGone
 from trident_gateway.exchange import HANGUP
 from trident_gateway.gateway import Gateway
 from trident_gateway.openai import chat, completions, embeddings, models, responses
 
-MODULES = (chat, completions, responses, embeddings, models, rerank, classify, tokens, tei, ollama)
+MODULES = (chat, completions, responses, embeddings, models, rerank, classify, texts, tokens, tei, ollama, web)
 ROUTERS = [module.router for module in MODULES]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 GENERATION = "text-generation"
 EMBEDDING = "feature-extraction"
@@ -11,6 +11,8 @@ HYBRID = "hybrid-embedding"
 CLASSIFICATION = "text-classification"
 ZERO_SHOT = "zero-shot-classification"
 RANKING = "text-ranking"
+ENTITIES = "token-classification"
+TRANSLATION = "translation"
 # Triton models of an ensemble that are not for callers, by what follows the public name.
 _STAGES = ("tokenizer", "model", "postprocess", "texts")
 _ENCODER_ANSWERS = 64  # requests to an encoder at once, which its batches share
@@ -26,6 +28,7 @@ class Model:
         parameters: of its config, as texts.
         tokenizer: the name of its tokenizer stage; "": it has none.
         stages: the parameters of its tokenizer stage and of what follows its graph.
+        adapter: of it, that answers; "": none.
     """
 
     name: str
@@ -33,6 +36,17 @@ class Model:
     parameters: Mapping[str, str]
     tokenizer: str = ""
     stages: Mapping[str, str] = field(default_factory=dict)
+    adapter: str = ""
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that it has."""
+        return [name for name in self.parameters.get("adapters", "").split(",") if name]
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What of the client's options a request for it has."""
+        return {"lora_name": self.adapter} if self.adapter else {}
 
     @property
     def context(self) -> int | None:
@@ -57,6 +71,15 @@ class Model:
     def verified(self) -> bool:
         """Whether its export passed the gate."""
         return not self.parameters.get("unverified")
+
+
+def find(known: Mapping[str, Model], name: str) -> Model | None:
+    """The model that a name means: a model's own, or that of one of its adapters, `<model>:<adapter>`."""
+    base, _, adapter = name.partition(":")
+    found = known.get(base)
+    if found is None or not adapter:
+        return found if name == base else None
+    return replace(found, adapter=adapter) if adapter in found.adapters else None
 
 
 def catalog(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, Model]:

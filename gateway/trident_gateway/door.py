@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trident_gateway import web
 from trident_gateway.errors import ApiError, ClientGone
 from trident_gateway.exchange import Exchange
 from trident_gateway.gateway import EXCHANGE, Gateway
@@ -21,7 +22,7 @@ from trident_gateway.keys import ADMIN, INFERENCE, Key
 from trident_gateway.settings import LOOPBACK, MEBIBYTE
 
 logger = logging.getLogger(__name__)
-FREE = ("/health", "/ready")
+FREE = ("/", "/health", "/ready")
 _ADMIN_PATHS = ("/metrics", "/admin/")
 _KEY_HEADERS = ("x-api-key", "api-key")
 _KEY_NAMES = {"key", "api_key", "api-key", "apikey", "token", "access_token"}
@@ -89,7 +90,7 @@ class Door:
                 "a key belongs into the header Authorization: Bearer ..., never into the address, which logs keep",
                 code="key_in_address",
             )
-        if scope["path"] in FREE or scope["method"] == "OPTIONS":
+        if scope["path"] in FREE or scope["path"].startswith(web.FOLDER) or scope["method"] == "OPTIONS":
             return
         if not self._gateway.keys.open:
             exchange.key = self._key(headers)

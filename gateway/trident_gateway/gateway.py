@@ -10,7 +10,7 @@ from fastapi import Request
 from trident_client import AsyncClient
 from trident_gateway import tracing
 from trident_gateway.admission import Admission
-from trident_gateway.catalog import Model
+from trident_gateway.catalog import Model, find
 from trident_gateway.errors import ApiError, invalid, model_not_found
 from trident_gateway.exchange import Exchange
 from trident_gateway.keys import KeyRing
@@ -70,7 +70,8 @@ class Gateway:
         """The model that a request names.
 
         Args:
-            name: a model's, an alias, or either with Ollama's ":latest"; "": the only one of the tasks.
+            name: a model's, `<model>:<adapter>`, an alias, or a name with Ollama's ":latest"; "": the only one of the
+                tasks.
             tasks: one of which it must have; (): any.
 
         Raises:
@@ -79,7 +80,7 @@ class Gateway:
         name = self.settings.aliases.get(name, name).removesuffix(":latest")
         name = self.settings.aliases.get(name, name)
         known = self.servers.models()
-        if name not in known and time.monotonic() >= self._next_look:
+        if find(known, name) is None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK_PAUSE
             await self.servers.look_again()
             known = self.servers.models()
@@ -87,9 +88,9 @@ class Gateway:
             raise ApiError(503, "no server answers: try again later", code="unavailable", retry_after=2)
         if not name:
             return _only(known, tasks, param)
-        if name not in known:
+        found = find(known, name)
+        if found is None:
             raise model_not_found(name, ", ".join(known) or "none")
-        found = known[name]
         if tasks and found.task not in tasks:
             fitting = [each.name for each in known.values() if each.task in tasks]
             raise invalid(

@@ -199,6 +199,7 @@ async def _answer(
     """
     began = time.perf_counter_ns()
     model = await gateway_of(request).model(body.model, GENERATION)
+    options |= model.options
     if body.stream is not False:
         exchange_of(request).stream = True
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -152,6 +153,7 @@ def serve(settings: Settings) -> int:
     Raises:
         OSError: the port is taken.
     """
+    _allow_connections()
     listening = _listen(settings)
     host, port = listening.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -193,6 +195,12 @@ def _supervise(settings: Settings, listening: socket.socket) -> None:
         worker.join(settings.grace + _END_SECONDS)
         if worker.is_alive():
             worker.kill()
+
+
+def _allow_connections() -> None:
+    """Take as many open files as the system allows: each client is one, and the usual limit is 1,024."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(settings: Settings) -> socket.socket:

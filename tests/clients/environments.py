@@ -19,6 +19,7 @@ PACKAGES = {
     "llama-index-openai": ("llama-index-llms-openai-like==0.8.1", "llama-index-embeddings-openai-like"),
     "lm-eval": ("lm_eval[api]==0.4.13", "transformers"),
     "ollama": ("ollama==0.6.3",),
+    "playwright": ("playwright==1.65.2",),
 }
 
 

@@ -76,7 +76,9 @@ def test_ollama(gateway: Gateway, direct: Client) -> None:
     right = direct.chat(MESSAGES, model="talk", max_tokens=10, temperature=1.0, random_seed=4)
     assert found["generated"] == "".join(found["chunks"]) == right.text
     equal(found["vectors"], direct.embed(TEXTS, model="embed"))
-    assert found["models"] == [f"{name}:latest" for name in ("chain", "classify", "embed", "rank", "talk")]
+    assert found["models"] == [
+        f"{name}:latest" for name in ("chain", "classify", "embed", "rank", "tag", "talk", "translate")
+    ]
     assert found["refusal"].startswith("404 the model 'nothing' does not exist")
 
 

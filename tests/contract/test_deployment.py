@@ -87,7 +87,7 @@ BOTH = [
     ('ENTRYPOINT ["/opt', 'ENTRYPOINT exec ["/opt', "ENTRYPOINT"),
     ("TRIDENT_CONTAINER=1", "TRIDENT_CONTAINER=", "TRIDENT_CONTAINER"),
     ("ORT_DISABLE_TELEMETRY=1", "ORT_DISABLE_TELEMETRY=0", "TELEMETRY"),
-    ("[runtime]", "[export]", "exporter"),
+    ("[runtime,gateway]", "[export,gateway]", "exporter"),
 ]
 
 

@@ -379,8 +379,23 @@ def test_tokens(gateway: Gateway, words: Any, gateway_folder: Path) -> None:
     assert answer["tokens"] == AutoTokenizer.from_pretrained(gateway_folder / "embed")("a cat").input_ids
 
 
+def test_adapters(sdk: openai.OpenAI, gateway: Gateway, direct: Client) -> None:
+    right = direct.chat(MESSAGES, model="talk", lora_name="other", max_tokens=12).text
+    assert right != direct.chat(MESSAGES, model="talk", max_tokens=12).text
+    answer = sdk.chat.completions.create(model="talk:other", messages=MESSAGES, max_tokens=12)
+    assert answer.choices[0].message.content == right
+    assert sdk.responses.create(model="talk:other", input=MESSAGES, max_output_tokens=12).output_text == right
+    body = {"model": "talk:other", "messages": MESSAGES, "options": {"num_predict": 12}, "stream": False}
+    assert gateway.ask("/api/chat", body)[2]["message"]["content"] == right
+    plain = direct.generate(PROMPT, model="talk", lora_name="other", max_tokens=16).text
+    assert sdk.completions.create(model="talk:other", prompt=PROMPT).choices[0].text == plain
+    with pytest.raises(openai.NotFoundError, match="the model 'talk:third' does not exist"):
+        sdk.completions.create(model="talk:third", prompt=PROMPT)
+
+
 def test_models(sdk: openai.OpenAI) -> None:
-    assert [model.id for model in sdk.models.list()] == ["chain", "classify", "embed", "rank", "talk"]
+    names = ["chain", "classify", "embed", "rank", "tag", "talk", "translate", "talk:other"]
+    assert [model.id for model in sdk.models.list()] == names
     assert sdk.models.retrieve("talk").owned_by == "trident"
     with pytest.raises(openai.NotFoundError, match="the model 'talk_tokenizer' does not exist"):
         sdk.models.retrieve("talk_tokenizer")
@@ -414,7 +429,7 @@ def test_ollama(gateway: Gateway, direct: Client, stream: bool) -> None:
 
 def test_ollama_s_other_endpoints(gateway: Gateway, direct: Client) -> None:
     _, _, answer = gateway.ask("/api/tags")
-    assert [model["name"] for model in answer["models"]][-1] == "talk:latest"
+    assert [model["name"] for model in answer["models"]][-2:] == ["talk:latest", "translate:latest"]
     _, _, answer = gateway.ask("/api/version")
     assert answer["version"]
     _, _, answer = gateway.ask("/api/embed", {"model": "embed", "input": TEXTS})

@@ -57,9 +57,14 @@ CLIENTS = {
 PROTOBUF_5 = ["grpcio==1.76.0", "protobuf==5.29.5", "numpy==2.3.3"]
 
 ASK = """
-import json, sys
+import asyncio, json, sys
 from importlib.metadata import version
-from trident_client import Client
+from trident_client import AsyncClient, Client
+
+async def awaited():
+    async with AsyncClient(url, timeout=60) as client:
+        chunks = [chunk.text async for chunk in client.stream(prompt, model="tiny", max_tokens=tokens)]
+        return "".join(chunks), (await client.embed(texts, model="reader")).tolist()
 
 url, prompt, tokens, texts = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 with Client(url, timeout=60) as client:
@@ -67,6 +72,7 @@ with Client(url, timeout=60) as client:
         "generated": client.generate(prompt, model="tiny", max_tokens=tokens).text,
         "streamed": "".join(chunk.text for chunk in client.stream(prompt, model="tiny", max_tokens=tokens)),
         "embedded": client.embed(texts, model="reader").tolist(),
+        "awaited": asyncio.run(awaited()),
         "versions": {name: version(name) for name in ("numpy", "grpcio", "protobuf")},
     }))
 """
@@ -233,6 +239,13 @@ def oldest(wheel: Path) -> list[str]:
     return ends
 
 
+def test_the_gateway_s_page_is_in_the_wheel(wheel: Path) -> None:
+    page = ROOT / "gateway" / "trident_gateway" / "page"
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name.rpartition("/")[2]: archive.read(name) for name in archive.namelist() if "/page/" in name}
+    assert found == {file.name: file.read_bytes() for file in page.iterdir()}
+
+
 @pytest.mark.parametrize("version", CLIENTS)
 def test_only_the_client(
     wheel: Path, server: list[int], expected: Mapping[str, Any], tmp_path: Path, version: str
@@ -250,5 +263,6 @@ def test_only_the_client(
         answer = json.loads(run(python, *flags, "-c", ASK, *words, cwd=tmp_path, env=stranger()).stdout)
         assert answer["generated"] == answer["streamed"] == expected["text"]
         np.testing.assert_allclose(answer["embedded"], expected["vectors"], atol=1e-5)
+        assert answer["awaited"] == [answer["streamed"], answer["embedded"]]
         majors = [answer["versions"][name].partition(".")[0] for name in ("numpy", "protobuf")]
         assert majors == {"oldest": ["1", "4"], "protobuf 5": ["2", "5"], "newest": ["2", "7"]}[kind]

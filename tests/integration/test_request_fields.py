@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +242,13 @@ def test_end_tokens_can_be_ignored(client: Client, model: Any, tokenizer: Any) -
 def test_several_answers(client: Client, server: LocalServer) -> None:
     options: dict[str, Any] = {"model": "m", "max_tokens": 24}
     one = client.generate(PROMPT, return_log_probs=True, **options)
-    assert client.generate_many(PROMPT, 3, return_log_probs=True, **options) == [one] * 3
+    three = [replace(one, index=index) for index in range(3)]
+    assert client.generate_many(PROMPT, 3, return_log_probs=True, **options) == three
     sampled = {"temperature": 1.5, "top_logprobs": 2, "min_tokens": 3}
-    alone = [client.generate(PROMPT, random_seed=40 + index, **sampled, **options) for index in range(10)]
+    alone = [
+        replace(client.generate(PROMPT, random_seed=40 + index, **sampled, **options), index=index)
+        for index in range(10)
+    ]
     assert len({each.text for each in alone}) == 10
     assert client.generate_many(PROMPT, 10, random_seed=40, **sampled, **options) == alone  # more than there are slots
     _, text = post(f"{server.http_url}/v2/models/m/generate", {"text_input": PROMPT, "max_tokens": 4, "n": 3})
@@ -347,7 +352,7 @@ def test_tokens_that_are_refused(client: Client, prompt: list[int], message: str
         client.generate(prompt, model="m")
     both = {"text_input": _wire.texts(["a"])[None], "input_ids": np.array([[1]], np.int32)}
     with pytest.raises(InvalidRequestError, match="one of text_input, messages and input_ids, found text_input"):
-        list(client._chunks(Prompt("m", both), None))
+        list(client._chunks(Prompt("m", both, False), None))
 
 
 def test_several_streamed_answers_have_their_index(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -14,6 +15,7 @@ from tests.unit.test_client import Service, served
 from trident_client import (
     AsyncClient,
     CancelledError,
+    Client,
     DeadlineExceededError,
     Generation,
     Health,
@@ -136,3 +138,16 @@ def test_a_server_that_is_not_there() -> None:
         assert await client.health() == Health(live=False, ready=False)
 
     run(f"127.0.0.1:{local.free_ports(1)[0]}", work)
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    """With the same arguments; and the answers are the same, but awaited, or iterated over as they come."""
+    public = {name: getattr(Client, name) for name in dir(Client) if not name.startswith("_")}
+    assert {name for name in dir(AsyncClient) if not name.startswith("_")} == set(public)
+    assert len(public) > 18
+    for name, method in public.items():
+        theirs, ours = inspect.signature(method), inspect.signature(getattr(AsyncClient, name))
+        assert theirs.parameters == ours.parameters, name
+        if name != "stream":
+            assert theirs.return_annotation == ours.return_annotation, name
+    assert inspect.signature(Client).parameters == inspect.signature(AsyncClient).parameters

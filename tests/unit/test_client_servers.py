@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import http.server
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from trident_client import (
     Health,
     InvalidRequestError,
     OverloadedError,
+    ServerError,
     UnavailableError,
 )
 from trident_client._choice import FIRST_REST, Choice
@@ -574,3 +576,40 @@ def test_http_without_its_extra(door: Door, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delitem(sys.modules, f"trident_client.{module}", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"needs httpx2: pip install 'trident-serving\[http\]'"):
         door.kind("http://localhost:8000")
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Answers everything with 200 and its server's `answer`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(200)
+        self.send_header("content-length", str(len(self.server.answer)))  # type: ignore[attr-defined]
+        self.end_headers()
+        self.wfile.write(self.server.answer)  # type: ignore[attr-defined]
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"<html>", b"[]", b'{"outputs": [{}], "model_stats": [5]}', b"data: 5", b"data: {"]
+)
+def test_what_is_no_server_of_ours(door: Door, answer: bytes) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        server.answer = answer  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def work(client: Any) -> Any:
+            for call in (client.embed, client.generate):
+                with pytest.raises((ServerError, UnavailableError)):
+                    yield lambda call=call: call("x", **PROMPT)
+            with pytest.raises(ServerError, match="not one of Triton's"):
+                yield lambda: client.embed("x")
+
+        door(f"http://127.0.0.1:{server.server_port}", work, timeout=10)
+        server.shutdown()

@@ -123,7 +123,7 @@ async def create(request: Request, body: Annotated[ChatBody, Depends(bodies.read
     """The next turn of a conversation."""
     gateway, exchange = gateway_of(request), exchange_of(request)
     model = await gateway.model(body.model, GENERATION)
-    messages, options, answers = conversation(body.messages), body.options(), body.answers
+    messages, options, answers = conversation(body.messages), body.options() | model.options, body.answers
     include_usage = body.include_usage()
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": now(), "model": body.model}
     several = body.parallel_tool_calls is not False

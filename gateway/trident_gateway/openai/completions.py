@@ -81,7 +81,7 @@ async def create(request: Request, body: Annotated[CompletionBody, Depends(bodie
     """How each prompt goes on."""
     gateway, exchange = gateway_of(request), exchange_of(request)
     model = await gateway.model(body.model, GENERATION)
-    prompts, options = body.prompts(), body.options()
+    prompts, options = body.prompts(), body.options() | model.options
     include_usage = body.include_usage()
     head = {
         "id": f"cmpl-{secrets.token_hex(12)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from trident_gateway.catalog import Model
+from trident_gateway.catalog import Model, find
 from trident_gateway.gateway import gateway_of
 from trident_gateway.metrics import CONTENT_TYPE
 from trident_gateway.openai.sampling import Json, now
@@ -31,7 +31,12 @@ async def every(request: Request) -> Response:
     """The models that can be asked, under their aliases too."""
     gateway = gateway_of(request)
     models = gateway.servers.models()
-    named = models | {alias: models[its] for alias, its in gateway.settings.aliases.items() if its in models}
+    named = dict(models)
+    for name, model in models.items():
+        named |= {f"{name}:{adapter}": model for adapter in model.adapters}
+    for alias, meant in gateway.settings.aliases.items():
+        if (aliased := find(models, meant)) is not None:
+            named[alias] = aliased
     return JSONResponse({"object": "list", "data": [_described(name, model) for name, model in named.items()]})
 
 

@@ -181,7 +181,7 @@ async def create(request: Request, body: Annotated[ResponsesBody, Depends(bodies
     """What the model answers."""
     gateway, exchange = gateway_of(request), exchange_of(request)
     model = await gateway.model(body.model, GENERATION)
-    messages, options = messages_of(body.input, body.instructions), body.options()
+    messages, options = messages_of(body.input, body.instructions), body.options() | model.options
     assembly = Assembly(body.told(), log_probs=body.log_probs, several=body.parallel_tool_calls is not False)
     if body.stream:
         exchange.stream = True

@@ -48,6 +48,7 @@ FIRST_ANSWER = 64.0  # tokens of an answer before any was given
 SHARED_MEMORY = 0.99  # the weight of a draft once the next one is known, over all sequences
 WEIGHT = 4.0  # draft tokens that what is known of the other sequences counts as
 RETURN = 0.03  # how fast a sequence that is not drafted goes back to what is known of the others, a step
+MARGIN = 2.0  # times what it takes to run a text must be saved: the answer may end, or others come
 EXPLORED = 0.01  # the share of the time that goes into seeing whether drafts would pay that do not seem to
 FIRST_EXPLORED = 4  # steps whose time does so in the beginning
 LEAST_EXPLORED, MOST_EXPLORED = 16, 32  # tokens of an answer that tell how the draft does; each takes memory for logits
@@ -437,7 +438,7 @@ class ModelDrafter(Drafter):
     ) -> dict[int, list[int]]:
         """What the model drafts, by the sequence's index in the step."""
         token = model.times.cost().token
-        ready = self._catch_up([each for each in candidates if each.saved > each.behind * token], model)
+        ready = self._catch_up([each for each in candidates if each.saved > MARGIN * each.behind * token], model)
         lengths = self._lengths(ready, proposals, by_text, cost, model)
         if any(lengths):
             self._saved_up = 0.0

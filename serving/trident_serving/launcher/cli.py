@@ -15,6 +15,7 @@ from trident_serving.artefacts import Manifest
 from trident_serving.errors import StartError
 from trident_serving.launcher import installation
 from trident_serving.launcher.failures import Failure
+from trident_serving.launcher.gateway import Gateway
 from trident_serving.launcher.server import Server, ServerOptions, check_machine
 from trident_serving.launcher.supervisor import Orders, Policy, Supervisor
 
@@ -36,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metrics_port=options.metrics_port,
         admin_key_file=options.admin_key_file,
         verbose=options.verbose,
+        gateway_port=options.gateway_port,
     )
     try:
         found = installation.find()
+        gateway = None
+        if options.gateway_port:
+            gateway = Gateway(server_options, options.gateway_port, options.gateway_keys, options.grace)
         if options.check:
             check_machine(server_options)
             return 0
@@ -50,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Policy(grace=options.grace, restarts=options.restarts),
                 orders,
                 lambda failed: print(welcome(server_options, failed), flush=True),
+                gateway,
             ).run()
     except StartError as error:
         print(f"trident: {error}", file=sys.stderr)
@@ -71,6 +77,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument(
+        "--gateway-port", type=int, default=0, help="port of the gateway with OpenAI's API; 0 (default): there is none"
+    )
+    parser.add_argument("--gateway-keys", type=Path, help="its file of API keys, made by 'trident-gateway key add'")
     parser.add_argument(
         *("--grace", "--drain-seconds"),
         type=float,
@@ -123,6 +133,7 @@ def welcome(options: ServerOptions, failed: Sequence[Failure]) -> str:
         f"  HTTP     http://{host}:{options.http_port}{published}",
         f"  gRPC     {host}:{options.grpc_port}",
         f"  metrics  http://{host}:{options.metrics_port}/metrics",
+        *([f"  OpenAI   http://{host}:{options.gateway_port}/v1"] if options.gateway_port else []),
         "",
         "Try:",
     ]

@@ -39,6 +39,7 @@ class ServerOptions:
         admin_key_file: where the admin key is written; None: where the client looks for it.
         verbose: let the server log each model and request, not only warnings and errors.
         ready_seconds: seconds that loading may take.
+        gateway_port: of the gateway beside the server; 0: there is none.
     """
 
     repository: Path
@@ -49,6 +50,7 @@ class ServerOptions:
     admin_key_file: Path | None = None
     verbose: bool = False
     ready_seconds: float = 600.0
+    gateway_port: int = 0
 
     @property
     def ports(self) -> dict[str, int]:
@@ -57,7 +59,7 @@ class ServerOptions:
             "HTTP_PORT": self.http_port,
             "GRPC_PORT": self.grpc_port,
             "METRICS_PORT": self.metrics_port,
-        }
+        } | ({"GATEWAY_PORT": self.gateway_port} if self.gateway_port else {})
 
     @property
     def own_host(self) -> str:

@@ -19,6 +19,7 @@ from trident_serving.errors import ControlError, ServerDied, StartError
 from trident_serving.launcher import failures, processes
 from trident_serving.launcher.care import NOT_READY, PAUSE_SECONDS, Care, say
 from trident_serving.launcher.failures import Failure
+from trident_serving.launcher.gateway import Gateway
 from trident_serving.launcher.process_watch import ProcessWatch
 from trident_serving.launcher.server import END_SECONDS, Server
 from trident_serving.runtime_folder import Record
@@ -61,15 +62,22 @@ class Supervisor:
         server: not started yet.
         orders: set by another thread or a signal handler.
         announce: called once when the server is ready for the first time, with the models that are not served.
+        gateway: started beside the server and ended before it; None: there is none.
     """
 
     def __init__(
-        self, server: Server, policy: Policy, orders: Orders, announce: Callable[[list[Failure]], None]
+        self,
+        server: Server,
+        policy: Policy,
+        orders: Orders,
+        announce: Callable[[list[Failure]], None],
+        gateway: Gateway | None = None,
     ) -> None:
         self._server = server
         self._policy = policy
         self._orders = orders
         self._announce = announce
+        self._gateway = gateway
         self._restarts: deque[float] = deque()
         self._reloads: dict[str, deque[float]] = {}
         self._watch = ProcessWatch()
@@ -82,15 +90,19 @@ class Supervisor:
         Returns:
             The exit status: 0 if no request was cut off.
         """
-        while True:
-            try:
-                return self._serve()
-            except (ServerDied, ControlError) as died:
-                self._server.end(0.0)
-                if not self._live or not self._may_restart():
-                    say(str(died))
-                    return 1
-                say(f"{died}; it is started again")
+        try:
+            while True:
+                try:
+                    return self._serve()
+                except (ServerDied, ControlError) as died:
+                    self._server.end(0.0)
+                    if not self._live or not self._may_restart():
+                        say(str(died))
+                        return 1
+                    say(f"{died}; it is started again")
+        finally:
+            if self._gateway is not None:
+                self._gateway.end(0.0, self._orders.stop_now)
 
     def _may_restart(self) -> bool:
         return _within(self._restarts, self._policy.restarts)
@@ -109,6 +121,8 @@ class Supervisor:
         care = Care(self._server)
         try:
             while not self._orders.stop.wait(TICK_SECONDS):
+                if self._gateway is not None:
+                    self._gateway.tend()
                 self._check_server(care)
                 self._server.close_shared_memory()
                 for record, why in self._watch.fallen(self._server.runtime.records()):
@@ -195,10 +209,12 @@ class Supervisor:
         """Finish the running requests, then end the server."""
         server, policy = self._server, self._policy
         say("shutting down: running requests are finished, new ones are refused")
-        server.runtime.drain()
-        server.control.be_unready(NOT_READY)
         asked = time.monotonic()
         deadline = asked + policy.grace
+        if self._gateway is not None:  # first, so that what waits in it is still answered
+            self._gateway.end(policy.grace, self._orders.stop_now)
+        server.runtime.drain()
+        server.control.be_unready(NOT_READY)
         quiet_since, cut = time.monotonic(), 0
         while not (self._orders.stop_now.is_set() or server.status is not None or processes.state(server.pid).stopped):
             records = server.runtime.records()
