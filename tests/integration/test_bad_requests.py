@@ -114,10 +114,10 @@ def test_prompts_that_do_not_fit(client: Client, prompt: str, message: str) -> N
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "give exactly one of text_input and messages, found neither"),
+        ({}, "give exactly one of text_input, messages and input_ids, found none"),
         (
             {"text_input": [b"a"], "messages": [b"[]"]},
-            "give exactly one of text_input and messages, found text_input and messages",
+            "give exactly one of text_input, messages and input_ids, found text_input and messages",
         ),
         ({"text_input": [b"caf\xe9 au lait"]}, "text_input is not UTF-8: byte 0xe9 at offset 3 of 12"),
         ({"messages": [b"hello"]}, "messages is not JSON"),

@@ -130,7 +130,7 @@ def test_generators_with_a_chat_template_are_calibrated_with_chats_too(default_r
     job = SimpleNamespace(
         assets=default_repository / "smollm2/1",
         graphs=default_repository / "smollm2_fp32/1",
-        spec=SimpleNamespace(calibration="", generation=GenerationLimits()),
+        spec=SimpleNamespace(calibration="", generation=GenerationLimits(), adapters={}),
     )
     feeds = list(text_generation.calibration_runs(job)(6, 0))  # type: ignore[arg-type]
     tokenizer = TextTokenizer.load(job.assets)

@@ -55,7 +55,7 @@ def test_answers_do_not_depend_on_their_batch(client: Client, model: str) -> Non
     source = random.Random(5)
     texts = corpora.held_out()
     requests = []
-    for number in range(24):
+    for number in range(16):
         text = source.choice(texts)
         start = source.randrange(max(1, len(text) - 200))
         options: dict[str, Any] = {"model": model, "max_tokens": source.randint(1, 40), "return_log_probs": True}

@@ -201,9 +201,9 @@ def test_a_damaged_generator_is_refused(
     """Damaged between the reference run and the tracing."""
     original = text_generation.export_causal_graph
 
-    def damaged(model: torch.nn.Module, *more: Any) -> ir.Model:
+    def damaged(model: torch.nn.Module, *more: Any, **adapted: bool) -> ir.Model:
         damage(model)  # type: ignore[operator]
-        return original(model, *more)
+        return original(model, *more, **adapted)
 
     monkeypatch.setattr(text_generation, "export_causal_graph", damaged)
     spec = models_file.parse("llama", _table(tiny["llama"]))

@@ -100,7 +100,7 @@ def generator_check(default_repository: Path) -> Callable[[str, Path], None]:
         ("int8", nothing, ""),
         ("int8", scales_off, "kl is .*top1 is"),
         pytest.param("int8", layer_zeroed, "kl is .*top1 is", marks=pytest.mark.slow),
-        ("int8", heads_swapped, "kl is .*top1 is"),
+        pytest.param("int8", heads_swapped, "kl is .*top1 is", marks=pytest.mark.slow),
         pytest.param("int8_cache", scales_off, "kl is .*top1 is", marks=pytest.mark.slow),
         pytest.param("int8_cache", cache_clipped, "kl is .*top1 is", marks=pytest.mark.slow),
         pytest.param("int4", layer_zeroed, "kl is .*top1 is", marks=pytest.mark.slow),

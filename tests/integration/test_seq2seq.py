@@ -394,7 +394,7 @@ def test_cancellation_reaches_the_decoder(seq2seq_server: LocalServer, connected
 
 
 def test_deadline_and_full_queue(connected: Client) -> None:
-    slow = {"model": "mbart", "max_tokens": 40, "min_tokens": 40, "num_beams": 8}
+    slow = {"model": "mbart50", "max_tokens": 40, "min_tokens": 40, "num_beams": 8}
     with pytest.raises(DeadlineExceededError):
         connected.translate(TEXTS[4], timeout=0.003, **slow)
 
@@ -409,7 +409,7 @@ def test_deadline_and_full_queue(connected: Client) -> None:
     refused = [answer for answer in answers if answer not in ("stop", "length")]
     assert all("the queue is full: 64 of 64 texts wait already" in answer for answer in refused)
     assert len(refused) < 120
-    assert connected.translate(TEXTS[4], model="mbart", max_tokens=2).num_output_tokens <= 2
+    assert connected.translate(TEXTS[4], model="mbart50", max_tokens=2).num_output_tokens <= 2
 
 
 def test_damaged_graphs_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
