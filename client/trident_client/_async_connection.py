@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -97,11 +96,15 @@ class AsyncConnection:
             await asyncio.gather(*(server.close() for server in self._servers.all()))
 
     async def _run(self, make: Callable[[], Steps[Result]], timeout: float | None) -> Result:
-        """Run the steps of a call on one server, or on the next where that can't be reached."""
+        """Run the steps of a call on one server."""
+        return await self._on_one(lambda server: self._run_on(server, make(), timeout))
+
+    async def _on_one(self, use: Callable[[AsyncServer], Awaitable[Result]]) -> Result:
+        """What a server gives, or the next one where that can't be reached."""
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():
             try:
-                result = await self._run_on(server, make(), timeout)
+                result = await use(server)
             except TridentError as error:
                 failure = error
                 if not self._servers.note(server, error):
@@ -119,7 +122,7 @@ class AsyncConnection:
     async def _run_on(self, server: AsyncServer, steps: Steps[Result], timeout: float | None) -> Result:
         """Do what the steps ask for, within the timeout of the call."""
         seconds = self._deadline(timeout)
-        until = None if seconds is None else time.monotonic() + seconds
+        left = countdown(seconds)
         answer: Any = None
         error: TridentError | None = None
         while True:
@@ -133,8 +136,7 @@ class AsyncConnection:
                 if isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
                 else:
-                    left = seconds if step.alone or until is None else max(until - time.monotonic(), 0.0)
-                    answer = await server.ask(step, left)
+                    answer = await server.ask(step, seconds if step.alone else left())
             except TridentError as raised:
                 error = raised
 
@@ -148,26 +150,15 @@ class AsyncConnection:
         """The responses to requests, each of which has so many seconds."""
 
         async def start(index: int, seconds: float | None) -> _Outputs:
-            return await self._first(model, requests[index], seconds)
+            left = countdown(seconds)
+
+            async def infer(server: AsyncServer) -> _Outputs:
+                with self._servers.using(server):
+                    return await server.infer(model, requests[index], left())
+
+            return await self._on_one(infer)
 
         return await send_all_async(start, len(requests), seconds, self._wait_if_full)
-
-    async def _first(self, model: str, inputs: Tensors, seconds: float | None) -> _Outputs:
-        """The response to a request, from the first server that gives one."""
-        left = countdown(seconds)
-        failure: TridentError = UnavailableError("no server can be reached")
-        for server in self._order():
-            try:
-                with self._servers.using(server):
-                    outputs = await server.infer(model, inputs, left())
-            except TridentError as error:
-                failure = error
-                if not self._servers.note(server, error):
-                    break
-            else:
-                self._servers.answered(server)
-                return outputs
-        raise failure
 
     async def _chunks(self, prompt: Prompt, timeout: float | None) -> AsyncGenerator[GenerationChunk, None]:
         """The answer of a generator."""

@@ -102,7 +102,7 @@ class Connection:
     def _run_on(self, server: Server, steps: Steps[Result], timeout: float | None) -> Result:
         """Do what the steps ask for, within the timeout of the call."""
         seconds = self._deadline(timeout)
-        until = None if seconds is None else time.monotonic() + seconds
+        left = countdown(seconds)
         answer: Any = None
         error: TridentError | None = None
         while True:
@@ -116,8 +116,7 @@ class Connection:
                 if isinstance(step, Pause):
                     time.sleep(step.seconds)
                 else:
-                    left = seconds if step.alone or until is None else max(until - time.monotonic(), 0.0)
-                    answer = server.ask(step, left)
+                    answer = server.ask(step, seconds if step.alone else left())
             except TridentError as raised:
                 error = raised
 

@@ -15,6 +15,7 @@ from trident_client import (
     DeadlineExceededError,
     InvalidRequestError,
     NotFoundError,
+    OverloadedError,
     TridentError,
     UnavailableError,
 )
@@ -23,7 +24,6 @@ from trident_client import (
 _FIELD = re.compile(r"([a-z][a-z0-9_]*)(?:\[\d+\])? (?:must|is|has|holds|names|needs|admits)\b")
 _TOO_LONG = re.compile(r"ha(?:s|ve) \d+ (?:tokens|bytes).*(?:context|the model takes)|tokens leave room for")
 _CONTEXT = re.compile(r"(?:context (?:of|is)|the model takes) (\d+)")
-_FULL = re.compile(r"queue is full|requests are being answered already")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ENSEMBLE = re.compile(r"in ensemble '[^']*', ")  # Triton's own, of models with stages
 _ENCODERS_NAMES = {"text_input": "input"}
@@ -125,9 +125,9 @@ def from_trident(error: TridentError) -> ApiError:
         return refused(message)
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="model_not_found", param="model")
+    if isinstance(error, OverloadedError):
+        return overloaded(message, 1)
     if isinstance(error, UnavailableError):
-        if _FULL.search(message):
-            return overloaded(message, 1)
         return ApiError(503, "the server can't be reached, or ends: try again later", code="unavailable", retry_after=2)
     if isinstance(error, DeadlineExceededError):
         return ApiError(504, "the answer took longer than this gateway allows", code="timeout")

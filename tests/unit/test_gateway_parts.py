@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from trident_client import GenerationChunk, InvalidRequestError, UnavailableError
+from trident_client import GenerationChunk, InvalidRequestError, OverloadedError, UnavailableError
 from trident_gateway import cli, keys
 from trident_gateway.admission import Admission
 from trident_gateway.catalog import Model, catalog
@@ -203,7 +203,7 @@ def test_errors_of_the_server() -> None:
     assert error.message == f"This model's maximum context length is 2048 tokens: {too_long}"
     error = from_trident(InvalidRequestError("stop_words holds 33 texts, the limit is 32"))
     assert (error.status, error.code, error.param) == (400, None, "stop")
-    assert from_trident(UnavailableError("the queue is full: 8 requests wait")).status == 429
+    assert from_trident(OverloadedError("the queue is full: 8 requests wait")).status == 429
     assert from_trident(UnavailableError("connection refused")).status == 503
 
 
