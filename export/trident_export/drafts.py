@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 from tokenizers import Tokenizer
 
 from trident_export.errors import ModelsFileError
 from trident_export.graphs import editing
-from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec, as_installed
 from trident_serving.artefacts import DRAFT, VERSION, DraftSettings
 from trident_serving.generation.drafting import MAX_DRAFT
+
+if TYPE_CHECKING:
+    from trident_export.huggingface.folder import HuggingFaceFolder  # which imports torch
 
 _PAST_STATES = "past_states."  # of `graphs.states`, which imports transformers
 

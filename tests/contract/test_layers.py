@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,3 +106,10 @@ def test_an_import_upward_is_seen(tmp_path: Path) -> None:
 def test_packages_stand_on_lower_ones(folder: str, foreign: tuple[str, ...]) -> None:
     for file in (ROOT / folder).rglob("*.py"):
         assert not {module.partition(".")[0] for module in imports(file)} & set(foreign), file
+
+
+def test_the_exporters_commands_start_without_torch() -> None:
+    """`make serve` runs one each time, mostly to find that nothing is to be exported."""
+    code = "import sys, trident_export.cli; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from trident_export.errors import UnsupportedArchitecture
 
 if TYPE_CHECKING:
@@ -57,6 +55,7 @@ def of(whole: PreTrainedModel, folder: object) -> PreTrainedModel:
     Raises:
         UnsupportedArchitecture: transformers has no class for it.
     """
+    import torch
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
