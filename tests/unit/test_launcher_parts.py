@@ -17,6 +17,7 @@ from trident_serving.errors import StartError
 from trident_serving.launcher import admin_key, cli, processes, server_log
 from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.failures import IndexEntry, one_line
+from trident_serving.launcher.gateway import Gateway
 from trident_serving.launcher.repository_view import RepositoryView
 from trident_serving.launcher.server import ServerOptions
 from trident_serving.launcher.supervisor import ending
@@ -208,3 +209,11 @@ def test_the_welcome_of_a_container_works_outside_of_it(tmp_path: Path, monkeypa
         assert ("published" in "".join(lines)) == container
         assert "EXPORT FAILED        other: there is no space left" in lines
         assert not any("0.0.0.0" in line for line in lines)
+
+
+def test_a_gateway_for_other_machines_needs_keys(tmp_path: Path) -> None:
+    everywhere = ServerOptions(tmp_path, host="0.0.0.0")
+    with pytest.raises(StartError, match=r"0\.0\.0\.0 can be reached from other machines: give the gateway API keys"):
+        Gateway(everywhere, 8080, None, 1.0)
+    Gateway(everywhere, 8080, tmp_path / "keys.json", 1.0)
+    Gateway(ServerOptions(tmp_path), 8080, None, 1.0)

@@ -17,6 +17,7 @@ from trident_serving.launcher.server import ServerOptions
 
 RESTARTS = 3  # in WINDOW_SECONDS, before it stays down
 WINDOW_SECONDS = 300.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TICK_SECONDS = 0.1
 
 
@@ -30,13 +31,18 @@ class Gateway:
         grace: seconds that running answers get at the end.
 
     Raises:
-        StartError: the gateway is not installed.
+        StartError: the gateway is not installed, or other machines could ask it without a key.
     """
 
     def __init__(self, options: ServerOptions, port: int, keys: Path | None, grace: float) -> None:
         if importlib.util.find_spec("trident_gateway") is None or importlib.util.find_spec("fastapi") is None:
             raise StartError(
                 "the gateway is not installed: pip install 'trident-serving[gateway]', or --gateway-port 0"
+            )
+        if keys is None and options.host not in LOOPBACK:
+            raise StartError(
+                f"{options.host} can be reached from other machines: give the gateway API keys (--gateway-keys FILE, "
+                "made by trident-gateway key add), or --gateway-port 0"
             )
         self._command = [sys.executable, "-m", "trident_gateway"]
         self._command += ["--triton", f"{options.own_host}:{options.grpc_port}"]
