@@ -15,6 +15,7 @@ failures        which models could not be loaded
 processes       reads and changes processes of Linux
 supervisor      runs the server from start to end: watches, restores, drains
 process_watch   finds backend processes that have died or hang
+gateway         the process of the gateway beside the server
 care            slow work on threads of its own: health checks, models that are loaded again
 local           a private server on free ports, for tests and benchmarks
 cli             `python -m trident_serving`
