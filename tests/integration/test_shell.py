@@ -97,6 +97,9 @@ def own_server(repository: Path, log: Path, *flags: str) -> Iterator[LocalServer
     server = local.start(repository, log, flags=flags)
     try:
         yield server
+    except BaseException:  # pytest shows it beside the failure
+        print(f"launcher: {server.launcher.poll()}, processes: {children(server.launcher.pid)}\n{log.read_text()}")
+        raise
     finally:
         server.stop()
 
@@ -458,7 +461,7 @@ def test_an_idle_process_that_hangs_or_dies_costs_no_answer(
             return False
 
         # A hang shows after 2 s; the rest is for a machine whose cores are busy with other tests.
-        until(lambda: f"the backend process of {model}" in server.log.read_text(), 5)
+        until(lambda: f"the backend process of {model}" in server.log.read_text(), 20)
         until(answers, 20)
         *_, last = stream
         assert last.num_output_tokens == 4000
@@ -568,9 +571,10 @@ def test_a_stop_loses_no_request(repository: Path, tmp_path: Path) -> None:
         grpc.insecure_channel(server.grpc_url) as channel,
     ):
         started = time.monotonic()
+        slow: dict[str, Any] = {"max_tokens": 1500, "min_tokens": 1500, "prompt_lookup": False}
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _: client.generate("A", model="gen", max_tokens=1500, min_tokens=1500), range(4)))
-        tokens = min(int(1500 * 12 / (time.monotonic() - started)), 16000)
+            list(pool.map(lambda _: client.generate("A", model="gen", **slow), range(4)))
+        tokens = min(int(1500 * 9 / (time.monotonic() - started)), 16000)
         whole = client.generate("A", model="gen", max_tokens=64, min_tokens=64).text
 
         idle = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(never, None))

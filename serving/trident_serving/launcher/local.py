@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 from trident_serving.errors import StartError
 from trident_serving.launcher import http
 from trident_serving.launcher.admin_key import HEADER, default_file
+
+# Below the range from which Linux by default takes the ports of outgoing connections.
+_OWN_PORTS = range(12_000, 32_000)
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,17 @@ class LocalServer:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of 127.0.0.1 on which nothing listens now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+    """Different ports of 127.0.0.1 on which nothing listens now.
+
+    The kernel gives none of them to an outgoing connection, so that a restarted server can have its port again.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = secrets.choice(_OWN_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            found += [port] if port not in found else []
+    return found
 
 
 def start(repository: Path, log: Path, ready_seconds: float = 120, flags: Sequence[str] = ()) -> LocalServer:
