@@ -25,6 +25,7 @@ _FIELD = re.compile(r"([a-z][a-z0-9_]*)(?:\[\d+\])? (?:must|is|has|holds|names|n
 _TOO_LONG = re.compile(r"ha(?:s|ve) \d+ (?:tokens|bytes).*(?:context|the model takes)|tokens leave room for")
 _CONTEXT = re.compile(r"(?:context (?:of|is)|the model takes) (\d+)")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_UNKNOWN = re.compile(r"unexpected inference input '(\w+)' for model '([^']*)'")  # Triton's own
 _ENSEMBLE = re.compile(r"in ensemble '[^']*', ")  # Triton's own, of models with stages
 _ENCODERS_NAMES = {"text_input": "input"}
 _OPENAI_NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop", "random_seed": "seed"}
@@ -107,6 +108,8 @@ def overloaded(message: str, seconds: int) -> ApiError:
 def refused(message: str) -> ApiError:
     """What the server, or its client, says of a request that can never succeed."""
     inner = _ENSEMBLE.sub("", message)
+    if unknown := _UNKNOWN.search(inner):
+        return ApiError(400, f"the model {unknown[2]!r} knows no {unknown[1]}: leave it out", param=unknown[1])
     field = _FIELD.match(inner)
     names = _OPENAI_NAMES if inner == message else _ENCODERS_NAMES
     param = None if field is None else names.get(field[1], field[1])

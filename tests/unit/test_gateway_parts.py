@@ -203,6 +203,9 @@ def test_errors_of_the_server() -> None:
     assert error.message == f"This model's maximum context length is 2048 tokens: {too_long}"
     error = from_trident(InvalidRequestError("stop_words holds 33 texts, the limit is 32"))
     assert (error.status, error.code, error.param) == (400, None, "stop")
+    error = from_trident(InvalidRequestError("unexpected inference input 'dimensions' for model 'minilm'"))
+    assert (error.status, error.param) == (400, "dimensions")
+    assert error.message == "the model 'minilm' knows no dimensions: leave it out"
     assert from_trident(OverloadedError("the queue is full: 8 requests wait")).status == 429
     assert from_trident(UnavailableError("connection refused")).status == 503
 

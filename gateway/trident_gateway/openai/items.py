@@ -110,7 +110,6 @@ class Assembly:
         self._sequence = 0
         self._open: Json | None = None
         self._ended: str | None = None
-        self._calls = 0
 
     def begin(self) -> list[Json]:
         """The events before the first token."""
