@@ -3,6 +3,7 @@
 answers   the good requests and what their answers must be
 calls     makes good requests, as other clients do: with tritonclient and plain HTTP
 refusals  bad requests over gRPC        hostile   bad requests and nonsense over HTTP
+gateway   good and bad requests through the gateway, and callers of it that hang up
 faults    callers that cancel, hang up or are killed
 workers   the processes that make the traffic
 watch     memory, threads, files and shared memory of the server's processes

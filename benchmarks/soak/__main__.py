@@ -6,6 +6,7 @@ The exit status is 1 if there is a finding.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks.soak.answers import RELOADED
 from benchmarks.soak.calls import Address, CallError
 from benchmarks.soak.session import Outcome
 from trident_serving.errors import StartError
-from trident_serving.launcher import local
+from trident_serving.launcher import http, local
 from trident_serving.launcher.local import LocalServer
 
 IDLE_AT_THE_END = 10
@@ -31,12 +32,15 @@ def main() -> int:
     options = parser.parse_args()
     options.reports.mkdir(exist_ok=True)
     try:
-        server = local.start(options.repository, options.reports / "soak-server.log")
+        (port,) = local.free_ports(1)
+        flags = ("--gateway-port", str(port))
+        server = local.start(options.repository, options.reports / "soak-server.log", flags=flags)
     except StartError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
     try:
-        outcome = session.run(server, 60 * options.minutes, options.reload, _say)
+        wait_for_gateway(port)
+        outcome = session.run(server, 60 * options.minutes, options.reload, _say, gateway_port=port)
         stop(server, outcome)
     except CallError as error:
         print(f"soak: the server does not answer before there is any traffic: {error}", file=sys.stderr)
@@ -50,6 +54,20 @@ def main() -> int:
         _say(line)
     _say(f"{len(outcome.entries)} calls, {len(found)} findings: {options.reports / 'soak.md'}")
     return 1 if found else 0
+
+
+def wait_for_gateway(port: int) -> None:
+    """Wait until it answers; the launcher starts it once the server is ready.
+
+    Raises:
+        CallError: it does not answer within 30 s.
+    """
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), http.open(f"http://127.0.0.1:{port}/ready", timeout=2):
+            return
+        time.sleep(0.1)
+    raise CallError("timeout", "the gateway is not ready")
 
 
 def stop(server: LocalServer, outcome: Outcome) -> None:

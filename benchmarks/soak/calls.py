@@ -21,11 +21,12 @@ SECONDS = 240.0
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server listens, and where its metrics are."""
+    """Where the server listens, where its metrics are, and where its gateway listens; 0: it has none."""
 
     http_port: int
     grpc_port: int
     metrics_port: int
+    gateway_port: int = 0
 
     @property
     def http(self) -> str:
@@ -134,14 +135,26 @@ UNARY: dict[str, Way] = {"gRPC infer": Caller.grpc, "HTTP infer": Caller.http}
 class post:  # noqa: N801
     """A response to a JSON body over a connection of its own, for a `with` block.
 
+    Args:
+        port: another one than Triton's.
+        kind: the media type that the request says.
+
     Raises:
         CallError: another status than 200, or no response.
     """
 
-    def __init__(self, address: Address, path: str, body: dict[str, Any]) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", address.http_port, timeout=SECONDS)
+    def __init__(
+        self,
+        address: Address,
+        path: str,
+        body: dict[str, Any] | bytes,
+        port: int | None = None,
+        kind: str = "application/json",
+    ) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port or address.http_port, timeout=SECONDS)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
-            self._connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            self._connection.request("POST", path, content, {"Content-Type": kind})
             self._response = self._connection.getresponse()
             if self._response.status != 200:
                 raise CallError(f"HTTP {self._response.status}", self._response.read().decode("utf-8", "replace"))
@@ -173,10 +186,12 @@ def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         CallError: one of them is an error.
     """
     for line in response:
-        if line.startswith(b"data: "):
+        if line.startswith(b"data: {"):  # the gateway's last one is [DONE]
             event = json.loads(line[6:])
             if "error" in event:
-                raise CallError(code_of(event["error"]), event["error"])
+                error = event["error"]
+                message = error if isinstance(error, str) else error["message"]
+                raise CallError(code_of(message), message)
             yield event
 
 

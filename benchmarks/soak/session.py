@@ -77,6 +77,7 @@ def run(
     touch: bool = True,
     cached: bool = True,
     period: float = 2.0,
+    gateway_port: int = 0,
 ) -> Outcome:
     """Send traffic for a while.
 
@@ -87,8 +88,9 @@ def run(
         touch: fill the KV cache once before.
         cached: ask smollm2_int8_cache, too, which is exported on request.
         period: seconds between two samples of the processes.
+        gateway_port: of the gateway in front of the server; 0: there is none.
     """
-    address = Address(server.http_port, server.grpc_port, server.metrics_port)
+    address = Address(server.http_port, server.grpc_port, server.metrics_port, gateway_port)
     log_begins = server.log.stat().st_size
     say("asking for the answers that are right")
     expected = expect(address, reloaded, cached)
@@ -98,7 +100,7 @@ def run(
     watching = Watch(server.launcher.pid, server.http_port, period)
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(address, time.monotonic() + seconds, expected, list(reloaded), find_key(server))
-        say(f"{len(workers.ROLES)} processes make traffic for {seconds / 60:.1f} minutes")
+        say(f"{len(_roles(plan))} processes make traffic for {seconds / 60:.1f} minutes")
         failed, entries = _traffic(plan, Path(folder), say)
     watching.stop()
     left = _settled(address)
@@ -153,10 +155,15 @@ def find_key(server: LocalServer) -> str:
     return given or admin_key.default_file(server.grpc_port).read_text(encoding="ascii").strip()
 
 
+def _roles(plan: Plan) -> list[str]:
+    """The processes that make the traffic."""
+    return [role for role in workers.ROLES if role != "gateway" or plan.address.gateway_port]
+
+
 def _traffic(plan: Plan, folder: Path, say: Callable[[str], None]) -> tuple[list[str], list[Entry]]:
     plan.save(folder / "plan")
     started = {}
-    for role in workers.ROLES:
+    for role in _roles(plan):
         command = [sys.executable, "-m", "benchmarks.soak.workers", role, str(folder / "plan"), str(folder / role)]
         started[role] = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     failed = []

@@ -14,6 +14,7 @@ from benchmarks.soak.calls import Address
 
 SERVER = "tritonserver"
 LAUNCHER = "launcher"
+GATEWAY = "gateway"
 SHARED_MEMORY = Path("/dev/shm")
 GAUGES = ("trident_slots_used", "trident_requests_running", "trident_requests_waiting")
 _GAUGE = re.compile(r'^(trident_\w+)\{[^}]*model="([^"]+)"[^}]*\} (\S+)$', re.MULTILINE)
@@ -92,7 +93,7 @@ class Watch:
 
 
 def processes(launcher: int) -> list[tuple[str, int]]:
-    """The launcher, tritonserver and the backend processes, each by its name and its process id."""
+    """The launcher, tritonserver, the backend processes and the gateway, each by its name and its process id."""
     children: dict[int, list[int]] = defaultdict(list)
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -105,6 +106,8 @@ def processes(launcher: int) -> list[tuple[str, int]]:
         if _command(server)[0].endswith(SERVER):
             found.append((SERVER, server))
             found += [(name, pid) for pid in children[server] if (name := _model(pid))]
+        elif "trident_gateway" in _command(server):
+            found.append((GATEWAY, server))
     return found
 
 

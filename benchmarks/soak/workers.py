@@ -11,14 +11,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.soak import answers, faults, hostile, refusals, reloads
+from benchmarks.soak import answers, faults, gateway, hostile, refusals, reloads
 from benchmarks.soak.answers import Answer, Case
 from benchmarks.soak.calls import STREAMS, UNARY, WHOLE, Address, Caller, CallError, Way
+from benchmarks.soak.refusals import Refusal
 
 # What a model that is being unloaded or loaded answers; only requests to such a model may get it.
 AWAY = ("UNAVAILABLE", "HTTP 503")
@@ -133,9 +134,8 @@ def _asked(plan: Plan, caller: Caller, case: Case, way: Way) -> tuple[str, str]:
     return ("wrong" if wrong else "good"), wrong
 
 
-def bad(plan: Plan, journal: Journal, pause: float) -> None:
+def bad(plan: Plan, journal: Journal, several: list[Refusal], pause: float) -> None:
     """Make bad requests, one after the other, until the end."""
-    several = refusals.build() + hostile.build()
     random.shuffle(several)
     while time.monotonic() < plan.ends:
         for refusal in several:
@@ -159,14 +159,14 @@ def silent(plan: Plan, journal: Journal) -> None:
         journal.note("a hundred silent connections", since, "done")
 
 
-def break_off(plan: Plan, journal: Journal, pause: float) -> None:
+def break_off(plan: Plan, journal: Journal, known: Mapping[str, Callable[[Address], None]], pause: float) -> None:
     """Be a caller that does not wait for its answer, until the end."""
-    names = list(faults.FAULTS)
+    names = list(known)
     while time.monotonic() < plan.ends:
         name = random.choice(names)
         since = time.monotonic()
         try:
-            faults.FAULTS[name](plan.address)
+            known[name](plan.address)
             journal.note(name, since, "done")
         except (CallError, OSError) as error:
             journal.note(name, since, "error", str(error))
@@ -202,18 +202,30 @@ def threads(role: str, plan: Plan, journal: Journal) -> list[Callable[[], None]]
     streams, whole = _picks(generations, STREAMS), _picks(generations, WHOLE)
     tasks = _picks(answers.TEMPLATES, UNARY | WHOLE)
     encoders = _picks(answers.EMBEDDINGS + _reloaded(plan, generators=False), UNARY)
+    completions = _picks(answers.GENERATIONS + cached, gateway.COMPLETIONS)
+    others = _picks(answers.EMBEDDINGS, gateway.EMBEDDINGS)
+    others += _picks(gateway.translations(), gateway.TRANSLATIONS)
     roles: dict[str, list[Callable[[], None]]] = {
         "streams": [lambda: good(plan, journal, streams, 0.0)] * 3,
         "answers": [lambda: good(plan, journal, whole, 0.1), lambda: good(plan, journal, tasks, 0.1)] * 2,
         "embeddings": [lambda: good(plan, journal, encoders, 0.1)] * 2,
-        "hostile": [lambda: bad(plan, journal, 0.1), lambda: silent(plan, journal)],
-        "faults": [lambda: break_off(plan, journal, 0.5)] * 2,
+        "hostile": [
+            lambda: bad(plan, journal, refusals.build() + hostile.build(), 0.1),
+            lambda: silent(plan, journal),
+        ],
+        "faults": [lambda: break_off(plan, journal, faults.FAULTS, 0.5)] * 2,
         "reloads": [lambda: reload(plan, journal, 5.0)],
+        "gateway": [
+            lambda: good(plan, journal, completions, 0.0),
+            lambda: good(plan, journal, completions + others, 0.1),
+            lambda: bad(plan, journal, gateway.refusals(), 0.2),
+            lambda: break_off(plan, journal, gateway.FAULTS, 0.5),
+        ],
     }
     return roles[role]
 
 
-ROLES = ("streams", "answers", "embeddings", "hostile", "faults", "reloads")
+ROLES = ("streams", "answers", "embeddings", "hostile", "faults", "reloads", "gateway")
 
 
 def main(arguments: Sequence[str]) -> int:
