@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from typing import Any
 
-from trident_serving.runtime.outbox import PendingStreams
+from trident_serving.runtime.outbox import Outbox, PendingStreams, pace
 
 
 def test_streams_that_are_due_soon_go_out_with_the_first() -> None:
@@ -21,3 +23,55 @@ def test_streams_that_are_due_soon_go_out_with_the_first() -> None:
     assert pending.take(math.inf, 0.0) == streams[3:]
     assert pending.first == math.inf
     assert pending.take(math.inf, 0.0) == []
+
+
+class Answer:
+    """A stream whose text is what `say` has said."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self.cancelled = self.pending = False
+        self.last_sent = 0.0
+        self.channel = self
+        self.sent: list[tuple[float, list[str]]] = []
+        self.heard = threading.Event()
+        self._outbox = outbox
+        self._waiting: list[str] = []
+
+    def is_cancelled(self) -> bool:
+        return False
+
+    @property
+    def urgent(self) -> bool:
+        return self.last_sent == 0.0
+
+    def say(self, text: str) -> None:
+        self._waiting.append(text)
+        if not self.pending:
+            self._outbox.notify(self)
+
+    def send_pending(self) -> bool:
+        if self._waiting:
+            self.sent.append((time.monotonic(), self._waiting))
+            self._waiting = []
+            self.heard.set()
+        return False
+
+
+def test_a_first_token_never_waits_and_the_next_ones_do() -> None:
+    outbox = Outbox()
+    answers = [Answer(outbox) for _ in range(40)]
+    for answer in answers:
+        outbox.add(answer)
+    time.sleep(0.02)  # the thread has seen them, and they have nothing yet
+    last, said = answers[-1], time.monotonic()
+    for answer in answers[:9]:
+        answer.say("first")
+    waits = [answer.sent[0][0] - said for answer in answers[:9] if answer.heard.wait(5)]
+    assert sorted(waits)[4] < 0.03 < pace(40) / 2
+    answers[0].say("second")
+    time.sleep(pace(40) / 4)
+    assert len(answers[0].sent) == 1
+    last.say("its end")
+    outbox.stop()
+    assert [texts for _, texts in answers[0].sent] == [["first"], ["second"]]
+    assert [texts for _, texts in last.sent] == [["its end"]]

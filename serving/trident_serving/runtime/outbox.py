@@ -104,7 +104,9 @@ class Outbox:
 
     def __init__(self, watch: Callable[[], None] = lambda: None) -> None:
         self._watch = watch
+        # None wakes the thread, which then polls all that are open, or ends.
         self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
+        self._stopped = False
         self._open: set[Stream] = set()
         self._lock = threading.Lock()
         self._pending = PendingStreams()
@@ -115,7 +117,9 @@ class Outbox:
         """Watch a stream until its last response is sent."""
         with self._lock:
             self._open.add(stream)
-        self.notify(stream)  # wakes the thread, which asks for cancellations from now on
+        # Not notify(): a stream that was sent for without having anything would count as one that has begun, and its
+        # first token would wait as the later ones do.
+        self._ready.put(None)
 
     def discard(self, stream: Stream) -> None:
         """Stop watching a stream."""
@@ -128,6 +132,7 @@ class Outbox:
 
     def stop(self) -> None:
         """Send what is ready, then end the thread."""
+        self._stopped = True
         self._ready.put(None)
         self._thread.join()
 
@@ -139,9 +144,10 @@ class Outbox:
             except queue.Empty:
                 pass
             else:
-                if stream is None:
+                if stream is not None:
+                    self._send_or_pace(stream)
+                if self._stopped and self._ready.empty():
                     break
-                self._send_or_pace(stream)
             now = time.monotonic()
             for due in self._pending.take(now, pace(len(self._open)) / 2):
                 self._send(due)
