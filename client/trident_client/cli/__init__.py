@@ -6,7 +6,7 @@
     generation, tasks, control   the calls of `Client`, one command each
     conversation, batch, top, bench, completion   the commands that are more than one call
 
-The base install runs all but the conversation, `top`, `completion` and the tables of `bench`, which need the extra `cli`.
+The base install runs all but the conversation, `top` and `completion`, which need the extra `cli`.
 """
 
 from __future__ import annotations

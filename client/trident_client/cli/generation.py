@@ -173,25 +173,34 @@ def read_messages(file: Path) -> list[dict[str, Any]]:
 
 
 def _print_answer(client: Client, options: argparse.Namespace, prompt: Any) -> int:
-    stream = client.stream(prompt, model=options.model, n=options.n, **chosen(options, GENERATION))
+    asked = chosen(options, GENERATION)
+    stream = client.stream(prompt, model=options.model, n=options.n, **asked)
     with contextlib.closing(stream):
         if options.jsonl:
-            output.rows(output.plain(chunk) | {"index": chunk.index} for chunk in stream)
+            output.rows(answered(chunk, asked) | {"index": chunk.index} for chunk in stream)
         elif options.n > 1:
             answers = _parted(stream)
             if options.json:
-                output.document(answers)
+                output.document([answered(answer, asked) for answer in answers])
             for answer in () if options.json else answers:
                 output.show(f"[{answer.index}] {answer.text}")
                 _show_calls(answer)
         elif options.json:
-            output.document(_generation.joined(stream))
+            output.document(answered(_generation.joined(stream), asked))
         else:
             for chunk in stream:
                 output.show(chunk.text, end="", flush=True)
                 _show_calls(chunk)
             print()
     return Exit.DONE
+
+
+def answered(chunk: GenerationChunk, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer, or a chunk of one, as JSON has it, with what was asked for."""
+    found: dict[str, Any] = output.plain(chunk)
+    if not asked.get("return_log_probs"):
+        found.pop("log_probs", None)
+    return found
 
 
 def _parted(stream: Iterable[GenerationChunk]) -> list[Generation]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trident_client import Client
-from trident_client.cli import connection, control, generation, output, tasks, texts
+from trident_client.cli import batch, connection, control, generation, output, tasks, texts
 
 _LINES = "one an argument, or one a line of --file or standard input"
 _EXITS = "exit status: 0 done, 1 refused or failed, 2 wrong input, 3 no server or no answer in time, 130 Ctrl-C"
@@ -85,9 +85,7 @@ def _add_readers(commands: _Commands) -> None:
     sparse = reader("embed-sparse", "sparse embeddings of texts", tasks.embed_sparse)
     similarity = reader("similarity", "how near the embeddings of texts are to that of --to", tasks.similarity)
     similarity.add_argument("--to", required=True, metavar="TEXT", help="the text that they are compared with")
-    similarity.add_argument(
-        "--to-prompt-name", metavar="NAME", help="which prompt goes before it (default: the texts')"
-    )
+    similarity.add_argument("--to-prompt-name", metavar="NAME", help="its prompt (default: that of the texts)")
     for command in (embed, similarity):
         command.add_argument("--dimensions", type=int, help="numbers in an embedding (default: all)")
     classify = reader("classify", "the likeliest classes of texts", tasks.classify)
@@ -142,7 +140,11 @@ def _add_control(commands: _Commands) -> None:
 
 
 def _add_tools(commands: _Commands) -> None:
-    del commands
+    many = commands.plain(
+        "batch", "ask for each line of a file, many at a time; goes on after an interruption", batch.run
+    )
+    batch.add(many)
+    connection.add(many, repeated=True)
 
 
 def _sentence(help: str) -> str:
