@@ -145,13 +145,10 @@ def _head(content: bytes, whole: bool) -> dict[str, Any] | None:
         found = json.loads(head + b"}" if parted and whole else content)
     except ValueError:
         return None
-    if (
-        not isinstance(found, dict)
-        or not isinstance(found.get("line"), int)
-        or not isinstance(found.get("id", ""), str | int)
-    ):
+    kinds: dict[str, Any] = {"line": int, "request": str, "id": str | int}
+    if not isinstance(found, dict) or not (parted or "error" in found):
         return None
-    if not isinstance(found.get("request"), str) or not (parted or "error" in found):
+    if not all(isinstance(found.get(name, "" if name == "id" else None), kind) for name, kind in kinds.items()):
         return None
     return found
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trident_client import TLS, Client
+from trident_client import TLS, Client, UnavailableError
 from trident_client._settings import KEEPALIVE, SECONDS
 from trident_client.cli.exits import InputError
 
 URL = "TRIDENT_URL"
 API_KEY = "TRIDENT_API_KEY"
 DEFAULT_URL = "localhost:8001"
+# What gRPC says of it; the rest of its text is about gRPC.
+_UNREACHABLE = re.compile(r"failed to connect to all addresses.*?: ([^:]+)$", re.DOTALL)
 
 
 def add(parser: argparse.ArgumentParser, *, repeated: bool) -> None:
@@ -93,6 +96,19 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
         "keepalive": options.keepalive,
         "wait_if_full": not options.no_wait_if_full,
     }
+
+
+@contextlib.contextmanager
+def named(options: argparse.Namespace) -> Iterator[None]:
+    """Name the server where a `with` block can't reach it."""
+    try:
+        yield
+    except UnavailableError as error:
+        found = _UNREACHABLE.search(str(error))
+        if found is None:
+            raise
+        where = " and ".join(urls(options))
+        raise UnavailableError(f"no server answers at {where} ({found[1]}): --url says where one is") from None
 
 
 def urls(options: argparse.Namespace) -> list[str]:

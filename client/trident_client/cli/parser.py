@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trident_client import Client
-from trident_client.cli import batch, connection, control, generation, output, tasks, texts
+from trident_client.cli import batch, bench, completion, connection, control, generation, output, tasks, texts, top
 
 _LINES = "one an argument, or one a line of --file or standard input"
 _EXITS = "exit status: 0 done, 1 refused or failed, 2 wrong input, 3 no server or no answer in time, 130 Ctrl-C"
@@ -49,7 +49,7 @@ class _Commands:
         """
 
         def run(options: argparse.Namespace) -> int:
-            with connection.client(options) as client:
+            with connection.client(options) as client, connection.named(options):
                 return call(client, options)
 
         command = self.plain(name, help, run)
@@ -141,10 +141,16 @@ def _add_control(commands: _Commands) -> None:
 
 def _add_tools(commands: _Commands) -> None:
     many = commands.plain(
-        "batch", "ask for each line of a file, many at a time; goes on after an interruption", batch.run
+        "batch", "ask for each line of a file, many at a time; resumes where it was interrupted", batch.run
     )
     batch.add(many)
-    connection.add(many, repeated=True)
+    live = commands.plain("top", "what the models of a server do now, from its metrics", top.run)
+    top.add(live)
+    quick = commands.plain("bench", "measure what a server does now for one model, in some seconds", bench.run)
+    bench.add(quick)
+    for command in (many, live, quick):
+        connection.add(command, repeated=True)
+    completion.add(commands.plain("completion", "print a script that completes commands in a shell", completion.run))
 
 
 def _sentence(help: str) -> str:

@@ -40,7 +40,7 @@ class Turns:
     asked: str = ""
     files: set[Path] = field(default_factory=set)
 
-    def prompt(self) -> list[dict[str, Any]]:
+    def prompt(self) -> list[Any]:
         """What the model is sent."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
 
@@ -117,9 +117,7 @@ def _help(turns: Turns, rest: str) -> str:
     del turns, rest
     width = max(len(f"/{name} {command.arguments}") for name, command in COMMANDS.items())
     lines = [f"/{name} {command.arguments}".ljust(width + 2) + command.help for name, command in COMMANDS.items()]
-    keys = (
-        "Enter sends; Alt-Enter, or \\ at the end of a line, begins a new one; Ctrl-C ends an answer, Ctrl-D the talk"
-    )
+    keys = "Enter sends; Alt-Enter, or \\ at a line's end, begins a new one; Ctrl-C ends an answer, Ctrl-D the talk"
     return "\n".join([*lines, keys])
 
 
