@@ -146,7 +146,7 @@ def _head(content: bytes, whole: bool) -> dict[str, Any] | None:
     except ValueError:
         return None
     kinds: dict[str, Any] = {"line": int, "request": str, "id": str | int}
-    if not isinstance(found, dict) or not (parted or "error" in found):
+    if not isinstance(found, dict) or isinstance(found.get("line"), bool) or not (parted or "error" in found):
         return None
     if not all(isinstance(found.get(name, "" if name == "id" else None), kind) for name, kind in kinds.items()):
         return None

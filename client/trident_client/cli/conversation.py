@@ -15,7 +15,8 @@ from trident_client.cli import exits, extras, generation, output, turns
 from trident_client.cli.exits import Exit, InputError
 from trident_client.cli.turns import COMMANDS, Turns
 
-_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+# For what is neither the question nor the answer; https://no-color.org.
+_DIM, _RESET = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[0m")
 
 
 def run(client: Client, options: argparse.Namespace) -> int:
@@ -101,16 +102,16 @@ def _session(talk: Turns, history: Path | None) -> Any:
     keys = KeyBindings()
 
     @keys.add("enter")
+    @keys.add("c-j")  # an Enter that was typed while the answer came
     def _(event: Any) -> None:
         buffer = event.current_buffer
-        if buffer.document.char_before_cursor == "\\" and not buffer.document.char_before_cursor.isspace():
+        if buffer.document.char_before_cursor == "\\":
             buffer.delete_before_cursor()
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    @keys.add("c-j")
     def _(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 

@@ -183,14 +183,18 @@ def _print_answer(client: Client, options: argparse.Namespace, prompt: Any) -> i
             if options.json:
                 output.document([answered(answer, asked) for answer in answers])
             for answer in () if options.json else answers:
-                output.show(f"[{answer.index}] {answer.text}")
-                _show_calls(answer)
+                output.show(f"[{answer.index}] {answer.text}", end="")
+                _show_calls(answer, True)
+                print()
         elif options.json:
             output.document(answered(_generation.joined(stream), asked))
         else:
+            chunks = []
             for chunk in stream:
+                chunks.append(chunk)
                 output.show(chunk.text, end="", flush=True)
-                _show_calls(chunk)
+            answer = _generation.joined(chunks)
+            _show_calls(answer, bool(answer.text))
             print()
     return Exit.DONE
 
@@ -211,7 +215,8 @@ def _parted(stream: Iterable[GenerationChunk]) -> list[Generation]:
     return [_generation.joined(chunks[index]) for index in sorted(chunks)]
 
 
-def _show_calls(chunk: GenerationChunk) -> None:
-    """Calls of tools, as a model's answer has them in place of a text."""
-    for call in chunk.tool_calls:
-        output.show(f"\n{call.name}{call.arguments}" if call.id else call.arguments, end="", flush=True)
+def _show_calls(answer: Generation, after: bool) -> None:
+    """Calls of tools, a line each, as a model's answer has them beside its text or in its place."""
+    if answer.tool_calls and after:
+        print()
+    output.show("\n".join(f"{call.name} {call.arguments}" for call in answer.tool_calls), end="")

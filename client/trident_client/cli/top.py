@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -60,9 +60,11 @@ def metrics_url(options: argparse.Namespace) -> str:
     """Where the metrics are."""
     given: str | None = options.metrics_url or os.environ.get(URL)
     if given is None:
-        target = Address.parse(connection.urls(options)[0], False).target
-        host = re.sub(r"^[a-z]+://|^[a-z0-9-]+:/*(?=[a-zA-Z[])", "", target).split("/")[0]
-        given = f"{re.sub(r':[0-9]+$', '', host)}:{PORT}"
+        address = Address.parse(connection.urls(options)[0], False)
+        # For gRPC "host:port", perhaps behind a resolver ("dns:///"); for HTTP a URL, perhaps with a path.
+        host = address.target.split("/")[2] if address.protocol == "http" else address.target.rpartition("/")[2]
+        host = re.sub(r"^(dns|ipv4|ipv6):|:\d+$", "", host)
+        given = f"{host}:{PORT}"
     if "://" not in given:
         given = f"http://{given}"
     return given if given.count("/") > 2 else f"{given}/metrics"
@@ -117,9 +119,8 @@ class _Page:
         else:
             from rich.console import Console
 
-            Console(width=None if sys.stdout.isatty() else 120).print(
-                _view(found, self._url, "since the server started")
-            )
+            console = Console(width=None if sys.stdout.isatty() else 160)
+            console.print(_view(found, self._url, "since the server started", console.width))
         return Exit.DONE
 
     def lines(self) -> int:
@@ -152,12 +153,12 @@ class _Page:
                 while len(samples) > 2 and samples[-1].at - samples[1].at >= _WINDOW:
                     samples.popleft()
                 found = self.compared(samples[-1], samples[-2], samples[0])
-                shown = _view(found, self._url, note)
+                shown = _view(found, self._url, note, live.console.width)
                 live.update(shown, refresh=True)
 
 
-def _view(found: Snapshot, url: str, note: str) -> Any:
-    """The tables."""
+def _view(found: Snapshot, url: str, note: str, width: int) -> Any:
+    """The tables, in so many columns of the terminal."""
     from rich.console import Group
     from rich.text import Text
 
@@ -168,23 +169,31 @@ def _view(found: Snapshot, url: str, note: str) -> Any:
         head.append(f"   GPU {number} {use:.0%}")
     parts: list[Any] = [head]
     if found.generators:
-        parts.append(_table("generators", GENERATOR_COLUMNS, found.generators))
+        parts.append(_table("generators", GENERATOR_COLUMNS, found.generators, width))
     if found.readers:
-        parts.append(_table("other models", READER_COLUMNS, found.readers))
+        parts.append(_table("other models", READER_COLUMNS, found.readers, width))
     if len(parts) == 1:
         parts.append(Text("no model has metrics"))
     return Group(*parts)
 
 
-def _table(title: str, columns: dict[str, Callable[[Any], str]], rows: Any) -> Any:
+def _table(title: str, columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any], width: int) -> Any:
+    """A table; where it is too wide, the columns of `_FIRST_TO_GO` are left out, one after the other."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in columns:
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=name == "model")
-    for row in rows:
-        table.add_row(*(show(row) for show in columns.values()))
+    cells = {name: [show(row) for row in rows] for name, show in columns.items()}
+    wide = {name: max(len(name), *(len(Text.from_markup(cell)) for cell in its)) + 3 for name, its in cells.items()}
+    for name in _FIRST_TO_GO:
+        if sum(wide.values()) <= width:
+            break
+        wide.pop(name, None)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in wide:
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for row in zip(*(cells[name] for name in wide), strict=True):
+        table.add_row(*row)
     return table
 
 
@@ -206,6 +215,10 @@ def _count(value: int, style: str = "red") -> str:
     return f"[{style}]{value}[/]" if value else "0"
 
 
+_FIRST_TO_GO = (
+    *("restarts", "drafts", "KV tok", "gone", "queue p99", "texts/run", "prefix", "ITL p99", "full", "req/s"),
+    *("mean queue", "TTFT p50", "failed", "ITL p50"),
+)
 GENERATOR_COLUMNS: dict[str, Callable[[Generator], str]] = {
     "model": lambda row: row.model,
     "run": lambda row: str(row.requests_running),
