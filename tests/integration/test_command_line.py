@@ -245,12 +245,13 @@ def test_a_conversation(gateway_server: LocalServer, terminal: Terminal, direct:
     terminal.until(prompt)
     terminal.type("forget this\x03")
     terminal.until(prompt)
-    terminal.type("and \x1b[Athen\r")  # the arrow recalls the line above; "then" is added at its end
-    terminal.until(r"there is no /nothingthen|tokens, first after")
+    terminal.type("\x1b[Athen\r")  # the arrow recalls the last line, which "then" is added to
+    terminal.until("there is no /nothingthen")
     terminal.until(prompt)
     file = tmp_path / "talk.json"
     terminal.type(f"/save {file}\r")
-    terminal.until(r"saved \d messages")
+    terminal.until(r"saved 2 messages")
+    terminal.until(prompt)
     terminal.type("\x04")
     assert terminal.ended() == 0
     saved = json.loads(file.read_text())

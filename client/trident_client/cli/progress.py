@@ -73,7 +73,7 @@ def _rich() -> Any:
             TimeRemainingColumn(),
             TextColumn("[red]{task.fields[failed]}[/] [yellow]{task.fields[waiting]}"),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(what, total=total, rate="", failed="", waiting="")
             began = time.monotonic()
 
