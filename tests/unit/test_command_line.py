@@ -6,8 +6,11 @@ import argparse
 import inspect
 import io
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from trident_client.cli import (
     bench,
     completion,
     connection,
+    conversation,
     exits,
     generation,
     metrics,
@@ -501,6 +505,24 @@ def test_a_batch_from_standard_input_to_standard_output(served: Served) -> None:
     assert (done.returncode, [line["result"] for line in found]) == (0, [[1.0, 1.0], [2.0, 1.0]])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_batch_that_waits_for_standard_input_is_interrupted(served: Served, number: int) -> None:  # noqa: F811
+    command = [sys.executable, "-m", "trident_client.cli", "batch", "-", "-", "--verb", "embed", "--lines"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*command, "--url", served[0]], **pipes)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"a\nb")
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["result"] == [1.0, 1.0]
+    process.send_signal(number)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=20)
+    assert time.monotonic() - began < 5
+    assert (process.returncode, out) == (130, b"")
+    assert re.fullmatch(rb"trident: 1 lines answered, 0 failed in [0-9.]+ s; the same command goes on\n", err)
+
+
 def test_lines_of_an_input_are_counted(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"a\n\n  \nb\r\nc")
     assert batch_output.count(tmp_path / "in") == 3
@@ -508,6 +530,14 @@ def test_lines_of_an_input_are_counted(tmp_path: Path) -> None:
 
 
 # The conversation
+
+
+def test_a_conversation_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "prompt_toolkit"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^a conversation needs prompt_toolkit.*trident-serving\[cli\]"):
+        conversation.run(Client("127.0.0.1:1"), parsed("chat"))
 
 
 def test_commands_of_a_conversation(tmp_path: Path, served: Served) -> None:  # noqa: F811

@@ -28,6 +28,7 @@ from trident_client.cli.verbs import VERBS, Asked
 
 FIRST_PAUSE = 0.05  # seconds before a line is asked again that found no room; doubled each time
 LONGEST_PAUSE = 2.0
+_ENDING = 10.0  # seconds that calls may take to be cancelled
 _ANOTHER = {
     False: "OUTPUT has the result of another request for line {line}: give another OUTPUT, or --overwrite",
     True: "OUTPUT has the error of another request for line {line}: --retry-failed asks it again",
@@ -86,7 +87,9 @@ def run(options: argparse.Namespace) -> int:
             exits.say(f"{options.output}: its last line was half-written and is asked again")
         if not client.health().live:
             raise UnavailableError(f"no server can be reached at {', '.join(connection.urls(options))}")
-        work = _Work(client, results, _asked(options, defaults), options.patience, options.max_errors)
+        stopping = threading.Event()
+        asked = _asked(options, defaults, stopping)
+        work = _Work(client, results, asked, options.patience, options.max_errors, stopping)
         with progress.shown("lines", total, options.quiet) as show:
             status = work.run(options.concurrency, show)
     return _tell(options, work, status)
@@ -120,10 +123,10 @@ def _default(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _asked(options: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[Asked]:
-    """The lines of the input."""
+def _asked(options: argparse.Namespace, defaults: dict[str, Any], stopping: threading.Event) -> Iterator[Asked]:
+    """The lines of the input, until the batch ends."""
     first: dict[str | int, int] = {}
-    for line, content in batch_output.lines(options.input):
+    for line, content in batch_output.lines(options.input, stopping.is_set):
         asked = verbs.read(line, content, options.verb, defaults, texts=options.lines)
         if asked.id is not None:
             other = first.setdefault(asked.key, line)
@@ -138,8 +141,11 @@ class _Work:
 
     Attributes:
         lines: those of the input; a thread takes the next one.
+        stopping: that the batch ends.
         answered, failed, skipped: lines of this run that got a result or an error, and those that had one before.
         before: those of the skipped that have an error.
+        waiting: why lines are asked again; "" if none is.
+        stopped: whether there were too many errors.
     """
 
     client: Client
@@ -147,13 +153,14 @@ class _Work:
     lines: Iterator[Asked]
     patience: float | None
     max_errors: int | None
+    stopping: threading.Event
     answered: int = 0
     failed: int = 0
     skipped: int = 0
     before: int = 0
     seconds: float = 0.0
     waiting: str = ""
-    _stopping: threading.Event = field(default_factory=threading.Event)
+    stopped: bool = False
     _changed: threading.Event = field(default_factory=threading.Event)
     _reading: threading.Lock = field(default_factory=threading.Lock)
     _writing: threading.Lock = field(default_factory=threading.Lock)
@@ -173,19 +180,22 @@ class _Work:
             try:
                 for thread in threads:
                     thread.start()
-                while any(thread.is_alive() for thread in threads):
+                while any(thread.is_alive() for thread in threads) and not self.stopping.is_set():
                     self._changed.wait(0.2)
                     self._changed.clear()
                     show(self)
             except KeyboardInterrupt:
                 status = Exit.INTERRUPTED
-            self._stopping.set()
+            self.stopping.set()
             self.client.close()  # ends what still runs, on the server, too
-            until = time.monotonic() + 5  # a thread that reads standard input may not end
+            until = time.monotonic() + _ENDING
             for thread in threads:
-                thread.join(max(0.0, until - time.monotonic()) if status else None)
+                if thread.ident is not None:
+                    thread.join(max(0.0, until - time.monotonic()))
         show(self)
         self.seconds = time.monotonic() - began
+        if isinstance(self._failure, BrokenPipeError):
+            raise self._failure
         if self._failure is not None and status is not Exit.INTERRUPTED:
             exits.say(exits.sentence(self._failure))
             return exits.status_of(self._failure)
@@ -193,7 +203,7 @@ class _Work:
 
     def _thread(self) -> None:
         try:
-            while not self._stopping.is_set() and (asked := self._next()) is not None:
+            while not self.stopping.is_set() and (asked := self._next()) is not None:
                 self._answer(asked)
         except BaseException as error:  # the main thread tells it
             self._stop(error)
@@ -202,9 +212,9 @@ class _Work:
 
     def _stop(self, error: BaseException) -> None:
         with self._writing:
-            if self._failure is None and not self._stopping.is_set():
+            if self._failure is None and not self.stopping.is_set():
                 self._failure = error
-        self._stopping.set()
+        self.stopping.set()
 
     def _next(self) -> Asked | None:
         """The next line that has no result yet."""
@@ -222,7 +232,7 @@ class _Work:
     def _answer(self, asked: Asked) -> None:
         """Write a line's result, or its error; nothing if the batch ends before it has one."""
         pause = FIRST_PAUSE
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             try:
                 result = asked.answer(self.client)
                 if isinstance(result, dict) and result.get("finish_reason") == "cancelled":
@@ -231,7 +241,7 @@ class _Work:
                 self.waiting = exits.sentence(error)
                 if self.patience is not None and time.monotonic() - self._last_answer > self.patience:
                     raise
-                self._stopping.wait(pause * random.uniform(0.5, 1))
+                self.stopping.wait(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, LONGEST_PAUSE)
             except (CancelledError, ForbiddenError):
                 raise
@@ -255,7 +265,8 @@ class _Work:
                 return
             self.failed += 1
             if self.max_errors is not None and self.failed >= self.max_errors:
-                self._stopping.set()
+                self.stopped = True
+                self.stopping.set()
 
 
 def _error(error: Exception) -> dict[str, str]:
@@ -274,7 +285,7 @@ def _tell(options: argparse.Namespace, work: _Work, status: int) -> int:
         text = f"{work.answered} lines answered, {work.failed} failed in {work.seconds:.1f} s"
         if work.skipped:
             text += f"; {work.skipped} were there before" + (f", {work.before} of them failed" if work.before else "")
-        if status not in (Exit.DONE, Exit.SOME_FAILED):
+        if status not in (Exit.DONE, Exit.SOME_FAILED) or work.stopped:
             text += "; the same command goes on"
         if work.failed + work.before and not options.retry_failed:
             text += "; --retry-failed asks the failed ones again"

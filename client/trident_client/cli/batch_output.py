@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,8 @@ from typing import Any, BinaryIO
 from trident_client.cli import output, texts
 from trident_client.cli.exits import InputError
 from trident_client.cli.verbs import Asked
+
+POLL_SECONDS = 0.2  # between two looks whether the batch ends
 
 
 @dataclass(frozen=True)
@@ -171,13 +174,34 @@ def _lock(opened: BinaryIO, file: Path) -> None:
         return
 
 
-def lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a batch's input that are not empty, each with its number; "-": of standard input."""
-    opened = contextlib.nullcontext(sys.stdin.buffer) if str(file) == texts.STDIN else file.open("rb")
-    with opened as source:
-        for number, content in enumerate(source, 1):
+def lines(file: Path, stopping: Callable[[], bool] = lambda: False) -> Iterator[tuple[int, bytes]]:
+    """The lines of a batch's input that are not empty, each with its number; "-": of standard input.
+
+    Args:
+        stopping: whether standard input isn't waited for any longer.
+    """
+    with contextlib.nullcontext() if str(file) == texts.STDIN else file.open("rb") as opened:
+        for number, content in enumerate(opened or _standard_input(stopping), 1):
             if content := content.strip(b"\r\n \t"):
                 yield number, content
+
+
+def _standard_input(stopping: Callable[[], bool]) -> Iterator[bytes]:
+    """Its lines. A thread that waits inside of `sys.stdin` would keep the interpreter from ending."""
+    descriptor = sys.stdin.fileno()
+    parts: list[bytes] = []
+    while not stopping():
+        if not select.select([descriptor], [], [], POLL_SECONDS)[0]:
+            continue
+        content = os.read(descriptor, 1 << 16)
+        *whole, rest = content.split(b"\n")
+        for line in whole:
+            yield b"".join([*parts, line])
+            parts = []
+        parts.append(rest)
+        if not content:
+            yield b"".join(parts)
+            return
 
 
 def count(file: Path) -> int | None:

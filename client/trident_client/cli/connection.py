@@ -12,13 +12,12 @@ from typing import Any
 
 from trident_client import TLS, Client, UnavailableError
 from trident_client._settings import KEEPALIVE, SECONDS
+from trident_client.cli import exits
 from trident_client.cli.exits import InputError
 
 URL = "TRIDENT_URL"
 API_KEY = "TRIDENT_API_KEY"
 DEFAULT_URL = "localhost:8001"
-# What gRPC says of it; the rest of its text is about gRPC.
-_UNREACHABLE = re.compile(r"failed to connect to all addresses.*?: ([^:]+)$", re.DOTALL)
 
 
 def add(parser: argparse.ArgumentParser, *, repeated: bool) -> None:
@@ -104,7 +103,7 @@ def named(options: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except UnavailableError as error:
-        found = _UNREACHABLE.search(str(error))
+        found = exits.UNREACHABLE.search(str(error))
         if found is None:
             raise
         where = " and ".join(urls(options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 from trident_client import DeadlineExceededError, TridentError, UnavailableError
 
+# What gRPC says of a server that it can't reach; the rest of its text is about gRPC.
+UNREACHABLE = re.compile(r"failed to connect to all addresses.*: ([^:]+)$", re.DOTALL)
 TRACEBACK = "TRIDENT_TRACEBACK"  # an environment variable: a defect shows its traceback
 
 
@@ -90,6 +93,8 @@ def sentence(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     else:
         text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnavailableError) and (found := UNREACHABLE.search(text)):
+        return f"no server answers ({found[1]})"
     if status_of(error) is Exit.DEFECT:
         return f"this is a defect of Trident: {type(error).__name__}: {text} ({TRACEBACK}=1 shows where)"
     return text
