@@ -185,7 +185,7 @@ class Terminal:
                 with contextlib.suppress(OSError):  # the command has ended
                     self.shown += os.read(self.file, 65536)
         begin, self._seen = self._seen, self._seen + found.end()
-        return ESCAPES.sub(b"", self.shown[begin : self._seen]).decode()
+        return ESCAPES.sub(b"", self.shown[begin : self._seen]).decode(errors="replace")
 
     def ended(self, seconds: float = 20) -> int:
         """The exit status."""
@@ -216,7 +216,7 @@ def terminal(gateway_server: LocalServer, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def test_a_conversation(gateway_server: LocalServer, terminal: Terminal, direct: Client, tmp_path: Path) -> None:
-    prompt, stats = r">>>", r": \d+ tokens, first after"
+    prompt, stats = r">>>", r": \d+ tokens"
     terminal.until("Ctrl-D ends")
     terminal.until(prompt)
     terminal.type("a cat\\\rand a dog\r")
@@ -227,12 +227,18 @@ def test_a_conversation(gateway_server: LocalServer, terminal: Terminal, direct:
         terminal.type(f"/set {command}\r")
         terminal.until(command.replace(" ", " = "))
     cancelled = metric(gateway_server, "trident_requests_cancelled_total")
-    terminal.type("go on\r")
-    until(lambda: metric(gateway_server, "trident_requests_running") == 1)
-    terminal.type("\x03")
-    terminal.until(r"interrupted" + stats[:10])
-    until(lambda: metric(gateway_server, "trident_requests_running") == 0)
+    for _ in range(5):  # a busy machine may press the keys too late
+        terminal.type("go on\r")
+        terminal.until(r"go on.*2004l.")  # the line is sent, and something of the answer is there
+        terminal.type("\x03")
+        if "interrupted: " in terminal.until(r"(interrupted|length)" + stats):
+            break
+        terminal.until(prompt)
+        terminal.type("/undo\r")
+        terminal.until("took back: go on")
+        terminal.until(prompt)
     until(lambda: metric(gateway_server, "trident_requests_cancelled_total") == cancelled + 1)
+    until(lambda: metric(gateway_server, "trident_requests_running") == 0)
     terminal.until(prompt)
     # The conversation goes on.
     terminal.type("/undo\r")

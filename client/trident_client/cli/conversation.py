@@ -15,6 +15,7 @@ from trident_client.cli import exits, extras, generation, output, turns
 from trident_client.cli.exits import Exit, InputError
 from trident_client.cli.turns import COMMANDS, Turns
 
+_MEASURABLE = 0.1  # seconds; a speed from less says nothing
 # For what is neither the question nor the answer; https://no-color.org.
 _DIM, _RESET = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[0m")
 
@@ -78,7 +79,7 @@ def _answer(talk: Turns, text: str) -> None:
         if parts:
             print()
     seconds = time.monotonic() - (first or began)
-    rate = f", {(count - 1) / seconds:.0f} tokens/s" if count > 1 and seconds > 0 else ""
+    rate = f", {(count - 1) / seconds:.0f} tokens/s" if count > 1 and seconds > _MEASURABLE else ""
     waited = f", first after {first - began:.2f} s" if first else ""
     _remark(f"{reason}: {count} tokens{waited}{rate}")
 
