@@ -57,7 +57,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class BySharedFixtures(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            if file.startswith("tests/integration/test_gateway"):
+            if file.startswith(("tests/integration/test_gateway", "tests/integration/test_command_line")):
                 return "gateway"  # they share a server, too
             return "server" if file in SERVED else file
 

@@ -1,0 +1,288 @@
+"""Commands that read texts: one for each task but generation."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from trident_client import Client
+from trident_client._options import TRANSLATION
+from trident_client.cli import output, texts
+from trident_client.cli.connection import number
+from trident_client.cli.exits import Exit, InputError
+from trident_client.cli.generation import add_flags, chosen
+
+_SHOWN = 90  # characters of a text that stands above its results
+
+
+def embed(client: Client, options: argparse.Namespace) -> int:
+    """Embeddings."""
+    given = texts.each(options)
+    vectors = client.embed(
+        given,
+        model=options.model,
+        prompt_name=options.prompt_name,
+        dimensions=options.dimensions,
+        truncate=options.truncate,
+        batch_size=options.batch_size,
+    )
+    found = ({"text": text, "embedding": row.tolist()} for text, row in zip(given, vectors, strict=True))
+    if options.jsonl:
+        output.rows(found)
+    elif options.json:
+        output.document(list(found))
+    else:
+        for text, row in zip(given, vectors, strict=True):
+            head = ", ".join(f"{value:+.4f}" for value in row[:6])
+            output.show(f"[{head}, ...] {len(row)} numbers  {text[:60]}")
+    return Exit.DONE
+
+
+def embed_sparse(client: Client, options: argparse.Namespace) -> int:
+    """Sparse embeddings."""
+    given = texts.each(options)
+    vectors = client.embed_sparse(
+        given,
+        model=options.model,
+        prompt_name=options.prompt_name,
+        truncate=options.truncate,
+        batch_size=options.batch_size,
+    )
+    found = ({"text": text, **output.plain(row)} for text, row in zip(given, vectors, strict=True))
+    if options.jsonl:
+        output.rows(found)
+    elif options.json:
+        output.document(list(found))
+    else:
+        for text, row in zip(given, vectors, strict=True):
+            pairs = list(zip(row.indices, row.weights, strict=True))[:6]
+            head = ", ".join(f"{index}: {weight:.4f}" for index, weight in pairs)
+            output.show(f"[{head}, ...] {len(row.indices)} tokens  {text[:60]}")
+    return Exit.DONE
+
+
+def similarity(client: Client, options: argparse.Namespace) -> int:
+    """The cosine similarity of each text's embedding with that of `--to`, in the texts' order."""
+    given = texts.each(options)
+    asked = {"model": options.model, "dimensions": options.dimensions, "truncate": options.truncate}
+    (one,) = client.embed([options.to], prompt_name=options.to_prompt_name or options.prompt_name, **asked)
+    many = client.embed(given, prompt_name=options.prompt_name, batch_size=options.batch_size, **asked)
+    norms = np.linalg.norm(many, axis=1) * np.linalg.norm(one)
+    cosines = many @ one / np.where(norms > 0, norms, 1)
+    return _print_scores(options, given, [float(value) for value in cosines], "similarity")
+
+
+def score(client: Client, options: argparse.Namespace) -> int:
+    """The score of each passage for a query, in the passages' order."""
+    given = texts.each(options)
+    scores = [0.0] * len(given)
+    for ranked in _ranked(client, options, given):
+        scores[ranked.index] = ranked.score
+    return _print_scores(options, given, scores, "score")
+
+
+def _print_scores(options: argparse.Namespace, given: Sequence[str], scores: Sequence[float], name: str) -> int:
+    found = [{"text": text, name: value} for text, value in zip(given, scores, strict=True)]
+    if options.jsonl:
+        output.rows(found)
+    elif options.json:
+        output.document(found)
+    else:
+        for text, value in zip(given, scores, strict=True):
+            output.show(f"{value:+.4f}  {text[:_SHOWN]}")
+    return Exit.DONE
+
+
+def tokenize(client: Client, options: argparse.Namespace) -> int:
+    """The tokens of texts, by their ids."""
+    given = texts.each(options)
+    if client.parameters(options.model).get("task") == "text-generation":
+        asked: dict[str, Any] = {"model": options.model, "max_tokens": 0, "return_prompt_token_ids": True}
+        found = [list(client.generate(text, **asked).prompt_token_ids) for text in given]
+    else:
+        found = client.tokenize(given, model=options.model, truncate=options.truncate)
+    rows = [{"text": text, "tokens": ids} for text, ids in zip(given, found, strict=True)]
+    if options.jsonl:
+        output.rows(rows)
+    elif options.json:
+        output.document(rows)
+    else:
+        for ids in found:
+            print(*ids)
+    return Exit.DONE
+
+
+def classify(client: Client, options: argparse.Namespace) -> int:
+    """The likeliest classes."""
+    given = texts.each(options)
+    pairs = options.pairs
+    if pairs is not None and len(pairs) != len(given):
+        raise InputError(f"there are {len(given)} texts and {len(pairs)} of --pair: give one for each text")
+    found = client.classify(
+        given,
+        text_pairs=pairs,
+        model=options.model,
+        top_k=options.top_k,
+        truncate=options.truncate,
+        batch_size=options.batch_size,
+    )
+    return _print_records(options, given, found, "labels", _label)
+
+
+def zero_shot(client: Client, options: argparse.Namespace) -> int:
+    """Which labels fit."""
+    given = texts.each(options)
+    found = client.classify_zero_shot(
+        given,
+        options.labels,
+        hypothesis_template=options.template,
+        multi_label=options.multi_label,
+        model=options.model,
+        truncate=options.truncate,
+    )
+    return _print_records(options, given, found, "labels", _label)
+
+
+def _label(item: Any) -> str:
+    return f"{item.score:.4f}  {item.label}"
+
+
+def entities(client: Client, options: argparse.Namespace) -> int:
+    """The entities in texts."""
+    given = texts.each(options)
+    found = client.entities(
+        given,
+        model=options.model,
+        aggregation_strategy=options.aggregation,
+        truncate=options.truncate,
+        batch_size=options.batch_size,
+    )
+
+    def show(item: Any) -> str:
+        return f"{item.score:.4f}  {item.entity:<8} {item.start}-{item.end} {item.word}"
+
+    return _print_records(options, given, found, "entities", show)
+
+
+def rank(client: Client, options: argparse.Namespace) -> int:
+    """Passages, the best first."""
+    given = texts.each(options)
+    found = _ranked(client, options, given)[: options.top_k]
+    if options.jsonl:
+        output.rows({**output.plain(item), "text": given[item.index]} for item in found)
+    elif options.json:
+        output.document([found])
+    else:
+        for item in found:
+            output.show(f"{item.score:.4f}  [{item.index}] {given[item.index][:_SHOWN]}")
+    return Exit.DONE
+
+
+def _ranked(client: Client, options: argparse.Namespace, given: Sequence[str]) -> list[Any]:
+    found: list[Any] = client.rank(
+        options.query,
+        given,
+        model=options.model,
+        prompt_name=options.prompt_name,
+        truncate=options.truncate,
+        batch_size=options.batch_size,
+    )
+    return found
+
+
+def answer(client: Client, options: argparse.Namespace) -> int:
+    """Answers that a text holds."""
+    found = client.answer(
+        options.question,
+        texts.whole(options),
+        model=options.model,
+        top_k=options.top_k,
+        max_answer_len=options.max_answer_len,
+        handle_impossible_answer=options.may_be_none,
+    )
+    if options.jsonl:
+        output.rows(output.plain(item) for item in found)
+    elif options.json:
+        output.document([found])
+    else:
+        for item in found:
+            output.show(f"{item.score:.4f}  {item.start}-{item.end} {item.answer}")
+    return Exit.DONE
+
+
+def fill_mask(client: Client, options: argparse.Namespace) -> int:
+    """Tokens for each mask."""
+    text = texts.whole(options)
+    found = client.fill_mask(text, model=options.model, top_k=options.top_k)
+
+    def show(item: Any) -> str:
+        return f"{item.score:.4f}  {item.token_str}: {item.sequence}"
+
+    return _print_records(options, [text] * len(found), found, "fillings", show)
+
+
+def _print_records(
+    options: argparse.Namespace,
+    given: Sequence[str],
+    found: Sequence[Sequence[Any]],
+    name: str,
+    show: Callable[[Any], str],
+) -> int:
+    """A list of records for each text: as JSON, or a line each, under the text where there are several."""
+    if options.jsonl:
+        output.rows({"text": text, name: output.plain(row)} for text, row in zip(given, found, strict=True))
+    elif options.json:
+        output.document(found)
+    else:
+        for text, row in zip(given, found, strict=True):
+            if len(given) > 1:
+                output.show(text[:_SHOWN])
+            for item in row:
+                output.show(show(item))
+    return Exit.DONE
+
+
+def text_to_text(client: Client, options: argparse.Namespace) -> int:
+    """Translations and summaries."""
+    call = client.summarize if options.command == "summarize" else client.translate
+    asked = {"model": options.model, **chosen(options, TRANSLATION)}
+    found = call(texts.each(options), **asked) if options.lines else [call(texts.whole(options), **asked)]
+    if options.json and not options.lines:
+        output.document(_without_log_probs(found[0]))
+    elif options.json:
+        output.document([_without_log_probs(each) for each in found])
+    elif options.jsonl:
+        output.rows(_without_log_probs(each) for each in found)
+    else:
+        for each in found:
+            output.show(each.text)
+    return Exit.DONE
+
+
+def _without_log_probs(translation: Any) -> dict[str, Any]:
+    return {name: value for name, value in output.plain(translation).items() if name != "log_probs"}
+
+
+def add_text_to_text(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `translate` and `summarize`."""
+    command.add_argument("--lines", action="store_true", help="each argument, or each line, is a text of its own")
+    texts.add(command)
+    add_flags(command, TRANSLATION)
+
+
+def add_reading(command: argparse.ArgumentParser, what: str, *, size: bool = True) -> None:
+    """Add the arguments of a command that reads many texts.
+
+    Args:
+        what: what the texts are.
+        size: whether the texts of a request can be counted.
+    """
+    command.add_argument("--truncate", action=argparse.BooleanOptionalAction, help="cut texts that are too long")
+    if size:
+        command.add_argument(
+            "--batch-size", type=number(1), default=32, help="texts in a request (default %(default)s)"
+        )
+    texts.add(command, what)
