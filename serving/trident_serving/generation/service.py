@@ -26,7 +26,7 @@ from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
-from trident_serving.runtime.sampling.defaults import GenerationDefaults, ids, read_config
+from trident_serving.runtime.sampling.defaults import GenerationDefaults, read_config, token_ids
 from trident_serving.runtime.sampling.grammars import Grammars, Guide
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs
@@ -104,7 +104,7 @@ def plan_memory(
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
     """`eos_token_id` of the model's generation_config.json: one id, a list, or none."""
-    return frozenset(ids(read_config(folder).get("eos_token_id")))
+    return frozenset(token_ids(read_config(folder), "eos_token_id"))
 
 
 @dataclass(eq=False)
@@ -153,7 +153,6 @@ class GenerationService:
     ) -> None:
         tokenizer = TextTokenizer.load(folder)
         self._tokenizer = tokenizer
-        self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
         self._chat = Chat.load(folder, tokenizer, limits)
         decoder = OnnxDecoder(
@@ -165,10 +164,11 @@ class GenerationService:
             device=limits.device,
             device_id=device_id,
         )
-        self._parser = RequestParser(
-            tokenizer, self._chat, limits, GenerationDefaults.load(folder), decoder.vocabulary_size, decoder.adapters
-        )
-        self._grammars = Grammars(folder / "tokenizer.json", decoder.vocabulary_size, self._eos_token_ids)
+        size = decoder.vocabulary_size
+        self._eos_token_ids = frozenset(token for token in read_eos_token_ids(folder) if 0 <= token < size)
+        defaults = GenerationDefaults.load(folder, size)
+        self._parser = RequestParser(tokenizer, self._chat, limits, defaults, size, decoder.adapters)
+        self._grammars = Grammars(folder / "tokenizer.json", size, self._eos_token_ids)
         settings = read_draft(folder)
         drafting = None if settings is None else draft_model.open_decoder(folder, settings, limits, device_id)
         graphs = [*folder.glob("model.onnx*"), *folder.glob(f"{DRAFT}/model.onnx*")]

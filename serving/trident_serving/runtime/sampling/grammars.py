@@ -289,7 +289,7 @@ def _choices(text: str, field: str) -> list[str]:
 
 
 def _reason(text: str) -> str:
-    """What llguidance says, without the lines that show where: its first, and what is wrong with a regular expression."""
+    """What llguidance says, without the lines that show where: its first, and what a regular expression lacks."""
     first, *more = text.strip().splitlines() or ["no reason is given"]
     error = next((line.removeprefix("error:") for line in more if line.startswith("error:")), None)
     if error is None:
