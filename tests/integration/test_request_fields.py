@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny_models
@@ -26,11 +27,12 @@ from tests.integration.test_bad_requests import raw_stream
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, _wire
 from trident_client._steps import Prompt
 from trident_export import install, models_file
-from trident_serving.errors import DeadlineExceeded
+from trident_serving.errors import DeadlineExceeded, InvalidRequest
 from trident_serving.generation.service import GenerationService
 from trident_serving.generation.stream import Chunk
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
+from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind, Grammars
 from trident_serving.schema.limits import GenerationLimits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -467,6 +469,19 @@ class Waiting:
 
     def is_cancelled(self) -> bool:
         return self.cancelled
+
+
+def test_a_grammar_that_takes_too_much_to_follow_is_given_up(repository: Path) -> None:
+    """Each mask of it takes longer; llguidance's own limit lets this text pass."""
+    text = "the brother of the other one sees to it more often than not, before others do so"
+    tokens = Tokenizer.from_file(str(repository / "m" / "1" / "tokenizer.json"))
+    grammars = Grammars(repository / "m" / "1" / "tokenizer.json", tokens.get_vocab_size(), frozenset([0]))
+    guide = grammars.guide(Grammar(GrammarKind.REGEX, "(.*[aeiou].{0,200})*x")).result()
+    with pytest.raises(InvalidRequest, match="can't be followed further: lexer error: too many expressions"):
+        for token in tokens.encode(text).ids:
+            guide.masks([])
+            guide.accept(token)
+    grammars.stop()
 
 
 def test_a_request_ends_while_its_grammar_waits(repository: Path) -> None:

@@ -29,6 +29,9 @@ MAX_GRAMMAR_BYTES = 32 * 1024  # larger ones may compile for seconds
 KEPT_GRAMMARS = 64
 # A multipleOf takes as many states as the number has remainders: a million compile for half a minute, into 600 MB.
 MAX_REMAINDERS = 50_000
+# A quarter of llguidance's own: neighbours wait for a step's masks, which a hostile regular expression stretched to
+# 80 ms. Schemas in use take a hundredth of it.
+STEP_LEXER_FUEL = 50_000
 Mask = NDArray[np.bool_]
 
 
@@ -163,7 +166,8 @@ class Grammars:
         if self._tokenizer is None:
             ends = self._ends or None
             self._tokenizer = llguidance.LLTokenizer(str(self._path), n_vocab=self._size, eos_token=ends)
-        matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0)
+        limits = llguidance.LLParserLimits(step_lexer_fuel=STEP_LEXER_FUEL)
+        matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=limits)
         if matcher.is_error():
             raise InvalidRequest(f"{grammar.field} is refused: {_reason(matcher.get_error())}")
         any_first = Guide(matcher, self._size).masks([]).any()
