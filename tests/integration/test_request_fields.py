@@ -488,6 +488,27 @@ def test_a_grammar_that_takes_too_much_to_follow_is_given_up(repository: Path) -
     grammars.stop()
 
 
+@pytest.mark.parametrize("pattern", ["x[ab]", "x[ab]?", "x[ab]?c?", "x[ab]*"])
+def test_a_draft_that_goes_beyond_the_grammars_end_changes_nothing(repository: Path, pattern: str) -> None:
+    """As a text with earlier answers and their end tokens gives one."""
+    file = repository / "m" / "1" / "tokenizer.json"
+    tokens = Tokenizer.from_file(str(file))
+    grammars = Grammars(file, tokens.get_vocab_size(), frozenset([0]))
+    x, a, b = (tokens.token_to_id(text) for text in "xab")
+    first = grammars.guide(Grammar(GrammarKind.REGEX, pattern)).result()
+    first.accept(x)
+    (expected,) = first.masks([])
+    for draft in ([a, 0], [a, 0, 0], [0], [0, a], [b, 0, x], [a, a, 0]):
+        guide = first.copy()
+        fitting = guide.fits(draft)
+        masks = guide.masks(fitting)
+        assert len(masks) == 1 + len(fitting)
+        np.testing.assert_array_equal(masks[0], expected)
+        np.testing.assert_array_equal(guide.masks([])[0], expected)
+        assert guide.accept(a) == first.copy().accept(a)
+    grammars.stop()
+
+
 def test_a_request_ends_while_its_grammar_waits(repository: Path) -> None:
     """Behind one that takes long to compile: its time ends, or its client goes; and neither is compiled."""
     service = GenerationService(

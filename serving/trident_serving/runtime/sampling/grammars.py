@@ -87,11 +87,14 @@ class Guide:
     def masks(self, draft: Sequence[int]) -> Mask:
         """Which tokens may come next, and behind each token of a draft that fits: [1 + draft, vocabulary]."""
         words = np.zeros((1 + len(draft), (self._size + 31) // 32), np.int32)
+        consumed = 0
         for index, row in enumerate(words):
             self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-            if index < len(draft):
+            # Behind the grammar's end an end token is taken, but is none that can be rolled back.
+            if index < len(draft) and not self._matcher.is_stopped():
                 self._matcher.consume_token(draft[index])
-        self._matcher.rollback(len(draft))
+                consumed += 1
+        self._matcher.rollback(consumed)
         bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
         mask: Mask = bits[:, : self._size].view(np.bool_)
         return mask
