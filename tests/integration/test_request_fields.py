@@ -185,6 +185,7 @@ def test_names_of_tensorrt_llm(server: LocalServer, fields: dict[str, Any]) -> N
         ({"guided_json": '{"type": "string", "pattern": "(("}'}, "guided_json is refused: regex parse error: unclosed"),
         ({"guided_regex": "(("}, '"((" (in regex): regex parse error: unclosed group'),
         ({"guided_regex": "(" * 900}, "regex parse error: unclosed group"),
+        ({"guided_regex": "a?" * 15_000}, "guided_regex is refused: initial lexer configuration (grammar) too big"),
         ({"guided_regex": r"[^\s\S]"}, "guided_regex admits no text"),
         ({"guided_grammar": "start: nowhere"}, "guided_grammar is refused"),
         ({"guided_choice": ["", ""]}, "guided_choice must be a list of texts that are not empty"),
