@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny_models
 from tests.conftest import post
+from tests.integration.test_drafts import answers, submit
 from tests.integration.test_engine_limits import metrics
 from tests.unit.test_adapters import adapter
 from trident_client import Client, InvalidRequestError, NotFoundError, UnavailableError
@@ -33,11 +36,14 @@ from trident_export.measure import fidelity
 from trident_export.passes import Pass, Rotate
 from trident_export.passes.smooth import Smooth
 from trident_export.tasks import text_generation
-from trident_serving.artefacts import VERSION
+from trident_serving.artefacts import VERSION, DraftSettings
+from trident_serving.generation import draft_model
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
+from trident_serving.generation.service import GenerationService
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
+from trident_serving.schema.limits import GenerationLimits
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -234,6 +240,45 @@ def test_prefixes_are_reused_by_their_own_adapter_only(server: LocalServer, clie
     ran = between["prompt_tokens_total"] - before["prompt_tokens_total"]
     assert after["prefix_hit_tokens_total"] - between["prefix_hit_tokens_total"] == ran - len(NAMES)
     assert [(a.text, a.log_probs) for a in again] == [(a.text, a.log_probs) for a in first]
+
+
+def test_a_draft_model_and_prompt_lookup_beside_adapters(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both draft for every adapter, the model as the base does, and slots are shared: answers are as alone."""
+    monkeypatch.setattr(draft_model, "time", SimpleNamespace(perf_counter=lambda: 0.0))  # it takes no time
+    monkeypatch.setattr(draft_model.ModelAcceptance, "chance", lambda self: 0.9)
+    plain, drafted = tmp_path / "plain" / "1", tmp_path / "drafted" / "1"
+    for copy in (plain, drafted):
+        shutil.copytree(repository / "m" / "1", copy)
+    shutil.copytree(repository / "m_int8" / "1", drafted / "draft", ignore=shutil.ignore_patterns("*.json", "*.jinja"))
+    DraftSettings("m_int8", 128, 16).write(drafted / "draft")
+    limits = GenerationLimits(context=128, slots=4, prefill_chunk=16, threads=1)
+    alone = GenerationService(plain, replace(limits, prefix_reuse=False, prompt_lookup=False))
+    together = GenerationService(drafted, limits)
+    shared = "a beginning that many requests share, long enough to be worth a copy: 1 2 3 1 2 3 1"
+    requests: list[dict[str, Any]] = [
+        {
+            "prompt": prompt,
+            "lora_name": name or "",
+            "max_tokens": 40,
+            "ignore_eos": True,
+            "return_log_probs": True,
+            **more,
+        }
+        for more in ({}, {"n": 2}, {"guided_regex": "[a-z ]{9,}"}, {"temperature": 1.0, "random_seed": 5})
+        for prompt in (shared, shared[:60])
+        for name in NAMES
+    ]
+    expected = [answers(submit(alone, **request)) for request in requests]
+    for _ in range(2):
+        assert [answers(each) for each in [submit(together, **request) for request in requests]] == expected
+    counters = together.recorder.drain().counters
+    assert counters["model_draft_tokens"] > counters["model_draft_tokens_accepted"] > 100
+    assert counters["draft_tokens"] - counters["model_draft_tokens"] > 100
+    assert counters["prefix_hit_tokens"] > 500
+    for service in (alone, together):
+        service.stop()
 
 
 @pytest.mark.parametrize("name", ["gone", "queries ", "QUERIES", "../queries", "0", "é" * 500])

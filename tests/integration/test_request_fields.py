@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 import shutil
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny_models
@@ -24,8 +27,13 @@ from tests.integration.test_bad_requests import raw_stream
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, _wire
 from trident_client._steps import Prompt
 from trident_export import install, models_file
+from trident_serving.errors import DeadlineExceeded, InvalidRequest
+from trident_serving.generation.service import GenerationService
+from trident_serving.generation.stream import Chunk
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
+from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind, Grammars
+from trident_serving.schema.limits import GenerationLimits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +90,7 @@ def tokenizer(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def repository(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model, a task in front of it, and the same graph with a generation config that samples."""
     root = tmp_path_factory.mktemp("fields-server")
     template = 'template = "To {{ target_lang }}: {{ text_input }}"\ntarget_lang = "English"\n'
@@ -98,7 +106,12 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
         file.write_text(file.read_text().replace('"m"', '"sampling"'))
     config = json.loads((sampling / "1" / "generation_config.json").read_text())
     (sampling / "1" / "generation_config.json").write_text(json.dumps(config | SAMPLED))
-    running = local.start(root / "repository", root / "log")
+    return root / "repository"
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[LocalServer]:
+    running = local.start(repository, repository.parent / "log")
     yield running
     running.stop()
 
@@ -164,7 +177,15 @@ def test_names_of_tensorrt_llm(server: LocalServer, fields: dict[str, Any]) -> N
         ({"guided_json": "{"}, "guided_json is not JSON"),
         ({"guided_json": '{"type": "nothing"}'}, "guided_json is refused"),
         ({"guided_json": '{"$ref": "#"}'}, "guided_json"),
-        ({"guided_regex": "(("}, "guided_regex is refused"),
+        ({"guided_json": '{"const": NaN}'}, "guided_json is not JSON: Out of range float values are not JSON"),
+        ({"guided_json": '{"const": 1e400}'}, "guided_json is not JSON: Out of range float values are not JSON"),
+        ({"guided_json": '{"multipleOf": 99.9983}'}, "its multipleOf have 999983 remainders, the limit is 50000"),
+        ({"guided_json": '{"multipleOf": 997, "anyOf": [{"multipleOf": 1009}]}'}, "have 1005973 remainders"),
+        ({"guided_grammar": 'start: %json {"multipleOf": 999983}'}, "have 999983 remainders, the limit is 50000"),
+        ({"guided_json": '{"type": "string", "pattern": "(("}'}, "guided_json is refused: regex parse error: unclosed"),
+        ({"guided_regex": "(("}, '"((" (in regex): regex parse error: unclosed group'),
+        ({"guided_regex": "(" * 900}, "regex parse error: unclosed group"),
+        ({"guided_regex": "a?" * 15_000}, "guided_regex is refused: initial lexer configuration (grammar) too big"),
         ({"guided_regex": r"[^\s\S]"}, "guided_regex admits no text"),
         ({"guided_grammar": "start: nowhere"}, "guided_grammar is refused"),
         ({"guided_choice": ["", ""]}, "guided_choice must be a list of texts that are not empty"),
@@ -427,6 +448,105 @@ def test_several_grammars_in_one_batch(client: Client) -> None:
     alone = [client.generate(PROMPT, **each) for each in asked]
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(lambda each: client.generate(PROMPT, **each), asked)) == alone
+
+
+def test_what_a_grammar_ends_is_no_text(client: Client) -> None:
+    asked = {"model": "m", "guided_regex": "", "ignore_eos": True, "skip_special_tokens": False}
+    found = client.generate(PROMPT, **asked)
+    assert (found.text, found.finish_reason) == ("", "stop")
+
+
+class Waiting:
+    """A channel that keeps what comes."""
+
+    def __init__(self) -> None:
+        self.chunks: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
+        self.cancelled = False
+
+    def send(self, chunk: Chunk) -> None:
+        self.chunks.put(chunk)
+
+    fail = send  # type: ignore[assignment]
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+def test_a_grammar_that_takes_too_much_to_follow_is_given_up(repository: Path) -> None:
+    """Each mask of it takes longer; llguidance's own limit lets this text pass."""
+    text = "the brother of the other one sees to it more often than not, before others do so"
+    tokens = Tokenizer.from_file(str(repository / "m" / "1" / "tokenizer.json"))
+    grammars = Grammars(repository / "m" / "1" / "tokenizer.json", tokens.get_vocab_size(), frozenset([0]))
+    guide = grammars.guide(Grammar(GrammarKind.REGEX, "(.*[aeiou].{0,200})*x")).result()
+
+    def follow() -> None:
+        for token in tokens.encode(text).ids:
+            guide.masks([])
+            guide.accept(token)
+
+    with pytest.raises(InvalidRequest, match="can't be followed further: lexer error: too many expressions"):
+        follow()
+    grammars.stop()
+
+
+@pytest.mark.parametrize("pattern", ["x[ab]", "x[ab]?", "x[ab]?c?", "x[ab]*"])
+def test_a_draft_that_goes_beyond_the_grammars_end_changes_nothing(repository: Path, pattern: str) -> None:
+    """As a text with earlier answers and their end tokens gives one."""
+    file = repository / "m" / "1" / "tokenizer.json"
+    tokens = Tokenizer.from_file(str(file))
+    grammars = Grammars(file, tokens.get_vocab_size(), frozenset([0]))
+    x, a, b = (tokens.token_to_id(text) for text in "xab")
+    first = grammars.guide(Grammar(GrammarKind.REGEX, pattern)).result()
+    first.accept(x)
+    (expected,) = first.masks([])
+    for draft in ([a, 0], [a, 0, 0], [0], [0, a], [b, 0, x], [a, a, 0]):
+        guide = first.copy()
+        fitting = guide.fits(draft)
+        masks = guide.masks(fitting)
+        assert len(masks) == 1 + len(fitting)
+        np.testing.assert_array_equal(masks[0], expected)
+        np.testing.assert_array_equal(guide.masks([])[0], expected)
+        assert guide.accept(a) == first.copy().accept(a)
+    grammars.stop()
+
+
+def test_a_request_ends_while_its_grammar_waits(repository: Path) -> None:
+    """Behind one that takes long to compile: its time ends, or its client goes; and neither is compiled."""
+    service = GenerationService(
+        repository / "m" / "1", GenerationLimits(context=128, slots=2, prefill_chunk=16, threads=1)
+    )
+    compiling = threading.Event()
+    service._grammars._compiler.submit(compiling.wait, 60)
+
+    def ask(timeout: int | None = None, **fields: str) -> Waiting:
+        inputs = {name: _wire.texts([text])[None] for name, text in ({"text_input": PROMPT} | fields).items()}
+        channel = Waiting()
+        service.submit(service.parse(inputs, timeout), channel)
+        return channel
+
+    overdue, gone, patient = (
+        ask(timeout, guided_choice=text) for timeout, text in ((50_000, "a"), (None, "b"), (None, "c"))
+    )
+    gone.cancelled = True
+    error = overdue.chunks.get(timeout=30)
+    assert isinstance(error, DeadlineExceeded)
+    assert str(error) == "the timeout of 0.05 s was over while its grammar waited"
+    for channel, reason in ((gone, "cancelled"), (ask(), "length")):
+        chunk = channel.chunks.get(timeout=30)
+        assert isinstance(chunk, Chunk)
+        assert chunk.finish_reason is not None
+        assert chunk.finish_reason.value == reason
+    assert patient.chunks.empty()
+    compiling.set()
+    chunk = patient.chunks.get(timeout=30)
+    assert isinstance(chunk, Chunk)
+    assert (chunk.text, chunk.finish_reason) == ("c", "stop")
+    assert [json.loads(text) for _, text in service._grammars._compiled] == [["c"]]
+    counters = service.recorder.drain().counters
+    assert (counters["requests_failed"], counters["requests_cancelled"]) == (1, 1)
+    late = ask(timeout=1, guided_choice="c")  # its grammar is known, and its time over: told by the engine
+    assert isinstance(late.chunks.get(timeout=30), DeadlineExceeded)
+    service.stop()
 
 
 def test_a_cut_answer_says_so(client: Client) -> None:

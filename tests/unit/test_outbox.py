@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import queue
 import threading
 import time
 from typing import Any
@@ -40,6 +41,9 @@ class Answer:
     def is_cancelled(self) -> bool:
         return False
 
+    def fail(self, error: Exception) -> None:
+        raise error
+
     @property
     def urgent(self) -> bool:
         return self.last_sent == 0.0
@@ -75,3 +79,36 @@ def test_a_first_token_never_waits_and_the_next_ones_do() -> None:
     outbox.stop()
     assert [texts for _, texts in answers[0].sent] == [["first"], ["second"]]
     assert [texts for _, texts in last.sent] == [["its end"]]
+
+
+class Unsendable:
+    """A stream, and its channel, of a response that no message can hold."""
+
+    cancelled = pending = False
+    last_sent = 0.0
+    urgent = True
+
+    def __init__(self) -> None:
+        self.channel = self
+        self.failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+
+    def send_pending(self) -> bool:
+        "\ud800".encode()
+        return True
+
+    def is_cancelled(self) -> bool:
+        return False
+
+    def fail(self, error: Exception) -> None:
+        self.failures.put(error)
+        raise RuntimeError("Triton takes no error either")
+
+
+def test_a_response_that_can_not_be_sent_fails_its_request() -> None:
+    outbox = Outbox()
+    for stream in (Unsendable(), Unsendable()):  # the thread goes on behind the first
+        outbox.add(stream)
+        outbox.notify(stream)
+        assert isinstance(stream.failures.get(timeout=30), UnicodeEncodeError)
+        assert stream.cancelled
+    outbox.stop()

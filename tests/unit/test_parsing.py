@@ -303,6 +303,33 @@ def test_any_text_is_parted_without_an_error(kind: ChatFormat, pieces: list[str]
         assert unparted == Answer(text)
 
 
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "now", "arguments": "\\ud800"}</tool_call>'),
+        ("qwen_coder", '<function=weather><parameter=more>"\\ud800"</parameter></function>'),
+        ("glm", "<tool_call>weather<arg_key>more</arg_key><arg_value>[NaN]</arg_value></tool_call>"),
+        ("lfm2", "<|tool_call_start|>[weather(city='\\ud800')]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[weather(city={'\\ud800': 1})]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[weather(days=1e999)]<|tool_call_end|>"),
+    ],
+)
+def test_what_python_reads_and_json_is_not(kind: str, answer: str) -> None:
+    """Half of a surrogate pair, which no response can hold, and numbers that JSON lacks: they stay what was written."""
+    parser = FAMILIES[ChatFormat(kind)](schemas_of(TOOLS))
+    parts = AnswerParts(parser, {}, [1], calls=True, reasoning=False)
+    text = parts.push(answer) + parts.finish()
+    _, calls = parts.take()
+    assert calls is not None
+    told = text + calls
+    assert told.encode().decode() == told
+    assert "ud800" in told or "NaN" in told or "1e999" in told
+    for call in json.loads(calls):
+        if kind != "hermes":
+            json.loads(call["function"]["arguments"], parse_constant=pytest.fail)
+
+
 def test_parts_come_as_they_are_written() -> None:
     parser = FAMILIES[ChatFormat.HERMES](schemas_of(TOOLS))
     pushed = [

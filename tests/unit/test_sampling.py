@@ -265,3 +265,27 @@ def test_one_random_number_is_taken_for_each_token() -> None:
 def test_values_out_of_range(options: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest, match="must be"):
         SamplingParams(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"typical_p": 0.5}])
+@pytest.mark.parametrize("small", ["temperature", "repetition_penalty", "both"])
+def test_the_smallest_numbers_choose_the_likeliest(options: dict[str, float], small: str) -> None:
+    """Scores divided by them would be infinite, and what is drawn then no token of the model."""
+    fields = {"temperature": 1e-44 if small != "repetition_penalty" else 1.0, **options}
+    fields |= {} if small == "temperature" else {"repetition_penalty": 1e-44}
+    sampler = Sampler.causal(SamplingParams(max_tokens=9, seed=1, **fields), [7], frozenset())  # type: ignore[arg-type]
+    logits = np.abs(LOGITS)
+    expected = int(logits.argmax()) if small == "temperature" else 7  # whose score is many times larger
+    assert sampler.choose(logits) == expected
+    assert 0 <= sampler.choose(logits) < logits.size
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"typical_p": 0.5}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_whose_tokens_are_forbidden(temperature: float, options: dict[str, float]) -> None:
+    fields = {"temperature": temperature, **options}
+    params = SamplingParams(max_tokens=9, bad_words=((3,), (5,)), **fields)  # type: ignore[arg-type]
+    mask = np.zeros(LOGITS.size, np.bool_)
+    mask[[3, 5]] = True
+    with pytest.raises(InvalidRequest, match="the grammar and the request's other fields leave no token"):
+        Sampler.causal(params, [], frozenset()).choose(LOGITS, mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from trident_export.errors import FidelityError
 from trident_export.measure import fidelity
 from trident_serving.chat.messages import parse_messages
 from trident_serving.chat.template import ChatTemplate
-from trident_serving.errors import InvalidRequest, StartError
+from trident_serving.errors import InvalidRequest, LoadError, StartError
 from trident_serving.generation.service import read_eos_token_ids
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
+from trident_serving.runtime.sampling.defaults import GenerationDefaults
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.schema.reading import read_parameters
@@ -95,6 +97,49 @@ def test_smollm2_tokenizer_equals_llama_cpp(smollm2_folder: Path) -> None:
 def test_end_of_sequence_ids(tmp_path: Path, value: object, expected: set[int]) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     assert read_eos_token_ids(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ([], " must hold an object, found []"),
+        ({"do_sample": True, "temperature": 200}, ": temperature must be between 0 and 100, found 200"),
+        ({"do_sample": True, "temperature": "hot"}, ": temperature must be a number, found 'hot'"),
+        ({"do_sample": True, "top_k": -1}, ": top_k must be 0 (off) or more, found -1"),
+        ({"do_sample": True, "top_k": 1e400}, ": top_k must be a whole number, found inf"),
+        ({"repetition_penalty": -1.0}, ": repetition_penalty must be above 0 and at most 100, found -1.0"),
+        ({"min_new_tokens": -1}, ": min_new_tokens must be at least 0, found -1"),
+        ({"no_repeat_ngram_size": True}, ": no_repeat_ngram_size must be a whole number, found True"),
+        ({"bad_words_ids": [5]}, ": bad_words_ids must be lists of tokens, found [5]"),
+        ({"bad_words_ids": [[]]}, ": bad_words_ids must be lists of tokens, found [[]]"),
+        ({"bad_words_ids": [["a"]]}, ": bad_words_ids must be tokens by their ids, found 'a'"),
+        ({"eos_token_id": "2"}, ": eos_token_id must be tokens by their ids, found '2'"),
+        ({"forced_bos_token_id": 500}, " forces the token 500, the model has 500"),
+        ({"forced_bos_token_id": [1, 2]}, ": forced_bos_token_id must be one token, found [1, 2]"),
+    ],
+)
+def test_impossible_generation_configs(tmp_path: Path, config: object, sentence: str) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=re.escape(f"generation_config.json{sentence}")):
+        GenerationDefaults.load(tmp_path, 500)
+
+
+def test_a_generation_config_of_tokens_that_the_model_lacks(tmp_path: Path) -> None:
+    """They never come, so they need not be forbidden; transformers passes over them, too."""
+    config = {
+        "eos_token_id": [2, 500],
+        "suppress_tokens": [-1, 3, 500],
+        "begin_suppress_tokens": [10**9],
+        "bad_words_ids": [[2], [4], [4, 500], [5, 6]],
+        "do_sample": True,
+        "top_k": 7.0,
+        "temperature": None,
+        "repetition_penalty": 0,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    found = GenerationDefaults.load(tmp_path, 500)
+    assert (found.suppress_tokens, found.begin_suppress_tokens, found.bad_words) == ((3,), (), ((4,), (5, 6)))
+    assert (found.top_k, type(found.top_k), found.temperature, found.repetition_penalty) == (7, int, 1.0, 1.0)
 
 
 def test_generation_settings() -> None:

@@ -54,6 +54,7 @@ class Job:
         prompt_lookup: whether drafts may be taken from the sequence itself and from the pool, to which the answer is
             given then; greedy requests only.
         seconds: it fails once this time is over, waiting included; None: never.
+        submitted: when the request came, by `time.monotonic`; None: now.
         stop_token_ids: end the answer beside the model's own end tokens.
         ignore_eos: the model's own do not.
         prompt_log_probs: of how many of the likeliest tokens the consumer gets log-probabilities at each token of the
@@ -74,6 +75,7 @@ class Job:
     prompt_log_probs: int | None = None
     guide: Guide | None = None
     adapter: int = 0
+    submitted: float | None = None
 
 
 class Answer(scheduler.Sequence, loop.Request):
@@ -95,7 +97,7 @@ class Answer(scheduler.Sequence, loop.Request):
         model: ModelAcceptance | None = None,
     ) -> None:
         scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens, job.adapter)
-        loop.Request.__init__(self, job.consumer, job.seconds)
+        loop.Request.__init__(self, job.consumer, job.seconds, job.submitted)
         self._job = job
         self._ends = job.stop_token_ids | (frozenset() if job.ignore_eos else eos_token_ids)
         self._recorder = recorder

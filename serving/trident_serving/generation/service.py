@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trident_serving.artefacts import DRAFT, read_draft
-from trident_serving.errors import DoesNotFit, InvalidRequest, Overloaded
+from trident_serving.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, Overloaded
 from trident_serving.generation import draft_model
 from trident_serving.generation.answer import FinishReason, Job
 from trident_serving.generation.batch import SlotTokens
@@ -24,7 +26,7 @@ from trident_serving.generation.stream import ResponseChannel, TextStream
 from trident_serving.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
-from trident_serving.runtime.sampling.defaults import GenerationDefaults, ids, read_config
+from trident_serving.runtime.sampling.defaults import GenerationDefaults, read_config, token_ids
 from trident_serving.runtime.sampling.grammars import Grammars, Guide
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs
@@ -102,7 +104,27 @@ def plan_memory(
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
     """`eos_token_id` of the model's generation_config.json: one id, a list, or none."""
-    return frozenset(ids(read_config(folder).get("eos_token_id")))
+    return frozenset(token_ids(read_config(folder), "eos_token_id"))
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request whose grammar is being compiled, or waits for that."""
+
+    request: GenerationRequest
+    streams: Sequence[TextStream]
+    grammar: Future[Guide]
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether no answer is wanted any more."""
+        return all(stream.cancelled for stream in self.streams)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() - self.since >= self.request.timeout_seconds
 
 
 class GenerationService:
@@ -131,7 +153,6 @@ class GenerationService:
     ) -> None:
         tokenizer = TextTokenizer.load(folder)
         self._tokenizer = tokenizer
-        self._eos_token_ids = read_eos_token_ids(folder)
         self._unloading = unloading
         self._chat = Chat.load(folder, tokenizer, limits)
         decoder = OnnxDecoder(
@@ -143,10 +164,11 @@ class GenerationService:
             device=limits.device,
             device_id=device_id,
         )
-        self._parser = RequestParser(
-            tokenizer, self._chat, limits, GenerationDefaults.load(folder), decoder.vocabulary_size, decoder.adapters
-        )
-        self._grammars = Grammars(folder / "tokenizer.json", decoder.vocabulary_size, self._eos_token_ids)
+        size = decoder.vocabulary_size
+        self._eos_token_ids = frozenset(token for token in read_eos_token_ids(folder) if 0 <= token < size)
+        defaults = GenerationDefaults.load(folder, size)
+        self._parser = RequestParser(tokenizer, self._chat, limits, defaults, size, decoder.adapters)
+        self._grammars = Grammars(folder / "tokenizer.json", size, self._eos_token_ids)
         settings = read_draft(folder)
         drafting = None if settings is None else draft_model.open_decoder(folder, settings, limits, device_id)
         graphs = [*folder.glob("model.onnx*"), *folder.glob(f"{DRAFT}/model.onnx*")]
@@ -160,7 +182,9 @@ class GenerationService:
             draft = draft_model.over_decoder(drafting, settings, limits, decoder.vocabulary_size)
         self.draft_name = "" if settings is None else settings.name
         self.recorder = Recorder()
-        self._outbox = Outbox(self._check_unloading)
+        self._compiling: set[_Waiting] = set()
+        self._compiling_lock = threading.Lock()
+        self._outbox = Outbox(self._watch)
         self._engine = Engine(
             decoder,
             EngineSettings(
@@ -199,16 +223,32 @@ class GenerationService:
             for stream in streams:
                 stream.finish(FinishReason.LENGTH)
         elif request.grammar is None:
-            self._start(request, streams, None)
+            self._start(request, streams)
         else:
-            compiled = self._grammars.guide(request.grammar)
-            compiled.add_done_callback(lambda done: self._start(request, streams, done))
+            waiting = _Waiting(request, streams, self._grammars.guide(request.grammar))
+            with self._compiling_lock:
+                self._compiling.add(waiting)
+            waiting.grammar.add_done_callback(lambda done: self._compiled(waiting))
 
-    def _start(self, request: GenerationRequest, streams: Sequence[TextStream], compiled: Future[Guide] | None) -> None:
+    def _compiled(self, waiting: _Waiting) -> None:
+        """Go on with a request, unless it has ended meanwhile."""
+        with self._compiling_lock:
+            ended = waiting not in self._compiling
+            self._compiling.discard(waiting)
+        if not ended:
+            self._start(waiting.request, waiting.streams, waiting.grammar, waiting.since)
+
+    def _start(
+        self,
+        request: GenerationRequest,
+        streams: Sequence[TextStream],
+        compiled: Future[Guide] | None = None,
+        since: float | None = None,
+    ) -> None:
         """Queue the answers of a request, once its grammar is compiled, or fail them."""
         try:
             guide = None if compiled is None else compiled.result()
-            self._engine.submit(*(_job(request, index, stream, guide) for index, stream in enumerate(streams)))
+            self._engine.submit(*(_job(request, index, each, guide, since) for index, each in enumerate(streams)))
         except CancelledError:
             error: Exception = Overloaded("the model is being unloaded")
         except (InvalidRequest, Overloaded) as refusal:
@@ -249,12 +289,24 @@ class GenerationService:
         self._engine.stop()
         self._outbox.stop()
 
-    def _check_unloading(self) -> None:
+    def _watch(self) -> None:
         if self._unloading():
             self._engine.stop()
+        with self._compiling_lock:
+            ended = [waiting for waiting in self._compiling if waiting.cancelled or waiting.overdue]
+            self._compiling.difference_update(ended)
+        for waiting in ended:
+            waiting.grammar.cancel()  # is not compiled, if that has not begun
+            self.recorder.count("requests_cancelled" if waiting.cancelled else "requests_failed")
+            for stream in waiting.streams:
+                if waiting.cancelled:
+                    stream.finish(FinishReason.CANCELLED)
+                else:
+                    seconds = waiting.request.timeout_seconds
+                    stream.fail(DeadlineExceeded(f"the timeout of {seconds:g} s was over while its grammar waited"))
 
 
-def _job(request: GenerationRequest, index: int, stream: TextStream, guide: Guide | None) -> Job:
+def _job(request: GenerationRequest, index: int, stream: TextStream, guide: Guide | None, since: float | None) -> Job:
     """The job of one of a request's answers."""
     sampling = request.sampling
     if sampling.seed is not None:
@@ -272,4 +324,5 @@ def _job(request: GenerationRequest, index: int, stream: TextStream, guide: Guid
         prompt_log_probs=None if index else request.prompt_log_probs,
         guide=None if guide is None else guide.copy(),
         adapter=request.adapter,
+        submitted=since,
     )

@@ -89,7 +89,9 @@ class TextStream:
         self.pending = False
         self._streaming = request.stream
         self._num_input_tokens = len(request.prompt_ids)
-        self._ends = request.stop_token_ids | (frozenset() if request.ignore_eos else eos_token_ids)
+        # The end token that a grammar allows is its end, whatever the request ignores.
+        ends = frozenset() if request.ignore_eos and request.grammar is None else eos_token_ids
+        self._ends = request.stop_token_ids | ends
         self._detokenizer = Detokenizer(codec, request.prompt_ids, skip_special_tokens=request.skip_special_tokens)
         self._counts_chunks = request.counts_chunks
         self._min_tokens = request.sampling.min_tokens

@@ -37,6 +37,7 @@ class Request:
 
     Args:
         seconds: it fails once this time is over, waiting included; None: never.
+        submitted: when it came; None: now.
 
     Attributes:
         submitted: when it came, by `time.monotonic`.
@@ -44,10 +45,10 @@ class Request:
         generated: tokens, or steps of all its beams.
     """
 
-    def __init__(self, consumer: Consumer, seconds: float | None) -> None:
+    def __init__(self, consumer: Consumer, seconds: float | None, submitted: float | None = None) -> None:
         self.consumer = consumer
         self.seconds = seconds
-        self.submitted = time.monotonic()
+        self.submitted = time.monotonic() if submitted is None else submitted
         self.started = False
         self.generated = 0
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ class Channel(Protocol):
 
     def is_cancelled(self) -> bool:
         """Whether the client has gone."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Send an error as the last response."""
         ...
 
 
@@ -179,9 +184,11 @@ class Outbox:
         stream.last_sent = time.monotonic()
         try:
             done = stream.send_pending()
-        except Exception:
+        except Exception as error:
             logger.exception("a response could not be sent")
-            stream.cancelled = True  # the engine ends it; nothing more can be sent
+            stream.cancelled = True  # the engine ends it
+            with suppress(Exception):  # if Triton takes no response, it takes no error either
+                stream.channel.fail(error)
             done = True
         if done:
             self.discard(stream)

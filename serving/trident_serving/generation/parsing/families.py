@@ -424,6 +424,9 @@ def _typed(text: str, schema: object) -> Any:
     if kinds == "string" or (isinstance(kinds, list) and "string" in kinds and text != "null"):
         return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        # Python reads NaN and halves of surrogate pairs, which are no JSON.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return text
+    return value

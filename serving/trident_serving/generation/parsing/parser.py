@@ -507,6 +507,7 @@ def _decoded(text: str) -> str:
     """What is between a JSON string's quotation marks, decoded; as it is where that can't be."""
     try:
         found: str = json.loads(f'"{text}"', strict=False)
+        found.encode()  # half of a surrogate pair is no text that can be sent
     except ValueError:
         return text
     return found

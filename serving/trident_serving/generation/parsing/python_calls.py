@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -65,12 +66,14 @@ def _as_json(value: Any) -> Any:
     """A literal of Python as JSON has it.
 
     Raises:
-        TypeError: JSON has none.
+        TypeError, ValueError: JSON has none.
     """
     if isinstance(value, tuple | list | set):
         return [_as_json(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _as_json(item) for key, item in value.items()}
+        return {_as_json(str(key)): _as_json(item) for key, item in value.items()}
     if not isinstance(value, str | int | float | bool | None):
         raise TypeError(f"{value!r} has no form in JSON")
+    # Half of a surrogate pair, and infinity, are none either.
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value

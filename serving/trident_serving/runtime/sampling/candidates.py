@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from trident_serving.errors import InvalidRequest
+
+NO_TOKEN = "the grammar and the request's other fields leave no token"
 Scores = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
@@ -61,9 +64,16 @@ class Candidates:
 
     @property
     def weights(self) -> Scores:
-        """Of each token that is left, float32: its probability in proportion to the likeliest, which had 1."""
+        """Of each token that is left, float32: its probability in proportion to the likeliest, which had 1.
+
+        Raises:
+            InvalidRequest: every token is forbidden.
+        """
         if self._weights is None:
-            self._weights = np.exp(self.scores - self.scores.max())
+            highest = self.scores.max()
+            if highest == -np.inf:
+                raise InvalidRequest(NO_TOKEN)
+            self._weights = np.exp(self.scores - highest)
         return self._weights
 
     def keep(self, indices: Ids) -> None:

@@ -8,11 +8,14 @@ and, behind a draft's tokens, on the draft.
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,13 @@ from trident_serving.errors import InvalidRequest
 
 MAX_GRAMMAR_BYTES = 32 * 1024  # larger ones may compile for seconds
 KEPT_GRAMMARS = 64
+# A multipleOf takes as many states as the number has remainders: a million compile for half a minute, into 600 MB.
+MAX_REMAINDERS = 50_000
+# A quarter of llguidance's own: neighbours wait for a step's masks, which a hostile regular expression stretched to
+# 80 ms. Schemas in use take a hundredth of it.
+STEP_LEXER_FUEL = 50_000
+# Of a million: 15,000 optional letters took 4 to 18 s and 600 to 900 MB. A literal of 18 KB is lost with them, one of 15 is not.
+INITIAL_LEXER_FUEL = 30_000
 Mask = NDArray[np.bool_]
 
 
@@ -79,11 +89,14 @@ class Guide:
     def masks(self, draft: Sequence[int]) -> Mask:
         """Which tokens may come next, and behind each token of a draft that fits: [1 + draft, vocabulary]."""
         words = np.zeros((1 + len(draft), (self._size + 31) // 32), np.int32)
+        consumed = 0
         for index, row in enumerate(words):
             self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-            if index < len(draft):
+            # Behind the grammar's end an end token is taken, but is none that can be rolled back.
+            if index < len(draft) and not self._matcher.is_stopped():
                 self._matcher.consume_token(draft[index])
-        self._matcher.rollback(len(draft))
+                consumed += 1
+        self._matcher.rollback(consumed)
         bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
         mask: Mask = bits[:, : self._size].view(np.bool_)
         return mask
@@ -96,7 +109,7 @@ class Guide:
         """
         self._matcher.consume_token(token)
         if self._matcher.is_error():
-            raise InvalidRequest(f"the grammar can't be followed further: {_first_line(self._matcher.get_error())}")
+            raise InvalidRequest(f"the grammar can't be followed further: {_reason(self._matcher.get_error())}")
         stopped: bool = self._matcher.is_stopped()
         return stopped
 
@@ -158,14 +171,15 @@ class Grammars:
         if self._tokenizer is None:
             ends = self._ends or None
             self._tokenizer = llguidance.LLTokenizer(str(self._path), n_vocab=self._size, eos_token=ends)
-        matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0)
+        limits = llguidance.LLParserLimits(step_lexer_fuel=STEP_LEXER_FUEL, initial_lexer_fuel=INITIAL_LEXER_FUEL)
+        matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=limits)
         if matcher.is_error():
-            raise InvalidRequest(f"{grammar.field} is refused: {_first_line(matcher.get_error())}")
+            raise InvalidRequest(f"{grammar.field} is refused: {_reason(matcher.get_error())}")
         any_first = Guide(matcher, self._size).masks([]).any()
         if not any_first or matcher.get_error().startswith("NoExtension"):
             raise InvalidRequest(f"{grammar.field} admits no text: no token could come first")
         if matcher.is_error():
-            raise InvalidRequest(f"{grammar.field} is too complex: {_first_line(matcher.get_error())}")
+            raise InvalidRequest(f"{grammar.field} is too complex: {_reason(matcher.get_error())}")
         with self._lock:
             self._compiled[grammar.kind, grammar.text] = matcher
             while len(self._compiled) > KEPT_GRAMMARS:
@@ -191,19 +205,22 @@ def _source(grammar: Grammar) -> str:
             case GrammarKind.JSON:
                 found = LLMatcher.grammar_from_json_schema({"type": ["object", "array"]}, _JSON)
             case GrammarKind.JSON_SCHEMA:
-                found = LLMatcher.grammar_from_json_schema(_object(text, field), _JSON)
+                schema = _object(text, field)
+                _check_divisors([schema], field)
+                found = LLMatcher.grammar_from_json_schema(schema, _JSON)
             case GrammarKind.REGEX:
                 found = LLMatcher.grammar_from_regex(text)
             case GrammarKind.CHOICE:
                 found = LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, _choices(text, field))))
             case GrammarKind.LARK:
+                _check_divisors(list(_schemas_in(text)), field)
                 found = LLMatcher.grammar_from_lark(text)
             case GrammarKind.GBNF:
                 found = LLMatcher.grammar_from_lark(any_to_lark(text))
     except InvalidRequest:
         raise
     except Exception as error:  # what llguidance's readers raise
-        raise InvalidRequest(f"{field} is refused: {_first_line(str(error))}") from None
+        raise InvalidRequest(f"{field} is refused: {_reason(str(error))}") from None
     return found
 
 
@@ -214,11 +231,56 @@ _JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 def _object(text: str, field: str) -> dict[str, Any]:
     try:
         schema = json.loads(text)
+        json.dumps(schema, allow_nan=False)  # NaN and 1e400, which Python reads, would be null
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{field} is not JSON: {error}") from None
     if not isinstance(schema, dict):
         raise InvalidRequest(f"{field} must be a JSON schema, an object, found {text[:80]!r}")
     return schema
+
+
+def _schemas_in(lark: str) -> Iterator[Any]:
+    """The JSON schemas within a grammar; what is none, llguidance refuses."""
+    for found in re.finditer(r"%json[^{]*", lark):
+        try:
+            yield json.JSONDecoder().raw_decode(lark, found.end())[0]
+        except (ValueError, RecursionError):
+            continue
+
+
+def _check_divisors(schemas: Sequence[Any], field: str) -> None:
+    """Refuse schemas whose `multipleOf` take too much to compile.
+
+    Each takes a state for every remainder, powers of ten aside. Where schemas can be joined, it is their least common
+    multiple's.
+    """
+    divisors: list[Decimal] = []
+    joined, left = False, list(schemas)
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            divisor = value.get("multipleOf")
+            if isinstance(divisor, int | float) and not isinstance(divisor, bool) and divisor > 0:
+                divisors.append(Decimal(str(divisor)))
+            joined |= any(key in value for key in ("allOf", "anyOf", "oneOf", "$ref"))
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    if not divisors:
+        return
+    scale = 10 ** max(0, *(-int(divisor.as_tuple().exponent) for divisor in divisors))
+    whole = [int(divisor * scale) for divisor in divisors]
+    found = max(sum(map(_remainders, whole)), _remainders(math.lcm(*whole)) if joined else 0)
+    if found > MAX_REMAINDERS:
+        raise InvalidRequest(
+            f"{field} is too complex: its multipleOf have {found:.7g} remainders, the limit is {MAX_REMAINDERS}"
+        )
+
+
+def _remainders(divisor: int) -> int:
+    while divisor and divisor % 10 == 0:
+        divisor //= 10
+    return divisor
 
 
 def _choices(text: str, field: str) -> list[str]:
@@ -235,5 +297,12 @@ def _choices(text: str, field: str) -> list[str]:
     return choices
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else "no reason is given"
+def _reason(text: str) -> str:
+    """What llguidance says, without the lines that show where: its first, and what a regular expression lacks."""
+    first, *more = text.strip().splitlines() or ["no reason is given"]
+    error = next((line.removeprefix("error:") for line in more if line.startswith("error:")), None)
+    if error is None:
+        return first[:300]
+    about, _, _ = first.rpartition("regex parse error:")
+    about = f"{about[:200]}... " if len(about) > 200 else about
+    return f"{about}regex parse error:{error[:200]}"

@@ -14,7 +14,7 @@ import numpy as np
 from trident_serving.runtime.sampling.candidates import Candidates, Ids
 from trident_serving.runtime.sampling.params import SamplingParams
 
-SMALLEST = 1e-9
+SMALLEST = 1e-9  # smaller divisors and shares choose the same tokens, but scores would overflow
 
 
 class LogitsProcessor(Protocol):
@@ -40,7 +40,8 @@ class RepetitionPenalty:
         """See `LogitsProcessor`."""
         scores = candidates.writable()
         values = scores[tokens]
-        scores[tokens] = np.where(values < 0, values * self.penalty, values / self.penalty)
+        penalty = max(self.penalty, SMALLEST)
+        scores[tokens] = np.where(values < 0, values * penalty, values / penalty)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Temperature:
 
     def __call__(self, tokens: Ids, candidates: Candidates) -> None:
         """See `LogitsProcessor`."""
-        candidates.replace((candidates.scores / np.float32(self.temperature)).astype(np.float32, copy=False))
+        temperature = np.float32(max(self.temperature, SMALLEST))
+        candidates.replace((candidates.scores / temperature).astype(np.float32, copy=False))
 
 
 @dataclass(frozen=True)

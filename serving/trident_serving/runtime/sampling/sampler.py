@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trident_serving.errors import BrokenModel, InvalidRequest
-from trident_serving.runtime.sampling.candidates import Candidates, Scores
+from trident_serving.runtime.sampling.candidates import NO_TOKEN, Candidates, Scores
 from trident_serving.runtime.sampling.grammars import Mask
 from trident_serving.runtime.sampling.params import SamplingParams
 from trident_serving.runtime.sampling.processors import LogitsProcessor, filters, penalties
@@ -53,7 +53,7 @@ class Sampler:
             likeliest = int(logits.argmax())
         token = self._choose(logits, likeliest) if self._processors else likeliest
         if mask is not None and not (token < len(mask) and mask[token]):
-            raise InvalidRequest("the grammar and the request's other fields leave no token")
+            raise InvalidRequest(NO_TOKEN)
         return token
 
     def guess(self, logits: Scores, ahead: Sequence[int]) -> int:
