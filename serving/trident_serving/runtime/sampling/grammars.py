@@ -32,7 +32,8 @@ MAX_REMAINDERS = 50_000
 # A quarter of llguidance's own: neighbours wait for a step's masks, which a hostile regular expression stretched to
 # 80 ms. Schemas in use take a hundredth of it.
 STEP_LEXER_FUEL = 50_000
-# Of a million: 15,000 optional letters took 4 to 18 s and 600 to 900 MB. A literal of 18 KB is lost with them, one of 15 is not.
+# Of a million: 15,000 optional letters took 4 to 18 s and 600 to 900 MB. A literal of 18 KB is lost with them, one of
+# 15 KB is not.
 INITIAL_LEXER_FUEL = 30_000
 Mask = NDArray[np.bool_]
 
