@@ -52,7 +52,8 @@ class Figures:
         wrong: of these, with another answer than a lone request has; None: the driver does not compare.
         full: requests for which there was no room.
         failed: others without an answer.
-        requests_per_second: answered, from the first request's beginning to the last one's end.
+        requests_per_second: answered, from the first request's beginning to the last one's end; with random arrivals in
+            the time of the measurement at least.
         tokens_per_second: the same; None where nothing is generated, or it is not told.
         goodput: the share of all requests that were answered right and within the limits; None: not told.
     """
@@ -92,11 +93,14 @@ class Run:
         return f"{self.model} over {self.door}, {how}, by {self.driver}"
 
 
-def summarize(run: Run, found: Sequence[Timed], right: Sequence[object] | None, limits: Limits) -> Figures:
+def summarize(
+    run: Run, found: Sequence[Timed], right: Sequence[object] | None, limits: Limits, least: float = 0.0
+) -> Figures:
     """The figures of the requests of one measurement.
 
     Args:
         right: the answer to each item; None: answers are not compared.
+        least: seconds in which the requests came, where they came at random: a few may be close together.
     """
     answered = [each for each in found if not each.full and not each.error]
     wrong = 0
@@ -106,6 +110,7 @@ def summarize(run: Run, found: Sequence[Timed], right: Sequence[object] | None, 
         wrong += not same
         good += same and is_good(each, limits)
     seconds = max((each.end for each in found), default=0.0) - min((each.due for each in found), default=0.0)
+    seconds = max(seconds, least)
     tokens = sum(each.tokens for each in answered)
     streamed = [each for each in answered if each.moments]
     return Figures(

@@ -6,6 +6,7 @@ They do not compare answers. A driver that can't be set up on a machine is left 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -41,7 +42,8 @@ def run(command: Sequence[str | Path], seconds: float = TIMEOUT) -> None:
     except subprocess.TimeoutExpired:
         raise DriverError(f"it did not end within {seconds:g} s") from None
     if done.returncode:
-        raise DriverError(f"it ended with {done.returncode}: {(done.stdout + done.stderr)[-1000:].strip()}")
+        said = " ".join((done.stdout + done.stderr).split())
+        raise DriverError(f"it ended with {done.returncode}: ... {said[-400:]}")
 
 
 class PerfAnalyzer:
@@ -91,7 +93,7 @@ class PerfAnalyzer:
         command += ["--streaming"] if isinstance(workload, Generation) else ["--async"]
         if run_.streams is None:
             command += ["--request-rate-range", f"{run_.rate:g}", "--request-distribution", "poisson"]
-            command += ["--request-count", str(max(count, 1))]
+            command += ["--request-count", str(max(count, math.ceil(run_.rate or 1)))]
         else:
             command += ["--concurrency-range", str(run_.streams), "--request-count", str(max(count, run_.streams))]
             command += ["--warmup-request-count", str(WARM_UP * run_.streams)]

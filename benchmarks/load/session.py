@@ -165,7 +165,8 @@ class _Driver:
 
     def _note(self, run: Run, timed: list[arrivals.Timed], kept: bool) -> None:
         self._first = (self._first + len(timed)) % len(self._workload.items)
-        figures = summarize(run, timed, self._right, self._settings.limits)
+        least = 0.0 if run.rate is None else self._settings.seconds
+        figures = summarize(run, timed, self._right, self._settings.limits, least)
         if kept:
             self._say(f"{run.told()}: {figures.requests_per_second:.1f} requests/s")
             self._found.add(run, figures)

@@ -41,7 +41,7 @@ class Workload:
     path: str
     body: Callable[[Any], dict[str, Any]]
     read: Callable[[Json], Any]
-    tensors: Callable[[Any], dict[str, list[Any]]]
+    tensors: Callable[[Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Generation:
         likeliest = {"temperature": 0.0} if self.greedy else {"temperature": 1.0, "top_k": 1}
         return {"max_tokens": self.tokens, "ignore_eos": True, **likeliest}
 
-    def tensors(self, prompt: str) -> dict[str, list[Any]]:
+    def tensors(self, prompt: str) -> dict[str, Any]:
         """The inputs, as perf_analyzer reads them."""
         fields = {"text_input": prompt, "stream": True, **self.options()}
         return {name: [value] for name, value in fields.items()}
@@ -123,8 +123,13 @@ def _embedding(tokens: int) -> Workload:
     )
 
 
-def _text_input(text: str) -> dict[str, list[Any]]:
-    return {"text_input": [text]}
+def _text_input(text: str) -> dict[str, Any]:
+    return {"text_input": [text], "truncate": [True]}
+
+
+def _of_shape(shape: list[int], **fields: list[Any]) -> dict[str, Any]:
+    """Inputs of models that do not say how long theirs are."""
+    return {name: {"content": content, "shape": shape} for name, content in fields.items()}
 
 
 def _sparse(tokens: int) -> Workload:
@@ -170,8 +175,9 @@ def _zero_shot(tokens: int) -> Workload:
     def body(text: str) -> dict[str, Any]:
         return {"input": text, "labels": LABELS, "truncate": True}
 
-    def tensors(text: str) -> dict[str, list[Any]]:
-        return {"text_input": [text], "candidate_labels": LABELS}
+    def tensors(text: str) -> dict[str, Any]:
+        labels = _of_shape([len(LABELS)], candidate_labels=LABELS)
+        return {**_of_shape([1], text_input=[text]), **labels, "truncate": [True]}
 
     return Workload("zero-shot-classification", _texts(), call, "/v1/classify", body, read, tensors)
 
@@ -186,7 +192,10 @@ def _entities(tokens: int) -> Workload:
     def body(text: str) -> dict[str, Any]:
         return {"input": text, "truncate": True}
 
-    return Workload("token-classification", _texts(), call, "/v1/entities", body, read, _text_input)
+    def tensors(text: str) -> dict[str, Any]:
+        return _of_shape([1, 1], text_input=[text], truncate=[True])
+
+    return Workload("token-classification", _texts(), call, "/v1/entities", body, read, tensors)
 
 
 PASSAGES = 4  # of one request to a ranker
@@ -205,8 +214,8 @@ def _ranking(tokens: int) -> Workload:
     def body(item: tuple[str, list[str]]) -> dict[str, Any]:
         return {"query": item[0], "documents": item[1], "truncate": True, "return_documents": False}
 
-    def tensors(item: tuple[str, list[str]]) -> dict[str, list[Any]]:
-        return {"query": [item[0]], "text_input": [item[1][0]]}
+    def tensors(item: tuple[str, list[str]]) -> dict[str, Any]:
+        return {"query": [item[0]], **_text_input(item[1][0])}
 
     return Workload("text-ranking", items, call, "/v1/rerank", body, read, tensors)
 
@@ -218,7 +227,7 @@ def _translation(tokens: int) -> Workload:
     def body(text: str) -> dict[str, Any]:
         return {"input": text, "max_tokens": tokens}
 
-    def tensors(text: str) -> dict[str, list[Any]]:
+    def tensors(text: str) -> dict[str, Any]:
         return {"text_input": [text], "max_tokens": [tokens]}
 
     def read(answer: Json) -> str:
@@ -236,7 +245,7 @@ def _summarization(tokens: int) -> Workload:
     async def call(client: AsyncClient, model: str, text: str) -> str:
         return (await client.summarize(text, model=model, max_tokens=tokens)).text
 
-    def tensors(text: str) -> dict[str, list[Any]]:
+    def tensors(text: str) -> dict[str, Any]:
         return {"text_input": [text], "max_tokens": [tokens]}
 
     return Workload("summarization", _sentences(), call, "", _no_body, _no_answer, tensors)
@@ -246,8 +255,8 @@ def _question_answering(tokens: int) -> Workload:
     async def call(client: AsyncClient, model: str, text: str) -> Any:
         return await client.answer("What does it hold in memory?", text, model=model)
 
-    def tensors(text: str) -> dict[str, list[Any]]:
-        return {"question": ["What does it hold in memory?"], "context": [text]}
+    def tensors(text: str) -> dict[str, Any]:
+        return _of_shape([1], question=["What does it hold in memory?"], context=[text])
 
     return Workload("question-answering", _sentences(), call, "", _no_body, _no_answer, tensors)
 

@@ -140,6 +140,8 @@ def test_figures_of_whole_answers() -> None:
     figures = summarize(RUN, found, None, LIMITS)
     assert (figures.wrong, figures.first_token, figures.inter_token, figures.tokens_per_second) == (None,) * 4
     assert figures.goodput == 0.5
+    assert figures.requests_per_second == pytest.approx(2 / 0.6)
+    assert summarize(RUN, found, None, LIMITS, least=4.0).requests_per_second == 0.5
     assert summarize(RUN, [], None, LIMITS).requests_per_second == 0.0
 
 
