@@ -365,7 +365,7 @@ def checked(found: Found, options: argparse.Namespace, settings: Settings) -> in
     told = ratios.differences(wanted(stored.ratios, now, options), now, options.tolerance)
     for sentence in told:
         say(sentence)
-    say("the ratios are those that are stored" if not told else f"{len(told)} ratios are others")
+    say("the ratios are those that are stored" if not told else f"differences: {len(told)}")
     return 1 if told else 0
 
 
