@@ -16,15 +16,17 @@ SOURCE ?=
 FORCE ?=
 SERVICE ?= trident
 PYTEST_ARGS ?=
+LOAD_ARGS ?=
+UPDATE ?=
 TEST_WORKERS ?= 3
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test test-all check schema format docs quality families bench load soak clients image up down clean
+.PHONY: help setup serve export test test-all check schema format docs quality families bench load load-check soak clients image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## create .venv with the pinned packages
 
@@ -56,6 +58,7 @@ check: $(SETUP) ## lint, types, configs in step with models.toml, deployment fil
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy --python-version 3.10 --package trident_client
+	@$(BIN)/mypy --python-version 3.10 examples
 	@$(BIN)/python tools/schema.py --check
 	@$(BIN)/python -m trident_export configs --check --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python deploy/validate.py
@@ -83,8 +86,11 @@ bench: $(SETUP) ## compare with other libraries, all in one run -> reports/bench
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@$(BIN)/python -m benchmarks.bench --repository $(REPOSITORY)
 
-load: $(SETUP) ## perf_analyzer against minilm and smollm2 -> reports/load.md
-	@$(BIN)/python -m benchmarks.load --repository $(REPOSITORY)
+load: $(SETUP) ## throughput and latency of every model at every door, verified: make load [LOAD_ARGS=...] -> reports/load.md
+	@$(BIN)/python -m benchmarks.load --repository $(REPOSITORY) $(LOAD_ARGS)
+
+load-check: $(SETUP) ## compare ratios of throughput with stored ones: make load-check [UPDATE=1] [LOAD_ARGS=...]
+	@$(BIN)/python -m benchmarks.load --check $(if $(UPDATE),--update) --repository $(REPOSITORY) $(LOAD_ARGS)
 
 soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make soak [MINUTES=15] -> reports/soak.md
 	@$(BIN)/python -m trident_export export smollm2 --variants all --models-file $(MODELS_FILE) --repository $(REPOSITORY)

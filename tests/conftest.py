@@ -42,6 +42,7 @@ SERVED = (
     "tests/integration/test_bad_requests.py",
     "tests/integration/test_embeddings.py",
     "tests/integration/test_engine_limits.py",
+    "tests/integration/test_examples.py",
     "tests/integration/test_generation.py",
     "tests/integration/test_launcher.py",
     "tests/integration/test_soak.py",

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 from tests import environments
-from tests.conftest import ROOT
 
-CACHE = ROOT / ".cache" / "clients"
+CACHE = Path(__file__).parents[2] / ".cache" / "clients"
 PACKAGES = {
     "aiperf": ("aiperf==0.13.0",),
     "cohere": ("cohere==7.3.1",),
