@@ -157,5 +157,7 @@ class Stream(Response):
 
         try:
             await unless_gone(receive, send_all())
+        except ClientGone:
+            pass  # the response has begun: there is nobody to tell, and nothing went wrong
         finally:
             await self._content.aclose()

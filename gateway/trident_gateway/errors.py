@@ -100,6 +100,11 @@ def model_not_found(model: str, known: str) -> ApiError:
     )
 
 
+def defect() -> ApiError:
+    """What nobody but us can mend."""
+    return ApiError(500, "the gateway failed; its log says why", code="server_error")
+
+
 def overloaded(message: str, seconds: int) -> ApiError:
     """No room now."""
     return ApiError(429, message, code="rate_limit_exceeded", retry_after=seconds)

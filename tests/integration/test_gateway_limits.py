@@ -86,6 +86,67 @@ def test_a_hangup_cancels_within_half_a_second(gateway: Gateway, gateway_server:
     (entry,) = [entry for entry in gateway.entries() if entry["request_id"] == f"gone-{stream}"]
     assert entry["status"] == (200 if stream else 499)
     assert gateway.ask("/admin/status")[2]["queues"]["talk"] == {"running": 0, "waiting": 0}
+    assert f"gone-{stream}: a request failed" not in gateway.log.read_text()
+
+
+def test_a_hangup_is_seen_behind_a_second_request(gateway: Gateway) -> None:
+    with gateway.connect() as connection:
+        connection.sendall(raw(LONG, x_request_id="first") + raw(LONG, x_request_id="second"))
+        until(lambda: gateway.ask("/admin/status")[2]["queues"]["talk"]["running"] == 1)
+    until(lambda: any(entry["request_id"] == "first" for entry in gateway.entries()), 0.5)
+    entries = {entry["request_id"]: entry for entry in gateway.entries()}
+    assert (entries["first"]["status"], "second" in entries) == (499, False)
+
+
+def test_requests_behind_each_other_are_answered_in_their_order(gateway: Gateway) -> None:
+    with gateway.connect() as connection:
+        connection.sendall(b"".join(raw(CHAT, x_request_id=f"row-{number}", connection="close") for number in "123"))
+        answers = read(connection)
+    assert re.findall(rb"x-request-id: (row-\d)", answers) == [b"row-1"]  # which closes, as it was asked to
+    with gateway.connect() as connection:
+        connection.sendall(b"".join(raw(CHAT, x_request_id=f"row-{number}") for number in range(20)))
+        connection.sendall(raw(CHAT, x_request_id="row-20", connection="close"))
+        answers = read(connection)
+    assert re.findall(rb"x-request-id: row-(\d+)", answers) == [b"%d" % number for number in range(21)]
+    assert answers.count(b"HTTP/1.1 200 OK") == 21
+
+
+@pytest.mark.parametrize("place", ["behind a request", "behind a body", "in a chunk", "first"])
+def test_headers_without_end(gateway: Gateway, place: str) -> None:
+    """Nothing is kept of them beyond a limit, wherever they come."""
+    begin, line = b"GET / HTTP/1.1\r\n", b"x: " + b"y" * 65536 + b"\r\n"
+    if place == "behind a request":
+        begin = raw(LONG) + b"GET / HTTP/1.1\r\n"
+    elif place != "first":
+        begin = raw(b"", transfer_encoding="chunked").replace(b"content-length: 0\r\n", b"")
+        begin += b"2\r\n{}\r\n0\r\n" if place == "behind a body" else b"2;"
+        line = line if place == "behind a body" else b"y" * 65536
+    with gateway.connect() as connection:
+        connection.sendall(begin)
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(line)
+    if place == "first":
+        with gateway.connect() as connection:
+            connection.sendall(begin + line)
+            assert read(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_wish_for_http_2_is_overlooked(gateway: Gateway) -> None:
+    """As curl --http2 and Java's client send it with every request."""
+    with gateway.connect() as connection:
+        headers = {"connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2_Settings": "AAMAAABkAAQAAP__"}
+        connection.sendall(raw(CHAT, **headers) + raw(CHAT, connection="close"))
+        assert read(connection).count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_who_still_sends_reads_the_refusal(gateway: Gateway) -> None:
+    """A body is read to its end though the answer is already there, and the connection goes on."""
+    with gateway.connect() as connection:
+        connection.sendall(raw(b" " * 4_000_000, content_type="text/plain"))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 415 ")
+        connection.sendall(raw(CHAT, connection="close"))
+        assert read(connection).startswith(b"HTTP/1.1 200 ")
 
 
 BAD = {
@@ -125,6 +186,9 @@ def test_bad_bodies(gateway: Gateway, direct: Client, name: str) -> None:
         ({"origin": "https://evil.example"}, PATH, 403, "origin_not_allowed"),
         ({"origin": "null"}, PATH, 403, "origin_not_allowed"),
         ({"host": "evil.example", "origin": "http://evil.example"}, PATH, 403, "host_not_allowed"),
+        ({"host": "[::1"}, PATH, 403, "host_not_allowed"),
+        ({"origin": "http://["}, PATH, 403, "origin_not_allowed"),
+        ({}, f"{PATH}/", 404, None),
     ],
 )
 def test_headers_that_are_refused(gateway: Gateway, headers: dict[str, str], path: str, status: int, code: str) -> None:
@@ -294,6 +358,18 @@ def test_slow_clients(guarded: Gateway, user: dict[str, str]) -> None:
     with guarded.connect() as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000)
         assert b"200" not in read(connection)
+
+
+def test_a_body_that_comes_byte_by_byte(guarded: Gateway, user: dict[str, str]) -> None:
+    with guarded.connect() as connection:
+        connection.sendall(raw(b"{", authorization=user["authorization"], content_length="100"))
+        connection.settimeout(0.2)
+        began, answer = time.monotonic(), b""
+        while not answer and time.monotonic() - began < 3:
+            connection.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
 
 
 def test_the_log_and_the_metrics(guarded: Gateway, user: dict[str, str], admin: dict[str, str]) -> None:
