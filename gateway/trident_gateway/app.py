@@ -44,15 +44,18 @@ def create(gateway: Gateway) -> ASGIApp:
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _not_found)
     app.add_exception_handler(Exception, _failed)
+    door: ASGIApp = Door(app, gateway)
     if gateway.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
+        # Outermost: a page may read why it was refused, too. Clients have headers of their own (OpenAI's has a dozen),
+        # and a page of a listed site may send any, because nothing here is asked with cookies.
+        door = CORSMiddleware(
+            door,
             allow_origins=list(gateway.settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Door(app, gateway)
+    return door
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -42,7 +42,7 @@ _END_SECONDS = 10.0  # that a worker may take to end, beyond its grace
 
 
 class Protocol(HttpToolsProtocol):
-    """HTTP that waits neither for headers nor for a reader for longer than the settings say, and keeps little of either.
+    """HTTP that waits neither for headers nor for a reader for longer than the settings say.
 
     Beyond that it mends three things of uvicorn's: a connection that has sent another request before it has its answer
     tells no longer that the client has gone; a request that would like to change to HTTP/2 loses its body; and headers

@@ -153,6 +153,47 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no file of keys" in capsys.readouterr().err
 
 
+def test_a_file_of_keys_that_changes_while_it_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.json"
+    key, other = keys.add(file, "web", ["inference"]), keys.add(file, "other", ["inference"])
+    ring, right = keys.KeyRing(file), file.read_text()
+
+    def found(given: str = key) -> keys.Key | None:
+        ring._next_look = 0.0
+        return ring.find(given)
+
+    def changed(**fields: Any) -> str:
+        entries = json.loads(right)["keys"]
+        entries[0] |= fields
+        return json.dumps({"keys": entries})
+
+    bad = {
+        "max_concurrent": ["4", -3, 1.5, True, None],
+        "name": [5, "a\nb"],
+        "scopes": ["inference", None],
+        "extra": [1],
+    }
+    damaged = [changed(**{name: value}) for name, values in bad.items() for value in values]
+    for content in ("", right[:100], "[" * 100_000, '{"keys": {}}', '{"keys": [1]}', changed(hash="x"), *damaged):
+        file.write_text(content)
+        caplog.clear()
+        assert found() is not None
+        assert found(other) is not None
+        (told,) = caplog.messages  # once for each change
+        assert told.startswith(f"the keys stay as they were: {file} is no file of keys: ")
+    file.write_text(changed(hash=keys.hashed(key).upper(), scopes=["admin"]))
+    its = found()
+    assert its is not None
+    assert its.scopes == ("admin",)
+    file.unlink()
+    assert found() is None
+    assert caplog.messages[-1] == f"{file} is gone: there are no keys now"
+    file.write_text(right)
+    assert found() is not None
+    with pytest.raises(ValueError, match="max_concurrent must be a whole number of at least 0, found -3"):
+        keys.add(file, "less", ["inference"], -3)
+
+
 def servers(**running: int) -> Servers:
     made = Servers({}, 1)
     model = Model("m", "text-generation", {})
@@ -265,6 +306,10 @@ def test_what_the_log_says_of_a_request() -> None:
         ({"host": "0.0.0.0"}, "can be reached from other machines"),
         ({"triton": ()}, "names no server"),
         ({"workers": 0}, "workers must be at least 1"),
+        ({"timeout": float("nan")}, "timeout must be above 0, and finite, found nan"),
+        ({"write_seconds": 0.0}, "write_seconds must be above 0"),
+        ({"max_per_key": -1}, "max_per_key must be at least 0"),
+        ({"port": 65536}, "port must be at most 65535"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
