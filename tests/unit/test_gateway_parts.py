@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from trident_client import GenerationChunk, InvalidRequestError, OverloadedError, UnavailableError
+from trident_client import (
+    GenerationChunk,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
 from trident_gateway import cli, keys
 from trident_gateway.admission import Admission
 from trident_gateway.catalog import Model, catalog
@@ -120,6 +126,27 @@ def test_full_queues_and_keys_are_refused() -> None:
     run(work())
 
 
+def test_a_request_of_several_turns_is_one_of_its_key() -> None:
+    async def work() -> None:
+        admission, order, end, request = Admission(10, 60), list[str](), asyncio.Event(), object()
+        its: dict[str, Any] = {"key": "k", "per_key": 1}
+        tasks = [asyncio.create_task(hold(admission, order, name, end, request=request, **its)) for name in "abc"]
+        await settled()
+        assert admission.depths() == {"m": (2, 1)}
+        tasks[0].cancel()
+        await settled()
+        assert order == ["a", "b", "c"]
+        with pytest.raises(ApiError, match="this key has 1 requests"):
+            async with admission.slot("m", 5, **its):
+                pass
+        end.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with admission.slot("m", 5, **its):
+            pass
+
+    run(work())
+
+
 def test_a_request_of_more_answers_than_slots_goes_in_alone() -> None:
     async def work() -> None:
         async with Admission(1, 1).slot("m", 2, answers=5):
@@ -216,6 +243,30 @@ def test_a_conversation_stays_where_it_began_unless_that_is_much_busier() -> Non
     two = [servers(a=0, b=0).order("m", each)[0].address for each in conversations]
     assert [its for its, home in zip(two, homes, strict=True) if home != "c"] == [its for its in homes if its != "c"]
     assert [server.address for server in servers(a=2, b=1, c=3).order("m", b"")] == ["b", "a", "c"]
+
+
+def test_a_model_that_goes_during_a_look_takes_no_other_with_it() -> None:
+    class Client:
+        gone = True
+
+        async def served(self, timeout: float) -> list[str]:
+            return ["a", "b"]
+
+        async def parameters(self, model: str, timeout: float) -> dict[str, str]:
+            if model == "a" and self.gone:
+                raise NotFoundError("no such model")
+            return {"task": "text-generation"}
+
+    async def work() -> None:
+        client = Client()
+        found = Servers({"here": client}, 60)  # type: ignore[dict-item]
+        await found.look_again()
+        assert (found.ready, list(found.models())) == (True, ["b"])
+        client.gone = False
+        await found.look_again()  # the names are the same, the models were not
+        assert list(found.models()) == ["a", "b"]
+
+    run(work())
 
 
 def test_stages_are_no_models() -> None:
