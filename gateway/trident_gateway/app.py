@@ -17,7 +17,7 @@ from trident_gateway import bodies, classify, ollama, rerank, tei, texts, tokens
 from trident_gateway.door import Door
 from trident_gateway.errors import ApiError, ClientGone, defect
 from trident_gateway.exchange import HANGUP
-from trident_gateway.gateway import Gateway
+from trident_gateway.gateway import Gateway, exchange_of
 from trident_gateway.openai import chat, completions, embeddings, models, responses
 
 MODULES = (chat, completions, responses, embeddings, models, rerank, classify, texts, tokens, tei, ollama, web)
@@ -60,7 +60,7 @@ def create(gateway: Gateway) -> ASGIApp:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _answer(request, error)
+    return _answer(request, error.renamed(exchange_of(request).names))
 
 
 async def _gone(request: Request, error: Exception) -> Response:

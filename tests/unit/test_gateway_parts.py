@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from trident_gateway.admission import Admission
 from trident_gateway.catalog import Model, catalog
 from trident_gateway.errors import ApiError, from_trident
 from trident_gateway.exchange import Exchange
+from trident_gateway.logs import AccessLog
 from trident_gateway.openai.completions import LogProbs, written
 from trident_gateway.openai.items import messages_of
 from trident_gateway.routing import Server, Servers, beginning_of
@@ -349,6 +351,17 @@ def test_what_the_log_says_of_a_request() -> None:
     trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
     assert of(traceparent=trace).trace_id == "a" * 32
     assert of(traceparent=trace + "x").trace_id is None
+
+
+def test_a_log_that_nobody_reads_ends_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        log = AccessLog(stream)
+        os.close(reader)
+        for _ in range(3):
+            log.write(Exchange("id", "GET", None), 1.0)
+        assert caplog.messages == ["the access log can't be written: [Errno 32] Broken pipe"]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it still holds has somewhere to go
 
 
 @pytest.mark.parametrize(
