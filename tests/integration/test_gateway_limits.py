@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -413,17 +414,18 @@ def test_the_end_waits_for_what_runs(gateway_server: LocalServer, direct: Client
     body = LONG | {"stream": True, "max_tokens": 700}
     right = direct.chat(MESSAGES, model="talk", max_tokens=700, ignore_eos=True, temperature=1.0, random_seed=1)
     with gateways.running(tmp_path / "log", gateway_server.grpc_url, flags=("--workers", workers)) as gateway:
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(gateway.ask, PATH, body)
-            until(lambda: metric(gateway_server, "trident_requests_running") == 1)
+        with ThreadPoolExecutor(1) as pool, contextlib.closing(HTTPConnection("127.0.0.1", gateway.port)) as connection:
+            connection.request("POST", PATH, json.dumps(body), {"content-type": "application/json"})
+            response = connection.getresponse()  # its head, with the first token
+            running = pool.submit(response.read)
             gateway.process.send_signal(signal.SIGTERM)
             if workers == "1":
                 until(lambda: gateway.ask("/ready")[0] == 503)
                 status, headers, answer = gateway.ask(PATH, CHAT)
                 assert (status, answer["error"]["code"]) == (503, "draining")
                 assert headers["retry-after"] == "1"
-            status, _, lines = running.result()
-        assert status == 200
+            lines = running.result().decode()
+        assert response.status == 200
         chunks = [json.loads(line[6:]) for line in lines.split("\n\n") if line.startswith("data: {")]
         assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == right.text
         assert lines.endswith("data: [DONE]\n\n")

@@ -304,6 +304,17 @@ def test_errors_of_the_server() -> None:
     assert from_trident(UnavailableError("connection refused")).status == 503
 
 
+def test_an_error_in_the_caller_s_words() -> None:
+    too_long = "text_input has 101 tokens, the model takes 96"
+    for told in (f"in ensemble 'embed', {too_long}", too_long):  # by the whole model, and by its tokenizer alone
+        error = from_trident(InvalidRequestError(told)).renamed({"prompt": "input"})
+        assert (error.param, error.code) == ("input", "context_length_exceeded")
+    error = ApiError(400, "guided_json is refused: x", param="guided_json", retry_after=3)
+    named = error.renamed({"guided_json": "format"})
+    assert (named.message, named.param, named.headers) == ("format is refused: x", "format", {"retry-after": "3"})
+    assert error.renamed({"seed": "s"}) is error
+
+
 def test_items_become_messages() -> None:
     items: list[dict[str, Any]] = [
         {
