@@ -18,11 +18,12 @@ from trident_client import (
     OverloadedError,
     UnavailableError,
 )
-from trident_gateway import cli, keys
+from trident_gateway import app, cli, keys
 from trident_gateway.admission import Admission
 from trident_gateway.catalog import Model, catalog
 from trident_gateway.errors import ApiError, from_trident
 from trident_gateway.exchange import Exchange
+from trident_gateway.gateway import Gateway
 from trident_gateway.logs import AccessLog
 from trident_gateway.openai.completions import LogProbs, written
 from trident_gateway.openai.items import messages_of
@@ -302,6 +303,28 @@ def test_errors_of_the_server() -> None:
     assert error.message == "the model 'minilm' knows no dimensions: leave it out"
     assert from_trident(OverloadedError("the queue is full: 8 requests wait")).status == 429
     assert from_trident(UnavailableError("connection refused")).status == 503
+
+
+def test_a_defect_has_the_form_of_other_errors(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = Gateway(Settings(access_log=False))
+    monkeypatch.setattr(gateway.servers, "models", lambda: 1 // 0)
+    headers = [(b"host", b"127.0.0.1"), (b"x-request-id", b"mine")]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b"", "headers": headers}
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    run(app.create(gateway)(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 500
+    answer = json.loads(b"".join(message.get("body", b"") for message in sent))
+    assert (answer["error"]["type"], answer["error"]["code"]) == ("server_error", "server_error")
+    assert caplog.messages[-1].startswith("mine: a request failed by ZeroDivisionError:")
 
 
 def test_an_error_in_the_caller_s_words() -> None:
