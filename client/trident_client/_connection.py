@@ -18,7 +18,7 @@ from trident_client._sending import send_all, was_full
 from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
 from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
 from trident_client._types import GenerationChunk
-from trident_client._watch import Watch, countdown
+from trident_client._watch import Watch, countdown, limit
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing's is Python 3.11's
@@ -58,7 +58,7 @@ class Connection:
         wait_if_full: bool = True,
     ) -> None:
         settings = Settings(admin_key, api_key, headers, tls, max_message_bytes, keepalive)
-        self._timeout = timeout
+        self._timeout = limit(timeout)
         self._wait_if_full = wait_if_full
         self._only: dict[str, str] = {}
         self._closed = False
@@ -204,7 +204,7 @@ class Connection:
             raise CancelledError("the client was closed")
 
     def _deadline(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
+        return self._timeout if timeout is None else limit(timeout)
 
 
 def _connected(address: Address, settings: Settings, watch: Watch) -> Server:

@@ -32,7 +32,7 @@ def prompt(
     inputs: dict[str, NDArray[Any]]
     if isinstance(given, str):
         inputs = {"text_input": _wire.texts([given])[None]}
-    elif given and all(isinstance(each, int) for each in given):
+    elif len(given) and all(isinstance(each, int | np.integer) for each in given):
         inputs = {"input_ids": np.concatenate([_wire.scalar("input_ids", each, np.int32) for each in given])[None]}
     else:
         inputs = {"messages": _wire.texts([_wire.as_json("messages", list(given))])[None]}

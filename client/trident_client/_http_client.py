@@ -93,6 +93,8 @@ class HttpServer:
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], seconds: float | None
     ) -> contextlib.AbstractContextManager[httpx2.Response]:
         """A response whose body is still to be read; each wait for the server is limited."""
+        if seconds is not None and seconds <= 0:  # a socket without time would not even try
+            raise DeadlineExceededError("the server did not answer in time")
         timeout = httpx2.Timeout(seconds, connect=_least(seconds, _http.CONNECT_SECONDS))
         url = f"{self._url}{path}"
         return self._client.stream(

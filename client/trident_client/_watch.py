@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 POLL_SECONDS = 0.1
+_ENDLESS_SECONDS = 1e9  # thirty years; what is much longer has no form in gRPC's messages and sockets' timers
+
+
+def limit(seconds: float | None) -> float | None:
+    """A timeout as the calls take it; one that outlives everybody is none.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    if seconds is None or seconds > _ENDLESS_SECONDS:
+        return None
+    if seconds != seconds:
+        raise ValueError("a timeout must be a number of seconds, or None for no limit, found nan")
+    return seconds
 
 
 def countdown(seconds: float | None) -> Callable[[], float | None]:

@@ -92,7 +92,7 @@ def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:
     """One number as a tensor [1].
 
     Raises:
-        ValueError: the type is one of integers, and it is none or does not fit; numpy would cut or wrap it.
+        ValueError: it is none or does not fit the type; numpy would cut or wrap an integer.
     """
     if issubclass(dtype, np.integer):
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
@@ -100,7 +100,10 @@ def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:
         limits = np.iinfo(dtype)
         if not limits.min <= value <= limits.max:
             raise ValueError(f"{name} must be between {limits.min} and {limits.max}, found {value}")
-    return np.array([value], dtype=dtype)
+    try:
+        return np.array([value], dtype=dtype)
+    except OverflowError:
+        raise ValueError(f"{name} is a number too large") from None
 
 
 def build_request(model: str, inputs: Arrays) -> Any:

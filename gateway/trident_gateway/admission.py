@@ -71,7 +71,7 @@ class Admission:
         self._max_waiting = max_waiting
         self._queue_seconds = queue_seconds
         self._queues: defaultdict[str, _Queue] = defaultdict(_Queue)
-        self._by_key: Counter[str] = Counter()
+        self._by_key: defaultdict[str, Counter[int]] = defaultdict(Counter)  # of each key's requests, their turns
 
     @property
     def running(self) -> int:
@@ -84,7 +84,7 @@ class Admission:
 
     @asynccontextmanager
     async def slot(
-        self, model: str, limit: int, *, answers: int = 1, key: str = "", per_key: int = 0
+        self, model: str, limit: int, *, answers: int = 1, key: str = "", per_key: int = 0, request: object = None
     ) -> AsyncIterator[None]:
         """Let a request in, after it has waited for its turn.
 
@@ -94,15 +94,18 @@ class Admission:
             answers: of this request.
             key: the name of its key.
             per_key: requests at once with this key; 0: no limit.
+            request: to which this belongs, of which several may ask for a turn; None: one of its own.
 
         Raises:
             ApiError: the key has too many, the queue is full, or it took too long.
         """
-        if per_key and self._by_key[key] >= per_key:
+        request = object() if request is None else request  # kept until the end, so that its id is nobody else's
+        requests = self._by_key[key]
+        if per_key and id(request) not in requests and len(requests) >= per_key:
             raise overloaded(f"this key has {per_key} requests at once already, its limit", 1)
         queue = self._queues[model]
         queue.limit = limit
-        self._by_key[key] += 1
+        requests[id(request)] += 1
         try:
             await self._enter(queue, answers)
             began = time.monotonic()
@@ -112,9 +115,9 @@ class Admission:
                 queue.seconds += _WEIGHT * (time.monotonic() - began - queue.seconds)
                 queue.release(answers)
         finally:
-            self._by_key[key] -= 1
-            if not self._by_key[key]:
-                del self._by_key[key]
+            requests[id(request)] -= 1
+            if not requests[id(request)]:
+                del requests[id(request)]
 
     async def _enter(self, queue: _Queue, answers: int) -> None:
         if not queue.waiting and queue.fits(answers):

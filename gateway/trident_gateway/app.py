@@ -15,9 +15,9 @@ from starlette.types import ASGIApp
 
 from trident_gateway import bodies, classify, ollama, rerank, tei, texts, tokens, web
 from trident_gateway.door import Door
-from trident_gateway.errors import ApiError, ClientGone
+from trident_gateway.errors import ApiError, ClientGone, defect
 from trident_gateway.exchange import HANGUP
-from trident_gateway.gateway import Gateway
+from trident_gateway.gateway import Gateway, exchange_of
 from trident_gateway.openai import chat, completions, embeddings, models, responses
 
 MODULES = (chat, completions, responses, embeddings, models, rerank, classify, texts, tokens, tei, ollama, web)
@@ -34,7 +34,8 @@ def create(gateway: Gateway) -> ASGIApp:
         await gateway.stop()
 
     # The pages that show the schema load scripts from elsewhere, so there are none; the schema itself is served.
-    app = FastAPI(title="Trident gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A path with a slash too many is unknown: a redirect would name a scheme that a proxy before us may have changed.
+    app = FastAPI(title="Trident gateway", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     for router in ROUTERS:
         app.include_router(router)
@@ -42,20 +43,24 @@ def create(gateway: Gateway) -> ASGIApp:
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(Exception, _failed)
+    door: ASGIApp = Door(app, gateway)
     if gateway.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
+        # Outermost: a page may read why it was refused, too. Clients have headers of their own (OpenAI's has a dozen),
+        # and a page of a listed site may send any, because nothing here is asked with cookies.
+        door = CORSMiddleware(
+            door,
             allow_origins=list(gateway.settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Door(app, gateway)
+    return door
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _answer(request, error)
+    return _answer(request, error.renamed(exchange_of(request).names))
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -69,6 +74,11 @@ async def _not_found(request: Request, error: Exception) -> Response:
     messages = {404: "there is no such endpoint", 405: "this endpoint has other methods"}
     message = messages.get(error.status_code, str(error.detail))
     return _answer(request, ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A defect, which is raised again behind this and logged at the door."""
+    return _answer(request, defect())
 
 
 def _answer(request: Request, error: ApiError) -> Response:

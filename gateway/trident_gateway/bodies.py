@@ -75,7 +75,7 @@ def _refusal(errors: list[ErrorDetails], kind: type[BaseModel]) -> ApiError:
     """The first thing that is wrong; of a union, what is wrong with each of its kinds, if they agree on nothing."""
     found = errors[0]
     place = ".".join(str(part) for part in found["loc"] if not _is_type(part, kind)) or "the body"
-    param = str(found["loc"][0]) if found["loc"] else None
+    param = str(found["loc"][0])[:160] if found["loc"] else None
     if found["type"] == "extra_forbidden":
         return invalid(f"{place[:160]} is not known here", param, code="unknown_parameter")
     if found["type"] == "missing":

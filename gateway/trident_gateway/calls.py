@@ -105,7 +105,7 @@ async def _slot(request: Request, model: Model, answers: int) -> AsyncIterator[N
     name = key.name if key is not None else ""
     exchange.model = model.name
     began = time.perf_counter()
-    async with gateway.admission.slot(model.name, limit, answers=answers, key=name, per_key=per_key):
+    async with gateway.admission.slot(model.name, limit, answers=answers, key=name, per_key=per_key, request=exchange):
         exchange.queue_seconds = time.perf_counter() - began
         yield
 
@@ -157,5 +157,7 @@ class Stream(Response):
 
         try:
             await unless_gone(receive, send_all())
+        except ClientGone:
+            pass  # the response has begun: there is nobody to tell, and nothing went wrong
         finally:
             await self._content.aclose()

@@ -15,7 +15,7 @@ from trident_gateway import bodies, calls
 from trident_gateway.bodies import Body, Neutral
 from trident_gateway.catalog import CLASSIFICATION, ZERO_SHOT, Model
 from trident_gateway.gateway import exchange_of, gateway_of
-from trident_gateway.openai.embeddings import listed
+from trident_gateway.openai.embeddings import TOKENIZERS_NAMES, listed
 from trident_gateway.openai.sampling import Json, now
 from trident_gateway.rerank import ModelName
 
@@ -57,6 +57,7 @@ async def classified(
         found, tokens = await asyncio.gather(classes, client.tokenize(texts, model=model.name, truncate=truncate))
         return found, sum(map(len, tokens))
 
+    exchange_of(request).names = TOKENIZERS_NAMES
     found, count = await calls.whole(request, model, ask)
     if counted:
         exchange_of(request).tokens(count)

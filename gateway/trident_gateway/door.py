@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trident_gateway import web
-from trident_gateway.errors import ApiError, ClientGone
+from trident_gateway.errors import ApiError, ClientGone, defect
 from trident_gateway.exchange import Exchange
 from trident_gateway.gateway import EXCHANGE, Gateway
 from trident_gateway.keys import ADMIN, INFERENCE, Key
@@ -71,7 +71,7 @@ class Door:
             # The frames say where; the message may hold what the request said.
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("%s: a request failed by %s:\n%s", exchange.request_id, type(error).__name__, frames)
-            await answer.refuse(ApiError(500, "the gateway failed; its log says why"), scope["path"])
+            await answer.refuse(defect(), scope["path"])
         finally:
             exchange.route = getattr(scope.get("route"), "path", "")
 
@@ -127,11 +127,20 @@ class Door:
         """
         settings = self._gateway.settings
         origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is not None and origin not in settings.cors_origins and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in settings.cors_origins and _place(origin)[0] != host:
             raise ApiError(403, "pages of this origin may not ask: see --cors-origin", code="origin_not_allowed")
-        name = urlsplit(f"//{host}").hostname or ""
+        _, name = _place(f"//{host}")
         if self._gateway.keys.open and not settings.public and name not in (*LOOPBACK, settings.host):
             raise ApiError(403, "the Host header is none of this machine's names", code="host_not_allowed")
+
+
+def _place(address: str) -> tuple[str, str]:
+    """Host with port, and host, of an address; "" of one that is none."""
+    try:
+        found = urlsplit(address)
+        return found.netloc, found.hostname or ""
+    except ValueError:
+        return "", ""
 
 
 class _Body:
@@ -141,7 +150,7 @@ class _Body:
         self._receive = receive
         self._headers = headers
         self._limit = gateway.settings.max_body_bytes
-        self._seconds = gateway.settings.body_seconds
+        self._until = asyncio.get_running_loop().time() + gateway.settings.body_seconds
         self._size = 0
         self._complete = False
 
@@ -158,7 +167,7 @@ class _Body:
         if self._complete:
             return await self._receive()
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
             raise ApiError(

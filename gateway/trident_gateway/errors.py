@@ -67,6 +67,20 @@ class ApiError(Exception):
         """OpenAI's word for the kind of error."""
         return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same in the caller's words.
+
+        Args:
+            names: of fields, as the server calls them and as the caller does.
+        """
+        ours = self.param or self.message.partition(" ")[0]
+        if (name := names.get(ours)) is None:
+            return self
+        message = name + self.message.removeprefix(ours) if self.message.startswith(f"{ours} ") else self.message
+        found = ApiError(self.status, message, code=self.code, param=name)
+        found.headers = self.headers
+        return found
+
     def openai(self) -> dict[str, Any]:
         """The body that OpenAI's clients read."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -98,6 +112,11 @@ def model_not_found(model: str, known: str) -> ApiError:
     return ApiError(
         404, f"the model {model[:80]!r} does not exist; there are {known}", code="model_not_found", param="model"
     )
+
+
+def defect() -> ApiError:
+    """What nobody but us can mend."""
+    return ApiError(500, "the gateway failed; its log says why", code="server_error")
 
 
 def overloaded(message: str, seconds: int) -> ApiError:

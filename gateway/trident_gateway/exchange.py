@@ -33,6 +33,7 @@ class Exchange:
         prompt_tokens: of the prompt, once known; `completion_tokens` of the answers.
         queue_seconds: that it waited in the gateway.
         first_byte_seconds: until the answer began.
+        names: of the fields that the server calls otherwise than the caller does.
     """
 
     request_id: str
@@ -48,6 +49,7 @@ class Exchange:
     completion_tokens: int | None = None
     queue_seconds: float | None = None
     first_byte_seconds: float | None = None
+    names: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
     @classmethod

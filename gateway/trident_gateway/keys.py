@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+logger = logging.getLogger(__name__)
 INFERENCE, ADMIN = "inference", "admin"
 SCOPES = (INFERENCE, ADMIN)
 PREFIX = "trident-"
 _LOOK_SECONDS = 1.0
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,17 @@ class Key:
     created: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("name", "hash", "created"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"a key's {name} must be a text")
         if not self.name.isprintable() or not 0 < len(self.name) <= 64:
             raise ValueError(f"a key's name must have 1 to 64 printable characters, found {self.name[:80]!r}")
         if unknown := set(self.scopes) - set(SCOPES):
-            raise ValueError(f"a scope must be one of {', '.join(SCOPES)}, found {', '.join(sorted(unknown))}")
+            raise ValueError(f"a scope must be one of {', '.join(SCOPES)}, found {', '.join(map(str, unknown))}")
+        if not _HASH.fullmatch(self.hash):
+            raise ValueError(f"the hash of the key {self.name!r} must have 64 hexadecimal digits")
+        if isinstance(self.max_concurrent, bool) or not isinstance(self.max_concurrent, int) or self.max_concurrent < 0:
+            raise ValueError(f"max_concurrent must be a whole number of at least 0, found {self.max_concurrent!r}")
 
 
 def hashed(key: str) -> str:
@@ -67,9 +79,19 @@ def read(path: Path) -> list[Key]:
         return []
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["keys"]
-        return [Key(**{**entry, "scopes": tuple(entry["scopes"])}) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no file of keys: {error}") from None
+        if not isinstance(entries, list):
+            raise ValueError("keys must be a list")
+        return [_key(entry) for entry in entries]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no file of keys: {what}") from None
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    scopes = entry["scopes"]
+    if not isinstance(scopes, list):
+        raise ValueError(f"scopes must be a list, found {scopes!r}")
+    return Key(**{**entry, "scopes": tuple(scopes), "hash": str(entry["hash"]).lower()})
 
 
 def write(path: Path, keys: Iterable[Key]) -> None:
@@ -113,16 +135,25 @@ def remove(path: Path, name: str) -> None:
 class KeyRing:
     """The keys of a file, which is read again when it changes.
 
+    A file that can't be read, perhaps because somebody writes it, leaves the keys as they were; one that is gone has
+    none.
+
     Args:
         path: the file; None: there are no keys, and everybody may ask.
+
+    Raises:
+        ValueError: it is no file of keys.
+        OSError: it can't be read.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._by_hash: Mapping[str, Key] = {}
-        self._seen: tuple[int, int] = (0, 0)
+        self._seen: tuple[int, ...] = ()
         self._next_look = 0.0
-        self._look()
+        if path is not None:
+            self._seen = _version(path)
+            self._by_hash = _hashed(path)
 
     @property
     def open(self) -> bool:
@@ -140,8 +171,25 @@ class KeyRing:
     def _look(self) -> None:
         if self._path is None:
             return
-        status = self._path.stat()
-        seen = (status.st_mtime_ns, status.st_ino)
-        if seen != self._seen:
-            self._by_hash = {key.hash: key for key in read(self._path)}
+        try:
+            seen = _version(self._path)
+            if seen == self._seen:
+                return
             self._seen = seen
+            self._by_hash = _hashed(self._path)
+        except FileNotFoundError:
+            if self._by_hash:
+                logger.error("%s is gone: there are no keys now", self._path)
+            self._by_hash, self._seen = {}, ()
+        except (OSError, ValueError) as error:
+            logger.error("the keys stay as they were: %s", error)
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _hashed(path: Path) -> dict[str, Key]:
+    return {key.hash: key for key in read(path)}

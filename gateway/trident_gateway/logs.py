@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from datetime import UTC, datetime
 from typing import TextIO
 
 from trident_gateway.exchange import Exchange
+
+logger = logging.getLogger(__name__)
 
 
 class AccessLog:
@@ -15,6 +18,7 @@ class AccessLog:
 
     def __init__(self, stream: TextIO | None = sys.stdout) -> None:
         self._stream = stream
+        self._failed = False
 
     def write(self, exchange: Exchange, seconds: float) -> None:
         """One request that is over.
@@ -42,8 +46,14 @@ class AccessLog:
             "trace_id": exchange.trace_id,
         }
         line = {name: value for name, value in entry.items() if value is not None}
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+            self._failed = False
+        except OSError as error:  # nobody reads it, or the disk is full: that ends no request
+            if not self._failed:
+                logger.error("the access log can't be written: %s", error)
+            self._failed = True
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -27,6 +27,14 @@ from trident_gateway.openai.sampling import Json, reason
 from trident_gateway.routing import beginning_of
 
 router = APIRouter()
+# What the server calls otherwise than Ollama does.
+_NAMES = {
+    "guided_json": "format",
+    "max_tokens": "num_predict",
+    "repetition_penalty": "repeat_penalty",
+    "random_seed": "seed",
+    "stop_words": "stop",
+}
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 _NANOSECONDS = 1e9
 
@@ -146,6 +154,8 @@ class OllamaEmbedBody(Body):
 @router.post("/api/chat")
 async def chat(request: Request, body: Annotated[OllamaChatBody, Depends(bodies.read(OllamaChatBody))]) -> Response:
     """The next turn of a conversation."""
+    if not body.messages:
+        return await _loaded(request, body, {"message": {"role": "assistant", "content": ""}})
     messages = _messages(body.messages)
     options = body.given() | body.thinking()
     if body.tools:
@@ -170,6 +180,8 @@ async def generate(
     for name in ("suffix", "template", "context", "images"):
         if getattr(body, name):
             raise invalid(f"{name} is not known to any model here: leave it out", name)
+    if not body.prompt:
+        return await _loaded(request, body, {"response": ""})
     prompt: str | list[Message] = body.prompt
     options = body.given()
     if not body.raw:
@@ -182,6 +194,13 @@ async def generate(
 
     begins = beginning_of([prompt]) if isinstance(prompt, str) else beginning(prompt)
     return await _answer(request, body, prompt, options, begins, part)
+
+
+async def _loaded(request: Request, body: OllamaBody, nothing: Json) -> Response:
+    """The answer to nothing, with which Ollama's clients have a model loaded; here it is, where it is known."""
+    await gateway_of(request).model(body.model, GENERATION)
+    ended = {"done": True, "done_reason": "unload" if body.keep_alive in (0, "0") else "load"}
+    return JSONResponse({**_head(body.model), **nothing, **ended})
 
 
 async def _answer(
@@ -198,6 +217,7 @@ async def _answer(
         part: what a line tells of an answer's new text, reasoning and calls.
     """
     began = time.perf_counter_ns()
+    exchange_of(request).names = _NAMES
     model = await gateway_of(request).model(body.model, GENERATION)
     options |= model.options
     if body.stream is not False:

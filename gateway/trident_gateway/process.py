@@ -6,6 +6,7 @@ import asyncio
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from trident_gateway import app
 from trident_gateway.gateway import Gateway
@@ -27,6 +28,13 @@ from trident_gateway.settings import Settings
 
 logger = logging.getLogger(__name__)
 _MAX_HEADER_BYTES = 64 * 1024
+_PIPELINED = 16  # requests that a client may send before it has the answer to the first, and still be read
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+_TOO_LARGE = b"the request line and the headers are longer than %d bytes" % _MAX_HEADER_BYTES
+_HEADERS_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(_TOO_LARGE), _TOO_LARGE)
+)
 _KEEP_ALIVE_SECONDS = 75
 _BACKLOG = 2048
 _LOOK_SECONDS = 1.0  # between two looks at the workers
@@ -34,41 +42,74 @@ _END_SECONDS = 10.0  # that a worker may take to end, beyond its grace
 
 
 class Protocol(HttpToolsProtocol):
-    """HTTP that waits neither for headers nor for a reader for longer than the settings say."""
+    """HTTP that waits neither for headers nor for a reader for longer than the settings say.
+
+    Beyond that it mends three things of uvicorn's: a connection that has sent another request before it has its answer
+    tells no longer that the client has gone; a request that would like to change to HTTP/2 loses its body; and headers
+    behind a request that is being answered, or behind a body, may grow without end.
+    """
 
     header_seconds = 30.0
     write_seconds = 30.0
     _headers: asyncio.TimerHandle | None = None
     _reader: asyncio.TimerHandle | None = None
-    _header_bytes = 0
+    _in_body = False
+    _other_bytes = 0  # in a row that are no body: request lines, headers, sizes of chunks, trailers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come: its headers are awaited."""
         super().connection_made(transport)
+        self._unanswered: list[RequestResponseCycle] = []
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
+        """The client has gone: every request of its knows it, not only the latest."""
         for timer in (self._headers, self._reader):
             if timer is not None:
                 timer.cancel()
+        for cycle in self._unanswered:
+            cycle.disconnected = not cycle.response_complete
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """More of a request."""
         if self._headers is None and (self.cycle is None or self.cycle.response_complete):
             self._await_headers()
-        self._header_bytes += len(data)
+        if not self._in_body and b"pgrade:" in data:
+            data = _without_upgrade(data)
+        self._other_bytes += len(data)
         super().data_received(data)
-        if self._headers is not None and self._header_bytes > _MAX_HEADER_BYTES:
-            self.transport.abort()
+        if self._other_bytes > _MAX_HEADER_BYTES and not self.transport.is_closing():
+            if not self._in_body and (self.cycle is None or self.cycle.response_complete):
+                self.transport.write(_HEADERS_TOO_LARGE)
+                self.transport.close()
+            else:
+                self.transport.abort()
 
     def on_headers_complete(self) -> None:
         """The headers are there; the body's time is the application's to mind."""
-        if self._headers is not None:
-            self._headers.cancel()
-            self._headers = None
+        self._headers_came()
+        self._in_body = True
         super().on_headers_complete()
+        self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
+        self._unanswered.append(self.cycle)
+        if len(self._unanswered) <= _PIPELINED:
+            self.flow.resume_reading()  # what is not read does not end either, so nobody would see that it has
+
+    def on_body(self, body: bytes) -> None:
+        """More of a body."""
+        self._other_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is there."""
+        self._other_bytes = 0
+        self._in_body = False
+        super().on_message_complete()
+        if self.cycle.response_complete:  # the answer was quicker than the body; the next request has its time now
+            self._headers_came()
+            self._await_headers()
 
     def pause_writing(self) -> None:
         """The client reads too slowly."""
@@ -82,8 +123,18 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _await_headers(self) -> None:
-        self._header_bytes = 0
         self._headers = self.loop.call_later(self.header_seconds, self.transport.abort)
+
+    def _headers_came(self) -> None:
+        if self._headers is not None:
+            self._headers.cancel()
+            self._headers = None
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The same, but for a wish to go on in another protocol, which a server may overlook; the parser can't."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
 
 
 class Server(uvicorn.Server):

@@ -17,7 +17,7 @@ from trident_gateway.bodies import Body, Neutral
 from trident_gateway.catalog import EMBEDDING, HYBRID, RANKING, Model
 from trident_gateway.errors import invalid
 from trident_gateway.gateway import exchange_of, gateway_of
-from trident_gateway.openai.embeddings import MAX_TEXTS, embed, listed
+from trident_gateway.openai.embeddings import MAX_TEXTS, TOKENIZERS_NAMES, embed, listed
 from trident_gateway.openai.sampling import Json, now
 
 router = APIRouter()
@@ -93,6 +93,7 @@ async def ranked(
         found, tokens = await asyncio.gather(ranking, counting)
         return found, sum(map(len, tokens))
 
+    exchange_of(request).names = TOKENIZERS_NAMES
     found, count = await calls.whole(request, model, ask)
     if counted:
         exchange_of(request).tokens(count)

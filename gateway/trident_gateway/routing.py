@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from trident_client import AsyncClient, TridentError, UnavailableError
+from trident_client import AsyncClient, NotFoundError, TridentError, UnavailableError
 from trident_gateway.catalog import Model, catalog
 from trident_gateway.errors import from_trident, refused
 
@@ -166,8 +166,11 @@ class Servers:
         try:
             names = tuple(sorted(await server.client.served(timeout=_LOOK_SECONDS)))
             if names != server.names or server.looks % _CONFIGS_EVERY == 0:
-                parameters = {name: await server.client.parameters(name, timeout=_LOOK_SECONDS) for name in names}
-                server.models, server.names = catalog(parameters), names
+                parameters = {}
+                for name in names:
+                    with contextlib.suppress(NotFoundError):  # it was unloaded a moment ago
+                        parameters[name] = await server.client.parameters(name, timeout=_LOOK_SECONDS)
+                server.models, server.names = catalog(parameters), tuple(parameters)
             server.looks += 1
             healthy = True
         except TridentError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,5 +65,18 @@ class Settings:
                 f"{self.host} can be reached from other machines, and there are no API keys: give --keys FILE (made by "
                 "trident-gateway key add), or --public to let everybody in"
             )
-        if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, found {self.workers}")
+        for name, least in _LEAST.items():
+            if not least <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be at least {least}, and finite, found {value}")
+        for name in _ABOVE_ZERO:
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be above 0, and finite, found {value}")
+        if self.port > 65535:
+            raise ValueError(f"port must be at most 65535, found {self.port}")
+
+
+_LEAST = {
+    **dict.fromkeys(("workers", "max_body_bytes"), 1),
+    **dict.fromkeys(("port", "grace", "max_running", "max_waiting", "queue_seconds", "max_per_key"), 0),
+}
+_ABOVE_ZERO = ("body_seconds", "write_seconds", "timeout", "health_seconds")

@@ -427,6 +427,17 @@ def test_ollama(gateway: Gateway, direct: Client, stream: bool) -> None:
     assert text == right.text
 
 
+@pytest.mark.parametrize(("keep", "reason"), [(None, "load"), (0, "unload"), ("5m", "load")])
+def test_ollama_s_clients_load_a_model_by_asking_nothing(gateway: Gateway, keep: Any, reason: str) -> None:
+    given = {"model": "talk"} | ({} if keep is None else {"keep_alive": keep})
+    status, _, chat = gateway.ask("/api/chat", given | {"messages": []})
+    assert (status, chat["message"]) == (200, {"role": "assistant", "content": ""})
+    status, _, generated = gateway.ask("/api/generate", given)
+    assert (status, generated["response"]) == (200, "")
+    assert [(each["done"], each["done_reason"]) for each in (chat, generated)] == [(True, reason)] * 2
+    assert gateway.ask("/api/generate", {"model": "nothing"})[0] == 404
+
+
 def test_ollama_s_other_endpoints(gateway: Gateway, direct: Client) -> None:
     _, _, answer = gateway.ask("/api/tags")
     assert [model["name"] for model in answer["models"]][-2:] == ["talk:latest", "translate:latest"]
@@ -478,6 +489,31 @@ RESPONSE: dict[str, Any] = {"model": "talk", "input": "a"}
             None,
             "image_url",
         ),
+        (
+            "/v1/chat/completions",
+            CHAT | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}},
+            400,
+            None,
+            "response_format",
+            "response_format is refused: Invalid type",
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "talk", "messages": MESSAGES, "max_completion_tokens": -1},
+            400,
+            None,
+            "max_completion_tokens",
+            "max_completion_tokens must be at least 0",
+        ),
+        ("/v1/chat/completions", CHAT | {"x" * 5000: 1}, 400, "unknown_parameter", "x" * 160, "not known"),
+        (
+            "/v1/responses",
+            RESPONSE | {"max_output_tokens": -1},
+            400,
+            None,
+            "max_output_tokens",
+            "max_output_tokens must be at least 0",
+        ),
         ("/v1/completions", {"model": "talk", "prompt": ""}, 400, None, "prompt", "empty"),
         ("/v1/completions", {"model": "talk", "prompt": [[]]}, 400, None, "prompt", "empty"),
         ("/v1/completions", {"model": "talk", "prompt": [99999]}, 400, None, "prompt", "99999"),
@@ -508,6 +544,8 @@ def test_refusals(
 def test_the_forms_of_errors(gateway: Gateway) -> None:
     _, _, answer = gateway.ask("/embed", {"inputs": []})
     assert answer == {"error": "inputs is empty: give at least one text", "error_type": "validation"}
+    _, _, answer = gateway.ask("/api/generate", {"model": "talk", "prompt": "a", "options": {"repeat_penalty": -1}})
+    assert answer["error"].startswith("repeat_penalty must be ")
     _, _, answer = gateway.ask("/v2/rerank", {"model": "rank", "query": "a", "documents": []})
     assert answer == {"message": "documents is empty: give at least one text"}
     status, _, answer = gateway.ask("/v1/chat/completions")

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,66 @@ def test_a_hangup_cancels_within_half_a_second(gateway: Gateway, gateway_server:
     (entry,) = [entry for entry in gateway.entries() if entry["request_id"] == f"gone-{stream}"]
     assert entry["status"] == (200 if stream else 499)
     assert gateway.ask("/admin/status")[2]["queues"]["talk"] == {"running": 0, "waiting": 0}
+    assert f"gone-{stream}: a request failed" not in gateway.log.read_text()
+
+
+def test_a_hangup_is_seen_behind_a_second_request(gateway: Gateway) -> None:
+    with gateway.connect() as connection:
+        connection.sendall(raw(LONG, x_request_id="first") + raw(LONG, x_request_id="second"))
+        until(lambda: gateway.ask("/admin/status")[2]["queues"]["talk"]["running"] == 1)
+    until(lambda: any(entry["request_id"] == "first" for entry in gateway.entries()), 0.5)
+    entries = {entry["request_id"]: entry for entry in gateway.entries()}
+    assert (entries["first"]["status"], "second" in entries) == (499, False)
+
+
+def test_requests_behind_each_other_are_answered_in_their_order(gateway: Gateway) -> None:
+    with gateway.connect() as connection:
+        connection.sendall(b"".join(raw(CHAT, x_request_id=f"row-{number}", connection="close") for number in "123"))
+        answers = read(connection)
+    assert re.findall(rb"x-request-id: (row-\d)", answers) == [b"row-1"]  # which closes, as it was asked to
+    with gateway.connect() as connection:
+        connection.sendall(b"".join(raw(CHAT, x_request_id=f"row-{number}") for number in range(20)))
+        connection.sendall(raw(CHAT, x_request_id="row-20", connection="close"))
+        answers = read(connection)
+    assert re.findall(rb"x-request-id: row-(\d+)", answers) == [b"%d" % number for number in range(21)]
+    assert answers.count(b"HTTP/1.1 200 OK") == 21
+
+
+@pytest.mark.parametrize("place", ["behind a request", "behind a body", "in a chunk", "first"])
+def test_headers_without_end(gateway: Gateway, place: str) -> None:
+    """Nothing is kept of them beyond a limit, wherever they come."""
+    begin, line = b"GET / HTTP/1.1\r\n", b"x: " + b"y" * 65536 + b"\r\n"
+    if place == "behind a request":
+        begin = raw(LONG) + b"GET / HTTP/1.1\r\n"
+    elif place != "first":
+        begin = raw(b"", transfer_encoding="chunked").replace(b"content-length: 0\r\n", b"")
+        begin += b"2\r\n{}\r\n0\r\n" if place == "behind a body" else b"2;"
+        line = line if place == "behind a body" else b"y" * 65536
+    with gateway.connect() as connection:
+        connection.sendall(begin)
+        with pytest.raises(ConnectionError):
+            connection.sendall(line * 200)
+    if place == "first":
+        with gateway.connect() as connection:
+            connection.sendall(begin + line)
+            assert read(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_wish_for_http_2_is_overlooked(gateway: Gateway) -> None:
+    """As curl --http2 and Java's client send it with every request."""
+    with gateway.connect() as connection:
+        headers = {"connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2_Settings": "AAMAAABkAAQAAP__"}
+        connection.sendall(raw(CHAT, **headers) + raw(CHAT, connection="close"))
+        assert read(connection).count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_who_still_sends_reads_the_refusal(gateway: Gateway) -> None:
+    """A body is read to its end though the answer is already there, and the connection goes on."""
+    with gateway.connect() as connection:
+        connection.sendall(raw(b" " * 4_000_000, content_type="text/plain"))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 415 ")
+        connection.sendall(raw(CHAT, connection="close"))
+        assert read(connection).startswith(b"HTTP/1.1 200 ")
 
 
 BAD = {
@@ -125,6 +186,9 @@ def test_bad_bodies(gateway: Gateway, direct: Client, name: str) -> None:
         ({"origin": "https://evil.example"}, PATH, 403, "origin_not_allowed"),
         ({"origin": "null"}, PATH, 403, "origin_not_allowed"),
         ({"host": "evil.example", "origin": "http://evil.example"}, PATH, 403, "host_not_allowed"),
+        ({"host": "[::1"}, PATH, 403, "host_not_allowed"),
+        ({"origin": "http://["}, PATH, 403, "origin_not_allowed"),
+        ({}, f"{PATH}/", 404, None),
     ],
 )
 def test_headers_that_are_refused(gateway: Gateway, headers: dict[str, str], path: str, status: int, code: str) -> None:
@@ -251,6 +315,16 @@ def test_pages_that_may_ask(guarded: Gateway, user: dict[str, str]) -> None:
     _, answered, _ = guarded.ask("/v1/models", headers=user | headers)
     assert answered["access-control-allow-origin"] == "https://page.example"
     assert guarded.ask("/v1/models", headers=user | {"origin": "https://other.example"})[0] == 403
+    status, answered, answer = guarded.ask("/v1/models", headers=headers)
+    assert (status, answer["error"]["code"]) == (401, "missing_api_key")
+    assert answered["access-control-allow-origin"] == "https://page.example"
+    with guarded.connect() as connection:
+        asked = "authorization,content-type,x-stainless-os"
+        ours = {"origin": "https://page.example", "access_control_request_headers": asked, "connection": "close"}
+        connection.sendall(raw(b"", access_control_request_method="POST", **ours).replace(b"POST", b"OPTIONS", 1))
+        answered = read(connection)
+    assert answered.startswith(b"HTTP/1.1 200 ")
+    assert b"x-stainless-os" in answered
 
 
 def test_a_full_queue(guarded: Gateway, user: dict[str, str], one: dict[str, str]) -> None:
@@ -296,6 +370,18 @@ def test_slow_clients(guarded: Gateway, user: dict[str, str]) -> None:
         assert b"200" not in read(connection)
 
 
+def test_a_body_that_comes_byte_by_byte(guarded: Gateway, user: dict[str, str]) -> None:
+    with guarded.connect() as connection:
+        connection.sendall(raw(b"{", authorization=user["authorization"], content_length="100"))
+        connection.settimeout(0.2)
+        began, answer = time.monotonic(), b""
+        while not answer and time.monotonic() - began < 3:
+            connection.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 def test_the_log_and_the_metrics(guarded: Gateway, user: dict[str, str], admin: dict[str, str]) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     guarded.ask(PATH, CHAT, user | {"x-request-id": "seen", "traceparent": trace})
@@ -328,17 +414,18 @@ def test_the_end_waits_for_what_runs(gateway_server: LocalServer, direct: Client
     body = LONG | {"stream": True, "max_tokens": 700}
     right = direct.chat(MESSAGES, model="talk", max_tokens=700, ignore_eos=True, temperature=1.0, random_seed=1)
     with gateways.running(tmp_path / "log", gateway_server.grpc_url, flags=("--workers", workers)) as gateway:
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(gateway.ask, PATH, body)
-            until(lambda: metric(gateway_server, "trident_requests_running") == 1)
+        with ThreadPoolExecutor(1) as pool, contextlib.closing(HTTPConnection("127.0.0.1", gateway.port)) as connection:
+            connection.request("POST", PATH, json.dumps(body), {"content-type": "application/json"})
+            response = connection.getresponse()  # its head, with the first token
+            running = pool.submit(response.read)
             gateway.process.send_signal(signal.SIGTERM)
             if workers == "1":
                 until(lambda: gateway.ask("/ready")[0] == 503)
                 status, headers, answer = gateway.ask(PATH, CHAT)
                 assert (status, answer["error"]["code"]) == (503, "draining")
                 assert headers["retry-after"] == "1"
-            status, _, lines = running.result()
-        assert status == 200
+            lines = running.result().decode()
+        assert response.status == 200
         chunks = [json.loads(line[6:]) for line in lines.split("\n\n") if line.startswith("data: {")]
         assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == right.text
         assert lines.endswith("data: [DONE]\n\n")

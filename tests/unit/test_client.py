@@ -31,6 +31,7 @@ from trident_client import (
     ServerError,
     ToolCall,
     UnavailableError,
+    _generation,
     _wire,
     cli,
 )
@@ -286,6 +287,14 @@ def test_numbers_that_do_not_fit_are_not_wrapped_around(connected: Client) -> No
         connected.generate("x", random_seed=-1)
     with pytest.raises(ValueError, match=r"dimensions must be between .* and 9223372036854775807, found 1844"):
         connected.embed(["a"], model="minilm", dimensions=2**64 + 8)
+    with pytest.raises(ValueError, match="temperature is a number too large"):
+        connected.generate("x", temperature=10**400)
+
+
+def test_tokens_may_be_numpy_s() -> None:
+    for given in (np.array([3, 5]), [np.int64(3), 5], (3, 5)):
+        inputs = _generation.prompt(given, None, {}).inputs  # type: ignore[arg-type]
+        assert inputs["input_ids"].tolist() == [[3, 5]]
 
 
 @pytest.mark.parametrize(

@@ -320,12 +320,31 @@ def test_what_is_no_address(door: Door, url: Any, message: str) -> None:
         ({"tls": True, "url": "http://x"}, "is not encrypted, but tls= is given"),
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1"),
         ({"keepalive": 0.5}, "keepalive must be at least 1 second"),
+        ({"timeout": float("nan")}, "a timeout must be a number of seconds, or None for no limit, found nan"),
     ],
 )
 def test_settings_that_can_t_be(door: Door, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         door.kind(**options)
     assert "hidden" not in str(raised.value)
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e15])
+def test_a_timeout_without_end_is_none(door: Door, both: tuple[list[str], list[Observed]], seconds: float) -> None:
+    def work(client: Any) -> Any:
+        assert (yield lambda: client.generate("a b", **PROMPT)).text == "a b"
+        assert (yield lambda: client.generate("a b", timeout=seconds, **PROMPT)).text == "a b"
+        assert [chunk.text for chunk in (yield lambda: client.stream("a b", timeout=seconds, **PROMPT))] == ["a ", "b "]
+
+    door(both[0], work, timeout=seconds)
+
+
+def test_over_http_no_time_is_a_deadline_too() -> None:
+    """Not a server that can't be reached, for which another one would be asked."""
+    with Client("http://127.0.0.1:1") as client:
+        for call in (lambda: client.generate("x", timeout=0.0, **PROMPT), lambda: client.parameters("m", timeout=0.0)):
+            with pytest.raises(DeadlineExceededError, match="did not answer in time"):
+                call()
 
 
 def test_a_client_s_certificate_needs_its_key() -> None:

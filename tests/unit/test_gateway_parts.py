@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trident_client import GenerationChunk, InvalidRequestError, OverloadedError, UnavailableError
-from trident_gateway import cli, keys
+from trident_client import (
+    GenerationChunk,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from trident_gateway import app, cli, keys
 from trident_gateway.admission import Admission
 from trident_gateway.catalog import Model, catalog
 from trident_gateway.errors import ApiError, from_trident
 from trident_gateway.exchange import Exchange
+from trident_gateway.gateway import Gateway
+from trident_gateway.logs import AccessLog
 from trident_gateway.openai.completions import LogProbs, written
 from trident_gateway.openai.items import messages_of
 from trident_gateway.routing import Server, Servers, beginning_of
@@ -120,6 +129,27 @@ def test_full_queues_and_keys_are_refused() -> None:
     run(work())
 
 
+def test_a_request_of_several_turns_is_one_of_its_key() -> None:
+    async def work() -> None:
+        admission, order, end, request = Admission(10, 60), list[str](), asyncio.Event(), object()
+        its: dict[str, Any] = {"key": "k", "per_key": 1}
+        tasks = [asyncio.create_task(hold(admission, order, name, end, request=request, **its)) for name in "abc"]
+        await settled()
+        assert admission.depths() == {"m": (2, 1)}
+        tasks[0].cancel()
+        await settled()
+        assert order == ["a", "b", "c"]
+        with pytest.raises(ApiError, match="this key has 1 requests"):
+            async with admission.slot("m", 5, **its):
+                pass
+        end.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with admission.slot("m", 5, **its):
+            pass
+
+    run(work())
+
+
 def test_a_request_of_more_answers_than_slots_goes_in_alone() -> None:
     async def work() -> None:
         async with Admission(1, 1).slot("m", 2, answers=5):
@@ -153,6 +183,47 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no file of keys" in capsys.readouterr().err
 
 
+def test_a_file_of_keys_that_changes_while_it_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.json"
+    key, other = keys.add(file, "web", ["inference"]), keys.add(file, "other", ["inference"])
+    ring, right = keys.KeyRing(file), file.read_text()
+
+    def found(given: str = key) -> keys.Key | None:
+        ring._next_look = 0.0
+        return ring.find(given)
+
+    def changed(**fields: Any) -> str:
+        entries = json.loads(right)["keys"]
+        entries[0] |= fields
+        return json.dumps({"keys": entries})
+
+    bad = {
+        "max_concurrent": ["4", -3, 1.5, True, None],
+        "name": [5, "a\nb"],
+        "scopes": ["inference", None],
+        "extra": [1],
+    }
+    damaged = [changed(**{name: value}) for name, values in bad.items() for value in values]
+    for content in ("", right[:100], "[" * 100_000, '{"keys": {}}', '{"keys": [1]}', changed(hash="x"), *damaged):
+        file.write_text(content)
+        caplog.clear()
+        assert found() is not None
+        assert found(other) is not None
+        (told,) = caplog.messages  # once for each change
+        assert told.startswith(f"the keys stay as they were: {file} is no file of keys: ")
+    file.write_text(changed(hash=keys.hashed(key).upper(), scopes=["admin"]))
+    its = found()
+    assert its is not None
+    assert its.scopes == ("admin",)
+    file.unlink()
+    assert found() is None
+    assert caplog.messages[-1] == f"{file} is gone: there are no keys now"
+    file.write_text(right)
+    assert found() is not None
+    with pytest.raises(ValueError, match="max_concurrent must be a whole number of at least 0, found -3"):
+        keys.add(file, "less", ["inference"], -3)
+
+
 def servers(**running: int) -> Servers:
     made = Servers({}, 1)
     model = Model("m", "text-generation", {})
@@ -175,6 +246,30 @@ def test_a_conversation_stays_where_it_began_unless_that_is_much_busier() -> Non
     two = [servers(a=0, b=0).order("m", each)[0].address for each in conversations]
     assert [its for its, home in zip(two, homes, strict=True) if home != "c"] == [its for its in homes if its != "c"]
     assert [server.address for server in servers(a=2, b=1, c=3).order("m", b"")] == ["b", "a", "c"]
+
+
+def test_a_model_that_goes_during_a_look_takes_no_other_with_it() -> None:
+    class Client:
+        gone = True
+
+        async def served(self, timeout: float) -> list[str]:
+            return ["a", "b"]
+
+        async def parameters(self, model: str, timeout: float) -> dict[str, str]:
+            if model == "a" and self.gone:
+                raise NotFoundError("no such model")
+            return {"task": "text-generation"}
+
+    async def work() -> None:
+        client = Client()
+        found = Servers({"here": client}, 60)  # type: ignore[dict-item]
+        await found.look_again()
+        assert (found.ready, list(found.models())) == (True, ["b"])
+        client.gone = False
+        await found.look_again()  # the names are the same, the models were not
+        assert list(found.models()) == ["a", "b"]
+
+    run(work())
 
 
 def test_stages_are_no_models() -> None:
@@ -208,6 +303,39 @@ def test_errors_of_the_server() -> None:
     assert error.message == "the model 'minilm' knows no dimensions: leave it out"
     assert from_trident(OverloadedError("the queue is full: 8 requests wait")).status == 429
     assert from_trident(UnavailableError("connection refused")).status == 503
+
+
+def test_a_defect_has_the_form_of_other_errors(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = Gateway(Settings(access_log=False))
+    monkeypatch.setattr(gateway.servers, "models", lambda: 1 // 0)
+    headers = [(b"host", b"127.0.0.1"), (b"x-request-id", b"mine")]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b"", "headers": headers}
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    run(app.create(gateway)(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 500
+    answer = json.loads(b"".join(message.get("body", b"") for message in sent))
+    assert (answer["error"]["type"], answer["error"]["code"]) == ("server_error", "server_error")
+    assert caplog.messages[-1].startswith("mine: a request failed by ZeroDivisionError:")
+
+
+def test_an_error_in_the_caller_s_words() -> None:
+    too_long = "text_input has 101 tokens, the model takes 96"
+    for told in (f"in ensemble 'embed', {too_long}", too_long):  # by the whole model, and by its tokenizer alone
+        error = from_trident(InvalidRequestError(told)).renamed({"prompt": "input"})
+        assert (error.param, error.code) == ("input", "context_length_exceeded")
+    error = ApiError(400, "guided_json is refused: x", param="guided_json", retry_after=3)
+    named = error.renamed({"guided_json": "format"})
+    assert (named.message, named.param, named.headers) == ("format is refused: x", "format", {"retry-after": "3"})
+    assert error.renamed({"seed": "s"}) is error
 
 
 def test_items_become_messages() -> None:
@@ -259,12 +387,27 @@ def test_what_the_log_says_of_a_request() -> None:
     assert of(traceparent=trace + "x").trace_id is None
 
 
+def test_a_log_that_nobody_reads_ends_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        log = AccessLog(stream)
+        os.close(reader)
+        for _ in range(3):
+            log.write(Exchange("id", "GET", None), 1.0)
+        assert caplog.messages == ["the access log can't be written: [Errno 32] Broken pipe"]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it still holds has somewhere to go
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"host": "0.0.0.0"}, "can be reached from other machines"),
         ({"triton": ()}, "names no server"),
         ({"workers": 0}, "workers must be at least 1"),
+        ({"timeout": float("nan")}, "timeout must be above 0, and finite, found nan"),
+        ({"write_seconds": 0.0}, "write_seconds must be above 0"),
+        ({"max_per_key": -1}, "max_per_key must be at least 0"),
+        ({"port": 65536}, "port must be at most 65535"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from trident_gateway.bodies import Neutral
 from trident_gateway.catalog import GENERATION
 from trident_gateway.errors import ApiError, invalid
 from trident_gateway.gateway import exchange_of, gateway_of
-from trident_gateway.openai.sampling import DONE, Json, ResponseFormat, Sampling, event, now, reason, shown, usage
+from trident_gateway.openai.sampling import DONE, Json, Sampling, event, now, reason, shown, usage
 from trident_gateway.routing import beginning_of
 
 router = APIRouter()
@@ -31,7 +31,6 @@ class ChatBody(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Json] | None = None
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None
@@ -56,6 +55,11 @@ class ChatBody(Sampling):
         if len(given) > 1:
             raise invalid("max_tokens and max_completion_tokens differ: give one of them", "max_completion_tokens")
         return next(iter(given), None)
+
+    def names(self) -> dict[str, str]:
+        """The fields that the server calls otherwise."""
+        renamed = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return super().names() | renamed
 
     def options(self) -> Json:
         """See `Sampling.options`.
@@ -122,6 +126,7 @@ def beginning(messages: Sequence[Message]) -> bytes:
 async def create(request: Request, body: Annotated[ChatBody, Depends(bodies.read(ChatBody))]) -> Response:
     """The next turn of a conversation."""
     gateway, exchange = gateway_of(request), exchange_of(request)
+    exchange.names = body.names()
     model = await gateway.model(body.model, GENERATION)
     messages, options, answers = conversation(body.messages), body.options() | model.options, body.answers
     include_usage = body.include_usage()

@@ -17,7 +17,7 @@ from trident_gateway import bodies, calls
 from trident_gateway.catalog import GENERATION, Model
 from trident_gateway.errors import ApiError, invalid
 from trident_gateway.gateway import exchange_of, gateway_of
-from trident_gateway.openai.sampling import DONE, Json, ResponseFormat, Sampling, event, now, reason, usage
+from trident_gateway.openai.sampling import DONE, Json, Sampling, event, now, reason, usage
 from trident_gateway.routing import beginning_of
 
 router = APIRouter()
@@ -35,7 +35,6 @@ class CompletionBody(Sampling):
     logprobs: int | None = None
     best_of: int | None = None
     suffix: str | None = None
-    response_format: ResponseFormat | None = None
 
     def prompts(self) -> list[Prompt]:
         """Each prompt: a text, or tokens.
@@ -80,6 +79,7 @@ class CompletionBody(Sampling):
 async def create(request: Request, body: Annotated[CompletionBody, Depends(bodies.read(CompletionBody))]) -> Response:
     """How each prompt goes on."""
     gateway, exchange = gateway_of(request), exchange_of(request)
+    exchange.names = body.names()
     model = await gateway.model(body.model, GENERATION)
     prompts, options = body.prompts(), body.options() | model.options
     include_usage = body.include_usage()

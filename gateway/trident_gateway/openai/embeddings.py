@@ -22,6 +22,8 @@ from trident_gateway.gateway import exchange_of, gateway_of
 
 router = APIRouter()
 MAX_TEXTS = 2048
+# What counts the tokens refuses a text that is too long, too, and may be the first to do so.
+TOKENIZERS_NAMES = {"prompt": "input"}
 TASKS = (EMBEDDING, HYBRID)
 
 
@@ -105,6 +107,7 @@ async def embed(
         vectors, tokens = await asyncio.gather(embedding, client.tokenize(texts, model=model.name, truncate=truncate))
         return vectors, sum(map(len, tokens))
 
+    exchange_of(request).names = TOKENIZERS_NAMES
     vectors, count = await calls.whole(request, model, ask)
     if counted:
         exchange_of(request).tokens(count)

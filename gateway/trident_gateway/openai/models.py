@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from trident_gateway.catalog import Model, find
@@ -40,9 +41,11 @@ async def every(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [_described(name, model) for name, model in named.items()]})
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name:path}")
 async def one(request: Request, name: str) -> Response:
-    """One of them."""
+    """One of them; an alias may have slashes, as the names of the Hugging Face hub have."""
+    if not name:
+        raise HTTPException(404)
     return JSONResponse(_described(name, await gateway_of(request).model(name)))
 
 

@@ -180,6 +180,7 @@ class ResponsesBody(Body):
 async def create(request: Request, body: Annotated[ResponsesBody, Depends(bodies.read(ResponsesBody))]) -> Response:
     """What the model answers."""
     gateway, exchange = gateway_of(request), exchange_of(request)
+    exchange.names = {"guided_json": "text", "max_tokens": "max_output_tokens", "messages": "input"}
     model = await gateway.model(body.model, GENERATION)
     messages, options = messages_of(body.input, body.instructions), body.options() | model.options
     assembly = Assembly(body.told(), log_probs=body.log_probs, several=body.parallel_tool_calls is not False)

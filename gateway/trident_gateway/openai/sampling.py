@@ -27,6 +27,36 @@ class StreamOptions(Body):
     include_obfuscation: Neutral = None
 
 
+class JsonSchema(Body):
+    """A schema as `response_format` has it; it is followed strictly, whatever `strict` says."""
+
+    name: Neutral = None
+    description: Neutral = None
+    schema_: Json | None = Field(None, alias="schema")
+    strict: Neutral = None
+
+
+class ResponseFormat(Body):
+    """Which form an answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def options(self) -> Json:
+        """The options of the client's calls.
+
+        Raises:
+            ApiError: the schema is missing.
+        """
+        if self.type == "text":
+            return {}
+        if self.type == "json_object":
+            return {"guided_json": {"type": "object"}}
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            raise invalid("response_format of type json_schema needs json_schema.schema", "response_format")
+        return {"guided_json": self.json_schema.schema_}
+
+
 class Sampling(Body):
     """The fields of both."""
 
@@ -42,6 +72,7 @@ class Sampling(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
     # Not OpenAI's.
     top_k: int | None = None
     min_p: float | None = None
@@ -76,6 +107,10 @@ class Sampling(Body):
         """How many answers there are."""
         return 1 if self.n is None else self.n
 
+    def names(self) -> dict[str, str]:
+        """The fields that the server calls otherwise."""
+        return {} if self.response_format is None else {"guided_json": "response_format"}
+
     def include_usage(self) -> bool:
         """Whether a stream ends with what was used.
 
@@ -108,36 +143,6 @@ _SAME = (
     *("max_tokens", "presence_penalty", "frequency_penalty", "bad_words", "ignore_eos", "skip_special_tokens"),
     *("truncate_prompt_tokens", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
-
-
-class JsonSchema(Body):
-    """A schema as `response_format` has it; it is followed strictly, whatever `strict` says."""
-
-    name: Neutral = None
-    description: Neutral = None
-    schema_: Json | None = Field(None, alias="schema")
-    strict: Neutral = None
-
-
-class ResponseFormat(Body):
-    """Which form an answer has."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def options(self) -> Json:
-        """The options of the client's calls.
-
-        Raises:
-            ApiError: the schema is missing.
-        """
-        if self.type == "text":
-            return {}
-        if self.type == "json_object":
-            return {"guided_json": {"type": "object"}}
-        if self.json_schema is None or self.json_schema.schema_ is None:
-            raise invalid("response_format of type json_schema needs json_schema.schema", "response_format")
-        return {"guided_json": self.json_schema.schema_}
 
 
 def reason(chunk: GenerationChunk, *, calls: bool = False) -> str | None:
