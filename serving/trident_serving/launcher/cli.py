@@ -21,6 +21,7 @@ from trident_serving.launcher.supervisor import Orders, Policy, Supervisor
 
 # Set in our images.
 CONTAINER = "TRIDENT_CONTAINER"
+READY = "Trident is ready."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +109,7 @@ def welcome(options: ServerOptions, failed: Sequence[Failure]) -> str:
     Args:
         failed: models that are not served.
     """
-    lines = ["", "Trident is ready.", ""]
+    lines = ["", READY, ""]
     manifests = artefacts.read_manifests(options.repository)
     for manifest in manifests:
         default, *others = manifest.public_models

@@ -15,6 +15,7 @@ from pathlib import Path
 from trident_serving.errors import StartError
 from trident_serving.launcher import http
 from trident_serving.launcher.admin_key import HEADER, default_file
+from trident_serving.launcher.cli import READY
 
 # Below the range from which Linux by default takes the ports of outgoing connections.
 _OWN_PORTS = range(12_000, 32_000)
@@ -95,10 +96,13 @@ def start(repository: Path, log: Path, ready_seconds: float = 120, flags: Sequen
     deadline = time.monotonic() + ready_seconds
     while time.monotonic() < deadline and launcher.poll() is None:
         with contextlib.suppress(OSError), http.open(f"{server.http_url}/v2/health/ready", timeout=2):
-            return server
+            if READY in log.read_text():  # the launcher, too, knows that it is, and watches it
+                return server
         time.sleep(0.1)
+    ended = launcher.poll()
     server.stop()
-    raise StartError(f"the server was not ready within {ready_seconds:.0f} s:\n{log.read_text()}")
+    why = f"was not ready within {ready_seconds:.0f} s" if ended is None else f"ended with status {ended}"
+    raise StartError(f"the server {why}:\n{log.read_text()}")
 
 
 @contextlib.contextmanager

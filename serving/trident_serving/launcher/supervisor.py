@@ -8,6 +8,7 @@ restarted.
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections import deque
@@ -30,6 +31,10 @@ SERVER_SILENT_SECONDS = 10.0
 # Restarts of the server, and of a model, are counted over this time.
 WINDOW_SECONDS = 300.0
 MODEL_RESTARTS = 3
+# tritonserver 2.51 aborts now and then while it loads Python backends (boost's lock_exception): it is started again, at
+# most so often in a row. One that the system kills, for want of memory, would only be killed again.
+LOAD_TRIES = 3
+CRASHES = (-signal.SIGABRT, -signal.SIGSEGV)
 # If no request is open in two looks this far apart, none is between two stages.
 QUIET_SECONDS = 0.2
 
@@ -90,13 +95,20 @@ class Supervisor:
         Returns:
             The exit status: 0 if no request was cut off.
         """
+        tries = 1
         try:
             while True:
+                self._live = False
                 try:
                     return self._serve()
                 except (ServerDied, ControlError) as died:
+                    crashed = not self._live and self._server.status in CRASHES
                     self._server.end(0.0)
-                    if not self._live or not self._may_restart():
+                    if crashed and tries < LOAD_TRIES and self._policy.restarts:
+                        tries += 1
+                    elif (self._live or self._announced) and self._may_restart():
+                        tries = 1
+                    else:
                         say(str(died))
                         return 1
                     say(f"{died}; it is started again")
@@ -149,8 +161,7 @@ class Supervisor:
                 return None
             if self._server.status is not None:
                 raise ServerDied(
-                    f"tritonserver ended with status {self._server.status} while it loaded the models: "
-                    "its messages above say why"
+                    f"tritonserver {ending(self._server.status)} while it loaded the models: its messages above say why"
                 )
             if time.monotonic() > deadline:
                 raise ServerDied(f"the models were not ready within {seconds:.0f} s")
