@@ -145,12 +145,7 @@ def cost(service: GenerationService, rounds: int, tokens: int) -> tuple[float, f
                 more |= {"guided_regex": ANYTHING} if guided else {}
                 started = time.perf_counter()
                 prompts = [f"{index}. {PROMPTS[index % 4]}" for index in range(STREAMS)]
-                list(
-                    pool.map(
-                        lambda prompt, more=more: ask(service, prompt, max_tokens=tokens, temperature=0.5, **more),
-                        prompts,
-                    )
-                )
+                list(pool.map(lambda prompt, more=more: ask(service, prompt, **more), prompts))
                 taken[guided].append(time.perf_counter() - started)
     return statistics.median(taken[False][1:]), statistics.median(taken[True][1:])
 
