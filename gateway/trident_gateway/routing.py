@@ -168,8 +168,11 @@ class Servers:
             if names != server.names or server.looks % _CONFIGS_EVERY == 0:
                 parameters = {}
                 for name in names:
-                    with contextlib.suppress(NotFoundError):  # it was unloaded a moment ago
+                    # Of a model that is being unloaded Triton says either; the server answers, and has others.
+                    with contextlib.suppress(NotFoundError, UnavailableError):
                         parameters[name] = await server.client.parameters(name, timeout=_LOOK_SECONDS)
+                if names and not parameters:
+                    raise UnavailableError("none of its models answers")
                 server.models, server.names = catalog(parameters), tuple(parameters)
             server.looks += 1
             healthy = True

@@ -16,6 +16,7 @@ from trident_client import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    TridentError,
     UnavailableError,
 )
 from trident_gateway import app, cli, keys
@@ -248,16 +249,17 @@ def test_a_conversation_stays_where_it_began_unless_that_is_much_busier() -> Non
     assert [server.address for server in servers(a=2, b=1, c=3).order("m", b"")] == ["b", "a", "c"]
 
 
-def test_a_model_that_goes_during_a_look_takes_no_other_with_it() -> None:
+@pytest.mark.parametrize("error", [NotFoundError, UnavailableError])
+def test_a_model_that_goes_during_a_look_takes_no_other_with_it(error: type[TridentError]) -> None:
     class Client:
-        gone = True
+        gone, down = True, False
 
         async def served(self, timeout: float) -> list[str]:
             return ["a", "b"]
 
         async def parameters(self, model: str, timeout: float) -> dict[str, str]:
-            if model == "a" and self.gone:
-                raise NotFoundError("no such model")
+            if (model == "a" and self.gone) or self.down:
+                raise error("Request for unknown model: 'a' has no available versions")
             return {"task": "text-generation"}
 
     async def work() -> None:
@@ -268,6 +270,9 @@ def test_a_model_that_goes_during_a_look_takes_no_other_with_it() -> None:
         client.gone = False
         await found.look_again()  # the names are the same, the models were not
         assert list(found.models()) == ["a", "b"]
+        client.down, found.every[0].looks = True, 15  # the configs are read again
+        await found.look_again()
+        assert not found.ready
 
     run(work())
 
