@@ -32,7 +32,7 @@ def metric(server: LocalServer, name: str, model: str = "talk") -> float:
     return float(re.findall(rf'^{name}{{model="{model}",version="1"}} (\S+)$', text, re.MULTILINE)[0])
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -129,7 +129,7 @@ def test_top_and_bench(told: Callable[..., Any], gateway_server: LocalServer, di
 def test_a_batch_that_is_interrupted(gateway_server: LocalServer, direct: Client, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts = [f"number {number}" for number in range(24)]
-    asked: dict[str, Any] = {"min_tokens": 60, "max_tokens": 60}
+    asked: dict[str, Any] = {"min_tokens": 400, "max_tokens": 400}
     lines: list[dict[str, Any]] = [{"id": text, "prompt": text, **asked} for text in prompts]
     lines.insert(5, {"id": "wrong", "prompt": "x", "top_p": 7})
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -187,7 +187,7 @@ class Terminal:
         begin, self._seen = self._seen, self._seen + found.end()
         return ESCAPES.sub(b"", self.shown[begin : self._seen]).decode(errors="replace")
 
-    def ended(self, seconds: float = 20) -> int:
+    def ended(self, seconds: float = 60) -> int:
         """The exit status."""
         deadline = time.monotonic() + seconds
         while True:
@@ -237,7 +237,7 @@ def test_a_conversation(gateway_server: LocalServer, terminal: Terminal, direct:
         terminal.type("/undo\r")
         terminal.until("took back: go on")
         terminal.until(prompt)
-    until(lambda: metric(gateway_server, "trident_requests_cancelled_total") == cancelled + 1)
+    until(lambda: metric(gateway_server, "trident_requests_cancelled_total") > cancelled)
     until(lambda: metric(gateway_server, "trident_requests_running") == 0)
     terminal.until(prompt)
     # The conversation goes on.

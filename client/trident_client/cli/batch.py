@@ -176,16 +176,16 @@ class _Work:
         began = time.monotonic()
         threads = [threading.Thread(target=self._thread, daemon=True) for _ in range(concurrency)]
         status: int = Exit.DONE
-        with _terminated_as_interrupted():
-            try:
-                for thread in threads:
-                    thread.start()
-                while any(thread.is_alive() for thread in threads) and not self.stopping.is_set():
-                    self._changed.wait(0.2)
-                    self._changed.clear()
-                    show(self)
-            except KeyboardInterrupt:
-                status = Exit.INTERRUPTED
+        with _interruptions() as interrupted:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads) and not self.stopping.is_set():
+                self._changed.wait(0.2)
+                self._changed.clear()
+                show(self)
+                if interrupted.is_set():
+                    status = Exit.INTERRUPTED
+                    break
             self.stopping.set()
             self.client.close()  # ends what still runs, on the server, too
             until = time.monotonic() + _ENDING
@@ -294,17 +294,19 @@ def _tell(options: argparse.Namespace, work: _Work, status: int) -> int:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Have SIGTERM end a `with` block as Ctrl-C does."""
+def _interruptions() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set in a `with` block.
+
+    They raise nothing there: an exception that comes while a library's callback runs would be lost.
+    """
+    interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield interrupted
         return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: interrupted.set()) for number in numbers]
     try:
-        yield
+        yield interrupted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
