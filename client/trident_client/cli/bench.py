@@ -302,9 +302,7 @@ def _reader(client: Client, options: argparse.Namespace, report: Report) -> None
     measured("1 caller", 1, 1, options.seconds / 3)
     measured(f"{options.streams} callers", options.streams, 1, options.seconds / 3)
     if report.task not in ("translation", "summarization"):
-        limit = client.parameters(f"{report.model}").get("max_batch_size", "")
-        size = min(_BATCH, int(limit)) if limit.isdecimal() else _BATCH
-        measured(f"requests of {size} texts", 2, size, options.seconds / 3)
+        measured(f"requests of {_BATCH} texts", 2, _BATCH, options.seconds / 3)
 
 
 def same(one: Any, other: Any) -> bool:

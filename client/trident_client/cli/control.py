@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from trident_client import Client
 from trident_client.cli import output
@@ -15,14 +16,12 @@ def models(client: Client, options: argparse.Namespace) -> int:
     statuses = client.models()
     refused = {status.name: client.unverified(status.name) if status.state == "READY" else "" for status in statuses}
     found = [dataclasses.asdict(status) | {"unverified": refused[status.name]} for status in statuses]
-    if options.jsonl:
-        output.rows(found)
-    elif options.json:
-        output.document(found)
-    else:
-        for row in found:
-            remark = f"unverified: {row['unverified']}" if row["unverified"] else row["reason"]
-            output.show(f"{row['name']:<28} {row['version']:>3}  {row['state']} {remark}".rstrip())
+
+    def line(row: dict[str, Any]) -> str:
+        remark = f"unverified: {row['unverified']}" if row["unverified"] else row["reason"]
+        return f"{row['name']:<28} {row['version']:>3}  {row['state']} {remark}".rstrip()
+
+    output.results(options, found, map(line, found))
     return Exit.DONE
 
 
@@ -31,13 +30,7 @@ def served(client: Client, options: argparse.Namespace) -> int:
     names = client.served()
     public = [name for name in names if options.all or "_" not in name]  # names with "_" are stages and variants
     found = [{"name": name, "task": client.parameters(name).get("task", "")} for name in public]
-    if options.jsonl:
-        output.rows(found)
-    elif options.json:
-        output.document(found)
-    else:
-        for row in found:
-            output.show(f"{row['name']:<28} {row['task']}".rstrip())
+    output.results(options, found, (f"{row['name']:<28} {row['task']}".rstrip() for row in found))
     return Exit.DONE
 
 

@@ -53,6 +53,22 @@ def rows(values: Iterable[Mapping[str, Any]]) -> None:
         print(json.dumps(plain(value), ensure_ascii=False), flush=True)
 
 
+def results(options: argparse.Namespace, found: Iterable[Mapping[str, Any]], lines: Iterable[str]) -> None:
+    """Print results as one document, as JSON Lines, or in words.
+
+    Args:
+        found: an object for each.
+        lines: the words for each; they are made only where they are printed, as the objects are.
+    """
+    if options.jsonl:
+        rows(found)
+    elif options.json:
+        document(list(found))
+    else:
+        for line in lines:
+            show(line)
+
+
 def plain(value: Any) -> Any:
     """A value of the client's as JSON has it.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trident_client import Client
+from trident_client import Client, SparseVector
 from trident_client._options import TRANSLATION
 from trident_client.cli import output, texts
 from trident_client.cli.connection import number
@@ -30,14 +30,9 @@ def embed(client: Client, options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
     )
     found = ({"text": text, "embedding": row.tolist()} for text, row in zip(given, vectors, strict=True))
-    if options.jsonl:
-        output.rows(found)
-    elif options.json:
-        output.document(list(found))
-    else:
-        for text, row in zip(given, vectors, strict=True):
-            head = ", ".join(f"{value:+.4f}" for value in row[:6])
-            output.show(f"[{head}, ...] {len(row)} numbers  {text[:60]}")
+    heads = (", ".join(f"{value:+.4f}" for value in row[:6]) for row in vectors)
+    lines = (f"[{head}, ...] {vectors.shape[1]} numbers  {text[:60]}" for head, text in zip(heads, given, strict=True))
+    output.results(options, found, lines)
     return Exit.DONE
 
 
@@ -52,15 +47,13 @@ def embed_sparse(client: Client, options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
     )
     found = ({"text": text, **output.plain(row)} for text, row in zip(given, vectors, strict=True))
-    if options.jsonl:
-        output.rows(found)
-    elif options.json:
-        output.document(list(found))
-    else:
-        for text, row in zip(given, vectors, strict=True):
-            pairs = list(zip(row.indices, row.weights, strict=True))[:6]
-            head = ", ".join(f"{index}: {weight:.4f}" for index, weight in pairs)
-            output.show(f"[{head}, ...] {len(row.indices)} tokens  {text[:60]}")
+
+    def line(text: str, row: SparseVector) -> str:
+        pairs = list(zip(row.indices, row.weights, strict=True))[:6]
+        head = ", ".join(f"{index}: {weight:.4f}" for index, weight in pairs)
+        return f"[{head}, ...] {len(row.indices)} tokens  {text[:60]}"
+
+    output.results(options, found, map(line, given, vectors))
     return Exit.DONE
 
 
@@ -85,14 +78,10 @@ def score(client: Client, options: argparse.Namespace) -> int:
 
 
 def _print_scores(options: argparse.Namespace, given: Sequence[str], scores: Sequence[float], name: str) -> int:
-    found = [{"text": text, name: value} for text, value in zip(given, scores, strict=True)]
-    if options.jsonl:
-        output.rows(found)
-    elif options.json:
-        output.document(found)
-    else:
-        for text, value in zip(given, scores, strict=True):
-            output.show(f"{value:+.4f}  {text[:_SHOWN]}")
+    found = ({"text": text, name: value} for text, value in zip(given, scores, strict=True))
+    output.results(
+        options, found, (f"{value:+.4f}  {text[:_SHOWN]}" for text, value in zip(given, scores, strict=True))
+    )
     return Exit.DONE
 
 
@@ -105,13 +94,7 @@ def tokenize(client: Client, options: argparse.Namespace) -> int:
     else:
         found = client.tokenize(given, model=options.model, truncate=options.truncate)
     rows = [{"text": text, "tokens": ids} for text, ids in zip(given, found, strict=True)]
-    if options.jsonl:
-        output.rows(rows)
-    elif options.json:
-        output.document(rows)
-    else:
-        for ids in found:
-            print(*ids)
+    output.results(options, rows, (" ".join(map(str, ids)) for ids in found))
     return Exit.DONE
 
 
