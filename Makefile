@@ -82,9 +82,8 @@ quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/
 families: $(SETUP) ## which model types are served, each compared with Hugging Face -> docs/reference/families.md
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/families.py --write docs/reference/families.md
 
-bench: $(SETUP) ## compare with other libraries, all in one run -> reports/bench.md
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	@$(BIN)/python -m benchmarks.bench --repository $(REPOSITORY)
+bench: $(SETUP) ## compare with other libraries, all in one run: make bench [PEERS="openvino-genai ..."] -> reports/bench.md
+	@$(BIN)/python -m benchmarks.bench --repository $(REPOSITORY) $(if $(PEERS),--peers $(PEERS))
 
 load: $(SETUP) ## throughput and latency of every model at every door, verified: make load [LOAD_ARGS=...] -> reports/load.md
 	@$(BIN)/python -m benchmarks.load --repository $(REPOSITORY) $(LOAD_ARGS)

@@ -7,33 +7,24 @@ to its last response in that time. Figures are medians over interleaved rounds.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import torch
-from numpy.typing import NDArray
 
-from benchmarks.peers import (
-    Genai,
-    LlamaCpp,
-    Peer,
-    Times,
-    Transformers,
-    TridentEngine,
-    TridentServer,
-    genai_logits,
-    installed,
-    trident_logits,
-)
+from benchmarks import processor
+from benchmarks.peers.environments import Environment, PeerError
+from benchmarks.peers.interface import Peer, Prompts, Times
+from benchmarks.peers.process import started
+from benchmarks.peers.trident import TridentEngine, TridentServer
 from trident_client import Client
 from trident_export import corpora, models_file
 from trident_export.huggingface import sources
@@ -41,6 +32,7 @@ from trident_export.measure import fidelity
 from trident_serving.runtime.tokenizer import TextTokenizer
 
 MODEL = "smollm2"
+REFERENCE = "transformers fp32"
 CONCURRENCY = (1, 4, 8, 16, 32)
 TOKENS = 48
 PREFILL_TOKENS = 512
@@ -77,7 +69,14 @@ def stream_rate(moments: Sequence[float]) -> float:
     return len(later) / (later[-1] - moments[0]) if later else 0.0
 
 
-def measure(client: Client, models: Path, repository: Path, cache: Path, rounds: int) -> Figures:
+def measure(
+    client: Client,
+    models: Path,
+    repository: Path,
+    reports: Path,
+    rounds: int,
+    environments: Sequence[Environment],
+) -> Figures:
     """Every peer at every concurrency, and the engine's features."""
     spec = models_file.as_installed(models_file.select(models_file.load(models), MODEL)[0], repository)
     base = models.resolve().parent
@@ -89,100 +88,85 @@ def measure(client: Client, models: Path, repository: Path, cache: Path, rounds:
     long = (tokenizer.encode("\n".join(corpora.held_out())) * 2)[:PREFILL_TOKENS]
     known = {tuple(ids): text for ids, text in zip(prompts, texts, strict=True)}
     known[tuple(long)] = tokenizer.decode(long)
-    peers, logits = make_peers(client, spec, source, repository, cache, known)
-    divergence = divergences(logits, peers, tokenizer)
-    runs: dict[str, dict[str, list[Measured]]] = {peer.name: {} for peer in peers}
-    prefill: dict[str, list[float]] = {peer.name: [] for peer in peers}
-    for number in range(rounds + 1):  # the first one warms up
-        print(f"bench: generation, round {number} of {rounds}", file=sys.stderr)
-        for streams in CONCURRENCY:
+    with contextlib.ExitStack() as stack:
+        failed: dict[str, str] = {}
+        peers = _trident(client, spec, repository, known)
+        file = sources.package_file(spec.source)
+        sources_of = {"llama.cpp-Q4_1": file}
+        for process in started(
+            environments, "generators", lambda name: sources_of.get(name, source), base / ".cache", reports, failed
+        ):
+            stack.callback(process.close)
+            peers.append(process)
+        divergence = divergences(peers, tokenizer, failed)
+        runs: dict[str, dict[str, list[Measured]]] = {peer.name: {} for peer in peers}
+        prefill: dict[str, list[float]] = {peer.name: [] for peer in peers}
+
+        def run(peer: Peer, prompts: Prompts, tokens: int) -> Times | None:
+            if peer.name in failed:
+                return None
+            try:
+                return peer.generate(prompts, tokens)
+            except PeerError as error:
+                failed[peer.name] = str(error)
+                return None
+
+        for number in range(rounds + 1):  # the first one warms up
+            print(f"bench: generation, round {number} of {rounds}", file=sys.stderr)
+            for streams in CONCURRENCY:
+                for peer in peers:
+                    if (times := run(peer, prompts[:streams], TOKENS)) and number:
+                        runs[peer.name].setdefault(str(streams), []).append(summarize(times))
             for peer in peers:
-                found = summarize(peer.generate(prompts[:streams], TOKENS))
-                if number:
-                    runs[peer.name].setdefault(str(streams), []).append(found)
+                if (times := run(peer, [long], 2)) and number:
+                    prefill[peer.name].append(len(long) / times[0][0])
+        bandwidth = memory_bandwidth()
+        figures: Figures = {"processor": processor.sentence(), "bandwidth_bytes_per_second": bandwidth, "peers": {}}
         for peer in peers:
-            seconds = peer.generate([long], 2)[0][0]
-            if number:
-                prefill[peer.name].append(len(long) / seconds)
-    bandwidth = memory_bandwidth()
-    figures: Figures = {"bandwidth_bytes_per_second": bandwidth, "peers": {}}
-    for peer in peers:
-        size = bytes_of(peer.weights)
-        by_streams = {
-            streams: {key: statistics.median(getattr(run, key) for run in found) for key in asdict(found[0])}
-            for streams, found in runs[peer.name].items()
-        }
-        figures["peers"][peer.name] = {
-            "kl": divergence.get(peer.name),
-            "weights_bytes": size,
-            "prefill": statistics.median(prefill[peer.name]),
-            "bandwidth_share": by_streams["1"]["decode"] * bytes_read(peer.weights) / bandwidth,
-            "streams": by_streams,
-        }
-    figures["features"] = features(client, rounds)
+            if peer.name in failed:
+                continue
+            by_streams = {
+                streams: {key: statistics.median(getattr(run, key) for run in found) for key in asdict(found[0])}
+                for streams, found in runs[peer.name].items()
+            }
+            figures["peers"][peer.name] = {
+                "kl": divergence.get(peer.name),
+                "weights_bytes": bytes_of(peer.weights),
+                "prefill": statistics.median(prefill[peer.name]),
+                "bandwidth_share": by_streams["1"]["decode"] * bytes_read(peer.weights) / bandwidth,
+                "streams": by_streams,
+            }
+        figures["failed"] = failed
+        figures["features"] = features(client, rounds)
     return figures
 
 
-def make_peers(
-    client: Client,
-    spec: models_file.ModelSpec,
-    source: Path,
-    repository: Path,
-    cache: Path,
-    texts: dict[tuple[int, ...], str],
-) -> tuple[list[Peer], dict[str, Callable[[Sequence[int]], NDArray[np.float32]]]]:
-    """The peers that are installed, and functions that give their logits."""
+def _trident(
+    client: Client, spec: models_file.ModelSpec, repository: Path, texts: dict[tuple[int, ...], str]
+) -> list[Peer]:
+    """The server and the engine, of each exported variant but float32."""
     peers: list[Peer] = []
-    logits: dict[str, Callable[[Sequence[int]], NDArray[np.float32]]] = {}
     for variant in spec.variants:
-        if variant == "fp32":
-            continue
-        model = spec.public_name(variant)
-        folder = repository / model / "1"
-        engine = TridentEngine(folder, variant)
-        server = TridentServer(client, model, variant, folder, texts)
-        peers += [server, engine]
-        logits[engine.name] = logits[server.name] = trident_logits(engine.decoder)
-    hugging_face = Transformers(source, pad=2)
-    peers.append(hugging_face)
-    logits[hugging_face.name] = lambda ids: hugging_face.model(torch.tensor([list(ids)])).logits[0].numpy()
-    if installed("onnxruntime_genai"):
-        folder = built_by_genai(source, cache)
-        genai = Genai(folder)
-        peers.append(genai)
-        logits[genai.name] = genai_logits(folder)
-    if installed("llama_cpp"):
-        file = sources.package_file(spec.source)
-        llama = LlamaCpp(file)
-        peers.append(llama)
-        logits[llama.name] = llama.logits
-    else:
-        print("bench: llama.cpp is left out; .venv/bin/pip install llama-cpp-python adds it", file=sys.stderr)
-    return peers, logits
+        if variant != "fp32":
+            model = spec.public_name(variant)
+            engine = TridentEngine(repository / model / "1", variant)
+            peers += [TridentServer(client, model, variant, texts, engine), engine]
+    return peers
 
 
-def built_by_genai(source: Path, cache: Path) -> Path:
-    """The int4 graph of onnxruntime-genai's model builder."""
-    folder = cache / "genai-int4"
-    if not (folder / "model.onnx").exists():
-        print("bench: building onnxruntime-genai's graph", file=sys.stderr)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(folder)]
-        command += ["-p", "int4", "-e", "cpu", "-c", str(cache / "genai")]
-        subprocess.run(command, check=True, capture_output=True)
-    return folder
-
-
-def divergences(
-    logits: dict[str, Callable[[Sequence[int]], NDArray[np.float32]]], peers: list[Peer], tokenizer: TextTokenizer
-) -> dict[str, float]:
-    """KL of each peer's next-token distributions against transformers in float32, in nats."""
+def divergences(peers: Sequence[Peer], tokenizer: TextTokenizer, failed: dict[str, str]) -> dict[str, float]:
+    """KL of each peer's next-token distributions against transformers in float32, in nats; who fails is noted."""
     samples = [tokenizer.encode(text)[:64] for text in corpora.held_out()][::2]
-    with torch.inference_mode():
-        reference = [logits["transformers fp32"](ids) for ids in samples]
-        return {
-            peer.name: fidelity.compare_logits(reference, [logits[peer.name](ids) for ids in samples])["kl"]
-            for peer in peers
-        }
+    exact = next(peer for peer in peers if peer.name == REFERENCE)
+    reference = [exact.logits(ids) for ids in samples]
+    found = {}
+    for peer in peers:
+        try:
+            rows = [peer.logits(ids)[:, : reference[0].shape[1]] for ids in samples]
+            found[peer.name] = fidelity.compare_logits(reference, rows)["kl"]
+        except PeerError as error:
+            failed[peer.name] = str(error)
+    return found
 
 
 def features(client: Client, rounds: int) -> Figures:
@@ -281,7 +265,7 @@ def bytes_of(weights: Path) -> int:
     """The weights' size on disk."""
     if weights.is_file():
         return weights.stat().st_size
-    kinds = ("*.onnx", "*.data", "*.safetensors")
+    kinds = ("*.onnx", "*.data", "*.safetensors", "openvino_model.bin", "model.bin")
     return sum(file.stat().st_size for kind in kinds for file in weights.glob(kind))
 
 
@@ -299,11 +283,12 @@ def bytes_read(weights: Path) -> int:
 
 
 def as_table(figures: Figures) -> str:
-    """The figures in Markdown; ratios are to llama.cpp, or to transformers where it is not installed."""
+    """The figures in Markdown; ratios are to llama.cpp, or to transformers where it does not run."""
     peers = figures["peers"]
-    base = next((name for name in peers if name.startswith("llama.cpp")), "transformers fp32")
+    base = next((name for name in peers if name.startswith("llama.cpp")), REFERENCE)
     lines = [
-        f"Ratios in brackets are to {base}. One prompt of {PREFILL_TOKENS} tokens; decoding of {TOKENS} tokens.",
+        f"{figures['processor']}. Ratios in brackets are to {base}. "
+        f"One prompt of {PREFILL_TOKENS} tokens; decoding of {TOKENS} tokens.",
         "",
     ]
     heads = "".join(f" decode, {streams} streams |" for streams in CONCURRENCY)
@@ -316,6 +301,7 @@ def as_table(figures: Figures) -> str:
             rate, other = (peers[who]["streams"][streams]["decode"] for who in (name, base))
             cells.append(f"{rate:.0f} ({rate / other:.2f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [f"| {name} | failed: {why} |" + " |" * (3 + len(CONCURRENCY)) for name, why in figures["failed"].items()]
     lines += ["", f"| first token ms / gap p50 / gap p99 |{''.join(f' {s} streams |' for s in CONCURRENCY)}"]
     lines += ["|---|" + "---:|" * len(CONCURRENCY)]
     for name, peer in peers.items():

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generation import PREFILL_TOKENS, TOKENS, summarize
-from benchmarks.peers import Prompts, TridentEngine
+from benchmarks.peers.interface import Prompts
+from benchmarks.peers.trident import TridentEngine
 from trident_export import corpora, install, models_file
 from trident_export.huggingface import sources
 from trident_serving.runtime.tokenizer import TextTokenizer

@@ -6,14 +6,17 @@ and six layers, 512 wide) with random weights, which is as fast as a trained one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import (
+    AutoModel,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,8 +24,11 @@ from transformers import (
     pipeline,
 )
 
+from benchmarks.peers.environments import PeerError
+from benchmarks.peers.interface import Embedder
 from trident_client import Client
 from trident_export import corpora, install, models_file, progress
+from trident_export.measure import fidelity
 from trident_serving.launcher import local
 
 TEXTS = corpora.held_out()[:16]
@@ -87,12 +93,58 @@ def _translator(folder: Path, smollm2: Path) -> models_file.ModelSpec:
 _LAYERS = {"layers": 6, "attention_heads": 8, "ffn_dim": 2048}
 
 
-def embeddings(client: Client, folder: Path) -> Peers:
-    """Texts embedded one by one and sixteen at once."""
+def embeddings(client: Client, folder: Path, others: Sequence[Embedder] = ()) -> Peers:
+    """Texts embedded one by one and sixteen at once.
+
+    Args:
+        others: peers that are run with batches of 1 and 16.
+    """
     pipe = pipeline("feature-extraction", model=str(folder), tokenizer=str(folder), device="cpu", truncation=True)
-    return _encoder_peers(
+    peers = _encoder_peers(
         "embeddings", pipe, lambda text, variant: client.embed(text, model=f"minilm{variant}", truncate=True)
     )
+
+    def embed(other: Embedder, size: int) -> int:
+        return len(other.embed(TEXTS * 2, size))
+
+    for callers in CALLERS:
+        group = f"embeddings, {callers} caller{'s' if callers > 1 else ''}, texts/s"
+        for other in others:
+            name = f"{group} | {other.name}, batch_size {callers}"
+            peers[name] = lambda other=other, size=callers: embed(other, size)
+    return peers
+
+
+def cosines(client: Client, folder: Path, others: Sequence[Embedder], failed: dict[str, str]) -> dict[str, float]:
+    """The worst cosine of each embedder's vectors with Hugging Face's in float32, by name; who fails is noted."""
+    texts = corpora.held_out()[:64]
+    reference = _hugging_face(folder, texts)
+    found = {}
+    ways: dict[str, Callable[[], Any]] = {
+        f"Trident {variant or 'fp32'}": lambda variant=variant: client.embed(
+            texts, model=f"minilm{variant and '_' + variant}", truncate=True
+        )
+        for variant in ("", "int8")
+    }
+    ways |= {other.name: lambda other=other: other.embed(texts, 16) for other in others}
+    for name, embed in ways.items():
+        try:
+            found[name] = fidelity.compare_embeddings(reference, np.array(embed()))["worst_cosine"]
+        except PeerError as error:
+            failed[name] = str(error)
+    return found
+
+
+def _hugging_face(folder: Path, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Means of the last hidden states, normalized, as MiniLM's sentence-transformers files say."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    rows = []
+    with torch.inference_mode():
+        for text in texts:
+            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+            rows.append(torch.nn.functional.normalize(model(**tokens).last_hidden_state[0].mean(dim=0), dim=0).numpy())
+    return np.stack(rows)
 
 
 def classification(client: Client, cache: Path) -> Peers:
