@@ -1,7 +1,7 @@
 """`trident-export`: models.toml to a model repository.
 
 export [MODEL]     export what is missing or out of date
-evaluate [MODEL]   what each exported variant gets wrong and what it costs
+evaluate [MODEL]   what each exported variant gets wrong and what it costs, or, with --dataset, how well it answers
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 prune MODEL        fewer weights, and the curve of what that costs
 distill TEACHER    a smaller student that learns to answer as its teacher
@@ -14,6 +14,7 @@ doctor             what is wrong with a repository, without a server or the netw
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import signal
@@ -74,6 +75,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     evaluate.add_argument("model", nargs="?", help="one model of models.toml (default: all that are exported)")
     evaluate.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")
     evaluate.add_argument("--reports", type=Path, default=Path("reports"))
+    _add_references(evaluate)
     evaluate.set_defaults(run=_evaluate)
     sensitive = commands.add_parser("sensitivity", help="which layers a recipe hurts")
     sensitive.add_argument("model", help="one model of models.toml; it need not be exported")
@@ -114,6 +116,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for command in (export, evaluate, sensitive, pruned, distilled):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
+
+
+def _add_references(evaluate: argparse.ArgumentParser) -> None:
+    """The options of an evaluation against references."""
+    evaluate.add_argument(
+        "--dataset",
+        type=Path,
+        help="examples with references, a JSON object in each line: they are compared with what is served",
+    )
+    evaluate.add_argument("--url", default="", help="with --dataset: a server that runs (default: one of its own)")
+    evaluate.add_argument(
+        "--against",
+        default="",
+        metavar="MODEL",
+        help="with --dataset: what the others are compared with (default: the float32 variant, or else the first)",
+    )
+    evaluate.add_argument(
+        "--models",
+        default="",
+        metavar="NAMES",
+        help="with --dataset: public names, parted by commas (default: the model's exported variants)",
+    )
+    evaluate.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (default 2000)")
 
 
 def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -194,6 +219,11 @@ def _copies(source: models_file.Source, options: argparse.Namespace) -> models_f
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.dataset:
+        return _evaluate_answers(options)
+    for name in ("url", "against", "models"):
+        if getattr(options, name):
+            raise UsageError(f"--{name} is for an evaluation against references: name a --dataset")
     base = options.models_file.resolve().parent
     quiet.hush_onnxruntime(options.verbose)
     texts = corpora.read(options.text) if options.text else None
@@ -213,6 +243,38 @@ def _evaluate(options: argparse.Namespace) -> int:
             for variant, measured in tasks.evaluate(spec, source, options.repository, texts, thorough=True).items()
         }
     print(quality.write(report, options.reports), end="")
+    return 0
+
+
+def _evaluate_answers(options: argparse.Namespace) -> int:
+    """What served variants answer, against references."""
+    from trident_client import Client
+    from trident_export.evaluation import datasets, report
+    from trident_serving.launcher import local
+
+    if not options.model:
+        raise UsageError("--dataset is for one model: name it")
+    if options.text:
+        raise UsageError("--text is for what variants get wrong against Hugging Face, --dataset for references: choose")
+    if options.resamples < 100:
+        raise UsageError(f"--resamples is {options.resamples}: an interval needs 100 at least")
+    (spec,) = _specs(options, on_demand=True)
+    data = datasets.read(options.dataset, spec.task)
+    models = [name for name in options.models.split(",") if name] or [spec.public_name(each) for each in spec.variants]
+    exact = spec.public_name("fp32")
+    against = options.against or (exact if exact in models else models[0])
+    with contextlib.ExitStack() as stack:
+        url = options.url
+        if not url:
+            if artefacts.read_manifest(options.repository, spec.name) is None:
+                raise UsageError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
+            progress.say("starting a server")
+            log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
+            url = stack.enter_context(local.running(options.repository, log)).grpc_url
+        client = stack.enter_context(Client(url, timeout=600))
+        print(
+            report.write(report.evaluate(client, spec.task, models, data, against, options.resamples), options.reports)
+        )
     return 0
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer
 
 from tests import tiny_models
 from tests.conftest import ROOT, run_export, run_export_cold
+from trident_client import Client
+from trident_export import corpora
 from trident_export.measure import fidelity, quality
+from trident_serving.launcher.local import LocalServer
 
 
 @pytest.mark.slow
@@ -168,3 +175,97 @@ def test_a_table_has_a_column_for_every_measure() -> None:
         "| fp32 | 0 |  |",
         "| int8 | 0.005123 | 12 |",
     ]
+
+
+def ask(data: Path, model: str, reports: Path, url: str, *lines: Mapping[str, Any], against: str = "") -> Any:
+    """The report of an evaluation against references, of a model and its variants that a server has."""
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = {"smollm2": "smollm2,smollm2_fp32", "minilm": "minilm,minilm_int8"}[model]
+    options = ("--dataset", str(data), "--reports", str(reports), "--url", url, "--models", names)
+    done = run_export("evaluate", model, *options, *(("--against", against) if against else ()))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (reports / "evaluation.md").read_text().strip()
+    return json.loads((reports / "evaluation.json").read_text())
+
+
+def test_perplexity_is_hugging_face_s(server: LocalServer, smollm2_folder: Path, tmp_path: Path) -> None:
+    texts = corpora.held_out()[:3]
+    report = ask(tmp_path / "d", "smollm2", tmp_path, server.grpc_url, *({"text": text} for text in texts))
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    losses, tokens = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    exact = report["models"]["smollm2_fp32"]["perplexity"]
+    assert exact["value"] == pytest.approx(math.exp(losses / tokens), rel=1e-4)
+    assert exact["low"] < exact["value"] < exact["high"]
+    assert (report["baseline"], report["examples"]) == ("smollm2_fp32", 3)
+    difference = report["differences"]["smollm2"]["perplexity"]["interval"]
+    assert difference["value"] == pytest.approx(report["models"]["smollm2"]["perplexity"]["value"] - exact["value"])
+    assert 0 < abs(difference["value"]) < 1
+
+
+def test_answers_are_compared_with_references(server: LocalServer, tmp_path: Path) -> None:
+    question = {"messages": [{"role": "user", "content": "What is the capital of France? Answer in one word."}]}
+    lines = [
+        question | {"references": ["Paris"], "max_tokens": 8},
+        question | {"references": ["Rome"], "max_tokens": 8},
+    ]
+    report = ask(tmp_path / "d", "smollm2", tmp_path, server.grpc_url, *lines, against="smollm2")
+    with Client(server.grpc_url, timeout=120) as client:
+        told = client.generate(question["messages"], model="smollm2_fp32", max_tokens=8).text
+    found = report["models"]["smollm2_fp32"]
+    assert "Paris" in told
+    assert found["exact_match"]["value"] == 0.5 * (told.strip(" .") == "Paris")
+    assert 0 < found["chrf"]["value"] < 100
+    assert report["baseline"] == "smollm2"
+
+
+def test_searches_are_scored(server: LocalServer, tmp_path: Path) -> None:
+    passages = ["Trains run on rails.", "The Seine flows through Paris.", "Bread is made of flour."]
+    lines = [
+        {"query": "Which river is in Paris?", "passages": passages, "relevant": [1]},
+        {"query": "How do I bake?", "passages": passages, "relevant": {"2": 2, "0": 0}},
+        {"query": "How do I bake?", "passages": passages, "relevant": [0]},
+    ]
+    report = ask(tmp_path / "d", "minilm", tmp_path, server.grpc_url, *lines)
+    found = report["models"]["minilm"]
+    assert 0.5 <= found["mrr@10"]["value"] < 1
+    assert found["recall@10"]["value"] == 1
+    assert report["differences"]["minilm_int8"]["ndcg@10"]["p"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "--dataset", "d"), "--dataset is for one model: name it"),
+        (
+            ("evaluate", "smollm2", "--url", "127.0.0.1:1"),
+            "--url is for an evaluation against references: name a --dat",
+        ),
+        (("evaluate", "smollm2", "--dataset", "none.jsonl"), "none.jsonl can't be read: No such file or directory"),
+        (("evaluate", "smollm2", "--dataset", "README.md"), "README.md, line 1 is no JSON"),
+        (("evaluate", "smollm2", "--dataset", "{d}", "--resamples", "9"), "an interval needs 100 at least"),
+        (
+            ("evaluate", "smollm2", "--dataset", "{d}", "--against", "x", "--url", "{url}"),
+            "the baseline x is none of smollm2",
+        ),
+        (("evaluate", "smollm2", "--dataset", "{d}", "--url", "127.0.0.1:9"), "line 1: smollm2"),
+        (("evaluate", "smollm2", "--dataset", "{long}", "--url", "{url}"), "line 1: smollm2.* says: .*2048"),
+        (("evaluate", "smollm2", "--dataset", "{option}", "--url", "{url}"), "line 1: smollm2.* says: .*colour"),
+    ],
+)
+def test_an_evaluation_that_can_not_be(
+    server: LocalServer, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    files = {"d": {"text": "a b"}, "long": {"text": "a " * 9000}, "option": {"text": "a b", "colour": "red"}}
+    for name, line in files.items():
+        (tmp_path / name).write_text(json.dumps(line) + "\n")
+    paths = {name: tmp_path / name for name in files}
+    done = run_export(*(each.format(**paths, url=server.grpc_url) for each in arguments), "--reports", str(tmp_path))
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
