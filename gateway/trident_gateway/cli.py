@@ -41,7 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         "'trident-gateway key' makes API keys.",
     )
     add = parser.add_argument
-    add("--triton", action="append", metavar="HOST:PORT", help="gRPC endpoint of a server; may be given several times")
+    add(
+        "--triton",
+        action="append",
+        metavar="HOST:PORT",
+        help="gRPC endpoint of a server, or dns:NAME:PORT for all that a name has; may be given several times",
+    )
     add("--host", default=_DEFAULTS.host, help="address to listen on (%(default)s)")
     add("--port", type=int, default=_DEFAULTS.port, help="port to listen on (%(default)s)")
     add("--workers", type=int, default=_DEFAULTS.workers, help="processes (%(default)s)")

@@ -42,12 +42,11 @@ class Gateway:
         self.draining = False
         self.open = 0
         self.tracing = Tracing.configured()
-        clients = {
-            address: AsyncClient(address, timeout=settings.timeout, headers=tracing.headers)
-            for address in settings.triton
-        }
         self.servers = Servers(
-            clients, settings.health_seconds, lambda address, up: self.metrics.server(address, healthy=up)
+            settings.triton,
+            lambda address: AsyncClient(address, timeout=settings.timeout, headers=tracing.headers),
+            settings.health_seconds,
+            self.metrics.server,
         )
         self._next_look = 0.0
 

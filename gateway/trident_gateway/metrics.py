@@ -6,6 +6,7 @@ the library is imported, and any of them can tell the sum.
 
 from __future__ import annotations
 
+import math
 import os
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
@@ -87,9 +88,12 @@ class Metrics:
             self._running.labels(model).set(running)
             self._waiting.labels(model).set(waiting)
 
-    def server(self, address: str, *, healthy: bool) -> None:
-        """Whether a server answers."""
-        self._healthy.labels(address).set(int(healthy))
+    def server(self, address: str, healthy: bool | None) -> None:
+        """Whether a server answers; None: it is none any more, which several processes can only tell as NaN."""
+        if healthy is None and FOLDER not in os.environ:
+            self._healthy.remove(address)
+        else:
+            self._healthy.labels(address).set(math.nan if healthy is None else int(healthy))
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

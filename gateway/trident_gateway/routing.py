@@ -4,6 +4,10 @@ A conversation goes to the server that had its beginning, whose cache then holds
 than another. Which one it is follows from a hash (rendezvous hashing), so that every process of a gateway, and every
 gateway, chooses the same without telling each other. A request moves on to another server only while nothing of its
 answer was sent.
+
+An address of the form `dns:NAME:PORT` stands for every address that the name has, as a headless service of Kubernetes
+has one for each of its pods. It is looked up at each look, so servers come and go; one that goes ends its answers
+first.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,7 +28,8 @@ from trident_gateway.errors import from_trident, refused
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _BUSIER = 4  # requests that a server may have more than the least busy one, and still get what it knows
-_LOOK_SECONDS = 5.0  # that a look at a server may take
+_LOOK_SECONDS = 5.0  # that a look at a server, or at a name, may take
+DNS = "dns:"
 _CONFIGS_EVERY = 15  # looks after which the configs are read again; a model may have been replaced
 
 
@@ -48,34 +54,67 @@ class Server:
     names: tuple[str, ...] = ()
 
 
+async def resolved(name: str) -> list[str]:
+    """The addresses that a name has now, each with its port.
+
+    Args:
+        name: host and port.
+
+    Raises:
+        OSError: it has none, or nobody can say.
+    """
+    host, _, port = name.rpartition(":")
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(_LOOK_SECONDS):
+        found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    plain = {str(each[4][0]) for each in found}
+    return sorted(f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in plain)
+
+
 class Servers:
     """All servers of a gateway.
 
     Args:
-        clients: by address.
+        addresses: host and port of each, or `dns:` before a name that has several.
+        connect: makes a client for an address.
         seconds: between two looks at each.
-        told: is called with an address, and whether it is healthy, after each look.
+        told: is called with an address, and whether it is healthy, after each look; None: it is no server any more.
+        resolve: finds the addresses of a name.
     """
 
     def __init__(
-        self, clients: Mapping[str, AsyncClient], seconds: float, told: Callable[[str, bool], None] = lambda *_: None
+        self,
+        addresses: Sequence[str],
+        connect: Callable[[str], AsyncClient],
+        seconds: float,
+        told: Callable[[str, bool | None], None] = lambda *_: None,
+        resolve: Callable[[str], Awaitable[list[str]]] = resolved,
     ) -> None:
-        self.every = [Server(address, client) for address, client in clients.items()]
+        self._connect = connect
         self._seconds = seconds
         self._told = told
-        self._watchers: list[asyncio.Task[None]] = []
+        self._resolve = resolve
+        self._found: dict[str, set[str]] = {
+            address.removeprefix(DNS): set() for address in addresses if address.startswith(DNS)
+        }
+        self._fixed = {address for address in addresses if not address.startswith(DNS)}
+        self.every = [Server(address, connect(address)) for address in addresses if address in self._fixed]
+        self._leaving: list[Server] = []
+        self._watcher: asyncio.Task[None] | None = None
+        self._looks: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         """Look at every server once, and go on in the background."""
-        await asyncio.gather(*(self._look(server) for server in self.every))
-        self._watchers = [asyncio.create_task(self._watch(server)) for server in self.every]
+        await self.look_again()
+        self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """Look no more, and close the connections."""
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
-        await asyncio.gather(*(server.client.close() for server in self.every))
+        tasks = [*self._looks.values(), *([self._watcher] if self._watcher else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(server.client.close() for server in (*self.every, *self._leaving)))
 
     @property
     def ready(self) -> bool:
@@ -109,7 +148,8 @@ class Servers:
         return found
 
     async def look_again(self) -> None:
-        """Ask every server now: a model may have been loaded since the last look."""
+        """Ask every name and every server now: a model may have been loaded since the last look."""
+        await self._find()
         await asyncio.gather(*(self._look(server) for server in self.every))
 
     async def call(self, model: str, beginning: bytes, ask: Callable[[AsyncClient], Awaitable[Result]]) -> Result:
@@ -156,10 +196,37 @@ class Servers:
                 server.running -= 1
         raise from_trident(failure)
 
-    async def _watch(self, server: Server) -> None:
+    async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._seconds)
-            await self._look(server)
+            await self._find()
+            # A server that is slow to answer keeps no other from being looked at.
+            self._looks = {address: look for address, look in self._looks.items() if not look.done()}
+            for server in self.every:
+                if server.address not in self._looks:
+                    self._looks[server.address] = asyncio.create_task(self._look(server))
+
+    async def _find(self) -> None:
+        """Look the names up: servers that are new are looked at, those that are gone get nothing more."""
+        if not self._found:
+            return
+        await asyncio.gather(*(self._look_up(name) for name in self._found))
+        wanted = self._fixed.union(*self._found.values())
+        for server in [server for server in self.every if server.address not in wanted]:
+            self.every.remove(server)
+            self._leaving.append(server)
+            self._told(server.address, None)
+        for address in sorted(wanted - {server.address for server in self.every}):
+            self.every.append(Server(address, self._connect(address)))
+        for server in [server for server in self._leaving if not server.running]:
+            self._leaving.remove(server)
+            await server.client.close()
+
+    async def _look_up(self, name: str) -> None:
+        try:
+            self._found[name] = set(await self._resolve(name))
+        except (OSError, TimeoutError) as error:  # what it had is kept: whether it answers is seen by asking it
+            logger.warning("%s can't be looked up: %s", name, error)
 
     async def _look(self, server: Server) -> None:
         """Ask a server which models it has."""
@@ -181,7 +248,8 @@ class Servers:
                 logger.warning("%s does not answer: %s", server.address, type(error).__name__)
             healthy = False
         server.healthy = healthy
-        self._told(server.address, healthy)
+        if server in self.every:
+            self._told(server.address, healthy)
 
 
 def _rank(address: str, beginning: bytes) -> bytes:

@@ -16,7 +16,7 @@ class Settings:
     """The settings of one gateway.
 
     Attributes:
-        triton: host and port of the gRPC endpoint of each server.
+        triton: host and port of the gRPC endpoint of each server; `dns:` before them: of all that the name has.
         host: the address on which it listens.
         port: of it.
         workers: processes.
@@ -65,6 +65,10 @@ class Settings:
                 f"{self.host} can be reached from other machines, and there are no API keys: give --keys FILE (made by "
                 "trident-gateway key add), or --public to let everybody in"
             )
+        for address in self.triton:
+            _, parted, port = address.removeprefix("dns:").rpartition(":")
+            if not parted or not port.isdecimal():
+                raise ValueError(f"triton names {address!r}: give host:port of a gRPC endpoint, or dns:name:port")
         for name, least in _LEAST.items():
             if not least <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be at least {least}, and finite, found {value}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from trident_gateway.gateway import Gateway
 from trident_gateway.logs import AccessLog
 from trident_gateway.openai.completions import LogProbs, written
 from trident_gateway.openai.items import messages_of
-from trident_gateway.routing import Server, Servers, beginning_of
+from trident_gateway.routing import Server, Servers, beginning_of, resolved
 from trident_gateway.settings import Settings
 
 
@@ -225,8 +226,12 @@ def test_a_file_of_keys_that_changes_while_it_is_used(tmp_path: Path, caplog: py
         keys.add(file, "less", ["inference"], -3)
 
 
+def unconnected(address: str) -> Any:
+    raise AssertionError(address)
+
+
 def servers(**running: int) -> Servers:
-    made = Servers({}, 1)
+    made = Servers([], unconnected, 1)
     model = Model("m", "text-generation", {})
     made.every = [
         Server(address, None, healthy=True, models={"m": model}, running=count)  # type: ignore[arg-type]
@@ -264,7 +269,7 @@ def test_a_model_that_goes_during_a_look_takes_no_other_with_it(error: type[Trid
 
     async def work() -> None:
         client = Client()
-        found = Servers({"here": client}, 60)  # type: ignore[dict-item]
+        found = Servers(["here"], lambda address: client, 60)  # type: ignore[arg-type, return-value]
         await found.look_again()
         assert (found.ready, list(found.models())) == (True, ["b"])
         client.gone = False
@@ -275,6 +280,65 @@ def test_a_model_that_goes_during_a_look_takes_no_other_with_it(error: type[Trid
         assert not found.ready
 
     run(work())
+
+
+def test_servers_of_a_name_come_and_go() -> None:
+    closed: list[str] = []
+    told: list[tuple[str, bool | None]] = []
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        async def served(self, timeout: float) -> list[str]:
+            return ["a"]
+
+        async def parameters(self, model: str, timeout: float) -> dict[str, str]:
+            return {"task": "text-generation"}
+
+        async def close(self) -> None:
+            closed.append(self.address)
+
+    addresses = ["10.0.0.1:8001", "10.0.0.2:8001"]
+
+    async def resolve(name: str) -> list[str]:
+        assert name == "pods:8001"
+        if not addresses:
+            raise socket.gaierror("no such name")
+        return list(addresses)
+
+    async def work() -> None:
+        listed = ["fixed:8001", "dns:pods:8001"]
+        found = Servers(listed, Client, 60, lambda *each: told.append(each), resolve)  # type: ignore[arg-type]
+        await found.start()
+        assert [server.address for server in found.having("a")] == ["fixed:8001", "10.0.0.1:8001", "10.0.0.2:8001"]
+        found.every[1].running = 1  # an answer of it is being made
+        addresses[:] = ["10.0.0.2:8001", "10.0.0.3:8001"]
+        await found.look_again()
+        assert [server.address for server in found.having("a")] == ["fixed:8001", "10.0.0.2:8001", "10.0.0.3:8001"]
+        assert (closed, told.count(("10.0.0.1:8001", None))) == ([], 1)
+        found._leaving[0].running = 0
+        addresses.clear()  # what it had is kept
+        await found.look_again()
+        assert closed == ["10.0.0.1:8001"]
+        assert len(found.having("a")) == 3
+        addresses[:] = ["10.0.0.1:8001"]  # and back again
+        await found.look_again()
+        assert [server.address for server in found.having("a")] == ["fixed:8001", "10.0.0.1:8001"]
+        await found.stop()
+
+    run(work())
+    assert sorted(closed) == ["10.0.0.1:8001", "10.0.0.1:8001", "10.0.0.2:8001", "10.0.0.3:8001", "fixed:8001"]
+
+
+def test_a_name_has_addresses() -> None:
+    assert set(asyncio.run(resolved("localhost:8001"))) & {"127.0.0.1:8001", "[::1]:8001"}
+    with pytest.raises(socket.gaierror):
+        asyncio.run(resolved("no-such-name.invalid:8001"))
+    with pytest.raises(ValueError, match="triton names 'pods': give host:port of a gRPC endpoint, or dns:name:port"):
+        Settings(triton=("pods",))
+    with pytest.raises(ValueError, match="triton names 'dns:pods'"):
+        Settings(triton=("dns:pods",))
 
 
 def test_stages_are_no_models() -> None:
