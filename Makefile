@@ -22,7 +22,7 @@ TEST_WORKERS ?= 3
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test test-all check schema format docs quality families bench load load-check soak clients image up down clean
+.PHONY: help setup serve export test test-all check schema format docs quality families bench load load-check soak clients charts image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -98,6 +98,9 @@ soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make
 
 clients: $(SETUP) ## run other people's clients against the default models and the gateway
 	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
+
+charts: $(SETUP) ## render the Helm chart and validate what it gives
+	@$(BIN)/python -m pytest -m charts tests/charts $(PYTEST_ARGS)
 
 image: $(SETUP) ## build the images and run them, where podman is
 	@$(BIN)/python -m pytest -m image tests/images $(PYTEST_ARGS)
