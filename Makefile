@@ -15,6 +15,7 @@ VARIANTS ?=
 SOURCE ?=
 FORCE ?=
 SERVICE ?= trident
+WATCHERS ?= prometheus grafana collector
 PYTEST_ARGS ?=
 LOAD_ARGS ?=
 UPDATE ?=
@@ -103,8 +104,9 @@ clients: $(SETUP) ## run other people's clients against the default models and t
 image: $(SETUP) ## build the images and run them, where podman is
 	@$(BIN)/python -m pytest -m image tests/images $(PYTEST_ARGS)
 
-up: ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
-	docker compose --profile '*' up --build --detach --wait $(SERVICE)
+up: $(SETUP) ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
+	@$(BIN)/python deploy/keys.py
+	docker compose --profile '*' up --build --detach --wait $(SERVICE) $(WATCHERS)
 
 down: ## stop the production stack
 	docker compose --profile '*' down

@@ -7,6 +7,7 @@ the library is imported, and any of them can tell the sum.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -66,6 +67,28 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemin",
         )
+        by_server = ("server", "model")
+        self._ready = Gauge(
+            "trident_gateway_model_ready",
+            "Whether a server has a model that it had before.",
+            by_server,
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._unverified = Gauge(
+            "trident_gateway_model_unverified",
+            "Whether a model was installed although its gate refused it.",
+            by_server,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._losses = Counter(
+            "trident_gateway_model_losses",
+            "Models that a server which answers no longer has.",
+            by_server,
+            registry=registry,
+        )
+        self._seen: dict[str, dict[str, bool]] = {}
 
     def over(self, exchange: Exchange, seconds: float) -> None:
         """A request is over."""
@@ -87,9 +110,25 @@ class Metrics:
             self._running.labels(model).set(running)
             self._waiting.labels(model).set(waiting)
 
-    def server(self, address: str, *, healthy: bool) -> None:
-        """Whether a server answers."""
+    def server(self, address: str, *, healthy: bool, verified: Mapping[str, bool]) -> None:
+        """What a look at a server has found.
+
+        Args:
+            address: of the server.
+            healthy: whether it answers.
+            verified: its models, and whether each passed its gate.
+        """
         self._healthy.labels(address).set(int(healthy))
+        seen = self._seen.setdefault(address, {})
+        for model, passed in verified.items():
+            self._unverified.labels(address, model).set(int(not passed))
+            self._losses.labels(address, model)  # begins at 0, so that the first loss is a rise
+        for model in {*seen, *verified}:
+            here = healthy and model in verified
+            self._ready.labels(address, model).set(int(here))
+            if healthy and not here and seen[model]:
+                self._losses.labels(address, model).inc()
+            seen[model] = here or (not healthy and seen.get(model, False))
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -54,11 +54,11 @@ class Servers:
     Args:
         clients: by address.
         seconds: between two looks at each.
-        told: is called with an address, and whether it is healthy, after each look.
+        told: is called with a server after each look at it.
     """
 
     def __init__(
-        self, clients: Mapping[str, AsyncClient], seconds: float, told: Callable[[str, bool], None] = lambda *_: None
+        self, clients: Mapping[str, AsyncClient], seconds: float, told: Callable[[Server], None] = lambda _: None
     ) -> None:
         self.every = [Server(address, client) for address, client in clients.items()]
         self._seconds = seconds
@@ -181,7 +181,7 @@ class Servers:
                 logger.warning("%s does not answer: %s", server.address, type(error).__name__)
             healthy = False
         server.healthy = healthy
-        self._told(server.address, healthy)
+        self._told(server)
 
 
 def _rank(address: str, beginning: bytes) -> bytes:
