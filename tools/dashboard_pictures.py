@@ -1,6 +1,6 @@
 """Draws docs/images/dashboard-*.png: the panels of deploy/grafana/dashboards, from what a real Prometheus answers.
 
-python tools/dashboard_pictures.py [--repository model_repository] [--minutes 2]  needs prometheus, smollm2 and minilm
+python -m tools.dashboard_pictures [--repository model_repository] [--minutes 2]  needs prometheus, smollm2, minilm
 
 A server with its gateway gets a load that rises and falls, and a Prometheus with the stack's rules scrapes them. The
 pictures are matplotlib's, not Grafana's: the same queries, numbers, titles and places, and a plainer look.

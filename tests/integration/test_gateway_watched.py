@@ -21,7 +21,7 @@ from deploy import keys as stack_keys
 from deploy import watching
 from deploy.watching import PROMETHEUS, Prometheus
 from tests.conftest import post
-from tests.integration.test_launcher import children
+from tests.integration.test_shell import backend_process
 from trident_gateway import keys
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -181,9 +181,7 @@ def test_a_backend_that_dies_and_a_model_that_its_gate_refused_are_told(stack: S
     assert until(lambda: "TridentUnverified" in firing(), 10), firing()
     assert [labels["model"] for labels in firing()["TridentUnverified"]] == ["rank"]
     assert "TridentBackendDied" not in firing()
-    processes = children(stack.server.launcher.pid).items()
-    (pid,) = (pid for pid, command in processes if "trident_generator" in command and "/talk" in command)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(backend_process(stack.server, "talk"), signal.SIGKILL)
     assert until(lambda: "TridentBackendDied" in firing(), 40), firing()
     assert [labels["model"] for labels in firing()["TridentBackendDied"]] == ["talk"]
     ready = 'trident_gateway_model_ready{model="talk"}'
