@@ -1,6 +1,6 @@
 """Makes the keys that `make up` needs, where they are missing: `python deploy/keys.py [folder]`.
 
-    <folder>/gateway/keys.json    hashes of the gateway's keys: `prometheus` may read its metrics, `first` may ask models
+    <folder>/gateway/keys.json    hashes of the gateway's keys: `prometheus` may read metrics, `first` may ask models
     <folder>/prometheus/key       Prometheus's key
 
 The key `first` is printed, once. Other users may read these files, because the containers do: hashes of random keys

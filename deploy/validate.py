@@ -121,7 +121,7 @@ def opened_problems(service: dict[str, Any]) -> list[str]:
 
 
 def watcher_problems(service: dict[str, Any]) -> list[str]:
-    """What a service that watches lacks, even if the operator sets TRIDENT_BIND=0.0.0.0: nothing asks for a password."""
+    """What a service that watches lacks if the operator sets TRIDENT_BIND=0.0.0.0: none asks for a password."""
     volumes = service.get("volumes", [])
     holds = {
         "its image must have a version": bool(re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service.get("image", ""))),

@@ -87,7 +87,10 @@ class Load:
             if number % 3 == 2:
                 yield "/v1/embeddings", {"model": "minilm", "input": [question, f"a text of turn {turn}"] * 4}
                 continue
-            messages = [{"role": "system", "content": "You answer in one sentence."}, {"role": "user", "content": question}]
+            messages = [
+                {"role": "system", "content": "You answer in one sentence."},
+                {"role": "user", "content": question},
+            ]
             yield "/v1/chat/completions", {"model": "smollm2", "messages": messages, "max_tokens": 40, "stream": True}
 
     def _ask(self, path: str, body: Mapping[str, Any]) -> None:
@@ -113,7 +116,9 @@ def draw(prometheus: Prometheus, board: Mapping[str, Any], begin: float, end: fl
         left, bottom = place["x"] / 24, (top - place["h"]) / height
         box = figure.add_axes((left + 0.003, bottom + 0.006, place["w"] / 24 - 0.006, place["h"] / height - 0.012))
         box.set(facecolor=PANEL, xticks=[], yticks=[])
-        box.text(0.015, 1 - 0.45 / place["h"], panel["title"], color=TEXT, fontsize=9, va="center", transform=box.transAxes)
+        box.text(
+            0.015, 1 - 0.45 / place["h"], panel["title"], color=TEXT, fontsize=9, va="center", transform=box.transAxes
+        )
         for spine in box.spines.values():
             spine.set_color(GRID)
         _KINDS[panel["type"]](box, prometheus, board, panel, begin, end)
@@ -164,7 +169,14 @@ def _timeseries(box: Axes, prometheus: Prometheus, board: Any, panel: Any, begin
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} min")
     if shown:
         handles, names = axes.get_legend_handles_labels()
-        style = {"fontsize": 6.5, "labelcolor": TEXT, "frameon": False, "ncols": 2, "handlelength": 1.2, "borderpad": 0.1}
+        style = {
+            "fontsize": 6.5,
+            "labelcolor": TEXT,
+            "frameon": False,
+            "ncols": 2,
+            "handlelength": 1.2,
+            "borderpad": 0.1,
+        }
         box.legend(handles[:LEGEND_LINES], names[:LEGEND_LINES], loc="lower left", labelspacing=0.25, **style)
     else:
         axes.text(0.5, 0.5, "no data", color=TEXT, ha="center", transform=axes.transAxes)
@@ -188,7 +200,15 @@ def _states(box: Axes, prometheus: Prometheus, board: Any, panel: Any, begin: fl
             axes.barh(row, STEP_SECONDS / 60, left=at, height=0.7, color=GREEN if value >= 1 else RED)
     # The names stand on the bars, as they are too long for the margin.
     for row, (name, _) in enumerate(reversed(found)):
-        axes.text(0.01, row, name[: int(wide * 14)], color=BACKGROUND, fontsize=7, va="center", transform=axes.get_yaxis_transform())
+        axes.text(
+            0.01,
+            row,
+            name[: int(wide * 14)],
+            color=BACKGROUND,
+            fontsize=7,
+            va="center",
+            transform=axes.get_yaxis_transform(),
+        )
     axes.set_yticks([])
     axes.set_xlim(0, (end - begin) / 60)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} min")

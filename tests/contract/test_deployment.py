@@ -34,7 +34,11 @@ def published(address: str | None, *ports: int) -> list[dict[str, Any]]:
     ("key", "value", "message"),
     [
         ("build", {"dockerfile": "Dockerfile"}, "built from Dockerfile"),
-        ("volumes", [{"target": "/models"}, {"target": "/keys", "read_only": True}], "repository must be mounted read-only"),
+        (
+            "volumes",
+            [{"target": "/models"}, {"target": "/keys", "read_only": True}],
+            "repository must be mounted read-only",
+        ),
         ("read_only", False, "file system must be read-only"),
         ("user", "0:0", "must not run as root"),
         ("security_opt", [], "no-new-privileges"),
@@ -142,7 +146,7 @@ BOTH = [
     ('ENTRYPOINT ["/opt', 'ENTRYPOINT exec ["/opt', "ENTRYPOINT"),
     ("TRIDENT_CONTAINER=1", "TRIDENT_CONTAINER=", "TRIDENT_CONTAINER"),
     ("ORT_DISABLE_TELEMETRY=1", "ORT_DISABLE_TELEMETRY=0", "TELEMETRY"),
-    ("[runtime,gateway]", "[export,gateway]", "exporter"),
+    ("[runtime,gateway,traces]", "[export,gateway]", "exporter"),
 ]
 
 

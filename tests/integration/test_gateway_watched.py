@@ -1,6 +1,6 @@
 """A real Prometheus scrapes a real server and its gateway under load: every query of every dashboard and rule has data.
 
-The server runs as docker-compose.yml runs it, with the launcher's gateway and API keys. Prometheus scrapes twice a second.
+The server runs as docker-compose.yml runs it, with the launcher's gateway and API keys; it is scraped twice a second.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack(gateway_server: LocalServer, gateway_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(
+    gateway_server: LocalServer, gateway_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
     """`rank` is marked as a model that its gate refused."""
     folder = tmp_path_factory.mktemp("watched")
     shutil.copytree(gateway_folder / "repository", folder / "repository")
@@ -120,9 +122,15 @@ def load(stack: Stack, ended: threading.Event) -> None:
 def test_every_query_of_every_dashboard_and_rule_has_data(stack: Stack) -> None:
     ask = stack.prometheus.values
     assert until(lambda: {value for _, value in ask("up")} == {1.0} and len(ask("up")) == 3, 30), ask("up")
-    wanted = {watching.filled(query.expression, WINDOW) for board in watching.dashboards() for query in watching.queries(board)}
+    wanted = {
+        watching.filled(query.expression, WINDOW)
+        for board in watching.dashboards()
+        for query in watching.queries(board)
+    }
     wanted |= {rule["record"] for rule in watching.rules() if "record" in rule}
-    wanted |= {selector for rule in watching.rules() if "alert" in rule for selector in watching.selectors(rule["expr"])}
+    wanted |= {
+        selector for rule in watching.rules() if "alert" in rule for selector in watching.selectors(rule["expr"])
+    }
     ended = threading.Event()
     callers = [threading.Thread(target=load, args=(stack, ended)) for _ in range(2)]
     for caller in callers:

@@ -65,7 +65,7 @@ def test_the_reference_has_every_metric_of_the_gateway_and_no_other() -> None:
             "histogram_quantile(0.99, sum by (le, model) (rate(a_bucket[$__rate_interval])))",
             ["a_bucket"],
         ),
-        ("sum by (model) (a:b_total:rate5m{x=~\"5..\"} > 0) or 0 * b", ['a:b_total:rate5m{x=~"5.."}', "b"]),
+        ('sum by (model) (a:b_total:rate5m{x=~"5.."} > 0) or 0 * b', ['a:b_total:rate5m{x=~"5.."}', "b"]),
         ("a == 0 and on (server) b == 1 unless c offset 5m", ["a", "b", "c"]),
         ("sum(rate(a[5m])) / 1e6", ["a"]),
     ],
@@ -122,14 +122,18 @@ def overlaps(places: list[dict[str, int]]) -> bool:
 
 
 def test_every_recording_is_used() -> None:
-    asked = {name for board in watching.dashboards() for query in watching.queries(board) for name in names(query.expression)}
+    asked = {
+        name for board in watching.dashboards() for query in watching.queries(board) for name in names(query.expression)
+    }
     asked |= {name for rule in watching.rules() if "alert" in rule for name in names(rule["expr"])}
     assert recorded() <= asked
 
 
 def test_every_alert_says_what_to_do_and_is_tested() -> None:
     page = (ROOT / "docs/how-to/watch-a-server.md").read_text(encoding="utf-8")
-    tests = [entry for file in (PROMETHEUS / "tests").glob("*.yml") for entry in yaml.safe_load(file.read_text())["tests"]]
+    tests = [
+        entry for file in (PROMETHEUS / "tests").glob("*.yml") for entry in yaml.safe_load(file.read_text())["tests"]
+    ]
     checks = [check for entry in tests for check in entry.get("alert_rule_test", [])]
     fired = {check["alertname"] for check in checks if check.get("exp_alerts")}
     alerts = [rule for rule in watching.rules() if "alert" in rule]
