@@ -9,6 +9,7 @@ pictures are matplotlib's, not Grafana's: the same queries, numbers, titles and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -162,7 +163,7 @@ def _timeseries(box: Axes, prometheus: Prometheus, board: Any, panel: Any, begin
         axes.plot(*zip(*values, strict=True), linewidth=1.1, label=name)
     axes.grid(color=GRID, linewidth=0.5)
     axes.set_xlim(0, (end - begin) / 60)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # so that a line at 0 is seen
     unit = panel["fieldConfig"]["defaults"]["unit"]
     axes.yaxis.set_major_locator(pyplot.MaxNLocator(5))
     axes.yaxis.set_major_formatter(lambda value, _: written(value, unit))
@@ -235,7 +236,7 @@ def written(value: float, unit: str) -> str:
         return f"{value * 100:.3g} %"
     if unit == "bytes":
         return f"{value / 2**30:.3g} GiB"
-    return f"{value / 1000:.3g} k" if value >= 10_000 else f"{value:.3g}"
+    return f"{value / 1000:.3g} k" if value >= 1000 else f"{value:.3g}"
 
 
 def main() -> int:
@@ -246,7 +247,8 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stack_keys.main(folder / "keys")
+        with contextlib.redirect_stdout(None):  # it shows a key
+            stack_keys.main(folder / "keys")
         hashes = folder / "keys/gateway/keys.json"
         key = keys.add(hashes, "pictures", [keys.INFERENCE])
         (port,) = local.free_ports(1)
