@@ -106,7 +106,7 @@ image: $(SETUP) ## build the images and run them, where podman is
 
 up: $(SETUP) ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
 	@$(BIN)/python deploy/keys.py
-	docker compose --profile '*' up --build --detach --wait $(SERVICE) $(WATCHERS)
+	$(if $(findstring collector,$(WATCHERS)),,TRIDENT_TRACES="$(TRIDENT_TRACES)" )docker compose --profile '*' up --build --detach --wait $(SERVICE) $(WATCHERS)
 
 down: ## stop the production stack
 	docker compose --profile '*' down
