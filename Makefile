@@ -15,6 +15,7 @@ VARIANTS ?=
 SOURCE ?=
 FORCE ?=
 SERVICE ?= trident
+WATCHERS ?= prometheus grafana collector
 PYTEST_ARGS ?=
 LOAD_ARGS ?=
 UPDATE ?=
@@ -109,8 +110,9 @@ charts: $(SETUP) ## render the Helm chart and validate what it gives
 image: $(SETUP) ## build the images and run them, where podman is
 	@$(BIN)/python -m pytest -m image tests/images $(PYTEST_ARGS)
 
-up: ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
-	docker compose --profile '*' up --build --detach --wait $(SERVICE)
+up: $(SETUP) ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
+	@$(BIN)/python deploy/keys.py
+	$(if $(findstring collector,$(WATCHERS)),,TRIDENT_TRACES="$(TRIDENT_TRACES)" )docker compose --profile '*' up --build --detach --wait $(SERVICE) $(WATCHERS)
 
 down: ## stop the production stack
 	docker compose --profile '*' down

@@ -166,6 +166,7 @@ def test_cancelled_and_overdue_texts_end_where_they_are() -> None:
     recorded = recorder.drain()
     assert (recorded.counters["requests_cancelled"], recorded.counters["requests_failed"]) == (2, 2)
     assert recorded.gauges["slots_used"] == recorded.gauges["requests_waiting"] == 0
+    assert recorded.gauges["slots"] == decoder.slots
 
 
 def test_an_error_of_a_step_fails_what_it_holds_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

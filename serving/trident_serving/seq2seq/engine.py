@@ -81,6 +81,7 @@ class Engine(EngineLoop[Answer]):
         self._max_waiting = max_waiting
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
+        self._recorder.set(slots=decoder.slots)
         self.start()
 
     def submit(self, jobs: Sequence[Job]) -> None:
