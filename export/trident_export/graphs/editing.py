@@ -69,6 +69,22 @@ def link(path: Path, target: Path) -> None:
             _link(file, target.with_name(target.name + ending))
 
 
+def save_beside(model: ir.Model, path: Path, target: Path) -> None:
+    """Write a graph that `load` read from `path`, and whose large weights are still the same: the disk holds them once.
+
+    Args:
+        path: of a graph that `save` wrote.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data, linked = (file.with_name(file.name + ".data") for file in (path, target))
+    if data.exists():
+        _link(data, linked)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _in_file(value.const_value, linked, base=target.parent)
+    ir.save(model, target)
+
+
 def save_linked(model: ir.Model, path: Path) -> None:
     """Write a graph for a session that is to be opened right now: weights in files are linked and not copied."""
     links: dict[str, Path] = {}
