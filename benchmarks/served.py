@@ -50,7 +50,7 @@ def prompts(tokenizer: TextTokenizer) -> Iterator[Prompt]:
 def first_tokens(
     client: Client, model: str, engine: TridentEngine, made: Iterator[Prompt], rounds: int
 ) -> dict[str, list[float]]:
-    """Milliseconds to the first token of lone requests: one of each side in turns, so that both see the same machine."""
+    """Milliseconds to the first token of lone requests, one of each side in turns: both see the same machine."""
     found: dict[str, list[float]] = {"served": [], "in process": []}
     for _ in range(rounds * REQUESTS):
         text, ids = next(made)

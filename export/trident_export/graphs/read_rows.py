@@ -62,7 +62,9 @@ def compute_read_rows(model: ir.Model) -> int:
     return len(region)
 
 
-def _rewrite(graph: ir.Graph, choice: ir.Node, chosen: ir.Value, region: set[ir.Node], rows: dict[ir.Value, int]) -> None:
+def _rewrite(
+    graph: ir.Graph, choice: ir.Node, chosen: ir.Value, region: set[ir.Node], rows: dict[ir.Value, int]
+) -> None:
     made: dict[ir.Value, ir.Value] = {}
     for node in [node for node in graph if node in region]:
         for position, value in enumerate(node.inputs):
