@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import first_token
 from benchmarks.peers import (
     Genai,
     LlamaCpp,
@@ -45,6 +46,8 @@ CONCURRENCY = (1, 4, 8, 16, 32)
 TOKENS = 48
 PREFILL_TOKENS = 512
 Figures = dict[str, Any]
+P = TypeVar("P")
+PAUSE = 0.3  # threads of torch and of others spin for so long behind a run
 COPIES = 8  # of the texts, so that there are enough for all streams
 
 
@@ -97,10 +100,12 @@ def measure(client: Client, models: Path, repository: Path, cache: Path, rounds:
         print(f"bench: generation, round {number} of {rounds}", file=sys.stderr)
         for streams in CONCURRENCY:
             for peer in peers:
+                time.sleep(PAUSE)
                 found = summarize(peer.generate(prompts[:streams], TOKENS))
                 if number:
                     runs[peer.name].setdefault(str(streams), []).append(found)
         for peer in peers:
+            time.sleep(PAUSE)
             seconds = peer.generate([long], 2)[0][0]
             if number:
                 prefill[peer.name].append(len(long) / seconds)
@@ -119,8 +124,17 @@ def measure(client: Client, models: Path, repository: Path, cache: Path, rounds:
             "bandwidth_share": by_streams["1"]["decode"] * bytes_read(peer.weights) / bandwidth,
             "streams": by_streams,
         }
+    made = first_token.prompts(tokenizer)
+    figures["first_token"] = {}
+    for served, engine in zip(_of(TridentServer, peers), _of(TridentEngine, peers), strict=True):
+        waits = first_token.first_tokens(client, served.model, engine, made, rounds)
+        figures["first_token"][served.model] = {side: statistics.median(values) for side, values in waits.items()}
     figures["features"] = features(client, rounds)
     return figures
+
+
+def _of(kind: type[P], peers: Sequence[Peer]) -> list[P]:
+    return [peer for peer in peers if isinstance(peer, kind)]
 
 
 def make_peers(
@@ -324,6 +338,10 @@ def as_table(figures: Figures) -> str:
             for run in (peer["streams"][str(streams)] for streams in CONCURRENCY)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"| first token of a lone request of {first_token.PROMPT_TOKENS} tokens, ms | served | in process |"]
+    lines += ["|---|---:|---:|"]
+    for name, waits in figures["first_token"].items():
+        lines.append(f"| {name} | {waits['served']:.0f} | {waits['in process']:.0f} |")
     lines += ["", "| features of the engine, through the server | |", "|---|---:|"]
     lines += [f"| {name} | {value:.1f} |" for name, value in figures["features"].items()]
     return "\n".join(lines) + "\n"

@@ -111,7 +111,7 @@ class TridentServer:
         self.name = f"Trident server {variant}"
         self.weights = folder
         self._client = client
-        self._model = model
+        self.model = model
         self._texts = texts
 
     def generate(self, prompts: Prompts, tokens: int) -> Times:
@@ -123,7 +123,7 @@ class TridentServer:
             # A different beginning each time: the server would reuse the prefix, and its peers have none.
             text = f"{next(_NUMBERS)} " + self._texts[tuple(prompt)]
             stream = self._client.stream(
-                text, model=self._model, max_tokens=tokens, min_tokens=tokens, prompt_lookup=False
+                text, model=self.model, max_tokens=tokens, min_tokens=tokens, prompt_lookup=False
             )
             for chunk in stream:
                 now = time.perf_counter() - started

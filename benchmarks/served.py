@@ -16,54 +16,18 @@ import statistics
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.first_token import PAUSE, PROMPT_TOKENS, first_tokens, prompts
 from benchmarks.generation import TOKENS, summarize
 from benchmarks.peers import TridentEngine, TridentServer
 from trident_client import Client
-from trident_export import corpora
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 from trident_serving.runtime.tokenizer import TextTokenizer
 
-PROMPT_TOKENS = 60
 STREAMS = (1, 4, 8, 16, 32)
-REQUESTS = 8  # lone ones of a round
-ANSWER = 4  # tokens of a lone answer, so that the engine goes on while the first is sent
-_PAUSE = 0.05  # in which threads that spin fall asleep
-
-Prompt = tuple[str, list[int]]
-
-
-def prompts(tokenizer: TextTokenizer) -> Iterator[Prompt]:
-    """Texts of 60 tokens without end, no two of which begin alike, so that no prefix is reused."""
-    texts = [text for text in corpora.held_out() if len(text) > 400]
-    for number in count(11):
-        ids = tokenizer.encode(f"{number * 7919 % 9973} {texts[number % len(texts)]}")[:PROMPT_TOKENS]
-        text = tokenizer.decode(ids)
-        if tokenizer.encode(text) == ids:
-            yield text, ids
-
-
-def first_tokens(
-    client: Client, model: str, engine: TridentEngine, made: Iterator[Prompt], rounds: int
-) -> dict[str, list[float]]:
-    """Milliseconds to the first token of lone requests, one of each side in turns: both see the same machine."""
-    found: dict[str, list[float]] = {"served": [], "in process": []}
-    for _ in range(rounds * REQUESTS):
-        text, ids = next(made)
-        time.sleep(_PAUSE)
-        found["in process"].append(1e3 * engine.generate([ids], ANSWER)[0][0])
-        time.sleep(_PAUSE)
-        started = time.perf_counter()
-        stream = client.stream(text, model=model, max_tokens=ANSWER, min_tokens=ANSWER, prompt_lookup=False)
-        next(stream)
-        found["served"].append(1e3 * (time.perf_counter() - started))
-        for _ in stream:
-            pass
-    return found
 
 
 def in_the_engine(server: LocalServer, model: str) -> tuple[float, float]:
@@ -113,7 +77,7 @@ def shares(
             row: dict[str, float] = {}
             for peer in peers if turn % 2 else peers[::-1]:
                 side = "served" if isinstance(peer, TridentServer) else "in process"
-                time.sleep(_PAUSE)
+                time.sleep(PAUSE)
                 before = processor_seconds(server.launcher.pid) + time.process_time()
                 row[side] = summarize(peer.generate(known[:number], TOKENS)).decode
                 spent = processor_seconds(server.launcher.pid) + time.process_time() - before
