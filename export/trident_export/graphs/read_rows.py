@@ -102,6 +102,9 @@ def _inputs_by_row(node: ir.Node, axis: int, given: set[ir.Value]) -> dict[ir.Va
         return {first: axis} if varying == [first] else None
     if kind in _ROW_BY_ROW or (kind in _LAST_AXIS and node.attributes.get_int("axis", 0) == -1):
         return dict.fromkeys(varying, axis)
+    if kind == "Slice":
+        axes = numbers(others[2]) if len(others) > 2 else None
+        return {first: axis} if varying == [first] and axes is not None and axes.tolist() in ([-1], [2]) else None
     if kind in ("ReduceMax", "ReduceMean"):
         axes = numbers(others[0]) if others else node.attributes.get_ints("axes", [])
         last = axes is not None and list(axes) == [-1] and node.attributes.get_int("keepdims", 1) == 1
