@@ -224,7 +224,9 @@ def test_texts_are_encoded_together_and_their_numbers_are_those_of_texts_alone(f
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_both_graphs_share_the_table_of_embeddings(tmp_path: Path, family: str) -> None:
     """Large enough to be shared; the decoder's own file has the rest, and its numbers are the same."""
-    config = AutoConfig.for_model(family, vocab_size=9000, d_model=32, num_layers=1, encoder_layers=1, decoder_layers=1)
+    heads = {"d_kv": 16, "num_heads": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"num_layers": 1, "encoder_layers": 1, "decoder_layers": 1}
+    config = AutoConfig.for_model(family, vocab_size=9000, d_model=32, **layers, **heads)
     model = AutoModelForSeq2SeqLM.from_config(config).eval()
     export_encoder(model, tmp_path / "encoder.onnx")
     export_decoder(model, tmp_path / "decoder.onnx", 8)
