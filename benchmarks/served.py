@@ -47,10 +47,10 @@ def processor_seconds(root: int) -> float:
     """User and system time of a process and all that it has started, as far as they still run."""
     parents: dict[int, list[int]] = {}
     used: dict[int, float] = {}
-    for entry in Path("/proc").iterdir():
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except (OSError, NotADirectoryError):
+        except OSError:  # it has ended
             continue
         parents.setdefault(int(fields[1]), []).append(int(entry.name))
         used[int(entry.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -146,17 +146,17 @@ def share_weights(path: Path, other: Path) -> int:
 
 
 def _is_large(tensor: onnx.TensorProto) -> bool:
-    return uses_external_data(tensor) and ExternalDataInfo(tensor).length >= LARGE
+    return bool(uses_external_data(tensor) and ExternalDataInfo(tensor).length >= LARGE)
 
 
 def _contents(tensor: onnx.TensorProto, path: Path) -> tuple[int, tuple[int, ...], bytes]:
     return tensor.data_type, tuple(tensor.dims), hashlib.sha256(_bytes(tensor, path)).digest()
 
 
-def _bytes(tensor: onnx.TensorProto, path: Path) -> NDArray[np.uint8]:
+def _bytes(tensor: onnx.TensorProto, path: Path) -> memoryview:
     """Of a tensor that lies in a file beside the graph at `path`."""
     where = ExternalDataInfo(tensor)
-    return np.memmap(path.with_name(where.location), np.uint8, "r", where.offset or 0, (where.length,))
+    return np.memmap(path.with_name(where.location), np.uint8, "r", where.offset or 0, (where.length,)).data
 
 
 def _link(file: Path, target: Path) -> None:
