@@ -424,9 +424,9 @@ def export_encoder(model: PreTrainedModel, path: Path, longest: int | None = Non
     _export(encoder, (ids,), path, ["input_ids"], outputs, axes)
 
 
-def texts_stay_apart(encoder: torch.nn.Module, path: Path, longest: int | None) -> bool:
+def texts_stay_apart(encoder: _Encoder, path: Path, longest: int | None) -> bool:
     """Whether a graph gives texts what the model gives them, and the same to the last bit alone and together."""
-    config = encoder.model.config.get_text_config()
+    config: Any = encoder.model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     size = min(getattr(config, name, None) or config.vocab_size for name in ("src_vocab_size", "vocab_size"))
     texts = [
