@@ -47,7 +47,7 @@ FUSED = {
     "bert": {"MultiHeadAttention": 2, "SkipLayerNormalization": 4, "BiasGelu": 2, "Loop": 2, "MatMul": 8},
     "roberta": {"MultiHeadAttention": 2, "SkipLayerNormalization": 4, "BiasGelu": 2, "MatMul": 8},
     "xlm-roberta": {"MultiHeadAttention": 2, "SkipLayerNormalization": 4, "BiasGelu": 2, "MatMul": 8},
-    "distilbert": {"MultiHeadAttention": 2, "SkipLayerNormalization": 4, "BiasGelu": 2, "MatMul": 8},
+    "distilbert": {"MultiHeadAttention": 2, "SkipLayerNormalization": 5, "BiasGelu": 2, "MatMul": 8},
     "mpnet": {"MultiHeadAttention": 2, "SkipLayerNormalization": 4, "BiasGelu": 2, "MatMul": 8},
     # Sliding windows and rotated queries and keys; norms before the attention; GELU without a bias.
     "modernbert": {"MultiHeadAttention": 2, "Gelu": 2},

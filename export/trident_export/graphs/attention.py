@@ -132,6 +132,10 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
 
 def drop_heads(model: ir.Model) -> None:
     """Let the operator read matmuls directly, and matmuls read it: it splits features into heads by itself."""
+    for node in attention_nodes(model):  # what inference does not know
+        (found,) = node.outputs
+        width = node.attributes["num_heads"].as_int() * node.attributes["size"].as_int()
+        found.type, found.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "sequence", width])
     types = infer(model)
 
     def rank(value: ir.Value) -> int:
@@ -144,8 +148,6 @@ def drop_heads(model: ir.Model) -> None:
             if source is not None and rank(source) == 3:
                 node.replace_input_with(position, source)
         (found,) = node.outputs
-        width = node.attributes["num_heads"].as_int() * node.attributes["size"].as_int()
-        found.type, found.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "sequence", width])
         while (after := _only_reader(found, "Reshape")) is not None:
             found = after.outputs[0]
         if found is not node.outputs[0] and rank(found) == 3 and not found.is_graph_output():
@@ -218,7 +220,7 @@ def _texts(graph: ir.Graph, mask: str) -> dict[str, ir.Value]:
 
 def _loop(node: ir.Node, where: dict[str, ir.Value]) -> list[ir.Node]:
     path = f"{_PREFIX}/{node.outputs[0].name}"
-    made, tokens, bias = _packed_inputs(node, path, where)
+    made, tokens, widths, bias = _packed_inputs(node, path, where)
     which = ir.val(f"{path}/text", ir.DataType.INT64, [])
     go = ir.val(f"{path}/go", ir.DataType.BOOL, [])
     before = ir.Value(name=f"{path}/before", type=where["none"].type)
@@ -229,11 +231,12 @@ def _loop(node: ir.Node, where: dict[str, ir.Value]) -> list[ir.Node]:
         return inner[-1].outputs[0]
 
     begin, end = (add("Gather", [where[f"{name}s"], which], name) for name in ("begin", "end"))
-    parts: list[ir.Value | None] = [
-        add("Slice", [tensor, begin, end, where["second"]], f"own_{name}")
-        for name, tensor in zip(("query", "key", "value"), tokens, strict=True)
-    ]
-    parts.append(bias)
+    cut = [add("Slice", [tensor, begin, end, where["second"]], f"own_{index}") for index, tensor in enumerate(tokens)]
+    if widths is not None:
+        outputs = [ir.Value(name=f"{path}/own_{name}") for name in ("query", "key", "value")]
+        inner.append(ir.node("Split", [*cut, widths], {"axis": 2}, outputs=outputs, name=f"{path}/split"))
+        cut = outputs
+    parts: list[ir.Value | None] = [*cut, bias]
     if (position := node.attributes["bias"].as_int()) > 0:
         scores = node.inputs[position]
         if not node.attributes["shared"].as_int():
@@ -258,8 +261,11 @@ def _loop(node: ir.Node, where: dict[str, ir.Value]) -> list[ir.Node]:
 
 def _packed_inputs(
     node: ir.Node, path: str, where: dict[str, ir.Value]
-) -> tuple[list[ir.Node], list[ir.Value], ir.Value | None]:
-    """Nodes that give queries, keys and values, [1, tokens, features] each; these; and the bias of all three."""
+) -> tuple[list[ir.Node], list[ir.Value], ir.Value | None, ir.Value | None]:
+    """Nodes that give queries, keys and values, and these, [1, tokens, features].
+
+    They are one value where they come from one matmul: then their widths and their bias follow.
+    """
     projections = [_projection(value) for value in node.inputs[:3]]
     chosen = [projection for projection in projections if projection is not None]
     if len(chosen) != 3 or len({projection.matmul.inputs[0] for projection in chosen}) != 1:
@@ -267,7 +273,7 @@ def _packed_inputs(
             make("Unsqueeze", [value, where["first"]], f"{path}/{name}")
             for name, value in zip(("query", "key", "value"), node.inputs, strict=False)
         ]
-        return made, [unsqueezed.outputs[0] for unsqueezed in made], None
+        return made, [unsqueezed.outputs[0] for unsqueezed in made], None, None
     graph = node.graph
     widths = [projection.weight.shape[1] for projection in chosen]
     layer = f"{chosen[0].matmul.name.rsplit('/', 2)[0]}/qkv_proj"
@@ -283,9 +289,7 @@ def _packed_inputs(
     product = make("MatMul", [source, weight], packed(f"{layer}/output"), name=f"{layer}/MatMul")
     whole = make("Unsqueeze", [*product.outputs, where["first"]], f"{path}/whole")
     sizes = constant(graph, f"{_PREFIX}/widths_{'_'.join(map(str, widths))}", np.array(widths, np.int64))
-    outputs = [ir.Value(name=f"{path}/{name}") for name in ("query", "key", "value")]
-    split = ir.node("Split", [*whole.outputs, sizes], {"axis": 2}, outputs=outputs, name=f"{path}/split")
-    return [product, whole, split], outputs, bias
+    return [product, whole], list(whole.outputs), sizes, bias
 
 
 @dataclass(frozen=True)

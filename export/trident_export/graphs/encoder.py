@@ -100,6 +100,9 @@ def export_encoder_graph(
             f"{said} reads no {' and no '.join(lost)} in the run that was traced, so padding would change its answers: "
             "choose another model"
         )
+    for value in graph.graph.outputs:  # the exporter knows no shapes behind an operator of ours
+        sizes = axes[value.name]
+        value.shape = ir.Shape([sizes.get(axis, size) for axis, size in enumerate(given[value.name].shape)])
     if TOKEN_TYPES in inputs:
         with_token_types(graph)
     finish(graph)

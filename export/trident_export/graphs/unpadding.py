@@ -36,7 +36,7 @@ def unpad(model: ir.Model, mask: str = "attention_mask") -> int:
     """
     graph = model.graph
     types = infer(model)
-    data = _depends_on(graph, "input_ids")
+    data = _depends_on(graph, {value for value in graph.inputs if value.name == "input_ids"})
 
     def is_matmul(node: ir.Node) -> bool:
         if node.op_type != "MatMul" or node.inputs[0] not in data or constant_rank(node.inputs[1]) != 2:
@@ -52,23 +52,47 @@ def unpad(model: ir.Model, mask: str = "attention_mask") -> int:
 
     def is_row(value: ir.Value) -> bool:
         shape = types[value.name].shape
-        return constant_rank(value) is None and shape is not None and len(shape) == 3 and shape[0] == 1
+        if constant_rank(value) is not None or shape is None or len(shape) != 3:
+            return False
+        return shape[0] == 1 or _is_read_for_one_row(value)
 
     rows = {value for node in graph for value in node.outputs if is_row(value)}
-    region = {node for node in graph if is_matmul(node) or is_embedding(node) or node.op_type == TEXT_ATTENTION}
-    tokens = {value for node in region for value in _token_inputs(node)}  # known to be [batch, sequence, ...]
-    tokens |= {output for node in region for output in node.outputs}
-    grown = True
-    while grown:
-        grown = False
-        for node in graph:
-            if node not in region and _keeps_tokens_apart(node, tokens, rows):
-                region.add(node)
-                tokens.update(node.outputs)
-                grown = True
+
+    def grown(seeds: set[ir.Node]) -> set[ir.Node]:
+        region, tokens = set(seeds), {value for node in seeds for value in node.outputs}
+        tokens |= {value for node in seeds for value in _token_inputs(node)}  # known to be [batch, sequence, ...]
+        grows = True
+        while grows:
+            grows = False
+            for node in graph:
+                if node not in region and _keeps_tokens_apart(node, tokens, rows):
+                    region.add(node)
+                    tokens.update(node.outputs)
+                    grows = True
+        return region
+
+    core = grown({node for node in graph if is_matmul(node) or node.op_type == TEXT_ATTENTION})
+    region = grown(core | {node for node in graph if is_embedding(node)})
+    later = _depends_on(graph, {value for node in core for value in node.outputs})
+    for node in reversed([node for node in graph if node in region - core and later.isdisjoint(node.inputs)]):
+        readers = [user for value in node.outputs for user, _ in value.uses()]
+        if not region.issuperset(readers) or any(value.is_graph_output() for value in node.outputs):
+            region.remove(node)  # it would be spread over the batch again, which gains nothing
     if region:
         _rewrite(graph, region, mask, rows)
     return len(region)
+
+
+def _is_read_for_one_row(value: ir.Value) -> bool:
+    """Whether these are rows of a table for the beginning of a constant row of ids, which inference does not see."""
+    table = value.producer()
+    if table is None or table.op_type != "Gather" or constant_rank(table.inputs[0]) != 2:
+        return False
+    cut = table.inputs[1].producer()
+    if cut is None or cut.op_type != "Slice" or len(cut.inputs) < 4:
+        return False
+    ids, axes = (ir.convenience.get_const_tensor(cut.inputs[position]) for position in (0, 3))
+    return ids is not None and axes is not None and ids.shape[0] == 1 and axes.numpy().tolist() == [1]
 
 
 def _token_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
@@ -107,9 +131,9 @@ def _keeps_tokens_apart(node: ir.Node, known: set[ir.Value], rows: set[ir.Value]
     )
 
 
-def _depends_on(graph: ir.Graph, source: str) -> set[ir.Value]:
-    """All values that depend on the numbers of an input, not only on its shape."""
-    found = {value for value in graph.inputs if value.name == source}
+def _depends_on(graph: ir.Graph, sources: set[ir.Value]) -> set[ir.Value]:
+    """All values that depend on the numbers of some, not only on their shapes, and these."""
+    found = set(sources)
     for node in graph:
         if node.op_type != "Shape" and found.intersection(node.inputs):
             found.update(node.outputs)
