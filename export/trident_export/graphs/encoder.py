@@ -185,8 +185,8 @@ def _attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and groups == 1 and softcap is None and _is_of_texts(query, key):
         of_padding = attention_mask.shape[-2] == 1
-        masks = (attention_mask, None) if of_padding else (None, attention_mask)
-        return attend(query, key, value, *masks, scaling), None
+        mask, bias = (attention_mask, None) if of_padding else (None, attention_mask)
+        return attend(query, key, value, mask, bias, scaling), None
     # Scaled queries, not scores: there are fewer.
     query = query * scaling
     if groups > 1:  # several heads of queries for one of keys: [batch, heads, groups, tokens, head_dim]
