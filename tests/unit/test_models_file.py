@@ -31,7 +31,14 @@ EMBEDDING: dict[str, Any] = {
 
 def test_what_a_source_adds_counts_only_where_it_is_said() -> None:
     plain = models_file.parse("gpt2", GOOD | {"source": {"package": "a==1", "path": "b"}}).as_dict()["source"]
-    assert set(plain) == {"hub", "revision", "package", "path", "adapter", "adapter_revision"}  # as before it could say more
+    assert set(plain) == {
+        "hub",
+        "revision",
+        "package",
+        "path",
+        "adapter",
+        "adapter_revision",
+    }  # as before it could say more
     part = {"package": "b==1", "sha256": "1" * 64, "path": "c"}
     added = PACKAGE | {"parts": [part], "files": {"config.json": {"d_ff": 3}}}
     found = models_file.parse("gpt2", GOOD | {"source": added})

