@@ -187,6 +187,8 @@ def test_what_does_not_fit_is_refused(folder: Path, model: PreTrainedModel, tmp_
     assert "have no bert.encoder.layer.2.attention.self.query.weight" in refusal(setting(num_hidden_layers=3), graph)
     assert "architectures 'none', which must be a class of transformers" in refusal(setting(architectures=None), graph)
 
+    assert "and no config.json: copy the file" in refusal(lambda path: (path / "config.json").unlink(), graph)
+
     def cut(path: Path) -> None:
         file = path / "onnx/model.onnx"
         file.write_bytes(file.read_bytes()[:5000])

@@ -108,6 +108,11 @@ class OnnxWeights:
             file.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(before | content if isinstance(content, dict) else content, indent=2)
             file.write_text(text + "\n", encoding="utf-8")
+        if not (folder / "config.json").is_file():
+            raise UnreadableSource(
+                f"{self._folder} has weights in ONNX files and no config.json: copy the file of the original model, or "
+                'write its keys under files."config.json" of the source'
+            )
         _without_truncation(folder)
         write_shards(self._tensors(HuggingFaceFolder(folder)), folder)
 
