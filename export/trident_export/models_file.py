@@ -478,7 +478,8 @@ def _source(where: str, table: object) -> Source:
     assert isinstance(table, dict)
     shapes = ({"hub"}, {"hub", "revision"}, {"path"}, {"package", "path"})
     beside = {"adapter", "adapter_revision", *(("files",) if source.path else ())}
-    beside |= {"sha256", "parts"} if source.sha256 else set()
+    if source.package:
+        beside |= {"sha256", "parts"} if source.sha256 else {"sha256"}
     if set(table) - beside not in shapes or (source.adapter_revision and not source.adapter):
         raise ModelsFileError(
             f"{where} must be {{ hub, revision }}, {{ path }} or {{ package, path }}, each with an adapter or without, "
