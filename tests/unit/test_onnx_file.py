@@ -53,7 +53,9 @@ def graph_of(model: PreTrainedModel, renamed: Callable[[str], str] = str) -> onn
         place = "/" + renamed(linear.get(name, name)).replace(".", "/")
         if name in linear:
             stored.append(numpy_helper.from_array(np.ascontiguousarray(values.T), f"onnx::MatMul_{number}"))
-            inputs.append(helper.make_tensor_value_info(f"x{number}", TensorProto.FLOAT, [f"n{number}", values.shape[1]]))
+            inputs.append(
+                helper.make_tensor_value_info(f"x{number}", TensorProto.FLOAT, [f"n{number}", values.shape[1]])
+            )
             nodes.append(
                 helper.make_node("MatMul", [f"x{number}", f"onnx::MatMul_{number}"], [f"y.{name}"], f"{place}/MatMul")
             )
