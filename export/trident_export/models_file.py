@@ -486,7 +486,8 @@ def _source(where: str, table: object) -> Source:
             "a path also with files, a package also with sha256, and then with parts, "
             f"found {sorted(table)}"
         )
-    for place, each in ((where, source), *((f"{where}.parts[{number}]", part) for number, part in enumerate(read))):
+    places: dict[str, Source | Part] = {where: source}
+    for place, each in (places | {f"{where}.parts[{number}]": part for number, part in enumerate(read)}).items():
         if each.package and each.package.count("==") != 1:
             raise ModelsFileError(f"{place}.package must pin a version like name==1.0, found {each.package!r}")
         if (each.sha256 or isinstance(each, Part)) and not _SHA256.fullmatch(each.sha256):

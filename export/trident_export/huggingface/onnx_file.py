@@ -242,7 +242,7 @@ def _number(name: str, reader: onnx.NodeProto | None, stored: Mapping[str, Any])
     import numpy as np
     from onnx import numpy_helper
 
-    values = numpy_helper.to_array(stored[name])
+    values: NDArray[Any] = numpy_helper.to_array(stored[name])
     base = name.removesuffix(_QUANTIZED)
     if base == name:
         return values.astype(np.float32)
@@ -254,7 +254,8 @@ def _number(name: str, reader: onnx.NodeProto | None, stored: Mapping[str, Any])
             f"the ONNX file has {base} with {scale.size} scales, which are read for the columns of a matmul alone: "
             "export the original model"
         )
-    return (values.astype(np.float32) - zero) * scale
+    found: NDArray[np.float32] = (values.astype(np.float32) - zero) * scale
+    return found
 
 
 def _from_blocks(node: onnx.NodeProto, stored: Mapping[str, Any]) -> NDArray[np.float32]:
@@ -276,8 +277,8 @@ def _from_blocks(node: onnx.NodeProto, stored: Mapping[str, Any]) -> NDArray[np.
             zeros = _unpacked(packed.reshape(outputs, -1), bits)[:, :blocks].astype(np.float32)
         zeros = zeros.reshape(outputs, blocks)
     spread = _unpacked(codes.reshape(outputs * blocks, -1), bits).reshape(outputs, blocks, size).astype(np.float32)
-    values = (spread - zeros[..., None]) * scales.reshape(outputs, blocks, 1).astype(np.float32)
-    return values.reshape(outputs, -1)[:, :inputs]
+    scaled: NDArray[np.float32] = (spread - zeros[..., None]) * scales.reshape(outputs, blocks, 1).astype(np.float32)
+    return scaled.reshape(outputs, -1)[:, :inputs]
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -286,4 +287,5 @@ def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
     if bits == 8:
         return packed
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    halves: NDArray[np.uint8] = np.stack([packed & 15, packed >> 4], axis=-1)
+    return halves.reshape(len(packed), -1)
