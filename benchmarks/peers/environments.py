@@ -91,5 +91,5 @@ def python_of(environment: Environment, cache: Path) -> Path:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise PeerError("; ".join(lines[-2:]) or f"{command[0]} ended with status {done.returncode}")

@@ -30,10 +30,14 @@ def answers(client: Client, task: str, model: str, data: Dataset) -> list[Any]:
     ask = _asker(client, task, model, data.kind)
 
     def one(example: Example) -> Any:
+        where = f"{data.path}, line {example.line}"
         try:
-            return ask(example)
+            found = ask(example)
         except (TridentError, ValueError, TypeError) as error:
-            raise TextError(f"{data.path}, line {example.line}: {model} says: {error}") from error
+            raise TextError(f"{where}: {model} says: {error}") from error
+        if data.kind == "perplexity" and not found:
+            raise TextError(f"{where}: the text is one token, and the first of a text has no probability")
+        return found
 
     with ThreadPoolExecutor(CALLERS) as pool:
         return list(tqdm(pool.map(one, data.examples), desc=model, total=len(data.examples), disable=None, leave=False))
@@ -68,10 +72,7 @@ def _asker(client: Client, task: str, model: str, kind: str) -> Callable[[Exampl
 
 def _scored(client: Client, model: str, example: Example) -> tuple[float, ...]:
     text = example.asked["text"]
-    found = client.generate(text, model=model, max_tokens=0, prompt_logprobs=0, **example.options)
-    if not found.prompt_log_probs:
-        raise ValueError("the text is one token, and the first of a text has no probability")
-    return found.prompt_log_probs
+    return client.generate(text, model=model, max_tokens=0, prompt_logprobs=0, **example.options).prompt_log_probs
 
 
 def _text(client: Client, task: str, model: str, example: Example) -> str:
