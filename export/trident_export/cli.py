@@ -2,6 +2,7 @@
 
 export [MODEL]     export what is missing or out of date
 evaluate [MODEL]   what each exported variant gets wrong and what it costs, or, with --dataset, how well it answers
+audit MODEL        whether a model treats people alike who differ in one word
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 prune MODEL        fewer weights, and the curve of what that costs
 distill TEACHER    a smaller student that learns to answer as its teacher
@@ -20,8 +21,9 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trident_export import configs, corpora, doctor, install, models_file, pin, progress, quiet, recipes, report, tasks
 from trident_export.compression.methods import Method
@@ -31,6 +33,9 @@ from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
 from trident_export.measure.sensitivity import Grouping
 from trident_serving import artefacts
+
+if TYPE_CHECKING:
+    from trident_client import Client
 
 # An id on the hub: a name, mostly behind that of an owner.
 _HUB_ID = re.compile(r"(?!.*\.gguf)\w[\w.-]*(/\w[\w.-]*)?")
@@ -92,6 +97,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sensitive.add_argument("--text", type=Path, help="your own text, paragraphs parted by blank lines")
     sensitive.add_argument("--reports", type=Path, default=Path("reports"))
     sensitive.set_defaults(run=_sensitivity)
+    audit = _add_audit(commands)
     pruned, distilled = _add_pruning(commands), _add_distillation(commands)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
@@ -108,14 +114,43 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
-    for command in (export, evaluate, sensitive, pruned, distilled, check, pinning, adding, examining):
+    for command in (export, evaluate, audit, sensitive, pruned, distilled, check, pinning, adding, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
         command.add_argument("--verbose", action="store_true", help="show every warning of the libraries")
-    for command in (export, evaluate, check, examining):
+    for command in (export, evaluate, audit, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
     for command in (export, evaluate, sensitive, pruned, distilled):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
+
+
+def _add_server(command: argparse.ArgumentParser, when: str = "") -> None:
+    """The options of a command that asks a server."""
+    command.add_argument("--url", default="", help=f"{when}a server that runs (default: one of its own)")
+    command.add_argument(
+        "--against",
+        default="",
+        metavar="MODEL",
+        help=f"{when}what the others are compared with (default: the float32 variant, or else the first)",
+    )
+    command.add_argument(
+        "--models",
+        default="",
+        metavar="NAMES",
+        help=f"{when}public names, parted by commas (default: the model's exported variants)",
+    )
+
+
+def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    audit = commands.add_parser("audit", help="whether a model treats people alike who differ in one word")
+    audit.add_argument("model", help="one model of models.toml: a classifier or a text generator")
+    _add_server(audit)
+    audit.add_argument("--groups", type=Path, help="your own groups, sentences and endings (default: those built in)")
+    audit.add_argument("--max-gap", type=float, help="of any axis, in probabilities or nats; beyond: exit status 1")
+    audit.add_argument("--max-shift", type=float, help="of a group's mean, from the baseline's; beyond: exit status 1")
+    audit.add_argument("--reports", type=Path, default=Path("reports"))
+    audit.set_defaults(run=_audit)
+    return audit
 
 
 def _add_references(evaluate: argparse.ArgumentParser) -> None:
@@ -125,19 +160,7 @@ def _add_references(evaluate: argparse.ArgumentParser) -> None:
         type=Path,
         help="examples with references, a JSON object in each line: they are compared with what is served",
     )
-    evaluate.add_argument("--url", default="", help="with --dataset: a server that runs (default: one of its own)")
-    evaluate.add_argument(
-        "--against",
-        default="",
-        metavar="MODEL",
-        help="with --dataset: what the others are compared with (default: the float32 variant, or else the first)",
-    )
-    evaluate.add_argument(
-        "--models",
-        default="",
-        metavar="NAMES",
-        help="with --dataset: public names, parted by commas (default: the model's exported variants)",
-    )
+    _add_server(evaluate, "with --dataset: ")
     evaluate.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (default 2000)")
 
 
@@ -249,9 +272,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _evaluate_answers(options: argparse.Namespace) -> int:
     """What served variants answer, against references."""
-    from trident_client import Client
     from trident_export.evaluation import datasets, report
-    from trident_serving.launcher import local
 
     if not options.model:
         raise UsageError("--dataset is for one model: name it")
@@ -261,6 +282,22 @@ def _evaluate_answers(options: argparse.Namespace) -> int:
         raise UsageError(f"--resamples is {options.resamples}: an interval needs 100 at least")
     (spec,) = _specs(options, on_demand=True)
     data = datasets.read(options.dataset, spec.task)
+    with _served(options, spec) as (client, models, against):
+        print(
+            report.write(report.evaluate(client, spec.task, models, data, against, options.resamples), options.reports)
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _served(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterator[tuple[Client, list[str], str]]:
+    """A client of the server that has a model, the public names that are asked, and which the others are compared with.
+
+    The server is the one that the command line names, or one for the time of the `with` block.
+    """
+    from trident_client import Client
+    from trident_serving.launcher import local
+
     models = [name for name in options.models.split(",") if name] or [spec.public_name(each) for each in spec.variants]
     exact = spec.public_name("fp32")
     against = options.against or (exact if exact in models else models[0])
@@ -272,11 +309,21 @@ def _evaluate_answers(options: argparse.Namespace) -> int:
             progress.say("starting a server")
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
             url = stack.enter_context(local.running(options.repository, log)).grpc_url
-        client = stack.enter_context(Client(url, timeout=600))
-        print(
-            report.write(report.evaluate(client, spec.task, models, data, against, options.resamples), options.reports)
-        )
-    return 0
+        yield stack.enter_context(Client(url, timeout=600)), models, against
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from trident_export.audit import cases, report
+
+    (spec,) = _specs(options, on_demand=True)
+    asked = cases.load(options.groups) if options.groups else cases.load()
+    with _served(options, spec) as (client, models, against):
+        found = report.audit(client, spec.task, models, asked, against)
+    print(report.write(found, options.reports), end="")
+    told = report.beyond(found, options.max_gap, options.max_shift)
+    for sentence in told:
+        progress.say(sentence)
+    return 1 if told else 0
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
