@@ -27,6 +27,7 @@ from trident_export.progress import Counted, track
 Floats = NDArray[np.float32]
 
 _WEIGHT_LARGEST, _PAIR_LARGEST = 127, 128
+_LEAST_ROWS = 32  # that a scale for all activations is set by
 _OUTPUTS = 2**14  # outputs rounded at once: a head has ten times more
 _TOGETHER = 64  # channels that are rounded before the weights of all later ones are corrected
 
@@ -100,8 +101,8 @@ class GptqPerChannel(_Gptq):
             raise UsageError(f"margin and peak_to_rms must be more than 0, found {found}")
 
     def fits(self, seen: Moments) -> bool:
-        """See `_Gptq`."""
-        return seen.peak <= self.peak_to_rms * seen.root_mean_square
+        """See `_Gptq`; what too few rows were seen of, such as a rare expert's input, has no scale."""
+        return seen.rows >= _LEAST_ROWS and seen.peak <= self.peak_to_rms * seen.root_mean_square
 
     def quantize(self, matmuls: Sequence[ir.Node], seen: Moments) -> None:
         """See `_Gptq`."""

@@ -1,0 +1,91 @@
+"""What matmuls read becomes as even as the output of a rotated norm, where no rotation reaches it.
+
+Two things that a graph computes when it runs: blocks of channels are rotated, and each token is divided by its root
+mean square, which multiplies the matmul's output again. So one scale that is set before serving is enough for all
+tokens, as `gptq_per_channel` wants it. The inverse of the rotation is folded into the weight.
+Sources: QuaRot (Ashkboos et al. 2024) for the rotation at the down projection. Operator reference: onnxruntime's
+SimplifiedLayerNormalization, whose last output is the inverse of a token's root mean square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from trident_export.errors import UsageError
+from trident_export.graphs.editing import array, constant, make, replace, store
+from trident_export.passes.base import CalibrationRuns, Pass, matmul_nodes, ranks
+from trident_export.passes.rotate import has_rotated_heads, is_normed, rotation
+
+# A token of zeros stays one: its root mean square is the root of this.
+_EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class Spread(Pass):
+    """Spreads what matmuls read over their channels, and gives every token a root mean square of 1.
+
+    Behind a norm that `rotate` has rotated there is nothing to do; heads that it has rotated are not rotated again.
+
+    Attributes:
+        block: channels that are rotated together, a power of two: the largest that the channels allow, up to this.
+        seed: of the rotation's signs.
+    """
+
+    block: int = 64
+    seed: int = 0
+    for_matmuls: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1 or self.block & (self.block - 1):
+            raise UsageError(f"block must be a power of two, found {self.block}")
+
+    def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
+        """See `Pass`; it takes no matmuls."""
+        known = ranks(model)
+        readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+        for matmul in matmul_nodes(model, chosen):
+            source = matmul.inputs[0]
+            own = len(matmul.inputs[1].uses()) == 1
+            if own and known.get(source.name, 0) >= 2 and not is_normed(source):
+                readers[source].append(matmul)
+        for source, matmuls in readers.items():
+            self._spread(source, matmuls, known[source.name])
+        return model, set()
+
+    def _spread(self, source: ir.Value, matmuls: Sequence[ir.Node], rank: int) -> None:
+        graph, path = matmuls[0].graph, f"spread/{source.name}"
+        channels = matmuls[0].inputs[1].shape[0]
+        block = math.gcd(channels, self.block)
+        nodes: list[ir.Node] = []
+        value = source
+        if block > 1 and not all(has_rotated_heads(matmul) for matmul in matmuls):
+            rotate = rotation(block, self.seed)
+            sizes = [[0] * (rank - 1) + rest for rest in ([channels // block, block], [channels])]
+            shapes = [constant(graph, f"spread/{rank}/{size}", np.array(size, np.int64)) for size in sizes]
+            matrix = constant(graph, f"spread/rotation/{block}/{self.seed}", rotate)
+            nodes.append(make("Reshape", [value, shapes[0]], f"{path}/blocks"))
+            nodes.append(make("MatMul", [*nodes[-1].outputs, matrix], f"{path}/rotated"))
+            nodes.append(make("Reshape", [*nodes[-1].outputs, shapes[1]], f"{path}/joined"))
+            value = nodes[-1].outputs[0]
+            for matmul in matmuls:
+                weight = array(matmul.inputs[1])
+                turned = rotate.T @ weight.reshape(-1, block, weight.shape[-1])
+                store(matmul.inputs[1], turned.reshape(weight.shape))
+        ones = constant(graph, f"spread/ones/{channels}", np.ones(channels, np.float32))
+        outputs = [ir.Value(name=f"{path}/{name}") for name in ("tokens", "inverse")]
+        attributes = {"axis": -1, "epsilon": _EPSILON, "stash_type": 1}
+        norm = ir.node("SimplifiedLayerNormalization", [value, ones], attributes, outputs=outputs, name=f"{path}/norm")
+        matmuls[0].prepend([*nodes, norm])
+        for matmul in matmuls:
+            output = matmul.outputs[0].name
+            columns = make("MatMul", [outputs[0], matmul.inputs[1]], f"spread/{output}/columns", name=matmul.name)
+            columns.meta.update(matmul.meta)
+            replace(matmul, [columns, make("Div", [*columns.outputs, outputs[1]], output, f"spread/{output}")])
