@@ -34,7 +34,7 @@ from trident_export import recipes
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph, plan_of
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.passes import Cache, CalibrationRuns, Feeds, Rotate, calibration
+from trident_export.passes import Cache, CalibrationRuns, Feeds, calibration
 from trident_export.passes.base import matmuls
 from trident_export.passes.calibration import moments
 from trident_export.passes.gptq import GptqGroups, GptqPerChannel
@@ -269,7 +269,9 @@ def test_every_family_with_even_inputs_computes_the_same(
     assert len(rotated) == ROTATED_HEADS[name]
     kinds = Counter(node.op_type for node in even.graph if node.name.startswith("spread/"))
     normed = sum(is_normed(node.inputs[0]) for node in even.graph if node.name in chosen)
-    assert kinds["MatMul"] + normed + len(rotated) == len({node.inputs[0] for node in even.graph if node.name in chosen})
+    assert kinds["MatMul"] + normed + len(rotated) == len(
+        {node.inputs[0] for node in even.graph if node.name in chosen}
+    )
     editing.save(even, tmp_path / "model.onnx")
     compare_logits(models[name], tmp_path / "model.onnx", tolerance=2e-4)
 
@@ -287,10 +289,10 @@ def test_every_matmul_with_per_channel_weights(
     assert kinds["MatMulIntegerToFloat"] == count
     assert kinds["QuantizeLinear"] == len({n.inputs[0] for n in done.graph if n.op_type == "MatMulIntegerToFloat"})
     for node in done.graph:
-        if node.op_type == "MatMulIntegerToFloat":  # what AVX2 adds in sixteen bits
+        if node.op_type == "MatMulIntegerToFloat":  # pairs that AVX2 adds in sixteen bits
             weight = editing.array(node.inputs[1]).astype(np.int32)
-            assert weight.dtype == np.int32
-            assert np.abs(np.pad(weight, ((0, len(weight) % 2), (0, 0))).reshape(-1, 2, weight.shape[1]).sum(1)).max() <= 128
+            pairs = np.pad(weight, ((0, len(weight) % 2), (0, 0))).reshape(-1, 2, weight.shape[1])
+            assert np.abs(pairs.sum(axis=1)).max() <= 128
     editing.save(done, tmp_path / "model.onnx")
     assert compare_logits(models[name], tmp_path / "model.onnx", tolerance=0.5) > 1e-3
 

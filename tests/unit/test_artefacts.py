@@ -14,7 +14,8 @@ from trident_serving.artefacts import FORMAT, DraftSettings, Manifest
 HELD = {
     2: {
         "Manifest": (
-            "name task triton_models public_models fingerprint fidelity unverified aliases drafts processor recipes format"
+            "name task triton_models public_models fingerprint fidelity unverified aliases drafts processor recipes "
+            "format"
         ),
         "DraftSettings": "name context longest_run",
         "GenerationDefaults": (
