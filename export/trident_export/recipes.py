@@ -63,9 +63,12 @@ class Recipe:
             known: all recipes, by name.
         """
         other = known.get(self.processors.get(processor, ""))
-        if other is None or kind not in other.passes:
+        steps = other.passes.get(kind) if other is not None else None
+        if other is None or steps is None:
             return self
-        return replace(self, passes={**self.passes, kind: other.passes[kind]}, name=other.name)
+        if kind == Kind.SEQ2SEQ and steps is other.passes.get(Kind.DECODER):
+            return self  # it has none of its own
+        return replace(self, passes={**self.passes, kind: steps}, name=other.name)
 
     def check(self, name: str, kind: Kind, device: str) -> None:
         """Refuse what can't be made or makes no sense.

@@ -18,7 +18,7 @@ from trident_serving.artefacts import VERSION, Manifest
 
 TABLE: dict[str, Any] = {
     "task": "text-generation",
-    "source": {"path": "x"},
+    "source": {"hub": "some/where", "revision": "0"},
     "variants": ["int8", "fp32"],
     "more_variants": ["int8_cache"],
     "limits": {"context": 64},

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trident_export.errors import UsageError
-from trident_export.graphs.editing import array, constant, make, replace, store
+from trident_export.graphs.editing import add_domain, array, constant, make, replace, store
 from trident_export.passes.base import CalibrationRuns, Pass, matmul_nodes, ranks
 from trident_export.passes.rotate import has_rotated_heads, is_normed, rotation
 
@@ -49,6 +49,7 @@ class Spread(Pass):
 
     def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`; it takes no matmuls."""
+        add_domain(model)  # of norms with a sum, which inference refuses to pass without it
         known = ranks(model)
         readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
         for matmul in matmul_nodes(model, chosen):
