@@ -82,11 +82,11 @@ def heads_swapped(model: onnx.ModelProto) -> None:
 
 
 def tokens_not_scaled(model: onnx.ModelProto) -> None:
-    """Tokens that were divided by their root mean square, and are not multiplied by it again."""
+    """Tokens that were divided by their largest number, and are not multiplied by it again."""
     kept = {
         node.output[0]: node.input[0]
         for node in model.graph.node
-        if node.op_type == "Div" and "layers.3/mlp/down_proj" in node.name
+        if node.op_type == "Mul" and "layers.3/mlp/down_proj" in node.name
     }
     assert len(kept) == 1
     for node in model.graph.node:

@@ -22,6 +22,7 @@ from trident_export.passes.base import Calibrated, CalibrationRuns, matmul_nodes
 from trident_export.passes.calibration import Moments, moments
 from trident_export.passes.groups import check_group, make_matmul
 from trident_export.passes.per_token import ACTIVATION_LARGEST, PerToken
+from trident_export.passes.spread import is_spread
 from trident_export.progress import Counted, track
 
 Floats = NDArray[np.float32]
@@ -87,7 +88,8 @@ class GptqPerChannel(_Gptq):
 
     Attributes:
         peak_to_rms: matmuls are left where the largest number of their input is more times its root mean square.
-        margin: the largest activation that is not clipped, as a multiple of the largest in the text.
+        margin: the largest activation that is not clipped, as a multiple of the largest in the text; behind `spread`
+            nothing is clipped.
     """
 
     peak_to_rms: float = 6.0  # of a normal distribution, two numbers in a billion are larger
@@ -108,7 +110,9 @@ class GptqPerChannel(_Gptq):
         """See `_Gptq`."""
         graph, source = matmuls[0].graph, matmuls[0].inputs[0]
         middle = constant(graph, "gptq/middle", np.array(128, np.uint8))
-        step = max(seen.peak * self.margin, 1e-6) / ACTIVATION_LARGEST
+        # A token with a scale of its own has its largest number at the end of the range.
+        margin = 1.0 if is_spread(source) else self.margin
+        step = max(seen.peak * margin, 1e-6) / ACTIVATION_LARGEST
         step = constant(graph, f"gptq/{source.name}/step", np.array(step, np.float32))
         integers = make("QuantizeLinear", [source, step, middle], f"gptq/{source.name}/integers")
         matmuls[0].prepend(integers)

@@ -1,10 +1,9 @@
 """What matmuls read becomes as even as the output of a rotated norm, where no rotation reaches it.
 
-Two things that a graph computes when it runs: blocks of channels are rotated, and each token is divided by its root
-mean square, which multiplies the matmul's output again. So one scale that is set before serving is enough for all
-tokens, as `gptq_per_channel` wants it. The inverse of the rotation is folded into the weight.
-Sources: QuaRot (Ashkboos et al. 2024) for the rotation at the down projection. Operator reference: onnxruntime's
-SimplifiedLayerNormalization, whose last output is the inverse of a token's root mean square.
+Two things that a graph computes when it runs: blocks of channels are rotated, and each token is divided by its largest
+number, which multiplies the matmul's output again. So one scale that is set before serving is enough for all tokens, as
+`gptq_per_channel` wants it. The inverse of the rotation is folded into the weight.
+Source: QuaRot (Ashkboos et al. 2024), for the rotation at the down projection.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ import numpy as np
 import onnx_ir as ir
 
 from trident_export.errors import UsageError
-from trident_export.graphs.editing import add_domain, array, constant, make, replace, store
+from trident_export.graphs.editing import add_domain, array, constant, make, reduced, replace, store
 from trident_export.passes.base import CalibrationRuns, Pass, matmul_nodes, ranks
 from trident_export.passes.rotate import has_rotated_heads, is_normed, rotation
 
-# A token of zeros stays one: its root mean square is the root of this.
-_EPSILON = 1e-12
+_LEAST = 1e-12  # a token of zeros stays one
+_TOKENS = "/tokens"  # the end of the name of what matmuls read
 
 
 @dataclass(frozen=True)
 class Spread(Pass):
-    """Spreads what matmuls read over their channels, and gives every token a root mean square of 1.
+    """Spreads what matmuls read over their channels, and makes 1 the largest number of every token.
 
     Behind a norm that `rotate` has rotated there is nothing to do; heads that it has rotated are not rotated again.
 
@@ -58,10 +57,10 @@ class Spread(Pass):
             if own and known.get(source.name, 0) >= 2 and not is_normed(source):
                 readers[source].append(matmul)
         for source, matmuls in readers.items():
-            self._spread(source, matmuls, known[source.name])
+            self._spread(model, source, matmuls, known[source.name])
         return model, set()
 
-    def _spread(self, source: ir.Value, matmuls: Sequence[ir.Node], rank: int) -> None:
+    def _spread(self, model: ir.Model, source: ir.Value, matmuls: Sequence[ir.Node], rank: int) -> None:
         graph, path = matmuls[0].graph, f"spread/{source.name}"
         channels = matmuls[0].inputs[1].shape[0]
         block = math.gcd(channels, self.block)
@@ -80,13 +79,21 @@ class Spread(Pass):
                 weight = array(matmul.inputs[1])
                 turned = rotate.T @ weight.reshape(-1, block, weight.shape[-1])
                 store(matmul.inputs[1], turned.reshape(weight.shape))
-        ones = constant(graph, f"spread/ones/{channels}", np.ones(channels, np.float32))
-        outputs = [ir.Value(name=f"{path}/{name}") for name in ("tokens", "inverse")]
-        attributes = {"axis": -1, "epsilon": _EPSILON, "stash_type": 1}
-        norm = ir.node("SimplifiedLayerNormalization", [value, ones], attributes, outputs=outputs, name=f"{path}/norm")
-        matmuls[0].prepend([*nodes, norm])
+        absolute = make("Abs", [value], f"{path}/absolute")
+        last = constant(graph, "spread/last", np.array([-1], np.int64))
+        inputs, attributes = reduced(model, absolute.outputs[0], last)
+        largest = make("ReduceMax", inputs, f"{path}/largest", keepdims=1, **attributes)
+        least = constant(graph, "spread/least", np.array(_LEAST, np.float32))
+        scale = make("Max", [*largest.outputs, least], f"{path}/scale")
+        tokens = make("Div", [value, *scale.outputs], f"{path}{_TOKENS}")
+        matmuls[0].prepend([*nodes, absolute, largest, scale, tokens])
         for matmul in matmuls:
             output = matmul.outputs[0].name
-            columns = make("MatMul", [outputs[0], matmul.inputs[1]], f"spread/{output}/columns", name=matmul.name)
+            columns = make("MatMul", [*tokens.outputs, matmul.inputs[1]], f"spread/{output}/columns", name=matmul.name)
             columns.meta.update(matmul.meta)
-            replace(matmul, [columns, make("Div", [*columns.outputs, outputs[1]], output, f"spread/{output}")])
+            replace(matmul, [columns, make("Mul", [*columns.outputs, *scale.outputs], output, f"spread/{output}")])
+
+
+def is_spread(value: ir.Value) -> bool:
+    """Whether a value is what `Spread` makes for matmuls."""
+    return value.name.startswith("spread/") and value.name.endswith(_TOKENS)
