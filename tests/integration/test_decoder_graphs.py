@@ -253,7 +253,7 @@ def test_a_cache_that_clips_is_far_off(models: dict[str, Any], graphs: dict[str,
 
 
 EVEN = [Rotate(heads=True), Spread(block=16)]
-# Those whose values come from a matmul of their own, or of queries, keys and values in this order, with nothing between.
+# Those whose values are the last columns of a matmul, or all of one.
 ROTATED_HEADS = {"llama", "llama 3", "llama, dynamic", "llama, small heads", "qwen2", "qwen3", "mistral"}
 
 

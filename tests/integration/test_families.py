@@ -6,7 +6,6 @@ slots run in company, in chunks and token by token, over texts of up to 40 token
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trident_export.errors import UsageError
-from trident_export.graphs.editing import add_domain, array, constant, make, reduced, replace, store
+from trident_export.graphs.editing import add_domain, array, constant, drop_unused, make, reduced, replace, store
 from trident_export.passes.base import CalibrationRuns, Pass, matmul_nodes, ranks
 from trident_export.passes.rotate import has_rotated_heads, is_normed, rotation
 
@@ -58,6 +58,7 @@ class Spread(Pass):
                 readers[source].append(matmul)
         for source, matmuls in readers.items():
             self._spread(model, source, matmuls, known[source.name])
+        drop_unused(model)
         return model, set()
 
     def _spread(self, model: ir.Model, source: ir.Value, matmuls: Sequence[ir.Node], rank: int) -> None:
