@@ -97,4 +97,5 @@ class Spread(Pass):
 
 def is_spread(value: ir.Value) -> bool:
     """Whether a value is what `Spread` makes for matmuls."""
-    return value.name.startswith("spread/") and value.name.endswith(_TOKENS)
+    name: str = value.name
+    return name.startswith("spread/") and name.endswith(_TOKENS)
