@@ -30,6 +30,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.conftest import some_slow
 from trident_export import recipes
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph, plan_of
@@ -253,11 +254,12 @@ def test_a_cache_that_clips_is_far_off(models: dict[str, Any], graphs: dict[str,
 
 
 EVEN = [Rotate(heads=True), Spread(block=16)]
+EVERY_MATMUL = ["llama", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox"]
 # Those whose values are the last columns of a matmul, or all of one.
 ROTATED_HEADS = {"llama", "llama 3", "llama, dynamic", "llama, small heads", "qwen2", "qwen3", "mistral"}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", some_slow(CONFIGS, CONFIGS.keys() - {"llama", "qwen3", "gpt2"}))
 def test_every_family_with_even_inputs_computes_the_same(
     models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
@@ -274,7 +276,7 @@ def test_every_family_with_even_inputs_computes_the_same(
     compare_logits(models[name], tmp_path / "model.onnx", tolerance=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", some_slow(EVERY_MATMUL, {"qwen2", "qwen3", "opt", "gpt_neox"}))
 def test_every_matmul_with_per_channel_weights(
     models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:

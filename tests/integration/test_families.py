@@ -244,7 +244,7 @@ def test_every_expert_is_in_the_graph_and_is_quantized(graphs: dict[str, Path], 
     assert [node.op_type for node in quantized] == ["MatMulNBits"] * experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_experts_with_per_channel_weights(
     models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
