@@ -6,6 +6,7 @@ slots run in company, in chunks and token by token, over texts of up to 40 token
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from tests.integration.test_decoder_graphs import EVEN, LLAMA, SHARED, VOCABULARY, compare_logits, random_runs
+from tests.integration.test_decoder_graphs import LLAMA, SHARED, VOCABULARY, compare_logits, random_runs
 from trident_export import recipes
 from trident_export.errors import ModelsFileError, UnsupportedArchitecture
 from trident_export.graphs import decoder_passes, editing, rotary
@@ -44,7 +45,7 @@ from trident_export.graphs.causal import export_causal_graph, plan_of
 from trident_export.graphs.slot_attention import Slots, window_of
 from trident_export.graphs.tracing import running
 from trident_export.passes import Cache
-from trident_export.passes.gptq import GptqPerChannel
+from trident_export.passes.base import matmuls
 from trident_export.passes.groups import Groups
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
@@ -244,18 +245,31 @@ def test_every_expert_is_in_the_graph_and_is_quantized(graphs: dict[str, Path], 
     assert [node.op_type for node in quantized] == ["MatMulNBits"] * experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("mixtral", 0.5),
+        # Attention by plain operators; of llama4 one expert is chosen, and another one is no small difference.
+        *(
+            pytest.param(name, tolerance, marks=pytest.mark.slow)
+            for name, tolerance in {"gpt_oss": 0.5, "deepseek_v3": 0.5, "llama4": 4.0}.items()
+        ),
+    ],
+)
 def test_experts_with_per_channel_weights(
-    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
+    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str, tolerance: float
 ) -> None:
-    """An expert may get no token of a run, and a token's numbers do not depend on who chose the same expert."""
-    passes = [*EVEN, GptqPerChannel(samples=32), Groups(group=16)]
-    done = recipes.transform(ir.load(graphs[name]), passes, random_runs(graphs[name]))
-    kinds = [node.op_type for node in done.graph if "experts" in node.name]
-    assert kinds.count("MatMulIntegerToFloat") == kinds.count("QuantizeLinear") == 16
+    """An expert may get no token of a run, and who chooses the experts is not rounded."""
+    graph = ir.load(graphs[name])
+    chosen = set(matmuls(graph))
+    steps = recipes.load()["int8_channels"].passes[recipes.Kind.DECODER]
+    done = recipes.transform(graph, steps, random_runs(graphs[name]))
+    kinds = {node.name: node.op_type for node in done.graph}
+    floats = {name for name in chosen if kinds.get(name) == "MatMul"}
+    assert floats == {name for name in chosen if re.search("router|/gate/", name)} != set()
+    assert list(kinds.values()).count("MatMulIntegerToFloat") > len(chosen) / 2
     editing.save(done, tmp_path / "model.onnx")
-    # A token whose experts are almost equal may choose others, which is no small difference.
-    assert compare_logits(models[name], tmp_path / "model.onnx", tolerance=4.0) > 1e-3
+    assert compare_logits(models[name], tmp_path / "model.onnx", tolerance=tolerance) > 1e-3
 
 
 def test_a_graph_for_gpus_knows_no_numbers_of_queries(models: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ TABLE: dict[str, Any] = {
     "more_variants": ["int8_cache"],
     "limits": {"context": 64},
 }
+
+
+def parse(table: dict[str, Any]) -> models_file.ModelSpec:
+    """A model whose int8 is made by another recipe on processors with AMX."""
+    known = recipes.load()
+    chosen = dataclasses.replace(known["int8"], processors={Processor.AMX: "int8_channels"})
+    return models_file.parse("m", table, {**known, "int8": chosen})
 
 
 @pytest.mark.parametrize(
@@ -52,9 +60,9 @@ def test_a_system_that_does_not_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("here", Processor)
-def test_int8_is_made_by_what_the_processor_has(monkeypatch: pytest.MonkeyPatch, here: Processor) -> None:
+def test_a_variant_is_made_by_what_the_processor_has(monkeypatch: pytest.MonkeyPatch, here: Processor) -> None:
     monkeypatch.setattr(processors, "this_machine", lambda: here)
-    spec = models_file.parse("m", TABLE)
+    spec = parse(TABLE)
     channels = here == Processor.AMX
     steps = spec.recipes["int8"].passes[Kind.DECODER]
     assert spec.recipes["int8"].name == ("int8_channels" if channels else "int8")
@@ -64,29 +72,33 @@ def test_int8_is_made_by_what_the_processor_has(monkeypatch: pytest.MonkeyPatch,
     assert spec.recipes["fp32"].passes[Kind.DECODER] == ()
     assert spec.more["int8_cache"].name == "int8_cache"
     # What the table says goes before what the machine has.
-    assert models_file.parse("m", TABLE | {"processor": "avx2"}).recipes["int8"].name == "int8"
-    assert models_file.parse("m", TABLE | {"processor": "amx"}).recipes["int8"].name == "int8_channels"
+    assert parse(TABLE | {"processor": "avx2"}).recipes["int8"].name == "int8"
+    assert parse(TABLE | {"processor": "amx"}).recipes["int8"].name == "int8_channels"
     # Encoders, translation and GPUs have one int8.
     for task, limits in (
         ("feature-extraction", {"dimensions": 8}),
         ("translation", {}),
         ("text-generation", {"device": "cuda"}),
     ):
-        other = models_file.parse("m", TABLE | {"task": task, "limits": limits, "more_variants": []})
+        other = parse(TABLE | {"task": task, "limits": limits, "more_variants": []})
         assert other.recipes["int8"].name == "int8"
+
+
+def test_of_the_built_in_recipes_none_asks_for_the_processor() -> None:
+    assert not any(recipe.processors for recipe in recipes.load().values())
 
 
 def test_a_model_is_current_for_the_processor_that_it_was_exported_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine serves it and does not export it again, unless its table says so."""
     monkeypatch.setattr(processors, "this_machine", lambda: Processor.AMX)
-    spec = models_file.parse("m", TABLE)
+    spec = parse(TABLE)
     made = Manifest("m", spec.task, [], {}, fingerprint(spec, Path()), processor=Processor.AMX)
     monkeypatch.setattr(processors, "this_machine", lambda: Processor.AVX2)
-    here = models_file.parse("m", TABLE)
+    here = parse(TABLE)
     assert fingerprint(here, Path()) != made.fingerprint
     assert fingerprint(install.as_made(here, made), Path()) == made.fingerprint
     assert install.as_made(here, made).recipes["int8"].name == "int8_channels"
-    pinned = models_file.parse("m", TABLE | {"processor": "avx2"})
+    pinned = parse(TABLE | {"processor": "avx2"})
     assert install.as_made(pinned, made) == pinned
     older = Manifest("m", spec.task, [], {}, "")
     assert install.as_made(here, older) == here
@@ -95,7 +107,7 @@ def test_a_model_is_current_for_the_processor_that_it_was_exported_for(monkeypat
 def test_the_doctor_says_that_a_model_was_made_for_another_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = models_file.parse("m", TABLE)
+    spec = parse(TABLE)
     folder = tmp_path / "m" / VERSION
     folder.mkdir(parents=True)
 
@@ -118,12 +130,12 @@ def test_the_doctor_says_that_a_model_was_made_for_another_processor(
 def test_impossible_processors(tmp_path: Path) -> None:
     for value in ("sse", 5, ["amx"]):
         with pytest.raises(models_file.ModelsFileError, match="processor must be one of amx, vnni, avx2, other"):
-            models_file.parse("m", TABLE | {"processor": value})
+            parse(TABLE | {"processor": value})
     for text, message in (
         ('processors = { sse = "int8" }', "processors must be a table of amx, vnni, avx2, other"),
         ("processors = { amx = 5 }", "processors must name recipes"),
         ('processors = { amx = "none" }', r"\[x\] processors: 'none' must be another recipe"),
-        ('processors = { amx = "int8" }', "'int8' must be another recipe, one without processors"),
+        ('processors = { amx = "x" }', "'x' must be another recipe, one without processors"),
     ):
         (tmp_path / "recipes.toml").write_text(f"[x]\ndecoder = []\n{text}\n")
         with pytest.raises(models_file.ModelsFileError, match=message):

@@ -30,15 +30,18 @@ _TOKENS = "/tokens"  # the end of the name of what matmuls read
 class Spread(Pass):
     """Spreads what matmuls read over their channels, and makes 1 the largest number of every token.
 
-    Behind a norm that `rotate` has rotated there is nothing to do; heads that it has rotated are not rotated again.
+    Outputs of norms and heads that `rotate` has rotated are not rotated again.
 
     Attributes:
         block: channels that are rotated together, a power of two: the largest that the channels allow, up to this.
         seed: of the rotation's signs.
+        norms: whether tokens behind a rotated norm are divided, too: they are all about as large as each other, so it
+            halves the steps at most, and costs five operators.
     """
 
     block: int = 64
     seed: int = 0
+    norms: bool = False
     for_matmuls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ class Spread(Pass):
         for matmul in matmul_nodes(model, chosen):
             source = matmul.inputs[0]
             own = len(matmul.inputs[1].uses()) == 1
-            if own and known.get(source.name, 0) >= 2 and not is_normed(source):
+            if own and known.get(source.name, 0) >= 2 and (self.norms or not is_normed(source)):
                 readers[source].append(matmul)
         for source, matmuls in readers.items():
             self._spread(model, source, matmuls, known[source.name])
@@ -67,7 +70,8 @@ class Spread(Pass):
         block = math.gcd(channels, self.block)
         nodes: list[ir.Node] = []
         value = source
-        if block > 1 and not all(has_rotated_heads(matmul) for matmul in matmuls):
+        rotated = is_normed(source) or all(has_rotated_heads(matmul) for matmul in matmuls)
+        if block > 1 and not rotated:
             rotate = rotation(block, self.seed)
             sizes = [[0] * (rank - 1) + rest for rest in ([channels // block, block], [channels])]
             shapes = [constant(graph, f"spread/{rank}/{size}", np.array(size, np.int64)) for size in sizes]
