@@ -253,7 +253,7 @@ def test_a_cache_that_clips_is_far_off(models: dict[str, Any], graphs: dict[str,
         compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=0.2)
 
 
-EVEN = [Rotate(heads=True), Spread(block=16)]
+EVEN = [Rotate(heads=True), Spread(block=16, norms=True)]
 EVERY_MATMUL = ["llama", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox"]
 # Those whose values are the last columns of a matmul, or all of one.
 ROTATED_HEADS = {"llama", "llama 3", "llama, dynamic", "llama, small heads", "qwen2", "qwen3", "mistral"}
@@ -271,7 +271,10 @@ def test_every_family_with_even_inputs_computes_the_same(
     assert len(rotated) == (2 if name in ROTATED_HEADS else 0)
     kinds = Counter(node.op_type for node in even.graph if node.name.startswith("spread/"))
     inputs = {node.inputs[0] for node in even.graph if node.name in chosen}
-    assert kinds["MatMul"] + len([value for value in inputs if is_normed(value)]) + len(rotated) == len(inputs)
+    divided = [node for node in even.graph if node.name.startswith("spread/") and node.op_type == "Div"]
+    normed = [node for node in divided if is_normed(node.inputs[0])]
+    assert kinds["MatMul"] + len(normed) + len(rotated) == len(divided) == len(inputs)
+    assert bool(normed) == ("rotate/ones" in even.graph.initializers)
     editing.save(even, tmp_path / "model.onnx")
     compare_logits(models[name], tmp_path / "model.onnx", tolerance=2e-4)
 

@@ -37,6 +37,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from tests.conftest import some_slow
 from tests.integration.test_decoder_graphs import LLAMA, SHARED, VOCABULARY, compare_logits, random_runs
 from trident_export import recipes
 from trident_export.errors import ModelsFileError, UnsupportedArchitecture
@@ -246,18 +247,10 @@ def test_every_expert_is_in_the_graph_and_is_quantized(graphs: dict[str, Path], 
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"),
-    [
-        ("mixtral", 0.5),
-        # Attention by plain operators; of llama4 one expert is chosen, and another one is no small difference.
-        *(
-            pytest.param(name, tolerance, marks=pytest.mark.slow)
-            for name, tolerance in {"gpt_oss": 0.5, "deepseek_v3": 0.5, "llama4": 4.0}.items()
-        ),
-    ],
+    "name", some_slow(["mixtral", "gpt_oss", "deepseek_v3", "llama4"], {"gpt_oss", "deepseek_v3", "llama4"})
 )
 def test_experts_with_per_channel_weights(
-    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str, tolerance: float
+    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     """An expert may get no token of a run, and who chooses the experts is not rounded."""
     graph = ir.load(graphs[name])
@@ -269,7 +262,8 @@ def test_experts_with_per_channel_weights(
     assert floats == {name for name in chosen if re.search("router|/gate/", name)} != set()
     assert list(kinds.values()).count("MatMulIntegerToFloat") > len(chosen) / 2
     editing.save(done, tmp_path / "model.onnx")
-    assert compare_logits(models[name], tmp_path / "model.onnx", tolerance=tolerance) > 1e-3
+    # What is rounded before a router can choose another expert for a token, which is no small difference.
+    assert compare_logits(models[name], tmp_path / "model.onnx", tolerance=4.0) > 1e-3
 
 
 def test_a_graph_for_gpus_knows_no_numbers_of_queries(models: dict[str, Any], tmp_path: Path) -> None:

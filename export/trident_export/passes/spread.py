@@ -35,8 +35,8 @@ class Spread(Pass):
     Attributes:
         block: channels that are rotated together, a power of two: the largest that the channels allow, up to this.
         seed: of the rotation's signs.
-        norms: whether tokens behind a rotated norm are divided, too: they are all about as large as each other, so it
-            halves the steps at most, and costs five operators.
+        norms: whether tokens behind a rotated norm are divided, too. They are about as large as each other, but one
+            scale for all must do for the largest number of any.
     """
 
     block: int = 64
