@@ -15,13 +15,13 @@ from pathlib import Path
 import onnx
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_export import configs, disk, install, needs
+from trident_export import configs, disk, install, needs, processors
 from trident_export import memory as memory_of_exports
 from trident_export.errors import ExportError
 from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_serving import memory
-from trident_serving.artefacts import VERSION, read_manifest
+from trident_serving.artefacts import VERSION, Manifest, read_manifest
 from trident_serving.triton.onnx_session import TRITON_TYPES
 
 MEBIBYTE = 2**20
@@ -82,8 +82,25 @@ def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Findin
                 yield Finding(True, f"[{spec.name}] {file} is missing: export it again")
     for variant, reason in manifest.unverified.items():
         yield Finding(False, f"[{spec.name}] {variant} was installed by force: {reason}")
+    yield from _other_processor(spec, manifest)
     if not install.is_current(spec, repository, base):
         yield Finding(False, f"[{spec.name}] is older than its table, source or exporter: export it again")
+
+
+def _other_processor(spec: ModelSpec, manifest: Manifest) -> Iterator[Finding]:
+    """Variants that would be made by another recipe here than they were."""
+    here = processors.this_machine()
+    if manifest.processor not in list(processors.Processor) or manifest.processor == here:
+        return
+    made, ours = (spec.by_processor.get(each, {}) for each in (processors.Processor(manifest.processor), here))
+    slow = [variant for variant in spec.variants if made.get(variant) != ours.get(variant)]
+    if slow:
+        yield Finding(
+            False,
+            f"[{spec.name}] was exported for a processor with {manifest.processor}, this one has {here}: its answers "
+            f'are right, {", ".join(slow)} may be slow here; processor = "{here}" in its table and an export make it '
+            "for this one",
+        )
 
 
 def _parameters(spec: ModelSpec, base: Path) -> int:

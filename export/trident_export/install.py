@@ -16,12 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trident_export import configs, disk, drafts, memory, report, tasks
+from trident_export import configs, disk, drafts, memory, processors, report, tasks
 from trident_export.errors import ExportError, ExportsFailed, SourceError
 from trident_export.fingerprint import fingerprint
 from trident_export.huggingface import sources
 from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
+from trident_export.processors import Processor
 from trident_export.progress import Progress
 from trident_serving.artefacts import (
     DRAFT,
@@ -40,10 +41,16 @@ def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
     manifest = read_manifest(repository, spec.name)
     return (
         manifest is not None
-        and manifest.fingerprint == fingerprint(spec, base)
+        and manifest.fingerprint == fingerprint(as_made(spec, manifest), base)
         and all((repository / model / VERSION).is_dir() for model in manifest.triton_models)
         and all(file.is_file() for variant in spec.variants for file in graph_files(spec, variant, repository))
     )
+
+
+def as_made(spec: ModelSpec, manifest: Manifest) -> ModelSpec:
+    """The model for the processor that its export was made for: on another one it is slower at most, and not stale."""
+    known = manifest.processor in list(Processor)
+    return spec.made_for(Processor(manifest.processor)) if known else spec
 
 
 def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
@@ -182,6 +189,10 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
                 unverified=checked.refused,
                 aliases=[name] if (name := configs.alias(spec)) else [],
                 drafts=drafts.link(spec, staging, repository),
+                processor=spec.processor or processors.this_machine(),
+                recipes={
+                    variant: recipe.name for variant, recipe in spec.recipes.items() if recipe.name not in ("", variant)
+                },
             )
             manifest.write(staging)
             configs.write(spec, staging / "_configs", checked.refused)

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trident_export import recipes
+from trident_export import processors, recipes
 from trident_export.errors import ModelsFileError
+from trident_export.processors import Processor
 from trident_export.recipes import Kind, Recipe
 from trident_serving.artefacts import read_manifest
 from trident_serving.errors import ReadingError
@@ -93,9 +94,12 @@ class ModelSpec:
             the file, by its public name, for all of them; "": nobody.
         draft_spec: that other generator.
         calibration: a file of representative text, for recipes that look at activations; "": the packaged texts.
-        recipes: of the variants.
+        processor: what its variants are made for, where a recipe depends on it; None: what the machine has that exports
+            it first.
+        recipes: of the variants, for that processor.
         more: recipes of variants that are exported on request, `make export MODEL=name VARIANTS=...`, and kept from
             then on; see `with_variants`.
+        by_processor: recipes of all of them for every processor.
     """
 
     name: str
@@ -115,8 +119,10 @@ class ModelSpec:
     draft: str = ""
     draft_spec: ModelSpec | None = None
     calibration: str = ""
+    processor: Processor | None = None
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     more: Mapping[str, Recipe] = field(default_factory=dict)
+    by_processor: Mapping[Processor, Mapping[str, Recipe]] = field(default_factory=dict)
 
     @property
     def generation(self) -> GenerationLimits | None:
@@ -166,10 +172,23 @@ class ModelSpec:
         rest = {variant: recipe for variant, recipe in self.more.items() if variant not in found}
         return replace(self, variants=(*self.variants, *found), recipes={**self.recipes, **found}, more=rest)
 
+    def made_for(self, processor: Processor | None) -> ModelSpec:
+        """The same model as it is made for a processor, unless its table says for which; None: for this machine's."""
+        if self.processor is not None or processor is None:
+            return self
+        every = self.by_processor.get(processor, {})
+        recipes, more = (
+            {variant: every.get(variant, recipe) for variant, recipe in known.items()}
+            for known in (self.recipes, self.more)
+        )
+        draft = self.draft_spec.made_for(processor) if self.draft_spec is not None else None
+        return replace(self, processor=processor, recipes=recipes, more=more, draft_spec=draft)
+
     def as_dict(self) -> dict[str, Any]:
-        """All that decides its artefacts, as plain data."""
-        values = asdict(replace(self, recipes={}, more={}, draft_spec=None))
-        del values["more"], values["draft_spec"]
+        """All that decides its artefacts, as plain data; of the processor, its recipes."""
+        values = asdict(replace(self, recipes={}, more={}, by_processor={}, draft_spec=None))
+        for key in ("more", "by_processor", "processor", "draft_spec"):
+            del values[key]
         for key in ("adapters", "draft"):
             if not values[key]:
                 del values[key]
@@ -306,9 +325,8 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         raise ModelsFileError(f"{where} must be a table, found {table!r}")
     if "generator" in table:
         return _template(name, table)
-    known = [f.name for f in fields(ModelSpec) if f.name not in ("name", "draft_spec", "recipes", "more")] + [
-        "more_variants"
-    ]
+    ours = ("name", "draft_spec", "recipes", "more", "by_processor")
+    known = [f.name for f in fields(ModelSpec) if f.name not in ours] + ["more_variants"]
     known_recipes = recipes.load() if known_recipes is None else known_recipes
     _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
     task = table["task"]
@@ -325,10 +343,19 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
     limits = _read(f"{where} limits", LIMITS[task], table["limits"])
-    kind = _kind(LIMITS[task])
+    kind, device = _kind(LIMITS[task]), getattr(limits, "device", "cpu")
+    processor = _processor(where, table.get("processor"))
+    by_processor = {
+        each: {
+            variant: known_recipes[variant].on(each, known_recipes, kind) if device == "cpu" else known_recipes[variant]
+            for variant in every
+        }
+        for each in Processor
+    }
+    chosen = by_processor[processor or processors.this_machine()]
     try:
-        for variant in every:
-            known_recipes[variant].check(variant, kind, getattr(limits, "device", "cpu"))
+        for variant, recipe in chosen.items():
+            recipe.check(variant, kind, device)
     except ModelsFileError as error:
         raise ModelsFileError(f"{where}: {error}") from None
     draft = _draft(where, table, kind, {variant: known_recipes[variant] for variant in variants}, more)
@@ -348,9 +375,19 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         gates=gates,
         draft=draft,
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
-        recipes={variant: known_recipes[variant] for variant in variants},
-        more={variant: known_recipes[variant] for variant in more},
+        processor=processor,
+        recipes={variant: chosen[variant] for variant in variants},
+        more={variant: chosen[variant] for variant in more},
+        by_processor=by_processor,
     )
+
+
+def _processor(where: str, value: object) -> Processor | None:
+    if value is None:
+        return None
+    if value not in list(Processor):
+        raise ModelsFileError(f"{where}: processor must be one of {', '.join(Processor)}, found {value!r}")
+    return Processor(str(value))
 
 
 def _draft(where: str, table: Mapping[str, Any], kind: Kind, own: Mapping[str, Recipe], more: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from trident_export.graphs.editing import link, save, save_beside, scratch
 from trident_export.graphs.editing import load as load_graph
 from trident_export.passes import PASSES, RENAMED_KEYS, RENAMED_PASSES, Cache, CalibrationRuns, Pass, Rotate
 from trident_export.passes.base import matmuls
+from trident_export.processors import Processor
 from trident_serving.errors import ReadingError
 from trident_serving.schema import reading
 
@@ -45,11 +46,29 @@ class Recipe:
         precision: the variant whose default gate holds.
         size: the variant's bytes as a share of the float32 graph's, at most.
         passes: by kind of graph, in order; a kind that is not here has no such variant.
+        name: of the table that the passes are from.
+        processors: the recipe whose passes are in the place of these on some processors, by its name.
     """
 
     precision: str
     size: float
     passes: Mapping[Kind, tuple[Pass, ...]]
+    name: str = field(default="", repr=False)  # not in the representation, which decides whether an artefact is current
+    processors: Mapping[Processor, str] = field(default_factory=dict, repr=False)
+
+    def on(self, processor: Processor, known: Mapping[str, Recipe], kind: Kind) -> Recipe:
+        """The recipe that is in the place of this one on a processor, for a kind of graph.
+
+        Args:
+            known: all recipes, by name.
+        """
+        other = known.get(self.processors.get(processor, ""))
+        steps = other.passes.get(kind) if other is not None else None
+        if other is None or steps is None:
+            return self
+        if kind == Kind.SEQ2SEQ and steps is other.passes.get(Kind.DECODER):
+            return self  # it has none of its own
+        return replace(self, passes={**self.passes, kind: steps}, name=other.name)
 
     def check(self, name: str, kind: Kind, device: str) -> None:
         """Refuse what can't be made or makes no sense.
@@ -75,6 +94,10 @@ def load(folder: Path | None = None) -> dict[str, Recipe]:
     own = folder / FILE if folder is not None else None
     if own is not None and own.is_file():
         recipes |= parse(own.read_text(encoding="utf-8"), str(own))
+    for name, recipe in recipes.items():
+        for other in recipe.processors.values():
+            if other not in recipes or recipes[other].processors:
+                raise ModelsFileError(f"[{name}] processors: {other!r} must be another recipe, one without processors")
     return recipes
 
 
@@ -94,7 +117,7 @@ def parse(text: str, where: str) -> dict[str, Recipe]:
 def _recipe(where: str, name: str, table: object) -> Recipe:
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ModelsFileError(f"{where}: a variant's name has only lower-case letters, digits and '_'")
-    known = ("precision", "size", *Kind)
+    known = ("precision", "size", "processors", *Kind)
     if not isinstance(table, dict) or not set(table) <= set(known) or not set(Kind) & set(table):
         raise ModelsFileError(f"{where} must be a table of {', '.join(known)}, with {' or '.join(Kind)} among them")
     size, precision = table.get("size", 1.0), table.get("precision", name)
@@ -114,7 +137,16 @@ def _recipe(where: str, name: str, table: object) -> Recipe:
         raise ModelsFileError(f"{where}: cache must be the last pass, since the others run the float32 cache")
     if any(isinstance(step, Rotate) for steps in passes.values() for step in steps[1:]):
         raise ModelsFileError(f"{where}: rotate must be the first pass, since it changes all matmuls")
-    return Recipe(precision, size, passes)
+    return Recipe(precision, size, passes, name, _processors(where, table.get("processors", {})))
+
+
+def _processors(where: str, table: object) -> Mapping[Processor, str]:
+    known = list(Processor)
+    if not isinstance(table, dict) or not set(table) <= set(known):
+        raise ModelsFileError(f"{where} processors must be a table of {', '.join(known)}, found {table!r}")
+    if not all(isinstance(name, str) for name in table.values()):
+        raise ModelsFileError(f"{where} processors must name recipes, found {table!r}")
+    return {Processor(processor): name for processor, name in table.items()}
 
 
 def _pass(where: str, table: object) -> Pass:

@@ -41,6 +41,8 @@ class Manifest:
         unverified: variants that the gate refused and a person installed nevertheless, with the gate's reason.
         aliases: more of the Triton models that a client calls: the default variant with other names of its tensors.
         drafts: the model that drafts, by variant; only of those that have one.
+        processor: what it was made for; "": an older export does not say.
+        recipes: the recipe that made a variant, where the processor chose one of another name.
         format: of the artefact; 1 where none is written.
     """
 
@@ -53,6 +55,8 @@ class Manifest:
     unverified: dict[str, str] = field(default_factory=dict)
     aliases: list[str] = field(default_factory=list)
     drafts: dict[str, str] = field(default_factory=dict)
+    processor: str = ""
+    recipes: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
     @property

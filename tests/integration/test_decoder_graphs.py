@@ -30,16 +30,19 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.conftest import some_slow
 from trident_export import recipes
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph, plan_of
 from trident_export.graphs.read_rows import compute_read_rows
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.passes import Cache, CalibrationRuns, Feeds, PerToken, Rotate, calibration
+from trident_export.passes import Cache, CalibrationRuns, Feeds, PerToken, calibration
 from trident_export.passes.base import matmuls
 from trident_export.passes.calibration import moments
 from trident_export.passes.gptq import GptqGroups, GptqPerChannel
 from trident_export.passes.groups import Groups
+from trident_export.passes.rotate import Rotate, has_rotated_heads, is_normed
+from trident_export.passes.spread import Spread
 from trident_export.tasks.text_generation import inputs_of
 from trident_serving.errors import DeviceMissing, DoesNotFit
 from trident_serving.generation.batch import SlotTokens
@@ -291,6 +294,53 @@ def test_a_cache_that_clips_is_far_off(models: dict[str, Any], graphs: dict[str,
     editing.save(clipped, tmp_path / "model.onnx")
     with pytest.raises(AssertionError, match="< 0.2"):
         compare_logits(models["llama"], tmp_path / "model.onnx", tolerance=0.2)
+
+
+EVEN = [Rotate(heads=True), Spread(block=16, norms=True)]
+EVERY_MATMUL = ["llama", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox"]
+# Those whose values are the last columns of a matmul, or all of one.
+ROTATED_HEADS = {"llama", "llama 3", "llama, dynamic", "llama, small heads", "qwen2", "qwen3", "mistral"}
+
+
+@pytest.mark.parametrize("name", some_slow(CONFIGS, CONFIGS.keys() - {"llama", "qwen3", "gpt2"}))
+def test_every_family_with_even_inputs_computes_the_same(
+    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Where norms can't be folded, too; what is rotated when the graph runs is what no weight can be rotated for."""
+    before = ir.load(graphs[name])
+    chosen = matmuls(before)
+    even = recipes.transform(before, EVEN)
+    rotated = [node for node in even.graph if has_rotated_heads(node)]
+    assert len(rotated) == (2 if name in ROTATED_HEADS else 0)
+    kinds = Counter(node.op_type for node in even.graph if node.name.startswith("spread/"))
+    inputs = {node.inputs[0] for node in even.graph if node.name in chosen}
+    divided = [node for node in even.graph if node.name.startswith("spread/") and node.op_type == "Div"]
+    normed = [node for node in divided if is_normed(node.inputs[0])]
+    assert kinds["MatMul"] + len(normed) + len(rotated) == len(divided) == len(inputs)
+    assert bool(normed) == ("rotate/ones" in even.graph.initializers)
+    editing.save(even, tmp_path / "model.onnx")
+    compare_logits(models[name], tmp_path / "model.onnx", tolerance=2e-4)
+
+
+@pytest.mark.parametrize("name", some_slow(EVERY_MATMUL, {"qwen2", "qwen3", "opt", "gpt_neox"}))
+def test_every_matmul_with_per_channel_weights(
+    models: dict[str, Any], graphs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """And a token has the numbers that it has alone, to the last bit."""
+    graph = ir.load(graphs[name])
+    count = len(matmuls(graph))
+    passes = [*EVEN, GptqPerChannel(samples=32)]
+    done = recipes.transform(graph, passes, random_runs(graphs[name]))
+    kinds = Counter(node.op_type for node in done.graph)
+    assert kinds["MatMulIntegerToFloat"] == count
+    assert kinds["QuantizeLinear"] == len({n.inputs[0] for n in done.graph if n.op_type == "MatMulIntegerToFloat"})
+    for node in done.graph:
+        if node.op_type == "MatMulIntegerToFloat":  # pairs that AVX2 adds in sixteen bits
+            weight = editing.array(node.inputs[1]).astype(np.int32)
+            pairs = np.pad(weight, ((0, len(weight) % 2), (0, 0))).reshape(-1, 2, weight.shape[1])
+            assert np.abs(pairs.sum(axis=1)).max() <= 128
+    editing.save(done, tmp_path / "model.onnx")
+    assert compare_logits(models[name], tmp_path / "model.onnx", tolerance=0.5) > 1e-3
 
 
 def random_runs(path: Path) -> CalibrationRuns:

@@ -40,21 +40,23 @@ def change(model: onnx.ModelProto, names: set[str], how: Callable[[NDArray[np.ge
         tensor.CopyFrom(numpy_helper.from_array(how(value).astype(value.dtype), tensor.name))
 
 
-def weights_of(model: onnx.ModelProto, part: str, *indices: int) -> set[str]:
-    nodes = [node for node in model.graph.node if part in node.name and len(node.input) > max(indices)]
-    return {node.input[index] for node in nodes for index in indices}
+# Of each operator with rounded weights, its inputs that are the weights and their scales. MatMulNBits has a row for
+# each output, MatMulIntegerToFloat a column.
+ROUNDED = {"MatMulNBits": (1, 2), "MatMulIntegerToFloat": (1, 3)}
+
+
+def inputs_of(model: onnx.ModelProto, part: str, *positions: int) -> set[str]:
+    """Weights (0) or scales (1) of the matmuls that have a part in their names."""
+    nodes = [node for node in model.graph.node if node.op_type in ROUNDED and part in node.name]
+    return {node.input[ROUNDED[node.op_type][position]] for node in nodes for position in positions}
 
 
 def nothing(model: onnx.ModelProto) -> None:
     pass
 
 
-# Weights and scales are the inputs 1 and 2 of MatMulNBits, with a row for each output.
-
-
 def scales_off(model: onnx.ModelProto) -> None:
-    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    change(model, {node.input[2] for node in nodes}, lambda scales: scales * np.float32(1.03))
+    change(model, inputs_of(model, "", 1), lambda scales: scales * np.float32(1.03))
 
 
 def cache_clipped(model: onnx.ModelProto) -> None:
@@ -64,18 +66,37 @@ def cache_clipped(model: onnx.ModelProto) -> None:
 
 
 def layer_zeroed(model: onnx.ModelProto) -> None:
-    change(model, weights_of(model, "layers.20/mlp/down_proj", 2), lambda scales: scales * 0)
+    change(model, inputs_of(model, "layers.20/mlp/down_proj", 1), lambda scales: scales * 0)
 
 
 def heads_swapped(model: onnx.ModelProto) -> None:
     rows = 15 * 64  # nine heads of queries, three of keys and of values
 
     def swap(value: NDArray[np.generic]) -> NDArray[np.generic]:
-        heads = value.reshape(rows, -1).copy()
+        columns = value.ndim == 2 and value.shape[1] == rows
+        heads = (value.T if columns else value.reshape(rows, -1)).copy()
         heads[:128] = np.concatenate([heads[64:128], heads[:64]])
-        return heads.reshape(value.shape)
+        return heads.T if columns else heads.reshape(value.shape)
 
-    change(model, weights_of(model, "layers.10/self_attn/qkv_proj", 1, 2), swap)
+    change(model, inputs_of(model, "layers.10/self_attn/qkv_proj", 0, 1), swap)
+
+
+def tokens_not_scaled(model: onnx.ModelProto) -> None:
+    """Tokens that were divided by their largest number, and are not multiplied by it again."""
+    kept = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "Mul" and "layers.3/mlp/down_proj" in node.name
+    }
+    assert len(kept) == 1
+    for node in model.graph.node:
+        node.input[:] = [kept.get(name, name) for name in node.input]
+
+
+def not_turned_back(model: onnx.ModelProto) -> None:
+    """The blocks of what the down projections read are not rotated, but their weights are."""
+    names = {tensor.name for tensor in model.graph.initializer if tensor.name.startswith("spread/rotation")}
+    change(model, names, lambda matrix: np.eye(len(matrix)))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +125,12 @@ def generator_check(default_repository: Path) -> Callable[[str, Path], None]:
         pytest.param("int8_cache", scales_off, "kl is .*top1 is", marks=pytest.mark.slow),
         pytest.param("int8_cache", cache_clipped, "kl is .*top1 is", marks=pytest.mark.slow),
         pytest.param("int4", layer_zeroed, "kl is .*top1 is", marks=pytest.mark.slow),
+        *(
+            pytest.param(
+                "int8_channels", damage, "" if damage is nothing else "kl is .*top1 is", marks=pytest.mark.slow
+            )
+            for damage in (nothing, scales_off, layer_zeroed, heads_swapped, tokens_not_scaled, not_turned_back)
+        ),
     ],
 )
 def test_a_damaged_generator(

@@ -13,7 +13,10 @@ from trident_serving.artefacts import FORMAT, DraftSettings, Manifest
 # out, changes only this list; where a reader would misunderstand an older artefact, FORMAT is raised too.
 HELD = {
     2: {
-        "Manifest": "name task triton_models public_models fingerprint fidelity unverified aliases drafts format",
+        "Manifest": (
+            "name task triton_models public_models fingerprint fidelity unverified aliases drafts processor recipes "
+            "format"
+        ),
         "DraftSettings": "name context longest_run",
         "GenerationDefaults": (
             "prompt eos_token_ids max_length min_length num_beams length_penalty early_stopping repetition_penalty "

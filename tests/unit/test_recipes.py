@@ -25,6 +25,7 @@ from trident_export.passes.gptq import GptqGroups, GptqPerChannel
 from trident_export.passes.groups import GroupMinima, Groups, pack
 from trident_export.passes.per_token import PerToken
 from trident_export.passes.smooth import Smooth, behind_norms
+from trident_export.passes.spread import Spread
 from trident_export.passes.static import Static
 
 RANDOM = np.random.default_rng(7)
@@ -243,6 +244,59 @@ def test_a_table_that_is_also_a_head_is_left() -> None:
     assert transform(model, [Embedding()]).graph.node[0].op_type == "Gather"
 
 
+@pytest.mark.parametrize("shape", [("rows", INPUTS), (1, "rows", INPUTS)])
+def test_spreading_changes_nothing_and_gives_tokens_one_scale(shape: Sequence[str | int]) -> None:
+    """Tokens of any size, with a wide channel, of no size at all; and a run of no tokens, as a rare expert has."""
+    x = RANDOM.normal(0, 1, (6, INPUTS)).astype(np.float32)
+    x[:, 3] *= 50
+    x *= np.array([1e-3, 1, 1e3, 1, 1, 0], np.float32)[:, None]
+    x = x.reshape((1,) * (len(shape) - 2) + x.shape)
+    model = graph(shape)
+    model.graph.node.append(helper.make_node("MatMul", ["x", "first_weight_too"], ["z"], name="third"))
+    model.graph.initializer.append(numpy_helper.from_array(-FIRST, "first_weight_too"))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [*shape[:-1], INNER]))
+    names = ["spread/x/tokens", "spread/x/scale"]
+    done = transform(model, [Spread(nodes="first|third", block=32)])
+    kinds = [node.op_type for node in done.graph.node]
+    assert [kinds.count(kind) for kind in ("ReduceMax", "Div", "MatMul", "Mul")] == [1, 1, 4, 2]
+    for name in names:
+        done.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    session = ort.InferenceSession(done.SerializeToString(), providers=["CPUExecutionProvider"])
+    y, z, tokens, scale = session.run(["y", "z", *names], {"x": x})
+    np.testing.assert_allclose(y, exact(x), atol=2e-3)
+    sizes = np.abs(x @ FIRST).max(axis=-1, keepdims=True) + 1e-9
+    np.testing.assert_allclose(z / sizes, -x @ FIRST / sizes, atol=1e-4)
+    rows = tokens.reshape(6, INPUTS)
+    np.testing.assert_allclose(np.abs(rows[:5]).max(axis=-1), 1, rtol=1e-6)
+    assert np.square(rows[:5]).mean(axis=-1).min() > 1 / 16  # of a wide channel alone 1 / 64
+    assert not rows[5].any()
+    sizes = np.square(rows * scale.reshape(6, 1)).sum(axis=-1)
+    np.testing.assert_allclose(sizes, np.square(x).sum(axis=-1).ravel(), rtol=1e-4)
+    nothing = session.run(["y"], {"x": x[..., :0, :]})[0]
+    assert nothing.shape == (*x.shape[:-2], 0, OUTPUTS)
+
+
+def test_blocks_are_the_largest_that_the_channels_allow() -> None:
+    x = RANDOM.normal(0, 1, (3, INPUTS)).astype(np.float32)
+    plain = transform(graph(), [Spread(block=1)])
+    assert [node.op_type for node in plain.graph.node].count("Reshape") == 0
+    np.testing.assert_allclose(run(plain, x), exact(x), atol=1e-4)
+    blocks = transform(graph(), [Spread(block=64)])  # 64 and 96 channels
+    sizes = {tuple(t.dims) for t in blocks.graph.initializer if t.name.startswith("spread/rotation")}
+    assert sizes == {(64, 64), (32, 32)}
+    np.testing.assert_allclose(run(blocks, x), exact(x), atol=1e-4)
+
+
+def test_an_expert_that_no_text_chose_is_left_to_later_passes() -> None:
+    def few(samples: int, seed: int) -> Feeds:
+        return iter([{"x": RANDOM.normal(0, 1, (rows, INPUTS)).astype(np.float32)} for rows in (0, 20, 0, 11)])
+
+    left = transform(graph(), [GptqPerChannel(), Groups()], few)
+    assert [node.op_type for node in left.graph.node].count("MatMulNBits") == 2
+    enough = transform(graph(), [GptqPerChannel(samples=9), Groups()], runs)
+    assert [node.op_type for node in enough.graph.node].count("MatMulIntegerToFloat") == 2
+
+
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
 def test_calibrated_scales_are_close_and_reproducible(method: str) -> None:
     x = np.concatenate([feed["x"] for feed in runs(9, seed=3)])
@@ -347,7 +401,7 @@ def test_by_product_is_an_alias(capsys: pytest.CaptureFixture[str]) -> None:
         ("[a]\nencoder = [{ pass = [] }]", "pass must be one of "),
         ("x = 1", r"\[x\] must be a table"),
         ("[x]\nsize = 0.5", "with decoder or seq2seq or encoder among them"),
-        ("[x]\nencoder = []\nspeed = 1", "must be a table of precision, size, decoder, seq2seq, encoder"),
+        ("[x]\nencoder = []\nspeed = 1", "must be a table of precision, size, processors, decoder, seq2seq, encoder"),
         ("[X]\nencoder = []", "lower-case letters"),
         ("[x]\nencoder = []\nsize = 2.0", "size must be a number up to 1.0"),
         ('[x]\nencoder = [{ pass = "magic" }]', r"encoder\[0\]: pass must be one of keep, groups, .*found .*magic"),
@@ -363,6 +417,7 @@ def test_by_product_is_an_alias(capsys: pytest.CaptureFixture[str]) -> None:
         ('[x]\ndecoder = [{ pass = "gptq_per_channel", margin = 0.0 }]', "margin and peak_to_rms must be more than 0"),
         ('[x]\ndecoder = [{ pass = "gptq_groups", group = 24 }]', "group one of .*24"),
         ('[x]\ndecoder = [{ pass = "gptq_groups", damp = 0.0 }]', "damp must be more than 0"),
+        ('[x]\ndecoder = [{ pass = "spread", block = 48 }]', "block must be a power of two, found 48"),
         ('[x]\ndecoder = [{ pass = "cache", margin = 0.0 }]', "margin must be more than 0"),
         ("[x", "is not TOML"),
     ],
@@ -378,7 +433,7 @@ def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
         'limits = { dimensions = 8 }\ncalibration = "own.txt"\n'
     )
     with pytest.raises(
-        ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_cache, int8_mixed, int4, int4_mixed"
+        ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_cache, int8_mixed, int8_channels, int4"
     ):
         models_file.load(tmp_path / "models.toml")
     (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "per_token" }]\n')

@@ -14,6 +14,7 @@ from trident_export.passes.half import Half
 from trident_export.passes.per_token import PerToken
 from trident_export.passes.rotate import Rotate as Rotate
 from trident_export.passes.smooth import Smooth
+from trident_export.passes.spread import Spread
 from trident_export.passes.static import Static
 
 PASSES: dict[str, type[Pass]] = {
@@ -21,6 +22,7 @@ PASSES: dict[str, type[Pass]] = {
     "groups": Groups,
     "group_minima": GroupMinima,
     "rotate": Rotate,
+    "spread": Spread,
     "gptq_per_channel": GptqPerChannel,
     "gptq_groups": GptqGroups,
     "per_token": PerToken,

@@ -72,7 +72,7 @@ class Moments:
     @property
     def root_mean_square(self) -> float:
         """Of all its numbers."""
-        return float(np.sqrt(self.gram.trace() / (self.rows * len(self.gram))))
+        return float(np.sqrt(self.gram.trace() / (max(self.rows, 1) * len(self.gram))))
 
 
 def moments(model: ir.Model, channels: Mapping[str, int], feeds: Callable[[], Feeds]) -> Iterator[tuple[str, Moments]]:
@@ -92,7 +92,7 @@ def _moments(model: ir.Model, names: Sequence[str], feeds: Feeds) -> Iterator[tu
     for values in watch(model, names, feeds):
         for name, value in values.items():
             rows = value.reshape(-1, value.shape[-1])
-            seen = Moments(rows.T @ rows, len(rows), float(np.abs(rows).max()))
+            seen = Moments(rows.T @ rows, len(rows), float(np.abs(rows).max(initial=0.0)))  # an expert may get no row
             if name in found:
                 old = found[name]
                 seen = Moments(old.gram + seen.gram, old.rows + seen.rows, max(old.peak, seen.peak))

@@ -22,11 +22,13 @@ from trident_export.passes.base import Calibrated, CalibrationRuns, matmul_nodes
 from trident_export.passes.calibration import Moments, moments
 from trident_export.passes.groups import check_group, make_matmul
 from trident_export.passes.per_token import ACTIVATION_LARGEST, PerToken
+from trident_export.passes.spread import is_spread
 from trident_export.progress import Counted, track
 
 Floats = NDArray[np.float32]
 
 _WEIGHT_LARGEST, _PAIR_LARGEST = 127, 128
+_LEAST_ROWS = 32  # that a scale for all activations is set by
 _OUTPUTS = 2**14  # outputs rounded at once: a head has ten times more
 _TOGETHER = 64  # channels that are rounded before the weights of all later ones are corrected
 
@@ -86,7 +88,8 @@ class GptqPerChannel(_Gptq):
 
     Attributes:
         peak_to_rms: matmuls are left where the largest number of their input is more times its root mean square.
-        margin: the largest activation that is not clipped, as a multiple of the largest in the text.
+        margin: the largest activation that is not clipped, as a multiple of the largest in the text; behind `spread`
+            nothing is clipped.
     """
 
     peak_to_rms: float = 6.0  # of a normal distribution, two numbers in a billion are larger
@@ -100,14 +103,16 @@ class GptqPerChannel(_Gptq):
             raise UsageError(f"margin and peak_to_rms must be more than 0, found {found}")
 
     def fits(self, seen: Moments) -> bool:
-        """See `_Gptq`."""
-        return seen.peak <= self.peak_to_rms * seen.root_mean_square
+        """See `_Gptq`; what too few rows were seen of, such as a rare expert's input, has no scale."""
+        return seen.rows >= _LEAST_ROWS and seen.peak <= self.peak_to_rms * seen.root_mean_square
 
     def quantize(self, matmuls: Sequence[ir.Node], seen: Moments) -> None:
         """See `_Gptq`."""
         graph, source = matmuls[0].graph, matmuls[0].inputs[0]
         middle = constant(graph, "gptq/middle", np.array(128, np.uint8))
-        step = max(seen.peak * self.margin, 1e-6) / ACTIVATION_LARGEST
+        # A token with a scale of its own has its largest number at the end of the range.
+        margin = 1.0 if is_spread(source) else self.margin
+        step = max(seen.peak * margin, 1e-6) / ACTIVATION_LARGEST
         step = constant(graph, f"gptq/{source.name}/step", np.array(step, np.float32))
         integers = make("QuantizeLinear", [source, step, middle], f"gptq/{source.name}/integers")
         matmuls[0].prepend(integers)

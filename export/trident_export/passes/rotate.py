@@ -20,12 +20,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
+from trident_export.graphs.decoder_passes import attention_nodes
 from trident_export.graphs.editing import array, constant, drop_unused, rank_of_weight, store
 from trident_export.graphs.lora import PREFIX
 from trident_export.passes.base import CalibrationRuns, Pass, adapter_matmuls
 
 # Root-mean-square norms by operator: where their scale stands among the inputs.
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
+_ONES = "rotate/ones"  # the scale of norms whose output is rotated
+_TURNED = "turned"  # of a matmul whose input has rotated heads
+_VALUES = (2, 4)  # positions of values and of past values among the attention operator's inputs
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,12 @@ class Rotate(Pass):
 
     Attributes:
         seed: of the rotation's signs.
+        heads: rotates every head of the values, too, where nothing but the attention operator is between the matmuls
+            that give and read them.
     """
 
     seed: int = 0
+    heads: bool = False
     for_matmuls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -48,6 +55,8 @@ class Rotate(Pass):
 
     def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`; it takes no matmuls."""
+        if self.heads:
+            rotate_heads(model, set(chosen), self.seed)
         found = find_rotated(model, {*chosen, *adapter_matmuls(model)})
         if found is None:
             return model, set()
@@ -58,7 +67,7 @@ class Rotate(Pass):
         for weight in found.adding:
             store(weight, array(weight) @ rotate)
         # All norms have one scale then, which passes that would change it for one of them see.
-        ones = constant(model.graph, "rotate/ones", np.ones(channels, np.float32))
+        ones = constant(model.graph, _ONES, np.ones(channels, np.float32))
         for scale in set(found.reading.values()):
             scale.replace_all_uses_with(ones)
         drop_unused(model)
@@ -148,3 +157,98 @@ def _add_terms(value: ir.Value, found: Rotated, matmuls: set[str]) -> bool:
     else:
         return False
     return True
+
+
+@dataclass
+class RotatedHeads:
+    """Weights that a rotation of the values changes.
+
+    Attributes:
+        giving: the weight whose last columns are the values, and its bias where it has one.
+        matmul: reads the attention's output.
+        heads: of the values.
+        size: channels of a head.
+    """
+
+    giving: list[ir.Value]
+    matmul: ir.Node
+    heads: int
+    size: int
+
+
+def rotate_heads(model: ir.Model, matmuls: set[str], seed: int) -> None:
+    """Rotate every head of the values, in the weights before and behind the attention operator."""
+    for node in attention_nodes(model):
+        found = _find_heads(node, matmuls)
+        if found is None:
+            continue
+        rotate = rotation(found.size, seed)
+        width = found.heads * found.size
+        for value in found.giving:
+            numbers = array(value).copy()
+            values = numbers[..., -width:]
+            turned = values.reshape(*values.shape[:-1], found.heads, found.size) @ rotate
+            numbers[..., -width:] = turned.reshape(values.shape)
+            store(value, numbers)
+        weight = found.matmul.inputs[1]
+        rows = array(weight)
+        store(weight, (rotate.T @ rows.reshape(-1, found.size, rows.shape[-1])).reshape(rows.shape))
+        found.matmul.meta[_TURNED] = True
+
+
+def is_normed(value: ir.Value) -> bool:
+    """Whether a value is the output of a rotated norm, or tokens of it."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Gather", "GatherND", "Reshape"):
+        node = node.inputs[0].producer()
+    position = _NORMS.get(node.op_type) if node is not None else None
+    return node is not None and position is not None and node.inputs[position].name == _ONES
+
+
+def has_rotated_heads(matmul: ir.Node) -> bool:
+    """Whether a matmul reads heads that `rotate_heads` rotated."""
+    return _TURNED in matmul.meta
+
+
+def _find_heads(node: ir.Node, matmuls: set[str]) -> RotatedHeads | None:
+    """The weights around an attention operator; None where the values go elsewhere, or something is between."""
+    position, past = _VALUES
+    packed = node.inputs[position] is None
+    past_values, present = node.inputs[past], node.outputs[2]
+    if past_values is None or not past_values.is_graph_input() or len(past_values.uses()) != 1 or present.uses():
+        return None
+    gather = _only_producer(node.inputs[0 if packed else position], "GatherND")
+    source = gather.inputs[0] if gather is not None else None
+    giving: list[ir.Value] = []
+    added = _only_producer(source, "Add")
+    if added is not None:
+        bias = [term for term in added.inputs if rank_of_weight(term) == 1]
+        terms = [term for term in added.inputs if term not in bias]
+        if len(bias) != 1:
+            return None
+        giving, source = bias, terms[0]
+    first, last = _only_producer(source, "MatMul"), _only_reader(node.outputs[0])
+    if last is not None and last.op_type == "GatherND":
+        last = _only_reader(last.outputs[0])
+    if first is None or last is None or not {first.name, last.name} <= matmuls:
+        return None
+    heads, queries = (node.attributes.get_int(name, 0) for name in ("kv_num_heads", "num_heads"))
+    giving = [first.inputs[1], *giving]
+    size, rest = divmod(last.inputs[1].shape[0], queries)
+    columns = (queries + 2 * heads if packed else heads) * size
+    unshared = all(len(weight.uses()) == 1 for weight in [*giving, last.inputs[1]])
+    if rest or not unshared or any(value.shape[-1] != columns for value in giving):
+        return None
+    return RotatedHeads(giving, last, heads, size)
+
+
+def _only_producer(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """The node that gives a value, if it is of a kind and the value has one reader."""
+    node = value.producer() if value is not None and len(value.uses()) == 1 else None
+    return node if node is not None and node.op_type == kind else None
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that reads a value, if there is one alone."""
+    readers = list(value.uses())
+    return readers[0].node if len(readers) == 1 and not value.is_graph_output() else None

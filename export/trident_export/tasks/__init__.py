@@ -93,8 +93,9 @@ def build(job: Job, *, force: bool = False) -> Checked:
         ExportError: models.toml and the model disagree, or the model has no form here.
     """
     trace(job)
-    for variant in job.spec.recipes:
-        job.progress(f"writing {variant}")
+    for variant, recipe in job.spec.recipes.items():
+        chosen = f" by the recipe {recipe.name}" if recipe.name not in ("", variant) else ""
+        job.progress(f"writing {variant}{chosen}")
         write(job, variant)
     for left in (job.graphs, job.assets):
         shutil.rmtree(left, ignore_errors=True)

@@ -46,6 +46,7 @@ from trident_serving.chat.template import TOOLS_FILE, ChatTemplate
 from trident_serving.generation.batch import MIN_POSITIONS, SlotTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
+from trident_serving.runtime.kv_cache import KEYS
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 
@@ -173,6 +174,7 @@ def inputs_of(
     items = [SlotTokens(row, 0, ids, adapter=chosen[row]) for row, ids in enumerate(texts)]
     packed = pack(items)
     longest = max(map(len, texts))
+    capacity = -(-longest // KEYS) * KEYS  # attention by plain operators reads as many keys
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:
         sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -180,7 +182,7 @@ def inputs_of(
             feed[value.name] = np.zeros((len(texts), *sizes[1:]), np.float32)
         elif value.name.startswith("past"):
             _, heads, _, size = sizes
-            feed[value.name] = np.zeros((len(texts), heads, longest, size), np.float32)
+            feed[value.name] = np.zeros((len(texts), heads, capacity, size), np.float32)
         elif value.name == "total_sequence_length":
             feed[value.name] = np.array(longest, np.int32)
         else:
