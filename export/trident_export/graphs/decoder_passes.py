@@ -10,7 +10,9 @@ matmuls         queries, keys and values come from one matmul, in the packed for
 adapters        are put beside the matmuls of their layers, see `lora`
 norms           ONNX Runtime's fusions of RMS norms, with the addition of the residual before them
 
-All work on the float32 graph, before weights are quantized, and none changes what is computed.
+scores          of large heads are summed alike, see `sum_scores_alike`; the last of a graph's passes
+
+All others work on the float32 graph, before weights are quantized, and none changes what is computed.
 Operator references: onnxruntime docs/ContribOperators.md, GroupQueryAttention, SkipSimplifiedLayerNormalization.
 """
 
