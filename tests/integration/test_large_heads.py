@@ -13,10 +13,10 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.integration.test_decoder_graphs import compare_logits
 from tools import families_seq2seq
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma3TextConfig
 
+from tests.integration.test_decoder_graphs import compare_logits
 from trident_export.graphs import decoder_passes, editing
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.seq2seq import export_decoder, export_encoder
@@ -79,9 +79,7 @@ def test_a_text_that_is_cut_anywhere(graph: Path, whole: NDArray[np.float32]) ->
     for length in (1, 20, 64, 65, 90, 129, 160, 193):
         np.testing.assert_array_equal(decoder.run([SlotTokens(0, 0, TEXT[:length], length)]), whole[:length])
         rest = TEXT[length : length + 3]
-        np.testing.assert_array_equal(
-            decoder.run([SlotTokens(0, length, rest, len(rest))]), whole[length : length + 3]
-        )
+        np.testing.assert_array_equal(decoder.run([SlotTokens(0, length, rest, len(rest))]), whole[length : length + 3])
 
 
 def test_token_by_token_beside_others(graph: Path, whole: NDArray[np.float32]) -> None:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 # run. Matmuls with a cache of 8 bits take one row after the other: there one position is enough.
 MIN_POSITIONS = 2
 
-# Keys of a slot at least, where heads have more numbers than `LARGEST_PART` and the cache holds floating-point ones: a slot
-# with fewer takes part with more positions, which hold anything, as above.
+# Keys of a slot at least, where heads have more numbers than `LARGEST_PART` and the cache holds floating-point ones: a
+# slot with fewer takes part with more positions, which hold anything, as above.
 MIN_KEYS = 65
 
 # Tokens of a run at least, and those with logits, where the processor's kernels sum a single row in another order: ONNX
@@ -190,7 +190,8 @@ def split(
         max_padding: positions without a token in a run at most, but for those that a slot has in any run.
         min_keys: that each slot has behind the run.
     """
-    ordered = sorted(((item, _positions(item, min_positions, min_keys)) for item in items), key=lambda pair: pair[0].slot)
+    by_slot = sorted(items, key=lambda item: item.slot)
+    ordered = [(item, _positions(item, min_positions, min_keys)) for item in by_slot]
     single: list[list[SlotTokens]] = []
     if not ragged:
         single = [[item] for item, positions in ordered if positions > 1]

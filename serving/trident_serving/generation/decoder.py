@@ -199,9 +199,7 @@ class OnnxDecoder:
         starts: dict[int, int] = {}  # of each slot's logits, in the order of the runs
         end = 0
         max_padding = MAX_PADDING if self.states else MAX_POSITIONS
-        runs = split(
-            items, self._min_positions, ragged=self._ragged, max_padding=max_padding, min_keys=self._min_keys
-        )
+        runs = split(items, self._min_positions, ragged=self._ragged, max_padding=max_padding, min_keys=self._min_keys)
         for run in runs:
             begin = end
             for item in run:
