@@ -71,6 +71,28 @@ def test_a_position_for_each_token_where_sums_allow_it() -> None:
     assert batch.seqlens_k.tolist() == [5, 10]
 
 
+def test_a_short_text_of_large_heads_has_more_positions() -> None:
+    """They repeat its last token; one that has enough keys, or brings them, has no more than others have."""
+    items = [SlotTokens(0, 3, [6]), SlotTokens(1, 10, [7]), SlotTokens(3, 0, [1, 2, 3, 4, 5, 6, 7, 8, 9])]
+    batch = pack(items, min_keys=7)
+    assert batch.query_seqlens.tolist() == [4, 2, 0, 9]
+    assert batch.seqlens_k.tolist() == [6, 11, 0, 8]
+    assert batch.attention_tokens[0, :, 1].tolist() == [0] * 9
+    assert batch.position_ids.tolist() == [[3, 10, *range(9)]]
+    assert batch.state_mask.shape == (4, 9, 1)
+    assert pack(items[:1], min_keys=7).attention_tokens.shape == (1, 4, 2)
+    assert pack(items[:1], min_keys=7).state_mask.shape == (1, 1, 1)
+
+
+def test_runs_of_short_texts_of_large_heads_are_smaller() -> None:
+    items = [SlotTokens(slot, 3, [1]) for slot in range(12)]
+    runs = [[item.slot for item in run] for run in split(items, min_keys=65)]
+    assert runs == [list(range(8)), list(range(8, 12))]  # 62 positions each
+    assert len(split(items)) == 1
+    # A state has no such positions.
+    assert [len(run) for run in split(items, min_keys=65, max_padding=0)] == [8, 4]
+
+
 def test_idle_slots_write_behind_what_they_hold() -> None:
     """Without `query_seqlens` every slot of the window takes part, the idle slot 2 with it."""
     held = np.array([9, 5, 7, 4], np.int64)

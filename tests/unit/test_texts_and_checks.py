@@ -172,6 +172,32 @@ def test_divergence_equals_torch() -> None:
     assert measured["tokens"] == 8
 
 
+def test_scores_that_are_logits_are_compared_as_a_share_of_their_range() -> None:
+    """A ranker has one class, so nothing but its scores can be wrong."""
+    logits = [np.array([[score]], np.float32) for score in (-11.0, -3.0, 2.0, 10.0)]
+    rounded = [scores + np.float32(1.7) for scores in logits]
+    measured = fidelity.compare_scores(logits, rounded) | {"batch_effect": 0.0}
+    assert measured["score_error"] == pytest.approx(1.7 / 21)
+    fidelity.check("text-ranking", "int8", measured)
+    with pytest.raises(FidelityError, match="score_error is 0.08095, must be at most 0.0001"):
+        fidelity.check("text-ranking", "fp32", measured)
+    for damaged in ([logits[0]] * 4, [-scores for scores in logits], [scores + np.float32(4) for scores in logits]):
+        measured = fidelity.compare_scores(logits, damaged) | {"batch_effect": 0.0}
+        with pytest.raises(FidelityError, match="score_error"):
+            fidelity.check("text-ranking", "int8", measured)
+    narrow = [scores / 100 for scores in logits]
+    measured = fidelity.compare_scores(narrow, [scores / 100 for scores in rounded])
+    assert measured["score_error"] == pytest.approx(1.7 / 21, rel=1e-4)
+    same = fidelity.compare_scores([logits[0]] * 2, [rounded[0]] * 2)
+    assert same["score_error"] == pytest.approx(1.7)
+
+
+def test_the_error_of_a_probability_is_a_difference() -> None:
+    expected = [np.array([[0.25, 0.75]], np.float32), np.array([[0.4, 0.6]], np.float32)]
+    found = [scores + np.float32(0.1) for scores in expected]
+    assert fidelity.compare_scores(expected, found)["score_error"] == pytest.approx(0.1)
+
+
 def test_worst_cosine_is_the_worst() -> None:
     reference = np.eye(3, dtype=np.float32)
     found = np.array([[1, 0, 0], [0.6, 0.8, 0], [0, 0, 2]], np.float32)

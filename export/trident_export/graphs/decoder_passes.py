@@ -10,7 +10,9 @@ matmuls         queries, keys and values come from one matmul, in the packed for
 adapters        are put beside the matmuls of their layers, see `lora`
 norms           ONNX Runtime's fusions of RMS norms, with the addition of the residual before them
 
-All work on the float32 graph, before weights are quantized, and none changes what is computed.
+scores          of large heads are summed alike, see `sum_scores_alike`; the last of a graph's passes
+
+All others work on the float32 graph, before weights are quantized, and none changes what is computed.
 Operator references: onnxruntime docs/ContribOperators.md, GroupQueryAttention, SkipSimplifiedLayerNormalization.
 """
 
@@ -29,8 +31,13 @@ from trident_export.graphs import editing
 from trident_export.graphs.editing import array, constant, drop_unused, numbers, parts_of, set_parts, side_by_side
 from trident_export.graphs.lora import Lora, add_adapters
 from trident_export.graphs.shape_folding import fold_shapes
+from trident_serving.runtime.kv_cache import LARGEST_PART
 
-QUERY_SEQLENS = 16  # position among the attention operator's inputs
+# Positions among the attention operator's inputs.
+QUERY_SEQLENS = 16
+_PAST_KEY, _SINKS = 3, 11
+
+_NO_SINK = -1e30  # as a score; its exponential is 0
 
 
 def optimize(model: ir.Model, *, ragged: bool = True, adapters: Sequence[Lora] = ()) -> ir.Model:
@@ -53,6 +60,29 @@ def optimize(model: ir.Model, *, ragged: bool = True, adapters: Sequence[Lora] =
     join_matmuls(model)
     add_adapters(model, adapters)
     return fuse_norms(model)
+
+
+def sum_scores_alike(model: ir.Model) -> int:
+    """Make a score of a large head the same sum wherever its key stands; returns for how many attentions.
+
+    ONNX Runtime's attention for the CPU goes through the keys in blocks, and how its matmul sums more than
+    `LARGEST_PART` numbers depends on the keys that are left for the last one. With sinks it has all keys at once. These
+    add nothing to the softmax; the runtime sees to it that a slot has at least `MIN_KEYS` keys.
+    """
+    sinks: dict[int, ir.Value] = {}
+    nodes = []
+    for node in attention_nodes(model):
+        inputs = [*node.inputs, *[None] * (QUERY_SEQLENS + 1 - len(node.inputs))]
+        size = inputs[_PAST_KEY].shape[3] if inputs[_PAST_KEY] is not None and inputs[_PAST_KEY].shape else 0
+        rounded = node.attributes.get_int("kv_cache_bit_width", 0) > 0
+        if inputs[QUERY_SEQLENS] is None or inputs[_SINKS] is not None or rounded or not size > LARGEST_PART:
+            continue
+        heads = node.attributes.get_int("num_heads")
+        if heads not in sinks:
+            sinks[heads] = constant(model.graph, f"no_sinks_{heads}", np.full(heads, _NO_SINK, np.float32))
+        node.replace_input_with(_SINKS, sinks[heads])
+        nodes.append(node)
+    return len(nodes)
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:

@@ -132,6 +132,9 @@ def compare_embeddings(reference: Floats, found: Floats) -> dict[str, float]:
 def compare_scores(reference: Sequence[Floats], found: Sequence[Floats]) -> dict[str, float]:
     """`agreement`, the share of choices with the same best class, and `score_error`, the largest difference of a score.
 
+    Where some score of the reference is no probability, as a ranker's logits are not, the difference is a share of the
+    reference's range, from the smallest score of all texts to the largest.
+
     Args:
         reference: scores of each text, [choices, classes].
         found: the same; NaN where a class was not named, which is not compared.
@@ -146,9 +149,18 @@ def compare_scores(reference: Sequence[Floats], found: Sequence[Floats]) -> dict
     choices = np.concatenate(same)
     return {
         "agreement": float(choices.mean()),
-        "score_error": max(errors),
+        "score_error": max(errors) / _score_range(reference),
         "choices": float(choices.size),
     }
+
+
+def _score_range(scores: Sequence[Floats]) -> float:
+    """Of logits from the smallest to the largest; 1 of probabilities, or where all scores are the same."""
+    lowest, highest = (float(extreme([extreme(rows) for rows in scores])) for extreme in (np.min, np.max))
+    noise = 1e-5  # of a softmax
+    if lowest >= 0 and highest <= 1 + noise:
+        return 1.0
+    return highest - lowest or 1.0
 
 
 def compare_spans(reference: Sequence[Floats], found: Sequence[Floats], longest: int = 15) -> dict[str, float]:

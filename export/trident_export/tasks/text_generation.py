@@ -43,7 +43,7 @@ from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 from trident_serving.chat.template import TOOLS_FILE, ChatTemplate
-from trident_serving.generation.batch import MIN_POSITIONS, SlotTokens, pack
+from trident_serving.generation.batch import MIN_KEYS, MIN_POSITIONS, SlotTokens, pack
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.runtime.kv_cache import KEYS
@@ -110,8 +110,8 @@ def read_adapters(job: Job) -> list[Lora]:
 
 
 def positions(limits: GenerationLimits) -> int:
-    """Positions of a slot: its context, and room for the padding of the longest run behind it."""
-    return limits.context + max(limits.prefill_chunk, MAX_DRAFT + 1)
+    """Positions of a slot: its context, and room for the padding of the longest run behind it, or of a short text."""
+    return max(limits.context + max(limits.prefill_chunk, MAX_DRAFT + 1), MIN_KEYS)
 
 
 def write(job: Job, variant: str) -> None:
@@ -123,6 +123,7 @@ def write(job: Job, variant: str) -> None:
 
     def finish(model: ir.Model) -> None:
         compute_read_rows(model)
+        decoder_passes.sum_scores_alike(model)
         if branches:
             skip_idle_blocks(model)
 

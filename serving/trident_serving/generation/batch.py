@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 # run. Matmuls with a cache of 8 bits take one row after the other: there one position is enough.
 MIN_POSITIONS = 2
 
+# Keys of a slot at least, where heads have more numbers than `LARGEST_PART` and the cache holds floating-point ones: a
+# slot with fewer takes part with more positions, which hold anything, as above.
+MIN_KEYS = 65
+
 # Tokens of a run at least, and those with logits, where the processor's kernels sum a single row in another order: ONNX
 # Runtime's for 4-bit weights do without AVX-512. The last token is there twice, and nothing reads its second row.
 PADDED_ROWS = 2
@@ -98,27 +102,27 @@ class PackedBatch(Layout):
 
 
 @lru_cache(maxsize=64)  # a step has the slots of the one before, mostly
-def _layout(shape: tuple[tuple[int, int, int], ...], min_positions: int, rows: Rows) -> Layout:
-    """Of chunks (slot, number of tokens, number of wanted tokens)."""
+def _layout(shape: tuple[tuple[int, int, int, int], ...], rows: Rows) -> Layout:
+    """Of chunks (slot, number of tokens, number of wanted tokens, positions that the slot takes part with)."""
     first = min(slot for slot, *_ in shape)
     slots = max(slot for slot, *_ in shape) - first + 1
-    width = max(min_positions, *(length for _, length, _ in shape))
-    count = sum(length for _, length, _ in shape)
+    width = max(positions for *_, positions in shape)
+    count = sum(length for _, length, *_ in shape)
     tokens = np.zeros((slots, width, 2), np.int64)
     where = np.zeros((1, max(count, rows.tokens), 2), np.int64)
     lengths = np.zeros(slots, np.int32)
-    longest = max(length for _, length, _ in shape)
+    longest = max(length for _, length, *_ in shape)
     mask = np.zeros((slots, longest, 1), np.float32)
-    starts = np.cumsum([0, *(length for _, length, _ in shape)], dtype=np.int32)
+    starts = np.cumsum([0, *(length for _, length, *_ in shape)], dtype=np.int32)
     used = np.array([slot - first for slot, *_ in shape], np.int64)
     wanted: list[int] = []
     begin = 0
-    for slot, length, last in shape:
+    for slot, length, last, positions in shape:
         end = begin + length
         tokens[slot - first, :, 1] = np.minimum(np.arange(begin, begin + width), end - 1)
         where[0, begin:end, 0] = slot - first
         where[0, begin:end, 1] = np.arange(length)
-        lengths[slot - first] = max(min_positions, length)
+        lengths[slot - first] = positions
         mask[slot - first, :length] = 1
         wanted += range(end - last, end)
         begin = end
@@ -128,11 +132,17 @@ def _layout(shape: tuple[tuple[int, int, int], ...], min_positions: int, rows: R
     return Layout(first, slots, tokens, where, *states, lengths, np.array(wanted, np.int64))
 
 
+def _positions(item: SlotTokens, min_positions: int, min_keys: int) -> int:
+    """That a slot takes part with."""
+    return max(len(item.tokens), min_positions, min_keys - item.start)
+
+
 def pack(
     items: Sequence[SlotTokens],
     min_positions: int = MIN_POSITIONS,
     held: NDArray[np.int64] | None = None,
     rows: Rows = ONE_ROW,
+    min_keys: int = 0,
 ) -> PackedBatch:
     """One run of these slots, which are all different and in order.
 
@@ -141,8 +151,10 @@ def pack(
         held: positions that each slot of the cache holds, for a graph without `query_seqlens`: there an idle slot of
             the window takes part too, and what it writes must lie behind its content.
         rows: of the run's matmuls at least.
+        min_keys: that each slot has behind the run.
     """
-    layout = _layout(tuple((item.slot, len(item.tokens), item.wanted) for item in items), min_positions, rows)
+    shape = [(item.slot, len(item.tokens), item.wanted, _positions(item, min_positions, min_keys)) for item in items]
+    layout = _layout(tuple(shape), rows)
     window = slice(layout.first_slot, layout.first_slot + layout.slots)
     starts = np.zeros(layout.slots, np.int64) if held is None else held[window].copy()
     starts[[item.slot - layout.first_slot for item in items]] = [item.start for item in items]
@@ -168,29 +180,32 @@ def split(
     *,
     ragged: bool = True,
     max_padding: int = MAX_POSITIONS,
+    min_keys: int = 0,
 ) -> list[list[SlotTokens]]:
     """Runs that together do all items, in order of slots, with windows that are not larger than MAX_POSITIONS.
 
     Args:
         ragged: whether slots of one run may have different numbers of tokens. If not, a run is one slot, or, where one
             position is enough, slots of one token each: the operator takes no others without `query_seqlens`.
-        max_padding: positions without a token in a run at most.
+        max_padding: positions without a token in a run at most, but for those that a slot has in any run.
+        min_keys: that each slot has behind the run.
     """
-    ordered = sorted(items, key=lambda item: item.slot)
+    by_slot = sorted(items, key=lambda item: item.slot)
+    ordered = [(item, _positions(item, min_positions, min_keys)) for item in by_slot]
     single: list[list[SlotTokens]] = []
     if not ragged:
-        single = [[item] for item in ordered if max(len(item.tokens), min_positions) > 1]
-        ordered = [item for item in ordered if max(len(item.tokens), min_positions) == 1]
+        single = [[item] for item, positions in ordered if positions > 1]
+        ordered = [(item, positions) for item, positions in ordered if positions == 1]
     runs: list[list[SlotTokens]] = []
-    width = tokens = 0
-    for item in ordered:
+    width = longest = tokens = 0
+    for item, positions in ordered:
         length = len(item.tokens)
-        width, tokens = max(width, length), tokens + length
+        width, longest, tokens = max(width, positions), max(longest, length), tokens + length
         slots = item.slot - runs[-1][0].slot + 1 if runs else 0
-        fits = slots * max(width, min_positions) <= MAX_POSITIONS and slots * width - tokens <= max_padding
+        fits = slots * width <= MAX_POSITIONS and slots * longest - tokens <= max_padding
         if runs and fits:
             runs[-1].append(item)
         else:
             runs.append([item])
-            width = tokens = length
+            width, longest, tokens = positions, length, length
     return single + runs

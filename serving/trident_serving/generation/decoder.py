@@ -19,6 +19,7 @@ from trident_serving.errors import DeviceMissing
 from trident_serving.generation.batch import (
     MAX_PADDING,
     MAX_POSITIONS,
+    MIN_KEYS,
     MIN_POSITIONS,
     ONE_ROW,
     PADDED_ROWS,
@@ -28,7 +29,7 @@ from trident_serving.generation.batch import (
     pack,
     split,
 )
-from trident_serving.runtime.kv_cache import KEYS, Cache, DeviceKVCache, KVCache
+from trident_serving.runtime.kv_cache import KEYS, LARGEST_PART, Cache, DeviceKVCache, KVCache
 from trident_serving.runtime.log_probabilities import Logits
 from trident_serving.runtime.session import Binding, open_session
 from trident_serving.runtime.states import SlotStates
@@ -149,9 +150,12 @@ class OnnxDecoder:
         # Graphs for a GPU lack it: decision 0023. On a CPU, where the gate measures them, slots then run one by one.
         self._ragged = "query_seqlens" in inputs or not past
         self._min_positions = 1 if dtype is np.int8 or (device != "cpu" and not self._ragged) else MIN_POSITIONS
+        # A cache of 8 bits and a GPU have matmuls of their own.
+        wide = any(size > LARGEST_PART for _, size in shapes.values())
+        self._min_keys = MIN_KEYS if wide and dtype is not np.int8 and device == "cpu" else 0
         self._held = np.zeros(slots, np.int64)  # positions that each slot holds
         # The operator wants room for the padding of slots that share a run with longer ones.
-        self._positions = context + max(longest_run, self._min_positions)
+        self._positions = max(context + max(longest_run, self._min_positions), self._min_keys)
         capacity = -(-self._positions // KEYS) * KEYS
         self.cache: Cache = (
             KVCache(shapes, slots, capacity, dtype)
@@ -195,12 +199,14 @@ class OnnxDecoder:
         starts: dict[int, int] = {}  # of each slot's logits, in the order of the runs
         end = 0
         max_padding = MAX_PADDING if self.states else MAX_POSITIONS
-        for run in split(items, self._min_positions, ragged=self._ragged, max_padding=max_padding):
+        runs = split(items, self._min_positions, ragged=self._ragged, max_padding=max_padding, min_keys=self._min_keys)
+        for run in runs:
             begin = end
             for item in run:
                 starts[item.slot] = end
                 end += item.wanted
-            batch = pack(run, self._min_positions, None if self._ragged else self._held, self._rows)
+            held = None if self._ragged else self._held
+            batch = pack(run, self._min_positions, held, self._rows, self._min_keys)
             logits = self._logits[begin : begin + len(batch.logits_tokens)]
             if self.states:
                 self._run_with_states(run, batch, logits)

@@ -20,6 +20,11 @@ PAGE = mmap.PAGESIZE
 # Graphs that attend by plain operators look at so many positions at a time: `trident_export.graphs.slot_attention`.
 KEYS = 256
 
+# ONNX Runtime's matmul of floats sums up to so many products at once, and more in parts, unless it has 64 columns or
+# less: then it sums more at once, too. The columns of attention scores are keys, and the products are a head's numbers,
+# so what has larger heads takes care to have more than 64 keys (docs/decisions/0067).
+LARGEST_PART = 128
+
 
 class Cache(Protocol):
     """What the decoder binds, and what the engine does to slots."""

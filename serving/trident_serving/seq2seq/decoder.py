@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.runtime.kv_cache import KVCache
+from trident_serving.runtime.kv_cache import LARGEST_PART, KVCache
 from trident_serving.runtime.session import bind_array, open_session
 
 Floats = NDArray[np.float32]
@@ -18,6 +18,8 @@ Floats = NDArray[np.float32]
 # The keys of texts that decode together are padded to a multiple of this. A sum over the padding then runs in the same
 # order whatever the length, so the numbers of a text are the same to the last bit whatever decodes with it.
 LENGTH_STEP = 64
+# Where heads have more numbers than `LARGEST_PART`.
+LENGTH_STEP_OF_LARGE_HEADS = 128
 # A matmul of one row sums in another order than one of several.
 MIN_POSITIONS = 2
 # Texts times positions of an encoder's run at most: its attention takes memory for each of the text's positions again.
@@ -27,9 +29,9 @@ LONGEST_PADDED = "longest_padded"
 _MASKED = np.float32(-1e9)
 
 
-def padded(length: int) -> int:
-    """The next multiple of `LENGTH_STEP`."""
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
+def padded(length: int, step: int = LENGTH_STEP) -> int:
+    """The next multiple of a step."""
+    return -(-length // step) * step
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class CrossCache:
 
     def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
         self._shapes = shapes  # heads and numbers of a head, by name
+        large = any(size > LARGEST_PART for _, size in shapes.values())
+        self.step = LENGTH_STEP_OF_LARGE_HEADS if large else LENGTH_STEP
         self._texts: list[Hashable | None] = []
         self._lengths: list[int] = []
         self._capacity = 0
@@ -109,7 +113,7 @@ class CrossCache:
     def _rebuild(self, texts: int, length: int) -> None:
         kept = [(text, at, self._lengths[at]) for at, text in enumerate(self._texts) if text is not None]
         longest = max([length, *(size for _, _, size in kept)], default=0)
-        capacity = padded(max(longest, 1))
+        capacity = padded(max(longest, 1), self.step)
         before, self.tensors = self.tensors, {}
         for name, (heads, width) in self._shapes.items():
             shape = (heads, width, capacity) if name.endswith("key") else (heads, capacity, width)
@@ -208,7 +212,7 @@ class Seq2SeqDecoder:
 
     def _width(self, length: int) -> int | None:
         """Positions that a text is padded to, alone as well, so that its numbers are the same; None: it can't be."""
-        width = padded(length)
+        width = padded(length, self._cross.step)
         return None if not self._masked or 0 < self._longest_padded < width else width
 
     def _encode(self, texts: Sequence[tuple[Hashable, Sequence[int]]]) -> None:
