@@ -22,7 +22,7 @@ KEYS = 256
 
 # ONNX Runtime's matmul of floats sums up to so many products at once, and more in parts, unless it has 64 columns or
 # less: then it sums more at once, too. The columns of attention scores are keys, and the products are a head's numbers,
-# so what has larger heads takes care to have more than 64 keys (docs/decisions/0067).
+# so what has larger heads takes care to have more than 64 keys (docs/decisions/0069).
 LARGEST_PART = 128
 
 
