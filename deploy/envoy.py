@@ -1,4 +1,4 @@
-"""Writes an Envoy configuration for several Trident servers: `python deploy/envoy.py --server ADDRESS ... > envoy.yaml`.
+"""Writes an Envoy configuration for several servers: `python deploy/envoy.py --server ADDRESS ... > envoy.yaml`.
 
     <port of gRPC>    Triton's gRPC service, over HTTP/2
     <port of HTTP>    Triton's HTTP endpoints
@@ -14,7 +14,7 @@ import argparse
 import ipaddress
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,25 +36,31 @@ QUESTION_SECONDS = 10
 ANSWER_MARGIN = 10  # seconds after which a proxy gives up later than the server, whose error says more
 NESTING = 200
 # tritonserver 2.51 ends on JSON that is nested 100,000 deep, and unpacks what is compressed, however large it becomes.
-# Behind the JSON of a request there may be tensors as bytes.
+# Behind the JSON of an `infer` there may be tensors as bytes. What fails here is refused: by default Envoy would let it
+# through.
 LUA = f"""\
-function envoy_on_request(handle)
-  local headers = handle:headers()
-  if headers:get("content-encoding") then
-    handle:respond({{[":status"] = "415"}}, "send the body as it is, not compressed")
-    return
+local function refusal(handle)
+  local path = handle:headers():get(":path"):match("^[^?]*")
+  local bytes = handle:headers():get("inference-header-content-length")
+  if handle:headers():get("content-encoding") then
+    return "415", "send the body as it is, not compressed"
   end
   local body = handle:body()
   if body == nil then
-    return
+    return nil
   end
-  local length = tonumber(headers:get("inference-header-content-length")) or body:length()
-  local text = body:getBytes(0, math.max(0, math.min(length, body:length())))
-  local depth, at = 0, 1
+  local length = body:length()
+  if bytes and path:match("/infer$") then
+    if not bytes:match("^%d+$") then
+      return "400", "inference-header-content-length is no number"
+    end
+    length = math.min(length, tonumber(bytes))
+  end
+  local text, depth, at = body:getBytes(0, length), 0, 1
   while true do
     local found = text:find('["%[%]{{}}]', at)
     if found == nil then
-      return
+      return nil
     end
     local sign = text:sub(found, found)
     at = found + 1
@@ -62,7 +68,7 @@ function envoy_on_request(handle)
       repeat
         found = text:find('["\\\\]', at)
         if found == nil then
-          return
+          return nil
         end
         sign = text:sub(found, found)
         at = found + (sign == '"' and 1 or 2)
@@ -70,16 +76,24 @@ function envoy_on_request(handle)
     elseif sign == "[" or sign == "{{" then
       depth = depth + 1
       if depth > {NESTING} then
-        handle:respond({{[":status"] = "400"}}, "the JSON is nested more than {NESTING} deep")
-        return
+        return "400", "the JSON is nested more than {NESTING} deep"
       end
     else
       depth = depth - 1
     end
   end
 end
-"""
 
+function envoy_on_request(handle)
+  local ran, status, why = pcall(refusal, handle)
+  if not ran then
+    status, why = "400", "this proxy can't read the request"
+  end
+  if status then
+    handle:respond({{[":status"] = status}}, why)
+  end
+end
+"""
 # Triton says 400 of whatever a generator refuses; Envoy sends a 503 to another server.
 STATUS_LUA = """\
 function envoy_on_response(handle)
@@ -191,9 +205,7 @@ def config(options: Options) -> Config:
     return found
 
 
-def _listener(
-    options: Options, name: str, port: int, routes: Sequence[Config], filters: Sequence[Config]
-) -> Config:
+def _listener(options: Options, name: str, port: int, routes: Sequence[Config], filters: Sequence[Config]) -> Config:
     grpc = name == "grpc"
     manager = {
         "stat_prefix": name,
@@ -314,14 +326,17 @@ def _route(cluster: str, match: Config, seconds: float) -> Config:
 
 
 def _retries(cluster: str) -> Config:
-    """To ask a model changes nothing, so a request may be sent again as long as nothing of its answer has come."""
+    """To ask a model changes nothing, so a request may be sent again as long as nothing of its answer has come.
+
+    Once only: a request that ends a server would else end all of them.
+    """
     conditions = "connect-failure,refused-stream,reset"
     other: Config = {"retry_on": f"{conditions},unavailable"}
     if cluster == "http":
         other = {"retry_on": f"{conditions},retriable-status-codes", "retriable_status_codes": [503]}
     return {
         **other,
-        "num_retries": 3,
+        "num_retries": 1,
         "retry_back_off": {"base_interval": "0.025s", "max_interval": "0.25s"},
         "retry_host_predicate": [
             {
@@ -479,8 +494,18 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost" or ipaddress.ip_address(host).is_loopback
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a configuration; returns the exit status."""
+def written(options: Options) -> str:
+    """The configuration as a file."""
+    text: str = yaml.safe_dump(config(options), sort_keys=False, width=120)
+    return text
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options of a command line.
+
+    Raises:
+        ValueError: they make no sense together.
+    """
     parser = argparse.ArgumentParser(prog="python deploy/envoy.py", description=__doc__.partition(":")[0])
     parser.add_argument("--server", action="append", default=[], help="HOST or HOST:HTTP_PORT:GRPC_PORT; repeat it")
     parser.add_argument("--listen", default=Options.listen, help="address for callers (default %(default)s)")
@@ -498,18 +523,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--silence-seconds", type=float, default=Options.silence_seconds)
     parser.add_argument("--admin-port", type=int, default=0, help="Envoy's own pages, on 127.0.0.1 (default: none)")
     parser.add_argument("--access-log", default=Options.access_log)
-    given: Mapping[str, Any] = vars(parser.parse_args(arguments))
-    named: Iterable[str] = (name for name in given if name not in ("server", "model"))
+    given = vars(parser.parse_args(arguments))
+    servers = tuple(Server.parse(text) for text in given.pop("server"))
+    return Options(servers=servers, models=tuple(given.pop("model")), **given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a configuration; returns the exit status."""
     try:
-        options = Options(
-            servers=tuple(Server.parse(text) for text in given["server"]),
-            models=tuple(given["model"]),
-            **{name: given[name] for name in named},
-        )
+        print(written(parse(arguments)), end="")
     except ValueError as error:
         print(f"trident: {error}", file=sys.stderr)
         return 2
-    yaml.safe_dump(config(options), sys.stdout, sort_keys=False, width=120)
     return 0
 
 

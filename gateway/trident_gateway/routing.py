@@ -262,7 +262,6 @@ class Servers:
         if server in self.every:
             self._told(server)
 
-
     def _release(self, server: Server) -> None:
         """Let what waits for a silent server move on, if another one has its model."""
         now = asyncio.get_running_loop().time()

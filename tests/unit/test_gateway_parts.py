@@ -332,7 +332,7 @@ def test_what_waits_for_a_silent_server_moves_on(others: int) -> None:
         stream = found.stream("m", b"", ask)
         first = asyncio.ensure_future(anext(stream))
         await settled()
-        assert found.every[0].running == 2 and not waiting.done()
+        assert (found.every[0].running, waiting.done()) == (2, False)
         for _ in range(3):
             await found._look(found.every[0])
         await settled()
@@ -340,7 +340,7 @@ def test_what_waits_for_a_silent_server_moves_on(others: int) -> None:
         client.answers.set()
         assert await waiting == await first == f"{others}:1"
         assert await anext(begun) == "end"
-        assert found.every[0].waiting == {} and client.closed == others
+        assert (found.every[0].waiting, client.closed) == ({}, others)
         for each in (begun, stream):
             await each.aclose()
         assert client.closed == 2

@@ -261,7 +261,6 @@ class Supervisor:
         say(f"{cut} {'request was' if cut == 1 else 'requests were'} cut off: the server ended {why}")
         return 1
 
-
     def _wait_notice(self) -> None:
         """Go on answering while others learn that the server is not ready; ends early where nothing can answer."""
         until = time.monotonic() + self._policy.notice
