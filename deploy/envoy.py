@@ -242,7 +242,7 @@ def _listener(options: Options, name: str, port: int, routes: Sequence[Config], 
         "route_config": {
             "name": name,
             "request_headers_to_remove": list(HIDDEN_HEADERS),
-            "virtual_hosts": [{"name": name, "domains": ["*"], "routes": [*routes, _refusal()]}],
+            "virtual_hosts": [{"name": name, "domains": ["*"], "routes": [*routes, _refusal({"prefix": "/"})]}],
         },
     }
     chain: Config = {
@@ -309,9 +309,12 @@ def _http_routes(options: Options) -> list[Config]:
         ("GET", rf"/v2/models/{model}(?:/ready|/config)?"): QUESTION_SECONDS,
         ("POST", rf"/v2/models/{model}/(?:infer|generate|generate_stream)"): options.seconds + ANSWER_MARGIN,
     }
+    first: list[Config] = []
     if options.statistics:
         paths["GET", rf"/v2/models(?:/{model})?/stats"] = QUESTION_SECONDS
-    return [
+    else:  # which else would be a model's name
+        first = [_refusal({"path": "/v2/models/stats"})]
+    return first + [
         _route("http", {"safe_regex": {"regex": path}, "headers": [_is(":method", method)]}, seconds)
         for (method, path), seconds in paths.items()
     ]
@@ -357,10 +360,10 @@ def _retries(cluster: str) -> Config:
     }
 
 
-def _refusal() -> Config:
-    """Everything else; Envoy makes it PERMISSION_DENIED for gRPC."""
+def _refusal(match: Config) -> Config:
+    """A route that leads nowhere; Envoy makes it PERMISSION_DENIED for gRPC."""
     body = {"inline_string": "this proxy does not let that call through"}
-    return {"match": {"prefix": "/"}, "direct_response": {"status": 403, "body": body}}
+    return {"match": match, "direct_response": {"status": 403, "body": body}}
 
 
 def _cluster(options: Options, name: str) -> Config:

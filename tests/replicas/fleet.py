@@ -490,8 +490,8 @@ def in_all(quiet: Load, loads: Sequence[Load], what: str) -> str:
     failed, ratio = len(every.failed()), every.percentile(0.99, "stream") / quiet.percentile(0.99, "stream")
     assert ratio <= 2 or not SECONDS, ratio
     return (
-        f"{what}, all faults: {len(every.requests)} requests, {failed} answers that had begun were lost; the p99 of the "
-        f"time to the first token is {every.percentile(0.99, 'stream'):.3f} s, {ratio:.2f} times that without a fault"
+        f"{what}, all faults: {len(every.requests)} requests, {failed} answers that had begun were lost; the p99 of the"
+        f" time to the first token is {every.percentile(0.99, 'stream'):.3f} s, {ratio:.2f} times that without a fault"
     )
 
 

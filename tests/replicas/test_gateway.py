@@ -166,7 +166,7 @@ def test_conversations_find_their_beginnings_again(
     three = share(gateway)
     with capsys.disabled():
         print(
-            f"\n{conversations} conversations: one server read {one:.1%} of the prompts from its cache, three {three:.1%}"
+            f"\n{conversations} conversations: from its cache one server read {one:.1%} of prompts, three {three:.1%}"
         )
     assert one > 0.5
     assert three >= 0.8 * one
