@@ -150,6 +150,8 @@ class Options:
         seconds: that a server gives to an answer (`limits.timeout` of its models).
         health_seconds: between two looks at each server.
         silence_seconds: that a server may leave a ping or a look unanswered.
+        second_seconds: after which a request over HTTP that has got nothing is sent to a second server too; the first
+            answer counts. HTTP has no ping that would tell a server that is frozen from a long answer.
         connections: of all callers together.
         admin_port: of Envoy's own pages on 127.0.0.1; 0: there are none.
         access_log: file; one line of JSON for each request.
@@ -169,6 +171,7 @@ class Options:
     seconds: float = 300
     health_seconds: float = 1
     silence_seconds: float = 5
+    second_seconds: float = 30
     connections: int = 4096
     admin_port: int = 0
     access_log: str = "/dev/stdout"
@@ -314,10 +317,14 @@ def _http_routes(options: Options) -> list[Config]:
         paths["GET", rf"/v2/models(?:/{model})?/stats"] = QUESTION_SECONDS
     else:  # which else would be a model's name
         first = [_refusal({"path": "/v2/models/stats"})]
-    return first + [
+    routes = [
         _route("http", {"safe_regex": {"regex": path}, "headers": [_is(":method", method)]}, seconds)
         for (method, path), seconds in paths.items()
     ]
+    for route in routes:
+        route["route"]["retry_policy"]["per_try_timeout"] = _seconds(options.second_seconds)
+        route["route"]["hedge_policy"] = {"hedge_on_per_try_timeout": True}
+    return [*first, *routes]
 
 
 def _is(header: str, value: str) -> Config:
@@ -397,8 +404,6 @@ def _cluster(options: Options, name: str) -> Config:
         # By default a cluster with few healthy servers sends to all of them.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
         "health_checks": [_health_check(options, grpc)],
-        # Running answers of a server that drains go on; HTTP has no ping, so its check asks only for life.
-        "close_connections_on_host_health_failure": not grpc,
         "outlier_detection": {
             "split_external_local_origin_errors": True,
             "consecutive_local_origin_failure": 3,
@@ -407,6 +412,8 @@ def _cluster(options: Options, name: str) -> Config:
             "max_ejection_percent": 100,
             # A full queue is UNAVAILABLE too, which is no fault of the server.
             **{f"enforcing_{kind}": 0 for kind in ("consecutive_5xx", "consecutive_gateway_failure", "success_rate")},
+            # Over HTTP a long answer counts as a failure, too (`second_seconds`).
+            "enforcing_consecutive_local_origin_failure": 100 if grpc else 0,
         },
         "circuit_breakers": {
             "thresholds": [
@@ -432,9 +439,9 @@ def _cluster(options: Options, name: str) -> Config:
 
 def _health_check(options: Options, grpc: bool) -> Config:
     interval = _seconds(options.health_seconds)
-    check: Config = {"grpc_health_check": {}} if grpc else {"http_health_check": {"path": "/v2/health/live"}}
+    check: Config = {"grpc_health_check": {}} if grpc else {"http_health_check": {"path": "/v2/health/ready"}}
     return {
-        "timeout": _seconds(options.silence_seconds if not grpc else min(options.silence_seconds, 2)),
+        "timeout": _seconds(min(options.silence_seconds, 2)),
         "interval": interval,
         "no_traffic_interval": interval,
         "unhealthy_threshold": 2,
@@ -532,6 +539,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seconds", type=float, default=Options.seconds, help="the models' limits.timeout")
     parser.add_argument("--health-seconds", type=float, default=Options.health_seconds)
     parser.add_argument("--silence-seconds", type=float, default=Options.silence_seconds)
+    parser.add_argument(
+        "--second-seconds",
+        type=float,
+        default=Options.second_seconds,
+        help="after which a request over HTTP without an answer is sent to a second server too (default %(default)g)",
+    )
     parser.add_argument("--connections", type=int, default=Options.connections, help="of all callers together")
     parser.add_argument("--admin-port", type=int, default=0, help="Envoy's own pages, on 127.0.0.1 (default: none)")
     parser.add_argument("--access-log", default=Options.access_log)

@@ -211,7 +211,7 @@ def proxy(fleet: Fleet, certificates: Path, folder: Path) -> Iterator[Proxy]:
         [
             *servers,
             *(f"--http-port={http_port}", f"--grpc-port={grpc_port}", f"--admin-port={admin_port}"),
-            *("--listen=127.0.0.1", f"--access-log={log}", "--model=talk", "--model=embed"),
+            *("--second-seconds=5", "--listen=127.0.0.1", f"--access-log={log}", "--model=talk", "--model=embed"),
             *(f"--certificate={certificates / 'server.pem'}", f"--key={certificates / 'server.key'}"),
             f"--client-ca={certificates / 'ca.pem'}",
         ]

@@ -86,8 +86,10 @@ def test_a_server_that_goes_takes_only_what_it_had_begun(
     with load(callers) as done:
         settle()
         getattr(fleet, fault)(0)
+        began = time.monotonic()
         noticed = envoy.wait_for(fleet.servers[1:])
         settle(8)
+        ended = time.monotonic()
         if fault == "kill":
             fleet.start_again(0)
         else:
@@ -95,7 +97,9 @@ def test_a_server_that_goes_takes_only_what_it_had_begun(
         envoy.wait_for(fleet.servers)
         settle()
     check(done, envoy, {lost.grpc_port, lost.http_port}, capsys, f"{fault}, noticed after {noticed:.1f} s")
-    assert any(request.kind == "stream" for request in done.requests)
+    sent = [each for each in done.requests if each.began < began + 8]
+    # Nobody waited for the server to come back who had not begun to read.
+    assert [each for each in sent if each.began + (each.first or each.seconds) > ended] == []
 
 
 def test_a_server_that_drains_loses_nothing(envoy: Proxy, callers: Callers, fleet: Fleet, capsys: Any) -> None:
