@@ -151,11 +151,12 @@ def test_conversations_find_their_beginnings_again(
 
     def share(behind: Gateway) -> float:
         nonce = secrets.token_hex(4)  # what the caches have of others does not count
+        time.sleep(1)  # the servers publish their numbers four times a second
         before = fleet.counter("trident_prefix_hit_tokens_total")
         names = [f"{nonce}-{number}" for number in range(conversations)]
         with ThreadPoolExecutor(at_once) as pool:
             read = sum(pool.map(lambda name: talk(behind, name), names))
-        time.sleep(1)  # the servers publish their numbers four times a second
+        time.sleep(1)
         return (fleet.counter("trident_prefix_hit_tokens_total") - before) / read
 
     with gateways.running(tmp_path / "log", fleet.servers[0].grpc_url) as single:
