@@ -24,7 +24,7 @@ TEST_WORKERS ?= 3
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test test-all check schema format docs quality families bench load load-check soak fuzz clients charts image up down clean
+.PHONY: help setup serve export test test-all check schema format docs quality families bench load load-check soak fuzz clients charts replicas image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -53,7 +53,7 @@ test: $(SETUP) ## run the tests, against a real server on free ports
 	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 test-all: $(SETUP) ## run the slow tests as well: more variants and families of what `make test` shows
-	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m 'not image and not clients' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m 'not image and not clients and not replicas' $(PYTEST_ARGS)
 
 check: $(SETUP) ## lint, types, configs in step with models.toml, deployment files
 	@$(BIN)/ruff check .
@@ -106,6 +106,9 @@ clients: $(SETUP) ## run other people's clients against the default models and t
 
 charts: $(SETUP) ## render the Helm chart and validate what it gives
 	@$(BIN)/python -m pytest -m charts tests/charts $(PYTEST_ARGS)
+
+replicas: $(SETUP) ## three servers behind Envoy and the gateway, killed, frozen, drained: make replicas [MINUTES=10]
+	@REPLICAS_MINUTES=$(if $(findstring file,$(origin MINUTES)),,$(MINUTES)) $(BIN)/python -m pytest -m replicas tests/replicas $(PYTEST_ARGS)
 
 image: $(SETUP) ## build the images and run them, where podman is
 	@$(BIN)/python -m pytest -m image tests/images $(PYTEST_ARGS)

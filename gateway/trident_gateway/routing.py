@@ -3,7 +3,7 @@
 A conversation goes to the server that had its beginning, whose cache then holds that, unless that server is much busier
 than another. Which one it is follows from a hash (rendezvous hashing), so that every process of a gateway, and every
 gateway, chooses the same without telling each other. A request moves on to another server only while nothing of its
-answer was sent.
+answer was sent: where its server refuses it, can't be reached, or stops answering looks.
 
 An address of the form `dns:NAME:PORT` stands for every address that the name has, as a headless service of Kubernetes
 has one for each of its pods. It is looked up at each look, so servers come and go; one that goes ends its answers
@@ -43,6 +43,7 @@ class Server:
         healthy: whether it answered when it was last asked.
         models: that it has, by name.
         running: requests of this process that it has.
+        waiting: those of them that have no part of an answer, by what ends their wait, and their model.
     """
 
     address: str
@@ -50,6 +51,7 @@ class Server:
     healthy: bool = False
     models: Mapping[str, Model] = field(default_factory=dict)
     running: int = 0
+    waiting: dict[asyncio.Timeout, str] = field(default_factory=dict)
     looks: int = 0
     names: tuple[str, ...] = ()
 
@@ -183,9 +185,13 @@ class Servers:
             server.running += 1
             try:
                 async with contextlib.aclosing(ask(server.client)) as parts:
+                    first = await _first(server, model, parts)
+                    begun = True
+                    yield first
                     async for part in parts:
-                        begun = True
                         yield part
+                return
+            except StopAsyncIteration:  # an answer without parts
                 return
             except UnavailableError as error:
                 if begun:
@@ -251,8 +257,37 @@ class Servers:
                 logger.warning("%s does not answer: %s", server.address, type(error).__name__)
             healthy = False
         server.healthy = healthy
+        if not healthy:
+            self._release(server)
         if server in self.every:
             self._told(server)
+
+    def _release(self, server: Server) -> None:
+        """Let what waits for a silent server move on, if another one has its model."""
+        now = asyncio.get_running_loop().time()
+        for wait, model in server.waiting.items():
+            if self.having(model) and not wait.expired():
+                wait.reschedule(now)
+
+
+async def _first(server: Server, model: str, parts: AsyncGenerator[Result, None]) -> Result:
+    """The first part of an answer.
+
+    Raises:
+        UnavailableError: the server stopped answering before it, and another one may.
+        StopAsyncIteration: there is none.
+    """
+    try:
+        async with asyncio.timeout(None) as wait:
+            server.waiting[wait] = model
+            try:
+                return await anext(parts)
+            finally:
+                del server.waiting[wait]
+    except TimeoutError:
+        if not wait.expired():
+            raise
+        raise UnavailableError(f"{server.address} does not answer any more") from None
 
 
 def _rank(address: str, beginning: bytes) -> bytes:

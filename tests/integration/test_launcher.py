@@ -103,9 +103,9 @@ def test_the_welcome_names_models_ports_and_commands(server: LocalServer) -> Non
         assert line in log
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: Path, number: int) -> None:
-    server = local.start(tiny_repository, tmp_path / "log")
+@pytest.mark.parametrize(("number", "notice"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: Path, number: int, notice: int) -> None:
+    server = local.start(tiny_repository, tmp_path / "log", flags=("--notice", str(notice)) if notice else ())
     pids = list(children(server.launcher.pid))
     assert len(pids) >= 2
     results: list[str] = []
@@ -115,6 +115,10 @@ def test_a_signal_drains_and_stops_everything(tiny_repository: Path, tmp_path: P
         stream = client.stream("A", **request)
         first = next(stream).text
         server.launcher.send_signal(number)
+        if notice:  # those who balance requests see that it is not ready, and what they still send is answered
+            while client.health().ready:
+                time.sleep(0.02)
+            assert client.generate("A", **request).text == expected
         reader = threading.Thread(target=lambda: results.append(first + "".join(c.text for c in stream)))
         reader.start()
         assert server.launcher.wait(60) == 0

@@ -405,7 +405,7 @@ def openssl(folder: Path, *words: str) -> None:
     subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An authority (ca.pem), and what it signed: server.pem for the name "triton", client.pem."""
     if shutil.which("openssl") is None:

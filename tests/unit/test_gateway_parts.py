@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,69 @@ def test_a_model_that_goes_during_a_look_takes_no_other_with_it(error: type[Trid
         client.down, found.every[0].looks = True, 15  # the configs are read again
         await found.look_again()
         assert not found.ready
+
+    run(work())
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_waits_for_a_silent_server_moves_on(others: int) -> None:
+    """What has begun stays, and what has nowhere else to go."""
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            self.address = address
+            self.silent = False
+            self.closed = 0
+            self.answers = asyncio.Event()
+
+        async def served(self, timeout: float) -> list[str]:
+            if self.silent:
+                raise UnavailableError("it does not answer")
+            return ["m"]
+
+        async def parameters(self, model: str, timeout: float) -> dict[str, str]:
+            return {"task": "text-generation"}
+
+    async def ask(client: Any) -> AsyncGenerator[str, None]:
+        try:
+            if client.silent:
+                await client.answers.wait()
+            yield client.address
+            await client.answers.wait()
+            yield "end"
+        finally:
+            client.closed += 1
+
+    async def once(client: Any) -> str:
+        if client.silent:
+            await client.answers.wait()
+        return str(client.address)
+
+    async def work() -> None:
+        found = Servers([f"{number}:1" for number in range(1 + others)], Client, 60)  # type: ignore[arg-type]
+        await found.look_again()
+        for server in found.every[1:]:
+            server.running = 1  # so that the first is asked first
+        client: Any = found.every[0].client
+        begun = found.stream("m", b"", ask)
+        assert await anext(begun) == "0:1"
+        client.silent, found.every[0].running = True, 0
+        waiting = asyncio.create_task(found.call("m", b"", once))
+        stream = found.stream("m", b"", ask)
+        first = asyncio.ensure_future(anext(stream))
+        await settled()
+        assert (found.every[0].running, waiting.done()) == (2, False)
+        for _ in range(3):
+            await found._look(found.every[0])
+        await settled()
+        assert (waiting.done(), first.done()) == (bool(others), bool(others))
+        client.answers.set()
+        assert await waiting == await first == f"{others}:1"
+        assert await anext(begun) == "end"
+        assert (found.every[0].waiting, client.closed) == ({}, others)
+        for each in (begun, stream):
+            await each.aclose()
+        assert client.closed == 2
 
     run(work())
 

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 threading.Thread(target=_end_with_stdin, args=(orders,), daemon=True).start()
             return Supervisor(
                 server,
-                Policy(grace=options.grace, restarts=options.restarts),
+                Policy(grace=options.grace, restarts=options.restarts, notice=options.notice),
                 orders,
                 lambda failed: print(welcome(server_options, failed), flush=True),
                 gateway,
@@ -87,6 +87,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=Policy.grace,
         help="seconds that running requests get after a signal to end (default %(default)g)",
+    )
+    parser.add_argument(
+        "--notice",
+        type=float,
+        default=Policy.notice,
+        help="seconds before that in which the server is not ready and still takes requests (default %(default)g)",
     )
     parser.add_argument(
         "--restarts",

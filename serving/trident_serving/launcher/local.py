@@ -78,15 +78,24 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def start(repository: Path, log: Path, ready_seconds: float = 120, flags: Sequence[str] = ()) -> LocalServer:
+def start(
+    repository: Path,
+    log: Path,
+    ready_seconds: float = 120,
+    flags: Sequence[str] = (),
+    ports: Sequence[int] | None = None,
+) -> LocalServer:
     """Start a server on free ports and wait until it is ready; the caller stops it.
 
     The server also ends with this process, even if this process is killed.
 
+    Args:
+        ports: of HTTP, gRPC and metrics, as one before it had; None: free ones.
+
     Raises:
         StartError: it ended or was not ready in time; the message holds its log.
     """
-    ports = free_ports(3)
+    ports = free_ports(3) if ports is None else ports
     command = [sys.executable, "-m", "trident_serving", "--until-stdin-closes", "--repository", str(repository), *flags]
     for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
         command += [flag, str(port)]

@@ -271,8 +271,9 @@ def _command(
         "--http-port": str(options.http_port),
         "--grpc-address": options.host,
         "--grpc-port": str(options.grpc_port),
-        # Clients may ask every 10 s whether a silent connection lives; by default the third time ends it.
-        "--grpc-http2-min-recv-ping-interval-without-data": "10000",
+        # Clients and proxies may ask every 2 s whether a silent connection lives; by default the third time ends it.
+        "--grpc-http2-min-recv-ping-interval-without-data": "2000",
+        "--grpc-keepalive-permit-without-calls": "true",
         "--metrics-address": options.host,
         "--metrics-port": str(options.metrics_port),
         "--exit-timeout-secs": "5",  # no request is in flight when the launcher ends it

@@ -46,10 +46,13 @@ class Policy:
     Attributes:
         grace: seconds that running requests get when the server shuts down.
         restarts: of tritonserver in five minutes, before the launcher gives up.
+        notice: seconds before that in which the server is not ready and still takes requests, so that whoever balances
+            them between servers sees it in time.
     """
 
     grace: float = 45.0
     restarts: int = 3
+    notice: float = 0.0
 
 
 @dataclass
@@ -219,13 +222,18 @@ class Supervisor:
     def _drain(self) -> int:
         """Finish the running requests, then end the server."""
         server, policy = self._server, self._policy
+        if policy.notice:
+            say(f"shutting down in {policy.notice:g} s: the server is not ready any more, and still takes requests")
+            server.control.be_unready(NOT_READY)
+            self._wait_notice()
         say("shutting down: running requests are finished, new ones are refused")
         asked = time.monotonic()
         deadline = asked + policy.grace
         if self._gateway is not None:  # first, so that what waits in it is still answered
             self._gateway.end(policy.grace, self._orders.stop_now)
         server.runtime.drain()
-        server.control.be_unready(NOT_READY)
+        if not policy.notice:
+            server.control.be_unready(NOT_READY)
         quiet_since, cut = time.monotonic(), 0
         while not (self._orders.stop_now.is_set() or server.status is not None or processes.state(server.pid).stopped):
             records = server.runtime.records()
@@ -252,6 +260,13 @@ class Supervisor:
         why = "at once, as asked" if self._orders.stop_now.is_set() else f"after {waited:.0f} s"
         say(f"{cut} {'request was' if cut == 1 else 'requests were'} cut off: the server ended {why}")
         return 1
+
+    def _wait_notice(self) -> None:
+        """Go on answering while others learn that the server is not ready; ends early where nothing can answer."""
+        until = time.monotonic() + self._policy.notice
+        while time.monotonic() < until and self._server.status is None:
+            if self._orders.stop_now.wait(min(TICK_SECONDS, self._policy.notice)):
+                return
 
 
 def ending(status: int) -> str:
