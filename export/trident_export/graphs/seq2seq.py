@@ -3,6 +3,7 @@
 The encoder gives the keys and values of every decoder layer's cross-attention, computed once for a text:
 
     input_ids            int64   [texts, sequence]     texts of one length, without padding
+                         of speech: input_features float32 [texts, mels, frames], as many frames as the model reads
     -> cross.<layer>.key     float32 [texts, H, D, sequence]   transposed, as the matmul with the queries reads it
     -> cross.<layer>.value   float32 [texts, H, sequence, D]
 
@@ -180,8 +181,8 @@ class _Encoder(torch.nn.Module):
         self.attentions = [cross for _, cross in decoder_attentions(model)]
         self.projections = torch.nn.ModuleList([part for a in self.attentions for part in (a.key, a.value)])
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hidden = self.encoder(input_ids=input_ids).last_hidden_state
+    def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = self.encoder(source).last_hidden_state
         flat = []
         for attention in self.attentions:
             key, value = (
@@ -233,8 +234,10 @@ class _Decoder(torch.nn.Module):
         for layer, (own, _) in enumerate(self.attentions):
             parts = (own.query, own.key, own.value)
             self.register_buffer(f"weight_{layer}", torch.cat([part.weight for part in parts]))
-            biased = all(part.bias is not None for part in parts)
-            self.register_buffer(f"bias_{layer}", torch.cat([part.bias for part in parts]) if biased else None)
+            # Whisper's keys have none, its queries and values have.
+            biases = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
+            biased = any(part.bias is not None for part in parts)
+            self.register_buffer(f"bias_{layer}", torch.cat(biases) if biased else None)
         table = _position_table(model, capacity)
         self.register_buffer("position_table", table)
         cos, sin = _rotation(model, capacity) if any(own.rotates for own, _ in self.attentions) else (None, None)
@@ -396,9 +399,16 @@ def export_encoder(model: PreTrainedModel, path: Path) -> None:
     """Write the encoder's graph."""
     layers = len(decoder_attentions(model))
     outputs = [f"cross.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    axes = {"input_ids": {0: "texts", 1: "sequence"}}
-    axes |= {name: {0: "texts", 3 if name.endswith("key") else 2: "sequence"} for name in outputs}
-    _export(_Encoder(model), (torch.ones(2, 5, dtype=torch.long),), path, ["input_ids"], outputs, axes)
+    if model.main_input_name == "input_features":
+        config = model.config
+        source = torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions)  # its convolutions halve them
+        axes = dict.fromkeys(outputs, {0: "texts"})
+    else:
+        source = torch.ones(2, 5, dtype=torch.long)
+        axes = {name: {0: "texts", 3 if name.endswith("key") else 2: "sequence"} for name in outputs}
+    name = model.main_input_name
+    axes |= {name: {0: "texts", 1: "sequence"} if name == "input_ids" else {0: "texts"}}
+    _export(_Encoder(model), (source,), path, [name], outputs, axes)
 
 
 def export_decoder(model: PreTrainedModel, path: Path, capacity: int) -> None:

@@ -226,6 +226,8 @@ def _head(spec: ModelSpec, folder: HuggingFaceFolder) -> Any:
 
     if spec.generation:
         return transformers.AutoModelForCausalLM
+    if spec.speech:
+        return transformers.AutoModelForSpeechSeq2Seq
     return transformers.AutoModelForSeq2SeqLM if spec.seq2seq else encoders.of(spec.task).head_of(folder)
 
 

@@ -14,6 +14,7 @@ from trident_serving.runtime.kv_cache import KVCache
 from trident_serving.runtime.session import bind_array, open_session
 
 Floats = NDArray[np.float32]
+Source = Sequence[int] | Floats  # tokens, or the features of speech, float32 [mels, frames]
 
 # The keys of texts that decode together are padded to a multiple of this. A sum over the padding then runs in the same
 # order whatever the length, so the numbers of a text are the same to the last bit whatever decodes with it.
@@ -120,6 +121,7 @@ class Seq2SeqDecoder:
         self._cross = CrossCache(
             {n: (node.shape[1], node.shape[2] if n.endswith("key") else node.shape[3]) for n, node in cross.items()}
         )
+        (self._source,) = self._encoder.get_inputs()
         self._encoded = [node.name for node in self._encoder.get_outputs()]
         self._inputs = [name for name in nodes if name not in past and name not in cross]
         logits = next(node for node in self._decoder.get_outputs() if node.name == "logits")
@@ -136,10 +138,16 @@ class Seq2SeqDecoder:
         """Of one token in one slot of the cache."""
         return self._cache.bytes_per_token
 
-    def encode(self, text: Hashable, ids: Sequence[int]) -> None:
-        """Encode a text, without others and without padding, and keep its keys and values until it is removed."""
-        outputs = self._encoder.run(self._encoded, {"input_ids": np.array([ids], np.int64)})
-        self._cross.add(text, {n: array[0] for n, array in zip(self._encoded, outputs, strict=True)}, len(ids))
+    def encode(self, text: Hashable, source: Source) -> None:
+        """Encode a text, without others and without padding, and keep its keys and values until it is removed.
+
+        Args:
+            source: its tokens, or the features of speech.
+        """
+        dtype = np.float32 if self._source.type == "tensor(float)" else np.int64
+        outputs = self._encoder.run(self._encoded, {self._source.name: np.asarray(source, dtype)[None]})
+        arrays = {name: array[0] for name, array in zip(self._encoded, outputs, strict=True)}
+        self._cross.add(text, arrays, outputs[0].shape[-1])
 
     def remove(self, text: Hashable) -> None:
         """Drop a text."""
