@@ -195,11 +195,17 @@ class _Transcription:
             duration=self._duration,
             tokens=tokens,
             segments=tuple(
-                (replace(each, end=min(each.end, max(self._duration, each.start))), service.text(each.tokens))
+                (self._within(each), service.text(each.tokens))
                 for each in self._segments
                 if self._request.timestamps
             ),
         )
+
+
+    def _within(self, segment: Segment) -> Segment:
+        """A segment in the recording: a model may also hear something in the padding behind it."""
+        start, end = (min(seconds, self._duration) for seconds in (segment.start, segment.end))
+        return replace(segment, start=start, end=end)
 
 
 class SpeechService:
