@@ -15,14 +15,16 @@ VARIANTS ?=
 SOURCE ?=
 FORCE ?=
 SERVICE ?= trident
+WATCHERS ?= prometheus grafana collector
 PYTEST_ARGS ?=
 LOAD_ARGS ?=
 UPDATE ?=
+EXAMPLES ?= 5000
 TEST_WORKERS ?= 3
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test test-all check schema format docs quality families bench load load-check soak clients charts image up down clean
+.PHONY: help setup serve export test test-all check schema format docs quality families bench load load-check soak fuzz clients charts image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -96,6 +98,9 @@ soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make
 	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(REPOSITORY)
 
+fuzz: $(SETUP) ## thousands of random requests, answers and bodies: make fuzz [EXAMPLES=5000]
+	@FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout 0 tests/fuzz $(PYTEST_ARGS)
+
 clients: $(SETUP) ## run other people's clients against the default models and the gateway
 	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
@@ -105,8 +110,9 @@ charts: $(SETUP) ## render the Helm chart and validate what it gives
 image: $(SETUP) ## build the images and run them, where podman is
 	@$(BIN)/python -m pytest -m image tests/images $(PYTEST_ARGS)
 
-up: ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
-	docker compose --profile '*' up --build --detach --wait $(SERVICE)
+up: $(SETUP) ## start the production stack with docker compose: make up [SERVICE=trident-cpu]
+	@$(BIN)/python deploy/keys.py
+	$(if $(findstring collector,$(WATCHERS)),,TRIDENT_TRACES="$(TRIDENT_TRACES)" )docker compose --profile '*' up --build --detach --wait $(SERVICE) $(WATCHERS)
 
 down: ## stop the production stack
 	docker compose --profile '*' down

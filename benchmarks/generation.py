@@ -15,12 +15,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 
-from benchmarks import processor
+from benchmarks import first_token, processor
 from benchmarks.peers.environments import Environment, PeerError
 from benchmarks.peers.interface import Peer, Prompts, Times
 from benchmarks.peers.process import started
@@ -37,6 +37,8 @@ CONCURRENCY = (1, 4, 8, 16, 32)
 TOKENS = 48
 PREFILL_TOKENS = 512
 Figures = dict[str, Any]
+P = TypeVar("P")
+PAUSE = 0.3  # threads of torch and of others spin for so long behind a run
 COPIES = 8  # of the texts, so that there are enough for all streams
 
 
@@ -105,6 +107,7 @@ def measure(
         def run(peer: Peer, prompts: Prompts, tokens: int) -> Times | None:
             if peer.name in failed:
                 return None
+            time.sleep(PAUSE)
             try:
                 return peer.generate(prompts, tokens)
             except PeerError as error:
@@ -137,8 +140,17 @@ def measure(
                 "streams": by_streams,
             }
         figures["failed"] = failed
+        figures["first_token"] = {}
+        made = first_token.prompts(tokenizer)
+        for served, engine in zip(_of(TridentServer, peers), _of(TridentEngine, peers), strict=True):
+            waits = first_token.first_tokens(client, served.model, engine, made, rounds)
+            figures["first_token"][served.model] = {side: statistics.median(values) for side, values in waits.items()}
         figures["features"] = features(client, rounds)
     return figures
+
+
+def _of(kind: type[P], peers: Sequence[Peer]) -> list[P]:
+    return [peer for peer in peers if isinstance(peer, kind)]
 
 
 def _trident(
@@ -310,6 +322,10 @@ def as_table(figures: Figures) -> str:
             for run in (peer["streams"][str(streams)] for streams in CONCURRENCY)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"| first token of a lone request of {first_token.PROMPT_TOKENS} tokens, ms | served | in process |"]
+    lines += ["|---|---:|---:|"]
+    for name, waits in figures["first_token"].items():
+        lines.append(f"| {name} | {waits['served']:.0f} | {waits['in process']:.0f} |")
     lines += ["", "| features of the engine, through the server | |", "|---|---:|"]
     lines += [f"| {name} | {value:.1f} |" for name, value in figures["features"].items()]
     return "\n".join(lines) + "\n"

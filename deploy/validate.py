@@ -23,7 +23,8 @@ SERVICES = {"trident": NATIVE, "trident-gpu": NATIVE, "trident-cpu": SMALL}
 OLDEST_IMAGE = (26, 8)  # earlier servers crash on a request of very many chunks
 GRACE_SECONDS = 45  # what the launcher gives to running answers when it is told to stop
 LOOPBACK = "127.0.0.1"
-PORTS = {8000, 8001, 8002}
+PORTS = {8000, 8001, 8002, 8080}
+WATCHERS = ("prometheus", "grafana", "collector")
 _PYTHON = r'\["/opt/trident/venv/bin/python", "-m", '
 HEALTHCHECK = re.compile(rf'^HEALTHCHECK .*CMD {_PYTHON}"trident_serving\.launcher\.health"\]$', re.MULTILINE)
 ENTRYPOINT = re.compile(
@@ -42,6 +43,9 @@ def main() -> int:
     for name, dockerfile in SERVICES.items():
         problems += [f"service {name}: {problem}" for problem in service_problems(services[name], dockerfile)]
         problems += [f"service {name}: {problem}" for problem in opened_problems(opened[name])]
+    for name in WATCHERS:
+        problems += [f"service {name}: {problem}" for problem in watcher_problems(opened[name])]
+    problems += [f"service grafana: {problem}" for problem in grafana_problems(services["grafana"])]
     devices = services["trident-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     if not cuda_runtime(services).startswith("onnxruntime-gpu==") or not devices:
         problems.append("service trident-gpu must build onnxruntime-gpu and reserve a GPU")
@@ -89,7 +93,13 @@ def service_problems(service: dict[str, Any], dockerfile: Path = NATIVE) -> list
             service.get("stop_grace_period", "10s")
         )
         >= GRACE_SECONDS + 10,
-        f"ports 8000, 8001 and 8002 must be published only on {LOOPBACK}": {
+        "the gateway must have API keys": "--gateway-keys /keys/keys.json" in " ".join(service.get("command") or ()),
+        "the gateway's keys must be mounted read-only": any(
+            volume["target"] == "/keys" and volume.get("read_only") for volume in service.get("volumes", [])
+        ),
+        "Prometheus must find it under the name server": "server"
+        in ((service.get("networks") or {}).get("default") or {}).get("aliases", []),
+        f"ports {', '.join(map(str, sorted(PORTS)))} must be published only on {LOOPBACK}": {
             (port["target"], port.get("host_ip")) for port in ports
         }
         == {(port, LOOPBACK) for port in PORTS},
@@ -106,6 +116,44 @@ def opened_problems(service: dict[str, Any]) -> list[str]:
         }
         == {(port, "0.0.0.0") for port in PORTS},
         "TRIDENT_ADMIN_KEY must be passed on": service.get("environment", {}).get("TRIDENT_ADMIN_KEY") == "key",
+    }
+    return [problem for problem, good in holds.items() if not good]
+
+
+def watcher_problems(service: dict[str, Any]) -> list[str]:
+    """What a service that watches lacks if the operator sets TRIDENT_BIND=0.0.0.0: none asks for a password."""
+    volumes = service.get("volumes", [])
+    holds = {
+        "its image must have a version": bool(re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service.get("image", ""))),
+        "the file system must be read-only": service.get("read_only") is True,
+        "it must not run as root": str(service.get("user", "0")).split(":")[0] != "0",
+        "no-new-privileges is missing": "no-new-privileges:true" in service.get("security_opt", []),
+        "every capability must be dropped": service.get("cap_drop") == ["ALL"] and not service.get("cap_add"),
+        f"its ports must be published only on {LOOPBACK}": all(
+            port.get("host_ip") == LOOPBACK for port in service.get("ports", [])
+        ),
+        "its files must be mounted read-only": all(
+            volume.get("read_only") for volume in volumes if volume["type"] == "bind"
+        ),
+        "its files must be there": all(
+            Path(volume["source"]).is_dir() or "keys" in Path(volume["source"]).parts
+            for volume in volumes
+            if volume["type"] == "bind"
+        ),
+    }
+    return [problem for problem, good in holds.items() if not good]
+
+
+def grafana_problems(service: dict[str, Any]) -> list[str]:
+    """What would let somebody change or log in to a Grafana that everybody on this machine reaches."""
+    environment = service.get("environment", {})
+    holds = {
+        "who is not logged in may only look": environment.get("GF_AUTH_ANONYMOUS_ORG_ROLE") == "Viewer",
+        "there must be no admin": environment.get("GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION") == "true",
+        "passwords must not be asked for": environment.get("GF_AUTH_BASIC_ENABLED") == "false"
+        and environment.get("GF_AUTH_DISABLE_LOGIN_FORM") == "true",
+        "it must ask no other host": environment.get("GF_ANALYTICS_REPORTING_ENABLED") == "false"
+        and environment.get("GF_PLUGINS_PREINSTALL_DISABLED") == "true",
     }
     return [problem for problem, good in holds.items() if not good]
 

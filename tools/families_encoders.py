@@ -221,28 +221,39 @@ def check_head(config: Any, head: Any, outputs: tuple[str, ...]) -> str:
         ExportError: it is refused.
         NotBuilt: transformers makes no such model.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        source, path = export(config, head, outputs, Path(folder))
+        return compare(source.load(head), onnxruntime.InferenceSession(str(path)), outputs)
+
+
+def export(config: Any, head: Any, outputs: tuple[str, ...], folder: Path) -> tuple[HuggingFaceFolder, Path]:
+    """A tiny model's Hugging Face folder, and its graph in it.
+
+    Raises:
+        ExportError: it is refused.
+        NotBuilt: transformers makes no such model.
+    """
     torch.manual_seed(0)
     config._attn_implementation = "eager"
     kinds = head._model_mapping[type(config)]
     config.architectures = [(kinds[0] if isinstance(kinds, tuple) else kinds).__name__]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            model = head.from_config(config).eval()
-        except Exception as error:
-            raise NotBuilt(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(3)
-                else:  # norms and biases: not the same for every number
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-        _tokenizer().save_pretrained(folder)
-        source, path = HuggingFaceFolder(Path(folder)), Path(folder, "graph", "model.onnx")
-        path.parent.mkdir()
-        inputs = ("input_ids", "attention_mask", "token_type_ids")
-        export_encoder_graph(source, path, head, inputs=inputs, outputs=outputs, finish=lambda graph: None)
-        return compare(source.load(head), onnxruntime.InferenceSession(str(path)), outputs)
+    try:
+        model = head.from_config(config).eval()
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+            else:  # norms and biases: not the same for every number
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    source, path = HuggingFaceFolder(folder), folder / "graph" / "model.onnx"
+    path.parent.mkdir()
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    export_encoder_graph(source, path, head, inputs=inputs, outputs=outputs, finish=lambda graph: None)
+    return source, path
 
 
 def compare(model: Any, session: onnxruntime.InferenceSession, outputs: tuple[str, ...]) -> str:

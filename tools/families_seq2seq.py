@@ -122,7 +122,7 @@ def check(name: str) -> str:
         return f"no tiny model can be built: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            export_encoder(model, Path(folder) / "encoder.onnx")
+            export_encoder(model, Path(folder) / "encoder.onnx", CONTEXT)
             export_decoder(model, Path(folder) / "decoder.onnx", TOKENS)
         except ExportError as error:
             return str(error)

@@ -92,7 +92,7 @@ class TridentServer:
         self.weights = engine.weights
         self.logits = engine.logits
         self._client = client
-        self._model = model
+        self.model = model
         self._texts = texts
         self._numbers = count(7, 7)
 
@@ -105,7 +105,7 @@ class TridentServer:
         def one(text: str) -> list[float]:
             times: list[float] = []
             stream = self._client.stream(
-                text, model=self._model, max_tokens=tokens, min_tokens=tokens, prompt_lookup=False
+                text, model=self.model, max_tokens=tokens, min_tokens=tokens, prompt_lookup=False
             )
             for chunk in stream:
                 now = time.perf_counter() - started

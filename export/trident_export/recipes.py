@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from trident_export.errors import ModelsFileError, NoMatmuls, UsageError
-from trident_export.graphs.editing import link, save, scratch
+from trident_export.graphs.editing import link, save, save_beside, scratch
 from trident_export.graphs.editing import load as load_graph
 from trident_export.passes import PASSES, RENAMED_KEYS, RENAMED_PASSES, Cache, CalibrationRuns, Pass, Rotate
 from trident_export.passes.base import matmuls
@@ -176,10 +176,15 @@ def apply(
     """Write `target` (weights in `<target>.data`) from the float32 graph at `graph`; see `transform`.
 
     Args:
-        finish: changes the model behind all passes.
+        finish: changes the model behind all passes, but none of its large weights.
     """
-    if not recipe.passes[kind] and finish is None:
-        link(graph, target)
+    if not recipe.passes[kind]:
+        if finish is None:
+            link(graph, target)
+        else:
+            model = load_graph(graph)
+            finish(model)
+            save_beside(model, graph, target)
         return
     with scratch():
         model = transform(load_graph(graph), recipe.passes[kind], runs)

@@ -16,7 +16,7 @@ from trident_gateway.exchange import Exchange
 from trident_gateway.keys import KeyRing
 from trident_gateway.logs import AccessLog
 from trident_gateway.metrics import Metrics
-from trident_gateway.routing import Servers
+from trident_gateway.routing import Server, Servers
 from trident_gateway.settings import Settings
 from trident_gateway.tracing import Tracing
 
@@ -46,7 +46,8 @@ class Gateway:
             settings.triton,
             lambda address: AsyncClient(address, timeout=settings.timeout, headers=tracing.headers),
             settings.health_seconds,
-            self.metrics.server,
+            self._looked,
+            gone=self.metrics.forget,
         )
         self._next_look = 0.0
 
@@ -57,6 +58,10 @@ class Gateway:
     async def stop(self) -> None:
         """Close the connections."""
         await self.servers.stop()
+
+    def _looked(self, server: Server) -> None:
+        verified = {name: model.verified for name, model in server.models.items()}
+        self.metrics.server(server.address, healthy=server.healthy, verified=verified)
 
     async def drain(self) -> None:
         """Refuse new requests, and wait until the running ones are answered, but not longer than the settings say."""

@@ -6,6 +6,7 @@ dictionary. The key itself is shown once, when it is made.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -95,9 +96,11 @@ def _key(entry: Mapping[str, Any]) -> Key:
 
 
 def write(path: Path, keys: Iterable[Key]) -> None:
-    """Write the file, readable for its owner only, at once or not at all."""
+    """Write the file, at once or not at all; a new one only its owner can read, an older one keeps its mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mkstemp's files are their owner's only
+    with contextlib.suppress(FileNotFoundError):
+        os.fchmod(handle, path.stat().st_mode & 0o777)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         json.dump({"keys": [asdict(key) for key in keys]}, file, indent=2)
         file.write("\n")

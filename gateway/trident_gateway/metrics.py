@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -67,6 +68,28 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livemin",
         )
+        by_server = ("server", "model")
+        self._ready = Gauge(
+            "trident_gateway_model_ready",
+            "Whether a server has a model that it had before.",
+            by_server,
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._unverified = Gauge(
+            "trident_gateway_model_unverified",
+            "Whether a model was installed although its gate refused it.",
+            by_server,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._losses = Counter(
+            "trident_gateway_model_losses",
+            "Models that a server which answers no longer has.",
+            by_server,
+            registry=registry,
+        )
+        self._seen: dict[str, dict[str, bool]] = {}
 
     def over(self, exchange: Exchange, seconds: float) -> None:
         """A request is over."""
@@ -88,12 +111,36 @@ class Metrics:
             self._running.labels(model).set(running)
             self._waiting.labels(model).set(waiting)
 
-    def server(self, address: str, healthy: bool | None) -> None:
-        """Whether a server answers; None: it is none any more, which several processes can only tell as NaN."""
-        if healthy is None and FOLDER not in os.environ:
-            self._healthy.remove(address)
-        else:
-            self._healthy.labels(address).set(math.nan if healthy is None else int(healthy))
+    def server(self, address: str, *, healthy: bool, verified: Mapping[str, bool]) -> None:
+        """What a look at a server has found.
+
+        Args:
+            address: of the server.
+            healthy: whether it answers.
+            verified: its models, and whether each passed its gate.
+        """
+        self._healthy.labels(address).set(int(healthy))
+        seen = self._seen.setdefault(address, {})
+        for model, passed in verified.items():
+            self._unverified.labels(address, model).set(int(not passed))
+            self._losses.labels(address, model)  # begins at 0, so that the first loss is a rise
+        for model in {*seen, *verified}:
+            here = healthy and model in verified
+            self._ready.labels(address, model).set(int(here))
+            if healthy and not here and seen[model]:
+                self._losses.labels(address, model).inc()
+            seen[model] = here or (not healthy and seen.get(model, False))
+
+    def forget(self, address: str) -> None:
+        """A server is none any more. Several processes share files that keep every label, so there it becomes NaN."""
+        models = self._seen.pop(address, {})
+        gauges: list[tuple[Gauge, tuple[str, ...]]] = [(self._healthy, (address,))]
+        gauges += [(gauge, (address, model)) for gauge in (self._ready, self._unverified) for model in models]
+        for gauge, labels in gauges:
+            if FOLDER in os.environ:
+                gauge.labels(*labels).set(math.nan)
+            else:
+                gauge.remove(*labels)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

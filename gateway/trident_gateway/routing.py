@@ -78,7 +78,8 @@ class Servers:
         addresses: host and port of each, or `dns:` before a name that has several.
         connect: makes a client for an address.
         seconds: between two looks at each.
-        told: is called with an address, and whether it is healthy, after each look; None: it is no server any more.
+        told: is called with a server after each look at it.
+        gone: is called with an address that is no server any more.
         resolve: finds the addresses of a name.
     """
 
@@ -87,12 +88,14 @@ class Servers:
         addresses: Sequence[str],
         connect: Callable[[str], AsyncClient],
         seconds: float,
-        told: Callable[[str, bool | None], None] = lambda *_: None,
+        told: Callable[[Server], None] = lambda _: None,
         resolve: Callable[[str], Awaitable[list[str]]] = resolved,
+        gone: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._connect = connect
         self._seconds = seconds
         self._told = told
+        self._gone = gone
         self._resolve = resolve
         self._found: dict[str, set[str]] = {
             address.removeprefix(DNS): set() for address in addresses if address.startswith(DNS)
@@ -215,7 +218,7 @@ class Servers:
         for server in [server for server in self.every if server.address not in wanted]:
             self.every.remove(server)
             self._leaving.append(server)
-            self._told(server.address, None)
+            self._gone(server.address)
         for address in sorted(wanted - {server.address for server in self.every}):
             self.every.append(Server(address, self._connect(address)))
         for server in [server for server in self._leaving if not server.running]:
@@ -249,7 +252,7 @@ class Servers:
             healthy = False
         server.healthy = healthy
         if server in self.every:
-            self._told(server.address, healthy)
+            self._told(server)
 
 
 def _rank(address: str, beginning: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from typing import Any
@@ -33,7 +34,11 @@ def published(address: str | None, *ports: int) -> list[dict[str, Any]]:
     ("key", "value", "message"),
     [
         ("build", {"dockerfile": "Dockerfile"}, "built from Dockerfile"),
-        ("volumes", [{"target": "/models"}], "mounted read-only"),
+        (
+            "volumes",
+            [{"target": "/models"}, {"target": "/keys", "read_only": True}],
+            "repository must be mounted read-only",
+        ),
         ("read_only", False, "file system must be read-only"),
         ("user", "0:0", "must not run as root"),
         ("security_opt", [], "no-new-privileges"),
@@ -42,10 +47,13 @@ def published(address: str | None, *ports: int) -> list[dict[str, Any]]:
         ("shm_size", "67108864", "shm_size"),
         ("healthcheck", {"test": ["NONE"]}, "health check"),
         ("stop_grace_period", "45s", "longer than the drain's 45 s"),
-        ("ports", published(None, 8000, 8001, 8002), "only on 127.0.0.1"),
-        ("ports", published("0.0.0.0", 8000, 8001, 8002), "only on 127.0.0.1"),
-        ("ports", [*published("127.0.0.1", 8000, 8001), *published(None, 8002)], "only on 127.0.0.1"),
-        ("ports", published("127.0.0.1", 8000, 8001), "only on 127.0.0.1"),
+        ("ports", published(None, 8000, 8001, 8002, 8080), "only on 127.0.0.1"),
+        ("ports", published("0.0.0.0", 8000, 8001, 8002, 8080), "only on 127.0.0.1"),
+        ("ports", [*published("127.0.0.1", 8000, 8001, 8080), *published(None, 8002)], "only on 127.0.0.1"),
+        ("ports", published("127.0.0.1", 8000, 8001, 8080), "only on 127.0.0.1"),
+        ("command", ["--gateway-port", "8080"], "API keys"),
+        ("volumes", [{"target": "/models", "read_only": True}, {"target": "/keys"}], "keys must be mounted read-only"),
+        ("networks", {"default": None}, "under the name server"),
         ("environment", {"TRIDENT_ADMIN_KEY": "secret"}, "no admin key"),
     ],
 )
@@ -68,7 +76,58 @@ def test_an_operator_decides_where_ports_are_published(services: dict[str, Any])
         ]
     ports = validate.compose_services({"TRIDENT_BIND": "10.0.0.7", "TRIDENT_GRPC_PORT": "9001"})["trident"]["ports"]
     found = [(port["host_ip"], port["published"], port["target"]) for port in ports]
-    assert found == [("10.0.0.7", "8000", 8000), ("10.0.0.7", "9001", 8001), ("10.0.0.7", "8002", 8002)]
+    assert found == [
+        ("10.0.0.7", "8000", 8000),
+        ("10.0.0.7", "9001", 8001),
+        ("10.0.0.7", "8002", 8002),
+        ("10.0.0.7", "8080", 8080),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("image", "prom/prometheus:latest", "a version"),
+        ("image", "prom/prometheus", "a version"),
+        ("read_only", False, "file system must be read-only"),
+        ("user", "0", "must not run as root"),
+        ("security_opt", [], "no-new-privileges"),
+        ("cap_drop", [], "capability"),
+        ("ports", published("0.0.0.0", 9090), "only on 127.0.0.1"),
+        ("volumes", [{"type": "bind", "source": str(ROOT / "deploy")}], "mounted read-only"),
+        ("volumes", [{"type": "bind", "source": str(ROOT / "absent"), "read_only": True}], "must be there"),
+    ],
+)
+def test_each_property_of_what_watches_is_checked(
+    services: dict[str, Any], key: str, value: object, message: str
+) -> None:
+    for name in validate.WATCHERS:
+        assert validate.watcher_problems(services[name]) == []
+        (problem,) = validate.watcher_problems(copy.deepcopy(services[name]) | {key: value})
+        assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("GF_AUTH_ANONYMOUS_ORG_ROLE", "Admin"),
+        ("GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION", "false"),
+        ("GF_AUTH_BASIC_ENABLED", "true"),
+        ("GF_AUTH_DISABLE_LOGIN_FORM", "false"),
+        ("GF_PLUGINS_PREINSTALL_DISABLED", "false"),
+    ],
+)
+def test_nobody_can_log_in_to_grafana(services: dict[str, Any], variable: str, value: str) -> None:
+    grafana = copy.deepcopy(services["grafana"])
+    assert validate.grafana_problems(grafana) == []
+    grafana["environment"][variable] = value
+    assert len(validate.grafana_problems(grafana)) == 1
+
+
+def test_make_up_starts_all_that_watches() -> None:
+    wanted = re.search(r"^WATCHERS \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert wanted is not None
+    assert tuple(wanted[1].split()) == validate.WATCHERS
 
 
 @pytest.mark.parametrize(("text", "expected"), [("45s", 45), ("1m0s", 60), ("1h1m1.5s", 3661.5), ("500ms", 0)])
@@ -87,7 +146,7 @@ BOTH = [
     ('ENTRYPOINT ["/opt', 'ENTRYPOINT exec ["/opt', "ENTRYPOINT"),
     ("TRIDENT_CONTAINER=1", "TRIDENT_CONTAINER=", "TRIDENT_CONTAINER"),
     ("ORT_DISABLE_TELEMETRY=1", "ORT_DISABLE_TELEMETRY=0", "TELEMETRY"),
-    ("[runtime,gateway]", "[export,gateway]", "exporter"),
+    ("[runtime,gateway,traces]", "[export,gateway]", "exporter"),
 ]
 
 

@@ -33,8 +33,9 @@ from transformers import (
 from trident_export import recipes
 from trident_export.graphs import decoder_passes, editing, rotary
 from trident_export.graphs.causal import export_causal_graph, plan_of
+from trident_export.graphs.read_rows import compute_read_rows
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.passes import Cache, CalibrationRuns, Feeds, Rotate, calibration
+from trident_export.passes import Cache, CalibrationRuns, Feeds, PerToken, Rotate, calibration
 from trident_export.passes.base import matmuls
 from trident_export.passes.calibration import moments
 from trident_export.passes.gptq import GptqGroups, GptqPerChannel
@@ -181,6 +182,48 @@ def test_rows_of_a_graph_for_gpus_run_together_and_leave_idle_ones_alone(
     ]
     np.testing.assert_array_equal(np.stack(found, axis=1), [expected[0], expected[2]])
     np.testing.assert_array_equal(decoder.run([SlotTokens(1, 8, texts[1][8:], 12)]), expected[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "llama, per token"])
+def test_behind_the_last_attention_only_wanted_tokens_are_computed(
+    graphs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """To the last bit what the whole graph gives, whatever is wanted: nothing, one token, all."""
+    whole = ir.load(graphs[name.partition(",")[0]])
+    if "per token" in name:
+        recipes.transform(whole, [PerToken()])
+    editing.save(whole, tmp_path / "whole.onnx")
+    less = ir.load(tmp_path / "whole.onnx")
+    assert compute_read_rows(less) >= 6  # norms, residuals, activation and matmuls
+    editing.save(less, tmp_path / "less.onnx")
+    decoders = [
+        OnnxDecoder(tmp_path / f"{kind}.onnx", slots=3, context=48, longest_run=16, threads=1)
+        for kind in ("whole", "less")
+    ]
+    texts = np.random.default_rng(3).integers(1, VOCABULARY, (3, 30)).tolist()
+    runs = [
+        [SlotTokens(0, 0, texts[0][:16], 0), SlotTokens(1, 0, texts[1][:9], 0)],
+        [SlotTokens(0, 16, texts[0][16:24], 1), SlotTokens(1, 9, texts[1][9:10], 0), SlotTokens(2, 0, texts[2][:5], 5)],
+        [SlotTokens(row, at, texts[row][at : at + 1]) for row, at in enumerate((24, 10, 5))],
+    ]
+    for items in runs:
+        expected, found = (decoder.run(items).copy() for decoder in decoders)
+        np.testing.assert_array_equal(found, expected)
+        assert len(found) == sum(item.wanted for item in items)
+    *_, down, _ = (node for node in less.graph if node.op_type in ("MatMul", "Gemm", "MatMulIntegerToFloat"))
+    feed = inputs_of(onnx.load(str(tmp_path / "less.onnx")).graph, texts[0])
+    (values,) = calibration.watch(less, [down.outputs[0].name], iter([feed]))
+    assert values[down.outputs[0].name].shape[-2] == 1  # of 30 tokens one is wanted
+
+
+def test_a_graph_whose_wanted_tokens_are_chosen_elsewhere_stays_as_it_is(graphs: dict[str, Path]) -> None:
+    model = ir.load(graphs["llama"])
+    chosen = next(value for value in model.graph.inputs if value.name == "logits_tokens")
+    (choice,) = chosen.consumers()
+    choice.attributes["axis"] = ir.AttrInt64("axis", 0)
+    nodes = [node.name for node in model.graph]
+    assert compute_read_rows(model) == 0
+    assert [node.name for node in model.graph] == nodes
 
 
 def compare_logits(model: Any, graph: Path, tolerance: float) -> float:

@@ -193,15 +193,27 @@ def encoder_zeroed(model: onnx.ModelProto) -> None:
 
 
 def encoder_heads_swapped(model: onnx.ModelProto) -> None:
-    """Columns of two heads of the values, of 32 each, in the third layer."""
+    """Columns of two heads of the values, of 32 each, in the third layer; queries, keys and values have 384 each."""
 
     def swap(weight: NDArray[np.generic]) -> NDArray[np.generic]:
         swapped = weight.copy()
-        swapped[:, :64] = np.concatenate([weight[:, 32:64], weight[:, :32]], axis=1)
+        swapped[:, 768:832] = np.concatenate([weight[:, 800:832], weight[:, 768:800]], axis=1)
         return swapped
 
-    names = {t.name for t in model.graph.initializer if "layer.2/attention/self/value" in t.name and len(t.dims) == 2}
+    joined = "layer.2/attention/self/qkv_proj"
+    names = {
+        t.name for t in model.graph.initializer if joined in t.name and t.dims[-1:] == [3 * 384] and t.data_type == 3
+    }
     change(model, names, swap)
+
+
+def encoder_heads_halved(model: onnx.ModelProto) -> None:
+    """The attention of one layer takes two heads for one."""
+    loops = [node for node in model.graph.node if node.op_type == "Loop"]
+    (body,) = (attribute.g for attribute in loops[2].attribute if attribute.name == "body")
+    (attention,) = (node for node in body.node if node.op_type == "MultiHeadAttention")
+    (heads,) = (attribute for attribute in attention.attribute if attribute.name == "num_heads")
+    heads.i //= 2
 
 
 @pytest.mark.parametrize(
@@ -211,6 +223,7 @@ def encoder_heads_swapped(model: onnx.ModelProto) -> None:
         (encoder_scales_off, "worst_cosine"),
         (encoder_zeroed, "worst_cosine"),
         (encoder_heads_swapped, "worst"),
+        (encoder_heads_halved, "worst"),
     ],
 )
 def test_a_damaged_encoder(default_repository: Path, tmp_path: Path, damage: Damage, reason: str) -> None:

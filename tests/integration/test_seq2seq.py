@@ -19,18 +19,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests import doors, tiny_models
 from tests.conftest import post, runs_slow_tests, some_slow, triton_request
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, UnavailableError, cli
 from trident_export import corpora, install, models_file
 from trident_export.errors import FidelityError
+from trident_export.graphs import editing
+from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_serving import artefacts
 from trident_serving.artefacts import VERSION
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
-from trident_serving.seq2seq.decoder import Seq2SeqDecoder
+from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
 from trident_serving.seq2seq.engine import Engine, Job
 from trident_serving.seq2seq.rules import Rules
 from trident_serving.seq2seq.search import Found, SearchParams
@@ -189,6 +191,55 @@ def test_every_token_is_that_of_generate(folder: Path, family: str) -> None:
             chosen_log_probs = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
             np.testing.assert_allclose(given_.log_probs, chosen_log_probs, atol=1e-4)
     LENGTHS[family] = lengths
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "marian"])
+def test_texts_are_encoded_together_and_their_numbers_are_those_of_texts_alone(folder: Path, family: str) -> None:
+    """What answers read of a text, to the last bit; runs of the encoder are counted."""
+    decoder = Seq2SeqDecoder(folder / "repository" / family / VERSION, slots=8, capacity=40, threads=1)
+    random = np.random.default_rng(4)
+    texts = {
+        number: random.integers(5, 200, length).tolist() for number, length in enumerate((1, 3, 90, 17, 64, 65, 2))
+    }
+    encoder, runs = decoder._encoder, []
+
+    class Counted:
+        def run(self, names: Any, feeds: Any) -> Any:
+            runs.append(feeds["attention_mask"].sum(axis=1).tolist())
+            return encoder.run(names, feeds)
+
+    decoder._encoder = Counted()
+    assert decoder.encode_all(texts) == {}
+    assert runs == [[1], [2, 3, 17, 64, 65, 90]]  # a row alone is summed otherwise
+    rows = [Row(number, 7, 0) for number in texts]
+    together = decoder.run(rows).copy()
+    for number in texts:
+        decoder.remove(number)
+    for number, ids in texts.items():
+        decoder.encode(number, ids)
+        np.testing.assert_array_equal(decoder.run([Row(number, 7, 0)] * 2)[0], together[number])
+        decoder.remove(number)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_both_graphs_share_the_table_of_embeddings(tmp_path: Path, family: str) -> None:
+    """Large enough to be shared; the decoder's own file has the rest, and its numbers are the same."""
+    heads = {"d_kv": 16, "num_heads": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"num_layers": 1, "encoder_layers": 1, "decoder_layers": 1}
+    config = AutoConfig.for_model(family, vocab_size=9000, d_model=32, **layers, **heads)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    export_encoder(model, tmp_path / "encoder.onnx")
+    export_decoder(model, tmp_path / "decoder.onnx", 8)
+    before = (tmp_path / "decoder.onnx.data").stat().st_size
+    decoder = Seq2SeqDecoder(tmp_path, slots=2, capacity=8, threads=1)
+    decoder.encode(0, [5, 6, 7])
+    expected = decoder.run([Row(0, 7, 0)]).copy()
+    assert editing.share_weights(tmp_path / "encoder.onnx", tmp_path / "decoder.onnx") == 9000 * 32 * 4
+    assert before - (tmp_path / "decoder.onnx.data").stat().st_size == pytest.approx(9000 * 32 * 4, abs=2**16)
+    assert editing.share_weights(tmp_path / "encoder.onnx", tmp_path / "decoder.onnx") > 0  # it can be done again
+    decoder = Seq2SeqDecoder(tmp_path, slots=2, capacity=8, threads=1)
+    decoder.encode(0, [5, 6, 7])
+    np.testing.assert_array_equal(decoder.run([Row(0, 7, 0)]), expected)
 
 
 def test_answers_ended_at_different_times() -> None:

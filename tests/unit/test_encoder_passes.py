@@ -62,7 +62,7 @@ def test_matmuls_see_real_tokens_alone() -> None:
     feeds = batch()
     model = graph()
     expected = run(model, feeds)
-    assert unpadding.unpad(model) == 5
+    assert unpadding.unpad(model) == 6
     found = run(model, feeds)
     real = feeds["attention_mask"] > 0
     np.testing.assert_allclose(found[real], expected[real], atol=1e-5)
@@ -78,6 +78,29 @@ def run_shape(model: ir.Model, name: str, feeds: dict[str, NDArray[Any]]) -> tup
     return run(ir.from_proto(shown), feeds, name).shape
 
 
+def test_vectors_of_positions_are_added_to_real_tokens() -> None:
+    """[1, sequence, features], which all texts share."""
+    made = ir.to_proto(graph())
+    made.graph.initializer.append(numpy_helper.from_array(np.arange(6, dtype=np.int64)[None], "positions"))
+    made.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "zero"))
+    made.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "one"))
+    more = [
+        helper.make_node("Shape", ["input_ids"], ["width"], start=1, end=2),
+        helper.make_node("Slice", ["positions", "zero", "width", "one"], ["places"]),
+        helper.make_node("Gather", ["words", "places"], ["placed"], name="placed"),
+        helper.make_node("Add", ["embedded", "placed"], ["both"], name="both"),
+    ]
+    made.graph.node[1].input[0] = "both"
+    for node in reversed(more):
+        made.graph.node.insert(1, node)
+    model, feeds = ir.from_proto(made), batch()
+    expected = run(model, feeds)
+    assert unpadding.unpad(model) == 7
+    real = feeds["attention_mask"] > 0
+    np.testing.assert_allclose(run(model, feeds)[real], expected[real], atol=1e-5)
+    assert run_shape(model, model.graph.node("both").inputs[1].name, feeds) == (11, WIDTH)
+
+
 def test_a_weight_that_depends_on_no_token_is_left_alone() -> None:
     """Embeddings of positions that go through a matmul are no tokens, whatever their rank."""
     model = ir.to_proto(graph())
@@ -88,7 +111,7 @@ def test_a_weight_that_depends_on_no_token_is_left_alone() -> None:
     model.graph.node.extend(extra)
     model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 9, WIDTH), np.float32), "positions"))
     changed = ir.from_proto(model)
-    assert unpadding.unpad(changed) == 5
+    assert unpadding.unpad(changed) == 6
     assert changed.graph.node("positions").inputs[0].name == "positions"
 
 

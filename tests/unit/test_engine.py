@@ -635,6 +635,9 @@ def test_what_is_counted() -> None:
     assert sizes["inter_token_latency"] == sizes["batch_size"] == 3
     assert sizes["request_duration"] == 2
     assert recorded.gauges["requests_running"] == recorded.gauges["slots_used"] == 0
+    assert recorded.gauges["kv_cache_tokens_reserved"] == 0
+    assert recorded.gauges["slots"] == 2
+    assert recorded.gauges["kv_cache_tokens_limit"] == 10**7
     assert recorder.drain().counters == {}
 
 

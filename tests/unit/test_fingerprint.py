@@ -69,6 +69,8 @@ def test_comments_and_docstrings_change_nothing(source: Path, folder: Path, name
     [
         ("graphs/causal.py", True, False),
         ("graphs/encoder.py", False, True),
+        ("graphs/attention.py", False, True),
+        ("graphs/fused.py", False, True),
         ("passes/gptq.py", True, False),
         ("passes/static.py", False, False),
         ("recipes.py", True, True),

@@ -27,6 +27,7 @@ from trident_gateway.errors import ApiError, from_trident
 from trident_gateway.exchange import Exchange
 from trident_gateway.gateway import Gateway
 from trident_gateway.logs import AccessLog
+from trident_gateway.metrics import Metrics
 from trident_gateway.openai.completions import LogProbs, written
 from trident_gateway.openai.items import messages_of
 from trident_gateway.routing import Server, Servers, beginning_of, resolved
@@ -167,6 +168,7 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["key", "add", "ops", "--scope", "admin", "--keys", str(file)]) == 0
     assert key not in file.read_text()
     assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o640)
     assert cli.main(["key", "add", "web", "--keys", str(file)]) == 1
     assert "there is a key 'web' already" in capsys.readouterr().err
     ring = keys.KeyRing(file)
@@ -176,6 +178,7 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ring.find(key + "x") is None
     assert ring.find("") is None
     assert cli.main(["key", "remove", "web", "--keys", str(file)]) == 0
+    assert file.stat().st_mode & 0o777 == 0o640
     ring._next_look = 0.0
     assert ring.find(key) is None
     assert cli.main(["key", "list", "--keys", str(file)]) == 0
@@ -284,7 +287,7 @@ def test_a_model_that_goes_during_a_look_takes_no_other_with_it(error: type[Trid
 
 def test_servers_of_a_name_come_and_go() -> None:
     closed: list[str] = []
-    told: list[tuple[str, bool | None]] = []
+    gone: list[str] = []
 
     class Client:
         def __init__(self, address: str) -> None:
@@ -309,14 +312,14 @@ def test_servers_of_a_name_come_and_go() -> None:
 
     async def work() -> None:
         listed = ["fixed:8001", "dns:pods:8001"]
-        found = Servers(listed, Client, 60, lambda *each: told.append(each), resolve)  # type: ignore[arg-type]
+        found = Servers(listed, Client, 60, resolve=resolve, gone=gone.append)  # type: ignore[arg-type]
         await found.start()
         assert [server.address for server in found.having("a")] == ["fixed:8001", "10.0.0.1:8001", "10.0.0.2:8001"]
         found.every[1].running = 1  # an answer of it is being made
         addresses[:] = ["10.0.0.2:8001", "10.0.0.3:8001"]
         await found.look_again()
         assert [server.address for server in found.having("a")] == ["fixed:8001", "10.0.0.2:8001", "10.0.0.3:8001"]
-        assert (closed, told.count(("10.0.0.1:8001", None))) == ([], 1)
+        assert (closed, gone) == ([], ["10.0.0.1:8001"])
         found._leaving[0].running = 0
         addresses.clear()  # what it had is kept
         await found.look_again()
@@ -339,6 +342,39 @@ def test_a_name_has_addresses() -> None:
         Settings(triton=("pods",))
     with pytest.raises(ValueError, match="triton names 'dns:pods'"):
         Settings(triton=("dns:pods",))
+
+
+def test_what_the_metrics_say_of_models() -> None:
+    metrics = Metrics()
+
+    def values() -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        for family in metrics.registry.collect():
+            for sample in family.samples:
+                if "model_" in sample.name and not sample.name.endswith("_created"):
+                    short = sample.name.removeprefix("trident_gateway_model_")
+                    found.setdefault(short, {})[sample.labels["model"]] = sample.value
+        return found
+
+    def look(*, healthy: bool = True, **verified: bool) -> dict[str, dict[str, float]]:
+        metrics.server("here", healthy=healthy, verified=verified)
+        return values()
+
+    assert look(a=True, b=False) == {
+        "ready": {"a": 1, "b": 1},
+        "unverified": {"a": 0, "b": 1},
+        "losses_total": {"a": 0, "b": 0},
+    }
+    found = look(b=True)
+    assert (found["ready"], found["losses_total"]) == ({"a": 0, "b": 1}, {"a": 1, "b": 0})
+    assert found["unverified"]["b"] == 0
+    assert look(b=True)["losses_total"] == {"a": 1, "b": 0}  # it is not lost again
+    found = look(healthy=False, b=True)  # what the server had when it last answered
+    assert (found["ready"], found["losses_total"]) == ({"a": 0, "b": 0}, {"a": 1, "b": 0})
+    found = look(a=True)  # it came back with another model
+    assert (found["ready"], found["losses_total"]) == ({"a": 1, "b": 0}, {"a": 1, "b": 1})
+    metrics.forget("here")
+    assert values() == {"losses_total": {"a": 1, "b": 1}}
 
 
 def test_stages_are_no_models() -> None:

@@ -20,12 +20,34 @@ GOOD: dict[str, Any] = {
     "variants": ["int8", "fp32"],
     "limits": {"context": 64},
 }
+PACKAGE: dict[str, Any] = {"package": "a==1", "path": "b", "sha256": "0" * 64}
 EMBEDDING: dict[str, Any] = {
     "task": "feature-extraction",
     "source": {"path": "x"},
     "variants": ["fp32"],
     "limits": {"dimensions": 8, "max_tokens": 100, "buckets": [32, 64]},
 }
+
+
+def test_what_a_source_adds_counts_only_where_it_is_said() -> None:
+    plain = models_file.parse("gpt2", GOOD | {"source": {"package": "a==1", "path": "b"}}).as_dict()["source"]
+    assert set(plain) == {
+        "hub",
+        "revision",
+        "package",
+        "path",
+        "adapter",
+        "adapter_revision",
+    }  # as before it could say more
+    part = {"package": "b==1", "sha256": "1" * 64, "path": "c"}
+    added = PACKAGE | {"parts": [part], "files": {"config.json": {"d_ff": 3}}}
+    found = models_file.parse("gpt2", GOOD | {"source": added})
+    assert found.as_dict()["source"] == plain | {
+        "sha256": "0" * 64,
+        "parts": (part,),
+        "files": '{"config.json": {"d_ff": 3}}',
+    }
+    assert found.source.files.values == {"config.json": {"d_ff": 3}}
 
 
 def test_a_good_table() -> None:
@@ -67,6 +89,19 @@ def test_a_good_table() -> None:
             "unknown key url; known are hub, revision, package, path, adapter, adapter_revision",
         ),
         ({"source": {"package": "a>=1", "path": "b"}}, "must pin a version"),
+        ({"source": {"path": "b", "sha256": "0" * 64}}, "a package also with sha256"),
+        ({"source": {"package": "a==1", "path": "b", "parts": []}}, "a package also with sha256, and then with parts"),
+        ({"source": {"package": "a==1", "path": "b", "sha256": "x"}}, "source.sha256 must be 64 digits"),
+        ({"source": PACKAGE | {"parts": 5}}, "source.parts must be list, found 5"),
+        ({"source": PACKAGE | {"parts": [{"package": "b==1"}]}}, "source.parts[0]: sha256, path is missing"),
+        (
+            {"source": PACKAGE | {"parts": [{"package": "b", "sha256": "0" * 64, "path": "c"}]}},
+            "source.parts[0].package must pin a version",
+        ),
+        ({"source": {"hub": "a", "files": {}}}, "found ['files', 'hub']"),
+        ({"source": PACKAGE | {"files": {"../config.json": {}}}}, "must be a JSON file inside of the folder"),
+        ({"source": PACKAGE | {"files": {"weights.bin": {}}}}, "files: 'weights.bin' must be a JSON file"),
+        ({"source": PACKAGE | {"files": {"config.json": 5}}}, "files.config.json must be a table or a list, found 5"),
         ({"limits": {"contxt": 3}}, "unknown key contxt; known are context, slots"),
         ({"trust_remote_code": 1}, "trust_remote_code must be bool"),
         ({"limits": {"slots": 0}}, "limits.slots must be a positive integer, found 0"),

@@ -113,6 +113,7 @@ def test_the_table_of_generation() -> None:
             "peers": {"transformers fp32": peer, "quick": peer | {"prefill": 250.0}},
             "failed": {"broken": "its process was ended by SIGSEGV"},
             "features": {},
+            "first_token": {"smollm2": {"served": 9.0, "in process": 8.0}},
         }
     )
     assert "a processor, 2 cores, AVX2. Ratios in brackets are to transformers fp32." in table

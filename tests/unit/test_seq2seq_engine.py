@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from trident_serving.errors import DeadlineExceeded, Overloaded
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.sampling.params import SamplingParams
-from trident_serving.seq2seq.decoder import Row
+from trident_serving.seq2seq.decoder import Copy, Row
 from trident_serving.seq2seq.engine import Engine, Job
 from trident_serving.seq2seq.rules import Rules
 from trident_serving.seq2seq.search import Found, SearchParams
@@ -34,12 +34,17 @@ class ListDecoder:
         self.texts: dict[Hashable, tuple[int, ...]] = {}
         self.seconds = seconds
         self.batches: list[int] = []
+        self.encoded: list[int] = []
+        self.copied = 0
         self.fail_on: int | None = None
 
-    def encode(self, text: Hashable, ids: Sequence[int]) -> None:
-        if self.fail_on in ids:
-            raise RuntimeError("the encoder failed")
-        self.texts[text] = tuple(ids)
+    def encode_all(self, texts: Mapping[Hashable, Sequence[int]]) -> dict[Hashable, Exception]:
+        failed: dict[Hashable, Exception] = {
+            text: RuntimeError("the encoder failed") for text, ids in texts.items() if self.fail_on in ids
+        }
+        self.encoded.append(len(texts))
+        self.texts |= {text: tuple(ids) for text, ids in texts.items() if text not in failed}
+        return failed
 
     def remove(self, text: Hashable) -> None:
         del self.texts[text]
@@ -55,10 +60,11 @@ class ListDecoder:
             found.append(np.random.default_rng(seed).standard_normal(VOCABULARY) * 3)
         return np.array(found, np.float32)
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        assert not set(sources) & set(targets)
-        for source, target in zip(sources, targets, strict=True):
-            self.cache[target] = self.cache[source][:length]
+    def move(self, copies: Sequence[Copy], length: int) -> None:
+        assert not {copy.source for copy in copies} & {copy.target for copy in copies}
+        for copy in copies:
+            self.copied += length - copy.start
+            self.cache[copy.target][copy.start :] = self.cache[copy.source][copy.start : length]
 
 
 class Collector:
@@ -131,6 +137,30 @@ def test_a_text_waits_for_as_many_slots_as_it_has_beams() -> None:
     assert max(decoder.batches) == 3  # first come, first served: the third does not overtake the second
 
 
+def test_texts_that_wait_are_encoded_together_and_few_beside_others_that_decode() -> None:
+    decoder = ListDecoder(12, seconds=0.001)
+    answers(decoder, [([5] * 100, params(6, endless=True))] * 12)
+    assert decoder.encoded == [12]
+    engine = make(decoder)
+    consumers = [Collector() for _ in range(5)]
+    engine.submit([Job([4], START, params(200, endless=True), consumers[0])])
+    while len(decoder.encoded) < 2:
+        time.sleep(0.001)
+    engine.submit([Job([7] * 60, START, params(2), consumer) for consumer in consumers[1:]])
+    assert all(consumer.done.wait(10) for consumer in consumers)
+    engine.stop()
+    assert decoder.encoded == [12, 1, 2, 2]  # of 60 tokens two at a time
+
+
+def test_a_beam_takes_over_only_what_is_not_the_same_in_its_slot() -> None:
+    decoder = ListDecoder(4)
+    found = answers(decoder, [([5], params(40, 4, endless=True))])
+    assert found[0] is not None
+    assert len(found[0].tokens) == 40
+    whole = sum(range(2, 42))  # of one beam that is copied in each step, from its first token on
+    assert 0 < decoder.copied < whole / 2
+
+
 def test_a_text_that_can_not_be_encoded_leaves_the_others() -> None:
     decoder = ListDecoder(4, seconds=0.001)
     decoder.fail_on = 13
@@ -166,6 +196,7 @@ def test_cancelled_and_overdue_texts_end_where_they_are() -> None:
     recorded = recorder.drain()
     assert (recorded.counters["requests_cancelled"], recorded.counters["requests_failed"]) == (2, 2)
     assert recorded.gauges["slots_used"] == recorded.gauges["requests_waiting"] == 0
+    assert recorded.gauges["slots"] == decoder.slots
 
 
 def test_an_error_of_a_step_fails_what_it_holds_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

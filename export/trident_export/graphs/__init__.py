@@ -6,5 +6,6 @@ encoder             encoders
 rotary              rotary embeddings that the attention operator computes
 shape_folding       shapes that never change become constants
 decoder_passes      fewer and larger operators for decoders
+read_rows           behind the last attention, only tokens whose logits are wanted
 unpadding           encoders compute real tokens only
 """

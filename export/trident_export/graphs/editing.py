@@ -7,6 +7,8 @@ pass asks for their numbers (`array`), and what a pass makes of them goes to a f
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 import os
 import shutil
 import tempfile
@@ -22,6 +24,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 SMALL = 1024  # bytes of a constant that shape inference may look at
@@ -69,6 +72,22 @@ def link(path: Path, target: Path) -> None:
             _link(file, target.with_name(target.name + ending))
 
 
+def save_beside(model: ir.Model, path: Path, target: Path) -> None:
+    """Write a graph that `load` read from `path`, and whose large weights are still the same: the disk holds them once.
+
+    Args:
+        path: of a graph that `save` wrote.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data, linked = (file.with_name(file.name + ".data") for file in (path, target))
+    if data.exists():
+        _link(data, linked)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _in_file(value.const_value, linked, base=target.parent)
+    ir.save(model, target)
+
+
 def save_linked(model: ir.Model, path: Path) -> None:
     """Write a graph for a session that is to be opened right now: weights in files are linked and not copied."""
     links: dict[str, Path] = {}
@@ -85,6 +104,59 @@ def save_linked(model: ir.Model, path: Path) -> None:
     finally:
         for value, tensor in before:
             value.const_value = tensor
+
+
+def share_weights(path: Path, other: Path) -> int:
+    """Let a graph read large weights from the file of another in its folder that has the same; returns their bytes.
+
+    ONNX Runtime maps these files, so memory holds such weights once, too, where it does not rearrange them.
+
+    Args:
+        path, other: graphs that `save` wrote; the second is written again.
+    """
+    first, second = (onnx.load(str(file), load_external_data=False) for file in (path, other))
+    if any(attribute.HasField("g") for node in second.graph.node for attribute in node.attribute):
+        return 0  # whose weights are not looked for
+    held = {_contents(tensor, path): tensor for tensor in first.graph.initializer if _is_large(tensor)}
+    own, shared = [], 0
+    for tensor in second.graph.initializer:
+        same = held.get(_contents(tensor, other)) if _is_large(tensor) else None
+        if same is not None:
+            del tensor.external_data[:]
+            tensor.external_data.extend(same.external_data)
+            shared += ExternalDataInfo(tensor).length
+        elif uses_external_data(tensor):
+            own.append(tensor)
+    if not shared:
+        return 0
+    data, part = (other.with_name(f"{other.name}.{ending}") for ending in ("data", "part"))
+    with part.open("wb") as stream:
+        for tensor in own:
+            stream.seek(-(-stream.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY)
+            offset, numbers = stream.tell(), _bytes(tensor, other)
+            stream.write(numbers)
+            del tensor.external_data[:]
+            for key, value in (("location", data.name), ("offset", offset), ("length", len(numbers))):
+                tensor.external_data.add(key=key, value=str(value))
+    part.chmod(0o644)
+    part.replace(data)
+    part.write_bytes(second.SerializeToString())
+    part.replace(other)  # and not written to: the file may have other names
+    return shared
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    return bool(uses_external_data(tensor) and ExternalDataInfo(tensor).length >= LARGE)
+
+
+def _contents(tensor: onnx.TensorProto, path: Path) -> tuple[int, tuple[int, ...], bytes]:
+    return tensor.data_type, tuple(tensor.dims), hashlib.sha256(_bytes(tensor, path)).digest()
+
+
+def _bytes(tensor: onnx.TensorProto, path: Path) -> memoryview:
+    """Of a tensor that lies in a file beside the graph at `path`."""
+    where = ExternalDataInfo(tensor)
+    return np.memmap(path.with_name(where.location), np.uint8, "r", where.offset or 0, (where.length,)).data
 
 
 def _link(file: Path, target: Path) -> None:

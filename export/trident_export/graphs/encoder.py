@@ -12,13 +12,15 @@ single texts, models with token types get zeros for them inside the graph. Its o
     fill-mask                              top_scores, top_ids [batch, sequence, k], log_normalizer [batch, sequence]:
                                            the k largest logits, and the logarithm of the sum of all their powers
 
-While the model is traced, its attention is a plain one in few operators; an architecture that does not attend through
-transformers' attention interface is traced as it is.
+While the model is traced, its attention is one operator, which becomes a loop over the texts (see `attention`), or a
+plain one in few operators, where it can't be; an architecture that does not attend through transformers' attention
+interface is traced as it is, but for MPNet.
 """
 
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,15 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 from trident_export.errors import UnsupportedArchitecture
+from trident_export.graphs.attention import attend, drop_heads, write_attention
 from trident_export.graphs.editing import constant, make, reduced, save
 from trident_export.graphs.experts import every_expert
+from trident_export.graphs.fused import fuse
 from trident_export.graphs.tracing import running, trace
 from trident_export.graphs.unpadding import unpad
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -95,6 +100,9 @@ def export_encoder_graph(
             f"{said} reads no {' and no '.join(lost)} in the run that was traced, so padding would change its answers: "
             "choose another model"
         )
+    for value in graph.graph.outputs:  # the exporter knows no shapes behind an operator of ours
+        sizes = axes[value.name]
+        value.shape = ir.Shape([sizes.get(axis, size) for axis, size in enumerate(given[value.name].shape)])
     if TOKEN_TYPES in inputs:
         with_token_types(graph)
     finish(graph)
@@ -106,7 +114,11 @@ def export_encoder_graph(
         )
     graph.graph.outputs.clear()
     graph.graph.outputs.extend(found[name] for name in outputs)
-    unpad(graph, REAL_TOKENS if REAL_TOKENS in ir.convenience.create_value_mapping(graph.graph) else "attention_mask")
+    mask = REAL_TOKENS if REAL_TOKENS in ir.convenience.create_value_mapping(graph.graph) else "attention_mask"
+    drop_heads(graph)
+    unpad(graph, mask)
+    write_attention(graph, mask)
+    fuse(graph)
     save(graph, path)
 
 
@@ -132,11 +144,21 @@ def _load(source: HuggingFaceFolder, head: Any) -> tuple[PreTrainedModel, list[s
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
         model.set_attn_implementation(ATTENTION)
+    for module in model.modules():
+        if isinstance(module, MPNetSelfAttention):
+            module.forward = types.MethodType(_attend_mpnet, module)
     return model, names
 
 
 def _mask(*sizes: Any, **options: Any) -> torch.Tensor | None:
-    """Transformers' eager mask, computed from positions: the exporter can't record `vmap`."""
+    """Transformers' eager mask, computed from positions: the exporter can't record `vmap`.
+
+    One of padding alone is [batch, 1, 1, tokens], by which `_attend` knows it.
+    """
+    padding = options.get("attention_mask")
+    if options.get("mask_function") is bidirectional_mask_function and padding is not None:
+        zero = torch.zeros((), dtype=options["dtype"])
+        return torch.where(padding[:, None, None, :], zero, torch.finfo(options["dtype"]).min)
     mask: torch.Tensor | None = eager_mask(*sizes, **(options | {"use_vmap": False}))
     return mask
 
@@ -160,8 +182,13 @@ def _attend(
         if options.get(name) is not None:
             raise UnsupportedArchitecture(f"attention with {name!r} is not supported in encoders: choose another model")
     heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None and groups == 1 and softcap is None and _is_of_texts(query, key):
+        of_padding = attention_mask.shape[-2] == 1
+        mask, bias = (attention_mask, None) if of_padding else (None, attention_mask)
+        return attend(query, key, value, mask, bias, scaling), None
     # Scaled queries, not scores: there are fewer.
-    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    query = query * scaling
     if groups > 1:  # several heads of queries for one of keys: [batch, heads, groups, tokens, head_dim]
         query = torch.unflatten(query, 1, (heads, groups))
         key, value = key[:, :, None], value[:, :, None]
@@ -173,6 +200,26 @@ def _attend(
         scores = scores + attention_mask
     found = torch.matmul(scores.softmax(dim=-1), value)
     return (found.flatten(1, 2) if groups > 1 else found).transpose(1, 2).contiguous(), None
+
+
+def _is_of_texts(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether each token of a text asks each of the same text, in the run that is traced."""
+    return (int(query.shape[0]), int(query.shape[2]), int(key.shape[2])) == (_BATCH, _LENGTH, _LENGTH)
+
+
+def _attend_mpnet(
+    self: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor]:
+    """MPNet's attention, which transformers' interface does not know; all texts have the same bias of positions."""
+    heads = (*hidden_states.shape[:-1], self.num_attention_heads, self.attention_head_size)
+    query, key, value = (layer(hidden_states).view(heads).transpose(1, 2) for layer in (self.q, self.k, self.v))
+    bias = position_bias[:1] if position_bias is not None else None
+    found = attend(query, key, value, attention_mask, bias, self.attention_head_size**-0.5)
+    return (self.o(found.flatten(2)),)
 
 
 def _arguments(names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -2,10 +2,15 @@
 
 The encoder gives the keys and values of every decoder layer's cross-attention, computed once for a text:
 
-    input_ids            int64   [texts, sequence]     texts of one length, without padding
+    input_ids            int64   [texts, sequence]
+    attention_mask       int64   [texts, sequence]     1 for a text's tokens, 0 behind them
                          of speech: input_features float32 [texts, mels, frames], as many frames as the model reads
     -> cross.<layer>.key     float32 [texts, H, D, sequence]   transposed, as the matmul with the queries reads it
     -> cross.<layer>.value   float32 [texts, H, sequence, D]
+
+It computes a text's tokens only (`unpadding`), and texts are padded to a multiple of `LENGTH_STEP` positions, so that
+the numbers of a text are the same to the last bit whatever is encoded with it. A first run of texts alone and together
+shows whether that holds. Where it does not, the graph has no mask and takes texts one at a time.
 
 The decoder appends one token to each row. A row is a beam; its self-attention is ONNX Runtime's `GroupQueryAttention`
 with a cache that is bound in place, so every beam has its own length. The beams of one text share the text's keys and
@@ -34,18 +39,21 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
 
-from trident_export.errors import UnsupportedArchitecture
+from trident_export.errors import ExportError, UnsupportedArchitecture
 from trident_export.graphs import editing
 from trident_export.graphs.decoder_passes import attention_nodes, drop_idle_casts, fuse_norms
 from trident_export.graphs.experts import every_expert
@@ -53,6 +61,8 @@ from trident_export.graphs.led import windows_of_any_length
 from trident_export.graphs.rotary import MULTIPLE
 from trident_export.graphs.shape_folding import fold_shapes
 from trident_export.graphs.tracing import trace
+from trident_export.graphs.unpadding import unpad
+from trident_serving.seq2seq.decoder import LENGTH_STEP, LONGEST_PADDED, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,8 +191,9 @@ class _Encoder(torch.nn.Module):
         self.attentions = [cross for _, cross in decoder_attentions(model)]
         self.projections = torch.nn.ModuleList([part for a in self.attentions for part in (a.key, a.value)])
 
-    def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hidden = self.encoder(source).last_hidden_state
+    def forward(self, source: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        hidden = self.encoder(source, **mask).last_hidden_state
         flat = []
         for attention in self.attentions:
             key, value = (
@@ -395,20 +406,71 @@ def _relative_bias(module: Any, capacity: int) -> torch.Tensor | None:
     return found
 
 
-def export_encoder(model: PreTrainedModel, path: Path) -> None:
-    """Write the encoder's graph."""
+def export_encoder(model: PreTrainedModel, path: Path, longest: int | None = None) -> None:
+    """Write the encoder's graph.
+
+    Args:
+        longest: positions that the encoder has; None: any number.
+    """
     layers = len(decoder_attentions(model))
     outputs = [f"cross.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    if model.main_input_name == "input_features":
-        config = model.config
-        source = torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions)  # its convolutions halve them
-        axes = dict.fromkeys(outputs, {0: "texts"})
-    else:
-        source = torch.ones(2, 5, dtype=torch.long)
-        axes = {name: {0: "texts", 3 if name.endswith("key") else 2: "sequence"} for name in outputs}
-    name = model.main_input_name
-    axes |= {name: {0: "texts", 1: "sequence"} if name == "input_ids" else {0: "texts"}}
-    _export(_Encoder(model), (source,), path, [name], outputs, axes)
+    if (features := model.main_input_name) == "input_features":
+        source = torch.zeros(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)  # these are halved
+        speech_axes = dict.fromkeys((features, *outputs), {0: "texts"})
+        _export(_Encoder(model), (source,), path, [features], outputs, speech_axes, longest)
+        return
+    sizes = {0: "texts", 1: "sequence"}
+    axes = {"input_ids": sizes, "attention_mask": sizes}
+    axes |= {name: {0: "texts", 3 if name.endswith("key") else 2: "sequence"} for name in outputs}
+    ids, mask = torch.ones(2, 5, dtype=torch.long), torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
+    encoder = _Encoder(model)
+    with suppress(ExportError):
+        _export(encoder, (ids, mask), path, ["input_ids", "attention_mask"], outputs, axes, longest)
+        if texts_stay_apart(encoder, path, longest):
+            return
+    del axes["attention_mask"]
+    _export(encoder, (ids,), path, ["input_ids"], outputs, axes)
+
+
+def texts_stay_apart(encoder: _Encoder, path: Path, longest: int | None) -> bool:
+    """Whether a graph gives texts what the model gives them, and the same to the last bit alone and together."""
+    config: Any = encoder.model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    size = min(getattr(config, name, None) or config.vocab_size for name in ("src_vocab_size", "vocab_size"))
+    texts = [
+        torch.randint(size // 4, size // 2, (length,), generator=generator)
+        for length in (2, 9, LENGTH_STEP + 6)
+        if longest is None or padded(length) <= longest
+    ]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what it can't run is no error here
+    options.intra_op_num_threads = 1
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        together = _encoded(session, texts)
+        alone = [_encoded(session, [text])[0] for text in texts]
+    except Exception:  # of ONNX Runtime's own types
+        return False
+    with torch.inference_mode():
+        expected = [[array[0].numpy() for array in encoder(text[None])] for text in texts]
+    return bool(texts) and all(
+        np.array_equal(one, other) and np.allclose(one, own, rtol=1e-3, atol=1e-4 * np.abs(own).max())
+        for text in zip(together, alone, expected, strict=True)
+        for one, other, own in zip(*text, strict=True)
+    )
+
+
+def _encoded(session: ort.InferenceSession, texts: Sequence[torch.Tensor]) -> list[list[NDArray[np.float32]]]:
+    """The outputs for each of some texts that run together."""
+    ids, mask = np.zeros((2, len(texts), padded(max(map(len, texts)))), np.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    outputs = session.run(None, {"input_ids": ids, "attention_mask": mask})
+    keys = [node.name.endswith("key") for node in session.get_outputs()]
+    return [
+        [array[row, :, :, :size] if key else array[row, :, :size] for key, array in zip(keys, outputs, strict=True)]
+        for row, size in enumerate(map(len, texts))
+    ]
 
 
 def export_decoder(model: PreTrainedModel, path: Path, capacity: int) -> None:
@@ -468,6 +530,7 @@ def _export(
     inputs: list[str],
     outputs: list[str],
     axes: dict[str, dict[int, str]],
+    longest: int | None = None,
 ) -> None:
     said, operators = f"a {type(module.model).__name__}", isinstance(module, _Decoder)
     with ExitStack() as stack:
@@ -478,6 +541,9 @@ def _export(
         place_inputs(node)
     fold_shapes(graph)
     drop_idle_casts(graph)
+    if "attention_mask" in inputs:
+        unpad(graph)
+        graph.metadata_props[LONGEST_PADDED] = str(longest or 0)
     editing.save(fuse_norms(graph), path)
 
 

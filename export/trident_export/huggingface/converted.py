@@ -48,7 +48,11 @@ def convert(cache: Path, name: str, parts: object, room: int, write: Callable[[P
         with disk.writing(scratch):
             write(scratch)
         scratch.chmod(0o755)
-        scratch.rename(folder)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process made it meanwhile
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder

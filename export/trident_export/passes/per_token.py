@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from trident_export.graphs.editing import add_domain, array, constant, drop_unused, make, reduced, replace
+from trident_export.graphs.unpadding import is_packed
 from trident_export.passes.base import CalibrationRuns, Pass, matmul_nodes, ranks
 
 _PREFIX = "rowwise"
@@ -63,7 +64,7 @@ def quantize_per_token(model: ir.Model, chosen: Collection[str]) -> set[str]:
         if rank != 2 and not (rank == 3 and packed):
             continue
         if source not in integers:
-            middles = None
+            middles = every_token if is_packed(source.name) else None
             if rank == 3 and source not in selected:
                 if every_token is None:
                     ids = next(value for value in graph.inputs if value.name == _TOKENS)
@@ -73,6 +74,8 @@ def quantize_per_token(model: ir.Model, chosen: Collection[str]) -> set[str]:
                 middles = every_token
             made, scale = _quantize_activation(model, source, rank - 2, middles)
             matmul.prepend(made)
+            if is_packed(source.name):  # all of them have the same tokens
+                every_token = made[-1].inputs[2]
             integers[source] = (made[-1].outputs[0], scale)
         replace(matmul, _matmul(matmul, *integers[source]))
         taken.add(matmul.name)

@@ -73,6 +73,11 @@ class Static(Calibrated):
         with tempfile.TemporaryDirectory() as folder, _silence():
             before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
             add_biases(model, chosen)
+            for matmul in matmul_nodes(
+                model, chosen
+            ):  # the quantizer leaves a tensor alone whose type it does not know
+                source = matmul.inputs[0]
+                source.type = source.type or ir.TensorType(ir.DataType.FLOAT)
             save(model, before)
             quantize_static(
                 str(before),

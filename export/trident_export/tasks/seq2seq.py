@@ -14,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from trident_export import corpora, disk, recipes
 from trident_export.errors import ModelsFileError
+from trident_export.graphs import editing
 from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_export.huggingface import seq2seq as text_files
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -60,7 +61,7 @@ def trace(job: Job) -> None:
     capacity = positions(limits.max_target_tokens, GenerationDefaults.load(job.assets).prompt)
     job.graphs.mkdir()
     job.progress("tracing the graphs")
-    export_encoder(model, job.graphs / "encoder.onnx")
+    export_encoder(model, job.graphs / "encoder.onnx", job.source.longest_input)
     export_decoder(model, job.graphs / "decoder.onnx", capacity)
 
 
@@ -69,6 +70,7 @@ def write(job: Job, variant: str) -> None:
     folder = job.staging / job.spec.public_name(variant) / VERSION
     for name in ("encoder.onnx", "decoder.onnx"):
         recipes.apply(job.spec.recipes[variant], Kind.SEQ2SEQ, job.graphs / name, folder / name)
+    editing.share_weights(folder / "encoder.onnx", folder / "decoder.onnx")
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
@@ -237,8 +239,8 @@ def served_logits(
     decoder: Seq2SeqDecoder, samples: list[list[int]], targets: list[list[int]], beams: int
 ) -> list[Floats]:
     """Logits of texts that run together, each one step behind the one before; float32 [tokens, vocabulary] each."""
-    for text, ids in enumerate(samples):
-        decoder.encode(text, ids)
+    for error in decoder.encode_all(dict(enumerate(samples))).values():
+        raise error
     logits: list[list[Floats]] = [[] for _ in samples]
     steps = max(len(target) + text for text, target in enumerate(targets))
     for step in range(steps):

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
 from trident_export.graphs.lora import Lora, skip_idle_blocks
+from trident_export.graphs.read_rows import compute_read_rows
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
 from trident_export.huggingface import chat_templates, lora
@@ -116,8 +118,13 @@ def write(job: Job, variant: str) -> None:
     folder = job.staging / job.spec.public_name(variant) / VERSION
     graph, runs = job.graphs / "model.onnx", calibration_runs(job)
     assert job.spec.generation
-    # A GPU would wait for the CPU at every branch.
-    finish = skip_idle_blocks if job.spec.adapters and job.spec.generation.device == "cpu" else None
+    branches = bool(job.spec.adapters) and job.spec.generation.device == "cpu"  # a GPU would wait at each for the CPU
+
+    def finish(model: ir.Model) -> None:
+        compute_read_rows(model)
+        if branches:
+            skip_idle_blocks(model)
+
     recipes.apply(job.spec.recipes[variant], Kind.DECODER, graph, folder / "model.onnx", runs, finish)
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 

@@ -85,6 +85,7 @@ class Engine(EngineLoop[Answer]):
         self._ngram_pool = NgramPool() if settings.prompt_lookup and settings.ngram_pool else None
         self._mask_maker = MaskMaker()
         self._scheduler = self._new_scheduler()
+        self._recorder.set(slots=settings.slots, kv_cache_tokens_limit=settings.cache_tokens)
         self.start()
 
     def submit(self, *jobs: Job) -> None:
@@ -266,6 +267,7 @@ class Engine(EngineLoop[Answer]):
                 requests_waiting=self._scheduler.waiting,
                 slots_used=self._pool.running,
                 kv_cache_tokens=self._pool.held,
+                kv_cache_tokens_reserved=self._pool.reserved,
             )
 
 

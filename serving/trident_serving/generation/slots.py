@@ -96,6 +96,11 @@ class SlotPool:
         return sum(slot.reserved > 0 for slot in self._slots)
 
     @property
+    def reserved(self) -> int:
+        """Tokens that running sequences may grow to; beyond the budget none is admitted."""
+        return sum(slot.reserved for slot in self._slots)
+
+    @property
     def held(self) -> int:
         """Tokens whose memory is taken: what running sequences may grow to, and what is kept."""
         return sum(slot.tokens for slot in self._slots)
@@ -169,7 +174,7 @@ class SlotPool:
         return empty[0] if empty else min(others, key=lambda index: self._slots[index].last_used)
 
     def _can_fit(self, reserve: int) -> bool:
-        return sum(slot.reserved for slot in self._slots) + reserve <= self.budget
+        return self.reserved + reserve <= self.budget
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:

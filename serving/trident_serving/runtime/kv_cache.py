@@ -100,10 +100,15 @@ class KVCache:
         for buffer in self.buffers.values():
             buffer[target, :, :length] = buffer[source, :, :length]
 
-    def copy_slots(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first positions of several slots to others; no target is a source."""
+    def copy_parts(self, parts: Sequence[tuple[int, int, int]], length: int) -> None:
+        """Copy positions up to `length` of several slots to others; no target is a source.
+
+        Args:
+            parts: source, target, and the first position that is copied.
+        """
         for buffer in self.buffers.values():
-            buffer[list(targets), :, :length] = buffer[list(sources), :, :length]
+            for source, target, start in parts:
+                buffer[target, :, start:length] = buffer[source, :, start:length]
 
     def release(self, slot: int, start: int = 0) -> None:
         """Give the memory of the slot's positions from `start` on back; they read as zeros then."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ Source = Sequence[int] | Floats  # tokens, or the features of speech, float32 [m
 LENGTH_STEP = 64
 # A matmul of one row sums in another order than one of several.
 MIN_POSITIONS = 2
+# Texts times positions of an encoder's run at most: its attention takes memory for each of the text's positions again.
+ENCODED_POSITIONS = 1024
+LONGEST_PADDED = "longest_padded"
+"""Under this name an encoder that takes a mask says up to how many positions it can be padded; 0: to any."""
 _MASKED = np.float32(-1e9)
+
+
+def padded(length: int) -> int:
+    """The next multiple of `LENGTH_STEP`."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,19 @@ class Row:
     text: Hashable
     token: int
     position: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A slot that is to hold what another holds.
+
+    Attributes:
+        start: positions before it are the same in both.
+    """
+
+    source: int
+    target: int
+    start: int = 0
 
 
 class CrossCache:
@@ -54,10 +76,15 @@ class CrossCache:
         """Where a text is in the tensors."""
         return self._texts.index(text)
 
+    def reserve(self, texts: int, length: int) -> None:
+        """Make room for so many more texts of that length at most, all at once."""
+        used = sum(known is not None for known in self._texts)
+        if used + texts > len(self._texts) or length > self._capacity:
+            self._rebuild(used + texts, length)
+
     def add(self, text: Hashable, arrays: dict[str, Floats], length: int) -> None:
         """Add a text."""
-        if None not in self._texts or length > self._capacity:
-            self._rebuild(len([known for known in self._texts if known is not None]) + 1, length)
+        self.reserve(1, length)
         index = self._texts.index(None)
         self._texts[index], self._lengths[index] = text, length
         self._write(index, arrays, length)
@@ -83,7 +110,7 @@ class CrossCache:
     def _rebuild(self, texts: int, length: int) -> None:
         kept = [(text, at, self._lengths[at]) for at, text in enumerate(self._texts) if text is not None]
         longest = max([length, *(size for _, _, size in kept)], default=0)
-        capacity = -(-max(longest, 1) // LENGTH_STEP) * LENGTH_STEP
+        capacity = padded(max(longest, 1))
         before, self.tensors = self.tensors, {}
         for name, (heads, width) in self._shapes.items():
             shape = (heads, width, capacity) if name.endswith("key") else (heads, capacity, width)
@@ -121,8 +148,12 @@ class Seq2SeqDecoder:
         self._cross = CrossCache(
             {n: (node.shape[1], node.shape[2] if n.endswith("key") else node.shape[3]) for n, node in cross.items()}
         )
-        (self._source,) = self._encoder.get_inputs()
         self._encoded = [node.name for node in self._encoder.get_outputs()]
+        self._source = self._encoder.get_inputs()[0].name
+        # Of speech every window has as many.
+        self._positions = self._encoder.get_outputs()[0].shape[3] if self._source == "input_features" else 0
+        self._masked = any(node.name == "attention_mask" for node in self._encoder.get_inputs())
+        self._longest_padded = int(self._encoder.get_modelmeta().custom_metadata_map.get(LONGEST_PADDED, "0"))
         self._inputs = [name for name in nodes if name not in past and name not in cross]
         logits = next(node for node in self._decoder.get_outputs() if node.name == "logits")
         self.vocabulary_size = int(logits.shape[1])
@@ -139,15 +170,72 @@ class Seq2SeqDecoder:
         return self._cache.bytes_per_token
 
     def encode(self, text: Hashable, source: Source) -> None:
-        """Encode a text, without others and without padding, and keep its keys and values until it is removed.
+        """Encode a text, and keep its keys and values until it is removed."""
+        if failed := self.encode_all({text: source}):
+            raise failed[text]
 
-        Args:
-            source: its tokens, or the features of speech.
+    def encode_all(self, texts: Mapping[Hashable, Source]) -> dict[Hashable, Exception]:
+        """Encode texts, several in a run where the graph can tell them apart, and keep their keys and values.
+
+        Returns:
+            Why a text could not be encoded, for each of those.
         """
-        dtype = np.float32 if self._source.type == "tensor(float)" else np.int64
-        outputs = self._encoder.run(self._encoded, {self._source.name: np.asarray(source, dtype)[None]})
-        arrays = {name: array[0] for name, array in zip(self._encoded, outputs, strict=True)}
-        self._cross.add(text, arrays, outputs[0].shape[-1])
+        failed: dict[Hashable, Exception] = {}
+        self._cross.reserve(len(texts), self._positions or max(map(len, texts.values()), default=0))
+        for group in self._runs(texts):
+            try:
+                self._encode([(text, texts[text]) for text in group])
+            except Exception:
+                for text in group:
+                    try:
+                        self._encode([(text, texts[text])])
+                    except Exception as error:
+                        failed[text] = error
+        return failed
+
+    def _runs(self, texts: Mapping[Hashable, Source]) -> list[list[Hashable]]:
+        """Texts that are encoded together: of about the same length, if they can be padded, and have several tokens."""
+        runs: list[list[Hashable]] = []
+        for text in sorted(texts, key=lambda each: len(texts[each])):  # the last of a run is the longest
+            width = self._width(len(texts[text]))
+            alone = width is None or len(texts[text]) < MIN_POSITIONS
+            before = runs[-1] if runs and not alone else []
+            if (
+                before
+                and len(texts[before[0]]) >= MIN_POSITIONS
+                and (len(before) + 1) * (width or 0) <= ENCODED_POSITIONS
+            ):
+                before.append(text)
+            else:
+                runs.append([text])
+        return runs
+
+    def _width(self, length: int) -> int | None:
+        """Positions that a text is padded to, alone as well, so that its numbers are the same; None: it can't be."""
+        width = padded(length)
+        return None if not self._masked or 0 < self._longest_padded < width else width
+
+    def _encode(self, texts: Sequence[tuple[Hashable, Source]]) -> None:
+        if self._positions:  # of speech, one at a time: it has no mask
+            for text, features in texts:
+                arrays = self._encoder.run(self._encoded, {self._source: np.asarray(features, np.float32)[None]})
+                found = {name: array[0] for name, array in zip(self._encoded, arrays, strict=True)}
+                self._cross.add(text, found, self._positions)
+            return
+        longest = max(len(ids) for _, ids in texts)
+        width = self._width(longest) or longest
+        tokens, mask = np.zeros((2, len(texts), width), np.int64)
+        for row, (_, ids) in enumerate(texts):
+            tokens[row, : len(ids)] = ids
+            mask[row, : len(ids)] = 1
+        feeds = {"input_ids": tokens} | ({"attention_mask": mask} if self._masked else {})
+        outputs = dict(zip(self._encoded, self._encoder.run(self._encoded, feeds), strict=True))
+        for row, (text, ids) in enumerate(texts):
+            arrays = {
+                name: array[row, :, :, : len(ids)] if name.endswith("key") else array[row, :, : len(ids)]
+                for name, array in outputs.items()
+            }
+            self._cross.add(text, arrays, len(ids))
 
     def remove(self, text: Hashable) -> None:
         """Drop a text."""
@@ -197,9 +285,9 @@ class Seq2SeqDecoder:
         self._decoder.run_with_iobinding(binding)
         return self._logits[: len(rows)]
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first positions of some slots to others; no target is a source."""
-        self._cache.copy_slots(sources, targets, length)
+    def move(self, copies: Sequence[Copy], length: int) -> None:
+        """Copy positions up to `length` of some slots to others; no target is a source."""
+        self._cache.copy_parts([(copy.source, copy.target, copy.start) for copy in copies], length)
 
     def _bind(self, rows: int) -> Any:
         """The caches' tensors, bound again only when their number or their addresses changed."""

@@ -1,8 +1,8 @@
 """The engine that answers: a step admits and encodes texts, runs the model for all beams, lets every search advance.
 
 The engine knows tokens, not text. `submit` may be called from any thread. A text waits until as many slots are free as
-it has beams; first come, first served. A step encodes one text at most while others decode, so they wait for one
-encoder run at a time.
+it has beams; first come, first served. A step encodes few tokens while others decode, or one text, so that they wait no
+longer than for that.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from trident_serving.runtime import loop
 from trident_serving.runtime.loop import EngineLoop
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.seq2seq import search
-from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder, Source
+from trident_serving.seq2seq.decoder import Copy, Row, Seq2SeqDecoder, Source
 from trident_serving.seq2seq.search import Found, Search, SearchParams
 
 logger = logging.getLogger(__name__)
+
+ENCODED_BESIDE = 128  # tokens of texts that are encoded in a step in which others decode
 
 
 class Consumer(loop.Consumer, Protocol):
@@ -51,6 +53,11 @@ class Job:
     consumer: Consumer
     seconds: float | None = None
     search: Search | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens, or frames, of the source."""
+        return int(np.shape(self.source)[-1])
 
 
 class Answer(loop.Request):
@@ -85,6 +92,7 @@ class Engine(EngineLoop[Answer]):
         self._max_waiting = max_waiting
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
+        self._recorder.set(slots=decoder.slots)
         self.start()
 
     def submit(self, jobs: Sequence[Job], *, going_on: bool = False) -> None:
@@ -121,8 +129,9 @@ class Engine(EngineLoop[Answer]):
         logits = self._decoder.run(rows)
         self._recorder.observe("batch_size", len(rows))
         length = max(row.position for row in rows) + 1
-        copies: list[tuple[int, int]] = []
+        copies: list[Copy] = []
         for answer in list(self._running):
+            before = answer.search.tokens
             try:
                 parents = answer.search.advance(logits[answer.slots])
                 answer.generated += 1
@@ -131,7 +140,7 @@ class Engine(EngineLoop[Answer]):
                 self._release(answer)
                 self._fail(answer, error)
                 continue
-            copies += self._follow(answer, parents)
+            copies += self._follow(answer, parents, before)
             if answer.search.done:
                 self._release(answer)
                 self._finish(answer)
@@ -139,54 +148,67 @@ class Engine(EngineLoop[Answer]):
         self._compact(length)
 
     def _admit(self) -> None:
-        busy = bool(self._running)
-        while True:
-            with self._changed:
-                used = sum(answer.beams for answer in self._running)
-                if not self._waiting or used + self._waiting[0].beams > self._decoder.slots:
-                    return
-                answer = self._waiting.popleft()
-            try:
-                self._decoder.encode(answer, answer.job.source)
-            except Exception as error:
-                logger.exception("a text could not be encoded")
+        used = sum(answer.beams for answer in self._running)
+        room = ENCODED_BESIDE if self._running else None
+        admitted: list[Answer] = []
+        with self._changed:
+            while self._waiting and used + self._waiting[0].beams <= self._decoder.slots:
+                tokens = self._waiting[0].job.size
+                if room is not None:
+                    if admitted and tokens > room:
+                        break
+                    room -= tokens
+                used += self._waiting[0].beams
+                admitted.append(self._waiting.popleft())
+        if not admitted:
+            return
+        failed = self._decoder.encode_all({answer: answer.job.source for answer in admitted})
+        first = sum(answer.beams for answer in self._running)
+        for answer in admitted:
+            if (error := failed.get(answer)) is not None:
+                logger.error("a text could not be encoded", exc_info=error)
                 self._fail(answer, error)
-            else:
-                answer.slots = list(range(used, used + answer.beams))
-                answer.started = True
-                self._recorder.observe("queue_time", answer.age)
-                self._recorder.count("prompt_tokens", np.shape(answer.job.source)[-1])
-                self._running.append(answer)
-            if busy:
-                return
+                continue
+            answer.slots = list(range(first, first + answer.beams))
+            first += answer.beams
+            answer.started = True
+            self._recorder.observe("queue_time", answer.age)
+            self._recorder.count("prompt_tokens", answer.job.size)
+            self._running.append(answer)
 
-    def _follow(self, answer: Answer, parents: Sequence[int]) -> list[tuple[int, int]]:
-        """Give each beam the slot of its parent, or a copy of it in a slot that no beam goes on from."""
+    def _follow(self, answer: Answer, parents: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Copy]:
+        """Give each beam the slot of its parent, or a copy of it in a slot that no beam goes on from.
+
+        Args:
+            tokens: of each beam before, which tell how much of its slot is the parent's already.
+        """
         before = answer.slots
-        free = [slot for index, slot in enumerate(before) if index not in parents]
+        free = [index for index in range(len(before)) if index not in parents]
         taken: set[int] = set()
         slots, copies = [], []
         for parent in parents:
             if parent in taken:
-                copies.append((before[parent], free.pop()))
-                slots.append(copies[-1][1])
+                alike = {index: _common(tokens[parent], tokens[index]) for index in free}
+                dropped = max(free, key=alike.__getitem__)
+                free.remove(dropped)
+                copies.append(Copy(before[parent], before[dropped], len(answer.job.prompt) + alike[dropped]))
+                slots.append(before[dropped])
             else:
                 taken.add(parent)
                 slots.append(before[parent])
         answer.slots = slots
         return copies
 
-    def _move(self, copies: Sequence[tuple[int, int]], length: int) -> None:
+    def _move(self, copies: Sequence[Copy], length: int) -> None:
         if copies:
-            sources, targets = zip(*copies, strict=True)
-            self._decoder.move(sources, targets, length)
+            self._decoder.move(copies, length)
 
     def _compact(self, length: int) -> None:
         """Move the last slots into those that became free: a run takes the first slots of the cache."""
         used = sorted(slot for answer in self._running for slot in answer.slots)
         free = [slot for slot in range(len(used)) if slot not in set(used)]
         moved = dict(zip([slot for slot in used if slot >= len(used)], free, strict=True))
-        self._move(list(moved.items()), length)
+        self._move([Copy(source, target) for source, target in moved.items()], length)
         for answer in self._running:
             answer.slots = [moved.get(slot, slot) for slot in answer.slots]
 
@@ -225,3 +247,11 @@ class Engine(EngineLoop[Answer]):
     def _record_state(self) -> None:
         slots = sum(len(answer.slots) for answer in self._running)
         self._recorder.set(requests_running=len(self._running), requests_waiting=len(self._waiting), slots_used=slots)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two sequences begin with alike."""
+    for count, (first, second) in enumerate(zip(one, other, strict=True)):
+        if first != second:
+            return count
+    return len(one)

@@ -84,6 +84,11 @@ class Search(Protocol):
         """The position of that token."""
         ...
 
+    @property
+    def tokens(self) -> Sequence[Sequence[int]]:
+        """Of each row, those behind the start tokens that the model has read or reads next; all are as many."""
+        ...
+
     def advance(self, logits: Scores) -> list[int]:
         """Take the model's logits, [rows, vocabulary]; returns which row each row goes on from.
 
@@ -143,6 +148,11 @@ class TokenSearch(_Prompted):
         """See `Search.position`."""
         return self._read - 1 + len(self._tokens)
 
+    @property
+    def tokens(self) -> Sequence[Sequence[int]]:
+        """See `Search.tokens`."""
+        return [self._tokens]
+
     def advance(self, logits: Scores) -> list[int]:
         """See `Search.advance`."""
         if self._reads_on():
@@ -193,6 +203,11 @@ class BeamSearch(_Prompted):
     def position(self) -> int:
         """See `Search.position`."""
         return self._read - 1 + len(self._running[0].tokens)
+
+    @property
+    def tokens(self) -> Sequence[Sequence[int]]:
+        """See `Search.tokens`."""
+        return [beam.tokens for beam in self._running]
 
     def advance(self, logits: Scores) -> list[int]:
         """See `Search.advance`."""

@@ -62,6 +62,11 @@ class SpokenSearch:
         """See `Search.position`."""
         return self._search.position
 
+    @property
+    def tokens(self) -> Sequence[Sequence[int]]:
+        """See `Search.tokens`."""
+        return self._search.tokens
+
     def advance(self, logits: Scores) -> list[int]:
         """See `Search.advance`."""
         if not self._heard:

@@ -44,7 +44,10 @@ GAUGES: dict[str, tuple[str, str]] = {
     "requests_running": ("requests_running", "Requests with a slot"),
     "requests_waiting": ("requests_waiting", "Requests in the queue"),
     "slots_used": ("slots_used", "Slots of the KV cache with a sequence that runs"),
+    "slots": ("slots", "Slots of the KV cache"),
     "kv_cache_tokens": ("kv_cache_tokens", "Tokens that running sequences may grow to, and those kept for reuse"),
+    "kv_cache_tokens_reserved": ("kv_cache_tokens_reserved", "Tokens that running sequences may grow to"),
+    "kv_cache_tokens_limit": ("kv_cache_tokens_limit", "Tokens that the KV cache can hold"),
 }
 
 

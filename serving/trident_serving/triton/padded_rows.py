@@ -1,8 +1,8 @@
 """Batches of padded texts, cut where a long text would make every other one as expensive as itself.
 
-An encoder's graph computes only real tokens but for the attention, whose scores are [texts, heads, length, length] of
-the padded length. One text of 2,000 tokens beside 64 short ones is 65 such squares, and one of 577 tokens in a bucket
-of 864 is a square of 864. Small batches run as they are.
+An encoder's graph computes only real tokens. Where its attention could not be fused, that is the exception: its scores
+are [texts, heads, length, length] of the padded length. One text of 2,000 tokens beside 64 short ones is 65 such
+squares, and one of 577 tokens in a bucket of 864 is a square of 864. Small batches run as they are.
 """
 
 from __future__ import annotations
