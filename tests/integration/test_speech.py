@@ -248,7 +248,7 @@ def test_every_client_gives_the_same(
         assert srt.startswith(f"1\n00:00:0{first.start:.3f} --> 00:00:0{first.end:.3f}\n".replace(".", ","))
         assert srt.count(" --> ") == vtt.count(" --> ") == len(whole.segments)
         assert vtt.startswith(f"WEBVTT\n\n00:00:0{first.start:.3f} --> 00:00:0{first.end:.3f}\n")
-        with pytest.warns(DeprecationWarning):  # OpenAI's, of its client's method
+        with pytest.warns(DeprecationWarning, match="deprecated"):  # OpenAI's, of its client's method
             english = client.audio.translations.create(model="whisper", file=("a.flac", file.read_bytes()))
         assert english.text == connected.transcribe(file, model="whisper", task="translate").text
 
@@ -261,7 +261,11 @@ def test_every_client_gives_the_same(
         (wav(np.zeros(9), 1), {}, "audio has a sample rate of 1 Hz"),
         (wav(np.zeros(21 * RATE), kind="FLAC", subtype=None), {}, "audio has 21 seconds, the limit is 20"),
         (wav(RECORDINGS[0.3])[:30], {}, "audio can't be decoded"),
-        (wav(RECORDINGS[0.3]), {"language": "klingon"}, "language 'klingon' is not known to this model; known: de, en, fr, ja"),
+        (
+            wav(RECORDINGS[0.3]),
+            {"language": "klingon"},
+            "language 'klingon' is not known to this model; known: de, en, fr, ja",
+        ),
         (wav(RECORDINGS[0.3]), {"task": "sing"}, "task must be one of transcribe, translate, found 'sing'"),
         (wav(RECORDINGS[0.3]), {"num_beams": 5}, "num_beams must be between 1 and 4, found 5"),
         (wav(RECORDINGS[0.3]), {"max_tokens": 64}, "max_tokens must be between 1 and "),
@@ -290,7 +294,9 @@ def test_limits_of_a_request_and_of_a_model(connected: Client) -> None:
         quiet = connected.transcribe(wav(silence), model="whisper", timestamps=True)
         assert quiet.duration == pytest.approx(len(silence) / RATE)
         assert all(each.end <= quiet.duration for each in quiet.segments)
-    with pytest.raises(NotFoundError, match="the server serves whisper and whisper-en for automatic-speech-recognition"):
+    with pytest.raises(
+        NotFoundError, match="the server serves whisper and whisper-en for automatic-speech-recognition"
+    ):
         connected.transcribe(wav(RECORDINGS[0.3]))
     assert connected.transcribe(wav(RECORDINGS[2.0]), model="whisper_int8").finish_reason in ("stop", "length")
 
@@ -323,7 +329,9 @@ def test_the_gateway_refuses_what_is_no_form(speech_gateway: Gateway) -> None:
     for where, (body, headers), status, said in cases:
         found, _, answer = speech_gateway.ask(where, body, headers)
         assert (found, answer["error"]["message"][: len(said)]) == (status, said)
-    body, headers = form(("file", wav(np.zeros(9_000_000), subtype="PCM_U8")), model)  # beyond the limit of other bodies
+    body, headers = form(
+        ("file", wav(np.zeros(9_000_000), subtype="PCM_U8")), model
+    )  # beyond the limit of other bodies
     found, _, answer = speech_gateway.ask(path, body, headers)
     assert (found, answer["error"]["message"]) == (400, "file has 562 seconds, the limit is 20: send it in parts")
     assert answer["error"]["param"] == "file"

@@ -132,7 +132,9 @@ def test_the_rule_of_timestamps_is_that_of_transformers(answer: list[int], seed:
     config = GenerationConfig(no_timestamps_token_id=FIRST - 1, eos_token_id=EOS, max_initial_timestamp_index=most)
     scores = (3 * np.random.default_rng(seed).standard_normal(FIRST + 20)).astype(np.float32)
     tokens = [*prompt, *answer]
-    expected = WhisperTimeStampLogitsProcessor(config, begin_index=3)(torch.tensor([tokens]), torch.tensor(scores[None]))
+    expected = WhisperTimeStampLogitsProcessor(config, begin_index=3)(
+        torch.tensor([tokens]), torch.tensor(scores[None])
+    )
     candidates = Candidates(scores.copy())
     Timestamps(FIRST, EOS, 3, most)(np.array(tokens), candidates)
     assert np.array_equal(candidates.scores, expected[0].numpy())

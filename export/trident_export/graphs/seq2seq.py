@@ -246,7 +246,9 @@ class _Decoder(torch.nn.Module):
             parts = (own.query, own.key, own.value)
             self.register_buffer(f"weight_{layer}", torch.cat([part.weight for part in parts]))
             # Whisper's keys have none, its queries and values have.
-            biases = [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
+            biases: list[torch.Tensor] = [
+                torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts
+            ]
             biased = any(part.bias is not None for part in parts)
             self.register_buffer(f"bias_{layer}", torch.cat(biases) if biased else None)
         table = _position_table(model, capacity)
@@ -416,7 +418,7 @@ def export_encoder(model: PreTrainedModel, path: Path, longest: int | None = Non
     outputs = [f"cross.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
     if (features := model.main_input_name) == "input_features":
         source = torch.zeros(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)  # these are halved
-        speech_axes = dict.fromkeys((features, *outputs), {0: "texts"})
+        speech_axes = {name: {0: "texts"} for name in (features, *outputs)}
         _export(_Encoder(model), (source,), path, [features], outputs, speech_axes, longest)
         return
     sizes = {0: "texts", 1: "sequence"}

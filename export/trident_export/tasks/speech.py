@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSpeechSeq2Seq, GenerationConfig, PreTrainedModel
 
-from trident_export import corpora, disk, recipes
+from trident_export import disk, recipes
 from trident_export.errors import FidelityError, ModelsFileError
+from trident_export.graphs import editing
 from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_export.huggingface import speech as speech_files
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -71,6 +72,7 @@ def write(job: Job, variant: str) -> None:
     folder = job.staging / job.spec.public_name(variant) / VERSION
     for name in ("encoder.onnx", "decoder.onnx"):
         recipes.apply(job.spec.recipes[variant], Kind.SEQ2SEQ, job.graphs / name, folder / name)
+    editing.share_weights(folder / "encoder.onnx", folder / "decoder.onnx")
     shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
@@ -78,7 +80,7 @@ def evaluator(
     spec: ModelSpec, source: HuggingFaceFolder, root: Path, texts: Sequence[str], *, thorough: bool
 ) -> Evaluator:
     """See `trident_export.tasks`."""
-    model = load_model(source)
+    model = source.reference(AutoModelForSpeechSeq2Seq)
     folder = root / spec.public_name(spec.default_variant) / VERSION
     limits, tokenizer, extract = _limits(spec), source.tokenizer, speech_files.extractor(source)
     window = extract.chunk_length
@@ -192,13 +194,16 @@ class _Waiter:
         self.done = threading.Event()
 
     def is_cancelled(self) -> bool:
+        """See `ReplyChannel`, as all here."""
         return False
 
     def send(self, reply: Reply) -> None:
+        """The answer."""
         self.reply = reply
         self.done.set()
 
     def fail(self, error: Exception) -> None:
+        """There is none."""
         self.error = error
         self.done.set()
 

@@ -22,6 +22,7 @@ class SpokenSearch:
         begin: the search behind the whole prompt.
 
     Attributes:
+        done: see `Search`.
         prompt: as it was read.
         no_speech_probability: that nobody speaks.
     """
@@ -41,11 +42,7 @@ class SpokenSearch:
         # Its prompt may still change, its number of rows does not.
         self._search = begin(self.prompt)
         self._heard = False
-
-    @property
-    def done(self) -> bool:
-        """See `Search.done`."""
-        return self._search.done
+        self.done = False
 
     @property
     def rows(self) -> int:
@@ -76,7 +73,9 @@ class SpokenSearch:
                 language = self._languages[int(logits[0, self._languages].argmax())]
                 self.prompt = [language if token == DETECTED else token for token in self.prompt]
                 self._search = self._begin(self.prompt)
-        return self._search.advance(logits)
+        parents = self._search.advance(logits)
+        self.done = self._search.done
+        return parents
 
     def found(self) -> Found:
         """See `Search.found`."""

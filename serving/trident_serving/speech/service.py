@@ -195,12 +195,9 @@ class _Transcription:
             duration=self._duration,
             tokens=tokens,
             segments=tuple(
-                (self._within(each), service.text(each.tokens))
-                for each in self._segments
-                if self._request.timestamps
+                (self._within(each), service.text(each.tokens)) for each in self._segments if self._request.timestamps
             ),
         )
-
 
     def _within(self, segment: Segment) -> Segment:
         """A segment in the recording: a model may also hear something in the padding behind it."""
@@ -229,9 +226,7 @@ class SpeechService:
         frames = round(self.settings.seconds_per_step * features.rate / features.hop_length)
         self.clock = Clock(self.settings.first_timestamp, self.settings.seconds_per_step, frames)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        decoder = Seq2SeqDecoder(
-            folder, slots=limits.slots, capacity=limits.max_target_tokens, threads=limits.threads
-        )
+        decoder = Seq2SeqDecoder(folder, slots=limits.slots, capacity=limits.max_target_tokens, threads=limits.threads)
         own = limits.slots * limits.max_target_tokens * decoder.bytes_per_token
         cross = limits.slots * features.frames // frames * decoder.bytes_per_token
         self.memory = (

@@ -65,10 +65,10 @@ def cut(
 
     if not cuts:
         times = [token for token, is_time in zip(tokens, timed, strict=True) if is_time]
-        end = int(frames / clock.frames)
+        steps = frames // clock.frames
         if times and times[-1] != clock.first:
-            end = times[-1] - clock.first
-        return [segment(offset, offset + end * clock.step, 0, len(tokens))], frames
+            steps = times[-1] - clock.first
+        return [segment(offset, offset + steps * clock.step, 0, len(tokens))], frames
     if single_end:
         cuts.append(len(tokens))
     else:
