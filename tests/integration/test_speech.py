@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,9 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 from tests import gateways, tiny_models
 from tests.gateways import Gateway
 from trident_client import AsyncClient, Client, DeadlineExceededError, InvalidRequestError, NotFoundError, cli
-from trident_export import install, models_file
+from trident_export import add, install, models_file, tasks
+from trident_export.errors import FidelityError
+from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import signals
 from trident_serving.artefacts import VERSION
 from trident_serving.launcher import local
@@ -189,6 +192,35 @@ def test_the_language_is_heard_as_transformers_hears_it(folder: Path, connected:
         heard.add(connected.transcribe(wav(samples), model="whisper", max_tokens=3).language)
         assert f"<|{connected.transcribe(wav(samples), model='whisper', max_tokens=3).language}|>" == expected
     assert heard <= set(tiny_models.LANGUAGES)
+
+
+def spec_of(folder: Path) -> models_file.ModelSpec:
+    table = {"task": "automatic-speech-recognition", "source": {"path": str(folder / "whisper")}, "limits": LIMITS}
+    return models_file.parse("whisper", {**table, "variants": ["fp32"]})
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("mel_filters.npy", "the served features differ from transformers' by "),
+        ("generation.json", "a recording with(out)? timestamps is answered by the tokens "),
+    ],
+)
+def test_the_gate_refuses_what_hears_or_answers_otherwise(folder: Path, tmp_path: Path, file: str, said: str) -> None:
+    shutil.copytree(folder / "repository" / "whisper", tmp_path / "whisper")
+    path = tmp_path / "whisper" / VERSION / file
+    if file.endswith(".npy"):
+        np.save(path, 1.01 * np.load(path))
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"suppress_tokens": list(range(100, 400))}))
+    with pytest.raises(FidelityError, match=said):
+        tasks.evaluate(spec_of(folder), HuggingFaceFolder(folder / "whisper"), tmp_path)
+
+
+def test_a_folder_is_proposed_for_speech(folder: Path) -> None:
+    proposal = add.propose(folder / "whisper", {"path": str(folder / "whisper")})
+    assert proposal.table["task"] == "automatic-speech-recognition"
+    assert proposal.table["limits"] == {"max_target_tokens": 64}
 
 
 def test_every_client_gives_the_same(

@@ -23,7 +23,6 @@ from trident_export.huggingface.folder import HuggingFaceFolder, reading
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
 FILE = "model.bin"
 _SPECIFICATION = "WhisperSpec"
@@ -128,7 +127,9 @@ class WhisperFile:
     def _config(self, roles: Mapping[str, int]) -> dict[str, Any]:
         found = self._variables
         layers = {
-            side: len({name.split("/")[1] for name in found if name.startswith(f"{side}/layer_") and "norm/" not in name})
+            side: len(
+                {name.split("/")[1] for name in found if name.startswith(f"{side}/layer_") and "norm/" not in name}
+            )
             for side in ("encoder", "decoder")
         }
         vocabulary, width = found["decoder/embeddings/weight"].shape
@@ -176,8 +177,8 @@ class WhisperFile:
             if not value.ndim or value.dtype.kind != "f":
                 if value.dtype.kind == "i" and name.endswith("/weight"):
                     raise UnsupportedModel(
-                        f"{self._folder} holds weights of {8 * value.dtype.itemsize} bits in CTranslate2's format: take "
-                        "the model in float16 or float32"
+                        f"{self._folder} holds weights of {8 * value.dtype.itemsize} bits in CTranslate2's format: "
+                        "take the model in float16 or float32"
                     )
                 continue
             side, _, rest = name.partition("/")

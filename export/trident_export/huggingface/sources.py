@@ -17,7 +17,16 @@ from typing import Any
 
 from trident_export import disk, memory
 from trident_export.errors import SourceError, UnreadableSource
-from trident_export.huggingface import adapters, converted, ctranslate2_file, gguf_file, lora, onnx_file, packages, quantized
+from trident_export.huggingface import (
+    adapters,
+    converted,
+    ctranslate2_file,
+    gguf_file,
+    lora,
+    onnx_file,
+    packages,
+    quantized,
+)
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files, reading, reason
 from trident_export.models_file import ModelSpec, Source
 from trident_export.progress import Progress
