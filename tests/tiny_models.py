@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,6 +28,7 @@ from transformers import (
     BertTokenizer,
     DebertaV2Tokenizer,
     DistilBertTokenizer,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     M2M100Tokenizer,
@@ -46,6 +47,10 @@ from transformers import (
     Qwen2Tokenizer,
     RobertaTokenizer,
     T5Tokenizer,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
     XLMRobertaTokenizer,
 )
 from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
@@ -451,6 +456,70 @@ def make_seq2seq(folder: Path, family: str, seed: int = 0, **generation: object)
     model.generation_config.update(**generation)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+LANGUAGES = ("en", "de", "fr", "ja")
+
+
+@made_once
+def make_whisper(
+    folder: Path, seed: int = 0, *, multilingual: bool = True, mels: int = 80, seconds: int = 2, **generation: object
+) -> Path:
+    """A Whisper with random weights, whose windows have so many seconds.
+
+    Args:
+        generation: settings of its generation config.
+    """
+    words = byte_level_tokenizer().backend_tokenizer
+    steps = [f"<|{step * 0.02:.2f}|>" for step in range(50 * seconds + 1)]
+    languages = [f"<|{code}|>" for code in LANGUAGES] if multilingual else []
+    tasks = ["<|translate|>", "<|transcribe|>"] if multilingual else []
+    special = ["<|endoftext|>", "<|startoftranscript|>", *languages, *tasks]
+    special += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    model = json.loads(words.to_str())["model"]
+    tokenizer = WhisperTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in steps])
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
+    roles = {"eos_token_id": ids["<|endoftext|>"], "bos_token_id": ids["<|endoftext|>"]}
+    roles |= {"pad_token_id": ids["<|endoftext|>"], "decoder_start_token_id": ids["<|startoftranscript|>"]}
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        num_mel_bins=mels,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_source_positions=50 * seconds,
+        max_target_positions=64,
+        **roles,
+    )
+    torch.manual_seed(seed)
+    made = WhisperForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    settings: dict[str, Any] = {
+        "is_multilingual": multilingual,
+        "no_timestamps_token_id": ids["<|notimestamps|>"],
+        "max_initial_timestamp_index": 25 * seconds,
+        "max_length": 64,
+        "suppress_tokens": [*range(10, 14), *(ids[token] for token in special[1:-1])],
+        "begin_suppress_tokens": [20, ids["<|endoftext|>"]],
+        **roles,
+    }
+    if multilingual:
+        settings["lang_to_id"] = {token: ids[token] for token in languages}
+        settings["task_to_id"] = {token[2:-2]: ids[token] for token in tasks}
+    made.generation_config = GenerationConfig(**{**settings, **generation})
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds).save_pretrained(folder)
     return folder
 
 

@@ -14,17 +14,25 @@ from pathlib import Path
 
 from trident_serving.encoders import TASKS
 from trident_serving.encoders.task import Tensor
-from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, TEMPLATE, Field
-from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
+from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
+from trident_serving.schema.limits import (
+    LIMITS,
+    EncoderLimits,
+    GenerationLimits,
+    Limits,
+    Seq2SeqLimits,
+    SpeechLimits,
+    TemplateLimits,
+)
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ROOT / "client" / "trident_client" / "_options.py"
 REQUESTS = ROOT / "docs" / "reference" / "requests.md"
 MODELS = ROOT / "docs" / "reference" / "models-toml.md"
-TABLES = {"generation": GENERATION, "seq2seq": SEQ2SEQ, "template": (*TEMPLATE, *LANGUAGES)}
+TABLES = {"generation": GENERATION, "seq2seq": SEQ2SEQ, "speech": SPEECH, "template": (*TEMPLATE, *LANGUAGES)}
 
 _TYPES = {"INT32": "int", "UINT64": "int", "FP32": "float", "BOOL": "bool", "STRING": "str"}
-_HEAD = '''"""The options of calls that generate, translate or summarize.
+_HEAD = '''"""The options of calls that generate, translate, summarize or transcribe.
 
 Written by `make schema` from `trident_serving.schema.fields`: change that, not this.
 """
@@ -76,6 +84,7 @@ def options() -> str:
     for name, what, fields in (
         ("Generation", "`generate`, `stream` and `chat`", GENERATION),
         ("Translation", "`translate` and `summarize`", SEQ2SEQ),
+        ("Transcription", "`transcribe`", SPEECH),
     ):
         own = [field for field in fields if field.option]
         lines = [f'class {name}Options(TypedDict, total=False):\n    """Options of {what}; None leaves one out.\n']
@@ -193,6 +202,7 @@ def made() -> dict[Path, str]:
             EncoderLimits, *dict.fromkeys(kind for kind in LIMITS.values() if issubclass(kind, EncoderLimits))
         ),
         "limits:seq2seq": limits_table(Seq2SeqLimits),
+        "limits:speech": limits_table(SpeechLimits),
         "limits:template": limits_table(TemplateLimits),
     }
     pages = {REQUESTS: fields | {"fields:encoders": encoders_table()}, MODELS: limits}

@@ -21,7 +21,7 @@ from trident_client._errors import (
     TridentError,
     UnavailableError,
 )
-from trident_client._options import GenerationOptions, TranslationOptions
+from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
 from trident_client._settings import TLS
 from trident_client._types import (
     Answer,
@@ -34,9 +34,11 @@ from trident_client._types import (
     Message,
     ModelStatus,
     Ranked,
+    Segment,
     SparseVector,
     TextPart,
     ToolCall,
+    Transcription,
     Translation,
 )
 
@@ -60,11 +62,14 @@ __all__ = [  # noqa: RUF022 (as `sorted` has it)
     "NotFoundError",
     "OverloadedError",
     "Ranked",
+    "Segment",
     "ServerError",
     "SparseVector",
     "TLS",
     "TextPart",
     "ToolCall",
+    "Transcription",
+    "TranscriptionOptions",
     "Translation",
     "TranslationOptions",
     "TridentError",

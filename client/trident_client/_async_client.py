@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from trident_client import _control, _generation, _tasks
 from trident_client._async_connection import AsyncConnection
-from trident_client._options import GenerationOptions, TranslationOptions
+from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
 from trident_client._task_options import AnswerOptions, ClassifyOptions, EntityOptions, TextOptions, ZeroShotOptions
 from trident_client._types import (
     Answer,
@@ -24,6 +25,7 @@ from trident_client._types import (
     ModelStatus,
     Ranked,
     SparseVector,
+    Transcription,
     Translation,
 )
 
@@ -311,6 +313,17 @@ class AsyncClient(AsyncConnection):
     ) -> Translation | list[Translation]:
         """See `Client.summarize`."""
         return await self._send(_tasks.text_to_text("summarization", texts, model, options), timeout)
+
+    async def transcribe(
+        self,
+        audio: bytes | str | Path,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranscriptionOptions],
+    ) -> Transcription:
+        """See `Client.transcribe`."""
+        return await self._send(_tasks.transcribe(audio, model, options), timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """See `Client.models`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from trident_client import _control, _generation, _tasks
 from trident_client._connection import Connection
-from trident_client._options import GenerationOptions, TranslationOptions
+from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
 from trident_client._task_options import AnswerOptions, ClassifyOptions, EntityOptions, TextOptions, ZeroShotOptions
 from trident_client._types import (
     Answer,
@@ -24,6 +25,7 @@ from trident_client._types import (
     ModelStatus,
     Ranked,
     SparseVector,
+    Transcription,
     Translation,
 )
 
@@ -464,6 +466,30 @@ class Client(Connection):
     ) -> Translation | list[Translation]:
         """A summary of each text; see `translate`."""
         return self._send(_tasks.text_to_text("summarization", texts, model, options), timeout)
+
+    def transcribe(
+        self,
+        audio: bytes | str | Path,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranscriptionOptions],
+    ) -> Transcription:
+        """What is said in a recording.
+
+        Args:
+            audio: a WAV, FLAC, MP3 or Ogg file: its bytes, or its path.
+            model: public name; None: the server's only model of the task.
+            options: see `TranscriptionOptions`; `timestamps` gives segments with their times.
+            timeout: seconds; the server then gives up the request too.
+
+        Raises:
+            TridentError: see its subclasses; `InvalidRequestError` where the file is broken or too long.
+            OSError: the file can't be read.
+            TypeError: an option is unknown.
+            ValueError: an option's number does not fit its type.
+        """
+        return self._send(_tasks.transcribe(audio, model, options), timeout)
 
     def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """The models that the server has loaded or tried to load, by name.

@@ -1,4 +1,4 @@
-"""The options of calls that generate, translate or summarize.
+"""The options of calls that generate, translate, summarize or transcribe.
 
 Written by `make schema` from `trident_serving.schema.fields`: change that, not this.
 """
@@ -301,4 +301,88 @@ TRANSLATION: dict[str, Option] = {
         "what happens to a text that is too long (one of error, truncate, window)",
         choices=("error", "truncate", "window"),
     ),
+}
+
+
+class TranscriptionOptions(TypedDict, total=False):
+    """Options of `transcribe`; None leaves one out.
+
+    Attributes:
+        language: the language that is spoken, by its code or its English name; without it the model's, or the one it hears.
+        task: write what is said, or translate it to English (one of transcribe, translate).
+        timestamps: give segments with their times (default false).
+        max_tokens: how long the answer may be, in tokens; the model's limits have a default (at least 1).
+        min_tokens: how short the answer may be, in tokens (default 0; at least 0).
+        temperature: 0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100).
+        top_k: sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more).
+        top_p: sample from the likeliest tokens that reach this probability together; 0: the likeliest (default 1.0; between 0 and 1).
+        min_p: leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1).
+        typical_p: sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1).
+        repetition_penalty: above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100).
+        random_seed: makes sampling repeatable.
+        num_beams: beams of the search; the model's generation config has a default (at least 1).
+        length_penalty: above 0 prefers longer answers of a beam search, below 0 shorter ones (between -10 and 10).
+        early_stopping: end a beam search once it has as many answers as beams.
+        no_repeat_ngram_size: no sequence of this many tokens comes twice; 0: off (at least 0).
+    """
+
+    language: str | None
+    task: Literal["transcribe", "translate"] | None
+    timestamps: bool | None
+    max_tokens: int | None
+    min_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    random_seed: int | None
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: bool | None
+    no_repeat_ngram_size: int | None
+
+
+TRANSCRIPTION: dict[str, Option] = {
+    "language": Option(
+        "BYTES",
+        "the language that is spoken, by its code or its English name; without it the model's, or the one it hears",
+    ),
+    "task": Option(
+        "BYTES",
+        "write what is said, or translate it to English (one of transcribe, translate)",
+        choices=("transcribe", "translate"),
+    ),
+    "timestamps": Option("BOOL", "give segments with their times (default false)"),
+    "max_tokens": Option(
+        "INT32", "how long the answer may be, in tokens; the model's limits have a default (at least 1)"
+    ),
+    "min_tokens": Option("INT32", "how short the answer may be, in tokens (default 0; at least 0)"),
+    "temperature": Option(
+        "FP32", "0 takes the likeliest token; more spreads the choice (default 0.0; between 0 and 100)"
+    ),
+    "top_k": Option("INT32", "sample from this many of the likeliest tokens; 0: from all (default 0; 0 (off) or more)"),
+    "top_p": Option(
+        "FP32",
+        "sample from the likeliest tokens that reach this probability together; 0: the likeliest (default 1.0; between 0 and 1)",
+    ),
+    "min_p": Option(
+        "FP32", "leave out tokens below this share of the likeliest one's probability (default 0.0; between 0 and 1)"
+    ),
+    "typical_p": Option(
+        "FP32",
+        "sample from the tokens nearest to the expected surprise that have this probability together (default 1.0; above 0 and at most 1)",
+    ),
+    "repetition_penalty": Option(
+        "FP32",
+        "above 1 makes tokens of prompt and answer less likely to come again (default 1.0; above 0 and at most 100)",
+    ),
+    "random_seed": Option("UINT64", "makes sampling repeatable"),
+    "num_beams": Option("INT32", "beams of the search; the model's generation config has a default (at least 1)"),
+    "length_penalty": Option(
+        "FP32", "above 0 prefers longer answers of a beam search, below 0 shorter ones (between -10 and 10)"
+    ),
+    "early_stopping": Option("BOOL", "end a beam search once it has as many answers as beams"),
+    "no_repeat_ngram_size": Option("INT32", "no sequence of this many tokens comes twice; 0: off (at least 0)"),
 }

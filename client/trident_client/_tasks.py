@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,9 +11,19 @@ from numpy.typing import NDArray
 
 from trident_client import _wire
 from trident_client._errors import InvalidRequestError
-from trident_client._options import TRANSLATION
+from trident_client._options import TRANSCRIPTION, TRANSLATION
 from trident_client._steps import Batch, Tensors
-from trident_client._types import Answer, Entity, Filling, Label, Ranked, SparseVector, Translation
+from trident_client._types import (
+    Answer,
+    Entity,
+    Filling,
+    Label,
+    Ranked,
+    Segment,
+    SparseVector,
+    Transcription,
+    Translation,
+)
 
 _Record = TypeVar("_Record")
 _Responses = list[dict[str, NDArray[Any]]]
@@ -219,6 +230,15 @@ def text_to_text(
     )
 
 
+def transcribe(audio: bytes | str | Path, model: str | None, options: Mapping[str, Any]) -> Batch[Transcription]:
+    """See `Client.transcribe`."""
+    content = bytes(audio) if isinstance(audio, bytes | bytearray | memoryview) else Path(audio).read_bytes()
+    file = np.empty((1, 1), np.object_)
+    file[0, 0] = content
+    requests = [{"audio": file, **_wire.options(options, TRANSCRIPTION)}]
+    return Batch("automatic-speech-recognition", model, requests, lambda responses: _transcription(responses[0]))
+
+
 def _listed(texts: str | Sequence[str]) -> Sequence[str]:
     return [texts] if isinstance(texts, str) else texts
 
@@ -284,6 +304,25 @@ def _records(kind: type[_Record], row: Mapping[str, list[Any]]) -> list[_Record]
     names = list(row)
     records = [dict(zip(names, values, strict=True)) for values in zip(*row.values(), strict=True)]
     return [kind(**record) for record in records if record.get("start") != -1]
+
+
+def _transcription(outputs: Mapping[str, NDArray[Any]]) -> Transcription:
+    tokens = outputs["output_ids"].reshape(-1).tolist()
+    names = ("segment_start", "segment_end", "segment_text", "segment_tokens", "segment_log_prob", "segment_no_speech")
+    columns = [outputs[name].reshape(-1).tolist() for name in names]
+    segments, first = [], 0
+    for start, end, text, count, log_prob, no_speech in zip(*columns, strict=True):
+        its = tuple(tokens[first : first + count])
+        segments.append(Segment(round(start, 3), round(end, 3), text.decode("utf-8"), its, log_prob, no_speech))
+        first += count
+    return Transcription(
+        text=outputs["text_output"].item().decode("utf-8"),
+        language=outputs["language"].item().decode("utf-8"),
+        duration=float(outputs["duration"].item()),
+        finish_reason=outputs["finish_reason"].item().decode("utf-8"),
+        num_output_tokens=int(outputs["num_output_tokens"].item()),
+        segments=tuple(segments),
+    )
 
 
 def _translation(outputs: Mapping[str, NDArray[Any]]) -> Translation:

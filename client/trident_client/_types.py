@@ -191,6 +191,47 @@ class Translation:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording.
+
+    Attributes:
+        start: seconds from the beginning of the recording; `end` too.
+        text: what is said there.
+        tokens: of it, with its timestamps, by their ids.
+        log_prob: the mean of its tokens' log-probabilities.
+        no_speech: the probability that nobody speaks in the window that it is from.
+    """
+
+    start: float
+    end: float
+    text: str
+    tokens: tuple[int, ...] = ()
+    log_prob: float = 0.0
+    no_speech: float = 0.0
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """The answer of a model of speech recognition.
+
+    Attributes:
+        text: what is said.
+        language: its code.
+        duration: of the recording, in seconds.
+        finish_reason: "stop", "length" if the limit of tokens cut off what was heard in a window, or "cancelled".
+        num_output_tokens: tokens generated.
+        segments: with times, where they were asked for.
+    """
+
+    text: str
+    language: str
+    duration: float
+    finish_reason: str
+    num_output_tokens: int
+    segments: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True)
 class Ranked:
     """A passage, by its index in the list that was given, with its score."""
 

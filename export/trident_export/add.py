@@ -33,6 +33,7 @@ _HEADS = (
     ("Model", "feature-extraction"),
 )
 _SUMMARIZERS = ("bart", "pegasus")
+_SPEECH = "automatic-speech-recognition"
 _MAX_CONTEXT = 4096
 _CACHE_MIB = 1024
 
@@ -90,8 +91,12 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
         limits = _generation_limits(model.text_config, reasons)
     else:
         table["variants"] = ["fp32", "int8"]
-        encodes = task in TASKS
-        limits = _encoder_limits(model, task, reasons) if encodes else _seq2seq_limits(model, table, reasons)
+        if task == _SPEECH:
+            limits = {"max_target_tokens": config.max_target_positions}
+            reasons.append(f"max_target_tokens {config.max_target_positions}: the decoder's positions")
+        else:
+            encodes = task in TASKS
+            limits = _encoder_limits(model, task, reasons) if encodes else _seq2seq_limits(model, table, reasons)
     reasons.append(f"variants {', '.join(table['variants'])}: the first is served under the plain name")
     if task in ("feature-extraction", "hybrid-embedding"):
         settings = model.pooling
@@ -145,6 +150,8 @@ def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
             continue
         if task == "text-classification" and _is_cross_encoder(config):
             return "text-ranking", f"a {architecture} with sentence-transformers' activation for cross-encoders"
+        if config.model_type == "whisper":
+            return _SPEECH, f"a {architecture} of type 'whisper', which writes what it hears"
         if task == "translation" and type(config) not in AutoModelForSeq2SeqLM._model_mapping:
             raise ModelsFileError(
                 f"{folder} is a {architecture} of type {config.model_type!r}, which does not turn text into text: "

@@ -17,8 +17,8 @@ from trident_export.models_file import ModelSpec
 from trident_serving import encoders
 from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
 from trident_serving.encoders.task import EncoderTask, Tensor
-from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, TEMPLATE, Field
-from trident_serving.schema.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, TemplateLimits
+from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
+from trident_serving.schema.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, SpeechLimits, TemplateLimits
 
 
 def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[str, pb.ModelConfig]:
@@ -33,6 +33,8 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
         configs = [_template(spec, spec.template)]
     elif spec.seq2seq:
         configs = [_seq2seq(spec.public_name(variant), spec.seq2seq) for variant in spec.variants]
+    elif spec.speech:
+        configs = [_speech(spec.public_name(variant), spec.speech) for variant in spec.variants]
     else:
         assert spec.encoder
         configs = list(_ensemble(spec, spec.encoder))
@@ -174,6 +176,29 @@ def _seq2seq(name: str, limits: Seq2SeqLimits) -> pb.ModelConfig:
     _add_fields(config, SEQ2SEQ)
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in _TEXT_OUTPUTS)
     config.output.append(_tensor(pb.ModelOutput, "sequence_scores", "FP32", [-1]))
+    _set_parameters(config, asdict(limits))
+    return config
+
+
+def _speech(name: str, limits: SpeechLimits) -> pb.ModelConfig:
+    config = _base(name, "trident_speech", max_batch_size=1)
+    config.input.append(_tensor(pb.ModelInput, "audio", "STRING", [1]))
+    _add_fields(config, SPEECH)
+    outputs = [
+        ("text_output", "STRING", [1]),
+        ("finish_reason", "STRING", [1]),
+        ("language", "STRING", [1]),
+        ("duration", "FP32", [1]),
+        ("num_output_tokens", "INT32", [1]),
+        ("output_ids", "INT32", [-1]),
+        ("segment_text", "STRING", [-1]),
+        ("segment_start", "FP32", [-1]),
+        ("segment_end", "FP32", [-1]),
+        ("segment_tokens", "INT32", [-1]),
+        ("segment_log_prob", "FP32", [-1]),
+        ("segment_no_speech", "FP32", [-1]),
+    ]
+    config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
     _set_parameters(config, asdict(limits))
     return config
 

@@ -57,7 +57,7 @@ def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
     """The graphs that a variant is served from; a template has none."""
     if spec.template:
         return []
-    if spec.seq2seq:
+    if spec.seq2seq or spec.speech:
         folder = repository / spec.public_name(variant) / VERSION
         return [folder / "encoder.onnx", folder / "decoder.onnx"]
     part = spec.public_name(variant) if spec.generation else configs.model_part(spec, variant)

@@ -16,7 +16,15 @@ from trident_export.recipes import Kind, Recipe
 from trident_serving.artefacts import read_manifest
 from trident_serving.errors import ReadingError
 from trident_serving.schema import reading
-from trident_serving.schema.limits import LIMITS, EncoderLimits, GenerationLimits, Limits, Seq2SeqLimits, TemplateLimits
+from trident_serving.schema.limits import (
+    LIMITS,
+    EncoderLimits,
+    GenerationLimits,
+    Limits,
+    Seq2SeqLimits,
+    SpeechLimits,
+    TemplateLimits,
+)
 from trident_serving.schema.reading import JsonObject
 from trident_serving.templates import compile_template
 
@@ -133,6 +141,11 @@ class ModelSpec:
     def seq2seq(self) -> Seq2SeqLimits | None:
         """The limits of an encoder-decoder model; None for others."""
         return self.limits if isinstance(self.limits, Seq2SeqLimits) else None
+
+    @property
+    def speech(self) -> SpeechLimits | None:
+        """The limits of a model of speech recognition; None for others."""
+        return self.limits if isinstance(self.limits, SpeechLimits) else None
 
     @property
     def encoder(self) -> EncoderLimits | None:
@@ -274,7 +287,7 @@ def _resolved(spec: ModelSpec, base: Path) -> ModelSpec:
 def _kind(limits: type[Limits]) -> Kind:
     if issubclass(limits, EncoderLimits):
         return Kind.ENCODER
-    return Kind.SEQ2SEQ if limits is Seq2SeqLimits else Kind.DECODER
+    return Kind.SEQ2SEQ if limits in (Seq2SeqLimits, SpeechLimits) else Kind.DECODER
 
 
 def select(specs: list[ModelSpec], name: str | None, *, on_demand: bool = False) -> list[ModelSpec]:

@@ -18,9 +18,9 @@ from trident_gateway.door import Door
 from trident_gateway.errors import ApiError, ClientGone, defect
 from trident_gateway.exchange import HANGUP
 from trident_gateway.gateway import Gateway, exchange_of
-from trident_gateway.openai import chat, completions, embeddings, models, responses
+from trident_gateway.openai import audio, chat, completions, embeddings, models, responses
 
-MODULES = (chat, completions, responses, embeddings, models, rerank, classify, texts, tokens, tei, ollama, web)
+MODULES = (chat, completions, responses, embeddings, audio, models, rerank, classify, texts, tokens, tei, ollama, web)
 ROUTERS = [module.router for module in MODULES]
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import from_json
 
 from trident_gateway.errors import ApiError, invalid
 
@@ -50,7 +50,7 @@ def read(kind: type[BodyT]) -> Callable[[Request], Awaitable[BodyT]]:
         try:
             return kind.model_validate(given)
         except ValidationError as error:
-            raise _refusal(error.errors(include_url=False, include_input=False), kind) from None
+            raise refusal(error, kind) from None
 
     setattr(body, _KIND, kind)
     return body
@@ -71,9 +71,9 @@ def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
     return schema
 
 
-def _refusal(errors: list[ErrorDetails], kind: type[BaseModel]) -> ApiError:
+def refusal(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     """The first thing that is wrong; of a union, what is wrong with each of its kinds, if they agree on nothing."""
-    found = errors[0]
+    found = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in found["loc"] if not _is_type(part, kind)) or "the body"
     param = str(found["loc"][0])[:160] if found["loc"] else None
     if found["type"] == "extra_forbidden":

@@ -13,6 +13,7 @@ ZERO_SHOT = "zero-shot-classification"
 RANKING = "text-ranking"
 ENTITIES = "token-classification"
 TRANSLATION = "translation"
+SPEECH = "automatic-speech-recognition"
 # Triton models of an ensemble that are not for callers, by what follows the public name.
 _STAGES = ("tokenizer", "model", "postprocess", "texts")
 _ENCODER_ANSWERS = 64  # requests to an encoder at once, which its batches share

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _NUMBERS = {
     "max_body_bytes": "bytes of a request at most",
+    "max_audio_bytes": "bytes of a request with a recording at most",
     "body_seconds": "seconds that a request may take to arrive",
     "write_seconds": "seconds that a client may take to read what was sent",
     "timeout": "seconds that an answer may take",

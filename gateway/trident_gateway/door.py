@@ -23,6 +23,7 @@ from trident_gateway.settings import LOOPBACK, MEBIBYTE
 
 logger = logging.getLogger(__name__)
 FREE = ("/", "/health", "/ready")
+AUDIO_PATHS = "/v1/audio/"
 _ADMIN_PATHS = ("/metrics", "/admin/")
 _KEY_HEADERS = ("x-api-key", "api-key")
 _KEY_NAMES = {"key", "api_key", "api-key", "apikey", "token", "access_token"}
@@ -59,7 +60,9 @@ class Door:
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer, exchange: Exchange) -> None:
         """Answer a request, whatever becomes of it."""
         try:
-            body = _Body(receive, Headers(scope=scope), self._gateway)
+            settings = self._gateway.settings
+            limit = settings.max_audio_bytes if scope["path"].startswith(AUDIO_PATHS) else settings.max_body_bytes
+            body = _Body(receive, Headers(scope=scope), self._gateway, limit)
             self._check(scope, exchange)
             await body.check()
             await self._app(scope, body.receive, answer.send)
@@ -146,10 +149,10 @@ def _place(address: str) -> tuple[str, str]:
 class _Body:
     """A request's body, which may only be so long, and must arrive in time."""
 
-    def __init__(self, receive: Receive, headers: Headers, gateway: Gateway) -> None:
+    def __init__(self, receive: Receive, headers: Headers, gateway: Gateway, limit: int) -> None:
         self._receive = receive
         self._headers = headers
-        self._limit = gateway.settings.max_body_bytes
+        self._limit = limit
         self._until = asyncio.get_running_loop().time() + gateway.settings.body_seconds
         self._size = 0
         self._complete = False

@@ -25,6 +25,7 @@ class Settings:
         aliases: other names of models, and what they mean.
         cors_origins: origins whose pages may read answers, such as "https://example.com".
         max_body_bytes: of a request.
+        max_audio_bytes: of a request with a recording.
         body_seconds: that a request may take to arrive.
         write_seconds: that a client may take to read what was sent.
         timeout: seconds that an answer may take, waiting included.
@@ -46,6 +47,7 @@ class Settings:
     aliases: Mapping[str, str] = field(default_factory=dict)
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 8 * MEBIBYTE
+    max_audio_bytes: int = 25 * MEBIBYTE
     body_seconds: float = 30.0
     write_seconds: float = 30.0
     timeout: float = 300.0
@@ -80,7 +82,7 @@ class Settings:
 
 
 _LEAST = {
-    **dict.fromkeys(("workers", "max_body_bytes"), 1),
+    **dict.fromkeys(("workers", "max_body_bytes", "max_audio_bytes"), 1),
     **dict.fromkeys(("port", "grace", "max_running", "max_waiting", "queue_seconds", "max_per_key"), 0),
 }
 _ABOVE_ZERO = ("body_seconds", "write_seconds", "timeout", "health_seconds")

@@ -21,6 +21,7 @@ GENERATOR = {
     "adapters": {"polite": "a", "sql": "b"},
 }
 SEQ2SEQ = {"task": "translation", "source": {"path": "x"}, "variants": ["fp32"], "limits": {"long_input": "window"}}
+SPEECH = {"task": "automatic-speech-recognition", "source": {"path": "x"}, "variants": ["fp32"], "limits": {}}
 TEMPLATE = {
     "task": "translation",
     "generator": "generator",
@@ -37,6 +38,7 @@ def _encoder(task: str, **limits: object) -> dict[str, object]:
 KINDS = {
     "generator": (GENERATOR, "x"),
     "seq2seq": (SEQ2SEQ, "x"),
+    "speech": (SPEECH, "x"),
     "template": (TEMPLATE, "x"),
     "ensemble": (_encoder("text-classification", labels=3), "x"),
     "tokenizer": (_encoder("text-classification", labels=3), "x_tokenizer"),

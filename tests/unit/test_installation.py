@@ -128,7 +128,9 @@ def test_missing_backends(container: Installation, tmp_path: Path) -> None:
     shutil.copytree(backend_folder.OUR_BACKENDS, ours)
     with pytest.raises(StartError) as error:
         backend_folder.check(container, ours)
-    names = "trident_generator, trident_postprocess, trident_seq2seq, trident_template, trident_tokenizer"
+    names = (
+        "trident_generator, trident_postprocess, trident_seq2seq, trident_speech, trident_template, trident_tokenizer"
+    )
     assert str(error.value) == (
         f"{container.backends} lacks {names}: copy them there from {ours}, as deploy/Dockerfile does"
     )

@@ -123,6 +123,7 @@ def _add_readers(commands: _Commands) -> None:
         texts.add(command)
     for name, help in (("translate", "translate a text"), ("summarize", "summarize a text")):
         tasks.add_text_to_text(commands.task(name, help, tasks.text_to_text, lines=True))
+    tasks.add_transcribe(commands.task("transcribe", "what is said in a recording", tasks.transcribe, lines=True))
 
 
 def _add_control(commands: _Commands) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trident_client import Client, SparseVector
-from trident_client._options import TRANSLATION
+from trident_client._options import TRANSCRIPTION, TRANSLATION
 from trident_client.cli import output, texts
 from trident_client.cli.connection import number
 from trident_client.cli.exits import Exit, InputError
@@ -243,6 +245,33 @@ def text_to_text(client: Client, options: argparse.Namespace) -> int:
         for each in found:
             output.show(each.text)
     return Exit.DONE
+
+
+def transcribe(client: Client, options: argparse.Namespace) -> int:
+    """What is said in recordings."""
+    texts.check_once(options.audio)
+    asked = {"model": options.model, **chosen(options, TRANSCRIPTION)}
+    found = []
+    for name in options.audio:
+        content = sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes()
+        found.append(client.transcribe(content, **asked))
+    if options.jsonl:
+        output.rows({"file": name, **output.plain(each)} for name, each in zip(options.audio, found, strict=True))
+    elif options.json:
+        output.document(found[0] if len(found) == 1 else found)
+    else:
+        for each in found:
+            for segment in each.segments:
+                output.show(f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}")
+            if not each.segments:
+                output.show(each.text)
+    return Exit.DONE
+
+
+def add_transcribe(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `transcribe`."""
+    command.add_argument("audio", nargs="+", metavar="FILE", help="WAV, FLAC, MP3 or Ogg; -: from standard input")
+    add_flags(command, TRANSCRIPTION)
 
 
 def _without_log_probs(translation: Any) -> dict[str, Any]:

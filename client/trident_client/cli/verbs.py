@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trident_client import Client
-from trident_client._options import GENERATION, TRANSLATION
+from trident_client._options import GENERATION, TRANSCRIPTION, TRANSLATION
 from trident_client.cli import output
 from trident_client.cli.exits import InputError
 from trident_client.cli.generation import answered
@@ -177,5 +177,6 @@ VERBS: dict[str, Verb] = {
     "fill-mask": Verb(("text",), ("top_k",), _named("fill_mask")),
     "translate": Verb(("texts",), tuple(TRANSLATION), _translated("translate")),
     "summarize": Verb(("texts",), tuple(TRANSLATION), _translated("summarize")),
+    "transcribe": Verb(("audio",), tuple(TRANSCRIPTION), _named("transcribe")),
     "tokenize": Verb(("texts",), ("text_pairs", "truncate"), _named("tokenize")),
 }

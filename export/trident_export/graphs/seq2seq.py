@@ -4,6 +4,7 @@ The encoder gives the keys and values of every decoder layer's cross-attention, 
 
     input_ids            int64   [texts, sequence]
     attention_mask       int64   [texts, sequence]     1 for a text's tokens, 0 behind them
+                         of speech: input_features float32 [texts, mels, frames], as many frames as the model reads
     -> cross.<layer>.key     float32 [texts, H, D, sequence]   transposed, as the matmul with the queries reads it
     -> cross.<layer>.value   float32 [texts, H, sequence, D]
 
@@ -190,9 +191,9 @@ class _Encoder(torch.nn.Module):
         self.attentions = [cross for _, cross in decoder_attentions(model)]
         self.projections = torch.nn.ModuleList([part for a in self.attentions for part in (a.key, a.value)])
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(self, source: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-        hidden = self.encoder(input_ids=input_ids, **mask).last_hidden_state
+        hidden = self.encoder(source, **mask).last_hidden_state
         flat = []
         for attention in self.attentions:
             key, value = (
@@ -244,8 +245,12 @@ class _Decoder(torch.nn.Module):
         for layer, (own, _) in enumerate(self.attentions):
             parts = (own.query, own.key, own.value)
             self.register_buffer(f"weight_{layer}", torch.cat([part.weight for part in parts]))
-            biased = all(part.bias is not None for part in parts)
-            self.register_buffer(f"bias_{layer}", torch.cat([part.bias for part in parts]) if biased else None)
+            # Whisper's keys have none, its queries and values have.
+            biases: list[torch.Tensor] = [
+                torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts
+            ]
+            biased = any(part.bias is not None for part in parts)
+            self.register_buffer(f"bias_{layer}", torch.cat(biases) if biased else None)
         table = _position_table(model, capacity)
         self.register_buffer("position_table", table)
         cos, sin = _rotation(model, capacity) if any(own.rotates for own, _ in self.attentions) else (None, None)
@@ -411,6 +416,11 @@ def export_encoder(model: PreTrainedModel, path: Path, longest: int | None = Non
     """
     layers = len(decoder_attentions(model))
     outputs = [f"cross.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+    if (features := model.main_input_name) == "input_features":
+        source = torch.zeros(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)  # these are halved
+        speech_axes = {name: {0: "texts"} for name in (features, *outputs)}
+        _export(_Encoder(model), (source,), path, [features], outputs, speech_axes, longest)
+        return
     sizes = {0: "texts", 1: "sequence"}
     axes = {"input_ids": sizes, "attention_mask": sizes}
     axes |= {name: {0: "texts", 3 if name.endswith("key") else 2: "sequence"} for name in outputs}

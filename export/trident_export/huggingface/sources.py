@@ -17,7 +17,16 @@ from typing import Any
 
 from trident_export import disk, memory
 from trident_export.errors import SourceError, UnreadableSource
-from trident_export.huggingface import adapters, converted, gguf_file, lora, onnx_file, packages, quantized
+from trident_export.huggingface import (
+    adapters,
+    converted,
+    ctranslate2_file,
+    gguf_file,
+    lora,
+    onnx_file,
+    packages,
+    quantized,
+)
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files, reading, reason
 from trident_export.models_file import ModelSpec, Source
 from trident_export.progress import Progress
@@ -72,6 +81,8 @@ def fetch(spec: ModelSpec, base: Path, cache: Path, progress: Progress, *, force
         raise SourceError(f"[{spec.name}] source: files are for weights in ONNX files, and {path} has others")
     if path.suffix == ".gguf" and path.is_file():
         folder = HuggingFaceFolder(from_gguf(path, cache, progress, force=force))
+    elif path.is_dir() and ctranslate2_file.file_of(path) is not None:
+        folder = HuggingFaceFolder(_from_ctranslate2(path, cache, progress))
     elif onnx_files:
         folder = HuggingFaceFolder(_from_onnx(path, source, cache, progress))
     elif not (path / "config.json").is_file():
@@ -233,6 +244,8 @@ def _head(spec: ModelSpec, folder: HuggingFaceFolder) -> Any:
 
     if spec.generation:
         return transformers.AutoModelForCausalLM
+    if spec.speech:
+        return transformers.AutoModelForSpeechSeq2Seq
     return transformers.AutoModelForSeq2SeqLM if spec.seq2seq else encoders.of(spec.task).head_of(folder)
 
 
@@ -339,6 +352,18 @@ def from_gguf(path: Path, cache: Path, progress: Progress, *, force: bool = Fals
         file.write(scratch)
 
     return converted.convert(cache, path.stem, parts, 4 * file.parameters, write)
+
+
+def _from_ctranslate2(path: Path, cache: Path, progress: Progress) -> Path:
+    """A Whisper in CTranslate2's format as a folder in the cache."""
+    weights = ctranslate2_file.WhisperFile(path)
+    parts = [str(path.resolve()), converted.state(path), _code(ctranslate2_file)]
+
+    def write(scratch: Path) -> None:
+        progress(f"reading {path.name} from CTranslate2's format")
+        weights.write(scratch)
+
+    return converted.convert(cache, path.name, parts, weights.room, write)
 
 
 def _from_onnx(path: Path, source: Source, cache: Path, progress: Progress) -> Path:

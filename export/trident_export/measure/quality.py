@@ -11,14 +11,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trident_export import configs
 from trident_export.models_file import ModelSpec
 from trident_serving.artefacts import VERSION
+
+if TYPE_CHECKING:
+    from trident_serving.seq2seq.decoder import Seq2SeqDecoder, Source
 
 MEBIBYTE = 2**20
 ROUNDS = 5
@@ -51,6 +55,8 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
     ]
     if spec.seq2seq:
         command.append(str(spec.seq2seq.max_target_tokens))
+    if spec.speech:
+        command.append(str(spec.speech.max_target_tokens))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{folder} could not be run, status {done.returncode}: {done.stderr.strip()}")
@@ -121,6 +127,8 @@ def _plot(report: Mapping[str, Measures], path: Path) -> None:
 def _kind(spec: ModelSpec) -> str:
     if spec.generation:
         return "generation"
+    if spec.speech:
+        return "speech"
     return "seq2seq" if spec.seq2seq else "encoder"
 
 
@@ -129,6 +137,7 @@ def _run(folder: Path, kind: str, *numbers: int) -> dict[str, float]:
     probes: dict[str, Callable[..., Probe]] = {
         "generation": _generation,
         "seq2seq": _seq2seq,
+        "speech": _speech,
         "encoder": _encoder,
     }
     name, units, work = probes[kind](folder, *numbers)
@@ -168,15 +177,31 @@ def _generation(folder: Path, threads: int) -> Probe:
 
 
 def _seq2seq(folder: Path, threads: int, target_tokens: int) -> Probe:
-    from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
+    from trident_serving.seq2seq.decoder import Seq2SeqDecoder
     from trident_serving.seq2seq.request import GenerationDefaults, positions
 
     # The number of positions that the decoder was exported for.
     capacity = positions(target_tokens, GenerationDefaults.load(folder).prompt)
     decoder = Seq2SeqDecoder(folder, slots=BATCH, capacity=capacity, threads=threads)
     ids = np.random.default_rng(0).integers(0, decoder.vocabulary_size, (BATCH, TOKENS)).tolist()
-    for text in range(BATCH):
-        decoder.encode(text, ids[text])
+    return _rows_of(decoder, ids)
+
+
+def _speech(folder: Path, threads: int, target_tokens: int) -> Probe:
+    from trident_serving.seq2seq.decoder import Seq2SeqDecoder
+    from trident_serving.speech.features import LogMel
+
+    decoder = Seq2SeqDecoder(folder, slots=BATCH, capacity=target_tokens, threads=threads)
+    return _rows_of(decoder, [LogMel.load(folder)(np.zeros(1, np.float32))] * BATCH)
+
+
+def _rows_of(decoder: Seq2SeqDecoder, sources: Sequence[Source]) -> Probe:
+    """Steps of an encoder-decoder with `BATCH` sources."""
+    from trident_serving.seq2seq.decoder import Row
+
+    ids = np.random.default_rng(1).integers(0, decoder.vocabulary_size, (BATCH, 8)).tolist()
+    for text, source in enumerate(sources):
+        decoder.encode(text, source)
 
     def step() -> None:
         for place in range(8):

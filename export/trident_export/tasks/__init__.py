@@ -78,6 +78,7 @@ MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
     "translation": "trident_export.tasks.seq2seq",
     "summarization": "trident_export.tasks.seq2seq",
+    "automatic-speech-recognition": "trident_export.tasks.speech",
     **{task: f"trident_export.tasks.encoders.{name}" for task, name in ENCODER_MODULES.items()},
 }
 
@@ -118,7 +119,7 @@ def build(job: Job, *, force: bool = False) -> Checked:
 
 def _uncompared(spec: ModelSpec, measures: Measures) -> str | None:
     """What the gate leaves to belief: texts longer than the longest that it compared."""
-    longest = int(min((measured[fidelity.LONGEST] for measured in measures.values() if measured), default=0))
+    longest = int(min((measured.get(fidelity.LONGEST, 0) for measured in measures.values() if measured), default=0))
     most = 0
     if spec.generation:
         most = spec.generation.context

@@ -28,7 +28,7 @@ from trident_export.tasks import Evaluator, Job
 from trident_serving.artefacts import VERSION
 from trident_serving.schema.fields import LongInput
 from trident_serving.schema.limits import Seq2SeqLimits
-from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder
+from trident_serving.seq2seq.decoder import Row, Seq2SeqDecoder, Source
 from trident_serving.seq2seq.request import GenerationDefaults, positions
 from trident_serving.seq2seq.source import SourceText
 
@@ -184,12 +184,12 @@ def reference_logits(model: PreTrainedModel, samples: list[list[int]], targets: 
 
 def measure(
     folder: Path,
-    samples: list[list[int]],
+    samples: Sequence[Source],
     targets: list[list[int]],
     reference: list[Floats],
     capacity: int,
     threads: int = 0,
-    far: tuple[list[int], list[int]] | None = None,
+    far: tuple[Source, list[int]] | None = None,
 ) -> dict[str, float]:
     """Compare the graphs in a version folder with Hugging Face; see `fidelity.compare_logits`.
 
@@ -218,7 +218,7 @@ def measure(
 
 
 def served_answers(
-    folder: Path, samples: list[list[int]], lengths: list[int], prompt: tuple[int, ...], capacity: int
+    folder: Path, samples: Sequence[Source], lengths: list[int], prompt: tuple[int, ...], capacity: int
 ) -> list[list[int]]:
     """The likeliest tokens, one after the other, as many as asked, by the graphs in a version folder."""
     decoder = Seq2SeqDecoder(folder, slots=1, capacity=capacity, threads=0)
@@ -236,7 +236,7 @@ def served_answers(
 
 
 def served_logits(
-    decoder: Seq2SeqDecoder, samples: list[list[int]], targets: list[list[int]], beams: int
+    decoder: Seq2SeqDecoder, samples: Sequence[Source], targets: list[list[int]], beams: int
 ) -> list[Floats]:
     """Logits of texts that run together, each one step behind the one before; float32 [tokens, vocabulary] each."""
     for error in decoder.encode_all(dict(enumerate(samples))).values():

@@ -22,6 +22,7 @@ NAMES = (
     "trident_generator",
     "trident_postprocess",
     "trident_seq2seq",
+    "trident_speech",
     "trident_template",
     "trident_tokenizer",
 )

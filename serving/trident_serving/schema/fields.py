@@ -1,4 +1,4 @@
-"""Every field of a request that generates, translates or summarizes: name, type, range, default and help.
+"""Every field of a request that generates, translates, summarizes or transcribes: name, type, range, default and help.
 
 Names and types are those of Triton's TensorRT-LLM backend where it has them; `top_logprobs` is the OpenAI API's, those
 of beam search are transformers'. To add a field, add a row here; a sampling field also needs its processor.
@@ -432,6 +432,25 @@ SEQ2SEQ = (
     Field("source_lang", "STRING", "the text's language, as the model names it"),
     Field("target_lang", "STRING", "the answer's language, as the model names it"),
     Field("long_input", "STRING", "what happens to a text that is too long", choices=tuple(LongInput)),
+)
+_SEARCH = ("num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size")
+SPEECH = (
+    Field(
+        "language",
+        "STRING",
+        "the language that is spoken, by its code or its English name; without it the model's, or the one it hears",
+    ),
+    Field(
+        "task",
+        "STRING",
+        "write what is said, or translate it to English",
+        choices=("transcribe", "translate"),
+    ),
+    Field("timestamps", "BOOL", "give segments with their times", False),
+    *_SAMPLING,
+    _REPETITION,
+    _SEED,
+    *(field for field in SEQ2SEQ if field.name in _SEARCH),
 )
 TEMPLATE = (*_SAMPLING, _REPETITION, _SEED)
 LANGUAGES = tuple(field for field in SEQ2SEQ if field.name.endswith("_lang"))

@@ -254,6 +254,38 @@ class Seq2SeqLimits:
             raise ReadingError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
 
 
+@dataclass(frozen=True)
+class SpeechLimits:
+    """Limits of a model of speech recognition.
+
+    Attributes:
+        max_seconds: the longest recording.
+        max_bytes: the longest file that is decoded at all.
+        max_target_tokens: tokens of a window, those before the answer included; at most the decoder's positions.
+        slots: beams that decode at once.
+        max_beams: the most beams of one search.
+        max_waiting: recordings that may wait to be read, and windows that may wait for slots.
+        timeout: seconds that a request may take, waiting included; then it fails with DEADLINE_EXCEEDED. A request may
+            ask for less.
+        threads: ONNX Runtime's intra-op threads.
+    """
+
+    max_seconds: int = 1800
+    max_bytes: int = 25165824
+    max_target_tokens: int = 448
+    slots: int = 8
+    max_beams: int = 5
+    max_waiting: int = 16
+    timeout: int = 300
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_beams > self.slots:
+            raise ReadingError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
+        if self.max_target_tokens < 8:
+            raise ReadingError(f"max_target_tokens must be at least 8, found {self.max_target_tokens}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TemplateLimits:
     """A task in front of a generator, whose limits hold.
@@ -280,11 +312,12 @@ class TemplateLimits:
         check_options(self.chat_template_kwargs)
 
 
-Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits | TemplateLimits
+Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits | SpeechLimits | TemplateLimits
 LIMITS: dict[str, type[Limits]] = {
     "text-generation": GenerationLimits,
     "translation": Seq2SeqLimits,
     "summarization": Seq2SeqLimits,
+    "automatic-speech-recognition": SpeechLimits,
     "feature-extraction": EmbeddingLimits,
     "text-classification": LabelLimits,
     "token-classification": EntityLimits,

@@ -14,6 +14,7 @@ from trident_serving.runtime.kv_cache import LARGEST_PART, KVCache
 from trident_serving.runtime.session import bind_array, open_session
 
 Floats = NDArray[np.float32]
+Source = Sequence[int] | Floats  # tokens, or the features of speech, float32 [mels, frames]
 
 # The keys of texts that decode together are padded to a multiple of this. A sum over the padding then runs in the same
 # order whatever the length, so the numbers of a text are the same to the last bit whatever decodes with it.
@@ -152,6 +153,9 @@ class Seq2SeqDecoder:
             {n: (node.shape[1], node.shape[2] if n.endswith("key") else node.shape[3]) for n, node in cross.items()}
         )
         self._encoded = [node.name for node in self._encoder.get_outputs()]
+        self._source = self._encoder.get_inputs()[0].name
+        # Of speech every window has as many.
+        self._positions = self._encoder.get_outputs()[0].shape[3] if self._source == "input_features" else 0
         self._masked = any(node.name == "attention_mask" for node in self._encoder.get_inputs())
         self._longest_padded = int(self._encoder.get_modelmeta().custom_metadata_map.get(LONGEST_PADDED, "0"))
         self._inputs = [name for name in nodes if name not in past and name not in cross]
@@ -169,19 +173,19 @@ class Seq2SeqDecoder:
         """Of one token in one slot of the cache."""
         return self._cache.bytes_per_token
 
-    def encode(self, text: Hashable, ids: Sequence[int]) -> None:
+    def encode(self, text: Hashable, source: Source) -> None:
         """Encode a text, and keep its keys and values until it is removed."""
-        if failed := self.encode_all({text: ids}):
+        if failed := self.encode_all({text: source}):
             raise failed[text]
 
-    def encode_all(self, texts: Mapping[Hashable, Sequence[int]]) -> dict[Hashable, Exception]:
+    def encode_all(self, texts: Mapping[Hashable, Source]) -> dict[Hashable, Exception]:
         """Encode texts, several in a run where the graph can tell them apart, and keep their keys and values.
 
         Returns:
             Why a text could not be encoded, for each of those.
         """
         failed: dict[Hashable, Exception] = {}
-        self._cross.reserve(len(texts), max(map(len, texts.values()), default=0))
+        self._cross.reserve(len(texts), self._positions or max(map(len, texts.values()), default=0))
         for group in self._runs(texts):
             try:
                 self._encode([(text, texts[text]) for text in group])
@@ -193,7 +197,7 @@ class Seq2SeqDecoder:
                         failed[text] = error
         return failed
 
-    def _runs(self, texts: Mapping[Hashable, Sequence[int]]) -> list[list[Hashable]]:
+    def _runs(self, texts: Mapping[Hashable, Source]) -> list[list[Hashable]]:
         """Texts that are encoded together: of about the same length, if they can be padded, and have several tokens."""
         runs: list[list[Hashable]] = []
         for text in sorted(texts, key=lambda each: len(texts[each])):  # the last of a run is the longest
@@ -215,7 +219,13 @@ class Seq2SeqDecoder:
         width = padded(length, self._cross.step)
         return None if not self._masked or 0 < self._longest_padded < width else width
 
-    def _encode(self, texts: Sequence[tuple[Hashable, Sequence[int]]]) -> None:
+    def _encode(self, texts: Sequence[tuple[Hashable, Source]]) -> None:
+        if self._positions:  # of speech, one at a time: it has no mask
+            for text, features in texts:
+                arrays = self._encoder.run(self._encoded, {self._source: np.asarray(features, np.float32)[None]})
+                found = {name: array[0] for name, array in zip(self._encoded, arrays, strict=True)}
+                self._cross.add(text, found, self._positions)
+            return
         longest = max(len(ids) for _, ids in texts)
         width = self._width(longest) or longest
         tokens, mask = np.zeros((2, len(texts), width), np.int64)

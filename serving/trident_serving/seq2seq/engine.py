@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from trident_serving.errors import Overloaded
 from trident_serving.runtime import loop
 from trident_serving.runtime.loop import EngineLoop
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.seq2seq import search
-from trident_serving.seq2seq.decoder import Copy, Row, Seq2SeqDecoder
+from trident_serving.seq2seq.decoder import Copy, Row, Seq2SeqDecoder, Source
 from trident_serving.seq2seq.search import Found, Search, SearchParams
 
 logger = logging.getLogger(__name__)
@@ -39,16 +41,23 @@ class Job:
     """One text to answer.
 
     Attributes:
-        source_ids: tokens of the text, special tokens included.
+        source: tokens of the text, special tokens included; or the features of speech.
         prompt: the decoder's start tokens.
         seconds: it fails once this time is over, waiting included; None: never.
+        search: of as many rows as beams; None: the usual one.
     """
 
-    source_ids: Sequence[int]
+    source: Source
     prompt: Sequence[int]
     params: SearchParams
     consumer: Consumer
     seconds: float | None = None
+    search: Search | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens, or frames, of the source."""
+        return int(np.shape(self.source)[-1])
 
 
 class Answer(loop.Request):
@@ -61,7 +70,7 @@ class Answer(loop.Request):
     def __init__(self, job: Job) -> None:
         super().__init__(job.consumer, job.seconds)
         self.job = job
-        self.search: Search = search.start(job.prompt, job.params)
+        self.search: Search = job.search or search.start(job.prompt, job.params)
         self.slots: list[int] = []
 
     @property
@@ -86,14 +95,20 @@ class Engine(EngineLoop[Answer]):
         self._recorder.set(slots=decoder.slots)
         self.start()
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[Job], *, going_on: bool = False) -> None:
         """Queue the texts of one request.
+
+        Args:
+            going_on: whether they belong to a request that has waited already: they come next, however many wait.
 
         Raises:
             Overloaded: the queue has no room for all of them, or the engine is stopping.
         """
         answers = [Answer(job) for job in jobs]
         with self._adding():
+            if going_on:
+                self._waiting.extendleft(reversed(answers))
+                return
             if len(self._waiting) + len(jobs) > self._max_waiting:
                 raise Overloaded(f"the queue is full: {len(self._waiting)} of {self._max_waiting} texts wait already")
             self._waiting.extend(answers)
@@ -138,7 +153,7 @@ class Engine(EngineLoop[Answer]):
         admitted: list[Answer] = []
         with self._changed:
             while self._waiting and used + self._waiting[0].beams <= self._decoder.slots:
-                tokens = len(self._waiting[0].job.source_ids)
+                tokens = self._waiting[0].job.size
                 if room is not None:
                     if admitted and tokens > room:
                         break
@@ -147,7 +162,7 @@ class Engine(EngineLoop[Answer]):
                 admitted.append(self._waiting.popleft())
         if not admitted:
             return
-        failed = self._decoder.encode_all({answer: answer.job.source_ids for answer in admitted})
+        failed = self._decoder.encode_all({answer: answer.job.source for answer in admitted})
         first = sum(answer.beams for answer in self._running)
         for answer in admitted:
             if (error := failed.get(answer)) is not None:
@@ -158,7 +173,7 @@ class Engine(EngineLoop[Answer]):
             first += answer.beams
             answer.started = True
             self._recorder.observe("queue_time", answer.age)
-            self._recorder.count("prompt_tokens", len(answer.job.source_ids))
+            self._recorder.count("prompt_tokens", answer.job.size)
             self._running.append(answer)
 
     def _follow(self, answer: Answer, parents: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Copy]:

@@ -22,7 +22,7 @@ from trident_serving.seq2seq.source import SourceText, Window
 _DEFAULTS = "generation.json"
 _FIELDS = by_name(SEQ2SEQ)
 # The rest of the sampling fields is for the search's rules.
-_RULES = ("max_tokens", "min_tokens", "repetition_penalty")
+RULES = ("max_tokens", "min_tokens", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class RequestParser:
 
 
 def _sampling(inputs: Inputs, max_tokens: int) -> SamplingParams | None:
-    own = [name for name in SAMPLING if name in _FIELDS and name not in _RULES]
+    own = [name for name in SAMPLING if name in _FIELDS and name not in RULES]
     values = {name: _FIELDS[name].read(inputs) for name in own}
     params = SamplingParams(max_tokens=max_tokens, **values, seed=_FIELDS["random_seed"].read(inputs))
     return None if params.greedy else params

@@ -29,6 +29,7 @@ class Rules:
         forced_bos_token_id: the first token behind a single start token.
         forced_eos_token_id: the last token of a sequence of `max_length`.
         suppress_tokens: never appear; `begin_suppress_tokens` not as the first.
+        more: a task's own, behind all others.
     """
 
     max_length: int
@@ -43,6 +44,7 @@ class Rules:
     forced_eos_token_ids: tuple[int, ...] = ()
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
+    more: tuple[LogitsProcessor, ...] = ()
 
     def processors(self) -> list[LogitsProcessor]:
         """In the order of transformers' `_get_logits_processor`; nothing for a rule that is off.
@@ -69,4 +71,4 @@ class Rules:
             found.append(SuppressTokens(self.suppress_tokens))
         if self.begin_suppress_tokens:
             found.append(SuppressTokens(self.begin_suppress_tokens, max(self.prompt_length, first)))
-        return found
+        return [*found, *self.more]

@@ -1,0 +1,60 @@
+"""Speech recognition with Whisper: an audio file in, text and segments out. See `trident_serving.speech`."""
+
+import sys
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from trident_serving import text
+from trident_serving.schema.limits import SpeechLimits
+from trident_serving.schema.reading import read_parameters
+from trident_serving.speech.service import SpeechService
+from trident_serving.triton import adapter
+from trident_serving.triton.metrics import Publisher
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.process = adapter.setup(pb_utils, args)
+        self.config = config = adapter.model_config(args)
+        limits = read_parameters(SpeechLimits, adapter.parameters(config))
+        name, version = args["model_name"], args["model_version"]
+        unloading = adapter.unloading(pb_utils, name, version)
+        self.service = SpeechService(adapter.version_folder(args), limits, unloading)
+        self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
+        print(f"trident: {name}: {limits.slots} slots; {self.service.memory}", file=sys.stderr, flush=True)
+        self.process.start(self.service.steps, self.service.busy)
+
+    def execute(self, requests):
+        adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
+
+    def submit(self, request, channel):
+        timeout = adapter.timeout(request, self.config)
+        self.service.submit(self.service.parse(adapter.inputs(request), timeout), channel)
+
+    def finalize(self):
+        self.service.stop()
+        self.publisher.stop()
+        self.process.stop()
+
+
+class Channel(adapter.Responder):
+    """A `ReplyChannel` over Triton's response sender."""
+
+    def tensors(self, reply):
+        segments = [segment for segment, _ in reply.segments]
+        tensors = {
+            "text_output": text.encode_texts([reply.text]),
+            "finish_reason": text.encode_texts([reply.finish_reason]),
+            "language": text.encode_texts([reply.language]),
+            "duration": np.array([reply.duration], np.float32),
+            "num_output_tokens": np.array([len(reply.tokens)], np.int32),
+            "output_ids": np.array(reply.tokens, np.int32),
+            "segment_text": text.encode_texts([found for _, found in reply.segments]),
+            "segment_start": np.array([each.start for each in segments], np.float32),
+            "segment_end": np.array([each.end for each in segments], np.float32),
+            "segment_tokens": np.array([len(each.tokens) for each in segments], np.int32),
+            "segment_log_prob": np.array([each.log_prob for each in segments], np.float32),
+            "segment_no_speech": np.array([each.no_speech for each in segments], np.float32),
+        }
+        return {name: tensor[None] for name, tensor in tensors.items()}
