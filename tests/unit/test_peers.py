@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from benchmarks import bench, generation, processor
 from benchmarks.peers import child, environments, process
 from benchmarks.peers.environments import Environment, PeerError
 from benchmarks.peers.process import PeerProcess
+from benchmarks.peers.programs import folders
 from tests import tiny_models
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12]]
@@ -39,7 +41,32 @@ def test_every_peer_has_an_environment() -> None:
     listed = [name for each in environments.load() for name in (*each.generators, *each.embedders)]
     assert sorted(listed) == sorted(child.PEERS)
     folder = Path(child.__file__).parent / "programs"
-    assert {module for module, _, _ in child.PEERS.values()} == {file.stem for file in folder.glob("[!_]*.py")}
+    assert {module for module, _, _ in child.PEERS.values()} == {file.stem for file in folder.glob("[!_]*.py")} - {
+        "folders"
+    }
+
+
+def test_a_folder_for_transformers_4(source: Path, tmp_path: Path) -> None:
+    older = folders.for_transformers_4(source, tmp_path)
+    config = json.loads((older / "config.json").read_text())
+    assert "rope_parameters" not in config
+    assert config["rope_theta"] == json.loads((source / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    settings = json.loads((older / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+    def fail(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise ValueError("no")
+
+    def convert(folder: Path) -> None:
+        assert not folder.exists()
+        folder.mkdir()
+
+    with pytest.raises(ValueError, match="no"):
+        folders.converted(tmp_path / "made", fail)
+    assert folders.converted(tmp_path / "made", convert) == tmp_path / "made"
+    assert folders.converted(tmp_path / "made", fail) == tmp_path / "made"
 
 
 def test_a_choice_of_peers_has_what_they_are_compared_with() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from benchmarks.peers.interface import THREADS, Floats, Prompts, Times
+from benchmarks.peers.programs.folders import converted, for_transformers_4
 
 
 class CTranslate2:
@@ -22,12 +23,15 @@ class CTranslate2:
     name = "CTranslate2 int8"
 
     def __init__(self, source: Path, work: Path) -> None:
-        self.weights = work / "int8"
-        if not (self.weights / "model.bin").exists():
+        older = for_transformers_4(source, work)
+
+        def convert(folder: Path) -> None:
             program = str(Path(sys.executable).parent / "ct2-transformers-converter")
-            command = [program, "--model", str(source), "--output_dir", str(self.weights), "--quantization", "int8"]
-            subprocess.run([*command, "--force"], check=True)
-        self._tokenizer = AutoTokenizer.from_pretrained(source)
+            command = [program, "--model", str(older), "--output_dir", str(folder), "--quantization", "int8"]
+            subprocess.run(command, check=True)
+
+        self.weights = converted(work / "int8", convert)
+        self._tokenizer = AutoTokenizer.from_pretrained(older)
         self._generator = ctranslate2.Generator(str(self.weights), device="cpu", intra_threads=THREADS)
 
     def generate(self, prompts: Prompts, tokens: int) -> Times:

@@ -25,6 +25,8 @@ class SentenceTransformers:
         if backend != "torch" and not self.weights.exists():
             shutil.copytree(source, self.weights)
         self._model = SentenceTransformer(str(self.weights), device="cpu", backend=backend)
+        if backend == "onnx" and not (self.weights / "onnx/model.onnx").exists():
+            self._model.save_pretrained(str(self.weights))  # the graph that it has exported, for fastembed, too
 
     def embed(self, texts: Sequence[str], batch_size: int) -> Floats:
         """See `Embedder.embed`."""

@@ -15,6 +15,7 @@ import onnxruntime_genai as genai
 from numpy.typing import NDArray
 
 from benchmarks.peers.interface import Floats, Prompts, Times
+from benchmarks.peers.programs.folders import converted, for_transformers_4
 
 
 class Genai:
@@ -23,11 +24,12 @@ class Genai:
     name = "onnxruntime-genai int4"
 
     def __init__(self, source: Path, work: Path) -> None:
-        self.weights = work / "int4"
-        if not (self.weights / "model.onnx").exists():
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
-            command += ["-o", str(self.weights), "-p", "int4", "-e", "cpu", "-c", str(work / "cache")]
-            subprocess.run(command, check=True)
+        def build(folder: Path) -> None:
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i"]
+            command += [str(for_transformers_4(source, work)), "-o", str(folder), "-p", "int4", "-e", "cpu"]
+            subprocess.run([*command, "-c", str(work / "cache")], check=True)
+
+        self.weights = converted(work / "int4", build)
         self._model = genai.Model(str(self.weights))
 
     def generate(self, prompts: Prompts, tokens: int) -> Times:

@@ -13,6 +13,7 @@ import openvino
 import openvino_genai
 
 from benchmarks.peers.interface import SLOTS, THREADS, Floats, Prompts, Times
+from benchmarks.peers.programs.folders import converted, for_transformers_4
 
 
 class OpenVino:
@@ -20,15 +21,18 @@ class OpenVino:
 
     def __init__(self, source: Path, work: Path, weights: str) -> None:
         self.name = f"openvino-genai {weights}"
-        self.weights = work / weights
-        if not (self.weights / "openvino_tokenizer.xml").exists():
-            programs = Path(sys.executable).parent
+        programs = Path(sys.executable).parent
+
+        def export(folder: Path) -> None:
+            older = str(for_transformers_4(source, work))
             group = ["--group-size", "32", "--ratio", "1.0"] if weights == "int4" else []
-            export = [str(programs / "optimum-cli"), "export", "openvino", "-m", str(source)]
-            export += ["--task", "text-generation-with-past", "--weight-format", weights, *group, str(self.weights)]
-            subprocess.run(export, check=True)
-            convert = [str(programs / "convert_tokenizer"), str(source), "--with-detokenizer", "-o", str(self.weights)]
+            command = [str(programs / "optimum-cli"), "export", "openvino", "-m", older]
+            command += ["--task", "text-generation-with-past", "--weight-format", weights, *group, str(folder)]
+            subprocess.run(command, check=True)
+            convert = [str(programs / "convert_tokenizer"), older, "--with-detokenizer", "-o", str(folder)]
             subprocess.run(convert, check=True)
+
+        self.weights = converted(work / weights, export)
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = 2  # GB
         scheduler.max_num_batched_tokens = 256
