@@ -53,7 +53,7 @@ test: $(SETUP) ## run the tests, against a real server on free ports
 	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 test-all: $(SETUP) ## run the slow tests as well: more variants and families of what `make test` shows
-	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m 'not image and not clients and not replicas' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m 'not image and not clients and not charts and not replicas' $(PYTEST_ARGS)
 
 check: $(SETUP) ## lint, types, configs in step with models.toml, deployment files
 	@$(BIN)/ruff check .
