@@ -11,6 +11,7 @@ backends work unwatched. Records are mapped into memory, so that a write takes l
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import mmap
 import os
 import secrets
@@ -29,6 +30,10 @@ BEAT_SECONDS = 0.25
 PASS_PARAMETER = "trident_pass"
 # A process whose engine has open requests and makes no step for this long hangs. A step of a large model takes seconds.
 STALL_SECONDS = 60.0
+# A process without a beat for this long ends itself: a call into a server that was killed waits for ever, with Python's
+# lock held, so that no thread of Python would see it. A launcher that lives ends it sooner.
+SILENT_SECONDS = 10.0
+_STDERR = 2
 
 _RECORD = struct.Struct("<dqq")
 _DRAINING = b"\1"
@@ -175,6 +180,7 @@ class Process:
     def stop(self) -> None:
         """Remove the record: the process ends as it should, and the launcher must not take it for dead."""
         self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
@@ -189,6 +195,7 @@ class Process:
         assert self._record is not None
         seen, since = -1, time.monotonic()
         while True:
+            faulthandler.dump_traceback_later(SILENT_SECONDS, exit=True, file=_STDERR)
             if os.getppid() != self._server:  # an idle process ends without this; a busy one would work on
                 os._exit(1)
             now = time.monotonic()
@@ -197,4 +204,5 @@ class Process:
             if now - since < STALL_SECONDS:
                 struct.pack_into("<d", self._record, 0, now)
             if self._ended.wait(BEAT_SECONDS):
+                faulthandler.cancel_dump_traceback_later()
                 return

@@ -544,6 +544,10 @@ def _export(
     fold_shapes(graph)
     drop_idle_casts(graph)
     if "attention_mask" in inputs:
+        if "attention_mask" not in {value.name for value in graph.graph.inputs if value.uses()}:
+            raise UnsupportedArchitecture(
+                f"{said} does not read its mask, so texts of several lengths can't be together"
+            )
         unpad(graph)
         graph.metadata_props[LONGEST_PADDED] = str(longest or 0)
     editing.save(fuse_norms(graph), path)

@@ -74,6 +74,7 @@ class Publisher:
                 family = pb_utils.MetricFamily(name=PREFIX + name, description=description, kind=kind)
                 self._families.append(family)
                 self._metrics[key] = family.Metric(labels=labels)
+        self._told: dict[str, float] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="metrics", daemon=True)
         self._thread.start()
@@ -94,8 +95,11 @@ class Publisher:
         recorded = self._recorder.drain()
         for key, amount in recorded.counters.items():
             self._metrics[key].increment(amount)
+        # Each call waits for the server with Python's lock held, so what is as it was is not told again.
         for key, value in recorded.gauges.items():
-            self._metrics[key].set(value)
+            if self._told.get(key) != value:
+                self._metrics[key].set(value)
+                self._told[key] = value
         for key, values in recorded.histograms.items():
             for value in values:
                 self._metrics[key].observe(value)
