@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,42 @@ def test_the_other_models_are_served_if_one_does_not_load(tiny_repository: Path,
         line = next(line for line in server.log.read_text().splitlines() if "NOT SERVED" in line)
         assert "broken can't be loaded (" in line
         assert "model.onnx" in line
+
+
+@pytest.mark.slow
+def test_spans_go_on_in_the_caller_s_trace(
+    tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}/")
+        with (
+            local.running(tiny_repository, tmp_path / "log") as server,
+            Client(server.grpc_url, timeout=60, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"}) as client,
+        ):
+            assert client.generate("A", model="tiny", max_tokens=4).num_output_tokens == 4
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline and not received:
+                time.sleep(0.1)
+            collector.shutdown()
+            collector.server_close()  # a collector that is gone harms no request
+            assert client.generate("A", model="tiny", max_tokens=4).num_output_tokens == 4
+    path, body = received[0]
+    assert path == "/v1/traces"
+    spans = [
+        span for part in json.loads(body)["resourceSpans"] for scope in part["scopeSpans"] for span in scope["spans"]
+    ]
+    assert {span["traceId"] for span in spans} == {trace}
+    assert "tiny" in {span["name"] for span in spans}

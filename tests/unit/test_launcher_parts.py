@@ -19,7 +19,7 @@ from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.failures import IndexEntry, one_line
 from trident_serving.launcher.gateway import Gateway
 from trident_serving.launcher.repository_view import RepositoryView
-from trident_serving.launcher.server import ServerOptions
+from trident_serving.launcher.server import ServerOptions, trace_flags
 from trident_serving.launcher.supervisor import ending
 
 
@@ -217,3 +217,16 @@ def test_a_gateway_for_other_machines_needs_keys(tmp_path: Path) -> None:
         Gateway(everywhere, 8080, None, 1.0)
     Gateway(everywhere, 8080, tmp_path / "keys.json", 1.0)
     Gateway(ServerOptions(tmp_path), 8080, None, 1.0)
+
+
+def test_where_tritonserver_sends_its_spans() -> None:
+    flags = {"--trace-config"}
+    assert trace_flags(flags, {}) == []
+    assert trace_flags(set(), {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}) == []
+    found = trace_flags(flags, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318/"})
+    assert "--trace-config=opentelemetry,url=http://collector:4318/v1/traces" in found
+    assert "--trace-config=opentelemetry,resource=service.name=tritonserver" in found
+    own = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://here/spans", "OTEL_SERVICE_NAME": "llm"}
+    found = trace_flags(flags, own | {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://there"})
+    assert "--trace-config=opentelemetry,url=http://here/spans" in found
+    assert "--trace-config=opentelemetry,resource=service.name=llm" in found

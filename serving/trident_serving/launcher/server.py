@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -118,7 +118,7 @@ class Server:
         self._environment.pop(admin_key.ENVIRONMENT, None)
         flags = known_flags(installation, environment)
         self._command = _command(installation, options, backends, self.view.folder, flags, self._shm_prefix)
-        self._command += _restrictions(flags, self._key.value)
+        self._command += [*_restrictions(flags, self._key.value), *trace_flags(flags, environment)]
 
     def __enter__(self) -> Server:
         return self
@@ -286,6 +286,20 @@ def _command(
         wanted |= {"--allow-gpu-metrics": "false", "--pinned-memory-pool-byte-size": "0"}
     known = set(flags)
     return [str(installation.binary), *(f"{flag}={value}" for flag, value in wanted.items() if value and flag in known)]
+
+
+def trace_flags(flags: Iterable[str], environment: Mapping[str, str]) -> list[str]:
+    """What makes tritonserver send its spans to OpenTelemetry's endpoint; [] where the environment names none.
+
+    A request that carries a `traceparent`, as the gateway's and the client's do, goes on in that trace.
+    """
+    base = environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").rstrip("/")
+    url = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or (f"{base}/v1/traces" if base else "")
+    if not url or "--trace-config" not in flags:
+        return []
+    settings = ("mode=opentelemetry", "level=TIMESTAMPS", "rate=1", f"opentelemetry,url={url}")
+    service = f"opentelemetry,resource=service.name={environment.get('OTEL_SERVICE_NAME') or 'tritonserver'}"
+    return [f"--trace-config={setting}" for setting in (*settings, service)]
 
 
 def _restrictions(flags: Iterable[str], key: str) -> Sequence[str]:
