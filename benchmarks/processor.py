@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+from trident_export import processors
+
 # What kernels of matrix products look for, by the names of /proc/cpuinfo.
 FEATURES = {
     "amx_int8": "AMX int8",
@@ -18,10 +20,9 @@ FEATURES = {
 }
 
 
-def sentence(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def sentence(cpuinfo: Path = processors.CPUINFO) -> str:
     """The processor's name, its cores and features, such as `AMD EPYC, 2 cores, AVX2`."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    told = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
-    flags = set(told.get("flags", "").split())
-    found = [name for flag, name in FEATURES.items() if flag in flags]
-    return ", ".join([told.get("model name", platform.machine()), f"{os.cpu_count()} cores", *found])
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = processors.flags(cpuinfo)
+    return ", ".join([name, f"{os.cpu_count()} cores", *(text for flag, text in FEATURES.items() if flag in flags)])

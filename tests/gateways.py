@@ -100,14 +100,32 @@ CHAT_TEMPLATE = (
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
+def make_talk(folder: Path) -> None:
+    """A model that writes anything, with a chat template."""
+    # Here, as below, because collecting tests needs none of this, which takes seconds.
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests import tiny_models
+
+    words = tiny_models.byte_level_tokenizer()
+    words.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    talk = AutoModelForCausalLM.from_config(tiny_models.causal_config("llama", 2048)).eval()
+    with torch.no_grad():
+        for parameter in talk.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    talk.save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
 def make_models(root: Path) -> None:
     """Hugging Face folders: `chain` thinks and calls a tool, `talk` writes anything, and one of each encoder task."""
     # Here, because most tests need none of this, which takes seconds.
-    import torch
     from peft import LoraConfig
     from transformers import (
         AutoModel,
-        AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
@@ -119,16 +137,7 @@ def make_models(root: Path) -> None:
     chain().save_pretrained(root / "chain")
     tokenizer().save_pretrained(root / "chain")
     (root / "chain" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0}))
-    words = tiny_models.byte_level_tokenizer()
-    words.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(0)
-    talk = AutoModelForCausalLM.from_config(tiny_models.causal_config("llama", 2048)).eval()
-    with torch.no_grad():
-        for parameter in talk.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    talk.save_pretrained(root / "talk")
-    words.save_pretrained(root / "talk")
+    make_talk(root / "talk")
     adapter(root / "other", root / "talk", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     tiny_models.make_reader(root / "embed", "xlm-roberta", AutoModel, seed=1)
     classifier = AutoModelForSequenceClassification

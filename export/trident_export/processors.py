@@ -26,22 +26,27 @@ _FLAGS: tuple[tuple[Processor, frozenset[str]], ...] = (
     (Processor.VNNI, frozenset({"avx_vnni"})),
     (Processor.AVX2, frozenset({"avx2"})),
 )
-_CPUINFO = Path("/proc/cpuinfo")
+CPUINFO = Path("/proc/cpuinfo")
 
 
-def of(flags: Collection[str]) -> Processor:
+def of(found: Collection[str]) -> Processor:
     """The kind of a processor that has these flags, as Linux names them."""
-    return next((processor for processor, needed in _FLAGS if needed <= set(flags)), Processor.OTHER)
+    return next((processor for processor, needed in _FLAGS if needed <= set(found)), Processor.OTHER)
 
 
-def this_machine(cpuinfo: Path = _CPUINFO) -> Processor:
-    """The kind of this machine's processor; `OTHER` where the system does not say.
+def flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
+    """What Linux says that this machine's processor has; nothing where the system does not say.
 
     Args:
-        cpuinfo: what Linux says of it.
+        cpuinfo: where it says so.
     """
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return Processor.OTHER
-    return of(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def this_machine(cpuinfo: Path = CPUINFO) -> Processor:
+    """The kind of this machine's processor; `OTHER` where the system does not say."""
+    return of(flags(cpuinfo))

@@ -40,22 +40,12 @@ TEXTS = ("one text", "another one", "and a third of them")
 def make_models(root: Path) -> Path:
     """Their repository: a generator and an embedder."""
     # Here, because collecting these tests needs none of this, which takes seconds.
-    import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel
 
     from tests import tiny_models
     from trident_export import install, models_file
 
-    words = tiny_models.byte_level_tokenizer()
-    words.chat_template = gateways.CHAT_TEMPLATE
-    torch.manual_seed(0)
-    talk = AutoModelForCausalLM.from_config(tiny_models.causal_config("llama", 2048)).eval()
-    with torch.no_grad():
-        for parameter in talk.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    talk.save_pretrained(root / "talk")
-    words.save_pretrained(root / "talk")
+    gateways.make_talk(root / "talk")
     tiny_models.make_reader(root / "embed", "xlm-roberta", AutoModel, seed=1)
     limits = {"context": 2048, "slots": SLOTS, "max_waiting": 64, "threads": 1}
     tables: dict[str, dict[str, Any]] = {

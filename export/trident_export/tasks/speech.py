@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,16 +17,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSpeechSeq2Seq, GenerationConfig, PreTrainedModel
 
-from trident_export import disk, recipes
+from trident_export import disk
 from trident_export.errors import FidelityError, ModelsFileError
-from trident_export.graphs import editing
 from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_export.huggingface import speech as speech_files
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.vocabulary import rows_of
 from trident_export.measure import fidelity, signals
 from trident_export.models_file import ModelSpec
-from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job
 from trident_export.tasks.seq2seq import measure, served_answers
 from trident_serving.artefacts import VERSION
@@ -65,15 +62,6 @@ def trace(job: Job) -> None:
     job.progress("tracing the graphs")
     export_encoder(model, job.graphs / "encoder.onnx")
     export_decoder(model, job.graphs / "decoder.onnx", _limits(job.spec).max_target_tokens)
-
-
-def write(job: Job, variant: str) -> None:
-    """See `trident_export.tasks`."""
-    folder = job.staging / job.spec.public_name(variant) / VERSION
-    for name in ("encoder.onnx", "decoder.onnx"):
-        recipes.apply(job.spec.recipes[variant], Kind.SEQ2SEQ, job.graphs / name, folder / name)
-    editing.share_weights(folder / "encoder.onnx", folder / "decoder.onnx")
-    shutil.copytree(job.assets, folder, dirs_exist_ok=True)
 
 
 def evaluator(
