@@ -27,6 +27,7 @@ from trident_export.measure import fidelity, signals
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import Evaluator, Job
 from trident_export.tasks.seq2seq import measure, served_answers
+from trident_export.tasks.seq2seq import write as write
 from trident_serving.artefacts import VERSION
 from trident_serving.schema.limits import SpeechLimits
 from trident_serving.speech.features import LogMel

@@ -1,52 +1,12 @@
 """Text generation with continuous batching: text in, text out. See `trident_serving.generation`."""
 
-import sys
-
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trident_serving import onnx_runtime, text
 from trident_serving.schema.limits import GenerationLimits
-from trident_serving.schema.reading import read_parameters
 from trident_serving.triton import adapter
-from trident_serving.triton.metrics import Publisher
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        self.process = adapter.setup(pb_utils, args)
-        self.config = config = adapter.model_config(args)
-        parameters = adapter.parameters(config)
-        onnx_runtime.choose(parameters.get("device", "cpu"))
-        # Imports the onnxruntime that was chosen.
-        from trident_serving.generation.service import GenerationService
-
-        limits = read_parameters(GenerationLimits, parameters)
-        name, version = args["model_name"], args["model_version"]
-        unloading = adapter.unloading(pb_utils, name, version)
-        device = int(args["model_instance_device_id"])
-        self.service = GenerationService(adapter.version_folder(args), limits, unloading, device)
-        self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
-        # Not through Triton's logger, whose level would hide the line. It shows the memory that the limits take.
-        drafted = f", drafted by {self.service.draft_name}" if self.service.draft_name else ""
-        print(
-            f"trident: {name}: {limits.slots} slots of {limits.context} tokens{drafted}; {self.service.memory}",
-            file=sys.stderr,
-            flush=True,
-        )
-        self.process.start(self.service.steps, self.service.busy)
-
-    def execute(self, requests):
-        adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
-
-    def submit(self, request, channel):
-        timeout = adapter.timeout(request, self.config)
-        self.service.submit(self.service.parse(adapter.inputs(request), timeout), channel)
-
-    def finalize(self):
-        self.service.stop()
-        self.publisher.stop()
-        self.process.stop()
+from trident_serving.triton.engine_model import EngineModel
 
 
 class Channel(adapter.Responder):
@@ -103,3 +63,19 @@ def likeliest(name, tokens, spell):
     if spell is not None:
         tensors[f"{name}_top_tokens"] = np.array([[spell(i) for i, _ in token.top] for token in tokens], np.object_)
     return tensors
+
+
+class TritonPythonModel(EngineModel):
+    api, limits, channel = pb_utils, GenerationLimits, Channel
+
+    def make_service(self, args, limits, unloading):
+        onnx_runtime.choose(limits.device)
+        # Imports the onnxruntime that was chosen.
+        from trident_serving.generation.service import GenerationService
+
+        device = int(args["model_instance_device_id"])
+        return GenerationService(adapter.version_folder(args), limits, unloading, device)
+
+    def room(self, limits):
+        drafted = f", drafted by {self._service.draft_name}" if self._service.draft_name else ""
+        return f"{limits.slots} slots of {limits.context} tokens{drafted}"

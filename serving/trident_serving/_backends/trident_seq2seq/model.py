@@ -1,41 +1,13 @@
 """Translation and summarization with an encoder-decoder model: text in, text out. See `trident_serving.seq2seq`."""
 
-import sys
-
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from trident_serving import text
 from trident_serving.schema.limits import Seq2SeqLimits
-from trident_serving.schema.reading import read_parameters
 from trident_serving.seq2seq.service import Seq2SeqService
 from trident_serving.triton import adapter
-from trident_serving.triton.metrics import Publisher
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        self.process = adapter.setup(pb_utils, args)
-        self.config = config = adapter.model_config(args)
-        limits = read_parameters(Seq2SeqLimits, adapter.parameters(config))
-        name, version = args["model_name"], args["model_version"]
-        unloading = adapter.unloading(pb_utils, name, version)
-        self.service = Seq2SeqService(adapter.version_folder(args), limits, unloading)
-        self.publisher = Publisher(pb_utils, self.service.recorder, {"model": name, "version": version})
-        print(f"trident: {name}: {limits.slots} slots; {self.service.memory}", file=sys.stderr, flush=True)
-        self.process.start(self.service.steps, self.service.busy)
-
-    def execute(self, requests):
-        adapter.submit_each(pb_utils, requests, self.process, self.submit, Channel)
-
-    def submit(self, request, channel):
-        timeout = adapter.timeout(request, self.config)
-        self.service.submit(self.service.parse(adapter.inputs(request), timeout), channel)
-
-    def finalize(self):
-        self.service.stop()
-        self.publisher.stop()
-        self.process.stop()
+from trident_serving.triton.engine_model import EngineModel
 
 
 class Channel(adapter.Responder):
@@ -51,3 +23,10 @@ class Channel(adapter.Responder):
             "sequence_scores": np.array(reply.scores, np.float32),
         }
         return {name: tensor[None] for name, tensor in tensors.items()}
+
+
+class TritonPythonModel(EngineModel):
+    api, limits, channel = pb_utils, Seq2SeqLimits, Channel
+
+    def make_service(self, args, limits, unloading):
+        return Seq2SeqService(adapter.version_folder(args), limits, unloading)
