@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import mmap
 import os
 import secrets
@@ -30,6 +31,8 @@ BEAT_SECONDS = 0.25
 PASS_PARAMETER = "trident_pass"
 # A process whose engine has open requests and makes no step for this long hangs. A step of a large model takes seconds.
 STALL_SECONDS = 60.0
+# How often a process puts off its own end, which comes after `SILENT_SECONDS`: each time starts a thread.
+_ARM_SECONDS = 2.0
 # A process without a beat for this long ends itself: a call into a server that was killed waits for ever, with Python's
 # lock held, so that no thread of Python would see it. A launcher that lives ends it sooner.
 SILENT_SECONDS = 10.0
@@ -193,9 +196,11 @@ class Process:
 
     def _beat(self) -> None:
         assert self._record is not None
-        seen, since = -1, time.monotonic()
+        seen, since, armed = -1, time.monotonic(), -math.inf
         while True:
-            faulthandler.dump_traceback_later(SILENT_SECONDS, exit=True, file=_STDERR)
+            if time.monotonic() - armed >= _ARM_SECONDS:
+                armed = time.monotonic()
+                faulthandler.dump_traceback_later(SILENT_SECONDS, exit=True, file=_STDERR)
             if os.getppid() != self._server:  # an idle process ends without this; a busy one would work on
                 os._exit(1)
             now = time.monotonic()

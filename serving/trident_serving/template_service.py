@@ -162,6 +162,7 @@ class TemplateService:
         self._lock = threading.Lock()
         self._open: set[_Open] = set()
         self._stopping = False
+        self._some_open = asyncio.Event()  # of the loop: while it is not set, nothing wakes the thread
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="templates", daemon=True)
         self._thread.start()
@@ -207,6 +208,7 @@ class TemplateService:
         self._loop.close()
 
     def _begin(self, entry: _Open) -> None:
+        self._some_open.set()
         entry.work = self._loop.create_task(self._answer(entry))
         # Not at the end of the coroutine: a task that is cancelled before its first step never enters it.
         entry.work.add_done_callback(lambda work: self._finish(entry, work))
@@ -214,7 +216,10 @@ class TemplateService:
     async def _watch(self) -> None:
         """Cancel the calls of clients that have gone."""
         while True:
+            await self._some_open.wait()
             await asyncio.sleep(WATCH_SECONDS)
+            if not self._open:
+                self._some_open.clear()
             for entry in list(self._open):
                 try:
                     if entry.work is not None and entry.channel.is_cancelled():

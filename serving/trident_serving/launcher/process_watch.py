@@ -43,10 +43,10 @@ class ProcessWatch:
         now = self._clock()
         late = now - self._last_look > SILENT_SECONDS  # this process was suspended, and the others perhaps too
         self._last_look = now
-        alive = Counter((r.model, r.version) for r in records if not self._look(r.pid).dead)
+        states = [self._look(record.pid) for record in records]
+        alive = Counter((r.model, r.version) for r, state in zip(records, states, strict=True) if not state.dead)
         found = []
-        for record in records:
-            state = self._look(record.pid)
+        for record, state in zip(records, states, strict=True):
             if state.dead:
                 record.path.unlink(missing_ok=True)
                 self._ticks.pop(record.pid, None)

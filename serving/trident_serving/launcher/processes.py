@@ -131,6 +131,7 @@ def _close_accepted(descriptor: int, ports: Collection[int]) -> None:
 
 def _stat(pid: int) -> list[str]:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return []

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from trident_serving.runtime_folder import RuntimeFolder
 SHARED_MEMORY = Path("/dev/shm")
 # The server's time to end once no request is in flight; open streams without a request must not delay it.
 END_SECONDS = 2.0
+# So long after one was made, the server may still change who may read its regions of shared memory.
+NEW_REGION_SECONDS = 2.0
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 
@@ -97,6 +100,7 @@ class Server:
         self._folder = tempfile.TemporaryDirectory(prefix="trident-")
         self._process: subprocess.Popen[bytes] | None = None
         self._log: ServerLog | None = None
+        self._shm_changed, self._shm_until = 0, 0.0
         try:
             self._prepare(installation, environment, Path(self._folder.name))
         except BaseException:
@@ -171,6 +175,12 @@ class Server:
 
         Triton makes them readable for every user of the machine, whatever the umask. Its own processes have them open.
         """
+        with contextlib.suppress(OSError):
+            changed, now = SHARED_MEMORY.stat().st_mtime_ns, time.monotonic()
+            if changed != self._shm_changed:
+                self._shm_changed, self._shm_until = changed, now + NEW_REGION_SECONDS
+            elif now > self._shm_until:
+                return
         for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             with contextlib.suppress(FileNotFoundError):
                 if region.stat().st_mode & 0o077:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 0.05
+WATCH_SECONDS = 0.2
 
 
 class Channel(Protocol):
@@ -68,8 +68,11 @@ def pace(streams: int) -> float:
 
 
 def poll_interval(streams: int) -> float:
-    """Seconds between two questions for cancellations, less than two steps of the engine with this many streams."""
-    return min(max(0.01, 0.0025 * streams), 0.06)
+    """Seconds between two questions for cancellations, a few steps of the engine with this many streams.
+
+    A question costs the model a quarter of what a response does; a step too many of one that has gone costs less.
+    """
+    return min(max(0.05, 0.0125 * streams), 0.2)
 
 
 class PendingStreams:
