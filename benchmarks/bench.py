@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--models-file", type=Path, default=Path("models.toml"))
     parser.add_argument("--reports", type=Path, default=Path("reports"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("generation", "tasks"), help="measure only this")
     parser.add_argument("--peers", nargs="*", default=[], metavar="NAME", help="of environments.toml (default: all)")
     options = parser.parse_args()

@@ -34,6 +34,7 @@ from trident_serving.runtime.tokenizer import TextTokenizer
 MODEL = "smollm2"
 REFERENCE = "transformers fp32"
 CONCURRENCY = (1, 4, 8, 16, 32)
+WARM_UP = (1, 8)  # streams of the round that is not counted: with all of them, ten peers take five minutes
 TOKENS = 48
 PREFILL_TOKENS = 512
 Figures = dict[str, Any]
@@ -116,7 +117,7 @@ def measure(
 
         for number in range(rounds + 1):  # the first one warms up
             print(f"bench: generation, round {number} of {rounds}", file=sys.stderr)
-            for streams in CONCURRENCY:
+            for streams in CONCURRENCY if number else WARM_UP:
                 for peer in peers:
                     if (times := run(peer, prompts[:streams], TOKENS)) and number:
                         runs[peer.name].setdefault(str(streams), []).append(summarize(times))
