@@ -287,6 +287,24 @@ def test_blocks_are_the_largest_that_the_channels_allow() -> None:
     np.testing.assert_allclose(run(blocks, x), exact(x), atol=1e-4)
 
 
+def test_matmuls_with_a_loud_token_are_left_to_later_passes() -> None:
+    """One token of calibration text is 100 times the others."""
+
+    def texts(samples: int, seed: int) -> Feeds:
+        x = RANDOM.normal(0, 1, (64, INPUTS)).astype(np.float32)
+        x[7] *= 100
+        return iter([{"x": x}])
+
+    def spread(loudest: float) -> set[str]:
+        done = transform(graph(), [Spread(nodes="first", loudest=loudest)], texts)
+        return {node.name for node in done.graph.node if node.op_type == "Div"}
+
+    assert spread(50.0) == set()
+    assert len(spread(400.0)) == 1
+    with pytest.raises(ModelsFileError, match="a recipe with the pass spread needs calibration text"):
+        transform(graph(), [Spread(loudest=50.0)])
+
+
 def test_an_expert_that_no_text_chose_is_left_to_later_passes() -> None:
     def few(samples: int, seed: int) -> Feeds:
         return iter([{"x": RANDOM.normal(0, 1, (rows, INPUTS)).astype(np.float32)} for rows in (0, 20, 0, 11)])
@@ -418,6 +436,7 @@ def test_by_product_is_an_alias(capsys: pytest.CaptureFixture[str]) -> None:
         ('[x]\ndecoder = [{ pass = "gptq_groups", group = 24 }]', "group one of .*24"),
         ('[x]\ndecoder = [{ pass = "gptq_groups", damp = 0.0 }]', "damp must be more than 0"),
         ('[x]\ndecoder = [{ pass = "spread", block = 48 }]', "block must be a power of two, found 48"),
+        ('[x]\ndecoder = [{ pass = "spread", loudest = 1.0 }]', "loudest must be more than 1, found 1"),
         ('[x]\ndecoder = [{ pass = "cache", margin = 0.0 }]', "margin must be more than 0"),
         ("[x", "is not TOML"),
     ],

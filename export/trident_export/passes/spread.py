@@ -16,10 +16,12 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
 from trident_export.graphs.editing import add_domain, array, constant, drop_unused, make, reduced, replace, store
-from trident_export.passes.base import CalibrationRuns, Pass, matmul_nodes, ranks
+from trident_export.passes.base import Calibrated, CalibrationRuns, matmul_nodes, ranks
+from trident_export.passes.calibration import watch
 from trident_export.passes.rotate import has_rotated_heads, is_normed, rotation
 
 _LEAST = 1e-12  # a token of zeros stays one
@@ -27,27 +29,33 @@ _TOKENS = "/tokens"  # the end of the name of what matmuls read
 
 
 @dataclass(frozen=True)
-class Spread(Pass):
+class Spread(Calibrated):
     """Spreads what matmuls read over their channels, and makes 1 the largest number of every token.
 
     Outputs of norms and heads that `rotate` has rotated are not rotated again.
 
     Attributes:
         block: channels that are rotated together, a power of two: the largest that the channels allow, up to this.
-        seed: of the rotation's signs.
+        seed: of the rotation's signs, and of the calibration texts.
         norms: whether tokens behind a rotated norm are divided, too. They are about as large as each other, but one
             scale for all must do for the largest number of any.
+        loudest: matmuls are left to later passes where the largest number of any token of calibration text is more
+            times that of the median token, as where a layer writes a token's massive activation, or takes it away:
+            eight bits of so large a number are coarse beside what the layers behind read of it. Infinity: none is
+            left, and no text is needed.
     """
 
     block: int = 64
-    seed: int = 0
     norms: bool = False
+    loudest: float = math.inf
     for_matmuls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block < 1 or self.block & (self.block - 1):
             raise UsageError(f"block must be a power of two, found {self.block}")
+        if not self.loudest > 1:
+            raise UsageError(f"loudest must be more than 1, found {self.loudest:g}")
 
     def apply(self, model: ir.Model, chosen: Sequence[str], runs: CalibrationRuns | None) -> tuple[ir.Model, set[str]]:
         """See `Pass`; it takes no matmuls."""
@@ -59,10 +67,22 @@ class Spread(Pass):
             own = len(matmul.inputs[1].uses()) == 1
             if own and known.get(source.name, 0) >= 2 and (self.norms or not is_normed(source)):
                 readers[source].append(matmul)
+        loud = self._loud(model, [source.name for source in readers], runs) if math.isfinite(self.loudest) else set()
         for source, matmuls in readers.items():
+            if source.name in loud:
+                continue
             self._spread(model, source, matmuls, known[source.name])
         drop_unused(model)
         return model, set()
+
+    def _loud(self, model: ir.Model, names: Sequence[str], runs: CalibrationRuns | None) -> set[str]:
+        """Those of some values that have a token which is too large."""
+        largest: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+        for values in watch(model, names, self.feeds(runs)):
+            for name, value in values.items():
+                largest[name].append(np.abs(value).max(axis=-1, initial=0.0).ravel())
+        tokens = {name: np.concatenate(found) for name, found in largest.items()}
+        return {name for name, found in tokens.items() if found.size and found.max() > self.loudest * np.median(found)}
 
     def _spread(self, model: ir.Model, source: ir.Value, matmuls: Sequence[ir.Node], rank: int) -> None:
         graph, path = matmuls[0].graph, f"spread/{source.name}"
