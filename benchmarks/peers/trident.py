@@ -82,15 +82,21 @@ class TridentServer:
 
     Args:
         texts: of each prompt's ids.
-        engine: of the same variant: it computes the same logits.
+        engine: of the same variant: it computes the same logits; None: nobody asks for them.
     """
 
     def __init__(
-        self, client: Client, model: str, variant: str, texts: dict[tuple[int, ...], str], engine: TridentEngine
+        self,
+        client: Client,
+        model: str,
+        variant: str,
+        texts: dict[tuple[int, ...], str],
+        engine: TridentEngine | None = None,
     ) -> None:
         self.name = f"Trident server {variant}"
-        self.weights = engine.weights
-        self.logits = engine.logits
+        if engine is not None:
+            self.weights = engine.weights
+            self.logits = engine.logits
         self._client = client
         self.model = model
         self._texts = texts
