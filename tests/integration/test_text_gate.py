@@ -304,3 +304,14 @@ def test_a_window_is_compared_beyond_its_end(tmp_path: Path) -> None:
     with pytest.raises(FidelityError, match="kl is .*top1 is"):
         fidelity.check("text-generation", "fp32", measured)
     assert np.isfinite(measured["kl"])
+
+
+def test_texts_begin_as_a_requests_do() -> None:
+    """Gemma and Llama begin each text with a token, without which they compute what no request sees."""
+    words = tiny_models.roberta_tokenizer("modernbert")
+    served = TextTokenizer(words.backend_tokenizer)
+    texts = corpora.held_out()
+    plain = text_generation.sample_ids(served, 128, 512, texts)
+    assert {ids[0] for ids in plain} == {words.cls_token_id}
+    asked = [words(text).input_ids[: text_generation.GATE_TOKENS] for text in texts]
+    assert all(ids in asked for ids in plain)

@@ -148,7 +148,7 @@ def calibration_runs(job: Job) -> CalibrationRuns:
         texts = corpora.calibration(job.spec.calibration, samples, seed)
         assert job.spec.generation
         room = positions(job.spec.generation)
-        tokens = [tokenizer.encode(text, add_special_tokens=False)[: min(GATE_TOKENS, room)] for text in texts]
+        tokens = [tokenizer.encode(text)[: min(GATE_TOKENS, room)] for text in texts]
         if (template := ChatTemplate.load(job.assets)) is not None:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
             tokens += [tokenizer.encode(chat, add_special_tokens=False)[: min(CHAT_TOKENS, room)] for chat in chats]
@@ -398,14 +398,17 @@ def served_answers(folder: Path, prompts: list[list[int]], device: str = "cpu") 
 
 
 def sample_ids(tokenizer: TextTokenizer, longest: int, vocabulary: int, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of some of the texts, each at most GATE_TOKENS long.
+    """Token ids of some of the texts as a request has them, each at most GATE_TOKENS long.
+
+    Where the tokenizer begins a text with a token, as Gemma's and Llama's do, so do these: without it such a model
+    computes what no request sees, and quantization is judged by that.
 
     Raises:
         UnreadableSource: the tokenizer is not this model's.
         TextError: the texts are too short for it.
     """
     length = min(GATE_TOKENS, longest)
-    samples = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in texts]
+    samples = [tokenizer.encode(text)[:length] for text in texts]
     largest = max((token for ids in samples for token in ids), default=0)
     if largest >= vocabulary:
         raise UnreadableSource(
@@ -463,7 +466,7 @@ def far_text(
     for text in cycle(texts):
         if len(ids) >= length:
             break
-        ids += tokenizer.encode(text + "\n", add_special_tokens=False)
+        ids += tokenizer.encode(text + "\n", add_special_tokens=not ids)
     kept = min(GATE_TOKENS, length)
     parts = far_parts(length, source.text_config.vocab_size) if table else [range(length - kept, length)]
     chunk = positions(limits) - limits.context
