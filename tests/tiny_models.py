@@ -650,35 +650,35 @@ IMAGE = 32  # height and width of what the models of images read, 16 patches
 _VISION: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "vit": (
         "vit",
-        "AutoModelForImageClassification",
+        "ViTForImageClassification",
         "ViTImageProcessorPil",
         {"size": {"height": IMAGE, "width": IMAGE}},
     ),
     "deit": (
         "deit",
-        "AutoModelForImageClassification",
+        "DeiTForImageClassification",
         "DeiTImageProcessorPil",
         {"size": {"height": 36, "width": 36}, "crop_size": {"height": IMAGE, "width": IMAGE}},
     ),
     "beit": (
         "beit",
-        "AutoModelForImageClassification",
+        "BeitForImageClassification",
         "BeitImageProcessorPil",
         {"size": {"height": IMAGE, "width": IMAGE}},
     ),
     "dinov2": (
         "dinov2",
-        "AutoModel",
+        "Dinov2Model",
         "BitImageProcessorPil",
         {"size": {"shortest_edge": 37}, "crop_size": {"height": IMAGE, "width": IMAGE}},
     ),
     "clip": (
         "clip",
-        "AutoModel",
+        "CLIPModel",
         "CLIPImageProcessorPil",
         {"size": {"shortest_edge": IMAGE}, "crop_size": {"height": IMAGE, "width": IMAGE}},
     ),
-    "siglip": ("siglip", "AutoModel", "SiglipImageProcessorPil", {"size": {"height": IMAGE, "width": IMAGE}}),
+    "siglip": ("siglip", "SiglipModel", "SiglipImageProcessorPil", {"size": {"height": IMAGE, "width": IMAGE}}),
 }
 VISION = tuple(_VISION)
 ANIMALS = ("cat", "dog", "horse", "mouse", "cow")
@@ -697,7 +697,7 @@ def siglip_tokenizer() -> PreTrainedTokenizerFast:
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     roles = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=trained, model_input_names=["input_ids", "attention_mask"], **roles)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, model_input_names=["input_ids"], **roles)
 
 
 @made_once
@@ -731,7 +731,7 @@ def make_vision(folder: Path, name: str, seed: int = 0, image: int = IMAGE) -> P
         own = {"use_relative_position_bias": True, "use_mean_pooling": True} if name == "beit" else {}
         config = AutoConfig.for_model(kind, **sizes, **labels, **own)
     torch.manual_seed(seed)
-    model = getattr(transformers, head).from_config(config).eval()
+    model = getattr(transformers, head)(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -706,4 +706,4 @@ def test_bash_completes(tmp_path: Path) -> None:
     complete_of trident classify --top
     """
     done = subprocess.run(["bash", "--norc", "-c", asks], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["classify", "zsh", "--top-k"], done.stderr
+    assert done.stdout.split() == ["classify", "classify-images", "zsh", "--top-k"], done.stderr

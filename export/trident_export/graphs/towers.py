@@ -6,12 +6,26 @@ from typing import Any
 
 import torch
 
+from trident_export.errors import UnsupportedTokenizer
 from trident_export.huggingface.folder import TWO_TOWERS, HuggingFaceFolder
 
 
 def has_towers(source: HuggingFaceFolder) -> bool:
     """Whether a folder holds such a model, with both towers."""
     return source.config.model_type in TWO_TOWERS
+
+
+def check_texts(source: HuggingFaceFolder) -> None:
+    """Check that the graph of texts reads them as transformers' pipeline does.
+
+    Raises:
+        UnsupportedTokenizer: it does not.
+    """
+    if source.padded_to and "attention_mask" in source.fast_tokenizer.model_input_names:
+        raise UnsupportedTokenizer(
+            f"{source}: its tokenizer masks padding, and the model takes a text's vector from its last token, which is "
+            'padding: a SigLIP whose tokenizer_config.json has model_input_names ["input_ids"] is served'
+        )
 
 
 def dimensions(source: HuggingFaceFolder) -> int:

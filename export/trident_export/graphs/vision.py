@@ -76,15 +76,18 @@ def export_image_graph(model: PreTrainedModel, path: Path, of: str, size: Size, 
             outputs=[output],
             axes={PIXELS: {0: "batch"}, output: {0: "batch"}},
             of=said,
+            operators=False,
         )
     graph.graph.outputs[0].shape = ir.Shape(["batch", *given.shape[1:]])
     (tokens,) = lengths
-    begin = _with_mask(graph, tokens)
+    begin = _begin(graph, tokens)
     drop_heads(graph)
+    _add_mask(graph, tokens)
     unpad(graph, _MASK, begin)
     write_attention(graph, _MASK)
     fuse(graph)
     with_two_rows(graph)
+    _mean_by_rows(graph)
     graph.opset_imports.pop("trident", None)
     save(graph, path)
 
@@ -221,8 +224,31 @@ def _sizes_kept() -> Iterator[None]:
         yield
 
 
-def _with_mask(model: ir.Model, tokens: int) -> ir.Node:
-    """Add the mask, ones of [batch, tokens]; returns the node that gives the tokens which the first layer reads."""
+def _mean_by_rows(model: ir.Model) -> None:
+    """Let means over tokens be means over a last dimension: over the middle one, ONNX Runtime sums a single image in
+    another order than several.
+    """
+    for node in [node for node in model.graph if node.op_type == "ReduceMean"]:
+        axes = node.attributes.get("axes")
+        if axes is None or list(axes.as_ints()) != [1] or node.attributes.get_int("keepdims", 1):
+            continue
+        (output,) = node.outputs
+        turned = make("Transpose", [node.inputs[0]], f"{output.name}/turned", perm=[0, 2, 1])
+        mean = make("ReduceMean", list(turned.outputs), output.name, name=node.name, axes=[2], keepdims=0)
+        replace(node, [turned, mean])
+
+
+def _begin(model: ir.Model, tokens: int) -> ir.Node:
+    """The node that gives the tokens which the first layer reads, in the place of the mark."""
+    (mark,) = [node for node in model.graph if node.op_type == _TOKENS]
+    begin = make("Identity", list(mark.inputs), mark.outputs[0].name)
+    replace(mark, [begin])
+    begin.outputs[0].type, begin.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", tokens, None])
+    return begin
+
+
+def _add_mask(model: ir.Model, tokens: int) -> None:
+    """Add the mask, ones of [batch, tokens]."""
     graph = model.graph
     (pixels,) = graph.inputs
     batch = make("Shape", [pixels], f"{_MASK}/batch", start=0, end=1)
@@ -231,8 +257,3 @@ def _with_mask(model: ir.Model, tokens: int) -> ir.Node:
     ones = make("ConstantOfShape", list(shape.outputs), _MASK, value=ir.tensor(np.array([1], np.int64)))
     ones.outputs[0].type, ones.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape(["batch", tokens])
     graph.insert_before(graph[0], [batch, shape, ones])
-    (mark,) = [node for node in graph if node.op_type == _TOKENS]
-    begin = make("Identity", list(mark.inputs), mark.outputs[0].name)
-    replace(mark, [begin])
-    begin.outputs[0].type, begin.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", tokens, None])
-    return begin

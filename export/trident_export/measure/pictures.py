@@ -5,6 +5,7 @@ Gradients and waves of colours, with discs, bars and noise, in several sizes and
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 Pixels = NDArray[np.uint8]
 
 # Width and height; one is narrow, one smaller than what a model reads.
-SIZES = ((320, 240), (224, 224), (97, 181), (640, 426), (31, 45), (500, 60), (256, 384))
+SIZES = ((320, 240), (224, 224), (97, 181), (480, 320), (31, 45), (500, 60), (256, 384))
 _ORIENTATION = 0x0112  # of EXIF
 
 
@@ -54,7 +55,8 @@ def encoded(image: Image.Image, kind: str = "PNG", orientation: int = 1, **optio
     return file.getvalue()
 
 
-def files(count: int) -> list[bytes]:
+@functools.cache
+def files(count: int) -> tuple[bytes, ...]:
     """Files of different sizes, formats and colours."""
     kinds: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
         ("RGB", "JPEG", {"quality": 90}),
@@ -70,4 +72,4 @@ def files(count: int) -> list[bytes]:
         mode, kind, options = kinds[seed % len(kinds)]
         image = Image.fromarray(drawn(seed, *SIZES[(seed + seed // len(kinds)) % len(SIZES)]))
         made.append(encoded(image.convert(mode), kind, **options))
-    return made
+    return tuple(made)

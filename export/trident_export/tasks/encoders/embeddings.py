@@ -55,6 +55,11 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     def load_settings(self, folder: Path) -> PoolingSettings:
         return PoolingSettings.load(folder)
 
+    def check(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        super().check(spec, source)
+        if towers.has_towers(source):
+            towers.check_texts(source)
+
     def head_of(self, source: HuggingFaceFolder) -> Any:
         if towers.has_towers(source):
             return AutoModelForZeroShotImageClassification

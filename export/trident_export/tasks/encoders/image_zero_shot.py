@@ -17,7 +17,7 @@ from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import Job
 from trident_export.tasks.encoders.base import Floats, save_tokenizer
-from trident_export.tasks.encoders.images import ImageExport
+from trident_export.tasks.encoders.images import ImageExport, graph_of
 from trident_serving.artefacts import VERSION
 from trident_serving.encoders import image_zero_shot
 from trident_serving.encoders.image_zero_shot import DEFAULT_TEMPLATE, LABELS, SimilaritySettings, scores
@@ -44,6 +44,7 @@ class ImageZeroShot(ImageExport):
                 f"models with two towers: {', '.join(TWO_TOWERS)}"
             )
         _ = source.fast_tokenizer
+        towers.check_texts(source)
         super().check(spec, source)
 
     def problems(self, limits: ImageZeroShotLimits, source: HuggingFaceFolder) -> Iterator[str]:
@@ -76,7 +77,7 @@ class ImageZeroShot(ImageExport):
         def prepare(model: PreTrainedModel) -> None:
             drop_tokens_beyond(source, first / TOKENIZER, rows_of(model))
 
-        export_text_tower(source, job.graphs / f"{LABELS}.onnx", "text_embeds", prepare)
+        export_text_tower(source, graph_of(job, LABELS), "text_embeds", prepare)
 
     def texts(self) -> Mapping[str, Sequence[str]]:
         return {"candidate_labels": _LABELS}

@@ -107,7 +107,7 @@ class ImageExport(EncoderExport[Any]):
         limits, source = _limits(job.spec), job.source
         model = source.load(self.head_of(source))
         self.files_of(model, source, postprocess)
-        size, path = (limits.height, limits.width), job.graphs / f"{self.task.graphs[0].name}.onnx"
+        size, path = (limits.height, limits.width), graph_of(job, self.task.graphs[0].name)
         export_image_graph(model, path, str(source), size, self.outputs, self.output)
 
     def write(self, job: Job, variant: str) -> None:
@@ -115,7 +115,7 @@ class ImageExport(EncoderExport[Any]):
         spec = job.spec
         for tower in self.task.graphs:
             path = job.staging / configs.model_part(spec, variant, tower.name) / VERSION / "model.onnx"
-            recipes.apply(spec.recipes[variant], Kind.ENCODER, job.graphs / f"{tower.name}.onnx", path)
+            recipes.apply(spec.recipes[variant], Kind.ENCODER, graph_of(job, tower.name), path)
         # An ensemble has no files, and Triton wants the folder.
         (job.staging / spec.public_name(variant) / VERSION).mkdir(parents=True, exist_ok=True)
 
@@ -156,6 +156,11 @@ class ImageExport(EncoderExport[Any]):
             ]
             texts = self.of_texts(model, source, getattr(spec.limits, "max_tokens", 0))
         return self.read_images({self.output: np.concatenate(found), **texts}, folder)
+
+
+def graph_of(job: Job, tower: str) -> Path:
+    """The float32 graph of a tower, or the only one, whose name is ""."""
+    return job.graphs / tower / "model.onnx"
 
 
 class _Served:
