@@ -19,7 +19,7 @@ import torch
 import transformers
 from onnx import numpy_helper
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, pipeline
+from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from tests import doors, tiny_models
 from tests.conftest import some_slow
@@ -28,6 +28,8 @@ from trident_export import add, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError, ModelsFileError, UnsupportedArchitecture
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import pictures
+from trident_export.tasks import encoders
+from trident_export.tasks.encoders import base
 from trident_serving.artefacts import VERSION
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -87,10 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LocalServer]:
-    specs = [
-        _spec(folder, "vit", "fp32", "int8"),
-        *(_spec(folder, name) for name in ("clip", "clip-images", "clip-texts")),
-    ]
+    specs = [_spec(folder, "vit", "fp32", "int8"), _spec(folder, "clip"), _spec(folder, "clip-images")]
     install.export(specs, folder / "repository", folder, folder / "cache", lambda message: None)
     with local.running(folder / "repository", folder / "log") as running:
         yield running
@@ -138,27 +137,33 @@ def test_labels_are_the_pipelines(client: Client, folder: Path, options: dict[st
     assert client.classify_images_zero_shot(FILES[0], ["music"])[0].score == 1.0
 
 
-def test_embeddings_of_images_and_texts_lie_in_one_space(client: Client, folder: Path) -> None:
+def test_embeddings_are_the_models(client: Client, folder: Path) -> None:
     model = AutoModel.from_pretrained(folder / "clip").eval()
-    tokenizer, processor = (kind.from_pretrained(folder / "clip") for kind in (AutoTokenizer, AutoImageProcessor))
-    sentences = [f"This is a photo of {label}." for label in LABELS]
+    processor = AutoImageProcessor.from_pretrained(folder / "clip")
     with torch.inference_mode():
-        images = [_image(content).convert("RGB") for content in FILES[:4]]
-        said = model(
-            **tokenizer(sentences, padding=True, return_tensors="pt"), **processor(images, return_tensors="pt")
-        )
-    vectors, texts = client.embed_images(FILES[:4]), client.embed(sentences, model="clip-texts")
-    np.testing.assert_allclose(vectors, said.image_embeds, atol=TOLERANCE)
-    np.testing.assert_allclose(texts, said.text_embeds, atol=TOLERANCE)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-    np.testing.assert_array_equal(vectors[2], client.embed_images(FILES[2]))
-    np.testing.assert_array_equal(texts[1], client.embed(sentences[1], model="clip-texts"))
-    scores = torch.from_numpy(vectors @ texts.T * float(model.logit_scale.exp())).softmax(-1)
-    for row, labels in zip(scores, client.classify_images_zero_shot(FILES[:4], LABELS), strict=True):
-        np.testing.assert_allclose(
-            sorted(row.tolist(), reverse=True), [label.score for label in labels], atol=TOLERANCE
-        )
+        pixels = processor([_image(content).convert("RGB") for content in FILES], return_tensors="pt")
+        expected = torch.nn.functional.normalize(model.get_image_features(**pixels).pooler_output).numpy()
+    vectors = client.embed_images(FILES, batch_size=5)
+    np.testing.assert_allclose(vectors, expected, atol=TOLERANCE)
+    assert (expected @ expected.T).min() < 0.9  # the pictures make a difference
+    for content, vector in zip(FILES, vectors, strict=True):
+        np.testing.assert_array_equal(client.embed_images(content), vector)  # to the last bit
     assert client.embed_images([]).shape == (0, 0)
+
+
+@pytest.mark.slow
+def test_texts_lie_in_the_space_of_images(client: Client, folder: Path, tmp_path: Path) -> None:
+    spec = _spec(folder, "clip-texts")
+    install.export([spec], tmp_path, tmp_path, tmp_path, lambda message: None)
+    sentences = [f"This is a photo of {label}." for label in LABELS]
+    served = base.Served(spec, tmp_path, encoders.of(spec.task))
+    (texts,) = served.answers("fp32", [[(sentence,) for sentence in sentences]], 3)
+    with torch.inference_mode():
+        scale = AutoModel.from_pretrained(folder / "clip").logit_scale.exp().item()
+    scores = torch.from_numpy(client.embed_images(FILES[:4]) @ np.stack(texts).T * scale).softmax(-1)
+    for row, labels in zip(scores, client.classify_images_zero_shot(FILES[:4], LABELS), strict=True):
+        expected = [row[LABELS.index(label.label)] for label in labels]
+        np.testing.assert_allclose([label.score for label in labels], expected, atol=TOLERANCE)
 
 
 def test_every_door_gives_the_same(server: LocalServer, tmp_path: Path) -> None:
@@ -221,7 +226,7 @@ BOMB = pictures.encoded(Image.new("1", (9000, 9000)))
     [
         (lambda c: c.classify_images([FILES[0], b""]), r"image\[1\] is empty: send the bytes of a file"),
         (lambda c: c.embed_images([FILES[0], FILES[1], FILES[2][:90]]), r"image\[2\] "),
-        (lambda c: c.embed_images(FILES[0][:400]), "image can't be decoded: image file is truncated"),
+        (lambda c: c.embed_images(FILES[0][:400]), "image can't be decoded: Truncated File Read"),
         (lambda c: c.classify_images(BOMB), "image is 9000 x 9000 pixels, the limit is 33554432 pixels"),
         (
             lambda c: c.classify_images(FILES[0], top_k=6),

@@ -13,8 +13,9 @@ computed once. A matmul of one row for each image runs on each row twice: one of
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -136,11 +137,15 @@ def _prepare(model: PreTrainedModel, said: str, size: Size) -> set[int]:
         elif isinstance(module, SiglipMultiheadAttentionPoolingHead):
             _divide_weights(module)
             module.forward = types.MethodType(_pool, module)
-        elif hasattr(module, "relative_position_bias_table") and hasattr(module, "window_size"):
+        elif hasattr(module, "relative_position_bias_table") and "window_size" in _arguments(module):
             with torch.no_grad():
                 bias = module(module.window_size)
             module.forward = lambda *_, bias=bias, **options: bias
     return lengths
+
+
+def _arguments(module: Any) -> Collection[str]:
+    return inspect.signature(module.forward).parameters
 
 
 def _multiply_patches(conv: torch.nn.Conv2d, said: str, size: Size) -> None:
