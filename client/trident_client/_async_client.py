@@ -345,7 +345,7 @@ class AsyncClient(AsyncConnection):
         return await self._send(_tasks.embed_images(images, model, batch_size), timeout)
 
     @overload
-    async def classify_images(
+    async def classify_images(  # type: ignore[overload-overlap]
         self, images: File, *, top_k: int = 1, **options: Unpack[ImageOptions]
     ) -> list[Label]: ...
     @overload
@@ -365,7 +365,7 @@ class AsyncClient(AsyncConnection):
         return await self._send(_tasks.classify_images(images, model, top_k, batch_size), timeout)
 
     @overload
-    async def classify_images_zero_shot(
+    async def classify_images_zero_shot(  # type: ignore[overload-overlap]
         self,
         images: File,
         candidate_labels: Sequence[str],

@@ -524,7 +524,9 @@ class Client(Connection):
         return self._send(_tasks.embed_images(images, model, batch_size), timeout)
 
     @overload
-    def classify_images(self, images: File, *, top_k: int = 1, **options: Unpack[ImageOptions]) -> list[Label]: ...
+    def classify_images(  # type: ignore[overload-overlap]
+        self, images: File, *, top_k: int = 1, **options: Unpack[ImageOptions]
+    ) -> list[Label]: ...
     @overload
     def classify_images(
         self, images: Sequence[File], *, top_k: int = 1, **options: Unpack[ImageOptions]
@@ -551,7 +553,7 @@ class Client(Connection):
         return self._send(_tasks.classify_images(images, model, top_k, batch_size), timeout)
 
     @overload
-    def classify_images_zero_shot(
+    def classify_images_zero_shot(  # type: ignore[overload-overlap]
         self,
         images: File,
         candidate_labels: Sequence[str],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -263,7 +263,8 @@ def classify_images(
         {"image": files[:, None], "top_k": np.repeat(number[None], len(files), axis=0)}
         for files in _files(images, batch_size)
     ]
-    return Batch("image-classification", model, requests, _one_file_or_all(images, _labels))
+    join = _one_or_all(images, _labels)
+    return Batch("image-classification", model, requests, join)
 
 
 def classify_images_zero_shot(
@@ -278,11 +279,12 @@ def classify_images_zero_shot(
     if hypothesis_template is not None:
         options["hypothesis_template"] = _wire.texts([hypothesis_template])
     requests = [{"image": files, **options} for files in _files(images, batch_size)]
-    return Batch("zero-shot-image-classification", model, requests, _one_file_or_all(images, _labels))
+    join = _one_or_all(images, _labels)
+    return Batch("zero-shot-image-classification", model, requests, join)
 
 
-def _is_file(images: File | Sequence[File]) -> TypeGuard[File]:
-    return isinstance(images, bytes | bytearray | memoryview | str | Path)
+def _is_file(given: File | Sequence[File]) -> bool:
+    return isinstance(given, bytes | bytearray | memoryview | str | Path)
 
 
 def _content(file: File) -> bytes:
@@ -293,7 +295,7 @@ def _files(images: File | Sequence[File], batch_size: int) -> Iterator[NDArray[n
     """Files as BYTES tensors [files], cut where a request has `batch_size` of them, or many bytes."""
     _check(batch_size)
     waiting: list[bytes] = []
-    for file in [images] if _is_file(images) else images:
+    for file in cast("Sequence[File]", [images] if _is_file(images) else images):
         content = _content(file)
         if waiting and (len(waiting) == batch_size or sum(map(len, waiting)) + len(content) > _FILES_BYTES):
             yield _tensor_of(waiting)
@@ -309,22 +311,15 @@ def _tensor_of(contents: list[bytes]) -> NDArray[np.object_]:
     return found
 
 
-def _one_file_or_all(
-    images: File | Sequence[File], found: Callable[[_Responses], list[Item]]
-) -> Callable[[_Responses], Item | list[Item]]:
-    """For a single file the one answer, else the list of all."""
-    return lambda responses: found(responses)[0] if _is_file(images) else found(responses)
-
-
 def _listed(texts: str | Sequence[str]) -> Sequence[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
 def _one_or_all(
-    texts: str | Sequence[str], found: Callable[[_Responses], list[Item]]
+    given: File | Sequence[File], found: Callable[[_Responses], list[Item]]
 ) -> Callable[[_Responses], Item | list[Item]]:
-    """For a single text the one answer, else the list of all."""
-    return lambda responses: found(responses)[0] if isinstance(texts, str) else found(responses)
+    """For a single text or file the one answer, else the list of all."""
+    return lambda responses: found(responses)[0] if _is_file(given) else found(responses)
 
 
 def _rows(

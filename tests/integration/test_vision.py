@@ -20,6 +20,7 @@ import transformers
 from onnx import numpy_helper
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, pipeline
+from transformers.image_utils import load_image
 
 from tests import doors, tiny_models
 from tests.conftest import some_slow
@@ -141,7 +142,7 @@ def test_embeddings_are_the_models(client: Client, folder: Path) -> None:
     model = AutoModel.from_pretrained(folder / "clip").eval()
     processor = AutoImageProcessor.from_pretrained(folder / "clip")
     with torch.inference_mode():
-        pixels = processor([_image(content).convert("RGB") for content in FILES], return_tensors="pt")
+        pixels = processor([load_image(_image(content)) for content in FILES], return_tensors="pt")
         expected = torch.nn.functional.normalize(model.get_image_features(**pixels).pooler_output).numpy()
     vectors = client.embed_images(FILES, batch_size=5)
     np.testing.assert_allclose(vectors, expected, atol=TOLERANCE)

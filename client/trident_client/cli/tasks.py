@@ -299,7 +299,7 @@ def zero_shot_images(client: Client, options: argparse.Namespace) -> int:
     return _print_records(options, options.images, found, "labels", _label, of="file")
 
 
-def _read_files(names: Sequence[str]) -> list[bytes]:
+def _read_files(names: list[str]) -> list[bytes]:
     texts.check_once(names)
     return [sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes() for name in names]
 

@@ -130,7 +130,7 @@ def _prepare(model: PreTrainedModel, said: str, size: Size) -> set[int]:
     ]
     if not layers:
         raise UnsupportedArchitecture(f"{said} has no list of layers that all read the same patches: choose another")
-    layers[0][0].register_forward_pre_hook(lambda _, given: (_Tokens.apply(given[0]), *given[1:]))
+    layers[0][0].register_forward_pre_hook(lambda _, given: _marked(*given))
     for module in vision.modules():
         if isinstance(module, torch.nn.Conv2d):
             _multiply_patches(module, said, size)
@@ -155,17 +155,17 @@ def _multiply_patches(conv: torch.nn.Conv2d, said: str, size: Size) -> None:
     if not plain or conv.padding not in ((0, 0), "valid") or conv.in_channels != 3:
         raise UnsupportedArchitecture(f"{said} cuts images into patches that overlap, or of other than three colours")
     rows, columns = size[0] // height, size[1] // width
-    weight = conv.weight.detach().reshape(conv.out_channels, -1).T.contiguous()
-    conv.register_buffer("matrix", weight)
+    matrix = conv.weight.detach().reshape(conv.out_channels, -1).T.contiguous()
+    conv.register_buffer("matrix", matrix)  # whose name the graph then has
 
     def forward(pixels: torch.Tensor) -> torch.Tensor:
         cut = pixels[:, :, : rows * height, : columns * width]
         parts = cut.reshape(-1, 3, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-        found = torch.matmul(parts.reshape(-1, rows * columns, 3 * height * width), conv.matrix)
+        found = torch.matmul(parts.reshape(-1, rows * columns, 3 * height * width), matrix)
         found = found if conv.bias is None else found + conv.bias
         return found.transpose(1, 2).reshape(-1, conv.out_channels, rows, columns)
 
-    conv.forward = forward  # type: ignore[method-assign]
+    conv.forward = forward  # type: ignore[method-assign, assignment]
 
 
 class _Tokens(torch.autograd.Function):
@@ -178,6 +178,11 @@ class _Tokens(torch.autograd.Function):
     @staticmethod
     def symbolic(g, tokens):  # type: ignore[no-untyped-def]
         return g.op(f"trident::{_TOKENS}", tokens).setType(tokens.type())
+
+
+def _marked(tokens: torch.Tensor, *more: Any) -> tuple[Any, ...]:
+    """The arguments of the first layer, with its tokens marked."""
+    return _Tokens.apply(tokens), *more  # type: ignore[no-untyped-call]
 
 
 class _PooledAttention(torch.autograd.Function):
