@@ -281,6 +281,7 @@ def test_a_family_passes_its_gate(folder: Path, tmp_path: Path, name: str) -> No
         assert sum(scores) != pytest.approx(1)  # each label by itself
 
 
+@pytest.mark.slow
 def test_positions_of_another_size_are_interpolated(tmp_path: Path) -> None:
     """DINOv2's are for 518 by 518 pixels, and its image processor makes 224 by 224."""
     tiny_models.make_vision(tmp_path / "dinov2", "dinov2", image=48)
