@@ -28,7 +28,7 @@ from trident_client import Client, InvalidRequestError, NotFoundError, cli
 from trident_export import add, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError, ModelsFileError, UnsupportedArchitecture
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.measure import pictures
+from trident_export.measure import pictures, quality
 from trident_export.tasks import encoders
 from trident_export.tasks.encoders import base
 from trident_serving.artefacts import VERSION
@@ -264,6 +264,15 @@ def test_one_image_of_a_batch_does_not_fail_another_request(client: Client) -> N
         client.classify_images(FILES[0], model="nobody")
 
 
+@pytest.mark.slow
+def test_what_two_towers_cost(folder: Path, server: LocalServer) -> None:
+    spec, repository = _spec(folder, "clip"), folder / "repository"
+    found = quality.cost(spec, "fp32", repository)
+    graphs = [file for part in ("image", "text") for file in (repository / f"clip_model-{part}").rglob("*.onnx*")]
+    assert found["size_mib"] == pytest.approx(sum(file.stat().st_size for file in graphs) / 2**20)
+    assert found["images_s"] > 0
+
+
 SLOW = ("deit", "siglip-images", "siglip-texts", "dinov2")
 
 
@@ -362,5 +371,5 @@ def test_models_that_can_not(tmp_path: Path, kind: str, sizes: dict[str, Any]) -
     config = transformers.AutoConfig.for_model(kind, image_size=32, num_labels=5, **sizes)
     transformers.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "vit")
     transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
-    with pytest.raises(UnsupportedArchitecture, match="Trident serves vision transformers|patches"):
+    with pytest.raises(UnsupportedArchitecture, match="Trident serves vision transformers|the same patches"):
         install.export([_spec(tmp_path, "vit")], tmp_path / "r", tmp_path, tmp_path, lambda message: None)

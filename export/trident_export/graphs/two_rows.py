@@ -1,7 +1,8 @@
 """A graph pass: no matmul has a single row.
 
-A matmul of a single row sums in another order than one of several (decision 0007), so what it gives of an image or a
-text would depend on whether it is alone. Where a matmul has a row for each of them, each row runs twice.
+Some processors sum a single row in another order than several (decision 0007 has it of 4-bit weights), and a graph is
+served on others than it was exported on. So where a matmul has a row for each image or text, each row runs twice: what
+it gives then does not depend on whether the image is alone.
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from trident_export.passes.base import ranks
 
 
 def with_two_rows(model: ir.Model) -> int:
-    """Let matmuls of a row for each image or text run on each row twice; returns how many there were.
-
-    A matmul of a single row sums in another order than one of several (decision 0007).
-    """
+    """Let matmuls of a row for each image or text run on each row twice; returns how many there were."""
     graph, found = model.graph, 0
     known = ranks(model)
     for node in list(graph):

@@ -5,9 +5,9 @@ image is cut into patches, and these are tokens as those of a text are: the grap
 (`unpadding`, `attention`, `fused`), with a mask of its own that has no padding. So matmuls work on [tokens, features],
 which the recipes quantize, each image attends by itself, and its numbers are the same in any company, to the last bit.
 
-Three things differ from how transformers writes the model. Patches are put into a matrix and multiplied: a convolution
-of ONNX Runtime sums in another order for more images. Biases of positions, which only depend on the image's size, are
-computed once. A matmul of one row for each image runs on each row twice: one of a single row sums in another order.
+Three things differ from how transformers writes the model. Biases of positions, which only depend on the image's size,
+are computed once. A mean over tokens is one over a last dimension: over the middle one, ONNX Runtime sums a single
+image in another order than several. A matmul of one row for each image runs on each row twice (`two_rows`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def export_image_graph(model: PreTrainedModel, path: Path, of: str, size: Size, 
         UnsupportedArchitecture: it is no vision transformer whose tokens all attend to each other, or can't be traced.
     """
     said = f"{of}, a {type(model).__name__},"
-    lengths = _prepare(model, said, size)
+    lengths = _prepare(model, said)
     pixels = torch.linspace(-1.0, 1.0, _BATCH * 3 * size[0] * size[1]).reshape(_BATCH, 3, *size)
     with running(said), torch.inference_mode(), _sizes_kept():
         given = read(model, pixels)
@@ -104,7 +104,7 @@ class _Reader(torch.nn.Module):
         return self.read(self.model, pixels)
 
 
-def _prepare(model: PreTrainedModel, said: str, size: Size) -> set[int]:
+def _prepare(model: PreTrainedModel, said: str) -> set[int]:
     """Let the model be traced; returns how many tokens attend to each other, once it has run."""
     lengths: set[int] = set()
 
@@ -132,9 +132,7 @@ def _prepare(model: PreTrainedModel, said: str, size: Size) -> set[int]:
         raise UnsupportedArchitecture(f"{said} has no list of layers that all read the same patches: choose another")
     layers[0][0].register_forward_pre_hook(lambda _, given: _marked(*given))
     for module in vision.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            _multiply_patches(module, said, size)
-        elif isinstance(module, SiglipMultiheadAttentionPoolingHead):
+        if isinstance(module, SiglipMultiheadAttentionPoolingHead):
             _divide_weights(module)
             module.forward = types.MethodType(_pool, module)
         elif hasattr(module, "relative_position_bias_table") and "window_size" in _arguments(module):
@@ -146,26 +144,6 @@ def _prepare(model: PreTrainedModel, said: str, size: Size) -> set[int]:
 
 def _arguments(module: Any) -> Collection[str]:
     return inspect.signature(module.forward).parameters
-
-
-def _multiply_patches(conv: torch.nn.Conv2d, said: str, size: Size) -> None:
-    """Let a convolution of patches that do not overlap be a matmul."""
-    height, width = conv.kernel_size
-    plain = (conv.stride, conv.dilation, conv.groups) == (conv.kernel_size, (1, 1), 1)
-    if not plain or conv.padding not in ((0, 0), "valid") or conv.in_channels != 3:
-        raise UnsupportedArchitecture(f"{said} cuts images into patches that overlap, or of other than three colours")
-    rows, columns = size[0] // height, size[1] // width
-    matrix = conv.weight.detach().reshape(conv.out_channels, -1).T.contiguous()
-    conv.register_buffer("matrix", matrix)  # whose name the graph then has
-
-    def forward(pixels: torch.Tensor) -> torch.Tensor:
-        cut = pixels[:, :, : rows * height, : columns * width]
-        parts = cut.reshape(-1, 3, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-        found = torch.matmul(parts.reshape(-1, rows * columns, 3 * height * width), matrix)
-        found = found if conv.bias is None else found + conv.bias
-        return found.transpose(1, 2).reshape(-1, conv.out_channels, rows, columns)
-
-    conv.forward = forward  # type: ignore[method-assign, assignment]
 
 
 class _Tokens(torch.autograd.Function):
@@ -235,9 +213,7 @@ def _sizes_kept() -> Iterator[None]:
 
 
 def _mean_by_rows(model: ir.Model) -> None:
-    """Let means over tokens be means over a last dimension: over the middle one, ONNX Runtime sums a single image in
-    another order than several.
-    """
+    """Let means over tokens be means over a last dimension."""
     for node in [node for node in model.graph if node.op_type == "ReduceMean"]:
         axes = node.attributes.get("axes")
         if axes is None or list(axes.as_ints()) != [1] or node.attributes.get_int("keepdims", 1):
