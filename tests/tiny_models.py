@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BertConfig,
     BertTokenizer,
+    CLIPTokenizer,
     DebertaV2Tokenizer,
     DistilBertTokenizer,
     GenerationConfig,
@@ -642,3 +643,101 @@ def hybrid_config(name: str, vocabulary: int = VOCABULARY, context: int = 128) -
             "max_position_embeddings": context,
         }
     return AutoConfig.for_model(kind, **shared | more)
+
+
+IMAGE = 32  # height and width of what the models of images read, 16 patches
+# Type, the class that embeds or classifies, its image processor and what the processor does.
+_VISION: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "vit": (
+        "vit",
+        "ViTForImageClassification",
+        "ViTImageProcessorPil",
+        {"size": {"height": IMAGE, "width": IMAGE}},
+    ),
+    "deit": (
+        "deit",
+        "DeiTForImageClassification",
+        "DeiTImageProcessorPil",
+        {"size": {"height": 36, "width": 36}, "crop_size": {"height": IMAGE, "width": IMAGE}},
+    ),
+    "beit": (
+        "beit",
+        "BeitForImageClassification",
+        "BeitImageProcessorPil",
+        {"size": {"height": IMAGE, "width": IMAGE}},
+    ),
+    "dinov2": (
+        "dinov2",
+        "Dinov2Model",
+        "BitImageProcessorPil",
+        {"size": {"shortest_edge": 37}, "crop_size": {"height": IMAGE, "width": IMAGE}},
+    ),
+    "clip": (
+        "clip",
+        "CLIPModel",
+        "CLIPImageProcessorPil",
+        {"size": {"shortest_edge": IMAGE}, "crop_size": {"height": IMAGE, "width": IMAGE}},
+    ),
+    "siglip": ("siglip", "SiglipModel", "SiglipImageProcessorPil", {"size": {"height": IMAGE, "width": IMAGE}}),
+}
+VISION = tuple(_VISION)
+ANIMALS = ("cat", "dog", "horse", "mouse", "cow")
+
+
+def clip_tokenizer() -> PreTrainedTokenizerFast:
+    """CLIP's, whose every token is a letter."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: row for row, piece in enumerate(pieces)}, merges=[])
+
+
+def siglip_tokenizer() -> PreTrainedTokenizerFast:
+    """One that ends a text with a token, and pads with another."""
+    trained = Tokenizer(models.Unigram(_unigram(["<pad>", "</s>", "<unk>"]), unk_id=2))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    roles = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=trained, model_input_names=["input_ids"], **roles)
+
+
+@made_once
+def make_vision(folder: Path, name: str, seed: int = 0, image: int = IMAGE) -> Path:
+    """A model of images with random weights that make clear decisions, and its image processor.
+
+    Args:
+        image: height and width that its positions are for.
+    """
+    import transformers
+
+    kind, head, processor, made = _VISION[name]
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": image,
+        "patch_size": 8,
+    }
+    if name in ("clip", "siglip"):
+        words = clip_tokenizer() if name == "clip" else siglip_tokenizer()
+        text = {"vocab_size": len(words), "max_position_embeddings": 77 if name == "clip" else 64}
+        text |= {key: value for key, value in sizes.items() if "size" not in key or key.startswith(("hidden", "inter"))}
+        text |= {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id, "bos_token_id": 0}
+        more = {"projection_dim": 24} if name == "clip" else {}
+        config = AutoConfig.for_model(kind, text_config=text | more, vision_config=sizes | more, **more)
+        words.save_pretrained(folder)
+    else:
+        labels = {"id2label": dict(enumerate(ANIMALS)), "label2id": {label: row for row, label in enumerate(ANIMALS)}}
+        own = {"use_relative_position_bias": True, "use_mean_pooling": True} if name == "beit" else {}
+        config = AutoConfig.for_model(kind, **sizes, **labels, **own)
+    torch.manual_seed(seed)
+    model = getattr(transformers, head)(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.copy_((1.5 / parameter[0].numel() ** 0.5) * torch.randn_like(parameter))
+            elif not key.startswith("logit"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    getattr(transformers, processor)(**made).save_pretrained(folder)
+    return folder

@@ -19,6 +19,7 @@ from trident_serving.schema.limits import (
     LIMITS,
     EncoderLimits,
     GenerationLimits,
+    ImageLimits,
     Limits,
     Seq2SeqLimits,
     SpeechLimits,
@@ -200,6 +201,9 @@ def made() -> dict[Path, str]:
         "limits:generation": limits_table(GenerationLimits),
         "limits:encoders": limits_table(
             EncoderLimits, *dict.fromkeys(kind for kind in LIMITS.values() if issubclass(kind, EncoderLimits))
+        ),
+        "limits:images": limits_table(
+            ImageLimits, *dict.fromkeys(kind for kind in LIMITS.values() if issubclass(kind, ImageLimits))
         ),
         "limits:seq2seq": limits_table(Seq2SeqLimits),
         "limits:speech": limits_table(SpeechLimits),

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from trident_client import _control, _generation, _tasks
 from trident_client._async_connection import AsyncConnection
 from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
-from trident_client._task_options import AnswerOptions, ClassifyOptions, EntityOptions, TextOptions, ZeroShotOptions
+from trident_client._task_options import (
+    AnswerOptions,
+    ClassifyOptions,
+    EntityOptions,
+    ImageOptions,
+    TextOptions,
+    ZeroShotOptions,
+)
+from trident_client._tasks import File
 from trident_client._types import (
     Answer,
     Entity,
@@ -324,6 +332,69 @@ class AsyncClient(AsyncConnection):
     ) -> Transcription:
         """See `Client.transcribe`."""
         return await self._send(_tasks.transcribe(audio, model, options), timeout)
+
+    async def embed_images(
+        self,
+        images: File | Sequence[File],
+        *,
+        model: str | None = None,
+        batch_size: int = 8,
+        timeout: float | None = None,
+    ) -> NDArray[np.float32]:
+        """See `Client.embed_images`."""
+        return await self._send(_tasks.embed_images(images, model, batch_size), timeout)
+
+    @overload
+    async def classify_images(  # type: ignore[overload-overlap]
+        self, images: File, *, top_k: int = 1, **options: Unpack[ImageOptions]
+    ) -> list[Label]: ...
+    @overload
+    async def classify_images(
+        self, images: Sequence[File], *, top_k: int = 1, **options: Unpack[ImageOptions]
+    ) -> list[list[Label]]: ...
+    async def classify_images(
+        self,
+        images: File | Sequence[File],
+        *,
+        top_k: int = 1,
+        model: str | None = None,
+        batch_size: int = 8,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """See `Client.classify_images`."""
+        return await self._send(_tasks.classify_images(images, model, top_k, batch_size), timeout)
+
+    @overload
+    async def classify_images_zero_shot(  # type: ignore[overload-overlap]
+        self,
+        images: File,
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> list[Label]: ...
+    @overload
+    async def classify_images_zero_shot(
+        self,
+        images: Sequence[File],
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> list[list[Label]]: ...
+    async def classify_images_zero_shot(
+        self,
+        images: File | Sequence[File],
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        model: str | None = None,
+        batch_size: int = 8,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """See `Client.classify_images_zero_shot`."""
+        batch = _tasks.classify_images_zero_shot(images, candidate_labels, hypothesis_template, model, batch_size)
+        return await self._send(batch, timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """See `Client.models`."""

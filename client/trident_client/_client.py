@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from trident_client import _control, _generation, _tasks
 from trident_client._connection import Connection
 from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
-from trident_client._task_options import AnswerOptions, ClassifyOptions, EntityOptions, TextOptions, ZeroShotOptions
+from trident_client._task_options import (
+    AnswerOptions,
+    ClassifyOptions,
+    EntityOptions,
+    ImageOptions,
+    TextOptions,
+    ZeroShotOptions,
+)
+from trident_client._tasks import File
 from trident_client._types import (
     Answer,
     Entity,
@@ -490,6 +498,101 @@ class Client(Connection):
             ValueError: an option's number does not fit its type.
         """
         return self._send(_tasks.transcribe(audio, model, options), timeout)
+
+    def embed_images(
+        self,
+        images: File | Sequence[File],
+        *,
+        model: str | None = None,
+        batch_size: int = 8,
+        timeout: float | None = None,
+    ) -> NDArray[np.float32]:
+        """Embeddings of images, float32 [images, dimensions]; [dimensions] for a single image.
+
+        Those of a model with two towers (CLIP, SigLIP) are of length 1, and can be compared with what `embed` gives of
+        texts by the same model.
+
+        Args:
+            images: PNG, JPEG or WebP files: the bytes of each, or its path.
+            model: public name; None: the server's only model of the task.
+            batch_size: images in one request, at most the model's `max_batch_size`; less where their files are large.
+
+        Raises:
+            TridentError: see its subclasses; `InvalidRequestError` says which image is broken or too large.
+            OSError: a file can't be read.
+        """
+        return self._send(_tasks.embed_images(images, model, batch_size), timeout)
+
+    @overload
+    def classify_images(  # type: ignore[overload-overlap]
+        self, images: File, *, top_k: int = 1, **options: Unpack[ImageOptions]
+    ) -> list[Label]: ...
+    @overload
+    def classify_images(
+        self, images: Sequence[File], *, top_k: int = 1, **options: Unpack[ImageOptions]
+    ) -> list[list[Label]]: ...
+    def classify_images(
+        self,
+        images: File | Sequence[File],
+        *,
+        top_k: int = 1,
+        model: str | None = None,
+        batch_size: int = 8,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """The likeliest classes of each image, the likeliest first; one list for a single image.
+
+        Args:
+            images: see `embed_images`; `batch_size` too.
+            top_k: classes of each image, at most the model's.
+
+        Raises:
+            TridentError: see its subclasses; `InvalidRequestError` says which image is broken or too large.
+            OSError: a file can't be read.
+        """
+        return self._send(_tasks.classify_images(images, model, top_k, batch_size), timeout)
+
+    @overload
+    def classify_images_zero_shot(  # type: ignore[overload-overlap]
+        self,
+        images: File,
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> list[Label]: ...
+    @overload
+    def classify_images_zero_shot(
+        self,
+        images: Sequence[File],
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> list[list[Label]]: ...
+    def classify_images_zero_shot(
+        self,
+        images: File | Sequence[File],
+        candidate_labels: Sequence[str],
+        *,
+        hypothesis_template: str | None = None,
+        model: str | None = None,
+        batch_size: int = 8,
+        timeout: float | None = None,
+    ) -> list[Label] | list[list[Label]]:
+        """All of the labels for each image, the likeliest first; one list for a single image.
+
+        Args:
+            images: see `embed_images`; `batch_size` too.
+            candidate_labels: what an image may show, in words.
+            hypothesis_template: the sentence for a label, with {} in its place; None: "This is a photo of {}."
+
+        Raises:
+            TridentError: see its subclasses; `InvalidRequestError` says which image is broken or too large.
+            OSError: a file can't be read.
+        """
+        batch = _tasks.classify_images_zero_shot(images, candidate_labels, hypothesis_template, model, batch_size)
+        return self._send(batch, timeout)
 
     def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
         """The models that the server has loaded or tried to load, by name.

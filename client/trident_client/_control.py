@@ -129,4 +129,4 @@ def _triton_models(model: str) -> Steps[list[str]]:
 
 def _roles(model: str) -> tuple[str, ...]:
     """What the names of a model's stages begin with."""
-    return tuple(f"{model}_{role}" for role in ("tokenizer", "model", "postprocess"))
+    return tuple(f"{model}_{role}" for role in ("tokenizer", "preprocess", "model", "postprocess"))

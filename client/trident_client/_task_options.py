@@ -1,4 +1,4 @@
-"""The options of calls that read texts, for overloads."""
+"""The options of calls that read texts or images, for overloads."""
 
 from __future__ import annotations
 
@@ -61,4 +61,18 @@ class AnswerOptions(TypedDict, total=False):
     model: str | None
     max_answer_len: int | None
     handle_impossible_answer: bool | None
+    timeout: float | None
+
+
+class ImageOptions(TypedDict, total=False):
+    """Options of every call that sends images.
+
+    Attributes:
+        model: public name; None: the server's only model of the task.
+        batch_size: images in one request, at most the model's `max_batch_size`; 8.
+        timeout: seconds.
+    """
+
+    model: str | None
+    batch_size: int
     timeout: float | None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,12 @@ from trident_client._types import (
 _Record = TypeVar("_Record")
 _Responses = list[dict[str, NDArray[Any]]]
 Item = TypeVar("Item")
+# The bytes of a file, or its path.
+File = bytes | str | Path
 
 QUESTIONS = 32  # in one request
+# Bytes of files in one request of several: a server's HTTP endpoint ends at 4 MiB.
+_FILES_BYTES = 5 * 2**19
 
 
 def embed(
@@ -230,13 +234,81 @@ def text_to_text(
     )
 
 
-def transcribe(audio: bytes | str | Path, model: str | None, options: Mapping[str, Any]) -> Batch[Transcription]:
+def transcribe(audio: File, model: str | None, options: Mapping[str, Any]) -> Batch[Transcription]:
     """See `Client.transcribe`."""
-    content = bytes(audio) if isinstance(audio, bytes | bytearray | memoryview) else Path(audio).read_bytes()
-    file = np.empty((1, 1), np.object_)
-    file[0, 0] = content
-    requests = [{"audio": file, **_wire.options(options, TRANSCRIPTION)}]
+    requests = [{"audio": _tensor_of([_content(audio)])[None], **_wire.options(options, TRANSCRIPTION)}]
     return Batch("automatic-speech-recognition", model, requests, lambda responses: _transcription(responses[0]))
+
+
+def embed_images(images: File | Sequence[File], model: str | None, batch_size: int) -> Batch[NDArray[np.float32]]:
+    """See `Client.embed_images`."""
+
+    def join(responses: _Responses) -> NDArray[np.float32]:
+        if not responses:
+            return np.empty((0, 0), np.float32)
+        vectors: NDArray[np.float32] = np.concatenate([response["embedding"] for response in responses])
+        single: NDArray[np.float32] = vectors[0]
+        return single if _is_file(images) else vectors
+
+    requests = [{"image": files[:, None]} for files in _files(images, batch_size)]
+    return Batch("image-feature-extraction", model, requests, join)
+
+
+def classify_images(
+    images: File | Sequence[File], model: str | None, top_k: int, batch_size: int
+) -> Batch[list[Label] | list[list[Label]]]:
+    """See `Client.classify_images`."""
+    number = _wire.scalar("top_k", top_k, np.int32)
+    requests = [
+        {"image": files[:, None], "top_k": np.repeat(number[None], len(files), axis=0)}
+        for files in _files(images, batch_size)
+    ]
+    join = _one_or_all(images, _labels)
+    return Batch("image-classification", model, requests, join)
+
+
+def classify_images_zero_shot(
+    images: File | Sequence[File],
+    candidate_labels: Sequence[str],
+    hypothesis_template: str | None,
+    model: str | None,
+    batch_size: int,
+) -> Batch[list[Label] | list[list[Label]]]:
+    """See `Client.classify_images_zero_shot`."""
+    options: dict[str, NDArray[Any]] = {"candidate_labels": _wire.texts(list(candidate_labels))}
+    if hypothesis_template is not None:
+        options["hypothesis_template"] = _wire.texts([hypothesis_template])
+    requests = [{"image": files, **options} for files in _files(images, batch_size)]
+    join = _one_or_all(images, _labels)
+    return Batch("zero-shot-image-classification", model, requests, join)
+
+
+def _is_file(given: File | Sequence[File]) -> bool:
+    return isinstance(given, bytes | bytearray | memoryview | str | Path)
+
+
+def _content(file: File) -> bytes:
+    return bytes(file) if isinstance(file, bytes | bytearray | memoryview) else Path(file).read_bytes()
+
+
+def _files(images: File | Sequence[File], batch_size: int) -> Iterator[NDArray[np.object_]]:
+    """Files as BYTES tensors [files], cut where a request has `batch_size` of them, or many bytes."""
+    _check(batch_size)
+    waiting: list[bytes] = []
+    for file in cast("Sequence[File]", [images] if _is_file(images) else images):
+        content = _content(file)
+        if waiting and (len(waiting) == batch_size or sum(map(len, waiting)) + len(content) > _FILES_BYTES):
+            yield _tensor_of(waiting)
+            waiting = []
+        waiting.append(content)
+    if waiting:
+        yield _tensor_of(waiting)
+
+
+def _tensor_of(contents: list[bytes]) -> NDArray[np.object_]:
+    found = np.empty(len(contents), np.object_)
+    found[:] = contents
+    return found
 
 
 def _listed(texts: str | Sequence[str]) -> Sequence[str]:
@@ -244,10 +316,10 @@ def _listed(texts: str | Sequence[str]) -> Sequence[str]:
 
 
 def _one_or_all(
-    texts: str | Sequence[str], found: Callable[[_Responses], list[Item]]
+    given: File | Sequence[File], found: Callable[[_Responses], list[Item]]
 ) -> Callable[[_Responses], Item | list[Item]]:
-    """For a single text the one answer, else the list of all."""
-    return lambda responses: found(responses)[0] if isinstance(texts, str) else found(responses)
+    """For a single text or file the one answer, else the list of all."""
+    return lambda responses: found(responses)[0] if _is_file(given) else found(responses)
 
 
 def _rows(

@@ -16,12 +16,13 @@ from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
 from trident_export import models_file, needs, tasks
 from trident_export.errors import ModelsFileError
-from trident_export.huggingface import text_part
+from trident_export.huggingface import images, text_part
 from trident_export.huggingface.folder import HuggingFaceFolder, is_text
 from trident_export.huggingface.seq2seq import generation_config
 from trident_export.models_file import PROMPT_TASKS
 from trident_export.tasks import encoders, text_generation
 from trident_serving.encoders import TASKS
+from trident_serving.schema.limits import LIMITS, ImageLimits
 
 # The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
 _HEADS = (
@@ -30,6 +31,9 @@ _HEADS = (
     ("ForConditionalGeneration", "translation"),
     ("MTModel", "translation"),
     *((encoders.of(task).architecture, task) for task in TASKS if encoders.of(task).architecture),
+    ("CLIPModel", "zero-shot-image-classification"),
+    ("MetaClip2Model", "zero-shot-image-classification"),
+    ("SiglipModel", "zero-shot-image-classification"),
     ("Model", "feature-extraction"),
 )
 _SUMMARIZERS = ("bart", "pegasus")
@@ -96,7 +100,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
             reasons.append(f"max_target_tokens {config.max_target_positions}: the decoder's positions")
         else:
             encodes = task in TASKS
-            limits = _encoder_limits(model, task, reasons) if encodes else _seq2seq_limits(model, table, reasons)
+            read = _image_limits if issubclass(LIMITS[task], ImageLimits) else _encoder_limits
+            limits = read(model, task, reasons) if encodes else _seq2seq_limits(model, table, reasons)
     reasons.append(f"variants {', '.join(table['variants'])}: the first is served under the plain name")
     if task in ("feature-extraction", "hybrid-embedding"):
         settings = model.pooling
@@ -150,6 +155,8 @@ def _task(folder: Path, config: PretrainedConfig) -> tuple[str, str]:
             continue
         if task == "text-classification" and _is_cross_encoder(config):
             return "text-ranking", f"a {architecture} with sentence-transformers' activation for cross-encoders"
+        if task == "feature-extraction" and _reads_images(architecture):
+            return "image-feature-extraction", f"its architecture is {architecture}, which reads images"
         if config.model_type == "whisper":
             return _SPEECH, f"a {architecture} of type 'whisper', which writes what it hears"
         if task == "translation" and type(config) not in AutoModelForSeq2SeqLM._model_mapping:
@@ -169,6 +176,11 @@ def _architecture(config: PretrainedConfig) -> str:
     """The class that config.json names first; "" where it names none."""
     named = config.architectures
     return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+
+
+def _reads_images(architecture: str) -> bool:
+    """Whether a class of transformers reads images and no text."""
+    return getattr(getattr(transformers, architecture, None), "main_input_name", "") == "pixel_values"
 
 
 def _is_cross_encoder(config: PretrainedConfig) -> bool:
@@ -195,6 +207,20 @@ def _encoder_limits(model: HuggingFaceFolder, task: str, reasons: list[str]) -> 
         reasons.append(f"labels {limits['labels']}: {', '.join(model.labels[:6])}{more}")
     reasons.append(f"max_tokens {most}: the model reads {longest}")
     return {**limits, "max_tokens": most}
+
+
+def _image_limits(model: HuggingFaceFolder, task: str, reasons: list[str]) -> dict[str, Any]:
+    height, width = images.size_of(images.settings(model))
+    reasons.append(f"height {height}, width {width}: what the model's image processor makes")
+    limits = encoders.of(task).proposed_limits(model, 0)
+    if "labels" in limits:
+        more = " ..." if len(model.labels) > 6 else ""
+        reasons.append(f"labels {limits['labels']}: {', '.join(model.labels[:6])}{more}")
+    if task == "zero-shot-image-classification":
+        reasons.append(
+            "its vectors alone: tables of image-feature-extraction and feature-extraction with the same source"
+        )
+    return {**limits, "height": height, "width": width}
 
 
 def _seq2seq_limits(model: HuggingFaceFolder, table: dict[str, Any], reasons: list[str]) -> dict[str, Any]:

@@ -18,7 +18,14 @@ from trident_serving import encoders
 from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
 from trident_serving.encoders.task import EncoderTask, Tensor
 from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
-from trident_serving.schema.limits import EncoderLimits, GenerationLimits, Seq2SeqLimits, SpeechLimits, TemplateLimits
+from trident_serving.schema.limits import (
+    EncoderLimits,
+    GenerationLimits,
+    ImageLimits,
+    Seq2SeqLimits,
+    SpeechLimits,
+    TemplateLimits,
+)
 
 
 def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[str, pb.ModelConfig]:
@@ -36,8 +43,9 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
     elif spec.speech:
         configs = [_speech(spec.public_name(variant), spec.speech) for variant in spec.variants]
     else:
-        assert spec.encoder
-        configs = list(_ensemble(spec, spec.encoder))
+        limits = spec.encoder or spec.images
+        assert limits
+        configs = list(_ensemble(spec, limits))
     built = {config.name: config for config in configs}
     for variant in spec.variants:  # by which a client finds the model of a task, and its adapters
         _set_parameters(built[spec.public_name(variant)], {"task": spec.task})
@@ -48,9 +56,23 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
     return built
 
 
-def model_part(spec: ModelSpec, variant: str) -> str:
-    """The name of the Triton model that holds a variant's graph in an ensemble."""
-    return spec.public_name(variant).replace(spec.name, f"{spec.name}_model", 1)
+def model_part(spec: ModelSpec, variant: str, tower: str = "") -> str:
+    """The name of the Triton model that holds a variant's graph in an ensemble.
+
+    Args:
+        tower: which of the graphs, where the task has several.
+    """
+    return spec.public_name(variant).replace(spec.name, f"{spec.name}_model{tower and '-'}{tower}", 1)
+
+
+def model_parts(spec: ModelSpec, variant: str) -> list[str]:
+    """The same for every graph of the task."""
+    return [model_part(spec, variant, tower.name) for tower in encoders.TASKS[spec.task].graphs]
+
+
+def first_stage(spec: ModelSpec) -> str:
+    """The name of the Triton model that reads a request of an ensemble."""
+    return f"{spec.name}_{encoders.TASKS[spec.task].stage}"
 
 
 def alias(spec: ModelSpec) -> str:
@@ -228,7 +250,7 @@ def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
     return config
 
 
-def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig]:
+def _ensemble(spec: ModelSpec, limits: EncoderLimits | ImageLimits) -> Iterable[pb.ModelConfig]:
     task = encoders.TASKS[spec.task]
     batch = limits.max_batch_size
     outer = batch if task.batched else 0
@@ -237,10 +259,10 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig
         [tensor for tensor in tensors if has[tensor.of]] for tensors in (task.options, task.answer_options)
     )
 
-    tokenizer = _base(f"{spec.name}_tokenizer", "trident_tokenizer", outer)
-    _add_tensors(tokenizer, limits, task.texts, options, task.tokens)
-    _set_parameters(tokenizer, {"task": spec.task} | _taken(limits, task.parameters))
-    yield tokenizer
+    first = _base(first_stage(spec), "trident_tokenizer", outer)
+    _add_tensors(first, limits, task.texts, options, task.tokens)
+    _set_parameters(first, {"task": spec.task} | _taken(limits, task.parameters))
+    yield first
 
     postprocess = _base(f"{spec.name}_postprocess", "trident_postprocess", outer)
     _add_tensors(postprocess, limits, task.read_tensors, answer_options, task.answers)
@@ -248,15 +270,18 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig
     yield postprocess
 
     for variant in spec.variants:
-        model = _base(model_part(spec, variant), "onnxruntime", batch)
-        _add_tensors(model, limits, task.model_inputs, (), task.model_outputs)
-        _set_parameters(model, {"intra_op_thread_count": limits.threads})
-        yield model
+        models = []
+        for tower in task.graphs:
+            model = _base(model_part(spec, variant, tower.name), "onnxruntime", batch)
+            _add_tensors(model, limits, tower.inputs, (), tower.outputs)
+            _set_parameters(model, {"intra_op_thread_count": limits.threads})
+            models.append(model)
+        yield from models
 
         ensemble = _base(spec.public_name(variant), "ensemble", outer)
-        ensemble.input.extend([*tokenizer.input, *(tensor for tensor in postprocess.input if tensor.optional)])
+        ensemble.input.extend([*first.input, *(tensor for tensor in postprocess.input if tensor.optional)])
         ensemble.output.extend(postprocess.output)
-        for part in (tokenizer, model, postprocess):
+        for part in (first, *models, postprocess):
             step = ensemble.ensemble_scheduling.step.add(model_name=part.name, model_version=-1)
             for tensor in part.input:
                 step.input_map[tensor.name] = tensor.name
@@ -268,7 +293,7 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits) -> Iterable[pb.ModelConfig
         yield _alias(spec, name, limits, task)
 
 
-def _alias(spec: ModelSpec, name: str, limits: EncoderLimits, task: EncoderTask) -> pb.ModelConfig:
+def _alias(spec: ModelSpec, name: str, limits: EncoderLimits | ImageLimits, task: EncoderTask) -> pb.ModelConfig:
     """The default variant with other names: a list of texts is one tensor [texts], and the batch is a dimension."""
     config = _base(name, "ensemble", 0)
     step = config.ensemble_scheduling.step.add(model_name=spec.name, model_version=-1)
@@ -285,7 +310,7 @@ def _alias(spec: ModelSpec, name: str, limits: EncoderLimits, task: EncoderTask)
     return config
 
 
-def _taken(limits: EncoderLimits, parameters: Mapping[str, str]) -> dict[str, object]:
+def _taken(limits: EncoderLimits | ImageLimits, parameters: Mapping[str, str]) -> dict[str, object]:
     """Parameters of a stage with the values of the limits that they come from; lists as "32,64"."""
     values = {name: getattr(limits, limit) for name, limit in parameters.items()}
     return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}

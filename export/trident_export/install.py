@@ -60,8 +60,8 @@ def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
     if spec.seq2seq or spec.speech:
         folder = repository / spec.public_name(variant) / VERSION
         return [folder / "encoder.onnx", folder / "decoder.onnx"]
-    part = spec.public_name(variant) if spec.generation else configs.model_part(spec, variant)
-    folders = [repository / part / VERSION]
+    parts = [spec.public_name(variant)] if spec.generation else configs.model_parts(spec, variant)
+    folders = [repository / part / VERSION for part in parts]
     if spec.draft_of(variant) is not None:
         folders.append(folders[0] / DRAFT)
     return [folder / "model.onnx" for folder in folders]

@@ -20,6 +20,7 @@ from trident_serving.schema.limits import (
     LIMITS,
     EncoderLimits,
     GenerationLimits,
+    ImageLimits,
     Limits,
     Seq2SeqLimits,
     SpeechLimits,
@@ -151,6 +152,11 @@ class ModelSpec:
     def encoder(self) -> EncoderLimits | None:
         """The limits of an encoder; None for others."""
         return self.limits if isinstance(self.limits, EncoderLimits) else None
+
+    @property
+    def images(self) -> ImageLimits | None:
+        """The limits of a model that reads images; None for others."""
+        return self.limits if isinstance(self.limits, ImageLimits) else None
 
     @property
     def template(self) -> TemplateLimits | None:
@@ -285,7 +291,7 @@ def _resolved(spec: ModelSpec, base: Path) -> ModelSpec:
 
 
 def _kind(limits: type[Limits]) -> Kind:
-    if issubclass(limits, EncoderLimits):
+    if issubclass(limits, EncoderLimits | ImageLimits):
         return Kind.ENCODER
     return Kind.SEQ2SEQ if limits in (Seq2SeqLimits, SpeechLimits) else Kind.DECODER
 

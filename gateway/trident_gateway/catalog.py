@@ -15,7 +15,7 @@ ENTITIES = "token-classification"
 TRANSLATION = "translation"
 SPEECH = "automatic-speech-recognition"
 # Triton models of an ensemble that are not for callers, by what follows the public name.
-_STAGES = ("tokenizer", "model", "postprocess", "texts")
+_STAGES = ("tokenizer", "preprocess", "model", "postprocess", "texts")
 _ENCODER_ANSWERS = 64  # requests to an encoder at once, which its batches share
 
 

@@ -49,6 +49,9 @@ KINDS = {
         _encoder("feature-extraction", dimensions=8, matryoshka=[4]) | {"prompts": True},
         "x",
     ),
+    "ensemble_of_images": (_encoder("image-classification", labels=3), "x"),
+    "ensemble_of_towers": (_encoder("zero-shot-image-classification", dimensions=8), "x"),
+    "preprocess": (_encoder("zero-shot-image-classification", dimensions=8), "x_preprocess"),
     "ensemble_of_lists": (_encoder("feature-extraction", dimensions=8), "x_texts"),
 }
 

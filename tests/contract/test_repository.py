@@ -128,6 +128,9 @@ def test_no_stage_that_reads_texts_is_batched() -> None:
         "hybrid-embedding": {"dimensions": 8},
         "sparse-embedding": {"dimensions": 8},
         "token-classification": {"labels": 4},
+        "image-classification": {"labels": 4},
+        "image-feature-extraction": {"dimensions": 8},
+        "zero-shot-image-classification": {"dimensions": 8},
     }
     limits |= {key: {"labels": 2} for key in ("text-classification", "text-ranking")}
     batched = {}
@@ -140,3 +143,4 @@ def test_no_stage_that_reads_texts_is_batched() -> None:
     assert batched["token-classification", "x_model"]
     assert not batched["token-classification", "x_postprocess"]  # aggregation_strategy is a text
     assert batched["feature-extraction", "x_postprocess"]
+    assert all(batched["zero-shot-image-classification", f"x_model-{tower}"] for tower in ("image", "text"))

@@ -80,7 +80,8 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_every_call_of_the_client_has_a_command() -> None:
-    named = {"classify_zero_shot": "zero-shot", "parameters": "info", "unverified": "info"}
+    named = {"classify_zero_shot": "zero-shot", "classify_images_zero_shot": "zero-shot-images"}
+    named |= {"parameters": "info", "unverified": "info"}
     named |= {"stream": "generate", "generate_many": "generate", "close": ""}
     methods = {name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
     expected = {named.get(name, name.replace("_", "-")) for name in methods} - {""}
@@ -705,4 +706,4 @@ def test_bash_completes(tmp_path: Path) -> None:
     complete_of trident classify --top
     """
     done = subprocess.run(["bash", "--norc", "-c", asks], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["classify", "zsh", "--top-k"], done.stderr
+    assert done.stdout.split() == ["classify", "classify-images", "zsh", "--top-k"], done.stderr

@@ -43,6 +43,18 @@ def test_batches_are_padded_to_the_smallest_bucket_that_holds_them() -> None:
     np.testing.assert_array_equal(tensors["attention_mask"].sum(axis=1), [3, 5])
 
 
+def test_padding_that_is_a_part_of_the_text() -> None:
+    """As SigLIP reads it: always as many tokens, none of them masked, and no text is too long."""
+    words = encoder()._tokenizer
+    roles = TokenRoles(unk_token_id=1, padded_to=6)
+    fixed = TextEncoder(words, EncodingSettings(6, 100, (6,), truncate=False), roles)
+    tensors = fixed.encode(["a", "a b c a b c a b c"])
+    np.testing.assert_array_equal(tensors["input_ids"], [[2, 4, 3, 0, 0, 0], [2, 4, 5, 6, 4, 3]])
+    np.testing.assert_array_equal(tensors["attention_mask"], np.ones((2, 6)))
+    with pytest.raises(InvalidRequest, match=r"text_input\[1\] has 11 tokens, the model takes 6"):
+        fixed.encode(["a", "a b c a b c a b c"], truncate=False)
+
+
 def test_spans_are_characters_and_special_tokens_have_none() -> None:
     spans = encoder().windows(["a  b"], 1)["token_spans"]
     np.testing.assert_array_equal(spans, [[[-1, -1], [0, 1], [3, 4], [-1, -1]]])

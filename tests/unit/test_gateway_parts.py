@@ -451,10 +451,13 @@ def test_stages_are_no_models() -> None:
             "e_model": {},
             "e_model_int8": {},
             "e_postprocess": embedding | {"labels": "3"},
+            "i": {"task": "image-classification"},
+            "i_preprocess": {"task": "image-classification"},
+            "i_model-image": {},
             "g": {"task": "text-generation", "slots": "8", "max_waiting": "6", "context": "512"},
         }
     )
-    assert list(found) == ["e", "e_int8", "g"]
+    assert list(found) == ["e", "e_int8", "i", "g"]
     assert (found["e_int8"].context, found["e_int8"].labels, found["e_int8"].tokenizer) == (96, 3, "e_tokenizer")
     assert (found["g"].context, found["g"].at_once) == (512, 11)
 

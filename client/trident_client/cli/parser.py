@@ -124,6 +124,21 @@ def _add_readers(commands: _Commands) -> None:
     for name, help in (("translate", "translate a text"), ("summarize", "summarize a text")):
         tasks.add_text_to_text(commands.task(name, help, tasks.text_to_text, lines=True))
     tasks.add_transcribe(commands.task("transcribe", "what is said in a recording", tasks.transcribe, lines=True))
+    _add_images(commands)
+
+
+def _add_images(commands: _Commands) -> None:
+    def reader(name: str, help: str, call: Any) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.task(name, help, call, lines=True)
+        tasks.add_images(command)
+        return command
+
+    reader("embed-images", "embed images", tasks.embed_images)
+    classify = reader("classify-images", "the likeliest classes of images", tasks.classify_images)
+    classify.add_argument("--top-k", type=int, default=1, help="classes of each image (default %(default)s)")
+    zero_shot = reader("zero-shot-images", "which of the labels fit images", tasks.zero_shot_images)
+    zero_shot.add_argument("--label", action="append", required=True, dest="labels", help="give it several times")
+    zero_shot.add_argument("--template", help='the sentence for a label (default "This is a photo of {}.")')
 
 
 def _add_control(commands: _Commands) -> None:

@@ -1,4 +1,4 @@
-"""Commands that read texts: one for each task but generation."""
+"""Commands that read texts, recordings or images: one for each task but generation."""
 
 from __future__ import annotations
 
@@ -215,10 +215,11 @@ def _print_records(
     found: Sequence[Sequence[Any]],
     name: str,
     show: Callable[[Any], str],
+    of: str = "text",
 ) -> int:
-    """A list of records for each text: as JSON, or a line each, under the text where there are several."""
+    """A list of records for each text, or file: as JSON, or a line each, under the text where there are several."""
     if options.jsonl:
-        output.rows({"text": text, name: output.plain(row)} for text, row in zip(given, found, strict=True))
+        output.rows({of: text, name: output.plain(row)} for text, row in zip(given, found, strict=True))
     elif options.json:
         output.document(found)
     else:
@@ -266,6 +267,47 @@ def transcribe(client: Client, options: argparse.Namespace) -> int:
             if not each.segments:
                 output.show(each.text)
     return Exit.DONE
+
+
+def embed_images(client: Client, options: argparse.Namespace) -> int:
+    """Embeddings of images."""
+    names, files = options.images, _read_files(options.images)
+    vectors = client.embed_images(files, model=options.model, batch_size=options.batch_size)
+    found = ({"file": name, "embedding": row.tolist()} for name, row in zip(names, vectors, strict=True))
+    heads = (", ".join(f"{value:+.4f}" for value in row[:6]) for row in vectors)
+    lines = (f"[{head}, ...] {vectors.shape[1]} numbers  {name[:60]}" for head, name in zip(heads, names, strict=True))
+    output.results(options, found, lines)
+    return Exit.DONE
+
+
+def classify_images(client: Client, options: argparse.Namespace) -> int:
+    """The likeliest classes of images."""
+    files = _read_files(options.images)
+    found = client.classify_images(files, top_k=options.top_k, model=options.model, batch_size=options.batch_size)
+    return _print_records(options, options.images, found, "labels", _label, of="file")
+
+
+def zero_shot_images(client: Client, options: argparse.Namespace) -> int:
+    """Which labels fit images."""
+    found = client.classify_images_zero_shot(
+        _read_files(options.images),
+        options.labels,
+        hypothesis_template=options.template,
+        model=options.model,
+        batch_size=options.batch_size,
+    )
+    return _print_records(options, options.images, found, "labels", _label, of="file")
+
+
+def _read_files(names: list[str]) -> list[bytes]:
+    texts.check_once(names)
+    return [sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes() for name in names]
+
+
+def add_images(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of a command that reads images."""
+    command.add_argument("images", nargs="+", metavar="FILE", help="PNG, JPEG or WebP; -: from standard input")
+    command.add_argument("--batch-size", type=number(1), default=8, help="images in a request (default %(default)s)")
 
 
 def add_transcribe(command: argparse.ArgumentParser) -> None:

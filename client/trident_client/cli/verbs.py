@@ -178,5 +178,10 @@ VERBS: dict[str, Verb] = {
     "translate": Verb(("texts",), tuple(TRANSLATION), _translated("translate")),
     "summarize": Verb(("texts",), tuple(TRANSLATION), _translated("summarize")),
     "transcribe": Verb(("audio",), tuple(TRANSCRIPTION), _named("transcribe")),
+    "embed-images": Verb(("images",), (), _named("embed_images")),
+    "classify-images": Verb(("images",), ("top_k",), _named("classify_images")),
+    "zero-shot-images": Verb(
+        ("images", "candidate_labels"), ("hypothesis_template",), _named("classify_images_zero_shot")
+    ),
     "tokenize": Verb(("texts",), ("text_pairs", "truncate"), _named("tokenize")),
 }

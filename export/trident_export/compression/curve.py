@@ -71,7 +71,8 @@ def prune(
             tasks.write(job, variant)
             shutil.rmtree(job.graphs)
             evaluate = evaluate or tasks.evaluator(probe, source, root)
-            zipped = {"zipped_mib": zipped_mib(root / quality.graph_folder(probe, variant) / VERSION)}
+            (graph,) = quality.graph_folders(probe, variant)
+            zipped = {"zipped_mib": zipped_mib(root / graph / VERSION)}
             rows.append({"sparsity": reached, **evaluate(variant), **zipped})
             root.rename(Path(work) / str(len(rows)))
         progress("measuring speed")

@@ -40,6 +40,7 @@ from trident_export.graphs.editing import constant, make, reduced, save
 from trident_export.graphs.experts import every_expert
 from trident_export.graphs.fused import fuse
 from trident_export.graphs.tracing import running, trace
+from trident_export.graphs.two_rows import with_two_rows
 from trident_export.graphs.unpadding import unpad
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.sentence_transformers import Dense, Layer, LayerNorm, Truncate
@@ -51,7 +52,7 @@ TOKEN_TYPES = "token_type_ids"
 REAL_TOKENS = "real_tokens"
 COUNTED_TOKENS = "counted_tokens"
 _INPUTS = ("input_ids", "attention_mask", TOKEN_TYPES)
-_OUTPUTS = ("last_hidden_state", "logits", "start_logits", "end_logits")
+_OUTPUTS = ("last_hidden_state", "logits", "start_logits", "end_logits", "pooled")
 # What is computed once, when the graph is traced, must not be taken for the same at other lengths: no two are equal.
 _BATCH, _LENGTH = 2, 7
 
@@ -65,6 +66,7 @@ def export_encoder_graph(
     outputs: Sequence[str],
     finish: Callable[[ir.Model], None],
     prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+    part: Callable[[PreTrainedModel], Any] | None = None,
 ) -> None:
     """Write the graph of the Hugging Face folder `source` to `path`, in float32.
 
@@ -74,12 +76,13 @@ def export_encoder_graph(
         outputs: so too.
         finish: adds the outputs that the model itself does not give.
         prepare: changes the model before it is traced.
+        part: gives what of the model is traced, whose output is a row for each text; None: all of it.
 
     Raises:
         UnsupportedArchitecture: there is no such head, or it can't be traced, or gives other outputs.
         UnreadableSource: the weights are missing or damaged.
     """
-    model, taken = _load(source, head)
+    model, taken = _load(source, head, part)
     prepare(model)
     names = [name for name in taken if name in inputs]
     arguments = _arguments(names)
@@ -119,17 +122,19 @@ def export_encoder_graph(
     unpad(graph, mask)
     write_attention(graph, mask)
     fuse(graph)
+    if part is not None:
+        with_two_rows(graph)
     save(graph, path)
 
 
-def _load(source: HuggingFaceFolder, head: Any) -> tuple[PreTrainedModel, list[str]]:
+def _load(source: HuggingFaceFolder, head: Any, part: Callable[[PreTrainedModel], Any] | None) -> tuple[Any, list[str]]:
     """The model with the attention that is traced, and which of the graph's inputs it reads.
 
     Raises:
         UnsupportedArchitecture: the architecture has no such head, or reads no text.
         UnreadableSource: the weights are missing or damaged.
     """
-    model = source.load(head)
+    model = source.load(head) if part is None else part(source.load(head))
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = False
     taken = inspect.signature(type(model).forward).parameters
@@ -181,12 +186,25 @@ def _attend(
     for name in ("s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
             raise UnsupportedArchitecture(f"attention with {name!r} is not supported in encoders: choose another model")
-    heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
+    groups = int(query.shape[1]) // int(key.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and groups == 1 and softcap is None and _is_of_texts(query, key):
         of_padding = attention_mask.shape[-2] == 1
         mask, bias = (attention_mask, None) if of_padding else (None, attention_mask)
         return attend(query, key, value, mask, bias, scaling), None
+    return attend_plainly(query, key, value, attention_mask, scaling, softcap), None
+
+
+def attend_plainly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention in few operators: [batch, heads, tokens, head_dim] in, heads last but one out."""
+    heads, groups = int(key.shape[1]), int(query.shape[1]) // int(key.shape[1])
     # Scaled queries, not scores: there are fewer.
     query = query * scaling
     if groups > 1:  # several heads of queries for one of keys: [batch, heads, groups, tokens, head_dim]
@@ -199,7 +217,7 @@ def _attend(
     if attention_mask is not None:
         scores = scores + attention_mask
     found = torch.matmul(scores.softmax(dim=-1), value)
-    return (found.flatten(1, 2) if groups > 1 else found).transpose(1, 2).contiguous(), None
+    return (found.flatten(1, 2) if groups > 1 else found).transpose(1, 2).contiguous()
 
 
 def _is_of_texts(query: torch.Tensor, key: torch.Tensor) -> bool:

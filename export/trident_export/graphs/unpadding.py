@@ -28,15 +28,17 @@ TEXT_ATTENTION = "TextAttention"
 _HEADS = 3  # queries, keys and values
 
 
-def unpad(model: ir.Model, mask: str = "attention_mask") -> int:
+def unpad(model: ir.Model, mask: str = "attention_mask", begin: ir.Node | None = None) -> int:
     """Apply the pass in place; returns how many nodes work on real tokens only.
 
     Args:
         mask: the value that is 1 for tokens and 0 for padding.
+        begin: what gives the first numbers that are [batch, sequence, features]; None: what reads `input_ids`.
     """
     graph = model.graph
     types = infer(model)
-    data = _depends_on(graph, {value for value in graph.inputs if value.name == "input_ids"})
+    sources = begin.outputs if begin is not None else [value for value in graph.inputs if value.name == "input_ids"]
+    data = _depends_on(graph, set(sources))
 
     def is_matmul(node: ir.Node) -> bool:
         if node.op_type != "MatMul" or node.inputs[0] not in data or constant_rank(node.inputs[1]) != 2:
@@ -71,7 +73,7 @@ def unpad(model: ir.Model, mask: str = "attention_mask") -> int:
                     grows = True
         return region
 
-    core = grown({node for node in graph if is_matmul(node) or node.op_type == TEXT_ATTENTION})
+    core = grown({node for node in graph if node is begin or is_matmul(node) or node.op_type == TEXT_ATTENTION})
     region = grown(core | {node for node in graph if is_embedding(node)})
     later = _depends_on(graph, {value for node in core for value in node.outputs})
     for node in reversed([node for node in graph if node in region - core and later.isdisjoint(node.inputs)]):

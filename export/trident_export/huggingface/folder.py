@@ -39,6 +39,8 @@ _FEWEST_TOKENS = 16  # of a vocabulary
 _EMPTY_PROMPTS = ("query", "document")  # sentence-transformers has these without a file, and nothing in them
 # Their text alone ("'pad'") says nothing without the kind.
 _TERSE = (KeyError, AttributeError, TypeError, IndexError, AssertionError)
+# Types whose models have a tower for images and one for texts, whose vectors lie in one space.
+TWO_TOWERS = ("clip", "metaclip_2", "siglip")
 _BEGINNING_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text")
 
 
@@ -315,7 +317,12 @@ class HuggingFaceFolder(os.PathLike[str]):
             )
         default = named if named in prompts else None
         ids = found.unk_token_id, found.cls_token_id, found.mask_token_id
-        return TokenRoles(*ids, prompts, default, sentence.counts_prompt)
+        return TokenRoles(*ids, prompts, default, sentence.counts_prompt, self.padded_to)
+
+    @property
+    def padded_to(self) -> int:
+        """Tokens that every text is padded to, where the model reads padding as it does text; 0 elsewhere."""
+        return int(self.text_config.max_position_embeddings) if self.config.model_type == "siglip" else 0
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -391,6 +398,8 @@ class HuggingFaceFolder(os.PathLike[str]):
             UnreadableSource: a file says what is no number, or the padding token is missing where it counts.
         """
         config, limits = self.config, []
+        if config.model_type in TWO_TOWERS:
+            config = self.text_config
         positions = getattr(config, "max_position_embeddings", None)
         if positions is None:  # LED's, and those of T5Gemma's encoder
             positions = getattr(config, "max_encoder_position_embeddings", None)

@@ -48,6 +48,18 @@ for _task in ("sparse-embedding", "hybrid-embedding"):
     }
 for _task in ("translation", "summarization", "automatic-speech-recognition"):
     GATES[_task] = GATES["text-generation"]
+# Images, whose numbers do not depend on what runs beside them.
+GATES["image-feature-extraction"] = {
+    "fp32": {"worst_cosine": 0.99999, "max_difference": 1e-4, "batch_effect": 0.0},
+    "int8": {"worst_cosine": 0.99, "batch_effect": 0.0},
+    "int4": {"worst_cosine": 0.95, "batch_effect": 0.0},
+}
+for _task in ("image-classification", "zero-shot-image-classification"):
+    GATES[_task] = {
+        "fp32": {"agreement": 0.999, "score_error": 1e-4, "batch_effect": 0.0},
+        "int8": {"agreement": 0.95, "score_error": 0.15, "batch_effect": 0.0},
+        "int4": {"agreement": 0.85, "score_error": 0.5, "batch_effect": 0.0},
+    }
 for _task in encoders.TASKS.keys() - GATES.keys():
     GATES[_task] = {
         "fp32": {"agreement": 0.999, "score_error": 1e-4, "batch_effect": 1e-4},

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,12 @@ TOKENS = 64
 
 ROWS_SPEED = f"tokens_s_{BATCH}_rows"
 TEXTS_SPEED = f"texts_s_{TOKENS}_tokens"
-SPEEDS = {ROWS_SPEED: f"tokens/s, {BATCH} rows", TEXTS_SPEED: f"texts/s, {TOKENS} tokens each"}
+IMAGES_SPEED = "images_s"
+SPEEDS = {
+    ROWS_SPEED: f"tokens/s, {BATCH} rows",
+    TEXTS_SPEED: f"texts/s, {TOKENS} tokens each",
+    IMAGES_SPEED: f"images/s, {BATCH} at once",
+}
 
 Measures = dict[str, dict[str, float]]
 # The name of a speed, the units of one piece of work, and the work.
@@ -43,8 +48,9 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
     """Size in MiB, resident memory in MiB, and speed: tokens/s of `BATCH` decoding rows, or texts/s in batches."""
     if spec.template:
         return {}
-    folder = repository / graph_folder(spec, variant) / VERSION
-    size = sum(file.stat().st_size for file in folder.glob("*.onnx*")) / MEBIBYTE
+    folders = [repository / name / VERSION for name in graph_folders(spec, variant)]
+    folder = folders[0]
+    size = sum(file.stat().st_size for each in folders for file in each.glob("*.onnx*")) / MEBIBYTE
     command = [
         sys.executable,
         "-m",
@@ -53,6 +59,8 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
         _kind(spec),
         str(getattr(spec.limits, "threads", 0)),
     ]
+    if spec.images:
+        command += [str(spec.images.height), str(spec.images.width)]
     if spec.seq2seq:
         command.append(str(spec.seq2seq.max_target_tokens))
     if spec.speech:
@@ -64,9 +72,9 @@ def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
     return {"size_mib": size, **measured}
 
 
-def graph_folder(spec: ModelSpec, variant: str) -> str:
-    """The Triton model that holds a variant's graph."""
-    return configs.model_part(spec, variant) if spec.encoder else spec.public_name(variant)
+def graph_folders(spec: ModelSpec, variant: str) -> list[str]:
+    """The Triton models that hold a variant's graphs; the one that is timed first."""
+    return configs.model_parts(spec, variant) if spec.encoder or spec.images else [spec.public_name(variant)]
 
 
 def as_table(report: Mapping[str, Measures]) -> str:
@@ -129,6 +137,8 @@ def _kind(spec: ModelSpec) -> str:
         return "generation"
     if spec.speech:
         return "speech"
+    if spec.images:
+        return "images"
     return "seq2seq" if spec.seq2seq else "encoder"
 
 
@@ -139,6 +149,7 @@ def _run(folder: Path, kind: str, *numbers: int) -> dict[str, float]:
         "seq2seq": _seq2seq,
         "speech": _speech,
         "encoder": _encoder,
+        "images": _images,
     }
     name, units, work = probes[kind](folder, *numbers)
     return {name: _rate(work, units), "resident_mib": _resident_mib()}
@@ -210,12 +221,22 @@ def _rows_of(decoder: Seq2SeqDecoder, sources: Sequence[Source]) -> Probe:
     return ROWS_SPEED, 8 * BATCH, step
 
 
-def _encoder(folder: Path, threads: int) -> Probe:
+def _session(folder: Path, threads: int) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+def _images(folder: Path, threads: int, height: int, width: int) -> Probe:
+    session = _session(folder, threads)
+    pixels = np.random.default_rng(0).standard_normal((BATCH, 3, height, width)).astype(np.float32)
+    return IMAGES_SPEED, BATCH, lambda: session.run(None, {"pixel_values": pixels})
+
+
+def _encoder(folder: Path, threads: int) -> Probe:
+    session = _session(folder, threads)
     names = [node.name for node in session.get_inputs()]
     shape = (BATCH, TOKENS)
     tensors = {"input_ids": np.full(shape, 5, np.int64), "attention_mask": np.ones(shape, np.int64)}

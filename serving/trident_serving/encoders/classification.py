@@ -12,7 +12,8 @@ from trident_serving.encoders.task import PAIR, SCORE, TEXT, TOP_K, TRUNCATE, En
 from trident_serving.encoders.tokens import read_texts
 
 
-def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
+def best_labels(folder: Path, parameters: Mapping[str, str]) -> Stage:
+    """The postprocess stage of classifiers: `top_k` labels with their scores, the likeliest first."""
     settings = LabelSettings.load(folder)
     labels = np.array([label.encode() for label in settings.labels], np.object_)
 
@@ -35,5 +36,5 @@ TASK = EncoderTask(
     answers=(Tensor("label", "STRING", (-1,)), SCORE),
     answer_parameters={"labels": "labels"},
     preprocess=read_texts,
-    postprocess=_load,
+    postprocess=best_labels,
 )

@@ -62,34 +62,52 @@ SCORE = Tensor("score", "FP32", (-1,))
 ENCODING = {"max_tokens": "max_tokens", "max_bytes": "max_bytes", "buckets": "all_buckets", "truncate": "truncate"}
 
 
+class Tower(NamedTuple):
+    """One of the graphs of a task that has several; it is a Triton model of its own.
+
+    Attributes:
+        name: what parts its Triton model's name from the others'.
+        inputs: what it reads of the task's `model_inputs`.
+        outputs: what it gives of the task's `model_outputs`.
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderTask:
-    """One task: tokenizer stage, graph, postprocess stage.
+    """One task: tokenizer or preprocess stage, graph, postprocess stage.
 
     Attributes:
         name: the transformers pipeline's.
-        texts: what a request must give.
-        options: what it may give to the tokenizer stage.
+        stage: what the first stage is called: "tokenizer", or "preprocess" where it reads images.
+        texts: what a request must give: texts, or files of images.
+        options: what it may give to the first stage.
         model_inputs: what the graph reads.
         model_outputs: what the graph gives.
-        extra: what the tokenizer stage gives besides the graph's inputs.
+        towers: the graphs, where there are several; each batches by itself.
+        extra: what the first stage gives besides the graph's inputs.
         read: names of what the postprocess stage reads, of all the above.
         answer_options: what a request may give to the postprocess stage.
         answers: what the ensemble gives.
         alias: a text and an answer by the names that other clients fix, each with the name that it has here: those of
             another ensemble, which does not batch; see `ALIAS`.
         batched: whether the batch of a request is that of the graph; a question may need several windows.
-        parameters: of the tokenizer stage's config, and the limits that they come from.
+        parameters: of the first stage's config, and the limits that they come from.
         answer_parameters: of the postprocess stage's.
-        preprocess: makes the tokenizer stage.
+        preprocess: makes the first stage.
         postprocess: makes the postprocess stage.
     """
 
     name: str
+    stage: str = "tokenizer"
     texts: tuple[Tensor, ...]
     options: tuple[Tensor, ...] = ()
     model_inputs: tuple[Tensor, ...]
     model_outputs: tuple[Tensor, ...]
+    towers: tuple[Tower, ...] = ()
     extra: tuple[Tensor, ...] = ()
     read: tuple[str, ...]
     answer_options: tuple[Tensor, ...] = ()
@@ -102,8 +120,13 @@ class EncoderTask:
     postprocess: Loader
 
     @property
+    def graphs(self) -> tuple[Tower, ...]:
+        """The graphs; the only one has no name."""
+        return self.towers or (Tower("", self.model_inputs, self.model_outputs),)
+
+    @property
     def tokens(self) -> tuple[Tensor, ...]:
-        """What the tokenizer stage gives."""
+        """What the first stage gives."""
         return (*self._of_graph(self.model_inputs), *self.extra)
 
     @property

@@ -58,6 +58,8 @@ class TokenRoles:
         prompts: what goes before a text, by the name that a request gives ("query", "passage").
         default_prompt: the name that holds where a request gives none.
         counts_prompt: whether the tokens of a prompt are pooled.
+        padded_to: tokens that every text is padded to and the model reads as a part of it, as SigLIP was trained; a
+            longer text is cut. 0: padding is no part of a text.
     """
 
     unk_token_id: int | None = None
@@ -66,6 +68,7 @@ class TokenRoles:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     counts_prompt: bool = True
+    padded_to: int = 0
 
     @classmethod
     def load(cls, folder: Path) -> TokenRoles:
@@ -85,8 +88,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 class Batcher:
     """Encodings to padded tensors."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: EncodingSettings, padded_to: int = 0) -> None:
         self._buckets = settings.buckets
+        self._padded_to = padded_to
         padding = tokenizer.padding or {}
         self._pad_id = int(padding.get("pad_id", 0))
         self._pad_type_id = int(padding.get("pad_type_id", 0))
@@ -100,9 +104,9 @@ class Batcher:
         if not encodings:
             raise InvalidRequest("text_input is empty: it must hold one text or more")
         longest = max(len(encoding.ids) for encoding in encodings)
-        shape = (len(encodings), self._buckets[bisect_left(self._buckets, longest)])
+        shape = (len(encodings), self._padded_to or self._buckets[bisect_left(self._buckets, longest)])
         input_ids = np.full(shape, self._pad_id, np.int64)
-        attention_mask = np.zeros(shape, np.int64)
+        attention_mask = np.full(shape, int(self._padded_to > 0), np.int64)
         token_type_ids = np.full(shape, self._pad_type_id, np.int64)
         for row, encoding in enumerate(encodings):
             length = len(encoding.ids)
@@ -119,7 +123,7 @@ class TextEncoder:
         self._settings = settings
         self._tokenizer = tokenizer
         self._roles = roles or TokenRoles()
-        self._batcher = Batcher(tokenizer, settings)
+        self._batcher = Batcher(tokenizer, settings, self._roles.padded_to)
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
@@ -155,7 +159,8 @@ class TextEncoder:
         """
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encodings: list[Encoding] = self._tokenizer.encode_batch(inputs, add_special_tokens=special)
-        if self._settings.truncate if truncate is None else truncate:
+        always = self._settings.truncate or self._roles.padded_to > 0
+        if always if truncate is None else truncate:
             encodings = [self._truncated(encoding, text, cut) for encoding, text in zip(encodings, inputs, strict=True)]
         names = names or zip(*(numbered(field, len(inputs)) for field in ("text_input", "text_pair")), strict=True)
         for encoding, text, called in zip(encodings, inputs, names, strict=True):

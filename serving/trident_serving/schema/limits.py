@@ -16,6 +16,7 @@ from trident_serving.schema.reading import JsonObject
 DEVICES = ("cpu", "cuda")
 NO_OPTIONS = JsonObject("{}")
 BUCKETS = (128, 256)
+MOST_PIXELS = 89_478_485  # of an image: where Pillow begins to warn of decompression bombs
 _LONG = 512  # tokens from which on attention, which grows by the square of the padded length, is most of the work
 
 
@@ -218,6 +219,66 @@ class FillMaskLimits(EncoderLimits):
     top_k: int = 100
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """Limits of a model that reads images.
+
+    Attributes:
+        height: of the images that the graph reads, in pixels: what the model's image processor makes.
+        width: of the same.
+        max_bytes: the largest file that is decoded at all.
+        max_pixels: the largest image, width times height.
+        max_batch_size: images in one run of the model.
+        threads: ONNX Runtime's intra-op threads.
+    """
+
+    height: int = 224
+    width: int = 224
+    max_bytes: int = 16777216
+    max_pixels: int = 33554432
+    max_batch_size: int = 16
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_pixels > MOST_PIXELS:
+            raise ReadingError(f"max_pixels must be at most {MOST_PIXELS}, found {self.max_pixels}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLabelLimits(ImageLimits):
+    """Limits of a classifier of images.
+
+    Attributes:
+        labels: numbers that the model gives for an image.
+    """
+
+    labels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEmbeddingLimits(ImageLimits):
+    """Limits of embeddings of images.
+
+    Attributes:
+        dimensions: numbers in an embedding.
+    """
+
+    dimensions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageZeroShotLimits(ImageEmbeddingLimits):
+    """Limits of zero-shot classification of images.
+
+    Attributes:
+        max_tokens: of a label's sentence, special tokens included.
+        max_batch_size: images of one request, and labels.
+    """
+
+    max_tokens: int = 77
+    max_batch_size: int = 32
+
+
 @dataclass(frozen=True)
 class Seq2SeqLimits:
     """Limits of an encoder-decoder model.
@@ -312,7 +373,7 @@ class TemplateLimits:
         check_options(self.chat_template_kwargs)
 
 
-Limits = GenerationLimits | EncoderLimits | Seq2SeqLimits | SpeechLimits | TemplateLimits
+Limits = GenerationLimits | EncoderLimits | ImageLimits | Seq2SeqLimits | SpeechLimits | TemplateLimits
 LIMITS: dict[str, type[Limits]] = {
     "text-generation": GenerationLimits,
     "translation": Seq2SeqLimits,
@@ -327,4 +388,7 @@ LIMITS: dict[str, type[Limits]] = {
     "zero-shot-classification": ZeroShotLimits,
     "sparse-embedding": SparseLimits,
     "hybrid-embedding": EmbeddingLimits,
+    "image-classification": ImageLabelLimits,
+    "image-feature-extraction": ImageEmbeddingLimits,
+    "zero-shot-image-classification": ImageZeroShotLimits,
 }

@@ -90,6 +90,10 @@ class EncoderExport(Generic[Limits]):
     def prepare(self, model: PreTrainedModel, source: HuggingFaceFolder) -> None:
         """Change the model before it is traced."""
 
+    def part(self, source: HuggingFaceFolder) -> Callable[[PreTrainedModel], Any] | None:
+        """What gives the part of a model that is traced; None: all of it is."""
+        return None
+
     def settings(self, source: HuggingFaceFolder) -> Any:
         """What the postprocess stage reads of the model, as an object that can `save` itself; None: nothing."""
         return None
@@ -198,6 +202,7 @@ class EncoderExport(Generic[Limits]):
             inputs=[tensor.name for tensor in self.task.model_inputs],
             outputs=[tensor.name for tensor in self.task.model_outputs],
             prepare=prepare,
+            part=self.part(source),
             finish=lambda model: self.finish(model, cast("Limits", limits), source),
         )
 

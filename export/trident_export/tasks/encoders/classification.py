@@ -12,7 +12,7 @@ from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.tasks.encoders.base import Arrays, EncoderExport, Floats
 from trident_serving.encoders import classification
 from trident_serving.encoders.labels import Activation, LabelSettings, activate
-from trident_serving.schema.limits import LabelLimits
+from trident_serving.schema.limits import ImageLabelLimits, LabelLimits
 
 
 class Classification(EncoderExport[LabelLimits]):
@@ -53,7 +53,7 @@ class Classification(EncoderExport[LabelLimits]):
         return list(activate(tensors["logits"], settings.activation)[:, None])
 
 
-def label_problems(limits: LabelLimits, source: HuggingFaceFolder) -> Iterator[str]:
+def label_problems(limits: LabelLimits | ImageLabelLimits, source: HuggingFaceFolder) -> Iterator[str]:
     """What differs between the labels of models.toml and the model's."""
     if limits.labels != source.config.num_labels:
         yield f"limits.labels is {limits.labels}, the model has {source.config.num_labels}"

@@ -1,4 +1,4 @@
-"""Embeddings: the graph pools; the gate compares vectors."""
+"""Embeddings: the graph pools; the gate compares vectors. Of a model with two towers they are those of its texts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from transformers import AutoModel, AutoModelForTextEncoding
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoModelForZeroShotImageClassification,
+    PreTrainedModel,
+)
 
 from trident_export import corpora
 from trident_export.graphs import encoder as encoder_graph
+from trident_export.graphs import towers
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.sentence_transformers import applied
 from trident_export.measure import fidelity
@@ -33,6 +39,8 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
         dimensions = _dimensions(source)
         if limits.dimensions != dimensions:
             yield f"limits.dimensions is {limits.dimensions}, the model's is {dimensions}"
+        if source.padded_to and limits.max_tokens != source.padded_to:
+            yield f"limits.max_tokens is {limits.max_tokens}, the model's texts are all of {source.padded_to}"
 
     def proposed_limits(self, source: HuggingFaceFolder, max_tokens: int) -> dict[str, Any]:
         dimensions = _dimensions(source)
@@ -47,11 +55,23 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     def load_settings(self, folder: Path) -> PoolingSettings:
         return PoolingSettings.load(folder)
 
+    def check(self, spec: ModelSpec, source: HuggingFaceFolder) -> None:
+        super().check(spec, source)
+        if towers.has_towers(source):
+            towers.check_texts(source)
+
     def head_of(self, source: HuggingFaceFolder) -> Any:
+        if towers.has_towers(source):
+            return AutoModelForZeroShotImageClassification
         # Of an encoder-decoder, such as T5, the encoder alone embeds.
         return AutoModelForTextEncoding if source.config.is_encoder_decoder else self.head
 
+    def part(self, source: HuggingFaceFolder) -> Callable[[PreTrainedModel], Any] | None:
+        return towers.TextTower if towers.has_towers(source) else None
+
     def finish(self, model: ir.Model, limits: EmbeddingLimits, source: HuggingFaceFolder) -> None:
+        if towers.has_towers(source):
+            return
         if not source.sentence.counts_prompt:
             encoder_graph.with_marked_prompt(model)
         # A vector a text is a hundredth of what the tokens' vectors are to hand on.
@@ -65,6 +85,8 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
     def reference(self, spec: ModelSpec, source: HuggingFaceFolder) -> Callable[[Texts], list[Floats]]:
         read, model, settings = self.reader(spec, source), source.reference(self.head_of(source)), self.settings(source)
         uncounted = self.uncounted(spec, source)
+        if towers.has_towers(source):
+            return lambda texts: self.read({"pooled": towers.text_vectors(model, read(texts)).numpy()}, settings)
 
         def ask(texts: Texts) -> list[Floats]:
             batch = read(texts)
@@ -81,6 +103,8 @@ class Embeddings(EncoderExport[EmbeddingLimits]):
 
         def read(texts: Texts) -> Any:
             text = prompt + texts[0]
+            if towers.has_towers(source):
+                return towers.tokenize(source, tokenizer, [text], limit)
             return self.tokenize(tokenizer, (text.lower() if lower else text,), limit)
 
         return read
@@ -123,6 +147,8 @@ def _default_prompt(spec: ModelSpec, source: HuggingFaceFolder) -> str:
 
 
 def _dimensions(source: HuggingFaceFolder) -> int:
+    if towers.has_towers(source):
+        return towers.dimensions(source)
     return source.sentence.dimensions(source.config.get_text_config().hidden_size)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer stage of an ensemble: texts in, padded token ids out. See `trident_serving.encoders`."""
+"""First stage of an ensemble: texts or images in, what the graph reads out. See `trident_serving.encoders`."""
 
 import triton_python_backend_utils as pb_utils
 

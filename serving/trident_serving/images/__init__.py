@@ -1,0 +1,5 @@
+"""Images without a model: the bytes of a file to pixels, and pixels to what a graph reads.
+
+decoding        Pillow decodes, within limits
+preprocessing   resizing, cropping and normalizing as transformers' image processors do it
+"""

@@ -1,0 +1,57 @@
+"""The bytes of an image file to an upright RGB image, as transformers' `load_image` gives it: Pillow decodes.
+
+Only three of Pillow's parsers are ever tried. An image's size stands in its header, and one that is too large is
+refused before a pixel is decoded. Of an animation the first frame is read.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from trident_serving.errors import InvalidRequest
+from trident_serving.schema.limits import MOST_PIXELS
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+NAMED = "PNG, JPEG or WebP"
+_LONGEST_REASON = 120
+
+
+def decode(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Image.Image:
+    """The image of a file, RGB, turned as its EXIF orientation says.
+
+    Args:
+        content: the file.
+        name: what errors call it.
+        max_bytes: of the largest file that is decoded at all.
+        max_pixels: of the largest image, at most `MOST_PIXELS`.
+
+    Raises:
+        InvalidRequest: it is no image of a known format, is broken, or is too large.
+    """
+    if not content:
+        raise InvalidRequest(f"{name} is empty: send the bytes of a file")
+    if len(content) > max_bytes:
+        raise InvalidRequest(f"{name} has {len(content)} bytes, the limit is {max_bytes} bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a file says about itself
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as file:
+                width, height = file.size
+                if width * height > max_pixels:
+                    raise InvalidRequest(f"{name} is {width} x {height} pixels, the limit is {max_pixels} pixels")
+                return ImageOps.exif_transpose(file).convert("RGB")
+        except UnidentifiedImageError:
+            raise InvalidRequest(f"{name} is no {NAMED} image: it begins with {content[:12]!r}") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise InvalidRequest(
+                f"{name} has more than {MOST_PIXELS} pixels, the limit is {max_pixels} pixels"
+            ) from None
+        except (InvalidRequest, MemoryError):
+            raise
+        except Exception as error:  # Pillow has no class for it: a broken file raises whatever its parser meets
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InvalidRequest(f"{name} can't be decoded: {reason[:_LONGEST_REASON]}") from None
