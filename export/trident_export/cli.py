@@ -389,10 +389,10 @@ def _detect(options: argparse.Namespace) -> int:
     settings = {"greenlist_ratio": options.greenlist_ratio, "hashing_key": options.hashing_key}
     found = detection.examine(options.repository / options.model, text, settings, unique=options.unique)
     verdict = "marked" if found.z_score > options.z else "not marked"
-    share = found.green / found.scored
+    share, usual = found.green / found.scored, options.greenlist_ratio
     print(
-        f"{verdict}: {found.green} of {found.scored} tokens are on their lists ({share:.0%}; {options.greenlist_ratio:.0%} "
-        f"without mark), z {found.z_score:.2f}, p {found.p_value:.2g}"
+        f"{verdict}: {found.green} of {found.scored} tokens are on their lists ({share:.0%}; unmarked {usual:.0%}), "
+        f"z {found.z_score:.2f}, p {found.p_value:.2g}"
     )
     return 0
 

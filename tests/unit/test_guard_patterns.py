@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ EXPRESSIONS = [
 def cut(text: str, places: Sequence[int]) -> list[str]:
     """A text in chunks."""
     ends = sorted({place % (len(text) + 1) for place in places} | {0, len(text)})
-    return [text[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(ends)]
 
 
 def by_hand(expression: str, text: str, longest: int) -> list[Match]:
@@ -180,8 +181,10 @@ ASKING = Guard.from_table(
 def test_a_text_in_chunks_becomes_what_it_becomes_as_a_whole(guard: Guard, text: str, places: list[int]) -> None:
     whole, blocked, findings, asked = filtered(guard, [text])
     chunks, chunks_blocked, chunks_findings, others = filtered(guard, cut(text, places))
-    assert (chunks, chunks_blocked, others.asked) == (whole, blocked, asked.asked)
-    assert blocked or chunks_findings == findings
+    assert (chunks, chunks_blocked) == (whole, blocked)
+    if not blocked:
+        assert chunks_findings == findings
+        assert sorted(others.asked) == sorted(asked.asked)
     found = {rule.name for rule in guard.rules if rule.pattern and re.search(rule.pattern, text)}
     assert blocked or {each["rule"] for each in findings} >= found
     assert blocked >= ("order" in found)

@@ -111,12 +111,13 @@ def _found(rule: Rule, tensors: Tensors, text: str) -> list[Span]:
     if rule.judge:
         verdict = tensors["text_output"].reshape(-1)[0].decode("utf-8").strip()
         return [] if verdict == rule.verdicts[0] else [Span(0, len(text), verdict)]
-    names = ("entity", "score", "start", "end") if rule.entities else ("label", "score")
-    columns = [tensors[name].reshape(-1).tolist() for name in names]
+    labels, scores = (tensors[name].reshape(-1).tolist() for name in ("entity" if rule.entities else "label", "score"))
+    starts, ends = [0] * len(labels), [len(text)] * len(labels)
+    if rule.entities:
+        starts, ends = (tensors[name].reshape(-1).tolist() for name in ("start", "end"))
     found = []
-    for label, score, *place in zip(*columns, strict=True):
+    for label, score, start, end in zip(labels, scores, starts, ends, strict=True):
         name = label.decode("utf-8")
-        counts = bool(name) and (not rule.labels or name in rule.labels) and score >= rule.threshold
-        if counts:
-            found.append(Span(*(place or (0, len(text))), name))
+        if name and (not rule.labels or name in rule.labels) and score >= rule.threshold:
+            found.append(Span(start, end, name))
     return sorted(found, key=lambda span: span.start)

@@ -225,7 +225,8 @@ class Pattern:
             _, added, removed, inner = value
             return self._sequence(inner, after, (flags | added) & ~removed)
         if name in ("MAX_REPEAT", "MIN_REPEAT"):  # the longest match is taken, whichever it is
-            return self._repeat(*value, after, flags)
+            least, most, inner = value
+            return self._repeat(least, most, inner, after, flags)
         if name == "AT" and str(value) in ("AT_BOUNDARY", "AT_NON_BOUNDARY"):
             return self._add(_Node([after], boundary=str(value) == "AT_BOUNDARY"))
         words = {"AT": "^ and $", "GROUPREF": "references to groups", "GROUPREF_EXISTS": "references to groups"}

@@ -58,23 +58,24 @@ class Rule:
 
     Attributes:
         name: of the rule, in notes and in place of what a pattern redacts.
-        action: see `Action`.
-        stages: see `Stage`.
+        action: `block` ends the answer before what is found, `redact` puts something else in its place, `annotate` only
+            notes it.
+        stages: which texts it reads: what is asked, what is answered, or both.
         pattern: a regular expression in the syntax of Python's `re`, without look-around, references to groups, ^ and
             $.
         longest: of the pattern: characters of its longest match; 0: as the expression says.
         entities: a served model of token classification, whose entities are what is looked for.
         classifier: a served model of text classification.
         judge: a served generator with a chat template.
-        labels: of `entities`: which count, (): all; of `classifier`: which count, one at least.
-        classes: of `classifier`: how many it has; a models file fills it in.
-        threshold: the least score that counts, of entities and classes.
-        replacement: what stands in place of what is redacted; "": the rule's name or the entity's label, in brackets.
+        labels: which entities or classes count; none: all entities. A classifier needs one at least.
+        classes: of a classifier: how many it has, which the models file fills in.
+        threshold: the least score of an entity or a class that counts.
+        replacement: what stands in place of what is redacted; none: the rule's name or the entity's label, in brackets.
         window: characters that a model is asked about at once, which an answer is held back for; 0: 400, and of a judge
             the whole text.
         template: of a judge: `llama-guard`, `granite-guardian`, or a file in Jinja with `user`, `assistant` and
             `policy`.
-        policy: of a judge: what the template says is harmful; "": its own.
+        policy: of a judge: what is harmful, in place of the template's own list.
         safe: of a judge with a file: the answer that lets a text pass.
         unsafe: of a judge with a file: the other answer.
     """
@@ -169,7 +170,7 @@ class Guard:
     Attributes:
         name: of the guard.
         rules: in the order in which models are asked, behind all patterns.
-        on_failure: see `OnFailure`.
+        on_failure: what happens where a rule's model can't be asked.
         timeout: seconds that a rule's model may take for one window.
     """
 

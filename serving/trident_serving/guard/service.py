@@ -148,7 +148,8 @@ class GuardedService:
 
     async def _serve(self, request: GuardedRequest, exchange: _Exchange) -> None:
         """One request from its first check to its last response."""
-        exchange.queue = queue = asyncio.Queue()
+        queue: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+        exchange.queue = queue
         try:
             await self._begin(request, exchange)
             while not exchange.complete:
