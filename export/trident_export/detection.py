@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-
-import onnx
 
 from trident_export.errors import TextError, UsageError
 from trident_serving.artefacts import VERSION
@@ -28,8 +27,8 @@ def examine(model: Path, text: str, settings: dict[str, float | int], *, unique:
     folder = model / VERSION
     if not (folder / "model.onnx").is_file() or not (folder / "tokenizer.json").is_file():
         raise UsageError(f"{model.name} is no exported text generator")
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    size = next(output for output in graph.output if output.name == "logits").type.tensor_type.shape.dim[-1].dim_value
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    size = config.get("vocab_size") or config["text_config"]["vocab_size"]
     try:
         watermark = Watermark.from_config(settings, size)
     except InvalidRequest as error:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests import tiny_models
-from tests.conftest import post
+from tests.conftest import post, run_export_cold
 from tests.gateways import Gateway
 from trident_client import Client, Finding, InvalidRequestError
 from trident_export import configs, models_file
@@ -143,7 +143,9 @@ def _events(text: str) -> list[dict[str, Any]]:
     return [choice for each in data for choice in json.loads(each)["choices"]]
 
 
-def test_a_watermark_through_the_gateway(gateway: Gateway, direct: Client) -> None:
+def test_a_watermark_through_the_gateway(
+    gateway: Gateway, direct: Client, gateway_folder: Path, tmp_path: Path
+) -> None:
     """The tokens of a marked answer are on their green lists, and nobody else's answer changes."""
     asked: dict[str, Any] = {"model": "talk", "max_tokens": 24}
     plain = direct.chat(REDACTED, return_tokens=True, **asked)
@@ -156,3 +158,12 @@ def test_a_watermark_through_the_gateway(gateway: Gateway, direct: Client) -> No
     ids = [token for token in marked.token_ids if token]
     assert detect(ids, watermark).green == len(ids) - 1 > 10
     assert detect(list(plain.token_ids), watermark).z_score < 3
+    # The command reads the text again, as anybody could have it.
+    (tmp_path / "answer.txt").write_text(marked.text, newline="")
+    found = direct.generate(marked.text, model="talk", max_tokens=0, return_prompt_token_ids=True).prompt_token_ids
+    told = detect(list(found), watermark)
+    arguments = ("--hashing-key", "5", "--repository", str(gateway_folder / "repository"))
+    done = run_export_cold("detect", "talk", str(tmp_path / "answer.txt"), *arguments)
+    assert f"marked: {told.green} of {told.scored} tokens are on their lists" in done.stdout, done.stderr
+    done = run_export_cold("detect", "tag", str(tmp_path / "answer.txt"), *arguments)
+    assert done.stderr == "trident-export: tag is no exported text generator\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_export, run_export_cold
-from trident_export import configs, models_file
+from tests.conftest import ROOT, run_export_cold
+from trident_export import cli, configs, models_file
 from trident_export.audit import guards
 from trident_export.errors import ModelsFileError, TextError
 from trident_serving.guard.rules import Guard, OnFailure, Stage
@@ -96,7 +96,7 @@ def test_what_the_built_in_patterns_find() -> None:
     guard = models_file.load_guard(ROOT / "models.toml", "patterns")
     found = guards.measure(guard, guards.load(), Stage.INPUT, "")
     assert {each.kind: (each.found, each.flagged, each.false, each.harmless) for each in found.kinds} == {
-        "prompt injection": (10, 16, 1, 16),
+        "prompt injection": (8, 16, 1, 16),
         "personal data": (8, 14, 2, 16),
         "credentials": (6, 8, 1, 9),
     }
@@ -126,7 +126,7 @@ def test_cases_that_can_not_be_used(tmp_path: Path, text: str, message: str) -> 
         guards.load(tmp_path / "cases.toml")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It needs no server where no rule asks a model."""
     (tmp_path / "cases.toml").write_text('[mail]\nflagged = ["a@b.de", "x (at) y.de"]\nharmless = ["hello"]\n')
     arguments = ("--cases", str(tmp_path / "cases.toml"), "--reports", str(tmp_path))
@@ -134,11 +134,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "| mail | 1 of 2 [0.09, 0.91] | 0 of 1 [0.00, 0.79] |" in done.stdout
     assert "- mail: `x (at) y.de`" in (tmp_path / "guard.md").read_text()
-    done = run_export("audit-guard", "pattern", *arguments)
-    assert (done.returncode, "there is no guard 'pattern'; known are patterns, personal-data" in done.stderr) == (
-        1,
-        True,
-    )
-    done = run_export("audit-guard", "personal-data", "--url", "127.0.0.1:9", *arguments)
-    assert done.returncode == 1
-    assert "the guard's rule personal-data could not be checked: rampart" in done.stderr
+    assert cli.main(["audit-guard", "pattern", *arguments]) == 1
+    assert "there is no guard 'pattern'; known are patterns, personal-data" in capsys.readouterr().err
+    assert cli.main(["audit-guard", "personal-data", "--url", "127.0.0.1:9", *arguments]) == 1
+    assert "the guard's rule personal-data could not be checked: rampart" in capsys.readouterr().err

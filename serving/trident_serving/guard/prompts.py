@@ -76,6 +76,19 @@ async def filtered(inputs: Inputs, prompt: str, each: Filter) -> Inputs | None:
     } | changed
 
 
+def joined(inputs: Inputs) -> list[str]:
+    """The texts of each message that comes in parts, as templates join them: what a rule blocks could be spread."""
+    if "messages" not in inputs:
+        return []
+    found = []
+    for message in json.loads(single_text(inputs, "messages")):
+        content = message.get("content")
+        texts = [part["text"] for part in content] if isinstance(content, list) else []
+        if len(texts) > 1:
+            found += ["".join(texts), "\n".join(texts)]
+    return found
+
+
 def said(inputs: Inputs, prompt: str) -> str:
     """What a request says, for a judge: the texts of its messages, or its prompt."""
     if "messages" not in inputs:

@@ -189,10 +189,10 @@ class GuardedService:
             return None
         if changed is not None:
             given = GuardedRequest(changed, given.timeout, self._service.parse(changed, given.timeout))
-        # A chat template joins texts: what is blocked could be spread over several.
         blocking = [rule for rule in self._input if rule.pattern and rule.action is Action.BLOCK]
-        if PatternFilter(blocking, Stage.INPUT, exchange.findings).push(given.request.prompt, end=True).blocked:
-            return None
+        for text in prompts.joined(given.inputs):
+            if PatternFilter(blocking, Stage.INPUT, exchange.findings).push(text, end=True).blocked:
+                return None
         return given
 
     def output(self, exchange: _Exchange, findings: Findings) -> TextFilter:
