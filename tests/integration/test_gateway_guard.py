@@ -165,5 +165,3 @@ def test_a_watermark_through_the_gateway(
     arguments = ("--hashing-key", "5", "--repository", str(gateway_folder / "repository"))
     done = run_export_cold("detect", "talk", str(tmp_path / "answer.txt"), *arguments)
     assert f"marked: {told.green} of {told.scored} tokens are on their lists" in done.stdout, done.stderr
-    done = run_export_cold("detect", "tag", str(tmp_path / "answer.txt"), *arguments)
-    assert done.stderr == "trident-export: tag is no exported text generator\n"

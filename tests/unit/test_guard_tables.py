@@ -138,3 +138,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "there is no guard 'pattern'; known are patterns, personal-data" in capsys.readouterr().err
     assert cli.main(["audit-guard", "personal-data", "--url", "127.0.0.1:9", *arguments]) == 1
     assert "the guard's rule personal-data could not be checked: rampart" in capsys.readouterr().err
+
+
+def test_detection_needs_an_exported_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    assert cli.main(["detect", "tag", str(tmp_path / "a.txt"), "--repository", str(tmp_path)]) == 1
+    assert "tag is no exported text generator" in capsys.readouterr().err
+    assert cli.main(["detect", "tag", str(tmp_path / "b.txt")]) == 1
+    assert "the text can't be read" in capsys.readouterr().err
