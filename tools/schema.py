@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trident_serving.encoders import TASKS
 from trident_serving.encoders.task import Tensor
+from trident_serving.guard.rules import Rule
 from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
 from trident_serving.schema.limits import (
     LIMITS,
@@ -136,7 +137,7 @@ def table(fields: Sequence[Field]) -> str:
     return "\n".join(rows)
 
 
-def limits_table(*kinds: type[Limits]) -> str:
+def limits_table(*kinds: type[Limits] | type[Rule]) -> str:
     """The limits of dataclasses as a table of Markdown; those of all but the first name the tasks that have them."""
     rows = ["| key | default | meaning |", "|---|---:|---|"]
     base = {field.name: field.default for field in dataclasses.fields(kinds[0])}
@@ -170,7 +171,9 @@ def meanings(kind: type[object]) -> dict[str, str]:
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return "none" if value == () else str(value)
+    if isinstance(value, tuple) and value:
+        return ", ".join(map(str, value))
+    return "none" if value in ((), "") else str(value)
 
 
 def encoders_table() -> str:
@@ -208,6 +211,7 @@ def made() -> dict[Path, str]:
         "limits:seq2seq": limits_table(Seq2SeqLimits),
         "limits:speech": limits_table(SpeechLimits),
         "limits:template": limits_table(TemplateLimits),
+        "limits:rule": limits_table(Rule),
     }
     pages = {REQUESTS: fields | {"fields:encoders": encoders_table()}, MODELS: limits}
     found = {page: with_tables(page.read_text(encoding="utf-8"), tables) for page, tables in pages.items()}

@@ -15,7 +15,7 @@ from trident_client import _wire
 from trident_client._errors import ServerError
 from trident_client._options import GENERATION
 from trident_client._steps import Prompt
-from trident_client._types import Generation, GenerationChunk, Message, ToolCall
+from trident_client._types import Finding, Generation, GenerationChunk, Message, ToolCall
 
 TASK = "text-generation"
 
@@ -83,6 +83,7 @@ def chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:
                 prompt_token_ids=_flat(outputs, "prompt_token_ids"),
                 prompt_tokens=_flat(outputs, "prompt_tokens"),
                 prompt_top_tokens=_rows_of(outputs, "prompt_top_tokens"),
+                guard=tuple(Finding(**found) for found in json.loads(_text(outputs, "guard", index) or "[]")),
             )
         )
     return found
@@ -158,4 +159,5 @@ def joined(chunks: Iterable[GenerationChunk]) -> Generation:
         prompt_token_ids=every[0].prompt_token_ids,
         prompt_tokens=every[0].prompt_tokens,
         prompt_top_tokens=every[0].prompt_top_tokens,
+        guard=last.guard,
     )

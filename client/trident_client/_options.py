@@ -54,6 +54,7 @@ class GenerationOptions(TypedDict, total=False):
         stop_token_ids: tokens that end the answer, as the model's own do, at most 64.
         bad_words: texts that never appear, as their tokens at the beginning of a text and behind a space, at most 32.
         logit_bias: what is added to the logits of tokens, between -100 and 100: a JSON object of ids and numbers, at most 1024.
+        watermarking_config: mark the answer so that `trident-export detect` can tell it from other texts: a JSON object with `greenlist_ratio` (0.25), `bias` (2.0) and `hashing_key`, as transformers' WatermarkingConfig has them.
         ignore_eos: go on behind the model's end tokens (default false).
         skip_special_tokens: leave special tokens out of the answer's text (default true).
         truncate_prompt_tokens: cut a longer prompt to its last tokens, so many; -1: as many as fit beside max_tokens (at least -1).
@@ -92,6 +93,7 @@ class GenerationOptions(TypedDict, total=False):
     stop_token_ids: list[int] | None
     bad_words: list[str] | None
     logit_bias: Mapping[int, float] | None
+    watermarking_config: Mapping[str, Any] | None
     ignore_eos: bool | None
     skip_special_tokens: bool | None
     truncate_prompt_tokens: int | None
@@ -169,6 +171,11 @@ GENERATION: dict[str, Option] = {
     "logit_bias": Option(
         "BYTES",
         "what is added to the logits of tokens, between -100 and 100: a JSON object of ids and numbers, at most 1024",
+        flag=False,
+    ),
+    "watermarking_config": Option(
+        "BYTES",
+        "mark the answer so that `trident-export detect` can tell it from other texts: a JSON object with `greenlist_ratio` (0.25), `bias` (2.0) and `hashing_key`, as transformers' WatermarkingConfig has them",
         flag=False,
     ),
     "ignore_eos": Option("BOOL", "go on behind the model's end tokens (default false)"),

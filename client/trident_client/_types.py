@@ -63,12 +63,28 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What a guard's rule found, in the request (`stage` "input") or in the answer ("output").
+
+    Attributes:
+        action: "block", "redact", "annotate", or "failed": the rule could not be checked.
+        count: how often.
+    """
+
+    rule: str
+    action: str
+    stage: str
+    count: int
+
+
+@dataclass(frozen=True)
 class GenerationChunk:
     """A chunk of an answer.
 
     Attributes:
         text: the new text.
-        finish_reason: "stop", "length" or "cancelled" in the last chunk, "" before.
+        finish_reason: "stop", "length", "cancelled" or "content_filter" (a guard blocks the rest) in the last chunk, ""
+            before.
         num_input_tokens: tokens of the prompt.
         num_output_tokens: tokens generated so far.
         log_probs: log-probabilities of the new tokens; () unless `return_log_probs` asks for them.
@@ -86,6 +102,7 @@ class GenerationChunk:
         prompt_token_ids: of the prompt, in the first chunk; () unless `return_prompt_token_ids` asks for them.
         prompt_tokens: their bytes, with `return_tokens`.
         prompt_top_tokens: the bytes of the tokens of `prompt_top_log_probs`.
+        guard: what the model's guard found, in the last chunk; () where it found nothing, or there is none.
     """
 
     text: str
@@ -105,6 +122,7 @@ class GenerationChunk:
     prompt_token_ids: tuple[int, ...] = ()
     prompt_tokens: tuple[bytes, ...] = ()
     prompt_top_tokens: tuple[tuple[bytes, ...], ...] = ()
+    guard: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 export [MODEL]     export what is missing or out of date
 evaluate [MODEL]   what each exported variant gets wrong and what it costs, or, with --dataset, how well it answers
 audit MODEL        whether a model treats people alike who differ in one word
+audit-guard GUARD  what a guard of models.toml finds, misses, and takes for what it should find
+detect MODEL       whether a text carries a model's watermark
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 prune MODEL        fewer weights, and the curve of what that costs
 distill TEACHER    a smaller student that learns to answer as its teacher
@@ -98,6 +100,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sensitive.add_argument("--reports", type=Path, default=Path("reports"))
     sensitive.set_defaults(run=_sensitivity)
     audit = _add_audit(commands)
+    guarding, detecting = _add_guard_audit(commands), _add_detection(commands)
     pruned, distilled = _add_pruning(commands), _add_distillation(commands)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
@@ -114,10 +117,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
-    for command in (export, evaluate, audit, sensitive, pruned, distilled, check, pinning, adding, examining):
+    every = (export, evaluate, audit, guarding, detecting, sensitive, pruned, distilled, check, pinning, adding)
+    for command in (*every, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
         command.add_argument("--verbose", action="store_true", help="show every warning of the libraries")
-    for command in (export, evaluate, audit, check, examining):
+    for command in (export, evaluate, audit, guarding, detecting, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
     for command in (export, evaluate, sensitive, pruned, distilled):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
@@ -151,6 +155,35 @@ def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     audit.add_argument("--reports", type=Path, default=Path("reports"))
     audit.set_defaults(run=_audit)
     return audit
+
+
+def _add_guard_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    guarding = commands.add_parser("audit-guard", help="what a guard finds, misses, and takes for what it should find")
+    guarding.add_argument("guard", help="one guard of models.toml")
+    guarding.add_argument(
+        "--cases", type=Path, help="your own texts: tables with flagged and harmless ones (default: those built in)"
+    )
+    guarding.add_argument(
+        "--stage", choices=("input", "output"), default="input", help="whose rules read the texts (default input)"
+    )
+    guarding.add_argument(
+        "--url", default="", help="a server that runs, for rules that ask models (default: one of its own)"
+    )
+    guarding.add_argument("--reports", type=Path, default=Path("reports"))
+    guarding.set_defaults(run=_audit_guard)
+    return guarding
+
+
+def _add_detection(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    detecting = commands.add_parser("detect", help="whether a text carries a model's watermark")
+    detecting.add_argument("model", help="the public name of an exported text generator, whose tokens count")
+    detecting.add_argument("text", nargs="?", type=Path, help="a file, without the prompt (default: standard input)")
+    detecting.add_argument("--greenlist-ratio", type=float, default=0.25, help="as in the request (default 0.25)")
+    detecting.add_argument("--hashing-key", type=int, default=15485863, help="as in the request (default 15485863)")
+    detecting.add_argument("--unique", action="store_true", help="count each pair of neighbours once")
+    detecting.add_argument("--z", type=float, default=3.0, help="the z-score above which a text is marked (default 3)")
+    detecting.set_defaults(run=_detect)
+    return detecting
 
 
 def _add_references(evaluate: argparse.ArgumentParser) -> None:
@@ -324,6 +357,44 @@ def _audit(options: argparse.Namespace) -> int:
     for sentence in told:
         progress.say(sentence)
     return 1 if told else 0
+
+
+def _audit_guard(options: argparse.Namespace) -> int:
+    from trident_export.audit import guards
+    from trident_serving.guard.rules import Stage
+    from trident_serving.launcher import local
+
+    guard, stage = models_file.load_guard(options.models_file, options.guard), Stage(options.stage)
+    kinds = guards.load(options.cases) if options.cases else guards.load()
+    if not guard.of(stage):
+        raise UsageError(f"the guard {guard.name} has no rules for the {stage}")
+    with contextlib.ExitStack() as stack:
+        url = options.url
+        if not url and any(rule.model for rule in guard.of(stage)):
+            progress.say("starting a server")
+            log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
+            url = stack.enter_context(local.running(options.repository, log)).grpc_url
+        found = guards.measure(guard, kinds, stage, url)
+    print(guards.write(found, options.reports), end="")
+    return 0
+
+
+def _detect(options: argparse.Namespace) -> int:
+    from trident_export import detection
+
+    try:
+        text = options.text.read_text(encoding="utf-8") if options.text else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the text can't be read: {error}") from None
+    settings = {"greenlist_ratio": options.greenlist_ratio, "hashing_key": options.hashing_key}
+    found = detection.examine(options.repository / options.model, text, settings, unique=options.unique)
+    verdict = "marked" if found.z_score > options.z else "not marked"
+    share, usual = found.green / found.scored, options.greenlist_ratio
+    print(
+        f"{verdict}: {found.green} of {found.scored} tokens are on their lists ({share:.0%}; unmarked {usual:.0%}), "
+        f"z {found.z_score:.2f}, p {found.p_value:.2g}"
+    )
+    return 0
 
 
 def _sensitivity(options: argparse.Namespace) -> int:

@@ -51,6 +51,9 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
         _set_parameters(built[spec.public_name(variant)], {"task": spec.task})
         if spec.adapters:
             _set_parameters(built[spec.public_name(variant)], {"adapters": ",".join(spec.adapters)})
+        if spec.guard is not None:
+            _set_parameters(built[spec.public_name(variant)], {"guard": spec.guard.as_json()})
+            built[spec.public_name(variant)].output.append(_tensor(pb.ModelOutput, "guard", "STRING", [-1]))
     for variant, reason in (unverified or {}).items():
         _set_parameters(built[spec.public_name(variant)], {UNVERIFIED: reason})
     return built

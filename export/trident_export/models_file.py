@@ -15,6 +15,7 @@ from trident_export.processors import Processor
 from trident_export.recipes import Kind, Recipe
 from trident_serving.artefacts import read_manifest
 from trident_serving.errors import ReadingError
+from trident_serving.guard.rules import TEMPLATES, Guard, Rule
 from trident_serving.schema import reading
 from trident_serving.schema.limits import (
     LIMITS,
@@ -32,6 +33,9 @@ from trident_serving.templates import compile_template
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
 PROMPT_TASKS = ("feature-extraction", "sparse-embedding", "hybrid-embedding", "text-ranking")
 TEMPLATE_VARIANT = "template"
+GUARDS = "guards"  # the table of guards, which are no models
+# Which kind of rule asks models of which task.
+_ASKED = {"entities": "token-classification", "classifier": "text-classification", "judge": "text-generation"}
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
 T = TypeVar("T")
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{,127}")
@@ -102,6 +106,7 @@ class ModelSpec:
         draft: who drafts for its variants: a variant of its own, for those that are larger, or another generator of
             the file, by its public name, for all of them; "": nobody.
         draft_spec: that other generator.
+        guard: what is checked before and behind a generator; None: nothing.
         calibration: a file of representative text, for recipes that look at activations; "": the packaged texts.
         processor: what its variants are made for, where a recipe depends on it; None: what the machine has that exports
             it first.
@@ -127,6 +132,7 @@ class ModelSpec:
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     draft: str = ""
     draft_spec: ModelSpec | None = None
+    guard: Guard | None = None
     calibration: str = ""
     processor: Processor | None = None
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
@@ -204,9 +210,9 @@ class ModelSpec:
         return replace(self, processor=processor, recipes=recipes, more=more, draft_spec=draft)
 
     def as_dict(self) -> dict[str, Any]:
-        """All that decides its artefacts, as plain data; of the processor, its recipes."""
-        values = asdict(replace(self, recipes={}, more={}, by_processor={}, draft_spec=None))
-        for key in ("more", "by_processor", "processor", "draft_spec"):
+        """All that decides its artefacts, as plain data; of the processor, its recipes. A guard is in configs only."""
+        values = asdict(replace(self, recipes={}, more={}, by_processor={}, draft_spec=None, guard=None))
+        for key in ("more", "by_processor", "processor", "draft_spec", "guard"):
             del values[key]
         for key in ("adapters", "draft"):
             if not values[key]:
@@ -242,7 +248,8 @@ def load(path: Path) -> list[ModelSpec]:
     """
     _, tables = read(path)
     known = recipes.load(path.parent)
-    specs = [_resolved(parse(name, table, known), path.parent) for name, table in tables.items()]
+    guards = _guards(tables.pop(GUARDS, {}), path.parent)
+    specs = [_resolved(parse(name, table, known, guards), path.parent) for name, table in tables.items()]
     names: dict[str, str] = {}
     for spec in specs:
         for variant in (*spec.variants, *spec.more):
@@ -257,7 +264,86 @@ def load(path: Path) -> list[ModelSpec]:
             if spec.template.generator not in generators:
                 choice = ", ".join(generators) or "none"
                 raise ModelsFileError(f"[{spec.name}]: generator {spec.template.generator!r} is not one of {choice}")
-    return [_with_draft(spec, specs, ()) for spec in specs]
+    return [_with_guard(_with_draft(spec, specs, ()), specs) for spec in specs]
+
+
+def load_guard(path: Path, name: str) -> Guard:
+    """One guard of a models file, whether a model has it or not.
+
+    Raises:
+        ModelsFileError: there is none of that name, or `load` refuses the file.
+    """
+    specs = load(path)
+    guards = _guards(read(path)[1].get(GUARDS, {}), path.parent)
+    if name not in guards:
+        raise ModelsFileError(f"there is no guard {name!r}; known are {', '.join(guards) or 'none'}")
+    return _checked_guard(guards[name], specs)
+
+
+def _guards(tables: object, base: Path) -> dict[str, Guard]:
+    """Guards by name.
+
+    Args:
+        base: the folder of the models file, where a template's path begins.
+    """
+    if not isinstance(tables, dict):
+        raise ModelsFileError(f"[{GUARDS}] must be a table of guards, found {tables!r}")
+    found = {}
+    for name, table in tables.items():
+        if isinstance(table, dict) and isinstance(table.get("rules"), list):
+            table = table | {"rules": [_with_template(name, rule, base) for rule in table["rules"]]}
+        try:
+            found[name] = Guard.from_table(name, table)
+        except ReadingError as error:
+            raise ModelsFileError(f"[{GUARDS}.{name}]: {error}") from None
+    return found
+
+
+def _with_template(guard: str, rule: object, base: Path) -> object:
+    """A rule with the text of its template's file."""
+    if not isinstance(rule, dict) or rule.get("template", "") in ("", *TEMPLATES):
+        return rule
+    named = _typed(f"[{GUARDS}.{guard}]: template", rule["template"], str)
+    try:
+        return rule | {"template": (base / named).read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelsFileError(
+            f"[{GUARDS}.{guard}]: template {named!r} is not one of {', '.join(TEMPLATES)}, and no file: {error}"
+        ) from None
+
+
+def _with_guard(spec: ModelSpec, specs: Sequence[ModelSpec]) -> ModelSpec:
+    return spec if spec.guard is None else replace(spec, guard=_checked_guard(spec.guard, specs))
+
+
+def _checked_guard(guard: Guard, specs: Sequence[ModelSpec]) -> Guard:
+    """The same, with what its rules' models are.
+
+    Raises:
+        ModelsFileError: a rule asks a model that is not there, has another task, or has a guard itself.
+    """
+    return replace(guard, rules=tuple(_checked_rule(guard, rule, specs) for rule in guard.rules))
+
+
+def _checked_rule(guard: Guard, rule: Rule, specs: Sequence[ModelSpec]) -> Rule:
+    for kind, task in _ASKED.items():
+        if not getattr(rule, kind):
+            continue
+        owners = {
+            spec.public_name(variant): spec
+            for spec in specs
+            if spec.task == task and not spec.template
+            for variant in (*spec.variants, *spec.more)
+        }
+        where = f"[{GUARDS}.{guard.name}]: {kind} {rule.model!r} of rule {rule.name}"
+        if rule.model not in owners:
+            raise ModelsFileError(f"{where} is not one of {', '.join(owners) or 'none'}")
+        owner = owners[rule.model]
+        if owner.guard is not None:
+            raise ModelsFileError(f"{where} has a guard itself: a judge must have none")
+        if rule.classifier:
+            return replace(rule, classes=getattr(owner.limits, "labels", 1))
+    return rule
 
 
 def _with_draft(spec: ModelSpec, specs: Sequence[ModelSpec], path: tuple[str, ...]) -> ModelSpec:
@@ -329,11 +415,17 @@ def check_name(name: str) -> None:
         )
 
 
-def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] | None = None) -> ModelSpec:
+def parse(
+    name: str,
+    table: object,
+    known_recipes: Mapping[str, recipes.Recipe] | None = None,
+    guards: Mapping[str, Guard] | None = None,
+) -> ModelSpec:
     """One table, checked.
 
     Args:
         known_recipes: by variant; None: the built-in ones.
+        guards: by name; None: there are none.
 
     Raises:
         ModelsFileError: a key is unknown or missing, or a value is impossible.
@@ -393,6 +485,7 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
         adapters=_adapters(where, table),
         gates=gates,
         draft=draft,
+        guard=_guard(where, table, guards or {}),
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
         processor=processor,
         recipes={variant: chosen[variant] for variant in variants},
@@ -420,6 +513,17 @@ def _draft(where: str, table: Mapping[str, Any], kind: Kind, own: Mapping[str, R
     if draft in own and not any(recipe.size > own[draft].size for recipe in own.values()):
         raise ModelsFileError(f"{where}: draft {draft!r} drafts for larger variants, and none of {', '.join(own)} is")
     return draft
+
+
+def _guard(where: str, table: Mapping[str, Any], guards: Mapping[str, Guard]) -> Guard | None:
+    named = _typed(f"{where}: guard", table.get("guard", ""), str)
+    if not named:
+        return None
+    if LIMITS[table["task"]] is not GenerationLimits:
+        raise ModelsFileError(f"{where}: guard is for text-generation, the task is {table['task']}")
+    if named not in guards:
+        raise ModelsFileError(f"{where}: guard {named!r} is not one of {', '.join(guards) or 'none'}")
+    return guards[named]
 
 
 def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:

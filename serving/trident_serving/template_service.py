@@ -79,8 +79,8 @@ class Generator(Protocol):
         ...
 
 
-class GrpcGenerator:
-    """A generator of this server.
+class GrpcModel:
+    """A model of this server.
 
     Args:
         model: its name.
@@ -94,8 +94,16 @@ class GrpcGenerator:
         self._address = address or os.environ.get(ADDRESS_ENVIRONMENT) or DEFAULT_ADDRESS
         self._channel: grpc.aio.Channel | None = None
 
-    async def complete(self, tensors: Tensors, seconds: float) -> Completion:
-        """See `Generator.complete`."""
+    async def infer(self, tensors: Tensors, seconds: float) -> Tensors:
+        """The first response to a call, which is the only one unless it asks for a stream.
+
+        Args:
+            tensors: of the call.
+            seconds: how long it may take.
+
+        Raises:
+            ServingError: the model refuses it, or can't be reached.
+        """
         if self._channel is None:  # made in the loop that uses it
             self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
             self._call = self._channel.unary_stream(
@@ -103,17 +111,21 @@ class GrpcGenerator:
                 request_serializer=pb.ModelInferRequest.SerializeToString,
                 response_deserializer=pb.ModelStreamInferResponse.FromString,
             )
+        found: Tensors | None = None
         try:
+            # To its end: a call that is left earlier counts as one that is cancelled.
             async for response in self._call(self._request(tensors, seconds), timeout=seconds + 1):
                 if response.error_message:
                     raise self._refusal(response.error_message)
-                return Completion.from_tensors(_wire.parse_response(response.infer_response))
+                found = _wire.parse_response(response.infer_response) if found is None else found
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from None
-        raise RuntimeError(f"{self._model} gave no answer")
+        if found is None:
+            raise RuntimeError(f"{self._model} gave no answer")
+        return found
 
     async def close(self) -> None:
-        """See `Generator.close`."""
+        """Close the connection."""
         if self._channel is not None:
             await self._channel.close()
 
@@ -135,6 +147,14 @@ class GrpcGenerator:
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
             return Overloaded(f"{self._model}, which answers for this model, is not ready: {error.details()}")
         return RuntimeError(f"{self._model} answers {error.code().name}: {error.details()}")
+
+
+class GrpcGenerator(GrpcModel):
+    """A generator of this server."""
+
+    async def complete(self, tensors: Tensors, seconds: float) -> Completion:
+        """See `Generator.complete`."""
+        return Completion.from_tensors(await self.infer(tensors, seconds))
 
 
 @dataclass(eq=False)

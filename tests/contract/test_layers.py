@@ -21,6 +21,7 @@ SERVING: tuple[tuple[str, ...], ...] = (
     ("schema",),
     ("runtime",),
     ("generation", "seq2seq", "encoders"),
+    ("guard",),
     ("triton",),
 )
 CLIENT: tuple[tuple[str, ...], ...] = (

@@ -16,10 +16,11 @@ from trident_gateway.bodies import Neutral
 from trident_gateway.catalog import GENERATION
 from trident_gateway.errors import ApiError, invalid
 from trident_gateway.gateway import exchange_of, gateway_of
-from trident_gateway.openai.sampling import DONE, Json, Sampling, event, now, reason, shown, usage
+from trident_gateway.openai.sampling import DONE, Json, Sampling, event, noted, now, reason, shown, usage
 from trident_gateway.routing import beginning_of
 
 router = APIRouter()
+_NOTHING: Json = {}
 # What OpenAI's clients send back of an answer's message, and no template reads.
 _DROPPED = ("refusal", "annotations", "audio", "function_call")
 
@@ -164,6 +165,7 @@ def _choice(index: int, found: Generation, body: ChatBody, *, several: bool) -> 
         "message": message,
         "logprobs": _log_probs(found) if body.logprobs else None,
         "finish_reason": reason(found, calls=bool(tool_calls)),
+        **noted(found),
     }
 
 
@@ -203,8 +205,10 @@ async def _events(
     called: set[int] = set()
     prompt, counts = 0, dict[int, int]()
 
-    def told(index: int, delta: Json, ended: str | None = None, log_probs: Json | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": ended}
+    def told(
+        index: int, delta: Json, ended: str | None = None, log_probs: Json | None = None, notes: Json = _NOTHING
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": ended, **notes}
         return event({**head, "choices": [choice], **tail})
 
     async with aclosing(chunks):
@@ -222,7 +226,7 @@ async def _events(
                 if delta or log_probs:
                     yield told(index, delta, None, log_probs)
                 if ended := reason(chunk, calls=index in called):
-                    yield told(index, {}, ended)
+                    yield told(index, {}, ended, notes=noted(chunk))
         except ApiError as error:
             exchange_of(request).status = error.status
             yield event(error.openai())

@@ -17,7 +17,7 @@ from trident_gateway import bodies, calls
 from trident_gateway.catalog import GENERATION, Model
 from trident_gateway.errors import ApiError, invalid
 from trident_gateway.gateway import exchange_of, gateway_of
-from trident_gateway.openai.sampling import DONE, Json, Sampling, event, now, reason, usage
+from trident_gateway.openai.sampling import DONE, Json, Sampling, event, noted, now, reason, usage
 from trident_gateway.routing import beginning_of
 
 router = APIRouter()
@@ -114,6 +114,7 @@ async def create(request: Request, body: Annotated[CompletionBody, Depends(bodie
             "text": each.text,
             "logprobs": LogProbs(body.echo).of(each) if body.logprobs is not None else None,
             "finish_reason": reason(each),
+            **noted(each),
         }
         for index, each in enumerate(every)
     ]
@@ -189,6 +190,7 @@ async def _events(
                     log_probs = told.setdefault(index, LogProbs(body.echo)).of(chunk)
                 ended = reason(chunk)
                 choice = {"index": index, "text": chunk.text, "logprobs": log_probs, "finish_reason": ended}
+                choice |= noted(chunk)
                 yield event({**head, "choices": [choice], **tail})
         except ApiError as error:
             exchange_of(request).status = error.status

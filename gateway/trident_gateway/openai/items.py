@@ -10,6 +10,8 @@ from trident_client import GenerationChunk, Message, ToolCall
 from trident_gateway.errors import ApiError, invalid
 from trident_gateway.openai.sampling import Json, now, reason, shown
 
+# Why a response is incomplete, by the reason for which its answer ended.
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -136,11 +138,11 @@ class Assembly:
 
     def end(self) -> list[Json]:
         """The events behind the last token."""
-        cut = self._ended == "length"
+        cut = _INCOMPLETE.get(self._ended or "")
         events = self._close("incomplete" if cut else "completed")
         self.response["status"] = "incomplete" if cut else "completed"
         if cut:
-            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+            self.response["incomplete_details"] = {"reason": cut}
         self.response["usage"] = {
             "input_tokens": self.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -88,6 +89,7 @@ class Sampling(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    watermarking_config: Json | None = None
     # Of no consequence for the answer.
     user: Neutral = None
     metadata: Neutral = None
@@ -142,6 +144,7 @@ _SAME = (
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens", "stop_token_ids"),
     *("max_tokens", "presence_penalty", "frequency_penalty", "bad_words", "ignore_eos", "skip_special_tokens"),
     *("truncate_prompt_tokens", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    "watermarking_config",
 )
 
 
@@ -156,6 +159,11 @@ def reason(chunk: GenerationChunk, *, calls: bool = False) -> str | None:
     if chunk.finish_reason == "stop" and calls:
         return "tool_calls"
     return chunk.finish_reason or None
+
+
+def noted(chunk: GenerationChunk) -> Json:
+    """What a choice tells beside OpenAI's fields: what the model's guard found; nothing where that is nothing."""
+    return {"guard": [asdict(finding) for finding in chunk.guard]} if chunk.guard else {}
 
 
 def usage(prompt: int, completion: int) -> Json:

@@ -26,6 +26,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    CONTENT_FILTER = "content_filter"  # a guard's rule
 
 
 class Consumer(loop.Consumer, Protocol):

@@ -28,6 +28,7 @@ from trident_serving.generation.chat import Chat
 from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
 from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
+from trident_serving.runtime.sampling.watermark import Watermark
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -172,6 +173,7 @@ class RequestParser:
             seed=values["random_seed"],
             bad_words=self._bad_words(inputs),
             logit_bias=self._logit_bias(values["logit_bias"]),
+            watermark=self._watermark(values["watermarking_config"]),
             defaults=self._defaults,
         )
         if sampling.max_tokens > room:
@@ -356,6 +358,17 @@ class RequestParser:
                 raise InvalidRequest(f"logit_bias must hold numbers between -100 and 100, found {str(value)[:80]}")
             bias[token] = float(value)
         return tuple(bias.items())
+
+    def _watermark(self, text: str | None) -> Watermark | None:
+        if not text:
+            return None
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise InvalidRequest(f'watermarking_config must be a JSON object like {{"bias": 2.0}}, found {text[:80]!r}')
+        return Watermark.from_config(given, self._vocabulary_size)
 
     def _adapter(self, name: str | None) -> int:
         """The number of the adapter of a name; 0 of the base, which has none."""

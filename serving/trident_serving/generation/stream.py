@@ -31,6 +31,7 @@ class Chunk:
         token_ids: the new tokens, where they were asked for.
         prompt_ids: in the first chunk, where they were asked for.
         spell: gives the bytes of a token; None: they were not asked for.
+        findings: of a guard's rules, as JSON, in the last chunk of an answer; None: there is no guard, or more comes.
     """
 
     text: str = ""
@@ -47,6 +48,7 @@ class Chunk:
     token_ids: list[int] = field(default_factory=list)
     prompt_ids: Sequence[int] = ()
     spell: Callable[[int], bytes] | None = None
+    findings: str | None = None
 
 
 class ResponseChannel(Protocol):

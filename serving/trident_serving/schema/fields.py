@@ -364,6 +364,14 @@ GENERATION = (
         annotation="Mapping[int, float]",
         flag=False,
     ),
+    Field(
+        "watermarking_config",
+        "STRING",
+        "mark the answer so that `trident-export detect` can tell it from other texts: a JSON object with "
+        "`greenlist_ratio` (0.25), `bias` (2.0) and `hashing_key`, as transformers' WatermarkingConfig has them",
+        annotation="Mapping[str, Any]",
+        flag=False,
+    ),
     Field("ignore_eos", "BOOL", "go on behind the model's end tokens", False),
     Field("skip_special_tokens", "BOOL", "leave special tokens out of the answer's text", True),
     Field(

@@ -38,6 +38,7 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "requests_cancelled": ("requests_cancelled_total", "Requests that were cancelled"),
     "requests_failed": ("requests_failed_total", "Requests that ended with an error once they were queued"),
     "requests_rejected": ("requests_rejected_total", "Requests that found the queue full"),
+    "guard_blocks": ("guard_blocks_total", "Prompts and answers that a guard's rule ended"),
     "loop_restarts": ("loop_restarts_total", "Restarts of the generation loop after an error"),
 }
 GAUGES: dict[str, tuple[str, str]] = {

@@ -37,6 +37,8 @@ class Channel(adapter.Responder):
         for name in ("reasoning", "tool_calls"):
             if getattr(chunk, name) is not None:
                 tensors[name] = text.encode_texts([getattr(answer, name) for answer in answers])
+        if chunk.findings is not None:
+            tensors["guard"] = text.encode_texts([answer.findings for answer in answers])
         # Texts are [answers], without the batch, as the TensorRT-LLM backend sends them: LlamaIndex iterates over them.
         return {name: tensor if name == "text_output" else tensor[None] for name, tensor in tensors.items()}
 
@@ -65,6 +67,18 @@ def likeliest(name, tokens, spell):
     return tensors
 
 
+def around(service, guard, limits, own_pass):
+    """The service behind a guard, which is the text of the config's parameter."""
+    from trident_serving.guard.asking import Models
+    from trident_serving.guard.rules import Guard
+    from trident_serving.guard.service import GuardedService
+    from trident_serving.template_service import GrpcModel
+
+    rules = Guard.from_json(guard)
+    models = Models(rules, lambda name: GrpcModel(name, own_pass))
+    return GuardedService(service, rules, models, limits.slots + limits.max_waiting)
+
+
 class TritonPythonModel(EngineModel):
     api, limits, channel = pb_utils, GenerationLimits, Channel
 
@@ -74,7 +88,9 @@ class TritonPythonModel(EngineModel):
         from trident_serving.generation.service import GenerationService
 
         device = int(args["model_instance_device_id"])
-        return GenerationService(adapter.version_folder(args), limits, unloading, device)
+        service = GenerationService(adapter.version_folder(args), limits, unloading, device)
+        guard = adapter.parameters(self._config).get("guard")
+        return around(service, guard, limits, self._process.own_pass) if guard else service
 
     def room(self, limits):
         drafted = f", drafted by {self._service.draft_name}" if self._service.draft_name else ""

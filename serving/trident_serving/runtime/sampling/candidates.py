@@ -46,7 +46,7 @@ class Candidates:
         """The same, to write to."""
         if not self._writable:
             self.replace(self._scores.copy())
-        self._likeliest = None
+        self._likeliest = self._weights = None
         return self._scores
 
     def replace(self, scores: Scores) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
+from trident_serving.runtime.sampling.watermark import Watermark
 from trident_serving.schema.fields import GENERATION, by_name
 
 _FIELDS = by_name(GENERATION)
@@ -17,6 +18,7 @@ class SamplingParams:
     Attributes:
         bad_words: sequences of tokens that never appear.
         logit_bias: tokens, and what is added to their logits.
+        watermark: which tokens are made likelier, so that the text can be told from others; None: none.
         defaults: what the model's generation config adds; a field of the request is no longer among it.
 
     Raises:
@@ -36,6 +38,7 @@ class SamplingParams:
     seed: int | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
+    watermark: Watermark | None = None
     defaults: GenerationDefaults = NO_DEFAULTS
 
     def __post_init__(self) -> None:
@@ -49,5 +52,5 @@ class SamplingParams:
 
 
 # The fields of a request that say how tokens are chosen.
-_OTHERS = ("seed", "bad_words", "logit_bias", "defaults")
+_OTHERS = ("seed", "bad_words", "logit_bias", "watermark", "defaults")
 SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in _OTHERS)

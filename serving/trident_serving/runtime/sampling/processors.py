@@ -13,6 +13,7 @@ import numpy as np
 
 from trident_serving.runtime.sampling.candidates import Candidates, Ids
 from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.sampling.watermark import Watermark
 
 SMALLEST = 1e-9  # smaller divisors and shares choose the same tokens, but scores would overflow
 
@@ -247,6 +248,28 @@ def penalties(params: SamplingParams, prompt_length: int, eos_token_ids: frozens
         first = prompt_length + (prompt_length == 1 and defaults.forced_bos_token_id is not None)
         found.append(SuppressTokens(defaults.begin_suppress_tokens, first))
     return found
+
+
+@dataclass(frozen=True)
+class WatermarkBias:
+    """Raises the scores of the tokens that the watermark has behind the last one."""
+
+    watermark: Watermark
+
+    def __call__(self, tokens: Ids, candidates: Candidates) -> None:
+        """See `LogitsProcessor`."""
+        if len(tokens) == 0:
+            return
+        green = self.watermark.green(int(tokens[-1]))
+        scores = candidates.writable()
+        if candidates.ids is not None:
+            green = np.flatnonzero(np.isin(candidates.ids, green))
+        scores[green] += np.float32(self.watermark.bias)
+
+
+def watermarks(params: SamplingParams) -> list[LogitsProcessor]:
+    """What comes behind all filters, so that they choose as without it."""
+    return [] if params.watermark is None else [WatermarkBias(params.watermark)]
 
 
 def filters(params: SamplingParams) -> list[LogitsProcessor]:

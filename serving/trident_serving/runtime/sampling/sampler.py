@@ -11,7 +11,7 @@ from trident_serving.errors import BrokenModel, InvalidRequest
 from trident_serving.runtime.sampling.candidates import NO_TOKEN, Candidates, Scores
 from trident_serving.runtime.sampling.grammars import Mask
 from trident_serving.runtime.sampling.params import SamplingParams
-from trident_serving.runtime.sampling.processors import LogitsProcessor, filters, penalties
+from trident_serving.runtime.sampling.processors import LogitsProcessor, filters, penalties, watermarks
 
 
 class Sampler:
@@ -26,7 +26,7 @@ class Sampler:
     def __init__(
         self, params: SamplingParams, tokens: Sequence[int], processors: Sequence[LogitsProcessor] = ()
     ) -> None:
-        self._processors = [*processors, *filters(params)]
+        self._processors = [*processors, *filters(params), *watermarks(params)]
         self._tokens = np.array(tokens if self._processors else (), np.int64)
         self._random = None if params.greedy else np.random.Generator(np.random.PCG64(params.seed))
 

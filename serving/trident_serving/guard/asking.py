@@ -1,0 +1,123 @@
+"""What served models say of a text: the entities in it, its classes, or a judge's verdict.
+
+The models are called over the server's own gRPC port, as template tasks call their generators (decision 0025).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trident_serving.errors import DeadlineExceeded, Overloaded, ServingError
+from trident_serving.guard.filtering import Span
+from trident_serving.guard.rules import Guard, OnFailure, Rule
+from trident_serving.text import encode_texts
+
+logger = logging.getLogger(__name__)
+Tensors = Mapping[str, NDArray[Any]]
+VERDICT_TOKENS = 16
+
+
+class Model(Protocol):
+    """A served model."""
+
+    async def infer(self, tensors: Tensors, seconds: float) -> Tensors:
+        """The response to a call.
+
+        Raises:
+            ServingError: the model refuses it, or can't be reached.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+class Models:
+    """The models that a guard's rules name.
+
+    Args:
+        connect: gives the model of a name.
+    """
+
+    def __init__(self, guard: Guard, connect: Callable[[str], Model]) -> None:
+        self._guard = guard
+        self._models = {rule.model: connect(rule.model) for rule in guard.rules if rule.model}
+
+    def about(self, deadline: float, user: str = "", *, answer: bool = False) -> Question:
+        """What asks about the texts of one request.
+
+        Args:
+            deadline: when the request's time is over, by `time.monotonic`.
+            user: what the user says, for a judge.
+            answer: whether the texts answer that; False: they are it.
+        """
+        return Question(self._guard, self._models, deadline, user, answer=answer)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for model in self._models.values():
+            await model.close()
+
+
+class Question:
+    """Implements `Asked` for the texts of one request."""
+
+    def __init__(self, guard: Guard, models: Mapping[str, Model], deadline: float, user: str, *, answer: bool) -> None:
+        self._guard = guard
+        self._models = models
+        self._deadline = deadline
+        self._user = user
+        self._answer = answer
+
+    async def spans(self, rule: Rule, text: str) -> list[Span] | None:
+        """See `Asked.spans`."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(f"the timeout was over before the guard's rule {rule.name} was checked")
+        try:
+            tensors = await self._models[rule.model].infer(self._inputs(rule, text), min(left, self._guard.timeout))
+            return _found(rule, tensors, text)
+        except Exception as error:
+            if not isinstance(error, ServingError):
+                logger.exception("the guard's rule %s could not be checked", rule.name)
+            if self._guard.on_failure is OnFailure.OPEN:
+                return None
+            raise Overloaded(f"the guard's rule {rule.name} could not be checked: {error}") from error
+
+    def _inputs(self, rule: Rule, text: str) -> dict[str, NDArray[Any]]:
+        if rule.entities:
+            return {"text_input": encode_texts([text])[None]}
+        if rule.classifier:
+            return {"text_input": encode_texts([text])[None], "top_k": np.array([[rule.classes]], np.int32)}
+        user, assistant = (self._user, text) if self._answer else (text, "")
+        prompt = rule.prompt_template.render(user=user, assistant=assistant, policy=rule.policy)
+        return {
+            "messages": encode_texts([json.dumps([{"role": "user", "content": prompt}])])[None],
+            "guided_choice": encode_texts(rule.verdicts)[None],
+            "max_tokens": np.array([[VERDICT_TOKENS]], np.int32),
+            "temperature": np.zeros((1, 1), np.float32),
+        }
+
+
+def _found(rule: Rule, tensors: Tensors, text: str) -> list[Span]:
+    if rule.judge:
+        verdict = tensors["text_output"].reshape(-1)[0].decode("utf-8").strip()
+        return [] if verdict == rule.verdicts[0] else [Span(0, len(text), verdict)]
+    labels, scores = (tensors[name].reshape(-1).tolist() for name in ("entity" if rule.entities else "label", "score"))
+    starts, ends = [0] * len(labels), [len(text)] * len(labels)
+    if rule.entities:
+        starts, ends = (tensors[name].reshape(-1).tolist() for name in ("start", "end"))
+    found = []
+    for label, score, start, end in zip(labels, scores, starts, ends, strict=True):
+        name = label.decode("utf-8")
+        if name and (not rule.labels or name in rule.labels) and score >= rule.threshold:
+            found.append(Span(start, end, name))
+    return sorted(found, key=lambda span: span.start)

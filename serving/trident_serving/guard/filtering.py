@@ -1,0 +1,264 @@
+"""One text through the rules of a guard, in chunks.
+
+What goes on is the same however the text was cut: a pattern's matches depend on the text only, and a model is asked
+about windows whose ends the text decides. Held back is what a rule may still change: the text from the earliest match
+that a pattern may still have, and the window that is not complete.
+
+Nothing is awaited but a model's answer, so that without such rules a coroutine runs to its end at once (`at_once`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from trident_serving.guard.patterns import Match, Scanner
+from trident_serving.guard.rules import Action, Rule, Stage
+
+T = TypeVar("T")
+FAILED = "failed"  # what a note says of a rule that could not be checked
+_SENTENCE = re.compile(r"[.!?]\s|\n")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a text, and what kind of thing they are."""
+
+    start: int
+    end: int
+    label: str
+
+
+class Findings:
+    """What the rules of a guard found in the texts of one answer: how often, by rule, action and stage."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str, str]] = Counter()
+
+    def add(self, rule: Rule, action: str, stage: Stage, count: int = 1) -> None:
+        """Note something."""
+        self._counts[rule.name, str(action), stage.value] += count
+
+    def copy(self) -> Findings:
+        """The same, to go on from."""
+        found = Findings()
+        found._counts = self._counts.copy()
+        return found
+
+    def told(self) -> list[dict[str, Any]]:
+        """As a response tells it."""
+        return [
+            {"rule": rule, "action": action, "stage": stage, "count": count}
+            for (rule, action, stage), count in sorted(self._counts.items())
+        ]
+
+
+class Asked(Protocol):
+    """Served models, asked about a text."""
+
+    async def spans(self, rule: Rule, text: str) -> list[Span] | None:
+        """What a rule finds in a text, in its order; None: it could not be asked, and the text may pass.
+
+        Raises:
+            ServingError: it could not be asked, and the request fails.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What of a text goes on.
+
+    Attributes:
+        blocked: whether nothing follows, because a rule blocks the rest.
+    """
+
+    text: str
+    blocked: bool = False
+
+
+class PatternFilter:
+    """A text through the patterns of a guard: each reads the text itself, and matches that overlap are one.
+
+    Args:
+        rules: those of a stage that have patterns.
+    """
+
+    def __init__(self, rules: Sequence[Rule], stage: Stage, findings: Findings) -> None:
+        self._stage = stage
+        self._findings = findings
+        # A note changes nothing of the text, so nothing waits for it.
+        self._noting = [(rule, Scanner(rule.compiled)) for rule in rules if rule.action is Action.ANNOTATE]
+        self._holding = [(rule, Scanner(rule.compiled)) for rule in rules if rule.action is not Action.ANNOTATE]
+        self._held = ""
+        self._offset = 0  # of what is held, in the text
+        self._found: list[tuple[Match, int]] = []  # with the number of the rule
+
+    def push(self, text: str, *, end: bool = False) -> Passed:
+        """Take more of the text.
+
+        Args:
+            end: whether it is complete.
+        """
+        for rule, scanner in self._noting:
+            count = len(scanner.push(text)) + (len(scanner.finish()) if end else 0)
+            if count:
+                self._findings.add(rule, Action.ANNOTATE, self._stage, count)
+        if not self._holding:
+            return Passed(text)
+        self._held += text
+        for number, (_, scanner) in enumerate(self._holding):
+            found = scanner.push(text) + (scanner.finish() if end else [])
+            self._found += [(match, number) for match in found]
+        known = self._offset + len(self._held)
+        decided = known if end else min(scanner.undecided for _, scanner in self._holding)
+        return self._taken(decided)
+
+    def _taken(self, decided: int) -> Passed:
+        """What goes on, up to a place that no further match can include."""
+        self._found.sort(key=lambda each: (each[0].start, each[1]))
+        passed = ""
+        while self._found and self._found[0][0].start < decided:
+            start, end = self._found[0][0].start, 0
+            together = 0
+            for match, _ in self._found:
+                if together and match.start >= end:
+                    break
+                end, together = max(end, match.end), together + 1
+            if end > decided:  # another match may still begin in it
+                decided = start
+                break
+            rules = [self._holding[number][0] for _, number in self._found[:together]]
+            del self._found[:together]
+            passed += self._cut(start)
+            blocking = [rule for rule in rules if rule.action is Action.BLOCK]
+            if blocking:
+                self._findings.add(blocking[0], Action.BLOCK, self._stage)
+                return Passed(passed, blocked=True)
+            for rule in rules:
+                self._findings.add(rule, Action.REDACT, self._stage)
+            passed += rules[0].instead(rules[0].name)
+            self._cut(end)
+        return Passed(passed + self._cut(decided))
+
+    def _cut(self, end: int) -> str:
+        """Take what is held up to a place of the text."""
+        count = max(end - self._offset, 0)
+        taken, self._held = self._held[:count], self._held[count:]
+        self._offset += count
+        return taken
+
+
+class Windows:
+    """Cuts a text into windows that a model is asked about: sentences, lines, or what fits.
+
+    Args:
+        size: characters of a window at most; 0: the whole text is one.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._held = ""
+
+    def push(self, text: str, *, end: bool = False) -> list[str]:
+        """Take more of the text; returns the windows that are complete."""
+        self._held += text
+        found = []
+        while self._size and (cut := self._cut()):
+            found.append(self._held[:cut])
+            self._held = self._held[cut:]
+        if end and self._held:
+            found.append(self._held)
+            self._held = ""
+        return found
+
+    def _cut(self) -> int:
+        """Where the first window ends; 0: that is not known yet."""
+        sentence = _SENTENCE.search(self._held, 0, self._size)
+        if sentence is not None:
+            return sentence.end()
+        if len(self._held) < self._size:
+            return 0
+        space = self._held.rfind(" ", 0, self._size)
+        return space + 1 if space >= 0 else self._size
+
+
+class ModelFilter:
+    """A text through one rule whose model is asked, window by window."""
+
+    def __init__(self, rule: Rule, stage: Stage, findings: Findings, asked: Asked) -> None:
+        self._rule = rule
+        self._stage = stage
+        self._findings = findings
+        self._asked = asked
+        self._windows = Windows(rule.size)
+
+    async def push(self, text: str, *, end: bool = False) -> Passed:
+        """Take more of the text; see `PatternFilter.push`. A rule that only notes gives the text back at once."""
+        passed = ""
+        rule = self._rule
+        for window in self._windows.push(text, end=end):
+            spans = await self._asked.spans(rule, window) if window.strip() else []
+            if spans is None:
+                self._findings.add(rule, FAILED, self._stage)
+            elif spans:
+                count = 1 if rule.action is Action.BLOCK else len(spans)
+                self._findings.add(rule, rule.action, self._stage, count)
+                if rule.action is Action.BLOCK:
+                    return Passed(passed, blocked=True)
+            passed += _redacted(window, spans, rule) if rule.action is Action.REDACT and spans else window
+        return Passed(text if rule.action is Action.ANNOTATE else passed)
+
+
+def _redacted(text: str, spans: Sequence[Span], rule: Rule) -> str:
+    passed, last = "", 0
+    for span in spans:
+        if span.start >= last:
+            passed += text[last : span.start] + rule.instead(span.label)
+        last = max(last, span.end)
+    return passed + text[last:]
+
+
+class TextFilter:
+    """A text through all rules of a stage: the patterns, and behind them one model after the other.
+
+    Args:
+        asked: what asks models; never used where no rule has one.
+    """
+
+    def __init__(self, rules: Sequence[Rule], stage: Stage, findings: Findings, asked: Asked) -> None:
+        self._patterns = PatternFilter([rule for rule in rules if rule.pattern], stage, findings)
+        self._models = [ModelFilter(rule, stage, findings, asked) for rule in rules if rule.model]
+        self._blocked = False
+
+    async def push(self, text: str, *, end: bool = False) -> Passed:
+        """Take more of the text.
+
+        Args:
+            end: whether it is complete.
+
+        Raises:
+            ServingError: a rule could not be checked, and the guard is closed then.
+        """
+        if self._blocked:
+            return Passed("", blocked=True)
+        passed = self._patterns.push(text, end=end)
+        self._blocked = passed.blocked
+        for model in self._models:
+            passed = await model.push(passed.text, end=end or self._blocked)
+            self._blocked = self._blocked or passed.blocked
+        return Passed(passed.text, self._blocked)
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that awaits nothing that takes time."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a rule without a model waits for something")

@@ -1,0 +1,167 @@
+"""Guards before real generators: through the gateway and past it, with rules that ask other models of the server."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny_models
+from tests.conftest import post, run_export_cold
+from tests.gateways import Gateway
+from trident_client import Client, Finding, InvalidRequestError
+from trident_export import configs, models_file
+from trident_serving.artefacts import VERSION, manifest_path, read_manifest
+from trident_serving.guard.rules import Guard
+from trident_serving.launcher.local import LocalServer
+from trident_serving.runtime.sampling.watermark import Watermark, detect
+
+MESSAGES = [{"role": "user", "content": "Tell me about rain in Bonn"}]
+REDACTED = [{"role": "user", "content": "Tell me about [weather] in Bonn"}]
+BLOCKED = [{"role": "user", "content": "open sesame"}]
+WEATHER = {"name": "weather", "action": "redact", "pattern": r"\b(?:rain|snow)\b"}
+SESAME = {"name": "sesame", "action": "block", "pattern": r"(?i)open\s{1,3}sesame"}
+NOTE = Finding("weather", "redact", "input", 1)
+
+
+@pytest.fixture(scope="module")
+def said(gateway_server: LocalServer) -> str:
+    """What `talk` answers to the redacted question."""
+    with Client(gateway_server.grpc_url, timeout=60) as client:
+        return client.chat(REDACTED, model="talk", max_tokens=24).text
+
+
+@pytest.fixture(scope="module")
+def forbidden(said: str) -> str:
+    """Characters of that answer which a rule forbids."""
+    return said[len(said) // 2 :][:3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def guarded(gateway_server: LocalServer, gateway_folder: Path, forbidden: str) -> Iterator[None]:
+    """`guarded` and `asking`: the graph of `talk` behind patterns, and behind models too."""
+    word = {"name": "word", "action": "block", "stages": ["output"], "pattern": re.escape(forbidden)}
+    tag = {"name": "tag", "action": "annotate", "stages": ["input"], "entities": "tag", "threshold": 0.1}
+    judge = {"name": "judge", "action": "annotate", "judge": "talk", "template": "llama-guard", "policy": "S1: Rain."}
+    guards = {"guarded": [WEATHER, SESAME, word], "asking": [WEATHER, SESAME, word, tag, judge]}
+    repository = gateway_folder / "repository"
+    talk = read_manifest(repository, "talk")
+    assert talk is not None
+    with Client(gateway_server.grpc_url, timeout=60) as client:
+        for name, rules in guards.items():
+            _install(repository, name, Guard.from_table(name, {"rules": rules}))
+            client.load(name)
+        yield
+        for name in guards:
+            client.unload(name)
+
+
+def _install(repository: Path, name: str, guard: Guard) -> None:
+    """The artefacts of `talk` under another name, with a config that has a guard."""
+    limits = {"context": 2048, "slots": 4, "max_waiting": 8, "threads": 1}
+    table = {"task": "text-generation", "source": {"path": "x"}, "variants": ["fp32"], "limits": limits}
+    spec = models_file.parse(name, table | {"guard": "g"}, guards={"g": guard})
+    configs.write(spec, repository, {})
+    shutil.copytree(repository / "talk" / VERSION, repository / name / VERSION)
+    file = manifest_path(repository, name)
+    told = json.loads(file.read_text()) | {"name": name, "triton_models": [name], "public_models": {"fp32": name}}
+    file.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("model", ["guarded", "asking"])
+def test_answers_are_those_without_a_guard_up_to_what_it_blocks(
+    direct: Client, said: str, forbidden: str, model: str
+) -> None:
+    expected = said[: said.index(forbidden)]
+    whole = direct.chat(MESSAGES, model=model, max_tokens=24)
+    chunks = list(direct.stream(MESSAGES, model=model, max_tokens=24))
+    assert (whole.text, whole.finish_reason) == (expected, "content_filter")
+    assert ("".join(chunk.text for chunk in chunks), chunks[-1].finish_reason) == (expected, "content_filter")
+    word = Finding("word", "block", "output", 1)
+    for guard in (whole.guard, chunks[-1].guard):
+        assert {NOTE, word} <= {*guard}
+    short = direct.chat(MESSAGES, model=model, max_tokens=4)
+    assert short.text == direct.chat(REDACTED, model="talk", max_tokens=4).text
+    assert short.finish_reason == "length"
+
+
+def test_no_door_goes_around_the_guard(gateway_server: LocalServer, direct: Client) -> None:
+    """Texts, messages and tokens, over gRPC and Triton's own HTTP endpoint."""
+    ids = direct.generate("open sesame", model="talk", max_tokens=0, return_prompt_token_ids=True).prompt_token_ids
+    for prompt in ("open sesame", BLOCKED, list(ids)):
+        found = direct.generate(prompt, model="guarded", max_tokens=4)
+        assert (found.text, found.finish_reason) == ("", "content_filter")
+        assert found.guard == (Finding("sesame", "block", "input", 1),)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "open"}, {"type": "text", "text": "sesame"}]}]
+    assert direct.generate(parts, model="guarded", max_tokens=4).finish_reason == "content_filter"
+    url = f"{gateway_server.http_url}/v2/models/guarded/generate"
+    status, text = post(url, {"text_input": "open sesame", "max_tokens": 4})
+    assert (status, json.loads(text)["text_output"]) == (200, "")
+    assert json.loads(text)["finish_reason"] == "content_filter"
+    with pytest.raises(InvalidRequestError, match="top_logprobs is not known to this model: its guard guarded may"):
+        direct.generate("hello", model="guarded", top_logprobs=2)
+
+
+def test_rules_ask_other_models(direct: Client) -> None:
+    """Notes say what the models themselves answer."""
+    found = direct.chat(MESSAGES, model="asking", max_tokens=4)
+    told = {(each.rule, each.stage): each.count for each in found.guard}
+    tags = [each for each in direct.entities(REDACTED[0]["content"], model="tag") if each.score >= 0.1]
+    assert told.get(("tag", "input"), 0) == len(tags) > 0
+    rule = Guard.from_table("g", {"rules": [{"name": "j", "judge": "talk", "template": "llama-guard"}]}).rules[0]
+    for stage, assistant in (("input", ""), ("output", found.text)):
+        asked: Mapping[str, Any] = {"user": REDACTED[0]["content"], "assistant": assistant, "policy": "S1: Rain."}
+        verdict = direct.chat(
+            rule.prompt_template.render(asked), model="talk", guided_choice=["safe", "unsafe"], max_tokens=16
+        )
+        assert told.get(("judge", stage), 0) == (verdict.text == "unsafe")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_gateway_says_content_filter(gateway: Gateway, said: str, forbidden: str, stream: bool) -> None:
+    asked: dict[str, Any] = {"model": "guarded", "max_tokens": 24, "stream": stream}
+    _, _, answer = gateway.ask("/v1/chat/completions", asked | {"messages": MESSAGES})
+    choices = _events(answer) if stream else [each | {"delta": each["message"]} for each in answer["choices"]]
+    text = "".join(each["delta"].get("content") or "" for each in choices)
+    assert (text, choices[-1]["finish_reason"]) == (said[: said.index(forbidden)], "content_filter")
+    assert {"rule": "word", "action": "block", "stage": "output", "count": 1} in choices[-1]["guard"]
+    _, _, answer = gateway.ask("/v1/completions", asked | {"prompt": "open sesame"})
+    (choice,) = _events(answer) if stream else answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("", "content_filter")
+    body = {"model": "guarded", "input": "open sesame", "max_output_tokens": 24}
+    _, _, answer = gateway.ask("/v1/responses", body)
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "content_filter"})
+
+
+def _events(text: str) -> list[dict[str, Any]]:
+    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
+    return [choice for each in data for choice in json.loads(each)["choices"]]
+
+
+def test_a_watermark_through_the_gateway(
+    gateway: Gateway, direct: Client, gateway_folder: Path, tmp_path: Path
+) -> None:
+    """The tokens of a marked answer are on their green lists, and nobody else's answer changes."""
+    asked: dict[str, Any] = {"model": "talk", "max_tokens": 24}
+    plain = direct.chat(REDACTED, return_tokens=True, **asked)
+    config = {"bias": 100, "hashing_key": 5}
+    marked = direct.chat(REDACTED, watermarking_config=config, return_tokens=True, **asked)
+    _, _, answer = gateway.ask("/v1/chat/completions", asked | {"messages": REDACTED, "watermarking_config": config})
+    assert answer["choices"][0]["message"]["content"] == marked.text != plain.text
+    assert direct.chat(REDACTED, return_tokens=True, **asked).token_ids == plain.token_ids
+    watermark = Watermark(tiny_models.VOCABULARY, hashing_key=5)
+    ids = [token for token in marked.token_ids if token]
+    assert detect(ids, watermark).green == len(ids) - 1 > 10
+    assert detect(list(plain.token_ids), watermark).z_score < 3
+    # The command reads the text again, as anybody could have it.
+    (tmp_path / "answer.txt").write_text(marked.text, newline="")
+    found = direct.generate(marked.text, model="talk", max_tokens=0, return_prompt_token_ids=True).prompt_token_ids
+    told = detect(list(found), watermark)
+    arguments = ("--hashing-key", "5", "--repository", str(gateway_folder / "repository"))
+    done = run_export_cold("detect", "talk", str(tmp_path / "answer.txt"), *arguments)
+    assert f"marked: {told.green} of {told.scored} tokens are on their lists" in done.stdout, done.stderr

@@ -1,0 +1,357 @@
+"""A guard around a service: what reaches the engine, what reaches the client, and what happens without its models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import tiny_models
+from trident_serving.errors import InvalidRequest, Overloaded
+from trident_serving.generation.answer import FinishReason
+from trident_serving.generation.request import GenerationRequest, RequestParser
+from trident_serving.generation.stream import Chunk, ResponseChannel
+from trident_serving.guard.asking import Models
+from trident_serving.guard.rules import Guard
+from trident_serving.guard.service import GuardedService
+from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.tokenizer import TextTokenizer
+from trident_serving.schema.fields import Inputs
+from trident_serving.schema.limits import GenerationLimits
+from trident_serving.text import encode_texts
+
+TOKENIZER = TextTokenizer(tiny_models.byte_level_tokenizer().backend_tokenizer)
+EMAIL = {"name": "email", "action": "redact", "pattern": r"\b[\w.]+@\w+\.\w+", "longest": 40}
+SECRET = {"name": "secret", "action": "block", "pattern": "xyzzy"}
+NAMES = {"name": "names", "action": "redact", "entities": "tagger", "labels": ["PER"]}
+JUDGE = {"name": "judge", "action": "block", "judge": "guardian", "template": "granite-guardian"}
+
+
+class Engine:
+    """A service whose engine says what a test wants, in chunks of three characters."""
+
+    memory, draft_name = "", ""
+
+    def __init__(self, answers: Sequence[Mapping[str, str]]) -> None:
+        self.recorder = Recorder()
+        self.asked: list[GenerationRequest] = []
+        self.channel: ResponseChannel | None = None
+        self._answers = answers
+        self._parser = RequestParser(TOKENIZER, None, GenerationLimits())
+
+    def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
+        return replace(self._parser.parse(inputs, timeout), return_reasoning="reasoning" in self._answers[0])
+
+    def submit(self, request: GenerationRequest, channel: ResponseChannel) -> None:
+        self.asked.append(request)
+        self.channel = channel
+        chunks = [list(self._chunks(index, request)) for index in range(request.answers)]
+        if not request.stream:
+            first, *others = [each[-1] for each in chunks]
+            first.others = others
+            channel.send(first)
+            return
+        while any(chunks):
+            for each in chunks:
+                if each and not channel.is_cancelled():
+                    chunk = each.pop(0)
+                    chunk.final = not any(chunks)
+                    channel.send(chunk)
+                elif each:
+                    del each[:]
+                    channel.send(Chunk("", FinishReason.CANCELLED))
+
+    def _chunks(self, index: int, request: GenerationRequest) -> Iterator[Chunk]:
+        answer = self._answers[index]
+        size = 3 if request.stream else 10_000
+        for name, text in answer.items():
+            for start in range(0, len(text), size) if request.stream else ():
+                yield self._chunk(index, {name: text[start : start + size]}, answer)
+        whole = {} if request.stream else answer
+        yield replace(self._chunk(index, whole, answer), finish_reason=FinishReason.STOP)
+
+    @staticmethod
+    def _chunk(index: int, given: Mapping[str, str], answer: Mapping[str, str]) -> Chunk:
+        chunk = Chunk(given.get("text", ""), index=index, num_output_tokens=1)
+        if "reasoning" in answer:
+            chunk.reasoning = given.get("reasoning", "")
+        if "arguments" in answer:
+            call = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+            call["function"] = {"name": "f", "arguments": given.get("arguments", "")}
+            chunk.tool_calls = json.dumps([call] if "arguments" in given else [])
+        return chunk
+
+    def steps(self) -> int:
+        return 0
+
+    def busy(self) -> bool:
+        return False
+
+    def stop(self) -> None:
+        pass
+
+
+class Client:
+    """A channel that keeps what comes."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.error: Exception | None = None
+        self.gone = False
+        self.done = threading.Event()
+
+    def send(self, chunk: Chunk) -> None:
+        assert not self.done.is_set()
+        self.chunks += [chunk, *chunk.others]
+        if chunk.final:
+            self.done.set()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.done.set()
+
+    def is_cancelled(self) -> bool:
+        return self.gone
+
+    def text(self, name: str = "text", index: int = 0) -> str:
+        return "".join(getattr(chunk, name) or "" for chunk in self.chunks if chunk.index == index)
+
+    def ended(self, index: int = 0) -> tuple[str, list[dict[str, Any]]]:
+        """The finish reason, and what the guard told."""
+        last = [chunk for chunk in self.chunks if chunk.index == index][-1]
+        assert last.finish_reason is not None
+        return last.finish_reason.value, json.loads(last.findings or "null")
+
+
+class Model:
+    """A served model whose answer is a function."""
+
+    def __init__(self, answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        self._answer = answer
+        self.asked: list[str] = []
+
+    async def infer(self, tensors: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
+        await asyncio.sleep(0)
+        field = "messages" if "messages" in tensors else "text_input"
+        self.asked.append(tensors[field].reshape(-1)[0].decode())
+        return self._answer(tensors)
+
+    async def close(self) -> None:
+        pass
+
+
+def tagger(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Anna is a person, Bonn a place."""
+    text = tensors["text_input"].item().decode()
+    labels = {"Anna": "PER", "Bonn": "LOC"}
+    found = [(match.start(), match.group(), labels[match.group()]) for match in re.finditer("Anna|Bonn", text)]
+    return {
+        "entity": encode_texts([label for *_, label in found] + [""])[None],
+        "score": np.array([[0.9] * len(found) + [0.0]], np.float32),
+        "start": np.array([[start for start, *_ in found] + [0]], np.int32),
+        "end": np.array([[start + len(word) for start, word, _ in found] + [0]], np.int32),
+    }
+
+
+def guardian(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Bombs are harmful."""
+    assert tensors["guided_choice"].tolist() == [[b"No", b"Yes"]]
+    harmful = "bomb" in json.loads(tensors["messages"].item())[0]["content"]
+    return {"text_output": encode_texts(["Yes" if harmful else "No"])}
+
+
+def absent(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    raise Overloaded("tagger is not ready")
+
+
+@contextmanager
+def guarded(
+    rules: Sequence[Mapping[str, Any]],
+    *answers: Mapping[str, str] | str,
+    models: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] | None = None,
+    **settings: Any,
+) -> Iterator[tuple[GuardedService, Engine, dict[str, Model]]]:
+    engine = Engine([{"text": each} if isinstance(each, str) else each for each in answers])
+    guard = Guard.from_table("g", {"rules": [dict(rule) for rule in rules], **settings})
+    served = {name: Model(answer) for name, answer in (models or {}).items()}
+    service = GuardedService(engine, guard, Models(guard, served.__getitem__), 4)
+    try:
+        yield service, engine, served
+    finally:
+        service.stop()
+
+
+def ask(service: GuardedService, text: str = "Hi", *, stream: bool = False, **fields: Any) -> Client:
+    client = Client()
+    inputs = {"text_input": encode_texts([text])[None], "stream": np.array([[stream]]), **fields}
+    service.submit(service.parse(inputs), client)
+    assert client.done.wait(20)
+    return client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_a_rule_blocks_never_reaches_the_engine(stream: bool) -> None:
+    with guarded([SECRET, EMAIL], "", "") as (service, engine, _):
+        client = ask(service, "a@b.de says xyzzy", stream=stream, n=np.array([[2]], np.int32))
+        assert engine.asked == []
+        told = [
+            {"rule": "email", "action": "redact", "stage": "input", "count": 1},
+            {"rule": "secret", "action": "block", "stage": "input", "count": 1},
+        ]
+        assert [client.ended(index) for index in (0, 1)] == [("content_filter", told)] * 2
+        assert client.chunks[0].num_input_tokens == len(TOKENIZER.encode("a@b.de says xyzzy"))
+        assert engine.recorder.drain().counters == {"guard_blocks": 1}
+
+
+def test_what_is_redacted_never_reaches_the_engine() -> None:
+    with guarded([EMAIL], "fine") as (service, engine, _):
+        client = ask(service, "to a@b.de, c@d.de")
+        assert engine.asked[0].prompt == "to [email], [email]"
+        assert engine.asked[0].prompt_ids == tuple(TOKENIZER.encode("to [email], [email]"))
+        assert client.ended() == ("stop", [{"rule": "email", "action": "redact", "stage": "input", "count": 2}])
+        ids = np.array([TOKENIZER.encode("I am e@f.de")], np.int32)
+        by_ids = Client()
+        service.submit(service.parse({"input_ids": ids}), by_ids)
+        assert engine.asked[1].prompt == "I am [email]"
+        ask(service, "nothing to find")
+        assert engine.asked[2].prompt == "nothing to find"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asking", [False, True])
+def test_an_answer_ends_where_a_rule_blocks_it(stream: bool, asking: bool) -> None:
+    rules = [SECRET, EMAIL, *([NAMES] if asking else [])]
+    with guarded(rules, "Write a@b.de. Say xyzzy. More.", models={"tagger": tagger}) as (service, engine, _):
+        client = ask(service, stream=stream)
+        assert client.text() == "Write [email]. Say "
+        reason, told = client.ended()
+        assert reason == "content_filter"
+        assert [(each["rule"], each["count"]) for each in told] == [("email", 1), ("secret", 1)]
+        assert engine.channel is not None
+        assert engine.channel.is_cancelled()  # so the engine stops
+
+
+TEXT = st.lists(
+    st.sampled_from(["Anna ", "xyzzy", "a@b.de", "Bonn. ", "the bomb ", "\n", "x", "a@b"]), min_size=1, max_size=6
+).map("".join)
+
+
+@settings(max_examples=40, deadline=None)
+@given(answer=st.fixed_dictionaries({"reasoning": TEXT, "text": TEXT, "arguments": TEXT}))
+def test_streamed_or_not_an_answer_is_the_same(answer: dict[str, str]) -> None:
+    """Reasoning and the arguments of calls are filtered as the text is."""
+    rules = [SECRET, EMAIL, NAMES, {**JUDGE, "stages": ["output"]}]
+    models = {"tagger": tagger, "guardian": guardian}
+    answer = {name: answer[name] for name in ("reasoning", "text", "arguments")}  # as a model writes them
+    with guarded(rules, answer, models=models) as (service, _, _):
+        whole, parts = ask(service), ask(service, stream=True)
+        for name in ("reasoning", "text"):
+            assert parts.text(name) == whole.text(name)
+        assert parts.ended()[0] == whole.ended()[0]
+        if whole.ended()[0] == "stop":
+            assert _arguments(parts) == _arguments(whole)
+    for client in (whole, parts):
+        for text in (client.text("reasoning"), client.text(), _arguments(client)):
+            assert not re.search("xyzzy|a@b.de|bomb|Anna", text)
+
+
+def _arguments(client: Client) -> str:
+    calls = [call for chunk in client.chunks for call in json.loads(chunk.tool_calls or "[]")]
+    return "".join(call["function"]["arguments"] for call in calls)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_of_two_answers_is_blocked(stream: bool) -> None:
+    with guarded([SECRET], "now xyzzy and more", "all is well here") as (service, engine, _):
+        client = ask(service, stream=stream, n=np.array([[2]], np.int32))
+        assert (client.text(index=0), client.ended(0)[0]) == ("now ", "content_filter")
+        assert (client.text(index=1), client.ended(1)) == ("all is well here", ("stop", []))
+        assert engine.recorder.drain().counters == {"guard_blocks": 1}
+
+
+def test_only_what_may_still_match_is_held_back() -> None:
+    with guarded([EMAIL], "one two a@b.d three") as (service, _, _):
+        shown = [chunk.text for chunk in ask(service, stream=True).chunks]
+        assert shown == ["one ", "two ", "[email] ", "three"]
+
+
+def test_models_are_asked_about_windows() -> None:
+    with guarded([NAMES], "Anna is here. In Bonn, Anna said.", models={"tagger": tagger}) as (service, engine, models):
+        client = ask(service, "I am Anna.", stream=True)
+        assert client.text() == "[PER] is here. In Bonn, [PER] said."
+        assert engine.asked[0].prompt == "I am [PER]."
+        assert models["tagger"].asked == ["I am Anna.", "Anna is here. ", "In Bonn, Anna said."]
+
+
+def test_a_judge_reads_both_sides() -> None:
+    with guarded([JUDGE], "take a bomb", models={"guardian": guardian}) as (service, engine, models):
+        assert ask(service, "a bomb, please").ended()[0] == "content_filter"
+        assert engine.asked == []
+        client = ask(service, "what next?", stream=True)
+        assert (client.text(), client.ended()[0]) == ("", "content_filter")
+        assert "User Message: what next?" in models["guardian"].asked[-1]
+        assert "Assistant Message: take a bomb" in models["guardian"].asked[-1]
+
+
+@pytest.mark.parametrize("stage", ["input", "output"])
+def test_a_guard_that_fails_is_closed_unless_its_table_opens_it(stage: str) -> None:
+    rule = {**NAMES, "stages": [stage]}
+    with guarded([rule], "Anna", models={"tagger": absent}) as (service, _, _):
+        client = ask(service)
+        assert client.chunks == []
+        assert isinstance(client.error, Overloaded)
+        assert str(client.error) == "the guard's rule names could not be checked: tagger is not ready"
+    with guarded([rule], "Anna", models={"tagger": absent}, on_failure="open") as (service, _, _):
+        client = ask(service)
+        assert client.text() == "Anna"
+        assert client.ended() == ("stop", [{"rule": "names", "action": "failed", "stage": stage, "count": 1}])
+
+
+def test_tokens_would_tell_what_is_hidden() -> None:
+    with guarded([EMAIL], "fine") as (service, _, _):
+        for name, value in (("return_tokens", [[True]]), ("top_logprobs", np.array([[2]], np.int32))):
+            with pytest.raises(InvalidRequest, match=f"{name} is not known to this model: its guard g may hide text"):
+                ask(service, **{name: np.array(value)})
+        assert ask(service, return_log_probs=np.array([[True]])).text() == "fine"
+    with guarded([{**EMAIL, "stages": ["input"]}], "fine") as (service, engine, _):
+        ask(service, return_tokens=np.array([[True]]))
+        assert engine.asked[0].return_tokens
+
+
+def test_a_client_that_has_gone_costs_the_engine_nothing() -> None:
+    with guarded([NAMES], "x", models={"tagger": tagger}) as (service, engine, _):
+        client = Client()
+        client.gone = True
+        service.submit(service.parse({"text_input": encode_texts(["Hi"])[None]}), client)
+        assert client.done.wait(20)
+        assert client.ended()[0] == "cancelled"
+        assert engine.asked == []
+
+
+def test_what_waits_when_the_model_is_unloaded_fails() -> None:
+    class Stuck(Model):
+        async def infer(self, tensors: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
+            await asyncio.sleep(3600)
+            raise AssertionError
+
+    guard = Guard.from_table("g", {"rules": [NAMES]})
+    service = GuardedService(Engine([{"text": "x"}]), guard, Models(guard, lambda name: Stuck(tagger)), 2)
+    clients = [Client(), Client()]
+    for client in clients:
+        service.submit(service.parse({"text_input": encode_texts(["Hi"])[None]}), client)
+    while len(service._open) < 2:
+        pass
+    with pytest.raises(Overloaded, match="2 requests are open already"):
+        service.submit(service.parse({"text_input": encode_texts(["Hi"])[None]}), Client())
+    service.stop()
+    assert ["unloaded" in str(client.error) for client in clients] == [True, True]
