@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trident_serving.artefacts import VERSION, Manifest
+from trident_serving import artefacts
+from trident_serving.artefacts import Manifest
 from trident_serving.errors import ModelError
 
 READY = "READY"
@@ -35,6 +36,11 @@ class IndexEntry:
     name: str
     state: str = ""
     reason: str = ""
+
+    @property
+    def weight(self) -> int:
+        """How much it says of a model among the entries of its versions: a failure before a version that answers."""
+        return 3 if self.failed else 2 if self.state == READY else 0 if self.reason == "unloaded" else 1
 
     @property
     def failed(self) -> bool:
@@ -63,13 +69,21 @@ class Failure:
         about = self.reason if self.cause in self.missing else f"its stage {self.cause}: {self.reason}"
         return (
             f"{', '.join(self.missing)} can't be loaded ({about}): mend it, or remove "
-            f"{repository / self.name / VERSION} and run make export MODEL={self.name}"
+            f"{artefacts.version_folder(repository, self.name)} and run make export MODEL={self.name}"
         )
 
 
 def entries(index: Iterable[Mapping[str, str]]) -> list[IndexEntry]:
-    """The entries of the JSON that `POST /v2/repository/index` answers: the newest version of each model."""
-    return [IndexEntry(item["name"], item.get("state", ""), item.get("reason", "")) for item in index]
+    """The entries of the JSON that `POST /v2/repository/index` answers: of each model the version that says most.
+
+    A version that has made room for another one, whichever of the two is newer, stays in the index as "unloaded".
+    """
+    found: dict[str, IndexEntry] = {}
+    for item in index:
+        entry = IndexEntry(item["name"], item.get("state", ""), item.get("reason", ""))
+        if entry.name not in found or entry.weight >= found[entry.name].weight:
+            found[entry.name] = entry
+    return list(found.values())
 
 
 def find(index: Sequence[IndexEntry], wanted: Sequence[str], manifests: Sequence[Manifest]) -> list[Failure]:

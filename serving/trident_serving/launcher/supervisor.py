@@ -178,6 +178,7 @@ class Supervisor:
         self._server.view.refresh()  # a model may have gone while the others were loaded
         index = control.index()
         failed = failures.find(index, wanted, artefacts.read_manifests(self._server.options.repository))
+        failed += [Failure(name, (name,), name, why) for name, why in self._server.view.refused.items()]
         if not failures.anything_ready(index, wanted):
             repository = self._server.options.repository
             raise StartError("no model could be loaded: " + "; ".join(one.sentence(repository) for one in failed))
