@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def _versions(options: argparse.Namespace) -> int:
     for name in _names(options):
         for version in versions.of(options.repository, name):
             path = artefacts.manifest_path(options.repository, name, version.number)
-            exported = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            exported = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
             signed = "signed" if path.with_name(artefacts.SIGNATURE).exists() else ""
             words = [
                 f"{name:<24} {version.number:>3}  {version.short_digest:<12}  {exported}",

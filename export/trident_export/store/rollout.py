@@ -81,11 +81,11 @@ def change(
     with versions.locked(repository, say):
         found = versions.of(repository, name)
         old, new = versions.served(found), choose(name, found)
+        if server is not None:
+            _check_same(server, name, old)
         if new.number != old.number:
             _check_kept(repository, new)
-            if server is not None:
-                _check_same(server, name, old)
-            _Change(repository, name, old, new, server, say).run()
+        _Change(repository, name, old, new, server, say).run()
         versions.keep_only(name, repository, {old.number, new.number, *_later(found, new)})
     return new
 
@@ -147,6 +147,9 @@ class _Change:
         Raises:
             StoreError: the server does not load the new version.
         """
+        self._finish_earlier()
+        if self._new.number == self._old.number:
+            return
         gone: list[_Step] = []
         try:
             for step in [*self._overlap, *self._public]:
@@ -166,6 +169,17 @@ class _Change:
         for step in self._end:
             self._write(step)
             self._load(step)
+
+    def _finish_earlier(self) -> None:
+        """Do what a change that was cut off has left to do, or to take back."""
+        own = self._old.manifest.triton_models
+        for model in own:
+            step = _Step(model, (self._old.number,))
+            if artefacts.served_versions(self._repository, model) != [self._old.number]:
+                self._write(step)
+                self._load(step)
+        known = {path.parent.name for path in self._repository.glob(f"*/{CONFIG}")}
+        self._drop([each for each in sorted(known - {*own}) if each.partition("_")[0] == self._name])
 
     def _write(self, step: _Step) -> None:
         """Write the config that a version has kept, the newest of those that are served."""

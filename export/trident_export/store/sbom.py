@@ -16,14 +16,17 @@ from typing import Any
 from trident_serving.artefacts import Manifest
 
 Document = dict[str, Any]
-_SPDX = re.compile(r"[A-Za-z0-9.+-]+(?: (?:AND|OR|WITH) [A-Za-z0-9.+() -]+)?")
+_EXPRESSION = re.compile(r"[A-Za-z0-9.+() -]+ (?:AND|OR|WITH) [A-Za-z0-9.+() -]+")
 _CLASSIFIER = "License :: OSI Approved :: "
 _UNKNOWN = "not stated"
-# Of the CycloneDX 1.6 schema's list, those that packages and models name; any other name stands as it is.
+# Of the list of the CycloneDX 1.6 schema, those that packages and models name; any other name stands as it is.
 _IDS = frozenset(
-    "0BSD AGPL-3.0 Apache-2.0 BSD-2-Clause BSD-3-Clause BSL-1.0 CC-BY-4.0 CC-BY-NC-4.0 CC-BY-SA-4.0 CC0-1.0 GPL-2.0 "
-    "GPL-3.0 ISC LGPL-2.1 LGPL-3.0 MIT MIT-0 MPL-2.0 OpenRAIL PSF-2.0 Python-2.0 Unlicense Zlib ZPL-2.1".split()
-) - {"OpenRAIL"}
+    (
+        *("0BSD", "AGPL-3.0", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC-BY-4.0", "CC-BY-NC-4.0"),
+        *("CC-BY-SA-4.0", "CC0-1.0", "GPL-2.0", "GPL-3.0", "ISC", "LGPL-2.1", "LGPL-3.0", "MIT", "MIT-0", "MPL-2.0"),
+        *("PSF-2.0", "Python-2.0", "Unlicense", "Zlib", "ZPL-2.1"),
+    )
+)
 
 
 def environment() -> Document:
@@ -117,9 +120,8 @@ def _stated(package: importlib.metadata.Distribution) -> Iterator[str]:
 
 def _licences(stated: list[str]) -> list[Document]:
     """The list as CycloneDX has it: one expression, or identifiers and names."""
-    if len(stated) == 1 and stated[0] not in _IDS and " " in stated[0] and _SPDX.fullmatch(stated[0]):
-        if re.search(r" (AND|OR|WITH) ", stated[0]):
-            return [{"expression": stated[0]}]
+    if len(stated) == 1 and _EXPRESSION.fullmatch(stated[0]):
+        return [{"expression": stated[0]}]
     return [{"license": {"id": each} if each in _IDS else {"name": each}} for each in stated]
 
 

@@ -1,4 +1,4 @@
-"""Keys, signatures of manifests, and whether a version is what was exported. `trident_serving.signatures` reads them."""
+"""Keys and signatures of manifests, and whether a version is what was exported. Servers have the other half."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def sign(repository: Path, version: Version, key: Path) -> None:
     private = _private_key(key)
     if not version.manifest.files:
         raise StoreError(
-            f"version {version.number} of {version.manifest.name} has no checksums, as exports before Trident had them: "
-            "export it again"
+            f"version {version.number} of {version.manifest.name} has no checksums, as an older export "
+            "has none: export it again"
         )
     if found := problem(repository, version, None):
         raise StoreError(found)
