@@ -1,7 +1,7 @@
 """What a model or an environment is made of, as a CycloneDX 1.6 document, and its licences as a table.
 
-The environment is this Python's, so in an image it is the image's. The same content gives the same document: it has no
-time and no random number.
+The environment is what this Python imports and what Debian's package manager has installed, so in an image it is the
+image's. The same content gives the same document: it has no time and no random number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import re
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from email.parser import HeaderParser
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from trident_serving.artefacts import Manifest
 
@@ -29,14 +32,18 @@ _IDS = frozenset(
 )
 
 
-def environment() -> Document:
-    """Every package that this Python can import."""
+def environment(system: Path = Path("/")) -> Document:
+    """Every package that this Python can import, and every Debian package of the system.
+
+    Args:
+        system: the root folder of the system.
+    """
     found = {
         package.metadata["Name"].lower().replace("_", "-"): package for package in importlib.metadata.distributions()
     }
-    components = [_package(package) for _, package in sorted(found.items())]
+    components = [_package(package) for _, package in sorted(found.items())] + list(_debian(system))
     version = ".".join(map(str, sys.version_info[:3]))
-    root = {"type": "platform", "bom-ref": "python", "name": "python", "version": version}
+    root: Document = {"type": "platform", "bom-ref": "python", "name": "python", "version": version}
     return _document(root, components)
 
 
@@ -101,6 +108,22 @@ def _package(package: importlib.metadata.Distribution) -> Document:
         "purl": url,
         "licenses": _licences(list(_stated(package))),
     }
+
+
+def _debian(system: Path) -> Iterator[Document]:
+    """Debian's packages, in the order of their names; their licences are texts in /usr/share/doc."""
+    try:
+        status = (system / "var/lib/dpkg/status").read_text(encoding="utf-8", errors="replace")
+        release = (system / "etc/os-release").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    known = re.search(r"^ID=\"?([\w.-]+)", release, re.MULTILINE)
+    entries = (HeaderParser().parsestr(entry) for entry in status.strip().split("\n\n"))
+    installed = [entry for entry in entries if str(entry["Status"]).endswith(" installed")]
+    for entry in sorted(installed, key=lambda entry: (str(entry["Package"]), str(entry["Architecture"]))):
+        name, version = str(entry["Package"]), str(entry["Version"])
+        where = f"deb/{known[1] if known else 'debian'}/{name}@{quote(version)}?arch={entry['Architecture']}"
+        yield {"type": "library", "bom-ref": f"pkg:{where}", "name": name, "version": version, "purl": f"pkg:{where}"}
 
 
 def _stated(package: importlib.metadata.Distribution) -> Iterator[str]:
