@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -26,9 +27,9 @@ def config(model: str, limit: str = "1") -> str:
         made.platform = "ensemble"
         for stage in STAGES:
             made.ensemble_scheduling.step.add(model_name=stage, model_version=-1)
+        made.parameters["limit"].string_value = limit
     else:
         made.backend = "trident_tokenizer"
-    made.parameters["limit"].string_value = limit
     return configs.to_text(made)
 
 
@@ -102,8 +103,14 @@ class Recorder:
         ]
 
 
-def change(repository: Path, choose: object = versions.newer, server: Recorder | None = None) -> int:
-    return rollout.change(repository, "m", choose, server, lambda line: None).number  # type: ignore[arg-type]
+def change(
+    repository: Path,
+    choose: object = versions.newer,
+    server: Recorder | None = None,
+    interrupt: bool = False,
+) -> int:
+    found = rollout.change(repository, "m", choose, server, print, interrupt=interrupt)  # type: ignore[arg-type]
+    return found.number
 
 
 def served(repository: Path) -> dict[str, list[int]]:
@@ -193,6 +200,30 @@ def test_a_server_that_does_not_take_it_goes_on_as_before(repository: Path, refu
     assert {path: path.read_text() for path in repository.glob("*/config.pbtxt")} == before
     assert set(map(tuple, server.ready.values())) == {(1,)}
     assert sorted(artefacts.read_versions(repository, "m")) == [1, 2]
+
+
+def test_stages_with_other_configs_change_only_if_callers_may_be_refused(repository: Path) -> None:
+    kept = repository / "m_model/2/config.pbtxt"
+    kept.write_text(kept.read_text().replace('backend: "trident_tokenizer"', 'backend: "onnxruntime"'))
+    manifest = artefacts.read_manifest(repository, "m", 2)
+    assert manifest is not None
+    files = artefacts.checksums(repository, manifest.triton_models, "2")
+    dataclasses.replace(manifest, files=files).write(repository / "m/2")
+    server = Recorder(repository)
+    with pytest.raises(StoreError, match="m_model of version 2 can't be served beside version 1: their configs differ"):
+        change(repository, server=server)
+    assert server.loads == []
+    assert change(repository, server=server, interrupt=True) == 2
+    assert server.loads == [("m", ()), *((stage, (2,)) for stage in STAGES), ("m", (2,))]
+    server.loads.clear()
+    server.refuses = ""
+    assert change(repository, versions.older, server, interrupt=True) == 1
+    server.refuses = "m_postprocess"
+    with pytest.raises(StoreError, match="goes on with 1: .*m_postprocess: too large"):
+        change(repository, server=server, interrupt=True)
+    assert set(map(tuple, server.ready.values())) == {(1,)}
+    assert sorted(server.ready) == sorted(("m", *STAGES))
+    assert change(repository) == 2  # without a server nobody is interrupted
 
 
 class Killed(Recorder):

@@ -69,6 +69,9 @@ def _add_server(command: argparse.ArgumentParser) -> None:
     command.add_argument("--admin-key-file", type=Path, help="default: as the server's own user finds it")
     command.add_argument("--no-server", action="store_true", help="change the repository only")
     command.add_argument(
+        "--interrupt", action="store_true", help="go on where callers are refused for a moment (it says when)"
+    )
+    command.add_argument(
         "--timeout", type=float, default=600.0, help="seconds for each model to load (default %(default)g)"
     )
 
@@ -126,7 +129,7 @@ def _rollback(options: argparse.Namespace) -> int:
 def _change(options: argparse.Namespace, choose: Callable[[str, list[versions.Version]], versions.Version]) -> int:
     before = versions.served(versions.of(options.repository, options.model)).number
     with _server(options) as server:
-        now = rollout.change(options.repository, options.model, choose, server, _say)
+        now = rollout.change(options.repository, options.model, choose, server, _say, interrupt=options.interrupt)
     who = options.url if server is not None else "the next start of a server"
     if now.number == before:
         _say(f"version {now.number} of {options.model} is served already")

@@ -9,6 +9,9 @@ the parts of one, and a new tokenizer never stands before an old graph:
     3. the old ones have answered what they had begun
     4. stages serve the new version only
 
+Triton has one config for all versions of a model, so this works where the stages of both versions have the same one. A
+version with other limits or another number of labels can take its place only while nobody is answered.
+
 Each step is written into the repository before the server is told. Whatever is cut off in between, what lies there can
 be served, and asking again goes on.
 """
@@ -65,18 +68,22 @@ def change(
     choose: Callable[[str, list[Version]], Version],
     server: Server | None,
     say: Callable[[str], None],
+    *,
+    interrupt: bool = False,
 ) -> Version:
     """Serve another version of a model.
 
     Args:
         choose: takes one of the versions.
         server: that runs on the repository; None: its next start takes what the repository then says.
+        interrupt: go on where callers are refused for a moment.
 
     Returns:
         The version that is served now.
 
     Raises:
-        StoreError: there is no such version, or the server can't load it: then it goes on with the old one.
+        StoreError: there is no such version; or the server can't load it, or could do so only by an interruption: then
+            it goes on with the old one.
     """
     with versions.locked(repository, say):
         found = versions.of(repository, name)
@@ -85,7 +92,17 @@ def change(
             _check_same(server, name, old)
         if new.number != old.number:
             _check_kept(repository, new)
-        _Change(repository, name, old, new, server, say).run()
+        change = _Change(repository, name, old, new, server, say)
+        change.finish_earlier()
+        if new.number != old.number:
+            different = change.different_stages() if server is not None else []
+            if different and not interrupt:
+                raise StoreError(
+                    f"{' and '.join(different)} of version {new.number} can't be served beside version {old.number}: "
+                    "their configs differ (limits, labels). --interrupt changes them while callers of "
+                    f"{name} get UNAVAILABLE for a moment; or export it under another name"
+                )
+            change.run(overlap=not different)
         versions.keep_only(name, repository, {old.number, new.number, *_later(found, new)})
     return new
 
@@ -141,23 +158,36 @@ class _Change:
         self._left = [each for each in olds if each not in news]
         self._end = [_Step(step.model, (new.number,)) for step in self._overlap if len(step.versions) > 1]
 
-    def run(self) -> None:
+    def different_stages(self) -> list[str]:
+        """The stages whose configs say more than another version."""
+        numbers = (self._old.number, self._new.number)
+        stages = [step.model for step in self._overlap if len(step.versions) > 1]
+        return [each for each in stages if len({self._kept(each, number, [0]) for number in numbers}) > 1]
+
+    def run(self, *, overlap: bool) -> None:
         """Go all steps, or take back those that were gone.
+
+        Args:
+            overlap: whether the stages can serve both versions at a time; else the public models go first.
 
         Raises:
             StoreError: the server does not load the new version.
         """
-        self._finish_earlier()
-        if self._new.number == self._old.number:
-            return
+        first = self._overlap
+        if not overlap:
+            first = [_Step(step.model, (self._new.number,)) for step in self._overlap]
+            self._end = []
+            self._unload([model for model in self._old.manifest.triton_models if not _is_stage(model)])
         gone: list[_Step] = []
         try:
-            for step in [*self._overlap, *self._public]:
+            for step in [*first, *self._public]:
                 gone.append(step)
                 self._write(step)
                 self._load(step)
         except Exception as error:
-            self._take_back(gone)
+            olds = [_Step(model, ()) for model in self._old.manifest.triton_models if not _is_stage(model)]
+            # Public models go back before their stages do; where they are away, the stages come first.
+            self._take_back(gone[::-1] if overlap else [*first, *olds, *self._public])
             if not _is_the_servers(error):
                 raise
             raise StoreError(
@@ -170,7 +200,7 @@ class _Change:
             self._write(step)
             self._load(step)
 
-    def _finish_earlier(self) -> None:
+    def finish_earlier(self) -> None:
         """Do what a change that was cut off has left to do, or to take back."""
         own = self._old.manifest.triton_models
         for model in own:
@@ -183,9 +213,12 @@ class _Change:
 
     def _write(self, step: _Step) -> None:
         """Write the config that a version has kept, the newest of those that are served."""
-        kept = self._repository / step.model / str(step.versions[-1]) / CONFIG
-        text = artefacts.with_versions(kept.read_text(encoding="utf-8"), step.versions)
+        text = self._kept(step.model, step.versions[-1], step.versions)
         artefacts.write_text(self._repository / step.model / CONFIG, text)
+
+    def _kept(self, model: str, version: int, served: Iterable[int]) -> str:
+        kept = self._repository / model / str(version) / CONFIG
+        return artefacts.with_versions(kept.read_text(encoding="utf-8"), served)
 
     def _load(self, step: _Step) -> None:
         if self._server is None:
@@ -210,7 +243,7 @@ class _Change:
     def _take_back(self, gone: list[_Step]) -> None:
         """Serve the old version only; a model that it does not have goes."""
         olds = self._old.manifest.triton_models
-        for step in reversed(gone):
+        for step in gone:
             if step.model in olds:
                 back = _Step(step.model, (self._old.number,))
                 self._write(back)
@@ -238,11 +271,14 @@ class _Change:
 
     def _drop(self, models: list[str]) -> None:
         """Unload models that the version that is served does not have."""
+        self._unload(models)
+        for model in models:
+            (self._repository / model / CONFIG).unlink(missing_ok=True)
+
+    def _unload(self, models: list[str]) -> None:
         if models and self._server is not None:
             known = {status.name for status in self._server.models()}
             self._server.unload(self._name, only=[model for model in models if model in known])
-        for model in models:
-            (self._repository / model / CONFIG).unlink(missing_ok=True)
 
 
 def _is_stage(model: str) -> bool:
