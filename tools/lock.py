@@ -29,7 +29,8 @@ _HEADER = "# Written by tools/lock.py from pyproject.toml and constraints.txt: c
 # The images' platform. What is pinned for its Python 3.11 is the same for 3.12.
 _PLATFORM = ("--python-platform", "x86_64-manylinux_2_35", "--python-version", "3.11")
 _QUIET = ("--quiet", "--no-header", "--no-annotate", "--no-emit-index-url", "--generate-hashes")
-_PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)((?: *\\\n +--hash=sha256:[0-9a-f]{64})*) *$", re.MULTILINE)
+_PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)")
+_HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}\b")
 
 
 def main(arguments: list[str]) -> int:
@@ -67,7 +68,8 @@ def _compile(*arguments: str) -> str:
 
 def pins(text: str) -> dict[str, tuple[str, int]]:
     """The version of each package of a file, and how many hashes it has."""
-    return {canonicalize_name(name): (version, hashes.count("sha256:")) for name, version, hashes in _PIN.findall(text)}
+    found = ((_PIN.match(block), block) for block in re.split(r"\n(?=\w)", text))
+    return {canonicalize_name(pin[1]): (pin[2], len(_HASH.findall(block))) for pin, block in found if pin}
 
 
 def problems(root: Path = ROOT) -> Iterator[str]:
