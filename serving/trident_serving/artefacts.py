@@ -24,6 +24,8 @@ FORMAT = 2
 MANIFEST = "trident.json"
 SIGNATURE = "trident.json.sig"
 CONFIG = "config.pbtxt"
+# What follows the name of a Triton model that is another one's version, loaded to see whether it can be.
+TRIAL = "_trial"
 # The file of a repository that says why the last export of a model failed, by its name. The launcher prints it.
 FAILURES = ".trident/failures.json"
 # The config parameter that says why the gate refused a variant that is served nevertheless.
@@ -142,6 +144,11 @@ def with_versions(config: str, versions: Iterable[int]) -> str:
     if not count:
         raise ValueError("the config names no version")
     return text
+
+
+def renamed(config: str, old: str, new: str) -> str:
+    """The text of a config under another name of its Triton model."""
+    return config.replace(f'name: "{old}"\n', f'name: "{new}"\n', 1)
 
 
 def version_folder(repository: Path, model: str) -> Path:
@@ -263,7 +270,8 @@ def loadable(repository: Path) -> list[str]:
         for model in manifest.triton_models
         if version in served_versions(repository, model)
     }
-    return sorted(exported | set(plain_models(repository)))
+    trials = {path.parent.name for path in repository.glob(f"*{TRIAL}/{CONFIG}") if _is_ours(path)}
+    return sorted(exported | trials | set(plain_models(repository)))
 
 
 def _is_ours(config: Path) -> bool:

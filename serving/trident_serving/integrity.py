@@ -30,7 +30,8 @@ def check(folder: Path, environment: Mapping[str, str] = os.environ) -> None:
     """
     manifest = _manifest(folder, environment)
     if manifest is not None:
-        check_files(folder, manifest.files_of(folder.parent.name), complete=TRUSTED_KEYS in environment)
+        model = folder.parent.name.removesuffix(artefacts.TRIAL)
+        check_files(folder, manifest.files_of(model), complete=TRUSTED_KEYS in environment)
 
 
 def check_graphs(folder: Path, environment: Mapping[str, str] = os.environ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +106,21 @@ def test_promoted_and_rolled_back_under_load(tmp_path: Path, capsys: pytest.Capt
         ready = sorted((each.name, each.version) for each in client.models() if each.state == "READY")
         assert ready == [(name, "1") for name in ("gen", "mood", "mood_model", "mood_postprocess", "mood_tokenizer")]
 
-        # A version that can't be loaded changes nothing.
-        (repository / "gen/2/trident.json").write_text(
-            (repository / "gen/2/trident.json").read_text().replace('"gen/generation_config.json"', '"gen/other"')
-        )
+        # A version that can't be loaded changes nothing, and the server is ready again.
+        kept = repository / "gen/2/config.pbtxt"
+        kept.write_text(kept.read_text().replace('string_value: "128"', 'string_value: "100000"'))
+        manifest = artefacts.read_manifest(repository, "gen", 2)
+        assert manifest is not None
+        files = artefacts.checksums(repository, ["gen"], "2")
+        dataclasses.replace(manifest, files=files).write(repository / "gen/2")
         assert commands.main(["promote", "gen", "--repository", str(repository), "--url", server.grpc_url]) == 1
-        assert "gen/2/other is not the file that was exported" in capsys.readouterr().err
+        said_now = capsys.readouterr().err
+        assert (
+            "the server can't load version 2 of gen, and goes on with 1: load failed for model 'gen_trial'" in said_now
+        )
+        deadline = time.monotonic() + 20
+        while not client.health().ready and time.monotonic() < deadline:
+            assert (mood(), text()) == old
+            time.sleep(0.1)
         assert client.health().ready
         assert (mood(), text()) == old

@@ -25,13 +25,13 @@ class Server:
         self.done: list[str] = []
         self.refuses: list[Exception] = []
         self.options = SimpleNamespace(repository=repository, ready_seconds=1.0)
-        self.view = SimpleNamespace(refresh=list)
+        self.view = SimpleNamespace(refresh=list, refused={})
         self.control: Any = SimpleNamespace(
             index=lambda: self.entries,
             live=lambda seconds: True,
             load=self._load,
             unload=lambda model: self.done.append(f"unload {model}"),
-            clear_failure=lambda model: self.done.append(f"clear {model}"),
+            clear_failure=lambda model, version: self.done.append(f"clear {model} {version}"),
         )
 
     def _load(self, model: str, seconds: float) -> None:

@@ -64,6 +64,7 @@ class Recorder:
     def __init__(self, repository: Path) -> None:
         self.repository = repository
         self.loads: list[tuple[str, tuple[int, ...]]] = []
+        self.trials: list[str] = []
         self.ready: dict[str, list[int]] = {}
         self.steps: dict[str, list[tuple[str, int]]] = {}
         self.refuses = ""
@@ -88,13 +89,14 @@ class Recorder:
                 raise UnavailableError(f"{each}: too large")
             self._take(each)
             self._check()
-            self.loads.append((each, tuple(found)))
+            self.trials += [each] * each.endswith(artefacts.TRIAL)
+            self.loads += [(each, tuple(found))] * (not each.endswith(artefacts.TRIAL))
         return only or []
 
     def unload(self, model: str, *, only: list[str] | None = None, timeout: float | None = None) -> list[str]:
         for each in only or []:
             del self.ready[each]
-            self.loads.append((each, ()))
+            self.loads += [(each, ())] * (not each.endswith(artefacts.TRIAL))
         return only or []
 
     def models(self, *, timeout: float | None = None) -> list[ModelStatus]:
@@ -168,6 +170,8 @@ def test_the_steps_of_a_promotion(repository: Path) -> None:
     assert change(repository, server=server) == 2
     both, new = (1, 2), (2,)
     assert server.loads == [*((stage, both) for stage in STAGES), ("m", new), *((stage, new) for stage in STAGES)]
+    assert server.trials == [f"{stage}_trial" for stage in STAGES]
+    assert not list(repository.glob("*_trial"))
     server.loads.clear()
     assert change(repository, versions.older, server) == 1
     assert server.loads == [*((stage, both) for stage in STAGES), ("m", (1,)), *((stage, (1,)) for stage in STAGES)]
@@ -187,6 +191,19 @@ def test_variants_come_and_go(repository: Path) -> None:
     assert not (repository / "m_int8/config.pbtxt").exists()
     assert change(repository, server=server) == 3
     assert "m_int8" in artefacts.loadable(repository)
+
+
+@pytest.mark.parametrize("refuses", STAGES)
+def test_what_can_not_be_loaded_is_found_before_anything_changes(repository: Path, refuses: str) -> None:
+    server = Recorder(repository)
+    server.refuses = f"{refuses}_trial"
+    with pytest.raises(
+        StoreError, match=f"the server can't load version 2 of m, and goes on with 1: {refuses}_trial: t"
+    ):
+        change(repository, server=server)
+    assert server.loads == []
+    assert sorted(server.ready) == sorted(("m", *STAGES))
+    assert artefacts.loadable(repository) == sorted(("m", *STAGES))
 
 
 @pytest.mark.parametrize("refuses", [*STAGES, "m"])

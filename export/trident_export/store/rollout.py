@@ -4,6 +4,8 @@ Triton loads a model again in place: the old instances answer until the new ones
 An ensemble names the version of its stages, so for a moment the stages have both versions, each request is answered by
 the parts of one, and a new tokenizer never stands before an old graph:
 
+    0. each part of the new version is loaded under another name, to see whether it can be, and unloaded: a failed load
+       beside a version that answers would keep tritonserver (2.51) unready until its restart
     1. stages serve the old and the new version
     2. public models change to the new one; this is the moment for callers
     3. the old ones have answered what they had begun
@@ -18,6 +20,7 @@ be served, and asking again goes on.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from trident_export.errors import StoreError
 from trident_export.store import versions
 from trident_export.store.versions import Version
 from trident_serving import artefacts
-from trident_serving.artefacts import CONFIG
+from trident_serving.artefacts import CONFIG, TRIAL
 
 if TYPE_CHECKING:
     from trident_client import ModelStatus
@@ -37,6 +40,8 @@ _STAGES = ("tokenizer", "model", "postprocess")
 _POLL_SECONDS = 0.1
 # A launcher that copies configs, as one with trusted keys does, looks once a second.
 _SEEN_SECONDS = 5.0
+# The launcher clears a failed load within a second or two.
+_CLEARED_SECONDS = 15.0
 # No longer than a model may take for one request by default.
 _DRAIN_SECONDS = 300.0
 
@@ -173,6 +178,7 @@ class _Change:
         Raises:
             StoreError: the server does not load the new version.
         """
+        self._try()
         first = self._overlap
         if not overlap:
             first = [_Step(step.model, (self._new.number,)) for step in self._overlap]
@@ -200,6 +206,48 @@ class _Change:
             self._write(step)
             self._load(step)
 
+    def _try(self) -> None:
+        """Load what the new version has, but its ensembles, under another name.
+
+        Raises:
+            StoreError: something can't be loaded; all that is served goes on.
+        """
+        if self._server is None:
+            return
+        number = str(self._new.number)
+        for model in self._new.manifest.triton_models:
+            text = self._kept(model, self._new.number, [self._new.number])
+            if 'platform: "ensemble"' in text:
+                continue
+            trial = f"{model}{TRIAL}"
+            folder = self._repository / trial
+            shutil.rmtree(folder, ignore_errors=True)  # of a promotion that was killed
+            try:
+                folder.mkdir()
+                (folder / number).symlink_to(Path("..", model, number), target_is_directory=True)
+                artefacts.write_text(folder / CONFIG, artefacts.renamed(text, model, trial))
+                self._server.load(self._name, only=[trial])
+            except Exception as error:
+                if not _is_the_servers(error):
+                    raise
+                self._wait_cleared(trial)
+                raise StoreError(
+                    f"the server can't load version {number} of {self._name}, and goes on with {self._old.number}: "
+                    f"{str(error).split(chr(10))[0]}"
+                ) from None
+            finally:
+                self._unload([trial])
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _wait_cleared(self, trial: str) -> None:
+        """Wait until the launcher has cleared a failed load, as it can only while the server knows the model."""
+        assert self._server is not None
+        deadline = time.monotonic() + _CLEARED_SECONDS
+        while time.monotonic() < deadline and any(
+            status.name == trial and status.reason != "unloaded" for status in self._server.models()
+        ):
+            time.sleep(_POLL_SECONDS)
+
     def finish_earlier(self) -> None:
         """Do what a change that was cut off has left to do, or to take back."""
         own = self._old.manifest.triton_models
@@ -208,7 +256,7 @@ class _Change:
             if artefacts.served_versions(self._repository, model) != [self._old.number]:
                 self._write(step)
                 self._load(step)
-        known = {path.parent.name for path in self._repository.glob(f"*/{CONFIG}")}
+        known = {path.parent.name for path in self._repository.glob(f"*/{CONFIG}") if path.parent.is_dir()}
         self._drop([each for each in sorted(known - {*own}) if each.partition("_")[0] == self._name])
 
     def _write(self, step: _Step) -> None:

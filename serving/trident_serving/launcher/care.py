@@ -126,9 +126,10 @@ class Care:
                     say(f"{name} is not loaded: {why}")
             self._refused = dict(self._server.view.refused)
             for entry in self._server.control.index():
-                if entry.failed and entry.name != NOT_READY:
+                # Clearing loads another model under the name: a version that answers would go.
+                if entry.failed and not entry.served and entry.name != NOT_READY:
                     say(f"{entry.name} could not be loaded: {failures.one_line(entry.reason)}")
-                    self._server.control.clear_failure(entry.name)
+                    self._server.control.clear_failure(entry.name, entry.version)
                     self._cleared.add(entry.name)
         except (ControlError, OSError):
             return  # the health check finds out whether the server is well

@@ -8,7 +8,7 @@ waits for a failed stage has neither state nor reason.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trident_serving import artefacts
@@ -31,11 +31,15 @@ class IndexEntry:
         name: of the Triton model.
         state: "READY", "UNAVAILABLE", "LOADING" or "UNLOADING"; "" where Triton never tried to load it.
         reason: why it is not ready, several lines long where Python raised it.
+        served: whether another version of it answers.
+        version: the one that this is about.
     """
 
     name: str
     state: str = ""
     reason: str = ""
+    served: bool = False
+    version: str = "1"
 
     @property
     def weight(self) -> int:
@@ -80,9 +84,12 @@ def entries(index: Iterable[Mapping[str, str]]) -> list[IndexEntry]:
     """
     found: dict[str, IndexEntry] = {}
     for item in index:
-        entry = IndexEntry(item["name"], item.get("state", ""), item.get("reason", ""))
-        if entry.name not in found or entry.weight >= found[entry.name].weight:
-            found[entry.name] = entry
+        entry = IndexEntry(
+            item["name"], item.get("state", ""), item.get("reason", ""), version=item.get("version", "1")
+        )
+        known = found.setdefault(entry.name, entry)
+        served = known.served or READY in (known.state, entry.state)
+        found[entry.name] = replace(entry if entry.weight >= known.weight else known, served=served)
     return list(found.values())
 
 

@@ -7,12 +7,13 @@ signed, and their configs as they were signed, not as they lie in the repository
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trident_serving import artefacts, integrity, signatures
-from trident_serving.artefacts import CONFIG
+from trident_serving.artefacts import CONFIG, TRIAL
 from trident_serving.errors import LoadError
 
 if TYPE_CHECKING:
@@ -46,12 +47,32 @@ class RepositoryView:
         names = set(artefacts.loadable(self._repository))
         linked = {link.name for link in self.folder.iterdir()}
         for name in names - linked:
-            (self.folder / name).symlink_to(self._repository / name, target_is_directory=True)
+            if name.endswith(TRIAL):
+                self._copy(name)
+            else:
+                (self.folder / name).symlink_to(self._repository / name, target_is_directory=True)
         for name in linked - names:
+            if name.endswith(TRIAL):
+                shutil.rmtree(self.folder / name)
             # An export removes the manifest while it installs; a model whose folder remains is still served.
-            if not (self._repository / name).exists():
+            elif not (self._repository / name).exists():
                 (self.folder / name).unlink()
         return sorted(names)
+
+    def _copy(self, name: str) -> None:
+        """Make a folder like a trial's, which may go at any time: tritonserver can't stand a link into nothing."""
+        made, there = self.folder.with_name(f"{self.folder.name}-{name}"), self._repository / name
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        try:
+            shutil.copyfile(there / CONFIG, made / CONFIG)
+            for version in artefacts.served_versions(self._repository, name):
+                target = (there / str(version)).resolve(strict=True)
+                (made / str(version)).symlink_to(target, target_is_directory=True)
+        except OSError:  # it has just gone
+            shutil.rmtree(made)
+        else:
+            made.rename(self.folder / name)
 
     def _refresh_signed(self, keys: Sequence[Ed25519PublicKey]) -> list[str]:
         """Make a folder for each model that is signed, with its config and links to its versions."""
@@ -69,12 +90,16 @@ class RepositoryView:
                 refused[public] = str(error)
             else:
                 names.add(model)
+        for folder in self.folder.iterdir():
+            if folder.name.endswith(TRIAL) and folder.name not in names:
+                shutil.rmtree(folder)
         self.refused = refused
         return sorted(names)
 
     def _link_signed(self, model: str, public: str, keys: Sequence[Ed25519PublicKey]) -> None:
         versions = artefacts.served_versions(self._repository, model)
-        text = ""
+        text, shown = "", model
+        model = model.removesuffix(artefacts.TRIAL)
         for version in versions:
             manifest = signatures.trusted_manifest(self._repository, public, version, keys)
             stored = self._repository / model / str(version) / CONFIG
@@ -83,9 +108,9 @@ class RepositoryView:
                 raise LoadError(f"the signed manifest of version {version} of {public} has no config of {model}")
             integrity.check_files(stored.parent, {CONFIG: signed}, complete=False)
             text = stored.read_text(encoding="utf-8")
-        folder = self.folder / model
+        folder = self.folder / shown
         folder.mkdir(exist_ok=True)
-        config, text = folder / CONFIG, artefacts.with_versions(text, versions)
+        config, text = folder / CONFIG, artefacts.renamed(artefacts.with_versions(text, versions), model, shown)
         if not config.exists() or config.read_text(encoding="utf-8") != text:
             config.with_suffix(".part").write_text(text, encoding="utf-8")
             config.with_suffix(".part").replace(config)

@@ -184,7 +184,7 @@ class Supervisor:
             raise StartError("no model could be loaded: " + "; ".join(one.sentence(repository) for one in failed))
         for entry in index:
             if entry.failed:
-                control.clear_failure(entry.name)
+                control.clear_failure(entry.name, entry.version)
         while not control.ready():
             if self._orders.stop.wait(0.1):
                 return None
