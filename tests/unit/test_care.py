@@ -74,7 +74,7 @@ def test_a_model_that_dies_while_a_client_unloads_it_stays_unloaded(
 ) -> None:
     server = Server(tmp_path, entry, IndexEntry("other", "UNAVAILABLE", "broken"))
     one = reloaded(server)
-    until(lambda: "clear other" in server.done)  # its thread has been through the order by then
+    until(lambda: "clear other 1" in server.done)  # its thread has been through the order by then
     one.stop()
     assert not [what for what in server.done if what.endswith(" m")]
     assert "m was unloaded meanwhile" in capsys.readouterr().err
