@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForSequenceClassification
@@ -43,68 +42,66 @@ def generator(folder: Path, seed: int) -> ModelSpec:
     return models_file.parse("gen", table)
 
 
-def test_promoted_and_rolled_back_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@contextlib.contextmanager
+def served(tmp_path: Path, spec: Callable[[Path, int], ModelSpec]) -> Iterator[tuple[Path, Client, Callable[..., int]]]:
+    """A repository with two versions, a client of the server that has the first one, and a command about them."""
     repository = tmp_path / "repository"
+    said: list[str] = []
+    for version in (1, 2):
+        beside = version == 2
+        install.export([spec(tmp_path, version)], repository, tmp_path, tmp_path / "cache", said.append, beside=beside)
+    name = spec(tmp_path, 1).name
+    assert f"version 2 lies beside version 1: trident-export promote {name}" in said[-2]
+    install.export([spec(tmp_path, 2)], repository, tmp_path, tmp_path / "cache", said.append)  # as `make serve` does
+    assert said[-1] == f"{name}: version 2 is what models.toml says, and waits: trident-export promote {name}"
+    with local.running(repository, tmp_path / "log") as server, Client(server.grpc_url, timeout=60) as client:
 
-    def export(*specs: ModelSpec, beside: bool = False) -> list[str]:
-        said: list[str] = []
-        install.export(specs, repository, tmp_path, tmp_path / "cache", said.append, beside=beside)
-        return said
+        def command(word: str) -> int:
+            return commands.main([word, name, "--repository", str(repository), "--url", server.grpc_url])
 
-    export(classifier(tmp_path, 1), generator(tmp_path, 1))
-    said = export(classifier(tmp_path, 2), generator(tmp_path, 2), beside=True)
-    assert len([line for line in said if "version 2 lies beside version 1: trident-export promote" in line]) == 2
-    again = export(classifier(tmp_path, 2))  # as `make serve` does
-    assert again == ["mood: version 2 is what models.toml says, and waits: trident-export promote mood"]
+        yield repository, client, command
 
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(local.running(repository, tmp_path / "log"))
-        client = stack.enter_context(Client(server.grpc_url, timeout=60))
 
-        def command(*words: str) -> str:
-            assert commands.main([*words, "--repository", str(repository), "--url", server.grpc_url]) == 0
-            return capsys.readouterr().err.splitlines()[-1]
+def under_load(ask: Callable[[], object], command: Callable[..., int], between: Callable[[], None]) -> None:
+    """Promote and roll back while somebody asks."""
+    old = ask()
+    asked: list[object] = []
 
-        def mood() -> tuple[str, ...]:
-            return tuple(f"{label.label} {label.score:.4f}" for label in client.classify(TEXT, model="mood", top_k=3))
+    def slowly() -> object:
+        time.sleep(0.02)
+        return ask()
 
-        def text() -> str:
-            return client.generate("A", model="gen", max_tokens=20).text
+    load = Load(slowly, 2)
+    try:
+        assert command("promote") == 0
+        new = ask()
+        assert new != old
+        between()
+        assert command("rollback") == 0
+        asked += [ask(), ask()]
+    finally:
+        load.stop()
+    assert load.errors == []
+    assert set(load.answers) == {old, new}
+    assert load.answers.total() > 20
+    assert asked == [old, old]
 
-        def long_answer(answers: list[str]) -> threading.Thread:
-            """An answer that is begun before a change and ends after it."""
-            stream = client.stream("A", model="gen", max_tokens=110, min_tokens=110)
-            first = next(stream).text
-            thread = threading.Thread(target=lambda: answers.append(first + "".join(part.text for part in stream)))
-            thread.start()
-            return thread
 
-        old: Any = (mood(), text())
-        whole = client.generate("A", model="gen", max_tokens=110, min_tokens=110).text
-        loads = [Load(mood, 2), Load(text, 2)]
-        for load in loads:
-            stack.callback(load.stop)
+def test_a_generator_is_promoted_and_rolled_back_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with served(tmp_path, generator) as (repository, client, command):
+
+        def text(tokens: int = 20) -> str:
+            return client.generate("A", model="gen", max_tokens=tokens, min_tokens=tokens).text
+
         answers: list[str] = []
-        running = long_answer(answers)
-        digest = artefacts.read_versions(repository, "gen")[2].digest[:12]
-        said_now = command("promote", "gen")
-        assert said_now == f"trident-export: {server.grpc_url} serves version 2 of gen, {digest}; before it was 1"
-        running.join()
+        whole = text(110)
+        stream = client.stream("A", model="gen", max_tokens=110, min_tokens=110)
+        first = next(stream).text  # begun before the change, and ended after it
+        under_load(text, command, lambda: answers.append(first + "".join(part.text for part in stream)))
         assert answers == [whole]
-        assert "serves version 2 of mood" in command("promote", "mood")
-        new = (mood(), text())
-        assert old[0] != new[0]
-        assert old[1] != new[1]
-        assert "serves version 1 of mood" in command("rollback", "mood")
-        assert "serves version 1 of gen" in command("rollback", "gen")
-        assert (mood(), text()) == old
-        for load in loads:
-            load.stop()
-        assert [load.errors for load in loads] == [[], []]
-        assert [set(load.answers) for load in loads] == [set(pair) for pair in zip(old, new, strict=True)]
-        assert all(load.answers.total() > 20 for load in loads)
-        ready = sorted((each.name, each.version) for each in client.models() if each.state == "READY")
-        assert ready == [(name, "1") for name in ("gen", "mood", "mood_model", "mood_postprocess", "mood_tokenizer")]
+        digest = artefacts.read_versions(repository, "gen")[2].digest[:12]
+        assert f"serves version 2 of gen, {digest}; before it was 1" in capsys.readouterr().err
+        assert [(each.name, each.version) for each in client.models() if each.state == "READY"] == [("gen", "1")]
 
         # A version that can't be loaded changes nothing, and the server is ready again.
         kept = repository / "gen/2/config.pbtxt"
@@ -113,14 +110,25 @@ def test_promoted_and_rolled_back_under_load(tmp_path: Path, capsys: pytest.Capt
         assert manifest is not None
         files = artefacts.checksums(repository, ["gen"], "2")
         dataclasses.replace(manifest, files=files).write(repository / "gen/2")
-        assert commands.main(["promote", "gen", "--repository", str(repository), "--url", server.grpc_url]) == 1
-        said_now = capsys.readouterr().err
-        assert (
-            "the server can't load version 2 of gen, and goes on with 1: load failed for model 'gen_trial'" in said_now
-        )
+        expected = text()
+        assert command("promote") == 1
+        said = "the server can't load version 2 of gen, and goes on with 1: load failed for model 'gen_trial'"
+        assert said in capsys.readouterr().err
         deadline = time.monotonic() + 20
         while not client.health().ready and time.monotonic() < deadline:
-            assert (mood(), text()) == old
+            assert text() == expected
             time.sleep(0.1)
         assert client.health().ready
-        assert (mood(), text()) == old
+        assert text() == expected
+
+
+@pytest.mark.slow
+def test_an_encoder_is_promoted_and_rolled_back_under_load(tmp_path: Path) -> None:
+    with served(tmp_path, classifier) as (_, client, command):
+
+        def labels() -> tuple[str, ...]:
+            return tuple(f"{label.label} {label.score:.4f}" for label in client.classify(TEXT, model="mood", top_k=3))
+
+        under_load(labels, command, lambda: None)
+        ready = sorted((each.name, each.version) for each in client.models() if each.state == "READY")
+        assert ready == [(name, "1") for name in ("mood", "mood_model", "mood_postprocess", "mood_tokenizer")]

@@ -40,7 +40,8 @@ def add(commands: _Parsers) -> None:
             command.add_argument("version", nargs="?", default="", help="its number, or the beginning of its digest")
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
         command.set_defaults(run=run)
-        _OPTIONS.get(name, lambda _: None)(command)
+        if name in _OPTIONS:
+            _OPTIONS[name](command)
     keygen = commands.add_parser("keygen", help="make a pair of keys for signatures")
     keygen.add_argument("key", type=Path, help="the file of the private key; the public one is FILE.pub")
     keygen.set_defaults(run=_keygen)
