@@ -66,16 +66,16 @@ def check_files(folder: Path, expected: Mapping[str, str], *, complete: bool) ->
         try:
             found = artefacts.digest(path)
         except OSError as error:
-            raise LoadError(f"{path} can't be read: {error.strerror}; export the model again") from None
+            raise LoadError(f"{path.resolve()} can't be read: {error.strerror}; export the model again") from None
         if found != digest:
             raise LoadError(
-                f"{path} is not the file that was exported: its SHA-256 begins with {found[:12]}, the manifest says "
-                f"{digest[:12]}; put the file back, or export the model again"
+                f"{path.resolve()} is not the file that was exported: its SHA-256 begins with {found[:12]}, the "
+                f"manifest says {digest[:12]}; put the file back, or export the model again"
             )
     if complete:
         found_names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
         if unknown := sorted(found_names - {*expected, MANIFEST, SIGNATURE}):
-            raise LoadError(f"{folder / unknown[0]} is not in the signed manifest: remove it")
+            raise LoadError(f"{(folder / unknown[0]).resolve()} is not in the signed manifest: remove it")
 
 
 def _manifest(folder: Path, environment: Mapping[str, str]) -> Manifest | None:

@@ -206,7 +206,8 @@ def test_a_server_with_trusted_keys_sees_signed_models_with_their_signed_configs
     sign(repository, private)
     commands.main(["promote", "m", "--no-server", "--repository", str(repository)])
     view.refresh()
-    assert sorted(path.name for path in (tmp_path / "view/m_model").iterdir()) == ["2", "config.pbtxt"]
+    assert sorted(path.name for path in (tmp_path / "view/m_model").iterdir()) == ["1", "2", "config.pbtxt"]
+    assert (tmp_path / "view/m_model/config.pbtxt").read_text() == (repository / "m_model/2/config.pbtxt").read_text()
     (repository / "m_model/2/config.pbtxt").write_text(kept)
     assert view.refresh() != sorted(("m", *STAGES))
     assert "m_model/2/config.pbtxt is not the file that was exported" in view.refused["m"]

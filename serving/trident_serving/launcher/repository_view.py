@@ -114,7 +114,8 @@ class RepositoryView:
         if not config.exists() or config.read_text(encoding="utf-8") != text:
             config.with_suffix(".part").write_text(text, encoding="utf-8")
             config.with_suffix(".part").replace(config)
-        wanted = {str(version) for version in versions}
+        # All of them: a trial's process reads the manifest of a version that is not served yet, and checks it itself.
+        wanted = {path.name for path in (self._repository / shown).iterdir() if path.name.isdecimal()}
         for link in folder.iterdir():
             if link.name.isdecimal() and link.name not in wanted:
                 link.unlink()
