@@ -14,6 +14,7 @@ MODEL ?=
 VARIANTS ?=
 SOURCE ?=
 FORCE ?=
+BESIDE ?=
 SERVICE ?= trident
 WATCHERS ?= prometheus grafana collector
 PYTEST_ARGS ?=
@@ -24,7 +25,7 @@ TEST_WORKERS ?= 3
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test test-all check schema format docs quality families bench load load-check soak fuzz clients charts replicas image up down clean
+.PHONY: help setup serve export test test-all check audit schema format docs quality families bench load load-check soak fuzz clients charts replicas image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -46,8 +47,8 @@ serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
 	@$(BIN)/python -m trident_export export --keep-going $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@exec $(BIN)/python -m trident_serving --repository $(REPOSITORY) $(PORTS)
 
-export: $(SETUP) ## export models: make export [MODEL=name [VARIANTS=all] [SOURCE=folder] [FORCE=1]]
-	@$(BIN)/python -m trident_export export $(MODEL) $(if $(VARIANTS),--variants $(VARIANTS)) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+export: $(SETUP) ## export models: make export [MODEL=name [VARIANTS=all] [SOURCE=folder] [FORCE=1] [BESIDE=1]]
+	@$(BIN)/python -m trident_export export $(MODEL) $(if $(VARIANTS),--variants $(VARIANTS)) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) $(if $(BESIDE),--beside) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 test: $(SETUP) ## run the tests, against a real server on free ports
 	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
@@ -64,6 +65,10 @@ check: $(SETUP) ## lint, types, configs in step with models.toml, deployment fil
 	@$(BIN)/python tools/schema.py --check
 	@$(BIN)/python -m trident_export configs --check --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 	@$(BIN)/python deploy/validate.py
+	@$(BIN)/python tools/lock.py --check
+
+audit: $(SETUP) ## ask for known vulnerabilities of the pinned packages, and look for secrets; needs the network
+	@$(BIN)/python tools/audit.py $(if $(UPDATE),--update)
 
 schema: $(SETUP) ## write what comes from trident_serving.schema: the client's options, tables of the reference
 	@$(BIN)/python tools/schema.py

@@ -184,8 +184,8 @@ def small_problems(text: str) -> list[str]:
     bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
     if not bases or not all(re.fullmatch(r"debian:bookworm-slim|python:3\.1[12]-slim", base) for base in bases):
         problems.append("the image must be a slim Debian, with a Python that the wheel's server supports")
-    if not re.search(r"pip install .*\bnvidia-pytriton\b", text):
-        problems.append("the image must hold the wheel's server, nvidia-pytriton")
+    if not re.search(r"pip install .*--requirement requirements-server\.txt", text):
+        problems.append("the image must hold the wheel's server: deploy/requirements-server.txt")
     return problems
 
 
@@ -203,11 +203,12 @@ def image_problems(text: str) -> list[str]:
         "TRIDENT_CONTAINER=1 must tell the launcher where it runs": "TRIDENT_CONTAINER=1" in last,
         "ORT_DISABLE_TELEMETRY=1 is missing": "ORT_DISABLE_TELEMETRY=1" in last,
         "the exporter's packages must not be in the image": not re.search(r"\[(export|dev|bench)\b", text),
-        "pip must keep to constraints.txt": all(
-            "--constraint" in line or "CUDA_RUNTIME" in line
+        "pip must compare hashes, of everything but our own wheel": all(
+            "--require-hashes" in line or "--no-deps --no-build-isolation" in line or "CUDA_RUNTIME" in line
             for line in text.replace("\\\n", " ").replace("&&", "\n").splitlines()
-            if re.search(r"\binstall --(?!yes)", line)
+            if re.search(r"\bpip\b.* install ", line)
         ),
+        "its parts must be listed in sbom.cdx.json": "-m trident_export sbom > sbom.cdx.json" in last,
     }
     return [problem for problem, good in holds.items() if not good]
 

@@ -416,16 +416,16 @@ class AsyncClient(AsyncConnection):
         """See `Client.adapters`."""
         return await self._run(lambda: _control.adapters(model), timeout)
 
-    async def load(self, model: str, *, timeout: float | None = None) -> list[str]:
+    async def load(self, model: str, *, only: Sequence[str] | None = None, timeout: float | None = None) -> list[str]:
         """See `Client.load`."""
         self._only.clear()
-        every = await self._run_on_all(lambda: _control.load(model, self._deadline(timeout)), timeout)
+        every = await self._run_on_all(lambda: _control.load(model, self._deadline(timeout), only), timeout)
         return every[-1]
 
-    async def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
+    async def unload(self, model: str, *, only: Sequence[str] | None = None, timeout: float | None = None) -> list[str]:
         """See `Client.unload`."""
         self._only.clear()
-        every = await self._run_on_all(lambda: _control.unload(model, self._deadline(timeout)), timeout)
+        every = await self._run_on_all(lambda: _control.unload(model, self._deadline(timeout), only), timeout)
         return every[-1]
 
     async def health(self, *, timeout: float | None = None) -> Health:

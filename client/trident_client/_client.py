@@ -638,12 +638,18 @@ class Client(Connection):
         """
         return self._run(lambda: _control.adapters(model), timeout)
 
-    def load(self, model: str, *, timeout: float | None = None) -> list[str]:
+    def load(self, model: str, *, only: Sequence[str] | None = None, timeout: float | None = None) -> list[str]:
         """Load a model that was exported since the server started, or that was exported again.
 
         The other models keep answering, and so does a generator until its new version is loaded. An ensemble that is
         loaded is unloaded first, because a new tokenizer before an old graph gives wrong answers; its requests get
         NotFoundError or UnavailableError until it is loaded again.
+
+        Args:
+            model: public name.
+            only: Triton models of it to load, in this order, and nothing is unloaded before: each takes the place of
+                what answers now once it is loaded, as `trident-export promote` does it.
+            timeout: seconds for each of them.
 
         Returns:
             The Triton models that were loaded: its stages and variants, the public ones last.
@@ -654,11 +660,16 @@ class Client(Connection):
             TridentError: see its other subclasses; a model that can't be loaded says why.
         """
         self._only.clear()
-        every = self._run_on_all(lambda: _control.load(model, self._deadline(timeout)), timeout)
+        every = self._run_on_all(lambda: _control.load(model, self._deadline(timeout), only), timeout)
         return every[-1]
 
-    def unload(self, model: str, *, timeout: float | None = None) -> list[str]:
+    def unload(self, model: str, *, only: Sequence[str] | None = None, timeout: float | None = None) -> list[str]:
         """Unload a model, once its running requests are answered; it stays in the repository.
+
+        Args:
+            model: public name.
+            only: Triton models of it to unload; None: all of them.
+            timeout: seconds for the running requests.
 
         Returns:
             The Triton models that were unloaded.
@@ -669,7 +680,7 @@ class Client(Connection):
             TridentError: see its other subclasses.
         """
         self._only.clear()
-        every = self._run_on_all(lambda: _control.unload(model, self._deadline(timeout)), timeout)
+        every = self._run_on_all(lambda: _control.unload(model, self._deadline(timeout), only), timeout)
         return every[-1]
 
     def health(self, *, timeout: float | None = None) -> Health:

@@ -79,8 +79,13 @@ def only_model(task: str) -> Steps[str]:
     return found[0]
 
 
-def load(model: str, seconds: float | None) -> Steps[list[str]]:
+def load(model: str, seconds: float | None, only: Sequence[str] | None = None) -> Steps[list[str]]:
     """See `Client.load`; `seconds` is how long running requests are waited for, None: without a limit."""
+    if only is not None:
+        for name in only:
+            yield from _triton_models(model, name)
+            yield Ask("load", name, alone=True)
+        return list(only)
     names = yield from _triton_models(model)
     public = [name for name in names if not name.startswith(_roles(model))]
     if len(public) < len(names):
@@ -90,9 +95,9 @@ def load(model: str, seconds: float | None) -> Steps[list[str]]:
     return names
 
 
-def unload(model: str, seconds: float | None) -> Steps[list[str]]:
+def unload(model: str, seconds: float | None, only: Sequence[str] | None = None) -> Steps[list[str]]:
     """See `Client.unload`; `seconds` as in `load`."""
-    names = (yield from _triton_models(model))[::-1]
+    names = list(only) if only is not None else (yield from _triton_models(model))[::-1]
     yield from _unload(names, seconds)
     return names
 
@@ -114,16 +119,21 @@ def _unload(names: Sequence[str], seconds: float | None) -> Steps[None]:
         yield Pause(POLL_SECONDS)
 
 
-def _triton_models(model: str) -> Steps[list[str]]:
-    """The Triton models of a public one, stages first. In a name, "_" comes only before a stage or a variant."""
+def _triton_models(model: str, wanted: str | None = None) -> Steps[list[str]]:
+    """The Triton models of a public one, stages first. In a name, "_" comes only before a stage or a variant.
+
+    Args:
+        wanted: the one that must be among them; None: the public one.
+    """
+    wanted = wanted or model
     deadline = time.monotonic() + _EXPORTED_SECONDS
     while True:
         statuses: list[ModelStatus] = yield Ask("index")
         names = {status.name for status in statuses if status.name.partition("_")[0] == model}
-        if model in names:
+        if wanted in names:
             return sorted(names, key=lambda name: (not name.startswith(_roles(model)), name))
         if time.monotonic() > deadline:
-            raise NotFoundError(f"the server's repository has no exported model {model!r}")
+            raise NotFoundError(f"the server's repository has no exported model {wanted!r}")
         yield Pause(POLL_SECONDS)
 
 

@@ -6,6 +6,10 @@ import sys
 def main() -> int:
     """Run the command line, or say what the environment lacks for it."""
     try:
+        from trident_export.store import commands
+
+        if sys.argv[1:] and sys.argv[1] in commands.NAMES:  # they need no torch, which takes seconds to import
+            return commands.main()
         from trident_export.cli import main as run
 
         return run()

@@ -12,6 +12,11 @@ configs [--check]  write config.pbtxt files, or say which are out of step
 pin                write the hub's commit ids into models.toml
 add MODEL          look at a model and write its table into models.toml
 doctor             what is wrong with a repository, without a server or the network
+
+versions [MODEL]   the versions of a model, and which one is served
+promote MODEL      serve another version, in a running server, too; rollback MODEL: the version before
+verify [MODEL]     compare files with their manifests; keygen, sign: signatures of manifests
+sbom [MODEL]       what a model, or this Python environment, is made of
 """
 
 from __future__ import annotations
@@ -27,13 +32,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trident_export import configs, corpora, doctor, install, models_file, pin, progress, quiet, recipes, report, tasks
+from trident_export import (
+    configs,
+    corpora,
+    doctor,
+    install,
+    models_file,
+    pin,
+    progress,
+    quiet,
+    recipes,
+    releases,
+    report,
+    tasks,
+)
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, SourceError, UsageError
 from trident_export.huggingface import adapters, sources
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
 from trident_export.measure.sensitivity import Grouping
+from trident_export.store import commands as store
 from trident_serving import artefacts
 
 if TYPE_CHECKING:
@@ -77,6 +96,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     export.add_argument(
         "--keep-going", action="store_true", help="end with status 0 although models failed; the launcher names them"
     )
+    export.add_argument(
+        "--beside",
+        action="store_true",
+        help="put a new version beside the one that is served, which stays as it is (then: promote)",
+    )
     export.set_defaults(run=_export)
     evaluate = commands.add_parser("evaluate", help="what every exported variant gets wrong, and what it costs")
     evaluate.add_argument("model", nargs="?", help="one model of models.toml (default: all that are exported)")
@@ -117,6 +141,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
+    store.add(commands)
     every = (export, evaluate, audit, guarding, detecting, sensitive, pruned, distilled, check, pinning, adding)
     for command in (*every, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
@@ -253,13 +278,15 @@ def _export(options: argparse.Namespace) -> int:
     quiet.hush_onnxruntime(options.verbose)
     cache = options.cache or base / ".cache"
     try:
-        exported = install.export(specs, options.repository, base, cache, progress.say, force=options.force)
+        exported = install.export(
+            specs, options.repository, base, cache, progress.say, force=options.force, beside=options.beside
+        )
     except ExportError as error:
         if not options.keep_going:
             raise
         progress.say(str(error))
         return 0
-    if options.model and not exported:
+    if options.model and not exported and all(install.is_current(spec, options.repository, base) for spec in specs):
         progress.say(f"{options.model} is up to date")
     return 0
 
@@ -295,10 +322,11 @@ def _evaluate(options: argparse.Namespace) -> int:
             continue
         progress.say(f"{spec.name}: comparing with Hugging Face")
         source = sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
-        report[spec.name] = {
-            variant: {**measured, **quality.cost(spec, variant, options.repository)}
-            for variant, measured in tasks.evaluate(spec, source, options.repository, texts, thorough=True).items()
-        }
+        with releases.served_as_first(spec.name, options.repository) as root:
+            report[spec.name] = {
+                variant: {**measured, **quality.cost(spec, variant, root)}
+                for variant, measured in tasks.evaluate(spec, source, root, texts, thorough=True).items()
+            }
     print(quality.write(report, options.reports), end="")
     return 0
 

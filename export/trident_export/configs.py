@@ -14,8 +14,8 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_export.models_file import ModelSpec
-from trident_serving import encoders
-from trident_serving.artefacts import CONFIG_HEADER, UNVERIFIED, read_manifest
+from trident_serving import artefacts, encoders
+from trident_serving.artefacts import CONFIG, CONFIG_HEADER, UNVERIFIED, read_manifest
 from trident_serving.encoders.task import EncoderTask, Tensor
 from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
 from trident_serving.schema.limits import (
@@ -89,15 +89,53 @@ def to_text(config: pb.ModelConfig) -> str:
     return CONFIG_HEADER + text
 
 
+def pin(config: pb.ModelConfig, version: int) -> pb.ModelConfig:
+    """The config of a version that may lie beside others: it names the version, and an ensemble that of its stages."""
+    pinned = pb.ModelConfig()
+    pinned.CopyFrom(config)
+    pinned.version_policy.specific.versions.append(version)
+    for step in pinned.ensemble_scheduling.step if pinned.platform == "ensemble" else ():
+        if "_" in step.model_name:  # a stage; an alias asks the public model, whichever version it has
+            step.model_version = version
+    return pinned
+
+
+def pinned_text(text: str, version: int) -> str:
+    """The same of a config's text."""
+    return to_text(pin(text_format.Parse(text, pb.ModelConfig()), version))
+
+
+def expected(spec: ModelSpec, repository: Path) -> dict[str, str]:
+    """The text of the config.pbtxt of every part of a spec.
+
+    Once a model has had two versions, it is what the export of the one that is served has kept, whatever the table says
+    by now; else it is what the table says.
+    """
+    built = build(spec, _installed(spec, repository))
+    manifest = read_manifest(repository, spec.name)
+    if manifest is None or not artefacts.is_pinned(repository, spec.name):
+        return {name: to_text(config) for name, config in built.items()}
+    (*_, version) = artefacts.served_versions(repository, spec.name)
+    kept = {name: repository / name / str(version) / CONFIG for name in manifest.triton_models}
+    return {
+        name: path.read_text(encoding="utf-8") if path.exists() else to_text(pin(built[name], version))
+        for name, path in kept.items()
+        if path.exists() or name in built
+    }
+
+
 def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | None = None) -> None:
     """Write the config.pbtxt of every part of a spec; a file that is right is left alone.
 
     Args:
         unverified: see `build`; None: as the installed model is.
     """
-    for name, config in build(spec, _installed(spec, repository) if unverified is None else unverified).items():
-        path = repository / name / "config.pbtxt"
-        text = to_text(config)
+    if unverified is None:
+        texts = expected(spec, repository)
+    else:
+        texts = {name: to_text(config) for name, config in build(spec, unverified).items()}
+    for name, text in texts.items():
+        path = repository / name / CONFIG
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
@@ -109,19 +147,19 @@ def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
     A model that is exported on demand has no configs before.
     """
     problems = []
-    expected: dict[str, pb.ModelConfig] = {}
+    texts: dict[str, str] = {}
     for spec in specs:
-        built = build(spec, _installed(spec, repository))
-        expected |= built
+        its = expected(spec, repository)
+        texts |= its
         if not spec.on_demand or read_manifest(repository, spec.name) is not None:
-            missing = [repository / name / "config.pbtxt" for name in built]
+            missing = [repository / name / CONFIG for name in its]
             problems += [f"{path} is missing" for path in missing if not path.exists()]
-    for name, config in expected.items():
-        path = repository / name / "config.pbtxt"
-        if path.exists() and path.read_text(encoding="utf-8") != to_text(config):
+    for name, text in texts.items():
+        path = repository / name / CONFIG
+        if path.exists() and path.read_text(encoding="utf-8") != text:
             problems.append(f"{path} differs from models.toml")
-    for path in sorted(repository.glob("*/config.pbtxt")):
-        if path.parent.name not in expected and path.read_text(encoding="utf-8").startswith(CONFIG_HEADER):
+    for path in sorted(repository.glob(f"*/{CONFIG}")):
+        if path.parent.name not in texts and path.read_text(encoding="utf-8").startswith(CONFIG_HEADER):
             problems.append(f"{path} belongs to no model of models.toml")
     return problems
 

@@ -56,7 +56,8 @@ def require_writable(repository: Path, models: Iterable[str]) -> None:
     if repository.exists() and not repository.is_dir():
         raise NotWritable(f"{repository} is no folder: choose another with REPOSITORY=...")
     folders = [repository / name for name in models]
-    for folder in [repository, repository / ".trident", *folders, *(folder / "1" for folder in folders)]:
+    numbers = [number for folder in folders for number in folder.glob("[0-9]*")]
+    for folder in [repository, repository / ".trident", *folders, *numbers]:
         # A folder that is moved needs to be written itself, because its own ".." changes.
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             raise _not_writable(folder, "read-only" if _is_owner(folder) else "permission denied")

@@ -21,7 +21,7 @@ from trident_export.errors import ExportError
 from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_serving import memory
-from trident_serving.artefacts import VERSION, Manifest, read_manifest
+from trident_serving.artefacts import Manifest, read_manifest, version_folder
 from trident_serving.triton.onnx_session import TRITON_TYPES
 
 MEBIBYTE = 2**20
@@ -74,8 +74,8 @@ def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Findin
         yield from _needs(spec, parameters, repository)
         return
     for model in manifest.triton_models:
-        if not (repository / model / VERSION).is_dir():
-            yield Finding(True, f"[{spec.name}] {repository / model / VERSION} is missing: export it again")
+        if not (folder := version_folder(repository, model)).is_dir():
+            yield Finding(True, f"[{spec.name}] {folder} is missing: export it again")
     for variant in spec.variants:
         for file in install.graph_files(spec, variant, repository):
             if not file.is_file():
@@ -83,7 +83,15 @@ def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Findin
     for variant, reason in manifest.unverified.items():
         yield Finding(False, f"[{spec.name}] {variant} was installed by force: {reason}")
     yield from _other_processor(spec, manifest)
-    if not install.is_current(spec, repository, base):
+    if install.is_current(spec, repository, base):
+        return
+    if (waits := install.waiting_version(spec, repository, base)) is not None:
+        yield Finding(
+            False,
+            f"[{spec.name}] version {waits} is what its table says and is not served: run trident-export promote "
+            f"{spec.name}",
+        )
+    else:
         yield Finding(False, f"[{spec.name}] is older than its table, source or exporter: export it again")
 
 
@@ -127,7 +135,7 @@ def _needs(spec: ModelSpec, parameters: int, repository: Path) -> Iterator[Findi
 def _tensors(spec: ModelSpec, repository: Path) -> Iterator[Finding]:
     """Graphs that the onnxruntime backend serves must have the tensors of their configs."""
     for name, config in configs.build(spec).items():
-        path = repository / name / VERSION / "model.onnx"
+        path = version_folder(repository, name) / "model.onnx"
         if config.backend != "onnxruntime" or not path.is_file():
             continue
         graph = onnx.load(str(path), load_external_data=False).graph

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from trident_export.errors import ModelsFileError
 from trident_export.graphs import editing
 from trident_export.models_file import ModelSpec, as_installed
-from trident_serving.artefacts import DRAFT, VERSION, DraftSettings
+from trident_serving.artefacts import DRAFT, VERSION, DraftSettings, version_folder
 from trident_serving.generation.drafting import MAX_DRAFT
 
 if TYPE_CHECKING:
@@ -47,13 +47,14 @@ def check(spec: ModelSpec, source: HuggingFaceFolder, repository: Path) -> None:
     """
     if spec.draft_spec is None:
         return
-    inputs = onnx.load(str(repository / spec.draft / VERSION / "model.onnx"), load_external_data=False).graph.input
+    drafting = version_folder(repository, spec.draft)
+    inputs = onnx.load(str(drafting / "model.onnx"), load_external_data=False).graph.input
     if any(value.name.startswith(_PAST_STATES) for value in inputs):
         raise ModelsFileError(
             f"[{spec.name}]: draft {spec.draft!r} keeps states, from which a token that is refused can't be taken back"
         )
     ours = _tokens(source.fast_tokenizer.backend_tokenizer)
-    theirs = _tokens(Tokenizer.from_file(str(repository / spec.draft / VERSION / "tokenizer.json")))
+    theirs = _tokens(Tokenizer.from_file(str(drafting / "tokenizer.json")))
     different = [name for name, tokens in ours.items() if theirs[name] != tokens]
     if different:
         raise ModelsFileError(
@@ -88,13 +89,14 @@ def link(spec: ModelSpec, staging: Path, repository: Path) -> dict[str, str]:
         if found is None:
             continue
         owner, drafting = found
-        root = staging if owner.name == spec.name else repository
         folder = staging / spec.public_name(variant) / VERSION
-        graph = root / owner.public_name(drafting) / VERSION / "model.onnx"
+        named = owner.public_name(drafting)
+        drafts = staging / named / VERSION if owner.name == spec.name else version_folder(repository, named)
+        graph = drafts / "model.onnx"
         editing.link(graph, folder / DRAFT / "model.onnx")
         limits = owner.generation
         assert limits is not None
-        settings = DraftSettings(owner.public_name(drafting), limits.context, max(limits.prefill_chunk, MAX_DRAFT + 1))
+        settings = DraftSettings(named, limits.context, max(limits.prefill_chunk, MAX_DRAFT + 1))
         settings.write(folder / DRAFT)
         names[variant] = settings.name
     return names

@@ -12,6 +12,7 @@
     │   ├── NoMatmuls           the recipe finds nothing to quantize
     │   └── GraphTooLarge       beyond a limit of the file format
     ├── FidelityError           a variant is further from Hugging Face than its gate allows
+    ├── StoreError              a repository has no such version, or a server does not take it
     ├── NoSpace                 a disk is too full
     ├── NoMemory                the machine, or the container, has too little memory
     ├── NotWritable             a folder belongs to another user, or is read-only
@@ -73,6 +74,10 @@ class GraphTooLarge(UnsupportedModel):
 
 class FidelityError(ExportError):
     """A variant is further from Hugging Face than its gate allows."""
+
+
+class StoreError(ExportError):
+    """A version of a model can't be served, signed or checked; the message says what is served now."""
 
 
 class NoSpace(ExportError):

@@ -1,5 +1,7 @@
 """Exports into a model repository: built aside, checked, moved into place, one at a time.
 
+An export takes the place of the version that is served, or becomes a version beside it, which `store.rollout` promotes.
+
 A model's manifest goes first and comes last, so whatever is cut off in between leaves no half model: without
 its manifest a model is not loaded, and the next export makes it anew.
 """
@@ -7,7 +9,6 @@ its manifest a model is not loaded, and the next export makes it anew.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trident_export import configs, disk, drafts, memory, processors, report, tasks
+from trident_export import configs, disk, drafts, memory, origins, processors, releases, report, tasks
 from trident_export.errors import ExportError, ExportsFailed, SourceError
 from trident_export.fingerprint import fingerprint
 from trident_export.huggingface import sources
@@ -24,7 +25,10 @@ from trident_export.measure import fidelity
 from trident_export.models_file import ModelSpec
 from trident_export.processors import Processor
 from trident_export.progress import Progress
+from trident_export.store.versions import keep_only, locked
+from trident_serving import artefacts
 from trident_serving.artefacts import (
+    CONFIG,
     DRAFT,
     MANIFEST,
     VERSION,
@@ -32,18 +36,35 @@ from trident_serving.artefacts import (
     manifest_path,
     read_failures,
     read_manifest,
+    read_versions,
+    served_versions,
     write_failures,
 )
 
 
 def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
-    """Whether the repository holds this very model, complete."""
-    manifest = read_manifest(repository, spec.name)
+    """Whether the repository serves this very model, complete."""
+    (*_, version) = served_versions(repository, spec.name)
+    return _is_version(version, read_manifest(repository, spec.name), spec, repository, base)
+
+
+def waiting_version(spec: ModelSpec, repository: Path, base: Path) -> int | None:
+    """The version of this very model that lies beside the one that is served; None: there is none."""
+    served = served_versions(repository, spec.name)
+    found = [
+        version
+        for version, manifest in read_versions(repository, spec.name).items()
+        if version not in served and _is_version(version, manifest, spec, repository, base)
+    ]
+    return found[-1] if found else None
+
+
+def _is_version(version: int, manifest: Manifest | None, spec: ModelSpec, repository: Path, base: Path) -> bool:
     return (
         manifest is not None
         and manifest.fingerprint == fingerprint(as_made(spec, manifest), base)
-        and all((repository / model / VERSION).is_dir() for model in manifest.triton_models)
-        and all(file.is_file() for variant in spec.variants for file in graph_files(spec, variant, repository))
+        and all((repository / model / str(version)).is_dir() for model in manifest.triton_models)
+        and all(file.is_file() for variant in spec.variants for file in graph_files(spec, variant, repository, version))
     )
 
 
@@ -53,15 +74,20 @@ def as_made(spec: ModelSpec, manifest: Manifest) -> ModelSpec:
     return spec.made_for(Processor(manifest.processor)) if known else spec
 
 
-def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
-    """The graphs that a variant is served from; a template has none."""
+def graph_files(spec: ModelSpec, variant: str, repository: Path, version: int | None = None) -> list[Path]:
+    """The graphs that a variant is served from; a template has none.
+
+    Args:
+        version: which one; None: the one that is served.
+    """
     if spec.template:
         return []
+    number = str(served_versions(repository, spec.name)[-1] if version is None else version)
     if spec.seq2seq or spec.speech:
-        folder = repository / spec.public_name(variant) / VERSION
+        folder = repository / spec.public_name(variant) / number
         return [folder / "encoder.onnx", folder / "decoder.onnx"]
     parts = [spec.public_name(variant)] if spec.generation else configs.model_parts(spec, variant)
-    folders = [repository / part / VERSION for part in parts]
+    folders = [repository / part / number for part in parts]
     if spec.draft_of(variant) is not None:
         folders.append(folders[0] / DRAFT)
     return [folder / "model.onnx" for folder in folders]
@@ -75,16 +101,19 @@ def export(
     progress: Progress,
     *,
     force: bool = False,
+    beside: bool = False,
 ) -> list[str]:
     """Export what is missing or out of date; returns the names of the models that were exported.
 
-    A model that fails does not keep the others from being exported.
+    A model that fails does not keep the others from being exported. A version that waits beside the one that is served
+    is not exported again.
 
     Args:
         base: the folder of the models file, where relative paths start.
         cache: where converted sources are kept.
         force: install variants that the gate refuses (their configs, and so the server, call them unverified), and
             go on where memory is short.
+        beside: leave what is served as it is, and put a new version beside it.
 
     Raises:
         ExportError: the only model could not be exported; the repository keeps what it had of it.
@@ -99,7 +128,7 @@ def export(
             _check_generator(spec, specs, failures, repository)
             if spec.draft_spec is not None and spec.draft_spec.name in failures:
                 raise SourceError(f"its draft {spec.draft} is not exported: see there")
-            if _export_if_needed(spec, repository, base, cache, progress, force):
+            if _export_if_needed(spec, repository, base, cache, progress, force, beside):
                 exported.append(spec.name)
         except Exception as error:
             failures[spec.name] = _sentence(spec.name, error, repository)
@@ -148,21 +177,28 @@ def _check_generator(
 
 
 def _export_if_needed(
-    spec: ModelSpec, repository: Path, base: Path, cache: Path, progress: Progress, force: bool
+    spec: ModelSpec, repository: Path, base: Path, cache: Path, progress: Progress, force: bool, beside: bool
 ) -> bool:
     with disk.writing(repository):
         if is_current(spec, repository, base):
             configs.write(spec, repository)  # a config that was changed or removed by hand
             return False
+        if (waits := waiting_version(spec, repository, base)) is not None:
+            progress(
+                f"{spec.name}: version {waits} is what models.toml says, and waits: trident-export promote {spec.name}"
+            )
+            return False
         disk.require_writable(repository, configs.build(spec))
-        with _locked(repository, progress):
+        with locked(repository, progress):
             if is_current(spec, repository, base):
                 return False  # another export made it while this one waited
-            _export_one(spec, repository, base, cache, _timed(spec.name, progress), force)
+            _export_one(spec, repository, base, cache, _timed(spec.name, progress), force, beside)
     return True
 
 
-def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, progress: Progress, force: bool) -> None:
+def _export_one(
+    spec: ModelSpec, repository: Path, base: Path, cache: Path, progress: Progress, force: bool, beside: bool
+) -> None:
     work = repository / ".trident"
     for left in work.glob("staging-*"):  # of an export that was killed: the lock says that none is running
         shutil.rmtree(left, ignore_errors=True)
@@ -176,10 +212,18 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
         digest = fingerprint(spec, base)  # before: what is changed while the export runs is not in it
         with disk.writing(staging), _temporary_files(staging):
             checked = tasks.build(tasks.Job(spec, source, staging, progress), force=force)
+            drafted = drafts.link(spec, staging, repository)
+            models = list(configs.build(spec))
+            (*_, version) = served = served_versions(repository, spec.name)
+            beside = beside and read_manifest(repository, spec.name) is not None
+            if beside:
+                version = releases.next_number(repository, models)
+            configs.write(spec, staging / "_configs", checked.refused)
+            releases.keep_configs(staging, models, version)
             manifest = Manifest(
                 name=spec.name,
                 task=spec.task,
-                triton_models=list(configs.build(spec)),
+                triton_models=models,
                 public_models={
                     variant: spec.public_name(variant)
                     for variant in sorted(spec.variants, key=lambda variant: variant != spec.default_variant)
@@ -188,15 +232,25 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
                 fidelity=dict(checked.measures),
                 unverified=checked.refused,
                 aliases=[name] if (name := configs.alias(spec)) else [],
-                drafts=drafts.link(spec, staging, repository),
+                drafts=drafted,
                 processor=spec.processor or processors.this_machine(),
                 recipes={
                     variant: recipe.name for variant, recipe in spec.recipes.items() if recipe.name not in ("", variant)
                 },
+                files=artefacts.checksums(staging, models),
+                source=origins.source(spec),
+                licences=origins.licences(spec, source, cache),
             )
             manifest.write(staging)
-            configs.write(spec, staging / "_configs", checked.refused)
-            _install(manifest, staging, repository)
+            if beside:
+                releases.share(manifest, staging, repository, served[-1])
+                releases.pin_served(spec.name, repository)
+            elif artefacts.is_pinned(repository, spec.name):
+                releases.use_kept_configs(staging, models)
+            _install(manifest, staging, repository, version, served=not beside)
+            if beside:
+                keep_only(spec.name, repository, {version, *range(served[-1] + 1)})
+                progress(f"version {version} lies beside version {served[-1]}: trident-export promote {spec.name}")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for variant, values in checked.measures.items():
@@ -206,22 +260,26 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
             progress(f"{variant}: with adapter {adapter} ({shown})" if adapter else f"{variant}: {verdict} ({shown})")
 
 
-def _install(manifest: Manifest, staging: Path, repository: Path) -> None:
+def _install(manifest: Manifest, staging: Path, repository: Path, version: int, *, served: bool) -> None:
     """Move what was built into its place; where that fails, what was there before is put back.
 
     All is on the disk by now, so a full one can only refuse new folders' names. The manifest goes first and comes last.
+
+    Args:
+        served: whether it is the version that is served from now on, so that its configs count.
     """
     old = staging / "_old"
     (old / "configs").mkdir(parents=True)
     with contextlib.ExitStack() as undo:
-        _move(manifest_path(repository, manifest.name), old / MANIFEST, undo)
+        _move(manifest_path(repository, manifest.name, version), old / MANIFEST, undo)
         for model in manifest.triton_models:
             (repository / model).mkdir(exist_ok=True)
-            _move(repository / model / "config.pbtxt", old / "configs" / model, undo)
-            _move(staging / "_configs" / model / "config.pbtxt", repository / model / "config.pbtxt", undo)
-            _move(repository / model / VERSION, old / model, undo)
-            _move(staging / model / VERSION, repository / model / VERSION, undo)
-        _move(staging / MANIFEST, manifest_path(repository, manifest.name), undo)
+            if served:
+                _move(repository / model / CONFIG, old / "configs" / model, undo)
+                _move(staging / "_configs" / model / CONFIG, repository / model / CONFIG, undo)
+            _move(repository / model / str(version), old / model, undo)
+            _move(staging / model / VERSION, repository / model / str(version), undo)
+        _move(staging / MANIFEST, manifest_path(repository, manifest.name, version), undo)
         undo.pop_all()
 
 
@@ -242,19 +300,6 @@ def _temporary_files(staging: Path) -> Iterator[None]:
         yield
     finally:
         tempfile.tempdir = before
-
-
-@contextmanager
-def _locked(repository: Path, progress: Progress) -> Iterator[None]:
-    work = repository / ".trident"
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(f"another export works in {repository}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _timed(name: str, progress: Progress) -> Progress:

@@ -1,22 +1,31 @@
 """What an export writes into a model repository, and how a reader knows that it is complete.
 
-Each exported model has a manifest, `<repository>/<name>/1/trident.json`, which the export writes last. A
+Each exported model has a manifest, `<repository>/<name>/<version>/trident.json`, which the export writes last. A
 model without one was never exported, or its export was cut off: it is not loaded.
+
+Versions of a model lie side by side. Each has a folder of that number in every Triton model that belongs to it. The
+`version_policy` of a config says which one is served; a config without a policy serves version 1, the only one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-VERSION = "1"
+VERSION = "1"  # where an export builds; and the version of a model that has one
 # The format of an export: the files of a version folder and their contents. Raise it when our code would misread an
 # older artefact; tests/unit/test_artefacts.py says when that may be.
 FORMAT = 2
 MANIFEST = "trident.json"
+SIGNATURE = "trident.json.sig"
+CONFIG = "config.pbtxt"
+# What follows the name of a Triton model that is another one's version, loaded to see whether it can be.
+TRIAL = "_trial"
 # The file of a repository that says why the last export of a model failed, by its name. The launcher prints it.
 FAILURES = ".trident/failures.json"
 # The config parameter that says why the gate refused a variant that is served nevertheless.
@@ -24,6 +33,8 @@ UNVERIFIED = "unverified"
 # The folder in a version folder with the graph that drafts, and the file in it that says what it is.
 DRAFT = "draft"
 DRAFT_FILE = "draft.json"
+# As protobuf writes it: the versions of a model that a server loads.
+_POLICY = re.compile(r"^version_policy \{\n  specific \{\n((?:    versions: \d+\n)+)  \}\n\}\n", re.MULTILINE)
 CONFIG_HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
 
 
@@ -43,6 +54,10 @@ class Manifest:
         drafts: the model that drafts, by variant; only of those that have one.
         processor: what it was made for; "": an older export does not say.
         recipes: the recipe that made a variant, where the processor chose one of another name.
+        files: the SHA-256 of each file of the version, by "<Triton model>/<path in its version folder>"; {}: an older
+            export does not say.
+        source: where the weights come from: the keys of models.toml that name it.
+        licences: what the source says of its licence: SPDX identifiers, or names as it has them.
         format: of the artefact; 1 where none is written.
     """
 
@@ -57,7 +72,20 @@ class Manifest:
     drafts: dict[str, str] = field(default_factory=dict)
     processor: str = ""
     recipes: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+    licences: list[str] = field(default_factory=list)
     format: int = 1
+
+    @property
+    def digest(self) -> str:
+        """What the version is called by its content: the SHA-256 of the names and digests of its files."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest() if self.files else ""
+
+    def files_of(self, model: str) -> dict[str, str]:
+        """The digests of one Triton model's files, by their paths in its version folder."""
+        start = f"{model}/"
+        return {path.removeprefix(start): digest for path, digest in self.files.items() if path.startswith(start)}
 
     @property
     def called(self) -> list[str]:
@@ -98,24 +126,92 @@ def read_draft(version_folder: Path) -> DraftSettings | None:
     return DraftSettings(**json.loads(text))
 
 
-def manifest_path(repository: Path, name: str) -> Path:
-    """The manifest file of a model."""
-    return repository / name / VERSION / MANIFEST
+def served_versions(repository: Path, model: str) -> list[int]:
+    """The versions of a Triton model that a server loads, as its config says; [1] where it says nothing."""
+    found = _POLICY.search(_read(repository / model / CONFIG))
+    return [int(number) for number in re.findall(r"\d+", found[1])] if found else [int(VERSION)]
 
 
-def read_manifest(repository: Path, name: str) -> Manifest | None:
-    """The manifest of a model; None if it is not exported, not complete, or has another format than this."""
+def is_pinned(repository: Path, model: str) -> bool:
+    """Whether a Triton model's config says which version is served, as it does once there has been a second one."""
+    return _POLICY.search(_read(repository / model / CONFIG)) is not None
+
+
+def with_versions(config: str, versions: Iterable[int]) -> str:
+    """The text of a config that names a version, with these in its place."""
+    lines = "".join(f"    versions: {version}\n" for version in versions)
+    text, count = _POLICY.subn(f"version_policy {{\n  specific {{\n{lines}  }}\n}}\n", config, count=1)
+    if not count:
+        raise ValueError("the config names no version")
+    return text
+
+
+def renamed(config: str, old: str, new: str) -> str:
+    """The text of a config under another name of its Triton model."""
+    return config.replace(f'name: "{old}"\n', f'name: "{new}"\n', 1)
+
+
+def version_folder(repository: Path, model: str) -> Path:
+    """The folder of the version of a Triton model that is served."""
+    return repository / model / str(served_versions(repository, model)[-1])
+
+
+def manifest_path(repository: Path, name: str, version: int | None = None) -> Path:
+    """The manifest file of a model's version; None: of the one that is served."""
+    folder = version_folder(repository, name) if version is None else repository / name / str(version)
+    return folder / MANIFEST
+
+
+def read_manifest(repository: Path, name: str, version: int | None = None) -> Manifest | None:
+    """The manifest of a model; None if it is not exported, not complete, or has another format than this.
+
+    Args:
+        version: which one; None: the one that is served.
+    """
     try:
-        manifest = Manifest(**json.loads(manifest_path(repository, name).read_text(encoding="utf-8")))
+        text = manifest_path(repository, name, version).read_text(encoding="utf-8")
+        manifest = Manifest(**json.loads(text))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
     return manifest if manifest.format == FORMAT else None
 
 
+def read_versions(repository: Path, name: str) -> dict[int, Manifest]:
+    """The manifests of every complete version of a model, the oldest first."""
+    numbers = sorted(int(path.parent.name) for path in repository.glob(f"{name}/*/{MANIFEST}") if _is_version(path))
+    found = {number: read_manifest(repository, name, number) for number in numbers}
+    return {number: manifest for number, manifest in found.items() if manifest is not None}
+
+
 def read_manifests(repository: Path) -> list[Manifest]:
-    """Every completely exported model of a repository, by name."""
-    names = sorted(path.parent.parent.name for path in repository.glob(f"*/{VERSION}/{MANIFEST}"))
-    return [manifest for name in names if (manifest := read_manifest(repository, name)) is not None]
+    """Every completely exported model of a repository as it is served, by name."""
+    found = (read_manifest(repository, name) for name in _names(repository))
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _names(repository: Path) -> list[str]:
+    return sorted({path.parent.parent.name for path in repository.glob(f"*/*/{MANIFEST}") if _is_version(path)})
+
+
+def _is_version(manifest: Path) -> bool:
+    return manifest.parent.name.isdecimal()
+
+
+def checksums(root: Path, models: Sequence[str], version: str = VERSION) -> dict[str, str]:
+    """The digests of all files of a version but its manifest and signature, as `Manifest.files` has them."""
+    found = {}
+    for model in sorted(models):
+        folder = root / model / version
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.relative_to(folder).as_posix() not in (MANIFEST, SIGNATURE):
+                found[f"{model}/{path.relative_to(folder).as_posix()}"] = digest(path)
+    return found
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_failures(repository: Path) -> dict[str, str]:
@@ -131,36 +227,59 @@ def write_failures(repository: Path, failures: Mapping[str, str]) -> None:
     """Write the file that `read_failures` reads, whole or not at all."""
     path = repository / FAILURES
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(dict(failures), indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(dict(failures), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def unexported(repository: Path) -> list[str]:
     """Public names of models that have a config and no artefacts: `make export MODEL=name` makes them."""
     exported = {manifest.name for manifest in read_manifests(repository)}
-    configured = {path.parent.name for path in repository.glob("*/config.pbtxt") if _is_ours(path)}
+    configured = {path.parent.name for path in repository.glob(f"*/{CONFIG}") if _is_ours(path)}
     return sorted(name for name in configured - exported if "_" not in name)  # the others are stages and variants
 
 
 def plain_models(repository: Path) -> list[str]:
     """Models that Trident did not export: they have a version folder and no config of ours."""
+    ours = {  # what belongs to a version that is not served may have no config now
+        model
+        for name in _names(repository)
+        for manifest in read_versions(repository, name).values()
+        for model in manifest.triton_models
+    }
     return sorted(
         path.name
         for path in repository.iterdir()
         if any(version.name.isdecimal() and version.is_dir() for version in path.glob("*"))
-        and not _is_ours(path / "config.pbtxt")
+        and path.name not in ours
+        and not _is_ours(path / CONFIG)
     )
 
 
 def loadable(repository: Path) -> list[str]:
     """Every Triton model that can be loaded: those of complete exports, and plain models."""
-    exported = {model for manifest in read_manifests(repository) for model in manifest.triton_models}
-    return sorted(exported | set(plain_models(repository)))
+    exported = {
+        model
+        for name in _names(repository)
+        for version, manifest in read_versions(repository, name).items()
+        for model in manifest.triton_models
+        if version in served_versions(repository, model)
+    }
+    trials = {path.parent.name for path in repository.glob(f"*{TRIAL}/{CONFIG}") if _is_ours(path)}
+    return sorted(exported | trials | set(plain_models(repository)))
 
 
 def _is_ours(config: Path) -> bool:
+    return _read(config).startswith(CONFIG_HEADER)
+
+
+def _read(config: Path) -> str:
     try:
-        return config.read_text(encoding="utf-8").startswith(CONFIG_HEADER)
+        return config.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return ""

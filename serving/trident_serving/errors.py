@@ -10,6 +10,7 @@
     ├── LoadError           its graph and its config disagree
     ├── DoesNotFit          it takes more memory than there is
     ├── DeviceMissing       the device that it is for is not there
+    ├── KeyUnusable         the keys that its signature is checked with can't be used
     └── BrokenModel         it gives logits that are no numbers
     LauncherError           the server can't start or go on: the person who started it reads the message
     ├── StartError          it can't start
@@ -61,6 +62,10 @@ class DoesNotFit(ModelError):
 
 class DeviceMissing(ModelError):
     """The device that the configuration asks for is not there; the message says what is and what to install."""
+
+
+class KeyUnusable(ModelError):
+    """The keys of signatures can't be used; the message says why."""
 
 
 class BrokenModel(ModelError):

@@ -15,7 +15,7 @@ HELD = {
     2: {
         "Manifest": (
             "name task triton_models public_models fingerprint fidelity unverified aliases drafts processor recipes "
-            "format"
+            "files source licences format"
         ),
         "DraftSettings": "name context longest_run",
         "GenerationDefaults": (

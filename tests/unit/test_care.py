@@ -25,13 +25,13 @@ class Server:
         self.done: list[str] = []
         self.refuses: list[Exception] = []
         self.options = SimpleNamespace(repository=repository, ready_seconds=1.0)
-        self.view = SimpleNamespace(refresh=list)
+        self.view = SimpleNamespace(refresh=list, refused={})
         self.control: Any = SimpleNamespace(
             index=lambda: self.entries,
             live=lambda seconds: True,
             load=self._load,
             unload=lambda model: self.done.append(f"unload {model}"),
-            clear_failure=lambda model: self.done.append(f"clear {model}"),
+            clear_failure=lambda model, version: self.done.append(f"clear {model} {version}"),
         )
 
     def _load(self, model: str, seconds: float) -> None:
@@ -74,7 +74,7 @@ def test_a_model_that_dies_while_a_client_unloads_it_stays_unloaded(
 ) -> None:
     server = Server(tmp_path, entry, IndexEntry("other", "UNAVAILABLE", "broken"))
     one = reloaded(server)
-    until(lambda: "clear other" in server.done)  # its thread has been through the order by then
+    until(lambda: "clear other 1" in server.done)  # its thread has been through the order by then
     one.stop()
     assert not [what for what in server.done if what.endswith(" m")]
     assert "m was unloaded meanwhile" in capsys.readouterr().err

@@ -96,3 +96,17 @@ def test_failed_exports_are_remembered(tmp_path: Path) -> None:
     assert read_failures(tmp_path) == {"chat": "no room"}
     (tmp_path / ".trident/failures.json").write_text("[1")
     assert read_failures(tmp_path) == {}
+
+
+def test_a_version_that_made_room_hides_no_other() -> None:
+    ready = {"name": "m", "state": "READY"}
+    gone = {"name": "m", "state": "UNAVAILABLE", "reason": "unloaded"}
+    failed = {"name": "m", "state": "UNAVAILABLE", "reason": "Internal: too large"}
+    for index in ([ready | {"version": "1"}, gone | {"version": "2"}], [gone | {"version": "2"}, ready]):
+        assert failures.entries(index) == [failures.IndexEntry("m", "READY", "", served=True, version="1")]
+    for index in ([ready, failed | {"version": "2"}], [failed | {"version": "2"}, ready]):
+        (entry,) = failures.entries(index)
+        assert (entry.failed, entry.served, entry.version) == (True, True, "2")
+    (entry,) = failures.entries([failed, gone])
+    assert (entry.failed, entry.served) == (True, False)
+    assert failures.entries([gone]) == [failures.IndexEntry("m", "UNAVAILABLE", "unloaded")]

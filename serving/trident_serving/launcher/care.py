@@ -35,6 +35,7 @@ class Care:
         self._due: dict[str, float] = {}
         # Models whose failed load was cleared; an ensemble among them failed with one of its stages.
         self._cleared: set[str] = set()
+        self._refused = dict(server.view.refused)  # those of the start have been told
         self.silent_seconds = 0.0
         self.broken = ""
         self._threads = [
@@ -120,10 +121,15 @@ class Care:
         """Update the links to the repository, and clear failed loads, so that the server stays ready."""
         try:
             self._server.view.refresh()
+            for name, why in self._server.view.refused.items():
+                if self._refused.get(name) != why:
+                    say(f"{name} is not loaded: {why}")
+            self._refused = dict(self._server.view.refused)
             for entry in self._server.control.index():
-                if entry.failed and entry.name != NOT_READY:
+                # Clearing loads another model under the name: a version that answers would go.
+                if entry.failed and not entry.served and entry.name != NOT_READY:
                     say(f"{entry.name} could not be loaded: {failures.one_line(entry.reason)}")
-                    self._server.control.clear_failure(entry.name)
+                    self._server.control.clear_failure(entry.name, entry.version)
                     self._cleared.add(entry.name)
         except (ControlError, OSError):
             return  # the health check finds out whether the server is well

@@ -13,6 +13,7 @@ from pathlib import Path
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
 from trident_serving.errors import StartError
+from trident_serving.integrity import TRUSTED_KEYS
 from trident_serving.launcher import installation
 from trident_serving.launcher.failures import Failure
 from trident_serving.launcher.gateway import Gateway
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         admin_key_file=options.admin_key_file,
         verbose=options.verbose,
         gateway_port=options.gateway_port,
+        trusted_keys=options.trusted_keys,
     )
     try:
         found = installation.find()
@@ -101,6 +103,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="how often tritonserver is started again in five minutes, if it dies (default %(default)s)",
     )
     parser.add_argument("--admin-key-file", type=Path, help="file for the admin key (docs/reference/security.md)")
+    parser.add_argument(
+        "--trusted-keys",
+        type=Path,
+        default=Path(os.environ[TRUSTED_KEYS]) if os.environ.get(TRUSTED_KEYS) else None,
+        metavar="FILE",
+        help="public keys: load only models that one of them has signed ('trident-export sign')",
+    )
     parser.add_argument("--check", action="store_true", help="start nothing, say whether a server could start here")
     parser.add_argument("--verbose", action="store_true", help="show all that tritonserver logs")
     parser.add_argument(

@@ -78,20 +78,20 @@ class Control:
         except ControlError:
             return  # the load fails, as it should
 
-    def clear_failure(self, model: str) -> None:
-        """Clear the failed load of a model, so that it no longer makes the server unready.
+    def clear_failure(self, model: str, version: str = "1") -> None:
+        """Clear the failed load of a model's version, so that it no longer makes the server unready.
 
         Raises:
             ControlError: the server refuses it, or does not answer.
         """
-        self._override(model, _LOADS)
+        self._override(model, _LOADS, version)
         self.unload(model)
 
-    def _override(self, model: str, config: dict[str, Any]) -> None:
+    def _override(self, model: str, config: dict[str, Any], version: str = "1") -> None:
         code = base64.b64encode(_CODE.encode()).decode()
         self._post(
             f"/v2/repository/models/{model}/load",
-            {"parameters": {"config": json.dumps(config), "file:1/model.py": code}},
+            {"parameters": {"config": json.dumps(config), f"file:{version}/model.py": code}},
             30.0,
         )
 

@@ -8,10 +8,11 @@ waits for a failed stage has neither state nor reason.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trident_serving.artefacts import VERSION, Manifest
+from trident_serving import artefacts
+from trident_serving.artefacts import Manifest
 from trident_serving.errors import ModelError
 
 READY = "READY"
@@ -30,11 +31,20 @@ class IndexEntry:
         name: of the Triton model.
         state: "READY", "UNAVAILABLE", "LOADING" or "UNLOADING"; "" where Triton never tried to load it.
         reason: why it is not ready, several lines long where Python raised it.
+        served: whether another version of it answers.
+        version: the one that this is about.
     """
 
     name: str
     state: str = ""
     reason: str = ""
+    served: bool = False
+    version: str = "1"
+
+    @property
+    def weight(self) -> int:
+        """How much it says of a model among the entries of its versions: a failure before a version that answers."""
+        return 3 if self.failed else 2 if self.state == READY else 0 if self.reason == "unloaded" else 1
 
     @property
     def failed(self) -> bool:
@@ -63,13 +73,24 @@ class Failure:
         about = self.reason if self.cause in self.missing else f"its stage {self.cause}: {self.reason}"
         return (
             f"{', '.join(self.missing)} can't be loaded ({about}): mend it, or remove "
-            f"{repository / self.name / VERSION} and run make export MODEL={self.name}"
+            f"{artefacts.version_folder(repository, self.name)} and run make export MODEL={self.name}"
         )
 
 
 def entries(index: Iterable[Mapping[str, str]]) -> list[IndexEntry]:
-    """The entries of the JSON that `POST /v2/repository/index` answers: the newest version of each model."""
-    return [IndexEntry(item["name"], item.get("state", ""), item.get("reason", "")) for item in index]
+    """The entries of the JSON that `POST /v2/repository/index` answers: of each model the version that says most.
+
+    A version that has made room for another one, whichever of the two is newer, stays in the index as "unloaded".
+    """
+    found: dict[str, IndexEntry] = {}
+    for item in index:
+        entry = IndexEntry(
+            item["name"], item.get("state", ""), item.get("reason", ""), version=item.get("version", "1")
+        )
+        known = found.setdefault(entry.name, entry)
+        served = known.served or READY in (known.state, entry.state)
+        found[entry.name] = replace(entry if entry.weight >= known.weight else known, served=served)
+    return list(found.values())
 
 
 def find(index: Sequence[IndexEntry], wanted: Sequence[str], manifests: Sequence[Manifest]) -> list[Failure]:

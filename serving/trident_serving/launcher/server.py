@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from trident_serving import artefacts, runtime_folder
-from trident_serving.errors import StartError
+from trident_serving import artefacts, integrity, runtime_folder, signatures
+from trident_serving.errors import KeyUnusable, StartError
 from trident_serving.launcher import admin_key, backend_folder, preflight, processes, server_log, shared_memory
 from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.control import Control
@@ -23,6 +24,9 @@ from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.repository_view import RepositoryView
 from trident_serving.launcher.server_log import ServerLog
 from trident_serving.runtime_folder import RuntimeFolder
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 SHARED_MEMORY = Path("/dev/shm")
 # The server's time to end once no request is in flight; open streams without a request must not delay it.
@@ -43,6 +47,7 @@ class ServerOptions:
         verbose: let the server log each model and request, not only warnings and errors.
         ready_seconds: seconds that loading may take.
         gateway_port: of the gateway beside the server; 0: there is none.
+        trusted_keys: a file of public keys of which one must have signed a model; None: no signature is asked for.
     """
 
     repository: Path
@@ -54,6 +59,7 @@ class ServerOptions:
     verbose: bool = False
     ready_seconds: float = 600.0
     gateway_port: int = 0
+    trusted_keys: Path | None = None
 
     @property
     def ports(self) -> dict[str, int]:
@@ -112,7 +118,10 @@ class Server:
         backends = backend_folder.prepare(folder / "backends", installation)
         self.control = Control(f"http://{options.own_host}:{options.http_port}", self._key.value)
         self.runtime = RuntimeFolder(folder / "runtime")
-        self.view = RepositoryView(options.repository, folder / "models")
+        trusted = None if options.trusted_keys is None else trusted_keys(options.trusted_keys)
+        self.view = RepositoryView(options.repository, folder / "models", trusted)
+        if not self.view.refresh():
+            raise StartError("; ".join(self.view.refused.values()))
         remove_abandoned_shared_memory()
         self._shm_prefix = f"trident-{os.getpid()}-{options.http_port}-"
         self._environment = environment | {
@@ -120,6 +129,9 @@ class Server:
             runtime_folder.ADDRESS_ENVIRONMENT: f"{options.own_host}:{options.grpc_port}",
         }
         self._environment.pop(admin_key.ENVIRONMENT, None)
+        self._environment.pop(integrity.TRUSTED_KEYS, None)
+        if options.trusted_keys is not None:
+            self._environment[integrity.TRUSTED_KEYS] = str(options.trusted_keys.resolve())
         flags = known_flags(installation, environment)
         self._command = _command(installation, options, backends, self.view.folder, flags, self._shm_prefix)
         self._command += [*_restrictions(flags, self._key.value), *trace_flags(flags, environment)]
@@ -212,6 +224,18 @@ class Server:
         if self._lock is not None:
             self._lock.release()
         self._folder.cleanup()
+
+
+def trusted_keys(file: Path) -> Sequence[Ed25519PublicKey]:
+    """The keys of which one must have signed a model.
+
+    Raises:
+        StartError: the file has none, or cryptography is missing.
+    """
+    try:
+        return signatures.read_keys(file)
+    except KeyUnusable as error:
+        raise StartError(str(error)) from None
 
 
 def check_machine(options: ServerOptions) -> dict[str, str]:

@@ -178,12 +178,13 @@ class Supervisor:
         self._server.view.refresh()  # a model may have gone while the others were loaded
         index = control.index()
         failed = failures.find(index, wanted, artefacts.read_manifests(self._server.options.repository))
+        failed += [Failure(name, (name,), name, why) for name, why in self._server.view.refused.items()]
         if not failures.anything_ready(index, wanted):
             repository = self._server.options.repository
             raise StartError("no model could be loaded: " + "; ".join(one.sentence(repository) for one in failed))
         for entry in index:
             if entry.failed:
-                control.clear_failure(entry.name)
+                control.clear_failure(entry.name, entry.version)
         while not control.ready():
             if self._orders.stop.wait(0.1):
                 return None

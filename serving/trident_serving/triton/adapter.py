@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trident_serving import integrity
 from trident_serving.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, ServingError
 from trident_serving.runtime_folder import PASS_PARAMETER, Process
 from trident_serving.schema.fields import timeout_seconds as parse_timeout
@@ -164,8 +165,27 @@ def is_stage(args: Mapping[str, str]) -> bool:
 
 
 def version_folder(args: Mapping[str, str]) -> Path:
-    """The folder of the version that is being loaded, from the arguments of `initialize`."""
-    return Path(args["model_repository"]) / args["model_version"]
+    """The folder of the version that is being loaded, from the arguments of `initialize`; its files are checked.
+
+    Raises:
+        LoadError: a file is not the one that was exported.
+    """
+    folder = Path(args["model_repository"]) / args["model_version"]
+    integrity.check(folder)
+    return folder
+
+
+def check_native_graphs(args: Mapping[str, str], backend: Path) -> None:
+    """Check the graphs beside a stage, where the server's own backend reads them: that one does not check.
+
+    Args:
+        backend: the file of the stage's adapter, beside whose folder the stand-in for the native backend lies.
+
+    Raises:
+        LoadError: a file is not the one that was exported.
+    """
+    if not (backend.parents[1] / "onnxruntime" / "model.py").exists():
+        integrity.check_graphs(Path(args["model_repository"]) / args["model_version"])
 
 
 def model_config(args: Mapping[str, str]) -> dict[str, Any]:
@@ -187,12 +207,13 @@ def inputs(request: Any) -> dict[str, NDArray[Any]]:
 def unloading(pb_utils: Any, name: str, version: str) -> Callable[[], bool]:
     """A function that says whether the model is being unloaded; Triton itself tells the backend only at the end.
 
-    It says False while the whole server drains: Triton's answer is an error then, and requests in flight may finish.
+    It says False while another version takes this one's place, and while the whole server drains (Triton's answer is an
+    error then): requests in flight may finish.
     """
 
     def asked() -> bool:
         try:
-            return not pb_utils.is_model_ready(name, version)
+            return not pb_utils.is_model_ready(name, version) and not pb_utils.is_model_ready(name)
         except Exception:  # Triton's Python API raises types of its own
             return False
 

@@ -1,5 +1,7 @@
 """First stage of an ensemble: texts or images in, what the graph reads out. See `trident_serving.encoders`."""
 
+from pathlib import Path
+
 import triton_python_backend_utils as pb_utils
 
 from trident_serving.encoders import task_of
@@ -11,6 +13,7 @@ class TritonPythonModel:
         self.process = adapter.setup(pb_utils, args)
         config = adapter.model_config(args)
         parameters = adapter.parameters(config)
+        adapter.check_native_graphs(args, Path(__file__))
         self.preprocess = task_of(parameters).preprocess(adapter.version_folder(args), parameters)
         self.outputs = [output["name"] for output in config["output"]]
         self.process.start()
