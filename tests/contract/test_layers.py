@@ -21,6 +21,7 @@ SERVING: tuple[tuple[str, ...], ...] = (
     ("schema",),
     ("runtime",),
     ("generation", "seq2seq", "encoders"),
+    ("vllm",),
     ("triton",),
 )
 CLIENT: tuple[tuple[str, ...], ...] = (
