@@ -11,6 +11,7 @@
     │   ├── UnsupportedTokenizer
     │   ├── NoMatmuls           the recipe finds nothing to quantize
     │   └── GraphTooLarge       beyond a limit of the file format
+    ├── EngineError             vLLM is not there, or can't run the model
     ├── FidelityError           a variant is further from Hugging Face than its gate allows
     ├── NoSpace                 a disk is too full
     ├── NoMemory                the machine, or the container, has too little memory
@@ -69,6 +70,10 @@ class NoMatmuls(UnsupportedModel):
 
 class GraphTooLarge(UnsupportedModel):
     """A graph is beyond a limit of its file format."""
+
+
+class EngineError(ExportError):
+    """vLLM, which is to compute a model, is not there or can't run it."""
 
 
 class FidelityError(ExportError):

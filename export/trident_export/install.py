@@ -28,10 +28,12 @@ from trident_serving.artefacts import (
     DRAFT,
     MANIFEST,
     VERSION,
+    VLLM_FILE,
     Manifest,
     manifest_path,
     read_failures,
     read_manifest,
+    read_vllm,
     write_failures,
 )
 
@@ -54,9 +56,11 @@ def as_made(spec: ModelSpec, manifest: Manifest) -> ModelSpec:
 
 
 def graph_files(spec: ModelSpec, variant: str, repository: Path) -> list[Path]:
-    """The graphs that a variant is served from; a template has none."""
+    """The graphs that a variant is served from, or what vLLM is told of it; a template has none."""
     if spec.template:
         return []
+    if spec.vllm_limits:
+        return [repository / spec.public_name(variant) / VERSION / VLLM_FILE]
     if spec.seq2seq or spec.speech:
         folder = repository / spec.public_name(variant) / VERSION
         return [folder / "encoder.onnx", folder / "decoder.onnx"]
@@ -193,6 +197,7 @@ def _export_one(spec: ModelSpec, repository: Path, base: Path, cache: Path, prog
                 recipes={
                     variant: recipe.name for variant, recipe in spec.recipes.items() if recipe.name not in ("", variant)
                 },
+                engine=f"vllm {read_vllm(staging / spec.name / VERSION).version}" if spec.vllm_limits else "",
             )
             manifest.write(staging)
             configs.write(spec, staging / "_configs", checked.refused)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving import text
-from trident_serving.generation.stream import Chunk
-from trident_serving.runtime.log_probabilities import TokenLogProbs
 from trident_serving.triton import adapter
+
+if TYPE_CHECKING:  # they import onnxruntime, and the generators' adapter chooses that later
+    from trident_serving.generation.stream import Chunk
+    from trident_serving.runtime.log_probabilities import TokenLogProbs
 
 Tensors = dict[str, NDArray[Any]]
 Spell = Callable[[int], bytes]

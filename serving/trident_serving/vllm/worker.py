@@ -4,7 +4,7 @@ Lines of JSON come on standard input:
 
     {"arguments": {...}}                                         first: what vLLM's engine is built with
     {"call": "generate", "id": 7, "prompt": [...],
-     "sampling": {...}, "grammar": {...}, "file": "x.npy"}       grammar and file are optional
+     "sampling": {...}, "grammar": {...}}                        the grammar is optional
     {"call": "cancel", "id": 7}
 
 and go on standard output; what vLLM prints goes to standard error:
@@ -16,8 +16,7 @@ and go on standard output; what vLLM prints goes to standard error:
     {"stats": {"steps": 12, "running": 3, "waiting": 0, "usage": 0.2, "batches": [3, 3]}}
 
 `log_probs` come where `logprobs` is among the sampling parameters, `prompt_log_probs`, `cached` and `queued` with the
-first tokens, `end` with the last. With a file, one message comes at the end, and the file has the log-probabilities of
-every token of the vocabulary, float32 [tokens of prompt and answer but the last, vocabulary].
+first tokens, `end` with the last. The likeliest tokens are sorted.
 
 The end of standard input ends the program with all its processes; so does the end of vLLM's engine.
 """
@@ -32,8 +31,6 @@ import sys
 import threading
 from typing import Any
 
-import numpy as np
-
 STATS_SECONDS = 0.25
 MOST_BATCHES = 256  # that are told at once
 
@@ -42,15 +39,6 @@ def top_of(position: dict[int, Any], chosen: int) -> list[Any]:
     """The log-probability of a token, and those of the likeliest, sorted."""
     ranked = sorted(position.items(), key=lambda entry: entry[1].rank)
     return [position[chosen].logprob, [[token, found.logprob] for token, found in ranked]]
-
-
-def dense(positions: list[dict[int, Any]], size: int) -> np.ndarray[Any, Any]:
-    """Log-probabilities of every token, float32 [positions, vocabulary]."""
-    rows = np.full((len(positions), size), -np.inf, np.float32)
-    for row, position in zip(rows, positions, strict=True):
-        tokens = np.fromiter(position.keys(), np.int64, len(position))
-        row[tokens] = [found.logprob for found in position.values()]
-    return rows
 
 
 class Worker:
@@ -160,10 +148,7 @@ class Worker:
             prompt = {"prompt_token_ids": message["prompt"]}
             first = True
             async for output in self._engine.generate(prompt, parameters, str(number)):
-                if "file" in message:
-                    self._save(number, message, output)
-                else:
-                    self._tell(number, output, first)
+                self._tell(number, output, first)
                 first = False
         except asyncio.CancelledError:
             pass  # vLLM has aborted it
@@ -182,12 +167,11 @@ class Worker:
             given["structured_outputs"] = StructuredOutputsParams(**message["grammar"])
             if self._end_token is not None:  # the one that a grammar allows at its end
                 given["stop_token_ids"] = sorted({*given.get("stop_token_ids", []), self._end_token})
-        whole = "file" in message
         return SamplingParams(
             **given,
             ignore_eos=True,  # all ends are among stop_token_ids
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.DELTA,
         )
 
     def _tell(self, number: int, output: Any, first: bool) -> None:
@@ -212,12 +196,6 @@ class Worker:
         if answer.finish_reason is not None:
             told["end"] = answer.finish_reason
         self.send(id=number, **told)
-
-    def _save(self, number: int, message: dict[str, Any], output: Any) -> None:
-        (answer,) = output.outputs
-        positions = [*(output.prompt_logprobs or [])[1:], *(answer.logprobs or [])]
-        np.save(message["file"], dense(positions, self._size))
-        self.send(id=number, tokens=list(answer.token_ids), end=answer.finish_reason)
 
 
 def _is_the_callers(error: BaseException) -> bool:
