@@ -23,7 +23,9 @@ from trident_serving.schema.limits import (
     Seq2SeqLimits,
     SpeechLimits,
     TemplateLimits,
+    VllmLimits,
 )
+from trident_serving.schema.vllm import VllmSettings
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ROOT / "client" / "trident_client" / "_options.py"
@@ -135,7 +137,7 @@ def table(fields: Sequence[Field]) -> str:
     return "\n".join(rows)
 
 
-def limits_table(*kinds: type[Limits]) -> str:
+def limits_table(*kinds: type[Limits] | type[VllmSettings]) -> str:
     """The limits of dataclasses as a table of Markdown; those of all but the first name the tasks that have them."""
     rows = ["| key | default | meaning |", "|---|---:|---|"]
     base = {field.name: field.default for field in dataclasses.fields(kinds[0])}
@@ -169,7 +171,7 @@ def meanings(kind: type[object]) -> dict[str, str]:
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return "none" if value == () else str(value)
+    return "none" if value == () else "vLLM's" if value is None else str(value) or '""'
 
 
 def encoders_table() -> str:
@@ -198,6 +200,8 @@ def made() -> dict[Path, str]:
     fields = {f"fields:{name}": table(fields) for name, fields in TABLES.items()}
     limits = {
         "limits:generation": limits_table(GenerationLimits),
+        "limits:vllm": limits_table(VllmLimits),
+        "limits:vllm-settings": limits_table(VllmSettings),
         "limits:encoders": limits_table(
             EncoderLimits, *dict.fromkeys(kind for kind in LIMITS.values() if issubclass(kind, EncoderLimits))
         ),

@@ -187,14 +187,16 @@ def _reference(model: PreTrainedModel, ids: list[int], length: int) -> tuple[lis
 
 @contextmanager
 def _worker(spec: ModelSpec, version_folder: Path) -> Iterator[WorkerProcess]:
-    """vLLM with a model as it will be served, but for the length of texts and what it tells.
+    """A worker with a model as it will be served, but for the length of texts and what it tells.
 
     Raises:
         EngineError: it does not start, or ends.
     """
     limits = spec.vllm_limits
     assert limits
-    short = replace(limits, context=min(limits.context, GATE_CONTEXT), kv_cache_mib=limits.kv_cache_mib or GATE_CACHE_MIB)
+    short = replace(
+        limits, context=min(limits.context, GATE_CONTEXT), kv_cache_mib=limits.kv_cache_mib or GATE_CACHE_MIB
+    )
     arguments = translation.engine_arguments(version_folder, short, spec.vllm, read_vllm(version_folder))
     worker = None
     try:

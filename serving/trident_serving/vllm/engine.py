@@ -1,11 +1,12 @@
 """The engine's side of vLLM: answers are handed to the worker, and tokens come from it.
 
-vLLM schedules, computes and samples. What is here: who waits, whose time is over, who has hung up, where an answer ends,
-and what becomes of all when the worker dies: it is started again, and requests fail with UNAVAILABLE meanwhile.
+vLLM schedules, computes and samples. What is here: how many wait, whose time is over, who has hung up, where an answer
+ends, and what becomes of all when the worker dies: it is started again, and requests fail with UNAVAILABLE meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -292,10 +293,8 @@ class VllmEngine(EngineLoop[VllmAnswer]):
         with self._changed:
             there = self._answers.pop(request.number, None) is not None
         if there and cancel and request.worker is not None:
-            try:
+            with contextlib.suppress(WorkerEnded):  # so has the answer
                 request.worker.cancel(request.number)
-            except WorkerEnded:
-                pass  # so has the answer
 
     def _clear(self) -> Sequence[VllmAnswer]:
         left = self._requests()

@@ -92,9 +92,7 @@ class VllmService(TextService):
         self, request: GenerationRequest, streams: Sequence[TextStream], guide: Guide | None, since: float | None
     ) -> None:
         ends = translation.ends(request, self._eos_token_ids)
-        self._engine.submit(
-            *(VllmAnswer(request, index, stream, ends, since) for index, stream in enumerate(streams))
-        )
+        self._engine.submit(*(VllmAnswer(request, index, stream, ends, since) for index, stream in enumerate(streams)))
 
 
 def read_settings(parameters: Mapping[str, str]) -> VllmSettings:

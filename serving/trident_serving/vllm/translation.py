@@ -157,4 +157,3 @@ def grammar(given: Grammar) -> dict[str, Any]:
 def top(entries: Sequence[Sequence[float]], count: int) -> tuple[tuple[int, float], ...]:
     """The likeliest tokens that the worker told, which are sorted, without those behind the count."""
     return tuple((int(token), float(value)) for token, value in entries[:count])
-
