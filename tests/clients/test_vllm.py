@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from tests import gateways, tiny_models, vllm_environments
+from tests.conftest import ROOT
 from trident_client import Client, InvalidRequestError, UnavailableError
 from trident_export import install, models_file
 from trident_export.errors import FidelityError
@@ -62,11 +63,11 @@ def entry(folder: Path, settings: str = SETTINGS, variant: str = "fp32", **limit
     )
 
 
-def export(root: Path, entries: dict[str, str]) -> Path:
+def export(root: Path, entries: dict[str, str], cache: Path | None = None) -> Path:
     """Export some tables; the repository."""
     (root / "models.toml").write_text(tiny_models.models_toml(entries))
     specs = models_file.load(root / "models.toml")
-    install.export(specs, root / "repository", root, root / "cache", lambda line: None)
+    install.export(specs, root / "repository", root, cache or root / "cache", lambda line: None)
     return root / "repository"
 
 
@@ -258,3 +259,33 @@ def test_settings_that_change_the_numbers_are_refused(folder: Path, tmp_path: Pa
     with pytest.raises(FidelityError, match="fp32 does not compute what Hugging Face computes: kl is"):
         export(tmp_path, {"m": entry(folder, settings)})
     assert read_manifest(tmp_path / "repository", "m") is None
+
+
+def test_smollm2_through_both_engines(tmp_path: Path) -> None:
+    """Real weights: both pass the gate of their numbers, and answer alike."""
+    smollm2 = models_file.load(ROOT / "models.toml")[0].source
+    assert smollm2.package
+    source = f'{{ package = "{smollm2.package}", path = "{smollm2.path}" }}'
+    limits = "limits = { context = 512, slots = 4, kv_cache_mib = 256 }"
+    head = f'task = "text-generation"\nsource = {source}\n{limits}\n'
+    repository = export(
+        tmp_path,
+        {
+            "ours": f'{head}variants = ["fp32"]\n',
+            "m": f'{head}engine = "vllm"\nvariants = ["fp32", "bf16"]\nvllm = {{ python = "{PYTHON}", {SETTINGS} }}\n',
+        },
+        ROOT / ".cache",
+    )
+    manifest = read_manifest(repository, "m")
+    assert manifest is not None
+    assert manifest.fidelity["fp32"]["kl"] < 1e-5
+    assert 1e-5 < manifest.fidelity["bf16"]["kl"] < 1e-2  # it rounds
+    with local.running(repository, tmp_path / "log") as running, Client(running.grpc_url, timeout=300) as client:
+        for prompt in ("1, 2, 3, 4,", "The capital of France is", "def add(a, b):"):
+            texts = [client.generate(prompt, model=name, max_tokens=24).text for name in ("m", "ours")]
+            assert texts[0] == texts[1]
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        answers = [client.chat(chat, model=name, max_tokens=24) for name in ("m", "ours", "m_bf16")]
+        assert answers[0].text == answers[1].text
+        assert "Paris" in answers[2].text
+        assert answers[0].finish_reason == answers[1].finish_reason == "stop"
