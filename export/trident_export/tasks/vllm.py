@@ -207,7 +207,7 @@ def _worker(spec: ModelSpec, version_folder: Path) -> Iterator[WorkerProcess]:
         raise EngineError(f"[{spec.name}] {error}") from None
     finally:
         if worker is not None:
-            worker.stop()
+            worker.close()
 
 
 def ask(worker: WorkerProcess, texts: Sequence[Sequence[int]], length: int) -> list[Told]:

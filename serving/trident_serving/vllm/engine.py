@@ -170,6 +170,7 @@ class VllmEngine(EngineLoop[VllmAnswer]):
                     self._messages.put(message)
             with self._changed:
                 self._worker = None
+            worker.stop()
             how = worker.how()
             self._messages.put(_Ended(worker, how))
             self._steps_before, self._stats = self.steps, {}
@@ -195,7 +196,7 @@ class VllmEngine(EngineLoop[VllmAnswer]):
             with self._changed:
                 self._worker = worker
             if self._no_more.is_set():
-                worker.stop()
+                worker.close()
                 return None
             logger.info("vLLM is there again")
             return worker

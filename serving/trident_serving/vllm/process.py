@@ -88,7 +88,7 @@ class WorkerProcess:
         except WorkerEnded:
             first = {}
         if "ready" not in first:
-            self.stop()
+            self.close()
             why = first.get("failed") or f"its process {self.how()}; its log says more"
             raise LoadError(f"vLLM can't serve this model: {why}")
         self.ready = Ready(**first["ready"])
@@ -113,19 +113,27 @@ class WorkerProcess:
     def messages(self) -> Iterator[dict[str, Any]]:
         """What the worker says, until it ends."""
         assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            return
         for line in self._process.stdout:
-            if not line.endswith("\n"):
-                return  # it ended within a line
-            message: dict[str, Any] = json.loads(line)
-            yield message
+            if line.endswith("\n"):  # it ended within another one
+                message: dict[str, Any] = json.loads(line)
+                yield message
+        self._process.stdout.close()
 
     def how(self) -> str:
         """How the worker has ended, in words."""
         status = self._process.wait()
         return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
+    def close(self) -> None:
+        """End it, and pass over what it still says: for the thread that reads its messages."""
+        self.stop()
+        for _ in self.messages():
+            pass
+
     def stop(self) -> None:
-        """End it, with all that vLLM has started."""
+        """End it, with all that vLLM has started; another thread reads its messages to their end."""
         assert self._process.stdin is not None
         with self._lock, contextlib.suppress(OSError, ValueError):
             self._process.stdin.close()
