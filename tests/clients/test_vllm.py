@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests import gateways, tiny_models, vllm_environments
 from tests.conftest import ROOT
@@ -41,7 +43,8 @@ PROMPT = "the cat sat on"
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-SETTINGS = "enforce_eager = true"
+# A start takes less time so.
+SETTINGS = 'enforce_eager = true, distributed_executor_backend = "uni"'
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -73,8 +76,19 @@ def export(root: Path, entries: dict[str, str], cache: Path | None = None) -> Pa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny_models.make_causal(tmp_path_factory.mktemp("vllm-model") / "m", "llama")
-    (path / "chat_template.jinja").write_text(CHAT)
+    path = tmp_path_factory.mktemp("vllm-model") / "m"
+    config = tiny_models.causal_config("llama")
+    config.head_dim = 32  # the least of vLLM's kernels for CPUs
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    model.save_pretrained(path)
+    tokenizer = tiny_models.byte_level_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(path)
     return path
 
 
