@@ -383,7 +383,8 @@ def parse(name: str, table: object, known_recipes: Mapping[str, recipes.Recipe] 
     default = table.get("default_variant", variants[0])
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
-    limits = _read(f"{where} limits", VllmLimits if engine == VLLM else LIMITS[task], table["limits"])
+    of_limits: type[Limits] = VllmLimits if engine == VLLM else LIMITS[task]
+    limits = _read(f"{where} limits", of_limits, table["limits"])
     kind, device = _kind(LIMITS[task]), getattr(limits, "device", "cpu")
     processor = _processor(where, table.get("processor"))
     by_processor = {

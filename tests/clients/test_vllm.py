@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import urllib.request
@@ -21,13 +22,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests import gateways, tiny_models, vllm_environments
 from tests.conftest import ROOT
 from trident_client import Client, InvalidRequestError, UnavailableError
 from trident_export import install, models_file
-from trident_export.errors import FidelityError
+from trident_export.errors import FidelityError, UnsupportedModel
 from trident_serving.artefacts import read_manifest
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -39,6 +41,7 @@ pytestmark = [
     pytest.mark.skipif(PYTHON is None, reason=vllm_environments.MISSING),
 ]
 
+OWN_CODE = ROOT / "tests" / "own_code"
 PROMPT = "the cat sat on"
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -90,6 +93,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(path)
     return path
+
+
+def make_internlm2(folder: Path) -> Path:
+    """A model of a type that transformers does not have, with its code in the folder."""
+    for file in OWN_CODE.glob("*.py"):
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.name)
+    config: dict[str, Any] = {
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "auto_map": {
+            "AutoConfig": "configuration_internlm2.InternLM2Config",
+            "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+        },
+        "vocab_size": tiny_models.VOCABULARY,
+        "eos_token_id": 0,
+        "bos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tiny_models.byte_level_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +307,25 @@ def test_settings_that_change_the_numbers_are_refused(folder: Path, tmp_path: Pa
     with pytest.raises(FidelityError, match="fp32 does not compute what Hugging Face computes: kl is"):
         export(tmp_path, {"m": entry(folder, settings)})
     assert read_manifest(tmp_path / "repository", "m") is None
+
+
+def test_a_type_that_our_exporter_refuses(tmp_path: Path) -> None:
+    """InternLM2: transformers does not have it, and the code in its folder writes its attention out."""
+    folder = make_internlm2(tmp_path / "m")
+    trusted = "trust_remote_code = true\n"
+    with pytest.raises(UnsupportedModel, match="InternLM2ForCausalLM is not supported: it can't run over slots"):
+        export(tmp_path, {"ours": trusted + tiny_models.causal_entry(folder)})
+    repository = export(tmp_path, {"m": trusted + entry(folder)})
+    manifest = read_manifest(repository, "m")
+    assert manifest is not None
+    assert manifest.fidelity["fp32"]["kl"] < 1e-6
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    with local.running(repository, tmp_path / "log") as running, Client(running.grpc_url, timeout=120) as client:
+        found = client.generate(PROMPT, model="m", max_tokens=12)
+    assert found.text == tokenizer.decode(answer, skip_special_tokens=True) != ""
 
 
 def test_smollm2_through_both_engines(tmp_path: Path) -> None:

@@ -177,11 +177,14 @@ def evaluator(
 
 def _reference(model: PreTrainedModel, ids: list[int], length: int) -> tuple[list[int], Logits]:
     """Hugging Face's greedy answer to a text, which nothing ends, and the logits of both but for the last token."""
-    tokens = list(ids)
+    tokens, past = list(ids), None
     with torch.inference_mode():
         for _ in range(length):
-            logits = model(torch.tensor([tokens])).logits[0].float().numpy()
-            tokens.append(int(logits[-1].argmax()))
+            given = {"past_key_values": past} if past is not None else {}
+            found = model(torch.tensor([tokens[-1:] if given else tokens]), **given)
+            past = getattr(found, "past_key_values", None)
+            tokens.append(int(found.logits[0, -1].argmax()))
+        logits: Logits = model(torch.tensor([tokens[:-1]])).logits[0].float().numpy()
     return tokens[len(ids) :], logits
 
 

@@ -225,15 +225,15 @@ class VllmEngine(EngineLoop[VllmAnswer]):
                     self._remove(answer, cancel=False)
                     self._fail(answer, Overloaded(f"vLLM's process {message.how} before the answer was complete"))
             return
-        answer = self._answers.get(message["id"])
-        if answer is None:
+        found = self._answers.get(message["id"])
+        if found is None:
             return  # it was removed, and what is told of it was under way
         try:
-            self._take(answer, message)
+            self._take(found, message)
         except Exception as error:
             logger.exception("a message of vLLM could not be used")
-            self._remove(answer)
-            self._fail(answer, error)
+            self._remove(found)
+            self._fail(found, error)
 
     def _take(self, answer: VllmAnswer, message: Mapping[str, Any]) -> None:
         """What the worker says of an answer."""

@@ -89,8 +89,8 @@ class WorkerProcess:
             first = {}
         if "ready" not in first:
             self.close()
-            why = first.get("failed") or f"its process {self.how()}; its log says more"
-            raise LoadError(f"vLLM can't serve this model: {why}")
+            why = first.get("failed") or f"its process {self.how()}"
+            raise LoadError(f"vLLM can't serve this model: {why}; its log says more")
         self.ready = Ready(**first["ready"])
 
     @property
