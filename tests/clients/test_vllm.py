@@ -46,8 +46,7 @@ PROMPT = "the cat sat on"
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-# A start takes less time so.
-SETTINGS = 'enforce_eager = true, distributed_executor_backend = "uni"'
+SETTINGS = "enforce_eager = true"  # a start takes less time so
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -244,6 +243,14 @@ def test_a_stream(client: Client) -> None:
 def test_what_it_can_not_do(client: Client, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=re.escape(message)):
         client.generate(PROMPT, model="m", **fields)
+
+
+def test_a_prompt_as_long_as_the_context(client: Client) -> None:
+    """vLLM generates a token in any case."""
+    with pytest.raises(InvalidRequestError, match="^vLLM: "):
+        client.generate([5] * 128, model="m", max_tokens=0, prompt_logprobs=0)
+    found = client.generate([5] * 127, model="m", max_tokens=0, prompt_logprobs=0)
+    assert (found.text, len(found.prompt_log_probs), found.num_output_tokens) == ("", 126, 0)
 
 
 def test_a_client_that_hangs_up(server: LocalServer, client: Client) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trident_export import corpora, disk
 from trident_export.errors import EngineError, ModelsFileError, UnsupportedModel
@@ -177,13 +177,14 @@ def evaluator(
 
 def _reference(model: PreTrainedModel, ids: list[int], length: int) -> tuple[list[int], Logits]:
     """Hugging Face's greedy answer to a text, which nothing ends, and the logits of both but for the last token."""
-    tokens, past = list(ids), None
+    no_end = model.config.get_text_config().vocab_size  # a token that never comes
+    greedy = GenerationConfig(
+        max_new_tokens=length, do_sample=False, eos_token_id=no_end, pad_token_id=0, repetition_penalty=1.0
+    )
+    given = torch.tensor([ids])
+    found: Any = model.generate(given, attention_mask=torch.ones_like(given), generation_config=greedy)
+    tokens: list[int] = found[0].tolist()
     with torch.inference_mode():
-        for _ in range(length):
-            given = {"past_key_values": past} if past is not None else {}
-            found = model(torch.tensor([tokens[-1:] if given else tokens]), **given)
-            past = getattr(found, "past_key_values", None)
-            tokens.append(int(found.logits[0, -1].argmax()))
         logits: Logits = model(torch.tensor([tokens[:-1]])).logits[0].float().numpy()
     return tokens[len(ids) :], logits
 

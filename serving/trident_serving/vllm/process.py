@@ -22,6 +22,7 @@ STOP_SECONDS = 5.0
 _DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
     # vLLM binds its threads to processors; two models of one server would have the same ones.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

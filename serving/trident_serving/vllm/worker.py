@@ -210,9 +210,10 @@ def _sentence(error: BaseException) -> str:
     return text[:500] if _is_the_callers(error) else f"{type(cause).__name__}: {text[:500]}"
 
 
-def end(why: str) -> None:
+def end(why: str = "") -> None:
     """End this program and every process that vLLM has started: they are its group."""
-    print(f"trident: {why}", file=sys.stderr, flush=True)
+    if why:
+        print(f"trident: {why}", file=sys.stderr, flush=True)
     if os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
@@ -225,7 +226,7 @@ async def serve(worker: Worker, lines: Any) -> None:
     def read() -> None:
         for line in lines:
             loop.call_soon_threadsafe(worker.handle, json.loads(line))
-        end("its server has closed the pipe")
+        end()
 
     threading.Thread(target=read, name="requests", daemon=True).start()
     await worker.watch()
