@@ -31,7 +31,7 @@ class VllmSettings:
         load_format: how it reads them.
         model_impl: whose code computes: "vllm", "transformers" or "auto".
         attention_backend: by its name in vLLM.
-        enforce_eager: nothing is compiled: a start takes less time, and each step more.
+        enforce_eager: nothing is compiled, so that a start takes less time.
         speculative_config: how answers are drafted.
         compilation_config: what is compiled.
         hf_overrides: keys that go over those of config.json.
