@@ -41,6 +41,8 @@ pytestmark = [
     pytest.mark.skipif(PYTHON is None, reason=vllm_environments.MISSING),
 ]
 
+# Answers as long take seconds.
+CONTEXT = 2048
 OWN_CODE = ROOT / "tests" / "own_code"
 PROMPT = "the cat sat on"
 CHAT = (
@@ -79,7 +81,7 @@ def export(root: Path, entries: dict[str, str], cache: Path | None = None) -> Pa
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vllm-model") / "m"
-    config = tiny_models.causal_config("llama")
+    config = tiny_models.causal_config("llama", CONTEXT)
     config.head_dim = 32  # the least of vLLM's kernels for CPUs
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -129,7 +131,7 @@ def make_internlm2(folder: Path) -> Path:
 def repository(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model twice, computed by vLLM and by our own engine."""
     root = tmp_path_factory.mktemp("vllm-server")
-    return export(root, {"m": entry(folder), "ours": tiny_models.causal_entry(folder)})
+    return export(root, {"m": entry(folder, context=CONTEXT), "ours": tiny_models.causal_entry(folder)})
 
 
 @pytest.fixture(scope="module")
@@ -221,13 +223,11 @@ def test_sampling(client: Client) -> None:
 
 
 def test_a_stream(client: Client) -> None:
-    chunks = list(client.stream(PROMPT, model="m", max_tokens=100, ignore_eos=True))
+    chunks = list(client.stream(PROMPT, model="m", max_tokens=1500, ignore_eos=True))
     assert len(chunks) > 2
-    assert (
-        "".join(chunk.text for chunk in chunks)
-        == client.generate(PROMPT, model="m", max_tokens=100, ignore_eos=True).text
-    )
-    assert chunks[-1].num_output_tokens == 100
+    whole = client.generate(PROMPT, model="m", max_tokens=1500, ignore_eos=True)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert chunks[-1].num_output_tokens == 1500
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_stream(client: Client) -> None:
         ({"temperature": 3.0}, "vLLM: temperature must be in"),
         ({"lora_name": "x"}, "this model has no adapters"),
         ({"guided_regex": "("}, "guided_regex is refused"),
-        ({"max_tokens": 500}, "leave room for"),
+        ({"max_tokens": 5000}, "leave room for"),
     ],
 )
 def test_what_it_can_not_do(client: Client, fields: dict[str, Any], message: str) -> None:
@@ -248,14 +248,14 @@ def test_what_it_can_not_do(client: Client, fields: dict[str, Any], message: str
 def test_a_prompt_as_long_as_the_context(client: Client) -> None:
     """vLLM generates a token in any case."""
     with pytest.raises(InvalidRequestError, match="^vLLM: "):
-        client.generate([5] * 128, model="m", max_tokens=0, prompt_logprobs=0)
-    found = client.generate([5] * 127, model="m", max_tokens=0, prompt_logprobs=0)
-    assert (found.text, len(found.prompt_log_probs), found.num_output_tokens) == ("", 126, 0)
+        client.generate([5] * CONTEXT, model="m", max_tokens=0, prompt_logprobs=0)
+    found = client.generate([5] * (CONTEXT - 1), model="m", max_tokens=0, prompt_logprobs=0)
+    assert (found.text, len(found.prompt_log_probs), found.num_output_tokens) == ("", CONTEXT - 2, 0)
 
 
 def test_a_client_that_hangs_up(server: LocalServer, client: Client) -> None:
     before = metric(server, "requests_cancelled_total")
-    stream = client.stream(PROMPT, model="m", max_tokens=120, ignore_eos=True, min_tokens=120)
+    stream = client.stream(PROMPT, model="m", max_tokens=1900, ignore_eos=True, min_tokens=1900)
     next(iter(stream))
     stream.close()
     eventually(lambda: metric(server, "requests_cancelled_total") == before + 1)  # published four times a second
@@ -290,7 +290,7 @@ def test_a_worker_that_is_killed(server: LocalServer, client: Client) -> None:
     """Running requests fail, and the model comes back by itself."""
     (before,) = workers(server)
     with ThreadPoolExecutor(1) as pool:
-        fields = {"model": "m", "max_tokens": 120, "ignore_eos": True, "min_tokens": 120}
+        fields = {"model": "m", "max_tokens": 1900, "ignore_eos": True, "min_tokens": 1900}
         running = pool.submit(lambda: [client.generate(PROMPT, **fields) for _ in range(100)])
         eventually(lambda: metric(server, "requests_running") > 0)
         os.kill(before, signal.SIGKILL)
