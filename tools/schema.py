@@ -25,7 +25,9 @@ from trident_serving.schema.limits import (
     Seq2SeqLimits,
     SpeechLimits,
     TemplateLimits,
+    VllmLimits,
 )
+from trident_serving.schema.vllm import VllmSettings
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ROOT / "client" / "trident_client" / "_options.py"
@@ -137,7 +139,7 @@ def table(fields: Sequence[Field]) -> str:
     return "\n".join(rows)
 
 
-def limits_table(*kinds: type[Limits] | type[Rule]) -> str:
+def limits_table(*kinds: type[Limits] | type[Rule] | type[VllmSettings]) -> str:
     """The limits of dataclasses as a table of Markdown; those of all but the first name the tasks that have them."""
     rows = ["| key | default | meaning |", "|---|---:|---|"]
     base = {field.name: field.default for field in dataclasses.fields(kinds[0])}
@@ -173,7 +175,7 @@ def _plain(value: object) -> str:
         return str(value).lower()
     if isinstance(value, tuple) and value:
         return ", ".join(map(str, value))
-    return "none" if value in ((), "") else str(value)
+    return "none" if value == () else "vLLM's" if value is None else str(value) or '""'
 
 
 def encoders_table() -> str:
@@ -202,6 +204,8 @@ def made() -> dict[Path, str]:
     fields = {f"fields:{name}": table(fields) for name, fields in TABLES.items()}
     limits = {
         "limits:generation": limits_table(GenerationLimits),
+        "limits:vllm": limits_table(VllmLimits),
+        "limits:vllm-settings": limits_table(VllmSettings),
         "limits:encoders": limits_table(
             EncoderLimits, *dict.fromkeys(kind for kind in LIMITS.values() if issubclass(kind, EncoderLimits))
         ),

@@ -448,6 +448,8 @@ def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, HuggingF
     (spec,) = models_file.select(models_file.load(options.models_file), options.model)
     if spec.template:
         raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.template.generator}")
+    if spec.vllm_limits:
+        raise UsageError(f"{spec.name} is computed by vLLM and has no graph: take engine out of its table for this")
     return spec, sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
 
 

@@ -19,8 +19,8 @@ from trident_serving.artefacts import CONFIG, CONFIG_HEADER, UNVERIFIED, read_ma
 from trident_serving.encoders.task import EncoderTask, Tensor
 from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
 from trident_serving.schema.limits import (
+    CausalLimits,
     EncoderLimits,
-    GenerationLimits,
     ImageLimits,
     Seq2SeqLimits,
     SpeechLimits,
@@ -34,8 +34,8 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
     Args:
         unverified: variants that the gate refused, with its reason: it becomes a parameter of the public models.
     """
-    if spec.generation:
-        configs = [_generator(spec.public_name(variant), spec.generation) for variant in spec.variants]
+    if spec.causal:
+        configs = [_generator(spec, spec.public_name(variant), spec.causal) for variant in spec.variants]
     elif spec.template:
         configs = [_template(spec, spec.template)]
     elif spec.seq2seq:
@@ -196,10 +196,10 @@ def _base(name: str, backend: str, max_batch_size: int) -> pb.ModelConfig:
     return config
 
 
-def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
+def _generator(spec: ModelSpec, name: str, limits: CausalLimits) -> pb.ModelConfig:
     # A batch of one, not none: TensorRT-LLM's clients send [1, 1], and Triton's generate endpoint either.
-    config = _base(name, "trident_generator", max_batch_size=1)
-    if limits.device == "cuda":
+    config = _base(name, "trident_vllm" if spec.vllm_limits else "trident_generator", max_batch_size=1)
+    if spec.generation and spec.generation.device == "cuda":
         config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
     config.model_transaction_policy.decoupled = True
     for name_of_prompt in ("text_input", "messages"):
@@ -229,6 +229,8 @@ def _generator(name: str, limits: GenerationLimits) -> pb.ModelConfig:
     ]
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
     _set_parameters(config, asdict(limits))
+    if spec.vllm_limits:
+        _set_parameters(config, {"vllm": spec.vllm.as_json()})
     return config
 
 

@@ -180,7 +180,7 @@ def _shared_memory(specs: Sequence[ModelSpec]) -> Iterator[Finding]:
 
 
 def _memory(specs: Sequence[ModelSpec]) -> Iterator[Finding]:
-    caches = sum(spec.generation.kv_cache_mib * len(spec.variants) for spec in specs if spec.generation)
+    caches = sum(spec.causal.kv_cache_mib * len(spec.variants) for spec in specs if spec.causal)
     available = memory.available_bytes() // MEBIBYTE
     if caches > available:
         yield Finding(

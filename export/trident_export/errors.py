@@ -11,6 +11,7 @@
     │   ├── UnsupportedTokenizer
     │   ├── NoMatmuls           the recipe finds nothing to quantize
     │   └── GraphTooLarge       beyond a limit of the file format
+    ├── EngineError             vLLM is not there, or can't run the model
     ├── FidelityError           a variant is further from Hugging Face than its gate allows
     ├── StoreError              a repository has no such version, or a server does not take it
     ├── NoSpace                 a disk is too full
@@ -70,6 +71,10 @@ class NoMatmuls(UnsupportedModel):
 
 class GraphTooLarge(UnsupportedModel):
     """A graph is beyond a limit of its file format."""
+
+
+class EngineError(ExportError):
+    """vLLM, which is to compute a model, is not there or can't run it."""
 
 
 class FidelityError(ExportError):

@@ -32,11 +32,13 @@ from trident_serving.artefacts import (
     DRAFT,
     MANIFEST,
     VERSION,
+    VLLM_FILE,
     Manifest,
     manifest_path,
     read_failures,
     read_manifest,
     read_versions,
+    read_vllm,
     served_versions,
     write_failures,
 )
@@ -75,7 +77,7 @@ def as_made(spec: ModelSpec, manifest: Manifest) -> ModelSpec:
 
 
 def graph_files(spec: ModelSpec, variant: str, repository: Path, version: int | None = None) -> list[Path]:
-    """The graphs that a variant is served from; a template has none.
+    """The graphs that a variant is served from, or what vLLM is told of it; a template has none.
 
     Args:
         version: which one; None: the one that is served.
@@ -83,6 +85,8 @@ def graph_files(spec: ModelSpec, variant: str, repository: Path, version: int | 
     if spec.template:
         return []
     number = str(served_versions(repository, spec.name)[-1] if version is None else version)
+    if spec.vllm_limits:
+        return [repository / spec.public_name(variant) / number / VLLM_FILE]
     if spec.seq2seq or spec.speech:
         folder = repository / spec.public_name(variant) / number
         return [folder / "encoder.onnx", folder / "decoder.onnx"]
@@ -240,6 +244,7 @@ def _export_one(
                 files=artefacts.checksums(staging, models),
                 source=origins.source(spec),
                 licences=origins.licences(spec, source, cache),
+                engine=f"vllm {read_vllm(staging / spec.name / VERSION).version}" if spec.vllm_limits else "",
             )
             manifest.write(staging)
             if beside:

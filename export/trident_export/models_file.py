@@ -19,6 +19,7 @@ from trident_serving.guard.rules import TEMPLATES, Guard, Rule
 from trident_serving.schema import reading
 from trident_serving.schema.limits import (
     LIMITS,
+    CausalLimits,
     EncoderLimits,
     GenerationLimits,
     ImageLimits,
@@ -26,8 +27,10 @@ from trident_serving.schema.limits import (
     Seq2SeqLimits,
     SpeechLimits,
     TemplateLimits,
+    VllmLimits,
 )
 from trident_serving.schema.reading import JsonObject
+from trident_serving.schema.vllm import VllmSettings
 from trident_serving.templates import compile_template
 
 TEMPLATE_TASKS = ("translation", "summarization", "question-answering")
@@ -36,6 +39,12 @@ TEMPLATE_VARIANT = "template"
 GUARDS = "guards"  # the table of guards, which are no models
 # Which kind of rule asks models of which task.
 _ASKED = {"entities": "token-classification", "classifier": "text-classification", "judge": "text-generation"}
+ONNXRUNTIME, VLLM = "onnxruntime", "vllm"
+# What vLLM computes with, by variant; its weights are those of the source.
+VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_VLLM_RECIPES = {variant: Recipe(f"vllm_{variant}", 1.0, {Kind.DECODER: ()}) for variant in VLLM_DTYPES}
+# Keys about graphs, which vLLM has none of.
+_NOT_FOR_VLLM = ("adapters", "draft", "calibration", "processor", "prompts")
 _SOURCE_WORDS = ("source_lang", "target_lang", "prefix")
 T = TypeVar("T")
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{,127}")
@@ -114,6 +123,8 @@ class ModelSpec:
         more: recipes of variants that are exported on request, `make export MODEL=name VARIANTS=...`, and kept from
             then on; see `with_variants`.
         by_processor: recipes of all of them for every processor.
+        engine: what computes it: "onnxruntime" or "vllm".
+        vllm: arguments of vLLM's engine.
     """
 
     name: str
@@ -138,11 +149,23 @@ class ModelSpec:
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     more: Mapping[str, Recipe] = field(default_factory=dict)
     by_processor: Mapping[Processor, Mapping[str, Recipe]] = field(default_factory=dict)
+    engine: str = ONNXRUNTIME
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+
+    @property
+    def causal(self) -> CausalLimits | None:
+        """The limits of a causal model, whichever engine computes it; None for others."""
+        return self.limits if isinstance(self.limits, CausalLimits) else None
 
     @property
     def generation(self) -> GenerationLimits | None:
-        """The limits of a causal model; None for others."""
+        """The limits of a causal model that ONNX Runtime computes; None for others."""
         return self.limits if isinstance(self.limits, GenerationLimits) else None
+
+    @property
+    def vllm_limits(self) -> VllmLimits | None:
+        """The limits of a causal model that vLLM computes; None for others."""
+        return self.limits if isinstance(self.limits, VllmLimits) else None
 
     @property
     def seq2seq(self) -> Seq2SeqLimits | None:
@@ -217,6 +240,8 @@ class ModelSpec:
         for key in ("adapters", "draft"):
             if not values[key]:
                 del values[key]
+        if self.engine == ONNXRUNTIME:
+            del values["engine"], values["vllm"]
         for key in ("sha256", "parts", "files"):
             if getattr(self.source, key) == getattr(Source(), key):
                 del values["source"][key]
@@ -259,7 +284,7 @@ def load(path: Path) -> list[ModelSpec]:
     for spec in specs:
         if spec.template:
             generators = [
-                other.public_name(v) for other in specs for v in (*other.variants, *other.more) if other.generation
+                other.public_name(v) for other in specs for v in (*other.variants, *other.more) if other.causal
             ]
             if spec.template.generator not in generators:
                 choice = ", ".join(generators) or "none"
@@ -438,11 +463,14 @@ def parse(
         return _template(name, table)
     ours = ("name", "draft_spec", "recipes", "more", "by_processor")
     known = [f.name for f in fields(ModelSpec) if f.name not in ours] + ["more_variants"]
-    known_recipes = recipes.load() if known_recipes is None else known_recipes
     _check_keys(where, table, known, required=("task", "source", "variants", "limits"))
     task = table["task"]
     if not isinstance(task, str) or task not in LIMITS:
         raise ModelsFileError(f"{where}: task {task!r} is not one of {', '.join(LIMITS)}")
+    engine, settings = _engine(where, task, table)
+    if engine == VLLM:
+        known_recipes = _VLLM_RECIPES
+    known_recipes = recipes.load() if known_recipes is None else known_recipes
     variants = _names(f"{where}: variants", table["variants"])
     more = _names(f"{where}: more_variants", table.get("more_variants", []))
     every = (*variants, *more)
@@ -453,7 +481,8 @@ def parse(
     default = table.get("default_variant", variants[0])
     if default not in variants:
         raise ModelsFileError(f"{where}: default_variant {default!r} is not one of variants {', '.join(variants)}")
-    limits = _read(f"{where} limits", LIMITS[task], table["limits"])
+    of_limits: type[Limits] = VllmLimits if engine == VLLM else LIMITS[task]
+    limits = _read(f"{where} limits", of_limits, table["limits"])
     kind, device = _kind(LIMITS[task]), getattr(limits, "device", "cpu")
     processor = _processor(where, table.get("processor"))
     by_processor = {
@@ -491,7 +520,23 @@ def parse(
         recipes={variant: chosen[variant] for variant in variants},
         more={variant: chosen[variant] for variant in more},
         by_processor=by_processor,
+        engine=engine,
+        vllm=settings,
     )
+
+
+def _engine(where: str, task: str, table: Mapping[str, Any]) -> tuple[str, VllmSettings]:
+    """What computes a model, and the settings of vLLM."""
+    engine = table.get("engine", ONNXRUNTIME)
+    if engine not in (ONNXRUNTIME, VLLM):
+        raise ModelsFileError(f"{where}: engine must be {ONNXRUNTIME} or {VLLM}, found {engine!r}")
+    if engine == VLLM and task != "text-generation":
+        raise ModelsFileError(f"{where}: engine {VLLM!r} is for text-generation, the task is {task}")
+    if engine == VLLM and (given := [key for key in _NOT_FOR_VLLM if key in table]):
+        raise ModelsFileError(f"{where}: {', '.join(given)} is not for engine {VLLM!r}, which has no graphs")
+    if engine != VLLM and VLLM in table:
+        raise ModelsFileError(f'{where}: vllm needs engine = "{VLLM}"')
+    return engine, _read(f"{where} vllm", VllmSettings, table.get(VLLM, {}))
 
 
 def _processor(where: str, value: object) -> Processor | None:

@@ -35,6 +35,9 @@ DRAFT = "draft"
 DRAFT_FILE = "draft.json"
 # As protobuf writes it: the versions of a model that a server loads.
 _POLICY = re.compile(r"^version_policy \{\n  specific \{\n((?:    versions: \d+\n)+)  \}\n\}\n", re.MULTILINE)
+# Of a model that vLLM computes, the Hugging Face folder in a version folder, and the file that says how it was gated.
+WEIGHTS = "huggingface"
+VLLM_FILE = "vllm.json"
 CONFIG_HEADER = "# Written by `trident-export configs` from models.toml: change that, not this.\n"
 
 
@@ -59,6 +62,7 @@ class Manifest:
         source: where the weights come from: the keys of models.toml that name it.
         licences: what the source says of its licence: SPDX identifiers, or names as it has them.
         format: of the artefact; 1 where none is written.
+        engine: the other engine that the gate ran, with its version; "": ONNX Runtime.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Manifest:
     source: dict[str, str] = field(default_factory=dict)
     licences: list[str] = field(default_factory=list)
     format: int = 1
+    engine: str = ""
 
     @property
     def digest(self) -> str:
@@ -115,6 +120,34 @@ class DraftSettings:
     def write(self, folder: Path) -> None:
         """Write it into the graph's folder."""
         (folder / DRAFT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class VllmBuild:
+    """What a version folder says of a model that vLLM computes.
+
+    Attributes:
+        version: of the vLLM that the gate ran.
+        dtype: the numbers that it computes with, by their name there.
+        trust_remote_code: run Python code that lies in the model's folder.
+    """
+
+    version: str
+    dtype: str
+    trust_remote_code: bool = False
+
+    def write(self, version_folder: Path) -> None:
+        """Write it into a version folder."""
+        (version_folder / VLLM_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_vllm(version_folder: Path) -> VllmBuild:
+    """What a version folder says of its model, which vLLM computes.
+
+    Raises:
+        OSError, ValueError, TypeError: it says nothing, or something else.
+    """
+    return VllmBuild(**json.loads((version_folder / VLLM_FILE).read_text(encoding="utf-8")))
 
 
 def read_draft(version_folder: Path) -> DraftSettings | None:

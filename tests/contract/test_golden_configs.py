@@ -20,6 +20,14 @@ GENERATOR = {
     "limits": {"slots": 4},
     "adapters": {"polite": "a", "sql": "b"},
 }
+VLLM = {
+    "task": "text-generation",
+    "source": {"path": "x"},
+    "engine": "vllm",
+    "variants": ["bf16"],
+    "limits": {"slots": 4},
+    "vllm": {"tensor_parallel_size": 2},
+}
 SEQ2SEQ = {"task": "translation", "source": {"path": "x"}, "variants": ["fp32"], "limits": {"long_input": "window"}}
 SPEECH = {"task": "automatic-speech-recognition", "source": {"path": "x"}, "variants": ["fp32"], "limits": {}}
 TEMPLATE = {
@@ -37,6 +45,7 @@ def _encoder(task: str, **limits: object) -> dict[str, object]:
 # The file's name by the table and the Triton model of it that is written out.
 KINDS = {
     "generator": (GENERATOR, "x"),
+    "vllm": (VLLM, "x"),
     "seq2seq": (SEQ2SEQ, "x"),
     "speech": (SPEECH, "x"),
     "template": (TEMPLATE, "x"),

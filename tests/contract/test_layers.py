@@ -21,7 +21,7 @@ SERVING: tuple[tuple[str, ...], ...] = (
     ("schema",),
     ("runtime",),
     ("generation", "seq2seq", "encoders"),
-    ("guard",),
+    ("guard", "vllm"),
     ("triton",),
 )
 CLIENT: tuple[tuple[str, ...], ...] = (

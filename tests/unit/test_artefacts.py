@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from trident_serving import artefacts
-from trident_serving.artefacts import FORMAT, DraftSettings, Manifest
+from trident_serving.artefacts import FORMAT, DraftSettings, Manifest, VllmBuild
 
 # The fields of what an artefact holds, by format. A field that is added with a default, which older artefacts may leave
 # out, changes only this list; where a reader would misunderstand an older artefact, FORMAT is raised too.
@@ -15,8 +15,9 @@ HELD = {
     2: {
         "Manifest": (
             "name task triton_models public_models fingerprint fidelity unverified aliases drafts processor recipes "
-            "files source licences format"
+            "files source licences format engine"
         ),
+        "VllmBuild": "version dtype trust_remote_code",
         "DraftSettings": "name context longest_run",
         "GenerationDefaults": (
             "prompt eos_token_ids max_length min_length num_beams length_penalty early_stopping repetition_penalty "
@@ -34,7 +35,7 @@ def _manifest() -> Manifest:
 def test_the_fields_that_artefacts_hold_are_those_of_their_format() -> None:
     from trident_serving.seq2seq.request import GenerationDefaults
 
-    for kind in (Manifest, DraftSettings, GenerationDefaults):
+    for kind in (Manifest, DraftSettings, VllmBuild, GenerationDefaults):
         assert " ".join(field.name for field in dataclasses.fields(kind)) == HELD[FORMAT][kind.__name__]
 
 

@@ -19,7 +19,7 @@ from trident_export.measure import fidelity
 from trident_serving.chat.messages import parse_messages
 from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest, LoadError, StartError
-from trident_serving.generation.service import read_eos_token_ids
+from trident_serving.generation.text_service import read_eos_token_ids
 from trident_serving.launcher import preflight, server
 from trident_serving.launcher.installation import find
 from trident_serving.runtime.sampling.defaults import GenerationDefaults

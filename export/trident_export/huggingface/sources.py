@@ -242,7 +242,7 @@ def _head(spec: ModelSpec, folder: HuggingFaceFolder) -> Any:
 
     from trident_export.tasks import encoders
 
-    if spec.generation:
+    if spec.causal:
         return transformers.AutoModelForCausalLM
     if spec.speech:
         return transformers.AutoModelForSpeechSeq2Seq

@@ -19,7 +19,7 @@ import numpy as np
 
 from trident_export import configs
 from trident_export.models_file import ModelSpec
-from trident_serving.artefacts import VERSION
+from trident_serving.artefacts import VERSION, WEIGHTS
 
 if TYPE_CHECKING:
     from trident_serving.seq2seq.decoder import Seq2SeqDecoder, Source
@@ -45,11 +45,17 @@ Probe = tuple[str, int, Callable[[], object]]
 
 
 def cost(spec: ModelSpec, variant: str, repository: Path) -> dict[str, float]:
-    """Size in MiB, resident memory in MiB, and speed: tokens/s of `BATCH` decoding rows, or texts/s in batches."""
+    """Size in MiB, resident memory in MiB, and speed: tokens/s of `BATCH` decoding rows, or texts/s in batches.
+
+    Of a model that vLLM computes, the size only.
+    """
     if spec.template:
         return {}
     folders = [repository / name / VERSION for name in graph_folders(spec, variant)]
     folder = folders[0]
+    if spec.vllm_limits:  # vLLM's own process runs it, with a start of its own
+        weights = (file for file in (folder / WEIGHTS).rglob("*") if file.suffix in (".safetensors", ".bin"))
+        return {"size_mib": sum(file.stat().st_size for file in weights) / MEBIBYTE}
     size = sum(file.stat().st_size for each in folders for file in each.glob("*.onnx*")) / MEBIBYTE
     command = [
         sys.executable,

@@ -25,7 +25,7 @@ from trident_serving.chat.origins import Traced, plain
 from trident_serving.chat.template import ChatTemplate
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.request import RequestParser
-from trident_serving.generation.service import read_eos_token_ids
+from trident_serving.generation.text_service import read_eos_token_ids
 from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.detokenizer import Detokenizer
 from trident_serving.runtime.sampling.candidates import Candidates
@@ -34,7 +34,7 @@ from trident_serving.runtime.sampling.params import SamplingParams
 from trident_serving.runtime.sampling.processors import filters, penalties
 from trident_serving.runtime.sampling.sampler import Sampler
 from trident_serving.runtime.tokenizer import TextTokenizer
-from trident_serving.schema.limits import GenerationLimits
+from trident_serving.schema.limits import CausalLimits
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -91,7 +91,7 @@ def not_applied(config: GenerationConfig) -> list[str]:
 
 
 def check(
-    source: HuggingFaceFolder, model: PreTrainedModel, folder: Path, limits: GenerationLimits, texts: Sequence[str]
+    source: HuggingFaceFolder, model: PreTrainedModel, folder: Path, limits: CausalLimits, texts: Sequence[str]
 ) -> None:
     """Compare all of it.
 
@@ -227,7 +227,7 @@ def _prompt_of(tokenizer: Any, conversation: Conversation) -> str | None:
 
 
 def check_generation(
-    source: HuggingFaceFolder, model: PreTrainedModel, folder: Path, limits: GenerationLimits, texts: Sequence[str]
+    source: HuggingFaceFolder, model: PreTrainedModel, folder: Path, limits: CausalLimits, texts: Sequence[str]
 ) -> None:
     """Ends and defaults: a request that is silent, token for token against `generate` with the folder's settings.
 

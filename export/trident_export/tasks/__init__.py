@@ -74,6 +74,7 @@ class Checked:
 
 
 TEMPLATES = "trident_export.tasks.templates"
+VLLM = "trident_export.tasks.vllm"
 MODULES = {
     "text-generation": "trident_export.tasks.text_generation",
     "translation": "trident_export.tasks.seq2seq",
@@ -121,8 +122,8 @@ def _uncompared(spec: ModelSpec, measures: Measures) -> str | None:
     """What the gate leaves to belief: texts longer than the longest that it compared."""
     longest = int(min((measured.get(fidelity.LONGEST, 0) for measured in measures.values() if measured), default=0))
     most = 0
-    if spec.generation:
-        most = spec.generation.context
+    if spec.causal:
+        most = spec.causal.context
     elif spec.encoder:
         most = spec.encoder.max_tokens
     elif spec.seq2seq:
@@ -197,7 +198,9 @@ def evaluator(
 
 def module_name(spec: ModelSpec) -> str:
     """The module that exports a model."""
-    return TEMPLATES if spec.template else MODULES[spec.task]
+    if spec.template:
+        return TEMPLATES
+    return VLLM if spec.vllm_limits else MODULES[spec.task]
 
 
 def _module(spec: ModelSpec) -> Any:

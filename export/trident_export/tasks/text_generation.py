@@ -71,6 +71,15 @@ def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
     """See `trident_export.tasks`."""
     source.check_head(AutoModelForCausalLM)
     check_context(spec, source.config)
+    check_texts(source)
+
+
+def check_texts(source: HuggingFaceFolder) -> None:
+    """Refuse a tokenizer, a chat template or a generation config that can't be served.
+
+    Raises:
+        ExportError: there is one.
+    """
     _ = source.generation_config
     tokenizer = source.fast_tokenizer
     for template in (default_template(source, tokenizer.chat_template), template_for_tools(tokenizer.chat_template)):

@@ -11,5 +11,6 @@ answer       one answer while it is generated: its sampler, its drafts, its cons
 engine       a step: schedule, run, let every answer take its tokens
 stopping     stop strings, held back until they can't match
 stream       the text side of one request
+text_service the text side of a model: requests, grammars, responses
 service      all of these for one model folder
 """

@@ -12,7 +12,7 @@ from trident_serving.generation.parsing import FAMILIES, AnswerParser, forced_ca
 from trident_serving.runtime.control_tokens import ControlTokens
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import ChatFormat
-from trident_serving.schema.limits import GenerationLimits
+from trident_serving.schema.limits import CausalLimits
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Chat:
     end_token_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def load(cls, folder: Path, tokenizer: TextTokenizer, limits: GenerationLimits) -> Chat | None:
+    def load(cls, folder: Path, tokenizer: TextTokenizer, limits: CausalLimits) -> Chat | None:
         """Of a version folder; None where the model has no chat template."""
         template = ChatTemplate.load(folder, limits.chat_template_kwargs.values)
         if template is None:

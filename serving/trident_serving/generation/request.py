@@ -44,7 +44,7 @@ from trident_serving.schema.fields import (
     timeout_seconds,
     without_aliases,
 )
-from trident_serving.schema.limits import GenerationLimits
+from trident_serving.schema.limits import CausalLimits
 from trident_serving.text import decode_texts
 
 _SPLIT_SPECIAL_TOKENS = by_name(MESSAGES)["split_special_tokens"]
@@ -82,6 +82,7 @@ class GenerationRequest:
         grammar: what the answer follows; None: nothing.
         counts_chunks: whether a response counts its own tokens only.
         adapter: number of the model's adapter that answers; 0: the base does.
+        bad_words: the texts whose tokens `sampling` forbids.
     """
 
     prompt: str
@@ -107,6 +108,7 @@ class GenerationRequest:
     adapter: int = 0
     return_prompt_token_ids: bool = False
     return_tokens: bool = False
+    bad_words: tuple[str, ...] = ()
 
     @property
     def needs_model(self) -> bool:
@@ -128,7 +130,7 @@ class RequestParser:
         self,
         tokenizer: TextTokenizer,
         chat: Chat | None,
-        limits: GenerationLimits,
+        limits: CausalLimits,
         defaults: GenerationDefaults = NO_DEFAULTS,
         vocabulary_size: int = 2**31,
         adapters: Sequence[str] = (),
@@ -168,10 +170,11 @@ class RequestParser:
                 values[name] = getattr(self._defaults, name)
         if "min_tokens" not in inputs:
             values["min_tokens"] = min(self._defaults.min_new_tokens, values["max_tokens"])
+        bad_words = _words(inputs, "bad_words")
         sampling = SamplingParams(
             **{name: values[name] for name in SAMPLING if name in values},
             seed=values["random_seed"],
-            bad_words=self._bad_words(inputs),
+            bad_words=self._bad_words(bad_words),
             logit_bias=self._logit_bias(values["logit_bias"]),
             watermark=self._watermark(values["watermarking_config"]),
             defaults=self._defaults,
@@ -210,6 +213,7 @@ class RequestParser:
             return_prompt_token_ids=values["return_prompt_token_ids"],
             return_tokens=values["return_tokens"],
             adapter=self._adapter(values["lora_name"]),
+            bad_words=bad_words,
         )
 
     def _conversation(self, inputs: Inputs) -> Conversation | None:
@@ -313,10 +317,10 @@ class RequestParser:
             kept = max(self._limits.context - answer, 1)
         return ids[-kept:]
 
-    def _bad_words(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each word at the beginning of a text, and behind a space where that begins otherwise."""
         found: list[tuple[int, ...]] = []
-        for word in _words(inputs, "bad_words"):
+        for word in words:
             plain, spaced = (
                 tuple(self._tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)) for prefix in ("", " ")
             )

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trident_serving.artefacts import DRAFT, read_draft
-from trident_serving.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, Overloaded
+from trident_serving.errors import DoesNotFit
 from trident_serving.generation import draft_model
-from trident_serving.generation.answer import FinishReason, Job
+from trident_serving.generation.answer import Job
 from trident_serving.generation.batch import SlotTokens
-from trident_serving.generation.chat import Chat
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings
-from trident_serving.generation.group import AnswerGroup
-from trident_serving.generation.parts import AnswerParts
-from trident_serving.generation.request import GenerationRequest, RequestParser
-from trident_serving.generation.stream import ResponseChannel, TextStream
+from trident_serving.generation.request import GenerationRequest
+from trident_serving.generation.stream import TextStream
+from trident_serving.generation.text_service import TextService
 from trident_serving.memory import MEBIBYTE, available_bytes
-from trident_serving.runtime.metrics import Recorder
-from trident_serving.runtime.outbox import Outbox
-from trident_serving.runtime.sampling.defaults import GenerationDefaults, read_config, token_ids
-from trident_serving.runtime.sampling.grammars import Grammars, Guide
-from trident_serving.runtime.tokenizer import TextTokenizer
-from trident_serving.schema.fields import Inputs
+from trident_serving.runtime.sampling.grammars import Guide
 from trident_serving.schema.limits import GenerationLimits
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,32 +89,7 @@ def plan_memory(
     return needs
 
 
-def read_eos_token_ids(folder: Path) -> frozenset[int]:
-    """`eos_token_id` of the model's generation_config.json: one id, a list, or none."""
-    return frozenset(token_ids(read_config(folder), "eos_token_id"))
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A request whose grammar is being compiled, or waits for that."""
-
-    request: GenerationRequest
-    streams: Sequence[TextStream]
-    grammar: Future[Guide]
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether no answer is wanted any more."""
-        return all(stream.cancelled for stream in self.streams)
-
-    @property
-    def overdue(self) -> bool:
-        """Whether its time is over."""
-        return time.monotonic() - self.since >= self.request.timeout_seconds
-
-
-class GenerationService:
+class GenerationService(TextService):
     """Parser, engine and sender of one model.
 
     Args:
@@ -137,12 +99,14 @@ class GenerationService:
 
     Attributes:
         memory: what it takes.
-        recorder: of its metrics.
         draft_name: the model that drafts; "": none does.
 
     Raises:
         DoesNotFit: the settings take more memory than there is.
     """
+
+    memory: MemoryNeeds
+    _engine: Engine
 
     def __init__(
         self,
@@ -151,10 +115,6 @@ class GenerationService:
         unloading: Callable[[], bool] = lambda: False,
         device_id: int = 0,
     ) -> None:
-        tokenizer = TextTokenizer.load(folder)
-        self._tokenizer = tokenizer
-        self._unloading = unloading
-        self._chat = Chat.load(folder, tokenizer, limits)
         decoder = OnnxDecoder(
             folder / "model.onnx",
             slots=limits.slots,
@@ -164,11 +124,6 @@ class GenerationService:
             device=limits.device,
             device_id=device_id,
         )
-        size = decoder.vocabulary_size
-        self._eos_token_ids = frozenset(token for token in read_eos_token_ids(folder) if 0 <= token < size)
-        defaults = GenerationDefaults.load(folder, size)
-        self._parser = RequestParser(tokenizer, self._chat, limits, defaults, size, decoder.adapters)
-        self._grammars = Grammars(folder / "tokenizer.json", size, self._eos_token_ids)
         settings = read_draft(folder)
         drafting = None if settings is None else draft_model.open_decoder(folder, settings, limits, device_id)
         graphs = [*folder.glob("model.onnx*"), *folder.glob(f"{DRAFT}/model.onnx*")]
@@ -181,10 +136,7 @@ class GenerationService:
         if settings is not None and drafting is not None:
             draft = draft_model.over_decoder(drafting, settings, limits, decoder.vocabulary_size)
         self.draft_name = "" if settings is None else settings.name
-        self.recorder = Recorder()
-        self._compiling: set[_Waiting] = set()
-        self._compiling_lock = threading.Lock()
-        self._outbox = Outbox(self._watch)
+        super().__init__(folder, limits, decoder.vocabulary_size, decoder.adapters, unloading)
         self._engine = Engine(
             decoder,
             EngineSettings(
@@ -204,106 +156,10 @@ class GenerationService:
             draft=draft,
         )
 
-    def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
-        """See `RequestParser.parse`."""
-        return self._parser.parse(inputs, timeout)
-
-    def submit(self, request: GenerationRequest, channel: ResponseChannel) -> None:
-        """Start a request; its responses go to the channel, and so does an error where the queue is full."""
-        group = AnswerGroup(channel, request.answers, streaming=request.stream)
-        members = [channel] if request.answers == 1 else [group.member(index) for index in range(request.answers)]
-        notify = self._outbox.notify
-        streams = [
-            TextStream(request, self._tokenizer, self._eos_token_ids, member, notify, self._parts(request))
-            for member in members
-        ]
-        for stream in streams:
-            self._outbox.add(stream)
-        if not request.needs_model:
-            for stream in streams:
-                stream.finish(FinishReason.LENGTH)
-        elif request.grammar is None:
-            self._start(request, streams)
-        else:
-            waiting = _Waiting(request, streams, self._grammars.guide(request.grammar))
-            with self._compiling_lock:
-                self._compiling.add(waiting)
-            waiting.grammar.add_done_callback(lambda done: self._compiled(waiting))
-
-    def _compiled(self, waiting: _Waiting) -> None:
-        """Go on with a request, unless it has ended meanwhile."""
-        with self._compiling_lock:
-            ended = waiting not in self._compiling
-            self._compiling.discard(waiting)
-        if not ended:
-            self._start(waiting.request, waiting.streams, waiting.grammar, waiting.since)
-
-    def _start(
-        self,
-        request: GenerationRequest,
-        streams: Sequence[TextStream],
-        compiled: Future[Guide] | None = None,
-        since: float | None = None,
+    def _queue(
+        self, request: GenerationRequest, streams: Sequence[TextStream], guide: Guide | None, since: float | None
     ) -> None:
-        """Queue the answers of a request, once its grammar is compiled, or fail them."""
-        try:
-            guide = None if compiled is None else compiled.result()
-            self._engine.submit(*(_job(request, index, each, guide, since) for index, each in enumerate(streams)))
-        except CancelledError:
-            error: Exception = Overloaded("the model is being unloaded")
-        except (InvalidRequest, Overloaded) as refusal:
-            error = refusal
-            if isinstance(refusal, Overloaded):
-                self.recorder.count("requests_rejected")
-        except Exception as defect:
-            logger.exception("a grammar could not be compiled")
-            error = defect
-        else:
-            return
-        for stream in streams:
-            stream.fail(error)
-
-    def _parts(self, request: GenerationRequest) -> AnswerParts | None:
-        """What parts an answer into text, reasoning and calls, where the request wants that."""
-        if self._chat is None or request.conversation is None:
-            return None
-        parser = self._chat.parser(request.conversation, request.prompt_end, reasoning=request.return_reasoning)
-        if parser is None:
-            return None
-        tools = request.conversation.tools is not None
-        # Where special tokens are shown, marks are in the text already.
-        marks = self._chat.marks if request.skip_special_tokens else {}
-        return AnswerParts(parser, marks, request.prompt_ids, calls=tools, reasoning=request.return_reasoning)
-
-    def steps(self) -> int:
-        """Steps of the engine so far."""
-        return self._engine.steps
-
-    def busy(self) -> bool:
-        """Whether the engine has work."""
-        return self._engine.busy
-
-    def stop(self) -> None:
-        """End the threads; unfinished requests fail."""
-        self._grammars.stop()
-        self._engine.stop()
-        self._outbox.stop()
-
-    def _watch(self) -> None:
-        if self._unloading():
-            self._engine.stop()
-        with self._compiling_lock:
-            ended = [waiting for waiting in self._compiling if waiting.cancelled or waiting.overdue]
-            self._compiling.difference_update(ended)
-        for waiting in ended:
-            waiting.grammar.cancel()  # is not compiled, if that has not begun
-            self.recorder.count("requests_cancelled" if waiting.cancelled else "requests_failed")
-            for stream in waiting.streams:
-                if waiting.cancelled:
-                    stream.finish(FinishReason.CANCELLED)
-                else:
-                    seconds = waiting.request.timeout_seconds
-                    stream.fail(DeadlineExceeded(f"the timeout of {seconds:g} s was over while its grammar waited"))
+        self._engine.submit(*(_job(request, index, each, guide, since) for index, each in enumerate(streams)))
 
 
 def _job(request: GenerationRequest, index: int, stream: TextStream, guide: Guide | None, since: float | None) -> Job:

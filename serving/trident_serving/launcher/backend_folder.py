@@ -25,6 +25,7 @@ NAMES = (
     "trident_speech",
     "trident_template",
     "trident_tokenizer",
+    "trident_vllm",
 )
 
 

@@ -33,24 +33,19 @@ def check_options(options: JsonObject) -> None:
 
 
 @dataclass(frozen=True)
-class GenerationLimits:
-    """Limits of a causal model.
+class CausalLimits:
+    """Limits of a causal model, whichever engine computes it.
 
     Attributes:
         context: tokens of prompt and answer together.
         slots: answers that are generated at once.
         kv_cache_mib: MiB for keys and values; 0: enough for `slots` full contexts.
-        prefill_chunk: the most prompt tokens in one step; running streams wait that long.
         max_waiting: requests that may wait for a slot; more get UNAVAILABLE at once.
         timeout: seconds that a request may take, waiting included; then it fails with DEADLINE_EXCEEDED. A request may
             ask for less.
         default_max_tokens: length of an answer where the request names none.
         prefix_reuse: whether a prompt reuses the tokens of its beginning that the cache already holds.
-        prompt_lookup: whether greedy answers may be drafted from their own text.
-        ngram_pool: whether they may be drafted from other requests' answers too, which changes their speed only;
-            `prompt_lookup` is needed for it.
         threads: ONNX Runtime's intra-op threads.
-        device: "cpu" or "cuda"; the graph is made for it (decision 0023).
         chat_template_kwargs: options of the chat template where a request does not say otherwise, such as
             `{ enable_thinking = false }`.
         chat_format: how the model writes calls of tools; "auto": as its chat template shows.
@@ -59,24 +54,54 @@ class GenerationLimits:
     context: int = 1024
     slots: int = 8
     kv_cache_mib: int = field(default=0, metadata={"least": 0})
-    prefill_chunk: int = 128
     max_waiting: int = 128
     timeout: int = 300
     default_max_tokens: int = 256
     prefix_reuse: bool = True
-    prompt_lookup: bool = True
-    ngram_pool: bool = True
     threads: int = 2
-    device: str = "cpu"
     chat_template_kwargs: JsonObject = NO_OPTIONS
     chat_format: ChatFormat = ChatFormat.AUTO
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise ReadingError(f"device must be one of {', '.join(DEVICES)}, found {self.device!r}")
         if self.context < 2:
             raise ReadingError(f"context must be at least 2, a token and its successor, found {self.context}")
         check_options(self.chat_template_kwargs)
+
+
+@dataclass(frozen=True)
+class GenerationLimits(CausalLimits):
+    """Limits of a causal model that ONNX Runtime computes.
+
+    Attributes:
+        prefill_chunk: the most prompt tokens in one step; running streams wait that long.
+        prompt_lookup: whether greedy answers may be drafted from their own text.
+        ngram_pool: whether they may be drafted from other requests' answers too, which changes their speed only;
+            `prompt_lookup` is needed for it.
+        device: "cpu" or "cuda"; the graph is made for it (decision 0023).
+    """
+
+    prefill_chunk: int = 128
+    prompt_lookup: bool = True
+    ngram_pool: bool = True
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ReadingError(f"device must be one of {', '.join(DEVICES)}, found {self.device!r}")
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class VllmLimits(CausalLimits):
+    """Limits of a causal model that vLLM computes.
+
+    Attributes:
+        slots: answers that are generated at once: vLLM's `max_num_seqs`.
+        kv_cache_mib: MiB for keys and values; 0: a share of the memory, vLLM's `gpu_memory_utilization`.
+        prefix_reuse: whether a prompt reuses the tokens of its beginning that the cache already holds: vLLM's
+            `enable_prefix_caching`.
+        threads: of vLLM on a CPU.
+    """
 
 
 @dataclass(frozen=True)
@@ -373,7 +398,7 @@ class TemplateLimits:
         check_options(self.chat_template_kwargs)
 
 
-Limits = GenerationLimits | EncoderLimits | ImageLimits | Seq2SeqLimits | SpeechLimits | TemplateLimits
+Limits = GenerationLimits | VllmLimits | EncoderLimits | ImageLimits | Seq2SeqLimits | SpeechLimits | TemplateLimits
 LIMITS: dict[str, type[Limits]] = {
     "text-generation": GenerationLimits,
     "translation": Seq2SeqLimits,

@@ -1,0 +1,5 @@
+"""Where vLLM's stats go."""
+
+
+class StatLoggerBase:
+    """One who hears of them."""
