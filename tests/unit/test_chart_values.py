@@ -44,4 +44,6 @@ def test_the_images_hold_what_the_chart_starts() -> None:
     for name in ("Dockerfile", "Dockerfile.cpu"):
         text = (Path(ROOT) / "deploy" / name).read_text()
         assert "/opt/trident/venv/bin/python" in text
-        assert "runtime,gateway" in text
+        assert "--require-hashes" in text
+    packages = (Path(ROOT) / "deploy" / "requirements.txt").read_text()
+    assert {"fastapi", "uvicorn", "onnxruntime"} <= {line.partition("==")[0] for line in packages.splitlines()}

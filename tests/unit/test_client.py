@@ -207,6 +207,7 @@ def test_exported_names() -> None:
         "DeadlineExceededError",
         "Entity",
         "Filling",
+        "Finding",
         "ForbiddenError",
         "Generation",
         "GenerationChunk",

@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 
-from trident_export.errors import UnsupportedModel
+from trident_export.errors import UnreadableSource, UnsupportedModel
 from trident_export.huggingface.folder import HuggingFaceFolder, reading
 from trident_serving.images.preprocessing import ImageSettings
 
@@ -80,16 +80,16 @@ def _settings(source: HuggingFaceFolder, asked: dict[str, Any]) -> ImageSettings
         resample=2 if resample is None else int(resample),
         crop=crop,
         rescale=float(asked["rescale_factor"]) if asked["do_rescale"] else None,
-        mean=_channels(mean) if normalizes else (),
-        deviation=_channels(deviation) if normalizes else (),
+        mean=_channels(source, mean) if normalizes else (),
+        deviation=_channels(source, deviation) if normalizes else (),
     )
 
 
-def _channels(values: Any) -> tuple[float, ...]:
+def _channels(source: HuggingFaceFolder, values: Any) -> tuple[float, ...]:
     """A number for each channel."""
     found = tuple(map(float, values)) if isinstance(values, list | tuple) else (float(values),) * _CHANNELS
     if len(found) != _CHANNELS:
-        raise ValueError(f"it has {len(found)} numbers for {_CHANNELS} channels")
+        raise UnreadableSource(f"{source}: {_FILE} has {len(found)} numbers for {_CHANNELS} channels")
     return found
 
 
