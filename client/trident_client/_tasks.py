@@ -216,8 +216,8 @@ def fill_mask(text: str, model: str | None, top_k: int | None) -> Batch[list[lis
 
     def join(responses: _Responses) -> list[list[Filling]]:
         (outputs,) = responses
-        masks = {name: values[0] for name, values in outputs.items()}
-        return [_records(Filling, row) for row in _split(masks, ("token_str", "score", "token", "sequence"))]
+        names = ("token_str", "score", "token", "sequence")
+        return [_records(Filling, row) for row in _split({name: outputs[name][0] for name in names}, names)]
 
     options = {} if top_k is None else {"top_k": _wire.scalar("top_k", top_k, np.int32)}
     return Batch("fill-mask", model, _rows({"text_input": [text]}, None, 1, options), join)

@@ -212,6 +212,9 @@ def test_command_line(server: LocalServer, client: Client, tmp_path: Path, capsy
     assert cli.main(["embed-images", *names, "--json", *at]) == 0
     rows = json.loads(capsys.readouterr().out)
     np.testing.assert_allclose([each["embedding"] for each in rows], client.embed_images(FILES[:2]), atol=1e-6)
+    assert cli.main(["embed-images", names[0], "--model", "vit", *at]) == 1
+    said = "trident: vit has another task than image-feature-extraction: it gives label, score, and no embedding\n"
+    assert capsys.readouterr().err == said
     assert cli.main(["embed-images", names[0], str(tmp_path / "none.png"), *at]) == 2
     assert "none.png: No such file" in capsys.readouterr().err
     Path(names[1]).write_bytes(b"hello")

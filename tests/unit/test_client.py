@@ -32,9 +32,11 @@ from trident_client import (
     ToolCall,
     UnavailableError,
     _generation,
+    _tasks,
     _wire,
     cli,
 )
+from trident_client._errors import from_status
 from trident_client._grpc import channel_options
 from trident_serving.launcher import local
 
@@ -367,6 +369,8 @@ def test_errors_by_status_code(connected: Client) -> None:
         connected.embed("full")
     with pytest.raises(ServerError, match="broken"):
         connected.embed("broken")
+    with pytest.raises(InvalidRequestError, match="^the model generates text, and this call is for another task$"):
+        raise from_status(400, "HTTP end point doesn't support models with decoupled transaction policy")
     with pytest.raises(DeadlineExceededError):
         connected.embed("slow", timeout=0.1)
     with pytest.raises(DeadlineExceededError):
@@ -376,6 +380,32 @@ def test_errors_by_status_code(connected: Client) -> None:
     connected.close()
     with pytest.raises(CancelledError):
         list(stream)
+
+
+OTHER = {"logits": np.zeros((1, 1), np.float32), "score": np.zeros((1, 1), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "missing"),
+    [
+        (_tasks.embed("a", None, None, None, None, 1), "feature-extraction: it gives logits, score, and no embedding"),
+        (_tasks.tokenize(["a"], None, "m", None, 1), "and no input_ids"),
+        (_tasks.embed_sparse("a", None, None, None, 1), "sparse-embedding: it gives logits, score, and no indices"),
+        (_tasks.classify("a", None, None, 1, None, 1), "text-classification: it gives logits, score, and no label"),
+        (_tasks.classify_zero_shot("a", ["b"], None, None, None, None, 1), "and no label"),
+        (_tasks.entities("a", None, None, None, 1), "token-classification: it gives logits, score, and no entity"),
+        (_tasks.answer("a", "b", 1, None, None, None), "and no no_answer_score"),
+        (_tasks.fill_mask("a", None, None), "fill-mask: it gives logits, score, and no token_str"),
+        (_tasks.text_to_text("translation", "a", None, {}), "translation: it gives logits, score, and no text_output"),
+        (_tasks.transcribe(b"a", None, {}), "and no output_ids"),
+        (_tasks.embed_images(b"a", None, 1), "image-feature-extraction: it gives logits, score, and no embedding"),
+        (_tasks.classify_images([b"a"], None, 1, 1), "image-classification: it gives logits, score, and no label"),
+        (_tasks.classify_images_zero_shot(b"a", ["b"], None, None, 1), "and no label"),
+    ],
+)
+def test_a_model_of_another_task_that_takes_the_same_tensors(batch: Any, missing: str) -> None:
+    with pytest.raises(InvalidRequestError, match=missing):
+        batch.joined("m", [OTHER])
 
 
 def test_a_server_that_is_not_there() -> None:
