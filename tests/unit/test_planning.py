@@ -121,7 +121,9 @@ def test_traffic_that_can_not_be(change: dict[str, float], message: str) -> None
 def test_traffic_at_its_limits_is_answered() -> None:
     most = replace(CHAT, prompt_variation=1000.0, answer_variation=1000.0, burstiness=1000.0)
     assert plan(CURVE, replace(most, rate=0.001), Targets(first_token=900.0)).replicas == 1
-    with pytest.raises(InvalidRequest, match="1e\\+09 requests a second are too many for 100000 replicas: one that is 80%"):
+    with pytest.raises(
+        InvalidRequest, match="1e\\+09 requests a second are too many for 100000 replicas: one that is 80%"
+    ):
         plan(CURVE, replace(CHAT, rate=1e9), Targets())
 
 
