@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -283,6 +283,19 @@ def test_unknown_options_are_not_dropped(connected: Client) -> None:
         connected.generate("x", max_token=5)
     with pytest.raises(TypeError, match="unknown option"):
         connected.stream("x", beams=5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: _tasks.embed("a", None, None, None, cast("bool", "yes"), 1),
+        lambda: _tasks.classify_zero_shot("a", ["b"], None, cast("bool", "yes"), None, None, 1),
+        lambda: _tasks.answer("a", "b", 1, None, None, cast("bool", "yes")),
+    ],
+)
+def test_a_yes_or_no_is_one(call: Any) -> None:
+    with pytest.raises(ValueError, match="must be true or false, found 'yes'"):
+        call()
 
 
 def test_numbers_that_do_not_fit_are_not_wrapped_around(connected: Client) -> None:
