@@ -55,7 +55,13 @@ def difference(measure: Measure, baseline: Measure, weights: NDArray[np.int64]) 
     found = measure.value - baseline.value
     # Of the resamples, moved so that their mean is no difference, those that are as far from it as what was found.
     beyond = int((np.abs(apart - apart.mean()) >= abs(found) - 1e-12).sum())
-    return Difference(_around(found, apart), min(1.0, (beyond + 1) / (len(apart) + 1)))
+    # With few examples that differ, resamples show too little. Exchanging the two models' answers to n examples gives
+    # 2**n outcomes, and as large a difference in two of them at least.
+    differ = len(measure.rows)
+    if measure.rows.shape == baseline.rows.shape:  # of classes, each model has columns for those that it names
+        differ = int((measure.rows != baseline.rows).any(axis=1).sum())
+    least = 2.0 ** (1 - differ)
+    return Difference(_around(found, apart), min(1.0, max((beyond + 1) / (len(apart) + 1), least)))
 
 
 def _figures(measure: Measure, weights: NDArray[np.int64]) -> NDArray[np.float64]:
