@@ -60,10 +60,11 @@ class ServerError(TridentError):
 # like one that may be sent again. An answer that is lost with its backend process is INTERNAL, like a defect. A model
 # that is being loaded again, or goes as the server ends, is NOT_FOUND, like one that never was there. gRPC's code for
 # messages beyond a limit is also a proxy's for too many requests. A generator that is asked for one response, as other
-# tasks give it, is a missing feature to Triton.
+# tasks give it, is a missing feature to Triton. It has no code for a time that is over: such an answer is UNAVAILABLE.
 _RESTRICTED = re.compile(r"This (protocol|API) is restricted, expecting header")
 _AWAY = re.compile(r"Stub process '.*' is not healthy|has no available versions")
 _FULL = re.compile(r"queue is full|requests are being answered already")
+_OVER = re.compile(r"^the timeout (of \S+ s )?was over ")
 _DECOUPLED = re.compile(r"doesn't support models with decoupled transaction policy")
 _TOO_LARGE = re.compile(r"larger than max")
 _FORBIDDEN = (
@@ -133,6 +134,8 @@ def _known(message: str, kind: type[TridentError]) -> TridentError:
         return ForbiddenError(_FORBIDDEN)
     if _DECOUPLED.search(message):
         return InvalidRequestError("the model generates text, and this call is for another task")
+    if _OVER.search(message):
+        kind = DeadlineExceededError
     if _AWAY.search(message):
         kind = UnavailableError
     if kind is UnavailableError and says_full(message):

@@ -384,6 +384,11 @@ def test_errors_by_status_code(connected: Client) -> None:
         connected.embed("broken")
     with pytest.raises(InvalidRequestError, match="^the model generates text, and this call is for another task$"):
         raise from_status(400, "HTTP end point doesn't support models with decoupled transaction policy")
+    for seconds in ("300", "1e-05", "0.043492"):  # a recording's, a translation's, and a template task's
+        assert (
+            type(from_status(503, f"the timeout of {seconds} s was over after 0 of 9 seconds")) is DeadlineExceededError
+        )
+    assert type(from_status(503, "the timeout was over before all was answered")) is DeadlineExceededError
     with pytest.raises(DeadlineExceededError):
         connected.embed("slow", timeout=0.1)
     with pytest.raises(DeadlineExceededError):
