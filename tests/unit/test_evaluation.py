@@ -210,6 +210,18 @@ def test_differences_between_models() -> None:
     assert intervals.holm([0.01, 0.04, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06)]
 
 
+def test_many_examples_take_two_bytes_for_each_resample() -> None:
+    """As one draw of all resamples gives them."""
+    found = intervals.resamples(300, 250)
+    drawn = np.random.default_rng(0).multinomial(300, np.full(300, 1 / 300), size=250)
+    assert found.nbytes == 2 * 300 * 250
+    np.testing.assert_array_equal(found, drawn)
+    (measure, _) = measures.labels(["a"] * 300, ["a" if index % 3 else "b" for index in range(300)])
+    shares = drawn @ measure.rows[:, 0] / 300
+    low, high = np.quantile(shares, [0.025, 0.975])
+    assert intervals.interval(measure, found) == intervals.Interval(200 / 300, pytest.approx(low), pytest.approx(high))
+
+
 @pytest.mark.parametrize("task", ["labels", "spans_of_text"])
 @pytest.mark.parametrize(("examples", "p"), [(1, 1.0), (3, 0.25), (7, 2**-6)])
 def test_few_examples_show_little(task: str, examples: int, p: float) -> None:
