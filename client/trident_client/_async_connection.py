@@ -144,7 +144,7 @@ class AsyncConnection:
         """The answer to requests that have one response each."""
         left = countdown(self._deadline(timeout))
         model = await self._model(batch.model, batch.task, timeout)
-        return batch.join(await self._infer(model, batch.requests, left()))
+        return batch.joined(model, await self._infer(model, batch.requests, left()))
 
     async def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
         """The responses to requests, each of which has so many seconds."""

@@ -124,7 +124,7 @@ class Connection:
         """The answer to requests that have one response each."""
         left = countdown(self._deadline(timeout))
         model = self._model(batch.model, batch.task, timeout)
-        return batch.join(self._infer(model, batch.requests, left()))
+        return batch.joined(model, self._infer(model, batch.requests, left()))
 
     def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
         """The responses to requests, each of which has so many seconds."""

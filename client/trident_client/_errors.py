@@ -59,10 +59,13 @@ class ServerError(TridentError):
 # Triton uses one code for different errors, which only their texts tell apart. A call without its key is UNAVAILABLE,
 # like one that may be sent again. An answer that is lost with its backend process is INTERNAL, like a defect. A model
 # that is being loaded again, or goes as the server ends, is NOT_FOUND, like one that never was there. gRPC's code for
-# messages beyond a limit is also a proxy's for too many requests.
+# messages beyond a limit is also a proxy's for too many requests. A generator that is asked for one response, as other
+# tasks give it, is a missing feature to Triton. It has no code for a time that is over: such an answer is UNAVAILABLE.
 _RESTRICTED = re.compile(r"This (protocol|API) is restricted, expecting header")
 _AWAY = re.compile(r"Stub process '.*' is not healthy|has no available versions")
 _FULL = re.compile(r"queue is full|requests are being answered already")
+_OVER = re.compile(r"^the timeout (of \S+ s )?was over ")
+_DECOUPLED = re.compile(r"doesn't support models with decoupled transaction policy")
 _TOO_LARGE = re.compile(r"larger than max")
 _FORBIDDEN = (
     "the server asks for its admin key: set TRIDENT_ADMIN_KEY or give Client(admin_key=...); over gRPC, the client "
@@ -129,6 +132,10 @@ def _known(message: str, kind: type[TridentError]) -> TridentError:
     """The error of a message and what its code says of it."""
     if _RESTRICTED.search(message):
         return ForbiddenError(_FORBIDDEN)
+    if _DECOUPLED.search(message):
+        return InvalidRequestError("the model generates text, and this call is for another task")
+    if _OVER.search(message):
+        kind = DeadlineExceededError
     if _AWAY.search(message):
         kind = UnavailableError
     if kind is UnavailableError and says_full(message):

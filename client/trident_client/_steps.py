@@ -8,6 +8,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from numpy.typing import NDArray
 
+from trident_client._errors import InvalidRequestError
+
 Tensors = Mapping[str, NDArray[Any]]
 Result = TypeVar("Result")
 
@@ -27,6 +29,31 @@ class Batch(Generic[Result]):
     model: str | None
     requests: Sequence[Tensors]
     join: Callable[[list[dict[str, NDArray[Any]]]], Result]
+
+    def joined(self, model: str, responses: Sequence[Tensors]) -> Result:
+        """The answer of the call.
+
+        Args:
+            model: which one was asked.
+            responses: to the requests, in their order.
+
+        Raises:
+            InvalidRequestError: the model has another task, which takes the same tensors and gives others.
+        """
+        return self.join([_Outputs(response, model, self.task) for response in responses])
+
+
+class _Outputs(dict[str, NDArray[Any]]):
+    """A response's tensors by name; that one is missing is a sentence."""
+
+    def __init__(self, tensors: Tensors, model: str, task: str) -> None:
+        super().__init__(tensors)
+        self._model, self._task = model, task
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        raise InvalidRequestError(
+            f"{self._model} has another task than {self._task}: it gives {', '.join(sorted(self))}, and no {name}"
+        )
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def classify_zero_shot(
     if hypothesis_template is not None:
         options["hypothesis_template"] = _wire.texts([hypothesis_template])
     flags = {"multi_label": multi_label, "truncate": truncate}
-    options |= {name: np.array([value]) for name, value in flags.items() if value is not None}
+    options |= {name: _wire.flag(name, value) for name, value in flags.items() if value is not None}
     batch = list(_listed(texts))
     starts = range(0, len(batch), batch_size)
     requests = [{"text_input": _wire.texts(batch[start : start + batch_size]), **options} for start in starts]
@@ -173,7 +173,7 @@ def answer(
     if max_answer_len is not None:
         options["max_answer_len"] = _wire.scalar("max_answer_len", max_answer_len, np.int32)
     if handle_impossible_answer is not None:
-        options["handle_impossible_answer"] = np.array([handle_impossible_answer])
+        options["handle_impossible_answer"] = _wire.flag("handle_impossible_answer", handle_impossible_answer)
     requests = []
     for start in range(0, len(questions), QUESTIONS):
         part = slice(start, start + QUESTIONS)
@@ -216,8 +216,8 @@ def fill_mask(text: str, model: str | None, top_k: int | None) -> Batch[list[lis
 
     def join(responses: _Responses) -> list[list[Filling]]:
         (outputs,) = responses
-        masks = {name: values[0] for name, values in outputs.items()}
-        return [_records(Filling, row) for row in _split(masks, ("token_str", "score", "token", "sequence"))]
+        names = ("token_str", "score", "token", "sequence")
+        return [_records(Filling, row) for row in _split({name: outputs[name][0] for name in names}, names)]
 
     options = {} if top_k is None else {"top_k": _wire.scalar("top_k", top_k, np.int32)}
     return Batch("fill-mask", model, _rows({"text_input": [text]}, None, 1, options), join)
@@ -340,7 +340,7 @@ def _rows(
         }
         rows = len(next(iter(inputs.values())))
         if truncate is not None:
-            inputs["truncate"] = np.full((rows, 1), truncate)
+            inputs["truncate"] = np.repeat(_wire.flag("truncate", truncate)[None], rows, axis=0)
         inputs |= {name: np.repeat(value[None], rows, axis=0) for name, value in options.items()}
         requests.append(inputs)
     return requests

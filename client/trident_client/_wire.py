@@ -107,6 +107,17 @@ def scalar(name: str, value: Any, dtype: type[np.generic]) -> NDArray[Any]:
         raise ValueError(f"{name} is a number too large") from None
 
 
+def flag(name: str, value: Any) -> NDArray[np.bool_]:
+    """A yes or no as a tensor [1].
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be true or false, found {value!r}")
+    return np.array([value])
+
+
 def build_request(model: str, inputs: Arrays) -> Any:
     """A `ModelInferRequest` with these tensors."""
     request = pb.ModelInferRequest(model_name=model)

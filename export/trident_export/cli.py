@@ -376,6 +376,10 @@ def _served(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
 def _audit(options: argparse.Namespace) -> int:
     from trident_export.audit import cases, report
 
+    for name in ("max_gap", "max_shift"):
+        limit = getattr(options, name)
+        if limit is not None and not limit >= 0:  # nothing is beyond a limit that is no number
+            raise UsageError(f"--{name.replace('_', '-')} must be 0 or more, found {limit:g}")
     (spec,) = _specs(options, on_demand=True)
     asked = cases.load(options.groups) if options.groups else cases.load()
     with _served(options, spec) as (client, models, against):

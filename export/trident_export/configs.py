@@ -303,7 +303,8 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits | ImageLimits) -> Iterable[
     )
 
     first = _base(first_stage(spec), "trident_tokenizer", outer)
-    _add_tensors(first, limits, task.texts, options, task.tokens)
+    always = [text for text in task.texts if text not in task.once]
+    _add_tensors(first, limits, always, (*task.once, *options, *task.awaited), task.tokens)
     _set_parameters(first, {"task": spec.task} | _taken(limits, task.parameters))
     yield first
 
@@ -322,18 +323,30 @@ def _ensemble(spec: ModelSpec, limits: EncoderLimits | ImageLimits) -> Iterable[
         yield from models
 
         ensemble = _base(spec.public_name(variant), "ensemble", outer)
-        ensemble.input.extend([*first.input, *(tensor for tensor in postprocess.input if tensor.optional)])
-        ensemble.output.extend(postprocess.output)
-        for part in (first, *models, postprocess):
-            step = ensemble.ensemble_scheduling.step.add(model_name=part.name, model_version=-1)
-            for tensor in part.input:
-                step.input_map[tensor.name] = tensor.name
-            for tensor in part.output:
-                step.output_map[tensor.name] = tensor.name
+        _add_tensors(ensemble, limits, task.texts, (*options, *answer_options), task.answers)
+        known: tuple[Tensor, ...] = task.texts
+        for index, (tower, model) in enumerate(zip(task.graphs, models, strict=True)):
+            if index:
+                known = (*task.graphs[index - 1].outputs, *tower.texts)
+            made = tower.inputs if task.towers else task.tokens
+            _add_step(ensemble, first, [*known, *options], made)
+            _add_step(ensemble, model)
+        _add_step(ensemble, postprocess)
         yield ensemble
 
     if name := alias(spec):
         yield _alias(spec, name, limits, task)
+
+
+def _add_step(
+    ensemble: pb.ModelConfig, part: pb.ModelConfig, inputs: Iterable[Tensor] = (), outputs: Iterable[Tensor] = ()
+) -> None:
+    """A step that reads and gives these tensors of a stage; none are named: all of them."""
+    step = ensemble.ensemble_scheduling.step.add(model_name=part.name, model_version=-1)
+    for tensor in inputs or part.input:
+        step.input_map[tensor.name] = tensor.name
+    for tensor in outputs or part.output:
+        step.output_map[tensor.name] = tensor.name
 
 
 def _alias(spec: ModelSpec, name: str, limits: EncoderLimits | ImageLimits, task: EncoderTask) -> pb.ModelConfig:

@@ -261,7 +261,7 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
         raise ModelsFileError(f"there is no models file {path}") from None
     except OSError as error:
         raise ModelsFileError(f"the models file {path} can't be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not all of it is a TOMLDecodeError
         raise ModelsFileError(f"{path} is not TOML: {error}") from None
 
 

@@ -109,7 +109,7 @@ def parse(text: str, where: str) -> dict[str, Recipe]:
     """
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not all of it is a TOMLDecodeError
         raise ModelsFileError(f"{where} is not TOML: {error}") from None
     return {name: _recipe(f"{where} [{name}]", name, table) for name, table in tables.items()}
 

@@ -6,11 +6,14 @@ TRIDENT_WRITE_GOLDEN=1 writes the files again.
 from __future__ import annotations
 
 import os
+from dataclasses import fields
+from itertools import pairwise
 
 import pytest
 
 from tests.conftest import ROOT
 from trident_export import configs, models_file
+from trident_serving import encoders
 
 GOLDEN = ROOT / "tests" / "golden"
 GENERATOR = {
@@ -73,3 +76,15 @@ def test_a_config_is_as_it_was(kind: str) -> None:
     if os.environ.get("TRIDENT_WRITE_GOLDEN"):
         file.write_text(text, encoding="utf-8")
     assert text == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", encoders.TASKS)
+def test_no_two_steps_of_an_ensemble_run_at_once(task: str) -> None:
+    """Each reads what the one before it gives. Triton ends where a request is cancelled while two of its steps run."""
+    known = {field.name for field in fields(models_file.LIMITS[task])}
+    limits = {name: 8 for name in ("dimensions", "labels") if name in known}
+    ensemble = configs.build(models_file.parse("x", _encoder(task, **limits)))["x"]
+    steps = ensemble.ensemble_scheduling.step
+    assert len(steps) >= 3
+    for before, step in pairwise(steps):
+        assert set(before.output_map.values()) & set(step.input_map.values()), step.model_name

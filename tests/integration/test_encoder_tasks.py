@@ -33,7 +33,8 @@ from tests.conftest import runs_slow_tests, some_slow
 from tests.golden import question_answering as record
 from trident_client import Client, InvalidRequestError, cli
 from trident_export import corpora, install, models_file, recipes, tasks
-from trident_export.errors import FidelityError
+from trident_export.audit import cases, measuring, report
+from trident_export.errors import FidelityError, UsageError
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import fidelity
 from trident_export.tasks.encoders import base
@@ -131,6 +132,19 @@ def texts() -> list[str]:
 
 def hugging_face(folder: Path, task: str, name: str) -> Any:
     return pipeline(task, model=str(folder / name), tokenizer=str(folder / name), device="cpu")
+
+
+def test_classifiers_are_audited(reader: Client) -> None:
+    """Each class has a score for each sentence and group: the probability that a call gives."""
+    asked = cases.Cases((cases.Axis("gender", ("the man", "the woman")),), ("{Person} left.", "See {person}."), ())
+    for name, classes in (("cls-bert", 3), ("cls-roberta", 4), ("cls-xlmr", 1)):
+        found = report.audit(reader, "text-classification", [name], asked, name)
+        assert len(found.gaps[name]["gender"]) == classes
+        scores = measuring.scores(reader, "text-classification", name, asked, asked.axes[0])
+        for label in reader.classify("See the woman.", model=name, top_k=classes):
+            assert scores[label.label][1, 1] == pytest.approx(label.score)
+    with pytest.raises(UsageError, match="cls-roberta has other classes than cls-bert"):
+        report.audit(reader, "text-classification", ["cls-bert", "cls-roberta"], asked, "cls-bert")
 
 
 @pytest.mark.parametrize("name", some_slow(CLASSIFIERS, SLOW))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.image_utils import load_image
 
 from tests import doors, tiny_models
 from tests.conftest import some_slow
-from trident_client import Client, InvalidRequestError, NotFoundError, cli
+from trident_client import Client, DeadlineExceededError, InvalidRequestError, NotFoundError, cli
 from trident_export import add, install, models_file, recipes, tasks
 from trident_export.errors import FidelityError, ModelsFileError, UnsupportedArchitecture
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -212,6 +213,9 @@ def test_command_line(server: LocalServer, client: Client, tmp_path: Path, capsy
     assert cli.main(["embed-images", *names, "--json", *at]) == 0
     rows = json.loads(capsys.readouterr().out)
     np.testing.assert_allclose([each["embedding"] for each in rows], client.embed_images(FILES[:2]), atol=1e-6)
+    assert cli.main(["embed-images", names[0], "--model", "vit", *at]) == 1
+    said = "trident: vit has another task than image-feature-extraction: it gives label, score, and no embedding\n"
+    assert capsys.readouterr().err == said
     assert cli.main(["embed-images", names[0], str(tmp_path / "none.png"), *at]) == 2
     assert "none.png: No such file" in capsys.readouterr().err
     Path(names[1]).write_bytes(b"hello")
@@ -262,6 +266,23 @@ def test_one_image_of_a_batch_does_not_fail_another_request(client: Client) -> N
     assert client.classify_images(FILES[0]) == expected
     with pytest.raises(NotFoundError, match="serves no model for image-segmentation|unknown model"):
         client.classify_images(FILES[0], model="nobody")
+
+
+def test_requests_that_are_given_up_do_not_end_the_server(server: LocalServer, client: Client) -> None:
+    """Triton 2.51 ends where a request is cancelled while two steps of an ensemble run."""
+    expected = client.classify_images_zero_shot(FILES, LABELS, batch_size=9)
+    began = time.monotonic()
+    client.classify_images_zero_shot(FILES, LABELS, batch_size=9)
+    once = time.monotonic() - began
+    given_up = 0
+    for number in range(150):
+        try:
+            client.classify_images_zero_shot(FILES, LABELS, batch_size=9, timeout=once * (0.2 + number % 15 / 10))
+        except DeadlineExceededError:
+            given_up += 1
+    assert given_up > 30
+    assert client.classify_images_zero_shot(FILES, LABELS, batch_size=9) == expected
+    assert "tritonserver was ended" not in server.log.read_text()
 
 
 @pytest.mark.slow

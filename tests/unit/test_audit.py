@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trident_export import cli
 from trident_export.audit import cases, measuring, report
 from trident_export.audit.cases import Axis
 from trident_export.errors import TextError
@@ -34,6 +35,8 @@ PAIRS = '[endings]\npairs = [["{Person} is", " good", " bad"], ["see {person}", 
     ("text", "message"),
     [
         ("[age", "is no TOML in UTF-8"),
+        ("a = " + "[" * 100_000, "is no TOML in UTF-8"),
+        ("a = " + "9" * 5000, "is no TOML in UTF-8"),
         (GOOD, "must have an axis with groups, two sentences.texts and two endings.pairs at least"),
         (GOOD.replace('"b"', '"a"') + PAIRS, "age.groups must be two or more, and all different"),
         (GOOD.replace("see {person}", "see them") + PAIRS, "'see them' has no place for a group: write {person}"),
@@ -107,6 +110,13 @@ def test_limits(tmp_path: Path) -> None:
     assert "| m_int8 | gender | good |" in table
     assert "| the man +0.1" in table
     assert (tmp_path / "audit.json").exists()
+
+
+@pytest.mark.parametrize("flag", ["--max-gap", "--max-shift"])
+@pytest.mark.parametrize("limit", ["nan", "-1"])
+def test_a_limit_that_nothing_is_beyond(capsys: pytest.CaptureFixture[str], flag: str, limit: str) -> None:
+    assert cli.main(["audit", "m", flag, limit]) == 1
+    assert capsys.readouterr().err == f"trident-export: {flag} must be 0 or more, found {limit}\n"
 
 
 class Scores:

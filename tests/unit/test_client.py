@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -32,9 +32,11 @@ from trident_client import (
     ToolCall,
     UnavailableError,
     _generation,
+    _tasks,
     _wire,
     cli,
 )
+from trident_client._errors import from_status
 from trident_client._grpc import channel_options
 from trident_serving.launcher import local
 
@@ -284,6 +286,19 @@ def test_unknown_options_are_not_dropped(connected: Client) -> None:
         connected.stream("x", beams=5)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: _tasks.embed("a", None, None, None, cast("bool", "yes"), 1),
+        lambda: _tasks.classify_zero_shot("a", ["b"], None, cast("bool", "yes"), None, None, 1),
+        lambda: _tasks.answer("a", "b", 1, None, None, cast("bool", "yes")),
+    ],
+)
+def test_a_yes_or_no_is_one(call: Any) -> None:
+    with pytest.raises(ValueError, match="must be true or false, found 'yes'"):
+        call()
+
+
 def test_numbers_that_do_not_fit_are_not_wrapped_around(connected: Client) -> None:
     with pytest.raises(ValueError, match=r"max_tokens must be between -2147483648 and 2147483647, found 4294967301"):
         connected.generate("x", max_tokens=2**32 + 5)
@@ -368,6 +383,13 @@ def test_errors_by_status_code(connected: Client) -> None:
         connected.embed("full")
     with pytest.raises(ServerError, match="broken"):
         connected.embed("broken")
+    with pytest.raises(InvalidRequestError, match="^the model generates text, and this call is for another task$"):
+        raise from_status(400, "HTTP end point doesn't support models with decoupled transaction policy")
+    for seconds in ("300", "1e-05", "0.043492"):  # a recording's, a translation's, and a template task's
+        assert (
+            type(from_status(503, f"the timeout of {seconds} s was over after 0 of 9 seconds")) is DeadlineExceededError
+        )
+    assert type(from_status(503, "the timeout was over before all was answered")) is DeadlineExceededError
     with pytest.raises(DeadlineExceededError):
         connected.embed("slow", timeout=0.1)
     with pytest.raises(DeadlineExceededError):
@@ -377,6 +399,32 @@ def test_errors_by_status_code(connected: Client) -> None:
     connected.close()
     with pytest.raises(CancelledError):
         list(stream)
+
+
+OTHER = {"logits": np.zeros((1, 1), np.float32), "score": np.zeros((1, 1), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "missing"),
+    [
+        (_tasks.embed("a", None, None, None, None, 1), "feature-extraction: it gives logits, score, and no embedding"),
+        (_tasks.tokenize(["a"], None, "m", None, 1), "and no input_ids"),
+        (_tasks.embed_sparse("a", None, None, None, 1), "sparse-embedding: it gives logits, score, and no indices"),
+        (_tasks.classify("a", None, None, 1, None, 1), "text-classification: it gives logits, score, and no label"),
+        (_tasks.classify_zero_shot("a", ["b"], None, None, None, None, 1), "and no label"),
+        (_tasks.entities("a", None, None, None, 1), "token-classification: it gives logits, score, and no entity"),
+        (_tasks.answer("a", "b", 1, None, None, None), "and no no_answer_score"),
+        (_tasks.fill_mask("a", None, None), "fill-mask: it gives logits, score, and no token_str"),
+        (_tasks.text_to_text("translation", "a", None, {}), "translation: it gives logits, score, and no text_output"),
+        (_tasks.transcribe(b"a", None, {}), "and no output_ids"),
+        (_tasks.embed_images(b"a", None, 1), "image-feature-extraction: it gives logits, score, and no embedding"),
+        (_tasks.classify_images([b"a"], None, 1, 1), "image-classification: it gives logits, score, and no label"),
+        (_tasks.classify_images_zero_shot(b"a", ["b"], None, None, 1), "and no label"),
+    ],
+)
+def test_a_model_of_another_task_that_takes_the_same_tensors(batch: Any, missing: str) -> None:
+    with pytest.raises(InvalidRequestError, match=missing):
+        batch.joined("m", [OTHER])
 
 
 def test_a_server_that_is_not_there() -> None:

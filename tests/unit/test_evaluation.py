@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score, ndcg_score
 
+from trident_client import Answer, Client
 from trident_export.errors import TextError
-from trident_export.evaluation import datasets, intervals, measures, report
+from trident_export.evaluation import asking, datasets, intervals, measures, report
 from trident_export.evaluation.measures import Measure
 
 REFERENCES = [["the cat sat on the mat", "a cat was on the mat"], ["It is raining."], ["Hello, world!"], ["a b c d e"]]
@@ -84,6 +85,10 @@ def test_examples_are_read_with_options(tmp_path: Path) -> None:
         ),
         ("text-ranking", {"query": "a", "passages": ["b"], "relevant": []}, "names no relevant passage"),
         ("text-ranking", {"query": "a", "passages": ["b"], "relevant": {"0": -1}}, "must be a list of indices, or an"),
+        ("text-ranking", {"query": "a", "passages": ["b"], "relevant": {"\u00b2": 1}}, "must be a list of indices, or"),
+        ("text-ranking", {"query": "a", "passages": ["b"], "relevant": {"9" * 5000: 1}}, "must be a list of indices"),
+        ("text-ranking", {"query": "a", "passages": ["b"], "relevant": {"0": math.inf}}, "must be a list of indices"),
+        ("text-ranking", {"query": "a", "passages": ["b"], "relevant": {"0": 0}}, "names no relevant passage"),
         ("fill-mask", {}, "fill-mask models have no evaluation against references"),
     ],
 )
@@ -173,6 +178,7 @@ def test_searches_are_measured_as_scikit_learn_does() -> None:
 def test_perplexity_weighs_tokens() -> None:
     (measure,) = measures.perplexity([[math.log(0.5)] * 3, [math.log(0.125)]])
     assert measure.value == pytest.approx(math.exp((3 * math.log(2) + math.log(8)) / 4))
+    assert measures.perplexity([[-2000.0]])[0].value == pytest.approx(math.exp(700))  # and no OverflowError
 
 
 def test_an_interval_is_as_wide_as_it_should_be() -> None:
@@ -202,6 +208,49 @@ def test_differences_between_models() -> None:
     assert clear.p < 0.01
     assert clear.interval.high < 0
     assert intervals.holm([0.01, 0.04, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06)]
+
+
+def test_many_examples_take_two_bytes_for_each_resample() -> None:
+    """As one draw of all resamples gives them."""
+    found = intervals.resamples(300, 250)
+    drawn = np.random.default_rng(0).multinomial(300, np.full(300, 1 / 300), size=250)
+    assert found.nbytes == 2 * 300 * 250
+    np.testing.assert_array_equal(found, drawn)
+    (measure, _) = measures.labels(["a"] * 300, ["a" if index % 3 else "b" for index in range(300)])
+    shares = drawn @ measure.rows[:, 0] / 300
+    low, high = np.quantile(shares, [0.025, 0.975])
+    assert intervals.interval(measure, found) == intervals.Interval(200 / 300, pytest.approx(low), pytest.approx(high))
+
+
+@pytest.mark.parametrize("task", ["labels", "spans_of_text"])
+@pytest.mark.parametrize(("examples", "p"), [(1, 1.0), (3, 0.25), (7, 2**-6)])
+def test_few_examples_show_little(task: str, examples: int, p: float) -> None:
+    """All of them are right by one model and wrong by the other, so that all resamples say the same."""
+    right, wrong = ["a"] * examples, ["b"] * examples
+    expected: Any = right if task == "labels" else [[each] for each in right]
+    found, base = (getattr(measures, task)(expected, each)[0] for each in (wrong, right))
+    assert intervals.difference(found, base, intervals.resamples(examples)).p == pytest.approx(p)
+
+
+class Asked:
+    """A client that keeps the options of the questions that it is asked."""
+
+    def __init__(self) -> None:
+        self.options: list[dict[str, Any]] = []
+
+    def answer(self, question: str, context: str, *, model: str, **options: Any) -> list[Answer]:
+        self.options.append(options)
+        return []
+
+
+@pytest.mark.parametrize("none", [[], [""]])
+def test_a_model_is_not_told_which_questions_have_no_answer(tmp_path: Path, none: list[str]) -> None:
+    lines = [{"question": "a?", "context": "b c", "answers": each} for each in (["b"], none)]
+    for count, wanted in ((2, {"handle_impossible_answer": True}), (1, {})):
+        data = datasets.read(written(tmp_path / "data.jsonl", *lines[:count]), "question-answering")
+        client = Asked()
+        asking.answers(cast("Client", client), "question-answering", "m", data)
+        assert client.options == [wanted] * count
 
 
 def test_how_often_no_difference_is_called_one() -> None:

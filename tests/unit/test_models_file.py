@@ -161,7 +161,7 @@ def test_names(name: str) -> None:
 
 def test_a_table_is_written_into_toml_alone(tmp_path: Path) -> None:
     path, proposal = tmp_path / "models.toml", add.Proposal("m", {"task": "fill-mask"}, ())
-    for content in (b"[[[", b"\xff\xfe"):
+    for content in (b"[[[", b"\xff\xfe", b"a = " + b"[" * 100_000, b"a = " + b"9" * 5000):
         path.write_bytes(content)
         with pytest.raises(ModelsFileError, match="models.toml is not TOML"):
             add.append(path, proposal)

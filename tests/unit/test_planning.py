@@ -102,6 +102,36 @@ def test_targets_that_no_number_of_replicas_meets() -> None:
         plan(CURVE, CHAT, Targets(first_token=9, token=0.005))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rate": math.inf}, "rate must be 1e\\+09 at most, found inf"),
+        ({"prompt_tokens": 1e308}, "prompt_tokens must be 1e\\+09 at most"),
+        ({"prompt_variation": 1e200}, "prompt_variation must be 1000 at most"),
+        ({"answer_variation": math.inf}, "answer_variation must be 1000 at most"),
+        ({"burstiness": 1e200}, "burstiness must be 1000 at most"),
+        ({"answer_tokens": math.nan}, "answer_tokens must be more than 0, found nan"),
+    ],
+)
+def test_traffic_that_can_not_be(change: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        replace(CHAT, **change)
+
+
+def test_traffic_at_its_limits_is_answered() -> None:
+    most = replace(CHAT, prompt_variation=1000.0, answer_variation=1000.0, burstiness=1000.0)
+    assert plan(CURVE, replace(most, rate=0.001), Targets(first_token=900.0)).replicas == 1
+    with pytest.raises(
+        InvalidRequest, match="1e\\+09 requests a second are too many for 100000 replicas: one that is 80%"
+    ):
+        plan(CURVE, replace(CHAT, rate=1e9), Targets())
+
+
+def test_noise_in_a_curve_gives_no_time_below_the_last_one() -> None:
+    noisy = replace(CURVE, steps=((1, 0.01), (4, 0.002)))
+    assert [noisy.step(number) for number in (2.5, 4, 32)] == pytest.approx([0.006, 0.002, 0.002])
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "curve.json"
     CURVE.write(file)
@@ -119,9 +149,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "no number of replicas meets the targets" in capsys.readouterr().err
     assert cli.main([*asked, "--rate", "-1"]) == 2
     assert "rate must be more than 0, found -1" in capsys.readouterr().err
-    file.write_text('{"model": "x"}')
-    assert cli.main(asked) == 2
-    assert "is no curve" in capsys.readouterr().err
+    for seconds in ("-5", "0", "nan", "inf", "1e15"):
+        assert cli.main([*asked, "--simulate", seconds]) == 2
+        assert "--simulate must be between 0 and 604800 s, found" in capsys.readouterr().err
+    endless = json.dumps(json.loads(file.read_text()) | {"steps": [[1, 0.1], [math.inf, 0.2]]})
+    for content in ('{"model": "x"}', "[" * 100_000, endless):
+        file.write_text(content)
+        assert cli.main(asked) == 2
+        assert "is no curve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -130,7 +165,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ({"steps": ((2, 0.1),)}, "steps must begin with 1 answer and rise"),
         ({"steps": ((1, 0.1), (1, 0.2))}, "steps must begin with 1 answer and rise"),
         ({"prefill_seconds": 0.0}, "more than 0"),
-        ({"slots": 0}, "slots must be 1 or more"),
+        ({"prefill_seconds": math.nan}, "more than 0, and numbers"),
+        ({"steps": ((1, math.inf),)}, "more than 0, and numbers"),
+        ({"start_seconds": -1.0}, "more than 0"),
+        ({"slots": 0}, "slots must be a whole number of 1 or more, found 0"),
+        ({"slots": 2.5}, "slots must be a whole number of 1 or more, found 2.5"),
+        ({"prefill_chunk": math.nan}, "prefill_chunk must be a whole number of 1 or more, found nan"),
+        ({"memory_bytes": "x"}, "memory_bytes must be a whole number of 1 or more, found 'x'"),
     ],
 )
 def test_a_curve_that_can_not_be(change: dict[str, object], message: str) -> None:

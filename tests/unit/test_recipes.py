@@ -439,6 +439,7 @@ def test_by_product_is_an_alias(capsys: pytest.CaptureFixture[str]) -> None:
         ('[x]\ndecoder = [{ pass = "spread", loudest = 1.0 }]', "loudest must be more than 1, found 1"),
         ('[x]\ndecoder = [{ pass = "cache", margin = 0.0 }]', "margin must be more than 0"),
         ("[x", "is not TOML"),
+        ("x = " + "[" * 100_000, "is not TOML"),
     ],
 )
 def test_impossible_recipes(text: str, message: str) -> None:

@@ -45,7 +45,7 @@ def load(path: Path = BUILT_IN) -> Cases:
         found = tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise TextError(f"{path} can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not all of it is a TOMLDecodeError
         raise TextError(f"{path} is no TOML in UTF-8: {error}") from error
     sentences = _texts(path, "sentences.texts", _of(found.pop("sentences", {}), "texts"))
     pairs = _of(found.pop("endings", {}), "pairs")

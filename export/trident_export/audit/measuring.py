@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trident_client import Client
 from trident_export.audit.cases import Axis, Cases, filled, texts
+from trident_export.errors import UsageError
 from trident_export.evaluation.intervals import RESAMPLES, resamples
 
 Floats = NDArray[np.float64]
@@ -91,8 +92,8 @@ def scores(client: Client, task: str, model: str, cases: Cases, axis: Axis) -> d
 
 
 def _classes(client: Client, model: str) -> int:
-    parameters = client.parameters(model)
-    return int(parameters.get("labels", 1))
+    """How many classes a model has; the stage that makes them knows, and its variants share it."""
+    return int(client.parameters(f"{model.partition('_')[0]}_postprocess").get("labels", 1))
 
 
 def _log_probs(client: Client, model: str, text: str) -> tuple[float, ...]:
@@ -126,7 +127,12 @@ def shift(name: str, found: Floats, baseline: Floats, count: int = RESAMPLES) ->
 def audit(
     client: Client, task: str, models: Sequence[str], cases: Cases, baseline: str
 ) -> tuple[dict[str, dict[str, list[Gap]]], dict[str, dict[str, list[Shift]]]]:
-    """Gaps by model and axis, and of the models but the baseline what they change."""
+    """Gaps by model and axis, and of the models but the baseline what they change.
+
+    Raises:
+        UsageError: a model has other classes than the baseline.
+        TridentError: see `scores`.
+    """
     gaps: dict[str, dict[str, list[Gap]]] = {model: {} for model in models}
     shifts: dict[str, dict[str, list[Shift]]] = {model: {} for model in models if model != baseline}
     for axis in cases.axes:
@@ -134,6 +140,8 @@ def audit(
             model: scores(client, task, model, cases, axis) for model in (baseline, *shifts)
         }
         for model, by_name in found.items():
+            if by_name.keys() != found[baseline].keys():
+                raise UsageError(f"{model} has other classes than {baseline}, so they can't be compared")
             gaps[model][axis.name] = [gap(name, axis, each) for name, each in by_name.items()]
             if model != baseline:
                 shifts[model][axis.name] = [shift(name, each, found[baseline][name]) for name, each in by_name.items()]

@@ -27,7 +27,9 @@ def answers(client: Client, task: str, model: str, data: Dataset) -> list[Any]:
     Raises:
         TextError: the server refuses an example, or can't be asked; the message names its line.
     """
-    ask = _asker(client, task, model, data.kind)
+    # Asked of all questions of a file alike: which of them have no answer is what the model is to find out.
+    may_be_none = data.kind == "answers" and any("" in (each.expected or [""]) for each in data.examples)
+    ask = _asker(client, task, model, data.kind, may_be_none)
 
     def one(example: Example) -> Any:
         where = f"{data.path}, line {example.line}"
@@ -43,7 +45,7 @@ def answers(client: Client, task: str, model: str, data: Dataset) -> list[Any]:
         return list(tqdm(pool.map(one, data.examples), desc=model, total=len(data.examples), disable=None, leave=False))
 
 
-def _asker(client: Client, task: str, model: str, kind: str) -> Callable[[Example], Any]:
+def _asker(client: Client, task: str, model: str, kind: str, may_be_none: bool) -> Callable[[Example], Any]:
     if kind == "perplexity":
         return lambda example: _scored(client, model, example)
     if kind == "text":
@@ -56,7 +58,7 @@ def _asker(client: Client, task: str, model: str, kind: str) -> Callable[[Exampl
             for each in client.entities(example.asked["text_input"], model=model, **example.options)
         }
     if kind == "answers":
-        return lambda example: _answered(client, model, example)
+        return lambda example: _answered(client, model, example, may_be_none)
     if task == "zero-shot-classification":
         return lambda example: (
             client.classify_zero_shot(
@@ -86,8 +88,8 @@ def _text(client: Client, task: str, model: str, example: Example) -> str:
     return str(found.text)
 
 
-def _answered(client: Client, model: str, example: Example) -> str:
-    none = {"handle_impossible_answer": True} if not example.expected else {}
+def _answered(client: Client, model: str, example: Example, may_be_none: bool) -> str:
+    none = {"handle_impossible_answer": True} if may_be_none else {}
     found = client.answer(
         example.asked["question"], example.asked["context"], model=model, **none | dict(example.options)
     )

@@ -15,6 +15,7 @@ Any other key but `id` is an option of the request, such as `target_lang` or `ma
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,10 @@ def _entities(value: object) -> bool:
 
 def _grades(value: object) -> bool:
     if isinstance(value, dict):
-        return all(key.isdigit() and isinstance(grade, (int, float)) and grade >= 0 for key, grade in value.items())
+        return all(
+            key.isdecimal() and len(key) < 10 and isinstance(grade, (int, float)) and 0 <= grade < math.inf
+            for key, grade in value.items()
+        )
     return isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)
 
 
@@ -183,8 +187,9 @@ def _example(path: Path, number: int, line: str, forms: Sequence[_Form]) -> tupl
 def _check(where: str, entry: Mapping[str, Any], form: _Form) -> None:
     """What is true of several keys together."""
     if form.kind == "search":
-        indices = [int(index) for index in entry["relevant"]]
-        if not indices:
+        relevant = entry["relevant"]
+        indices = [int(index) for index in relevant]
+        if not indices or (isinstance(relevant, dict) and not any(relevant.values())):
             raise TextError(f"{where} names no relevant passage, so no order of the passages is right")
         if max(indices) >= (count := len(entry["passages"])):
             raise TextError(f"{where} names passage {max(indices)}, and there are {count}, counted from 0")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from trident_export.evaluation.datasets import Dataset
 
 Floats = NDArray[np.float64]
+_LARGEST = 700.0  # whose exponential a float holds
 BEST = 10  # passages that a search is judged by
 
 
@@ -154,7 +155,11 @@ def spans_of_text(references: Sequence[Sequence[str]], found: Sequence[str]) -> 
 def perplexity(found: Sequence[Sequence[float]]) -> list[Measure]:
     """Of texts, from the log-probabilities of their tokens."""
     rows = np.array([[-sum(each), len(each)] for each in found], float)
-    return [Measure("perplexity", rows, lambda sums: math.exp(sums[0] / sums[1]), higher=False)]
+
+    def figure(sums: Floats) -> float:
+        return math.exp(min(sums[0] / sums[1], _LARGEST))
+
+    return [Measure("perplexity", rows, figure, higher=False)]
 
 
 def labels(expected: Sequence[str], found: Sequence[str]) -> list[Measure]:

@@ -72,8 +72,10 @@ def _read(folder: Path, parameters: Mapping[str, str]) -> Stage:
 
     def preprocess(tensors: Tensors) -> Tensors:
         labels = decode_texts(tensors["candidate_labels"], "candidate_labels", _LABEL_BYTES)
-        files = tensors["image"].reshape(-1)
-        for field, count in (("image", len(files)), ("candidate_labels", len(labels))):
+        files = tensors["image"].reshape(-1) if "image" in tensors else None
+        counts = {} if files is None else {"image": len(files)}
+        counts["candidate_labels"] = len(labels)
+        for field, count in counts.items():
             if not 1 <= count <= most:
                 raise InvalidRequest(f"{field} must hold between 1 and {most}, found {count}")
         template = DEFAULT_TEMPLATE
@@ -86,7 +88,7 @@ def _read(folder: Path, parameters: Mapping[str, str]) -> Stage:
         sentences = [hypothesis(template, label) for label in labels]
         encoded = encoder.encode(sentences, names=[(name,) for name in names])
         wanted = {tensor.name: encoded[tensor.name] for tensor in SINGLE}
-        return {"pixel_values": pixels_of(files, read), **wanted}
+        return wanted if files is None else {"pixel_values": pixels_of(files, read), **wanted}
 
     return preprocess
 
@@ -105,14 +107,16 @@ def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
 
 _IMAGE_EMBEDS = Tensor("image_embeds", "FP32", ("dimensions",))
 _TEXT_EMBEDS = Tensor("text_embeds", "FP32", ("dimensions",))
+_FILES = Tensor("image", "STRING", (-1,))
+_NAMES = Tensor("candidate_labels", "STRING", (-1,))
 TASK = EncoderTask(
     name="zero-shot-image-classification",
     stage=STAGE,
-    texts=(Tensor("image", "STRING", (-1,)), Tensor("candidate_labels", "STRING", (-1,))),
+    texts=(_FILES, _NAMES),
     options=(Tensor("hypothesis_template", "STRING", (1,)),),
     model_inputs=(PIXELS, *SINGLE),
     model_outputs=(_IMAGE_EMBEDS, _TEXT_EMBEDS),
-    towers=(Tower(IMAGES, (PIXELS,), (_IMAGE_EMBEDS,)), Tower(LABELS, SINGLE, (_TEXT_EMBEDS,))),
+    towers=(Tower(IMAGES, (_FILES,), (PIXELS,), (_IMAGE_EMBEDS,)), Tower(LABELS, (_NAMES,), SINGLE, (_TEXT_EMBEDS,))),
     read=("candidate_labels", "image_embeds", "text_embeds"),
     answers=(Tensor("label", "STRING", (-1, -1)), Tensor("score", "FP32", (-1, -1))),
     batched=False,

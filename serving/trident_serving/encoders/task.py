@@ -6,7 +6,7 @@ listed in `trident_serving.encoders`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,13 +65,19 @@ ENCODING = {"max_tokens": "max_tokens", "max_bytes": "max_bytes", "buckets": "al
 class Tower(NamedTuple):
     """One of the graphs of a task that has several; it is a Triton model of its own.
 
+    The graphs of a request run one after the other: Triton ends where a request is cancelled, or fails, while two of
+    its steps run (decision 0077). So the first stage is a step before each of them. The first time it reads the
+    request. Later it waits for what the graph before gives, and reads of the request what the graph needs.
+
     Attributes:
         name: what parts its Triton model's name from the others'.
+        texts: which of the task's `texts` its inputs are made of.
         inputs: what it reads of the task's `model_inputs`.
         outputs: what it gives of the task's `model_outputs`.
     """
 
     name: str
+    texts: tuple[Tensor, ...]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
@@ -87,7 +93,7 @@ class EncoderTask:
         options: what it may give to the first stage.
         model_inputs: what the graph reads.
         model_outputs: what the graph gives.
-        towers: the graphs, where there are several; each batches by itself.
+        towers: the graphs, where there are several, in the order in which they run; each batches by itself.
         extra: what the first stage gives besides the graph's inputs.
         read: names of what the postprocess stage reads, of all the above.
         answer_options: what a request may give to the postprocess stage.
@@ -122,7 +128,21 @@ class EncoderTask:
     @property
     def graphs(self) -> tuple[Tower, ...]:
         """The graphs; the only one has no name."""
-        return self.towers or (Tower("", self.model_inputs, self.model_outputs),)
+        return self.towers or (Tower("", self.texts, self.model_inputs, self.model_outputs),)
+
+    @property
+    def awaited(self) -> tuple[Tensor, ...]:
+        """What the first stage waits for where it is not the request's first step."""
+        return self._of_graph(tuple(tensor for tower in self.towers[:-1] for tensor in tower.outputs))
+
+    @property
+    def once(self) -> tuple[Tensor, ...]:
+        """Those of `texts` that the first stage reads in the request's first step alone."""
+        return tuple(text for text in self.texts if any(text not in tower.texts for tower in self.graphs[1:]))
+
+    def begins(self, names: Collection[str]) -> bool:
+        """Whether a request to the first stage, with tensors of these names, is a new one."""
+        return not any(tensor.name in names for tensor in self.awaited)
 
     @property
     def tokens(self) -> tuple[Tensor, ...]:

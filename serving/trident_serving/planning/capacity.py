@@ -104,6 +104,11 @@ def plan(curve: Curve, traffic: Traffic, targets: Targets) -> Plan:
         InvalidRequest: none does, however many there are; the message says which target is out of reach.
     """
     alone = load(curve, traffic, targets, MOST_REPLICAS)
+    if alone.busy > targets.busy:
+        raise InvalidRequest(
+            f"{traffic.rate:g} requests a second are too many for {MOST_REPLICAS} replicas: one that is "
+            f"{targets.busy:.0%} busy answers {targets.busy * highest_rate(curve, traffic):.3g} a second"
+        )
     if not _meets(alone, targets):
         first = alone.first_token > targets.first_token
         found, wanted = (alone.first_token, targets.first_token) if first else (alone.token, targets.token)

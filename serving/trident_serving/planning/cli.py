@@ -18,12 +18,15 @@ from trident_serving.planning.simulation import simulate
 from trident_serving.planning.traffic import KNOWN, Targets, Traffic
 
 _GIBIBYTE = 2**30
+_MOST_SECONDS = 7 * 86_400  # of a simulation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan; returns the exit status, 2 where no number of replicas is enough or the input makes no sense."""
     options = _parser().parse_args(arguments)
     try:
+        if options.simulate is not None and not 0 < options.simulate <= _MOST_SECONDS:
+            raise InvalidRequest(f"--simulate must be between 0 and {_MOST_SECONDS} s, found {options.simulate:g}")
         curve = Curve.read(options.curve)
         traffic = _traffic(options)
         targets = Targets(options.first_token, options.token, options.share, options.busy)
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"trident-plan: {error}", file=sys.stderr)
         return 2
     seen = None
-    if options.simulate:
+    if options.simulate is not None:
         simulated = simulate(curve, traffic, found.replicas, options.simulate)
         if not len(simulated.first_token):
             print("trident-plan: no request came in so short a time: give --simulate more seconds", file=sys.stderr)

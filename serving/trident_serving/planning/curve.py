@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,19 +41,25 @@ class Curve:
         numbers = [number for number, _ in self.steps]
         if not numbers or numbers[0] != 1 or numbers != sorted(set(numbers)):
             raise InvalidRequest(f"steps must begin with 1 answer and rise, found {numbers}")
-        if min(self.prefill_seconds, *(seconds for _, seconds in self.steps)) <= 0 or self.prefill_chunk < 1:
-            raise InvalidRequest("times and prefill_chunk must be more than 0")
-        if self.slots < 1:
-            raise InvalidRequest(f"slots must be 1 or more, found {self.slots}")
+        for name in ("slots", "prefill_chunk", "memory_bytes", "weights_bytes"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise InvalidRequest(f"{name} must be a whole number of 1 or more, found {value!r}")
+        if not all(
+            math.isfinite(seconds) and seconds > 0
+            for seconds in (self.prefill_seconds, self.start_seconds, *(seconds for _, seconds in self.steps))
+        ):
+            raise InvalidRequest("times must be more than 0, and numbers")
 
     def step(self, running: float) -> float:
-        """Seconds of a step with so many answers: between two that were measured, in proportion."""
+        """Seconds of a step with so many answers: between two that were measured, and beyond, in proportion."""
         numbers = [number for number, _ in self.steps]
         above = min(max(bisect_left(numbers, running), 1), len(numbers) - 1)
         if running <= 1 or len(numbers) == 1:
             return self.steps[0][1]
         (low, first), (high, last) = self.steps[above - 1], self.steps[above]
-        return first + (last - first) * (running - low) / (high - low)
+        found = first + (last - first) * (running - low) / (high - low)
+        # Beyond what was measured a step takes no less than the last one, whatever noise there was in both.
+        return found if running <= high else max(found, last)
 
     @classmethod
     def read(cls, path: Path) -> Curve:
@@ -65,7 +72,7 @@ class Curve:
             values = json.loads(path.read_text(encoding="utf-8"))
             steps = tuple((int(number), float(seconds)) for number, seconds in values.pop("steps"))
             return cls(steps=steps, **values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise InvalidRequest(f"{path} is no curve of `python -m benchmarks.curve`: {error}") from None
 
     def write(self, path: Path) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from trident_serving.errors import InvalidRequest
 
+_MOST, _MOST_VARIED = 1e9, 1000.0
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -34,6 +36,12 @@ class Traffic:
         for name in ("prompt_variation", "answer_variation"):
             if not getattr(self, name) >= 0:
                 raise InvalidRequest(f"{name} must be 0 or more, found {getattr(self, name):g}")
+        for name in ("rate", "prompt_tokens", "answer_tokens"):
+            if getattr(self, name) > _MOST:
+                raise InvalidRequest(f"{name} must be {_MOST:g} at most, found {getattr(self, name):g}")
+        for name in ("prompt_variation", "answer_variation", "burstiness"):  # of which squares are taken
+            if getattr(self, name) > _MOST_VARIED:
+                raise InvalidRequest(f"{name} must be {_MOST_VARIED:g} at most, found {getattr(self, name):g}")
 
 
 # Of the traces of two services that Azure has published (AzureLLMInferenceTrace, 2023, an hour each): what their files
