@@ -9,7 +9,7 @@ from benchmarks.soak import report, session
 from tests import gateways
 from trident_serving.launcher.local import LocalServer
 
-SECONDS = 20
+SECONDS = 12
 
 
 def test_a_short_soak_finds_nothing(server: LocalServer, tmp_path: Path) -> None:
