@@ -3,6 +3,7 @@
 export [MODEL]     export what is missing or out of date
 evaluate [MODEL]   what each exported variant gets wrong and what it costs, or, with --dataset, how well it answers
 audit MODEL        whether a model treats people alike who differ in one word
+explain MODEL TEXT which words an answer rests on
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 prune MODEL        fewer weights, and the curve of what that costs
 distill TEACHER    a smaller student that learns to answer as its teacher
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 from trident_export import configs, corpora, doctor, install, models_file, pin, progress, quiet, recipes, report, tasks
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, SourceError, UsageError
+from trident_export.explanation.units import By
 from trident_export.huggingface import adapters, sources
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
@@ -98,6 +100,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sensitive.add_argument("--reports", type=Path, default=Path("reports"))
     sensitive.set_defaults(run=_sensitivity)
     audit = _add_audit(commands)
+    explained = _add_explanation(commands)
     pruned, distilled = _add_pruning(commands), _add_distillation(commands)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
@@ -114,10 +117,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding.set_defaults(run=_add)
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
-    for command in (export, evaluate, audit, sensitive, pruned, distilled, check, pinning, adding, examining):
+    for command in (
+        export,
+        evaluate,
+        audit,
+        explained,
+        sensitive,
+        pruned,
+        distilled,
+        check,
+        pinning,
+        adding,
+        examining,
+    ):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
         command.add_argument("--verbose", action="store_true", help="show every warning of the libraries")
-    for command in (export, evaluate, audit, check, examining):
+    for command in (export, evaluate, audit, explained, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
     for command in (export, evaluate, sensitive, pruned, distilled):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
@@ -151,6 +166,30 @@ def _add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     audit.add_argument("--reports", type=Path, default=Path("reports"))
     audit.set_defaults(run=_audit)
     return audit
+
+
+def _add_explanation(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    explained = commands.add_parser("explain", help="which words an answer rests on")
+    explained.add_argument("model", help="one model of models.toml: of texts, an encoder or a text generator")
+    explained.add_argument("texts", nargs="+", metavar="TEXT", help="each is explained; of a ranker: passages")
+    explained.add_argument("--query", default="", help="of a ranker")
+    explained.add_argument("--question", default="", help="of question answering; the texts are contexts")
+    explained.add_argument("--pair", default="", metavar="TEXT", help="the second text of a classifier of pairs")
+    explained.add_argument("--label", default="", help="the class that is explained (default: the likeliest one)")
+    explained.add_argument("--answer", default="", metavar="TEXT", help="of a generator (default: what it answers)")
+    explained.add_argument("--chat", action="store_true", help="of a generator: the text is a message")
+    explained.add_argument("--max-tokens", type=int, default=0, help="of a generator's answer (default 64)")
+    explained.add_argument(
+        "--by", type=By, choices=list(By), default=By.WORD, metavar="UNIT", help="word (default), sentence or token"
+    )
+    explained.add_argument("--variant", default="", help="which is asked (default: the model's default variant)")
+    explained.add_argument(
+        "--url", default="", help="a server that runs and serves the repository's model (default: a generator gets one)"
+    )
+    explained.add_argument("--json", action="store_true", help="print JSON")
+    explained.add_argument("--html", type=Path, metavar="FILE", help="write a page with the marked texts")
+    explained.set_defaults(run=_explain)
+    return explained
 
 
 def _add_references(evaluate: argparse.ArgumentParser) -> None:
@@ -295,21 +334,32 @@ def _served(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
 
     The server is the one that the command line names, or one for the time of the `with` block.
     """
-    from trident_client import Client
-    from trident_serving.launcher import local
-
     models = [name for name in options.models.split(",") if name] or [spec.public_name(each) for each in spec.variants]
     exact = spec.public_name("fp32")
     against = options.against or (exact if exact in models else models[0])
+    with _client(options, spec) as client:
+        yield client, models, against
+
+
+@contextlib.contextmanager
+def _client(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterator[Client]:
+    """A client of the server that the command line names, or of one for the time of the `with` block."""
+    from trident_client import Client
+    from trident_serving.launcher import local
+
     with contextlib.ExitStack() as stack:
         url = options.url
         if not url:
-            if artefacts.read_manifest(options.repository, spec.name) is None:
-                raise UsageError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
+            _check_exported(options, spec)
             progress.say("starting a server")
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
             url = stack.enter_context(local.running(options.repository, log)).grpc_url
-        yield stack.enter_context(Client(url, timeout=600)), models, against
+        yield stack.enter_context(Client(url, timeout=600))
+
+
+def _check_exported(options: argparse.Namespace, spec: models_file.ModelSpec) -> None:
+    if artefacts.read_manifest(options.repository, spec.name) is None:
+        raise UsageError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -324,6 +374,32 @@ def _audit(options: argparse.Namespace) -> int:
     for sentence in told:
         progress.say(sentence)
     return 1 if told else 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from trident_export.explanation import asking, report
+
+    quiet.hush_onnxruntime(options.verbose)
+    (spec,) = _specs(options, on_demand=True)
+    asked = asking.Options(**{field.name: getattr(options, field.name) for field in dataclasses.fields(asking.Options)})
+    asking.check(spec, options.texts, asked)
+    variant = options.variant or spec.default_variant
+    if variant not in spec.variants:
+        raise UsageError(f"{spec.name} has no variant {variant!r}; exported are {', '.join(spec.variants)}")
+    with contextlib.ExitStack() as stack:
+        client = None
+        if options.url or spec.generation:
+            client = stack.enter_context(_client(options, spec))
+        if not spec.generation:
+            _check_exported(options, spec)
+        found = asking.explain(spec, variant, options.repository, options.texts, asked, client)
+    if options.html:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        options.html.write_text(report.as_html(found), encoding="utf-8")
+    print(report.as_json(found) if options.json else report.as_table(found), end="")
+    if not found:
+        progress.say("the model finds nothing in the text")
+    return 0
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
