@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from tests.conftest import run_export
-from trident_client import Client
+from trident_client import AsyncClient, Client, InvalidRequestError, NotFoundError
 from trident_serving.launcher.local import LocalServer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +92,28 @@ def test_a_classifier_and_a_ranker(explain: Explain, direct: Client, gateway_fol
         scores = ranker(**rows).logits.sigmoid()[:, 0].numpy()
     np.testing.assert_allclose(values(found), scores[-1] - scores[:-1], atol=1e-5)
     assert {unit["part"] for unit in found["attributions"]} == {"query", "text_input"}
+
+
+def test_tensors_of_any_model(gateway_server: LocalServer, direct: Client) -> None:
+    """`infer` gives the graph's tensors, the same over both protocols and awaited."""
+    ids = np.array(direct.tokenize([TEXT], model="classify"))
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    logits = direct.infer("classify_model", inputs)["logits"]
+    scores = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    (label,) = direct.classify(TEXT, model="classify")
+    assert float(scores.max()) == pytest.approx(label.score, abs=1e-6)
+    with Client(gateway_server.http_url, timeout=60) as over_http:
+        np.testing.assert_array_equal(over_http.infer("classify_model", inputs)["logits"], logits)
+
+    async def awaited() -> Any:
+        async with AsyncClient(gateway_server.grpc_url, timeout=60) as client:
+            with pytest.raises(InvalidRequestError, match="attention_mask"):
+                await client.infer("classify_model", {"input_ids": ids, "token_type_ids": ids})
+            with pytest.raises(NotFoundError, match="nothing"):
+                await client.infer("nothing", inputs)
+            return await client.infer("classify_model", inputs)
+
+    np.testing.assert_array_equal(asyncio.run(awaited())["logits"], logits)
 
 
 def test_entities(explain: Explain, direct: Client, gateway_folder: Path) -> None:

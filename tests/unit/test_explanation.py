@@ -282,10 +282,11 @@ def test_a_table_and_json() -> None:
     found = explanation(text, (0, 8, 0.25), (10, 14, -0.5), (15, 95, 0.0))
     lines = report.as_table([found]).splitlines()
     assert lines[0] == "m: <b>yes</b> (probability 0.5)"
-    assert [line.split()[0] for line in lines[2:]] == ["-0.5", "+0.25", "+0"]
+    assert lines[1].startswith("   [31mred  two  xxx")
+    assert [line.split()[0] for line in lines[3:]] == ["-0.5", "+0.25", "+0"]
     assert "\x1b" not in "".join(lines)
     assert "\u202e" not in "".join(lines)
-    assert lines[4].endswith("x…")
+    assert lines[5].endswith("x…")
     many = explanation("a b " * 20, *((at, at + 1, float(at)) for at in range(20)))
     assert report.as_table([many]).splitlines()[-1] == "  ... and 10 more; --json and --html show all"
     (read,) = json.loads(report.as_json([found]))

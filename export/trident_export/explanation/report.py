@@ -27,7 +27,11 @@ def _table(found: Explanation) -> str:
     ranked = sorted(found.attributions, key=lambda each: -abs(each.value))
     several = len(found.texts) > 1
     width = max((len(_shown(each.text)) for each in ranked[:ROWS]), default=0)
-    lines = [f"{found.model}: {_shown(found.of)} ({found.measure} {found.score:.4g})", ""]
+    lines = [
+        f"{found.model}: {_shown(found.of)} ({found.measure} {found.score:.4g})",
+        f"  {' | '.join(map(_shown, found.texts.values()))}",
+        "",
+    ]
     lines += [
         f"  {each.value:+10.4g}  {_shown(each.text):{width}}{f'  {each.part}' if several else ''}".rstrip()
         for each in ranked[:ROWS]
@@ -63,7 +67,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 
 def as_html(found: Sequence[Explanation]) -> str:
     """A page that stands for itself: no script, no other file; what the texts hold is text."""
-    title = html.escape(f"What {found[0].model if found else 'the model'} rests on")
+    title = html.escape(f"What answers of {found[0].model if found else 'the model'} rest on")
     return "".join(
         (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
