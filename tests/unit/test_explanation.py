@@ -52,8 +52,9 @@ def test_units_hold_a_token() -> None:
     assert units("b", "abcd efg", By.SENTENCE, tokens) == [Span("b", 0, 8)]
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "q", ":"]
-WEIGHTS = np.array([9.0, 0, 0, 0, 0, 1, 2, 4, 8, 0.5], np.float32)
+WORDS = ["-", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "q", ":", "[PAD]"]
+WEIGHTS = np.array([9.0, 0, 0, 0, 0, 1, 2, 4, 8, 0.5, 9], np.float32)
+PAD = WORDS.index("[PAD]")
 
 
 def repository(folder: Path, name: str, *, masks: bool, special: bool = True, **roles: Any) -> Path:
@@ -65,7 +66,7 @@ def repository(folder: Path, name: str, *, masks: bool, special: bool = True, **
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
-    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    tokenizer.enable_padding(pad_id=PAD, pad_token="[PAD]")
     first, last = (folder / f"{name}_{stage}/1" for stage in ("tokenizer", "postprocess"))
     for path in (first, last):
         path.mkdir(parents=True)
@@ -83,6 +84,7 @@ def stages(folder: Path, task: str, graph: Any, names: tuple[str, ...], **limits
 def bag(inputs: Tensors) -> Tensors:
     """A graph that adds up the weights of a text's tokens; the second class is its number of tokens."""
     real = inputs["attention_mask"] > 0
+    assert (real == (inputs["input_ids"] != PAD)).all()  # by which a decoder's class finds the last token
     return {"logits": np.stack([(WEIGHTS[inputs["input_ids"]] * real).sum(1), real.sum(1)], 1).astype(np.float32)}
 
 

@@ -87,9 +87,9 @@ class EncoderStages:
         self._preprocess = self.task.preprocess(self._folder, built[configs.first_stage(spec)])
         self._postprocess = self.task.postprocess(self.answers_folder, built[f"{spec.name}_postprocess"])
         self._tokenizer = load_tokenizer(self._folder)
+        self._pad_id = int((self._tokenizer.padding or {}).get("pad_id", 0))
         self._tokenizer.no_padding()
         self._roles = TokenRoles.load(self._folder)
-        self._pad_id = int((self._tokenizer.padding or {}).get("pad_id", 0))
 
     @property
     def masks(self) -> bool:
@@ -121,10 +121,10 @@ class EncoderStages:
         """What the graph gives for the whole texts, a row for each window."""
         return self._run({tensor.name: reading.stage[tensor.name] for tensor in self.task.model_inputs})
 
-    def answer(self, reading: Reading, outputs: Mapping[str, NDArray[Any]], **options: NDArray[Any]) -> Tensors:
+    def answer(self, reading: Reading, outputs: Mapping[str, NDArray[Any]]) -> Tensors:
         """What the postprocess stage makes of the graph's outputs."""
         known = {**self.request(reading.texts), **reading.stage, **outputs}
-        return dict(self._postprocess({**{name: known[name] for name in self.task.read}, **options}))
+        return dict(self._postprocess({name: known[name] for name in self.task.read}))
 
     def without(self, reading: Reading, units: Sequence[Span], whole: Tensors) -> Iterator[Tensors]:
         """The graph's outputs without each of the units.
@@ -132,9 +132,11 @@ class EncoderStages:
         Outputs of tokens have those of the whole text's places; NaN stands for a token that was removed.
 
         Args:
+            units: each holds a token.
             whole: `outputs` of the reading.
         """
-        found: list[Tensors] = [{name: array.copy() for name, array in whole.items()} for _ in units]
+        begun: dict[int, Tensors] = {}  # rows come unit by unit
+        given_back = 0
         rows = self._rows(reading, units)
         while batch := list(islice(rows, self._limits.max_batch_size)):
             width = max(row.inputs["input_ids"].size for row in batch)
@@ -146,13 +148,18 @@ class EncoderStages:
             )
             for tensor in self.task.model_outputs:
                 for row, array in zip(batch, given[tensor.name], strict=True):
-                    place = found[row.unit][tensor.name]
+                    if row.unit not in begun:
+                        begun[row.unit] = {name: each.copy() for name, each in whole.items()}
+                    place = begun[row.unit][tensor.name]
                     if tensor.shape[0] == -1:  # of tokens
                         place[row.window] = np.nan
                         place[row.window, row.kept] = array[: row.kept.size]
                     else:
                         place[row.window] = array
-        yield from found
+            while given_back < batch[-1].unit:
+                yield begun.pop(given_back)
+                given_back += 1
+        yield from begun.values()
 
     def compare(self, client: Client, model: str, reading: Reading, outputs: Mapping[str, NDArray[Any]]) -> None:
         """Ask a server for its whole answer, which must be the one that is explained.
