@@ -12,6 +12,7 @@ from trident_export.explanation import generators, scores
 from trident_export.explanation.encoders import EncoderStages, in_process, on_server
 from trident_export.explanation.units import Attribution, By, Explanation, units
 from trident_export.models_file import ModelSpec
+from trident_export.progress import track
 
 # What a command may say besides the text, by task; what of it must be said.
 _TAKEN: Mapping[str, Sequence[str]] = {
@@ -138,7 +139,7 @@ def of_encoder(
     before = [target.score(whole) for target in targets]
     found: list[list[Attribution]] = [[] for _ in targets]
     if targets:
-        for unit, outputs in zip(chosen, stages.without(reading, chosen, whole), strict=True):
+        for unit, outputs in zip(track(chosen, "hiding"), stages.without(reading, chosen, whole), strict=True):
             text = texts[unit.part][unit.start : unit.end]
             for row, target in enumerate(targets):
                 found[row].append(Attribution(text, *unit, before[row] - target.score(outputs)))
