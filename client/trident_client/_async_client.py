@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,6 +131,12 @@ class AsyncClient(AsyncConnection):
     ) -> list[list[int]]:
         """See `Client.tokenize`."""
         return await self._send(_tasks.tokenize(texts, text_pairs, model, truncate, batch_size), timeout)
+
+    async def infer(
+        self, model: str, tensors: Mapping[str, NDArray[Any]], *, timeout: float | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """See `Client.infer`."""
+        return await self._send(_tasks.infer(model, tensors), timeout)
 
     # A str is a sequence of str too: the first overload wins.
     @overload

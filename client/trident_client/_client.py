@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -206,6 +206,20 @@ class Client(Connection):
             TridentError: see its other subclasses.
         """
         return self._send(_tasks.tokenize(texts, text_pairs, model, truncate, batch_size), timeout)
+
+    def infer(
+        self, model: str, tensors: Mapping[str, NDArray[Any]], *, timeout: float | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """The tensors that a Triton model answers with, by their names: for plain models, and stages of ours.
+
+        Args:
+            model: its name in Triton, such as "minilm_model", the graph of `minilm`.
+            tensors: what it reads, in the shapes of its config; those of texts hold bytes.
+
+        Raises:
+            TridentError: see its subclasses.
+        """
+        return self._send(_tasks.infer(model, tensors), timeout)
 
     # A str is a sequence of str too: the first overload wins.
     @overload

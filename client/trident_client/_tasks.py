@@ -76,6 +76,11 @@ def tokenize(
     return Batch("", f"{model.partition('_')[0]}_tokenizer", _rows(columns, truncate, batch_size, {}), join)
 
 
+def infer(model: str, tensors: Tensors) -> Batch[dict[str, NDArray[Any]]]:
+    """See `Client.infer`."""
+    return Batch("", model, [tensors], lambda responses: responses[0])
+
+
 def embed_sparse(
     texts: str | Sequence[str], model: str | None, prompt_name: str | None, truncate: bool | None, batch_size: int
 ) -> Batch[SparseVector | list[SparseVector]]:

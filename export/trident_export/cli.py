@@ -5,6 +5,7 @@ evaluate [MODEL]   what each exported variant gets wrong and what it costs, or, 
 audit MODEL        whether a model treats people alike who differ in one word
 audit-guard GUARD  what a guard of models.toml finds, misses, and takes for what it should find
 detect MODEL       whether a text carries a model's watermark
+explain MODEL TEXT which words an answer rests on
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 prune MODEL        fewer weights, and the curve of what that costs
 distill TEACHER    a smaller student that learns to answer as its teacher
@@ -48,6 +49,7 @@ from trident_export import (
 )
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, SourceError, UsageError
+from trident_export.explanation.units import By
 from trident_export.huggingface import adapters, sources
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
@@ -125,6 +127,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sensitive.set_defaults(run=_sensitivity)
     audit = _add_audit(commands)
     guarding, detecting = _add_guard_audit(commands), _add_detection(commands)
+    explained = _add_explanation(commands)
     pruned, distilled = _add_pruning(commands), _add_distillation(commands)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
@@ -142,11 +145,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     examining = commands.add_parser("doctor", help="what is wrong with a repository")
     examining.set_defaults(run=_doctor)
     store.add(commands)
-    every = (export, evaluate, audit, guarding, detecting, sensitive, pruned, distilled, check, pinning, adding)
+    every = (
+        export,
+        evaluate,
+        audit,
+        guarding,
+        detecting,
+        explained,
+        sensitive,
+        pruned,
+        distilled,
+        check,
+        pinning,
+        adding,
+    )
     for command in (*every, examining):
         command.add_argument("--models-file", type=Path, default=Path("models.toml"))
         command.add_argument("--verbose", action="store_true", help="show every warning of the libraries")
-    for command in (export, evaluate, audit, guarding, detecting, check, examining):
+    for command in (export, evaluate, audit, guarding, detecting, explained, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
     for command in (export, evaluate, sensitive, pruned, distilled):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
@@ -209,6 +225,30 @@ def _add_detection(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     detecting.add_argument("--z", type=float, default=3.0, help="the z-score above which a text is marked (default 3)")
     detecting.set_defaults(run=_detect)
     return detecting
+
+
+def _add_explanation(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    explained = commands.add_parser("explain", help="which words an answer rests on")
+    explained.add_argument("model", help="one model of models.toml: of texts, an encoder or a text generator")
+    explained.add_argument("texts", nargs="+", metavar="TEXT", help="each is explained; of a ranker: passages")
+    explained.add_argument("--query", default="", help="of a ranker")
+    explained.add_argument("--question", default="", help="of question answering; the texts are contexts")
+    explained.add_argument("--pair", default="", metavar="TEXT", help="the second text of a classifier of pairs")
+    explained.add_argument("--label", default="", help="the class that is explained (default: the likeliest one)")
+    explained.add_argument("--answer", default="", metavar="TEXT", help="of a generator (default: what it answers)")
+    explained.add_argument("--chat", action="store_true", help="of a generator: the text is a message")
+    explained.add_argument("--max-tokens", type=int, default=0, help="of a generator's answer (default 64)")
+    explained.add_argument(
+        "--by", type=By, choices=list(By), default=By.WORD, metavar="UNIT", help="word (default), sentence or token"
+    )
+    explained.add_argument("--variant", default="", help="which is asked (default: the model's default variant)")
+    explained.add_argument(
+        "--url", default="", help="a server that runs and serves the repository's model (default: a generator gets one)"
+    )
+    explained.add_argument("--json", action="store_true", help="print JSON")
+    explained.add_argument("--html", type=Path, metavar="FILE", help="write a page with the marked texts")
+    explained.set_defaults(run=_explain)
+    return explained
 
 
 def _add_references(evaluate: argparse.ArgumentParser) -> None:
@@ -356,21 +396,32 @@ def _served(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
 
     The server is the one that the command line names, or one for the time of the `with` block.
     """
-    from trident_client import Client
-    from trident_serving.launcher import local
-
     models = [name for name in options.models.split(",") if name] or [spec.public_name(each) for each in spec.variants]
     exact = spec.public_name("fp32")
     against = options.against or (exact if exact in models else models[0])
+    with _client(options, spec) as client:
+        yield client, models, against
+
+
+@contextlib.contextmanager
+def _client(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterator[Client]:
+    """A client of the server that the command line names, or of one for the time of the `with` block."""
+    from trident_client import Client
+    from trident_serving.launcher import local
+
     with contextlib.ExitStack() as stack:
         url = options.url
         if not url:
-            if artefacts.read_manifest(options.repository, spec.name) is None:
-                raise UsageError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
+            _check_exported(options, spec)
             progress.say("starting a server")
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
             url = stack.enter_context(local.running(options.repository, log)).grpc_url
-        yield stack.enter_context(Client(url, timeout=600)), models, against
+        yield stack.enter_context(Client(url, timeout=600))
+
+
+def _check_exported(options: argparse.Namespace, spec: models_file.ModelSpec) -> None:
+    if artefacts.read_manifest(options.repository, spec.name) is None:
+        raise UsageError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -426,6 +477,32 @@ def _detect(options: argparse.Namespace) -> int:
         f"{verdict}: {found.green} of {found.scored} tokens are on their lists ({share:.0%}; unmarked {usual:.0%}), "
         f"z {found.z_score:.2f}, p {found.p_value:.2g}"
     )
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from trident_export.explanation import asking, report
+
+    quiet.hush_onnxruntime(options.verbose)
+    (spec,) = _specs(options, on_demand=True)
+    asked = asking.Options(**{field.name: getattr(options, field.name) for field in dataclasses.fields(asking.Options)})
+    asking.check(spec, options.texts, asked)
+    variant = options.variant or spec.default_variant
+    if variant not in spec.variants:
+        raise UsageError(f"{spec.name} has no variant {variant!r}; exported are {', '.join(spec.variants)}")
+    with contextlib.ExitStack() as stack:
+        client = None
+        if options.url or spec.generation:
+            client = stack.enter_context(_client(options, spec))
+        if not spec.generation:
+            _check_exported(options, spec)
+        found = asking.explain(spec, variant, options.repository, options.texts, asked, client)
+    if options.html:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        options.html.write_text(report.as_html(found), encoding="utf-8")
+    print(report.as_json(found) if options.json else report.as_table(found), end="")
+    if not found:
+        progress.say("the model finds nothing in the text")
     return 0
 
 

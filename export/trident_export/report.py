@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trident_export import disk
 from trident_export.errors import ExportError
+from trident_serving.errors import StartError
 
 FAILED = 1
 DEFECT = 70  # EX_SOFTWARE of sysexits.h
@@ -27,7 +28,7 @@ def guarded(command: Callable[[], int], *folders: Path) -> int:
     except KeyboardInterrupt:
         _print("interrupted; what was installed before is untouched")
         return INTERRUPTED
-    except ExportError as error:
+    except (ExportError, StartError) as error:  # the latter of a server that a command starts for itself
         _print(str(error))
         return FAILED
     except Exception as error:

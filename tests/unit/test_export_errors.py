@@ -18,6 +18,7 @@ from trident_export import disk, errors, report
 from trident_export.errors import ExportError, NoMemory, NoSpace, NotWritable, SourceError, UnreadableSource
 from trident_export.huggingface import folder
 from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_serving.errors import StartError
 
 PACKAGE = Path(trident_export.__file__).parent
 
@@ -112,6 +113,7 @@ def test_a_full_disk_explains_an_error_that_hides_it(tmp_path: Path, monkeypatch
     ("raised", "status", "shown"),
     [
         (SourceError("no such model"), 1, "trident-export: no such model\n"),
+        (StartError("the server ended with status 1"), 1, "trident-export: the server ended with status 1\n"),
         (KeyboardInterrupt(), 130, "trident-export: interrupted; what was installed before is untouched\n"),
         (os_error(errno.EROFS, Path("/x")), 1, "trident-export: /x can't be written by user"),
         (ValueError("odd"), 70, "Traceback (most recent call last):\n"),
