@@ -29,6 +29,7 @@ from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.sampling.defaults import GenerationDefaults
 from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind
 from trident_serving.runtime.sampling.params import SamplingParams
+from trident_serving.runtime.sampling.watermark import Watermark
 from trident_serving.schema.limits import VllmLimits
 from trident_serving.schema.vllm import VllmSettings
 from trident_serving.vllm import interpreter, translation
@@ -161,6 +162,8 @@ def test_what_vllm_would_ignore_is_refused() -> None:
         translation.check(request(temperature=1.0, typical_p=0.5))
     with pytest.raises(InvalidRequest, match=r"temperature must be 0 or at least 0\.01 .* found 0\.005"):
         translation.check(request(temperature=0.005))
+    with pytest.raises(InvalidRequest, match="watermarking_config is not for this model"):
+        translation.check(request(watermark=Watermark.from_config({"bias": 2.0}, 512)))
     translation.check(request(typical_p=0.5))  # the likeliest token is what it is
     with pytest.raises(LoadError, match=r"generation_config\.json sets no_repeat_ngram_size, suppress_tokens, for"):
         translation.check_defaults(GenerationDefaults(no_repeat_ngram_size=2, suppress_tokens=(1,), top_k=3))

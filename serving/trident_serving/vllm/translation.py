@@ -76,6 +76,8 @@ def check(request: GenerationRequest) -> None:
         InvalidRequest: the message names the field.
     """
     sampling = request.sampling
+    if sampling.watermark is not None:
+        raise InvalidRequest("watermarking_config is not for this model, which vLLM computes: it has no watermark")
     if sampling.greedy:
         return  # the likeliest token is what it is, whatever else is said
     if sampling.typical_p != 1.0:
