@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import generation, processor
+from benchmarks import generation, processes, processor
 from benchmarks.peers.trident import TridentServer
 from trident_client import Client
 from trident_export import corpora, models_file
@@ -27,20 +27,11 @@ STREAMS = (1, 2, 4, 8, 16, 32)
 
 def memory_of(root: int) -> int:
     """Bytes that a process and all that it has started take, what they share counted once."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    total, left = 0, [root]
-    while left:
-        process = left.pop()
-        left += parents.get(process, [])
+    total = 0
+    for process in processes.descendants(root):
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
+        except OSError:  # it has ended
             continue
         total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import processes
 from benchmarks.first_token import PAUSE, PROMPT_TOKENS, first_tokens, prompts
 from benchmarks.generation import TOKENS, summarize
 from benchmarks.peers.trident import TridentEngine, TridentServer
@@ -45,21 +46,8 @@ def in_the_engine(server: LocalServer, model: str) -> tuple[float, float]:
 
 def processor_seconds(root: int) -> float:
     """User and system time of a process and all that it has started, as far as they still run."""
-    parents: dict[int, list[int]] = {}
-    used: dict[int, float] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(entry.name))
-        used[int(entry.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    found, left = 0.0, [root]
-    while left:
-        process = left.pop()
-        found += used.get(process, 0.0)
-        left += parents.get(process, [])
-    return found
+    ticks = (fields[11:13] for fields in map(processes.stat, processes.descendants(root)))
+    return sum(sum(map(int, used)) for used in ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def shares(

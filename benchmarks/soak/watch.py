@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import processes as process_tree
 from benchmarks.soak.calls import Address
 
 SERVER = "tritonserver"
@@ -94,13 +95,7 @@ class Watch:
 
 def processes(launcher: int) -> list[tuple[str, int]]:
     """The launcher, tritonserver, the backend processes and the gateway, each by its name and its process id."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, IndexError):
-            continue
-        children[parent].append(int(folder.name))
+    children = process_tree.children()
     found = [(LAUNCHER, launcher)]
     for server in children[launcher]:
         if _command(server)[0].endswith(SERVER):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from trident_serving.errors import InvalidRequest
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind, Grammars
 from trident_serving.runtime.tokenizer import TextTokenizer
-from trident_serving.schema.fields import GENERATION
+from trident_serving.schema.fields import GENERATION, Field
 from trident_serving.schema.limits import GenerationLimits
 
 DTYPES: dict[str, Any] = {
@@ -63,13 +64,14 @@ def texts(*values: str) -> Any:
     return np.array([[value.encode("utf-8", "surrogatepass") for value in values]], np.object_)
 
 
-def tensors() -> st.SearchStrategy[dict[str, Any]]:
+def fields(known: Sequence[Field]) -> st.SearchStrategy[dict[str, Any]]:
     """Values for fields of a request, of the fields' types and mostly of their shape."""
 
-    def of(field: Any) -> st.SearchStrategy[Any]:
+    def of(field: Field) -> st.SearchStrategy[Any]:
+        most = 1 if field.shape == (1,) else 3
         if field.dtype == "STRING":
             value: st.SearchStrategy[Any] = SURROGATES | JSON.map(json.dumps)
-            return st.lists(value, min_size=1, max_size=2 if field.shape != (1,) else 1).map(lambda all_: texts(*all_))
+            return st.lists(value, min_size=1, max_size=most).map(lambda all_: texts(*all_))
         dtype = DTYPES[field.dtype]
         if dtype is np.bool_:
             value = st.booleans()
@@ -77,10 +79,9 @@ def tensors() -> st.SearchStrategy[dict[str, Any]]:
             value = st.floats(width=32)
         else:
             value = st.integers(int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)) | st.integers(0, 9)
-        most = 1 if field.shape == (1,) else 3
         return st.lists(value, min_size=1, max_size=most).map(lambda all_: np.array([all_], dtype))
 
-    return st.fixed_dictionaries({}, optional={field.name: of(field) for field in GENERATION})
+    return st.fixed_dictionaries({}, optional={field.name: of(field) for field in known})
 
 
 def read(parser: RequestParser, inputs: dict[str, Any]) -> None:
@@ -95,7 +96,7 @@ def read(parser: RequestParser, inputs: dict[str, Any]) -> None:
     assert time.process_time() - started < 5
 
 
-@given(fields=tensors(), prompt=SURROGATES)
+@given(fields=fields(GENERATION), prompt=SURROGATES)
 def test_fields(parsers: dict[str, RequestParser], fields: dict[str, Any], prompt: str) -> None:
     read(parsers["plain"], fields | {"text_input": texts(prompt)})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.test_requests import DTYPES, texts
+from tests.fuzz.test_requests import fields, texts
 from tests.fuzz.values import JSON, SURROGATES, near
 from tests.unit.test_chat_templates import tokenizer
 from tests.unit.test_encoder_stages import encoder
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
 from trident_serving.errors import InvalidRequest
-from trident_serving.schema.fields import LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
+from trident_serving.schema.fields import LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE
 from trident_serving.schema.limits import Seq2SeqLimits, SpeechLimits
 from trident_serving.seq2seq import request as seq2seq
 from trident_serving.seq2seq.request import GenerationDefaults
@@ -34,26 +34,6 @@ from trident_serving.text import decode_texts
 
 DEFAULTS = GenerationDefaults(prompt=(1,), eos_token_ids=(2,))
 SETTINGS = SpeechSettings(1, 9, 8, languages={"en": 3, "de": 4}, names={"german": "de"}, tasks={"transcribe": 5})
-
-
-def fields(known: Sequence[Field]) -> st.SearchStrategy[dict[str, Any]]:
-    """Values for fields of a request, of the fields' types and mostly of their shape."""
-
-    def of(field: Field) -> st.SearchStrategy[Any]:
-        most = 1 if field.shape == (1,) else 3
-        if field.dtype == "STRING":
-            value: st.SearchStrategy[Any] = SURROGATES | JSON.map(json.dumps)
-            return st.lists(value, min_size=1, max_size=most).map(lambda all_: texts(*all_))
-        dtype = DTYPES[field.dtype]
-        if dtype is np.bool_:
-            value = st.booleans()
-        elif dtype is np.float32:
-            value = st.floats(width=32)
-        else:
-            value = st.integers(int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)) | st.integers(0, 9)
-        return st.lists(value, min_size=1, max_size=most).map(lambda all_: np.array([all_], dtype))
-
-    return st.fixed_dictionaries({}, optional={field.name: of(field) for field in known})
 
 
 def read(parse: Callable[[], object]) -> Any:

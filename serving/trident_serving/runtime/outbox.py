@@ -70,7 +70,8 @@ def pace(streams: int) -> float:
 def poll_interval(streams: int) -> float:
     """Seconds between two questions for cancellations, a few steps of the engine with this many streams.
 
-    A question costs the model a quarter of what a response does; a step too many of one that has gone costs less.
+    A question is a message to the server and back, which takes a core from the model; to run a few steps too many of
+    one that has gone costs less (decision 0059).
     """
     return min(max(0.05, 0.0125 * streams), 0.2)
 
