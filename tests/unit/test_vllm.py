@@ -24,6 +24,7 @@ from trident_serving.errors import DeadlineExceeded, InvalidRequest, LoadError, 
 from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stream import Chunk
+from trident_serving.guard.rules import Guard
 from trident_serving.runtime.log_probabilities import TokenLogProbs
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.sampling.defaults import GenerationDefaults
@@ -32,6 +33,7 @@ from trident_serving.runtime.sampling.params import SamplingParams
 from trident_serving.runtime.sampling.watermark import Watermark
 from trident_serving.schema.limits import VllmLimits
 from trident_serving.schema.vllm import VllmSettings
+from trident_serving.triton.guarding import guarded
 from trident_serving.vllm import interpreter, translation
 from trident_serving.vllm.engine import VllmAnswer, VllmEngine, WorkerError
 from trident_serving.vllm.process import WorkerProcess
@@ -477,6 +479,29 @@ def service(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     made = VllmService(folder, VllmLimits(context=64, slots=2, threads=1), VllmSettings(python=str(python)))
     yield made
     made.stop()
+
+
+def test_a_guard_stands_before_it_too(service: VllmService) -> None:
+    """By the adapters' own step, from the parameter of a config as it is written."""
+    rules = [
+        {"name": "animal", "action": "redact", "stages": ["output"], "pattern": "cat"},
+        {"name": "dog", "action": "block", "stages": ["input"], "pattern": "dog"},
+    ]
+    config = {"parameters": {"guard": {"string_value": Guard.from_table("g", {"rules": rules}).as_json()}}}
+    guarded_one = guarded(service, config, VllmLimits(context=64, slots=2), "")
+
+    def answer(text: str) -> Chunk:
+        channel = Channel()
+        inputs: dict[str, Any] = {"text_input": _wire.texts([text])[None], "max_tokens": np.array([[12]])}
+        guarded_one.submit(guarded_one.parse(inputs), channel)
+        found = channel.chunks.get(timeout=20)
+        assert isinstance(found, Chunk)
+        return found
+
+    assert "cat" not in answer("the cat").text
+    assert answer("the cat").text.startswith("the [animal]the")
+    assert answer("a dog").finish_reason == "content_filter"
+    assert guarded(service, {}, VllmLimits(context=64), "") is service
 
 
 def test_the_text_side_is_our_own(service: VllmService) -> None:

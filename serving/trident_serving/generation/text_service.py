@@ -85,9 +85,11 @@ class TextService:
     Attributes:
         memory: what it takes, in words or as numbers.
         recorder: of its metrics.
+        draft_name: the model that drafts; "": none does.
     """
 
     memory: object
+    draft_name: str = ""
     _engine: TextEngine
 
     def __init__(
