@@ -22,6 +22,8 @@ LOAD_ARGS ?=
 UPDATE ?=
 EXAMPLES ?= 5000
 TEST_WORKERS ?= 3
+# A worker that dies ends the run and is told: to replace it, pytest-xdist 3.8 may wait for ever.
+WORKERS = --numprocesses $(TEST_WORKERS) --max-worker-restart 0
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -51,10 +53,10 @@ export: $(SETUP) ## export models: make export [MODEL=name [VARIANTS=all] [SOURC
 	@$(BIN)/python -m trident_export export $(MODEL) $(if $(VARIANTS),--variants $(VARIANTS)) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) $(if $(BESIDE),--beside) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 test: $(SETUP) ## run the tests, against a real server on free ports
-	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-all: $(SETUP) ## run the slow tests as well: more variants and families of what `make test` shows
-	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) -m 'not image and not clients and not charts and not replicas' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) -m 'not image and not clients and not charts and not replicas' $(PYTEST_ARGS)
 
 check: $(SETUP) ## lint, types, configs in step with models.toml, deployment files
 	@$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -21,6 +22,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tests import gateways, warm
 from tests.gateways import Gateway
 from trident_client import Client, _wire
+from trident_serving import memory
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 
@@ -64,6 +66,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return BySharedFixtures(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Say how a worker ended that should not have: nobody sees the status of a killed one otherwise."""
+    if error is not None:
+        room = f"{memory.available_bytes() >> 20} MiB of memory and {shutil.disk_usage('/tmp').free >> 20} MiB of /tmp"
+        print(f"\nworker {node.gateway.id} ended with status {node.gateway._io.wait()}; {room} are free", flush=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -289,7 +289,7 @@ def resources(server: LocalServer, pid: int) -> dict[str, int]:
     }
 
 
-def test_nothing_is_left_of_a_thousand_cancelled_requests(tiny: LocalServer) -> None:
+def test_nothing_is_left_of_cancelled_requests(tiny: LocalServer) -> None:
     def cancelled(number: int) -> None:
         stream = client.stream("A", model="llama", max_tokens=4000, min_tokens=4000)
         if number % 2:
@@ -297,18 +297,18 @@ def test_nothing_is_left_of_a_thousand_cancelled_requests(tiny: LocalServer) -> 
         stream.close()  # type: ignore[attr-defined]
 
     with Client(tiny.grpc_url, timeout=60) as client, ThreadPoolExecutor(16) as pool:
-        list(pool.map(cancelled, range(200)))  # what is taken once: arenas, pools, channels
+        list(pool.map(cancelled, range(100)))  # what is taken once: arenas, pools, channels
         eventually(lambda: metrics(tiny, "llama")["slots_used"] == 0)
         pid = stub_process(tiny)
         before, server_before = resources(tiny, pid), resources(tiny, stub_parent(pid))
-        list(pool.map(cancelled, range(1000)))
+        list(pool.map(cancelled, range(300)))
         eventually(lambda: metrics(tiny, "llama")["slots_used"] == 0)
         after, server_after = resources(tiny, pid), resources(tiny, stub_parent(pid))
         found = metrics(tiny, "llama")
         assert found["requests_running"] == found["requests_waiting"] == 0
         assert len(client.generate("A", model="llama", max_tokens=5).text) > 0
-    assert after["MiB"] - before["MiB"] < 10
-    assert server_after["MiB"] - server_before["MiB"] < 20
+    assert after["MiB"] - before["MiB"] < 4
+    assert server_after["MiB"] - server_before["MiB"] < 8
     for name in ("threads", "files", "shared"):
         assert after[name] <= before[name] + 2
 

@@ -260,10 +260,12 @@ def test_a_cut_promotion_leaves_what_can_be_served_and_is_gone_on_with(repositor
         return versions.named(name, found, "2")
 
     if (child := os.fork()) == 0:
-        server = Killed(repository)
-        server.until = until
-        change(repository, second, server)
-        os._exit(1)
+        try:
+            server = Killed(repository)
+            server.until = until
+            change(repository, second, server)
+        finally:
+            os._exit(1)  # whatever happens: this copy of the test's process must not run the other tests
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert served(repository)["m"] == [1 if until < 3 else 2]
     server = Recorder(repository)
