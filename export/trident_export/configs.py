@@ -205,6 +205,8 @@ def _generator(spec: ModelSpec, name: str, limits: CausalLimits) -> pb.ModelConf
     for name_of_prompt in ("text_input", "messages"):
         config.input.append(_tensor(pb.ModelInput, name_of_prompt, "STRING", [1], optional=True))
     config.input.append(_tensor(pb.ModelInput, "input_ids", "INT32", [-1], optional=True))
+    if spec.generation and spec.generation.images:
+        config.input.append(_tensor(pb.ModelInput, "images", "STRING", [-1], optional=True))
     _add_fields(config, GENERATION)
     outputs = [
         ("text_output", "STRING", [-1]),

@@ -62,7 +62,9 @@ def _graph_only(spec: ModelSpec, public_name: str) -> ModelSpec:
         spec,
         variants=(variant,),
         default_variant=variant,
-        limits=GenerationLimits(context=limits.context, prefill_chunk=limits.prefill_chunk, device=limits.device),
+        limits=GenerationLimits(
+            context=limits.context, prefill_chunk=limits.prefill_chunk, device=limits.device, images=limits.images
+        ),
         on_demand=False,
         gates={},
         draft="",
