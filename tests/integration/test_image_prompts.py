@@ -27,7 +27,7 @@ from transformers.image_utils import load_image
 
 from tests import doors, gateways, tiny_models
 from tests.gateways import Gateway
-from trident_client import Client, DeadlineExceededError, InvalidRequestError
+from trident_client import Client, DeadlineExceededError, InvalidRequestError, cli
 from trident_export import add, install, models_file
 from trident_export.errors import FidelityError, ModelsFileError, UnreadableSource, UnsupportedArchitecture
 from trident_export.graphs import editing
@@ -299,6 +299,22 @@ def test_every_door_gives_the_same(server: LocalServer, tmp_path: Path) -> None:
     )
     assert found[0] == found[1] == found[2]
     assert found[0].num_input_tokens > 5 * tiny_models.VLM_TOKENS
+
+
+def test_command_line(server: LocalServer, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(tmp_path / name) for name in ("a.jpg", "b.png")]
+    for name, content in zip(names, FILES, strict=False):
+        Path(name).write_bytes(content)
+    at = ["--model", "vlm", "--max-tokens", "8", "--url", server.grpc_url]
+    images = ["--image", names[0], "--image", names[1]]
+    expected = client.chat("What is this?", images=FILES[:2], model="vlm", max_tokens=8)
+    assert cli.main(["chat", "What is this?", *images, *at]) == 0
+    assert capsys.readouterr().out == expected.text + "\n"
+    expected = client.generate("<image> and <image>", images=FILES[:2], model="vlm", max_tokens=8)
+    assert cli.main(["generate", "<image> and <image>", *images, *at]) == 0
+    assert capsys.readouterr().out == expected.text + "\n"
+    assert cli.main(["chat", "What is this?", "--image", str(tmp_path / "none.png"), *at]) == 2
+    assert "none.png: No such file" in capsys.readouterr().err
 
 
 def _url(content: bytes, kind: str = "image/png") -> str:

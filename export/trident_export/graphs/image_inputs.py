@@ -45,7 +45,13 @@ def export_tower(model: PreTrainedModel, path: Path, of: str, tile: int) -> None
 
 
 def _read(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = inner.connector(inner.vision_model(pixel_values=pixels).last_hidden_state)
+    """The connector joins squares of patches; here in four dimensions, which no pass takes for tokens of the tower."""
+    patches: torch.Tensor = inner.vision_model(pixel_values=pixels).last_hidden_state
+    factor, width = inner.connector.scale_factor, inner.config.vision_config.hidden_size
+    side = int(patches.shape[1] ** 0.5) // factor
+    squares = patches.reshape(-1, side, factor, side, factor, width).permute(0, 1, 3, 2, 4, 5)
+    joined = inner.connector.modality_projection(squares.reshape(-1, side, side, factor * factor * width))
+    found: torch.Tensor = joined.reshape(-1, side * side, inner.config.text_config.hidden_size)
     return found
 
 
