@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +21,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Idefics3Processor
@@ -36,14 +38,17 @@ from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import pictures
 from trident_export.tasks import image_parts, text_generation
 from trident_serving.artefacts import TOWER, VERSION
+from trident_serving.encoders.images import as_files
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.image_tower import ImageTower
 from trident_serving.generation.images import ImageReader, VisionSettings
+from trident_serving.generation.service import GenerationService
 from trident_serving.images.decoding import decode
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 from trident_serving.schema.limits import GenerationLimits
+from trident_serving.text import encode_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -214,38 +219,54 @@ def test_an_answer_is_the_same_in_any_company(client: Client) -> None:
             assert list(pool.map(ask, CONVERSATIONS[::-1])) == alone[::-1]
 
 
-def test_prefixes_are_reused_by_image(client: Client, server: LocalServer, reference: Reference) -> None:
+class Channel:
+    """Takes the one response of a request."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.chunk: Any = None
+
+    def send(self, chunk: Any) -> None:
+        self.chunk = chunk
+        self.done.set()
+
+    def fail(self, error: Exception) -> None:
+        self.send(error)
+
+    def is_cancelled(self) -> bool:
+        return False
+
+
+def test_prefixes_are_reused_by_image(repository: Path, reference: Reference) -> None:
     """The tokens of both prompts are the same, and what they stand for is not."""
     messages = [_message("A long beginning that both share, before the image: ", None, " What is this?")]
     expected = [reference.answer(messages, [content]) for content in SAME_SIZE]
     assert expected[0][0] == expected[1][0]
     assert expected[0][1] != expected[1][1]
-    first_of_image = expected[0][0].index(reference.model.config.image_token_id)
+    prompt = expected[0][0]
+    first_of_image = prompt.index(reference.model.config.image_token_id)
+    service = GenerationService(repository / "vlm" / VERSION, GenerationLimits(**LIMITS))
 
-    def reused(content: bytes) -> tuple[list[int], float]:
-        before = _counter(server, "trident_prefix_hit_tokens")
-        answer = list(_asked(client, messages, [content]).token_ids)
-        return answer, _counter(server, "trident_prefix_hit_tokens") - before
+    def asked(**inputs: NDArray[Any]) -> tuple[list[int], int]:
+        """The answer, and the tokens of the prompt that were there already."""
+        given = {"max_tokens": np.full((1, 1), ANSWER, np.int32), "return_tokens": np.ones((1, 1), np.bool_)}
+        channel = Channel()
+        service.submit(service.parse(given | inputs), channel)
+        assert channel.done.wait(30)
+        return list(channel.chunk.token_ids), int(service.recorder.drain().counters["prefix_hit_tokens"])
 
-    _asked(client, messages, [SAME_SIZE[0]])
-    assert reused(SAME_SIZE[0]) == (expected[0][1], len(expected[0][0]) - 1)
-    assert reused(SAME_SIZE[1]) == (expected[1][1], first_of_image)
-    # A text's tokens of images, which stand for nothing, are no image.
-    text = client.generate(expected[0][0], model="vlm", max_tokens=ANSWER, return_tokens=True)
+    def with_image(content: bytes) -> tuple[list[int], int]:
+        return asked(messages=encode_texts([json.dumps(messages)])[None], images=as_files([content])[None])
+
+    with_image(SAME_SIZE[0])
+    assert with_image(SAME_SIZE[0]) == (expected[0][1], len(prompt) - 1)
+    assert with_image(SAME_SIZE[1]) == (expected[1][1], first_of_image)
+    # A text's tokens of images stand for nothing.
     with torch.inference_mode():
-        ids = torch.tensor([expected[0][0]])
-        plain = reference.model.generate(ids, max_new_tokens=ANSWER, do_sample=False)[0, ids.shape[1] :].tolist()
-    assert list(text.token_ids) == plain
-
-
-def _counter(server: LocalServer, name: str) -> float:
-    import time
-    import urllib.request
-
-    time.sleep(0.3)  # until the model has told its numbers
-    with urllib.request.urlopen(server.metrics_url) as response:
-        lines = response.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name) and '"vlm"' in line)
+        ids = torch.tensor([prompt])
+        plain = reference.model.generate(ids, max_new_tokens=ANSWER, do_sample=False)[0, len(prompt) :].tolist()
+    assert asked(input_ids=np.array([prompt], np.int32)) == (plain, first_of_image)
+    service.stop()
 
 
 def test_texts_are_what_they_were(repository: Path, tmp_path: Path) -> None:
