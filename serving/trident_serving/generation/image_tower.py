@@ -18,10 +18,12 @@ from trident_serving.generation.batch import Embeds
 from trident_serving.generation.images import PromptImage, PromptImages, VisionSettings
 from trident_serving.images.decoding import decode
 from trident_serving.images.preprocessing import Floats
+from trident_serving.memory import MEBIBYTE
 from trident_serving.runtime.session import open_session
 from trident_serving.schema.limits import GenerationLimits
 
-_KEPT_BYTES = 64 * 2**20  # of vectors
+_KEPT_BYTES = 64 * MEBIBYTE  # of vectors
+_WAITING_BYTES = 256 * MEBIBYTE  # of files that are not read yet
 
 
 class ImageTower:
@@ -88,19 +90,23 @@ class ImageThread:
     def __init__(self, tower: ImageTower, most: int) -> None:
         self._tower, self._most = tower, most
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="images")
-        self._waiting: set[Future[Embeds]] = set()
+        self._waiting: dict[Future[Embeds], int] = {}  # with the bytes of their files
 
     def begin(self, images: PromptImages) -> Future[Embeds]:
         """Read the images of a prompt.
 
         Raises:
-            Overloaded: too many requests wait.
+            Overloaded: too many requests wait, or their files are too large together.
         """
-        if len(self._waiting) >= self._most:
-            raise Overloaded(f"the queue is full: images of {len(self._waiting)} requests wait already")
+        waiting, size = list(self._waiting.values()), sum(len(image.content) for image in images.images)
+        if len(waiting) >= self._most or (waiting and sum(waiting) + size > _WAITING_BYTES):
+            raise Overloaded(
+                f"the queue is full: images of {len(waiting)} requests wait, {sum(waiting) / MEBIBYTE:.0f} MiB of them; "
+                "try again later"
+            )
         future = self._thread.submit(self._tower.embeds, images)
-        self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+        self._waiting[future] = size
+        future.add_done_callback(lambda done: self._waiting.pop(done))
         return future
 
     def stop(self) -> None:
