@@ -79,6 +79,14 @@ def test_addresses_are_not_fetched(url: Any, said: str) -> None:
         READER.take([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}], [])
 
 
+def test_files_are_bytes_or_data_urls() -> None:
+    given = np.array([FILES[0], b"data:image/png;base64," + base64.b64encode(FILES[1])], np.object_)
+    assert READER.files(given) == [("images[0]", FILES[0]), ("images[1]", FILES[1])]
+    assert READER.files(None) == []
+    with pytest.raises(InvalidRequest, match="images is no base64"):
+        READER.files(np.array([b"data:;base64,a*b"], np.object_))
+
+
 def test_where_images_are() -> None:
     images = READER.read([("images[0]", FILES[0]), ("images[1]", FILES[1])])
     assert [image.grid for image in images] == [Grid(2, 2)] * 2

@@ -9,6 +9,7 @@ of logits.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_utils import load_image
-from transformers.models.idefics3.processing_idefics3 import get_image_prompt_string
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from trident_export.errors import FidelityError, ModelsFileError, UnsupportedModel
 from trident_export.graphs.image_inputs import export_tower
@@ -33,6 +34,7 @@ from trident_export.models_file import ModelSpec
 from trident_export.tasks import Job
 from trident_serving.artefacts import TOWER
 from trident_serving.chat.template import ChatTemplate
+from trident_serving.encoders.images import as_files
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.batch import Embeds, SlotTokens
 from trident_serving.generation.chat import Chat
@@ -49,9 +51,9 @@ COMPARED, _DECODED = 32, 4
 # Of a vector's numbers from transformers', as a share of the largest: what another order of sums makes, and far below
 # what a weight that is not the model's makes.
 VECTOR_ERROR = 1e-4
-_TEXTS = (("", " What is this?"), ("Look at this picture: ", " and say what is in it, please."))
-_LEAST_TEXT = 64  # tokens of a prompt and its answer beside an image
-_RUN = 64  # tokens of a run of the gate: fewer than an image has, so that images are cut
+_LEAST_TEXT = 128  # tokens of a prompt and its answer beside an image
+# Tokens of a prompt's runs, together with others and alone: few, so that images are cut, and each time elsewhere.
+RUN, _ALONE = 64, 40
 
 
 def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
@@ -130,37 +132,27 @@ def ask(source: HuggingFaceFolder, model: Any, folder: Path, limits: GenerationL
     Raises:
         FidelityError: pixels, tokens or vectors are otherwise than transformers has them.
     """
-    tower = ImageTower(folder, limits)
+    tower, wanted = ImageTower(folder, limits), vision_language.settings(source)
     settings, processor = tower.settings, image_files.processor(source)
     tokenizer = TextTokenizer.load(folder)
     chat = Chat.load(folder, tokenizer, limits, settings.literals)
     parser = RequestParser(tokenizer, chat, limits, images=ImageReader(settings, limits))
     found = []
-    for files in _prompts(settings, limits):
+    for texts, files in _prompts(settings, limits):
+        inputs, said = _request(source, wanted, texts, has_chat=chat is not None)
+        request = parser.parse(inputs | {"images": as_files(files)[None], "max_tokens": np.ones((1, 1), np.int32)})
         read = [load_image(Image.open(io.BytesIO(content))) for content in files]
         expected = processor(images=[read], return_tensors="np", return_row_col_info=True)
-        pixels = expected["pixel_values"][0].astype(np.float32)
-        rows, columns = expected["rows"][0], expected["cols"][0]
-        text = "".join(
-            before + settings.token + behind for (before, behind), _ in zip(_TEXTS * len(files), files, strict=False)
+        first, *rest = said.split(wanted.token)
+        marks = wanted.tokens, wanted.around, wanted.token, wanted.whole
+        grids = zip(expected["rows"][0], expected["cols"][0], strict=True)
+        said = "".join(
+            [first, *(get_image_prompt_string(*grid, *marks) + text for grid, text in zip(grids, rest, strict=True))]
         )
-        request = parser.parse(
-            {
-                "text_input": encode_texts([text])[None],
-                "images": _as_tensor(files),
-                "max_tokens": np.ones((1, 1), np.int32),
-            }
-        )
-        parts = text.split(settings.token)
-        said = parts[0] + "".join(
-            get_image_prompt_string(row, column, settings.tokens, settings.around, settings.token, settings.whole)
-            + behind
-            for row, column, behind in zip(rows, columns, parts[1:], strict=True)
-        )
-        ids = source.tokenizer(said).input_ids
-        if list(request.prompt_ids) != ids:
+        ids = source.tokenizer(said, add_special_tokens=chat is None).input_ids
+        if list(request.prompt_ids) != ids or request.images is None:
             raise FidelityError(f"the prompt {said[:200]!r} with images has other tokens than Hugging Face's")
-        assert request.images is not None
+        pixels = expected["pixel_values"][0].astype(np.float32)
         tiles = [tile for image in read for tile in settings.tiles(image.convert("RGB"))]
         if len(tiles) != len(pixels) or not np.array_equal(np.stack(tiles), pixels):
             raise FidelityError("the served pixels of an image differ from those of transformers' image processor")
@@ -173,18 +165,33 @@ def ask(source: HuggingFaceFolder, model: Any, folder: Path, limits: GenerationL
     return found
 
 
-def _prompts(settings: VisionSettings, limits: GenerationLimits) -> list[list[bytes]]:
-    """The files of each prompt: one image in another form each, and two in one prompt where the context has room."""
-    files = list(pictures.files(4))
-    found = [[file] for file in files[:3]]
+def _request(
+    source: HuggingFaceFolder, settings: VisionSettings, texts: Sequence[str | None], *, has_chat: bool
+) -> tuple[dict[str, NDArray[Any]], str]:
+    """The prompt of a request, and transformers' text of it, in which each image is a mark.
+
+    Args:
+        texts: of the prompt; None is an image.
+    """
+    if not has_chat:
+        text = "".join(settings.token if each is None else each for each in texts)
+        return {"text_input": encode_texts([text])[None]}, text
+    parts = [{"type": "image"} if each is None else {"type": "text", "text": each} for each in texts]
+    messages = [{"role": "user", "content": parts}]
+    prompt: str = source.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return {"messages": encode_texts([json.dumps(messages)])[None]}, prompt
+
+
+def _prompts(settings: VisionSettings, limits: GenerationLimits) -> list[tuple[list[str | None], list[bytes]]]:
+    """Texts, in which None is an image, and files: one of another form each, and two where the context has room."""
+    files = list(pictures.files(3))
+    found: list[tuple[list[str | None], list[bytes]]] = [
+        ([None, "What is this?"], files[:1]),
+        (["Look at this: ", None, " What is in it?"], files[1:2]),
+        (["And this? ", None], files[2:]),
+    ]
     if limits.images > 1 and 2 * settings.most_tokens + _LEAST_TEXT <= limits.context:
-        found.append(files[1:3])
-    return found
-
-
-def _as_tensor(files: Sequence[bytes]) -> NDArray[np.object_]:
-    found = np.empty((1, len(files)), np.object_)
-    found[0] = files
+        found.append(([None, " and ", None, " differ in what?"], files[1:]))
     return found
 
 
@@ -202,12 +209,12 @@ def _check_vectors(found: NDArray[np.float32], expected: Sequence[torch.Tensor])
 def measure(decoder: OnnxDecoder, prompts: Sequence[Pictured]) -> tuple[list[NDArray[np.float32]], float]:
     """Logits of the compared tokens of prompts that run together, and their largest difference from each run alone.
 
-    Together they run in chunks that cut images, and the last tokens one by one.
+    Both times chunks cut images; together the last tokens run one by one.
     """
     pieces: list[list[SlotTokens]] = []
     for slot, prompt in enumerate(prompts):
         length, first = len(prompt.ids), len(prompt.ids) - len(prompt.reference)
-        bounds = sorted({*range(0, length - _DECODED, _RUN - slot), first, *range(length - _DECODED, length + 1)})
+        bounds = sorted({*range(0, length - _DECODED, RUN - slot), first, *range(length - _DECODED, length + 1)})
         pieces.append([_item(slot, prompt, start, end, end - max(start, first)) for start, end in pairwise(bounds)])
     found: list[list[NDArray[np.float32]]] = [[] for _ in prompts]
     for step in range(max(map(len, pieces))):
@@ -220,7 +227,10 @@ def measure(decoder: OnnxDecoder, prompts: Sequence[Pictured]) -> tuple[list[NDA
     together = [np.concatenate(parts) for parts in found]
     effect = 0.0
     for prompt, logits in zip(prompts, together, strict=True):
-        alone = decoder.run([_item(0, prompt, 0, len(prompt.ids), len(prompt.reference))])
+        length, first = len(prompt.ids), len(prompt.ids) - len(prompt.reference)
+        bounds = sorted({*range(0, length, _ALONE), first, length})
+        items = [_item(0, prompt, start, end, end - max(start, first)) for start, end in pairwise(bounds)]
+        alone = np.concatenate([decoder.run([item]).copy() for item in items])
         effect = max(effect, float(np.abs(alone - logits).max()))
     return together, effect
 

@@ -566,9 +566,11 @@ def measure(
     The texts run as they would be served, several at once: each in two chunks, then token by token, beside rows
     that are somewhere else. `batch_effect` is the largest difference of a logit from a text that runs alone and whole.
     """
-    longest = max(len(ids) for ids in (*samples, *(prompt.ids for prompt in pictured)))
+    longest = max(len(ids) for ids in samples)
+    context = max(longest, *(len(prompt.ids) for prompt in pictured)) if pictured else longest
+    run = max(longest, image_parts.RUN) if pictured else longest
     decoder = OnnxDecoder(
-        folder / "model.onnx", slots=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
+        folder / "model.onnx", slots=GATE_ROWS, context=context, longest_run=run, threads=0, device=device
     )
     found: list[NDArray[np.float32]] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):

@@ -135,14 +135,14 @@ class ImageReader:
         return self._limits.images * (self._limits.image_bytes * 4 // 3 + 1024)
 
     def files(self, tensor: NDArray[Any] | None) -> list[tuple[str, bytes]]:
-        """Names and contents of the files in the `images` tensor.
+        """Names and contents of the files in the `images` tensor, which holds their bytes or data URLs.
 
         Raises:
             InvalidRequest: an element is no file.
         """
         contents = [] if tensor is None else tensor.reshape(-1).tolist()
         names = numbered("images", len(contents))
-        return [(name, _bytes(name, each)) for name, each in zip(names, contents, strict=True)]
+        return [(name, _content(name, each)) for name, each in zip(names, contents, strict=True)]
 
     def take(
         self, messages: Sequence[Mapping[str, Any]], files: Sequence[tuple[str, bytes]]
@@ -225,10 +225,11 @@ class ImageReader:
         return PromptImage(name, content, hashlib.sha256(content).digest(), size, self.settings.grid(*size))
 
 
-def _bytes(name: str, value: object) -> bytes:
+def _content(name: str, value: object) -> bytes:
     if not isinstance(value, bytes):
         raise InvalidRequest(f"{name} must be the bytes of a file, found {type(value).__name__}")
-    return value
+    # Triton's JSON endpoints can't carry bytes, and no image begins like this.
+    return _decoded(value.decode("latin-1"), name) if value[:5].lower() == b"data:" else value
 
 
 def _from_url(part: Mapping[str, Any], where: str) -> bytes:
@@ -239,6 +240,11 @@ def _from_url(part: Mapping[str, Any], where: str) -> bytes:
         raise InvalidRequest(
             f'{where} must be like {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,..."}}}}'
         )
+    return _decoded(url, where)
+
+
+def _decoded(url: str, where: str) -> bytes:
+    """The file in a data URL."""
     match = _DATA_URL.match(url)
     if match is None:
         said = "holds no base64" if url[:5].lower() == "data:" else "is an address, and this server fetches none"
