@@ -89,8 +89,9 @@ def turns(messages: str | Sequence[Message], images: File | Sequence[File] = ())
     """The messages of a chat; a text is one message of the user, behind the images."""
     if not isinstance(messages, str):
         return messages
-    if is_file(images) or len(images):
-        parts: list[TextPart | ImagePart] = [{"type": "image"} for _ in range(1 if is_file(images) else len(images))]
+    count = 1 if is_file(images) else len(cast("Sequence[File]", images))
+    if count:
+        parts: list[TextPart | ImagePart] = [{"type": "image"} for _ in range(count)]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": messages}]}]
     return [{"role": "user", "content": messages}]
 

@@ -30,6 +30,7 @@ from trident_client._errors import (
     from_named_code,
     from_status,
 )
+from trident_client._files import tensor_of
 from trident_client._settings import Address, Settings
 from trident_client._steps import RESTRICTED, Ask, Tensors
 from trident_client._types import ModelStatus
@@ -163,9 +164,7 @@ def generation(
 
 def _as_texts(files: NDArray[Any]) -> NDArray[Any]:
     """Files as data URLs, since JSON can't hold bytes."""
-    found = np.empty_like(files)
-    found.flat = [b"data:application/octet-stream;base64," + base64.b64encode(file) for file in files.reshape(-1)]
-    return found
+    return tensor_of([b"data:application/octet-stream;base64," + base64.b64encode(file) for file in files.reshape(-1)])
 
 
 def _plain(array: NDArray[Any]) -> Any:

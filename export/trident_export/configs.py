@@ -230,7 +230,10 @@ def _generator(spec: ModelSpec, name: str, limits: CausalLimits) -> pb.ModelConf
         ("tool_calls", "STRING", [-1]),
     ]
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
-    _set_parameters(config, asdict(limits))
+    values = asdict(limits)
+    if not values.get("images"):
+        values = {name: value for name, value in values.items() if not name.startswith("image")}
+    _set_parameters(config, values)
     if spec.vllm_limits:
         _set_parameters(config, {"vllm": spec.vllm.as_json()})
     return config

@@ -30,7 +30,7 @@ from transformers.image_utils import load_image
 from tests import doors, gateways, tiny_models
 from tests.gateways import Gateway
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, cli
-from trident_export import add, install, models_file
+from trident_export import add, configs, install, models_file
 from trident_export.errors import FidelityError, ModelsFileError, UnreadableSource, UnsupportedArchitecture
 from trident_export.graphs import editing
 from trident_export.huggingface import vision_language
@@ -511,6 +511,13 @@ def test_tables_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     (other / "processor_config.json").write_text(json.dumps({"image_seq_len": 64}))
     with pytest.raises(UnreadableSource, match="has image_seq_len 64, a tile of this model has 16 tokens"):
         vision_language.settings(HuggingFaceFolder(other))
+
+
+def test_only_a_model_with_images_has_a_tensor_for_them(folder: Path) -> None:
+    for images in (3, 0):
+        config = configs.build(models_file.parse("vlm", _table(folder, images=images)))["vlm"]
+        assert ("images" in [tensor.name for tensor in config.input]) == bool(images)
+        assert ("image_pixels" in config.parameters) == bool(images)
 
 
 def test_add_proposes_images(folder: Path) -> None:

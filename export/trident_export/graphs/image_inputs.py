@@ -64,7 +64,7 @@ def _fix_positions(embeddings: Any, tile: int) -> None:
         embeddings(torch.zeros(1, 3, tile, tile), torch.ones(1, side, side, dtype=torch.bool))
     hook.remove()
     with torch.no_grad():
-        positions = embeddings.position_embedding(asked[0])
+        positions: torch.Tensor = embeddings.position_embedding(asked[0])
 
     def forward(self: Any, pixel_values: torch.Tensor, patch_attention_mask: torch.Tensor) -> torch.Tensor:
         patches: torch.Tensor = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)

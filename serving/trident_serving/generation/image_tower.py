@@ -101,8 +101,8 @@ class ImageThread:
         waiting, size = list(self._waiting.values()), sum(len(image.content) for image in images.images)
         if len(waiting) >= self._most or (waiting and sum(waiting) + size > _WAITING_BYTES):
             raise Overloaded(
-                f"the queue is full: images of {len(waiting)} requests wait, {sum(waiting) / MEBIBYTE:.0f} MiB; try again "
-                "later"
+                f"the queue is full: images of {len(waiting)} requests wait ({sum(waiting) / MEBIBYTE:.0f} MiB); try "
+                "again later"
             )
         future = self._thread.submit(self._tower.embeds, images)
         self._waiting[future] = size
