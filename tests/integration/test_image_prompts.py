@@ -30,7 +30,7 @@ from transformers.image_utils import load_image
 from tests import doors, gateways, tiny_models
 from tests.gateways import Gateway
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, cli
-from trident_export import add, configs, install, models_file
+from trident_export import add, configs, fingerprint, install, models_file
 from trident_export.errors import FidelityError, ModelsFileError, UnreadableSource, UnsupportedArchitecture
 from trident_export.graphs import editing
 from trident_export.huggingface import vision_language
@@ -518,6 +518,8 @@ def test_only_a_model_with_images_has_a_tensor_for_them(folder: Path) -> None:
         config = configs.build(models_file.parse("vlm", _table(folder, images=images)))["vlm"]
         assert ("images" in [tensor.name for tensor in config.input]) == bool(images)
         assert ("image_pixels" in config.parameters) == bool(images)
+        makers = fingerprint.makers(models_file.parse("vlm", _table(folder, images=images)))
+        assert ("tasks.image_parts" in makers) == ("graphs.vision" in makers) == bool(images)
 
 
 def test_add_proposes_images(folder: Path) -> None:

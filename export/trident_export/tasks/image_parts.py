@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,7 +26,7 @@ from transformers.image_utils import load_image
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from trident_export.errors import FidelityError, ModelsFileError, UnsupportedModel
-from trident_export.graphs.image_inputs import export_tower
+from trident_export.graphs.image_inputs import add_image_inputs, export_tower
 from trident_export.huggingface import images as image_files
 from trident_export.huggingface import vision_language
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -92,6 +93,11 @@ def write(job: Job, model: PreTrainedModel) -> None:
         )
     settings.save(job.assets)
     export_tower(model, job.assets / TOWER, str(job.source), settings.tile)
+
+
+def add_inputs(model: ir.Model) -> None:
+    """See `image_inputs.add_image_inputs`."""
+    add_image_inputs(model)
 
 
 def _shown(template: ChatTemplate) -> str:

@@ -27,7 +27,6 @@ from trident_export.errors import FidelityError, ModelsFileError, TextError, Unr
 from trident_export.graphs import decoder_passes, rotary
 from trident_export.graphs.causal import export_causal_graph
 from trident_export.graphs.editing import save
-from trident_export.graphs.image_inputs import add_image_inputs
 from trident_export.graphs.lora import Lora, skip_idle_blocks
 from trident_export.graphs.read_rows import compute_read_rows
 from trident_export.graphs.states import PAST, keeps_states
@@ -42,7 +41,6 @@ from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
 from trident_export.tasks import Evaluator, Job, image_parts
-from trident_export.tasks.image_parts import Pictured
 from trident_serving.artefacts import VERSION
 from trident_serving.chat.template import TOOLS_FILE, ChatTemplate
 from trident_serving.generation.batch import MIN_KEYS, MIN_POSITIONS, SlotTokens, pack
@@ -113,7 +111,7 @@ def trace(job: Job) -> None:
     traced = export_causal_graph(model, positions(limits), limits.context, adapted=bool(adapters))
     optimized = decoder_passes.optimize(traced, ragged=limits.device == "cpu", adapters=adapters)
     if limits.images:
-        add_image_inputs(optimized)
+        image_parts.add_inputs(optimized)
     save(optimized, job.graphs / "model.onnx")
 
 
@@ -559,7 +557,7 @@ def measure(
     reference: list[NDArray[np.float32]],
     device: str = "cpu",
     far: FarText | None = None,
-    pictured: Sequence[Pictured] = (),
+    pictured: Sequence[image_parts.Pictured] = (),
 ) -> dict[str, float]:
     """Compare the decoder in a version folder with Hugging Face; see `fidelity.compare_logits`.
 
