@@ -397,7 +397,11 @@ WIDE = pictures.encoded(Image.fromarray(pictures.drawn(7, 128, 128)))
         ([_message(None)], [], r"messages\[0\].content\[0\] is an image, and images holds 0 files"),
         ([_message("hello")], FILES[:1], "images holds 1 files, and messages has 0 parts of type 'image'"),
         ([_message(None, "x" * 900)], FILES[:1], "messages has [0-9]+ tokens, the model's context of 512 allows 511"),
-        ("one <image>", FILES[:2], "text_input has 1 places for an image .<image>., and the request has 2 images"),
+        (
+            "one <image>",
+            FILES[:2],
+            "text_input says 1 times where an image goes .<image>., and the request's images are 2",
+        ),
         ([5, 6, 7], FILES[:1], "the prompt has 0 tokens of <image>, its 1 images have"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}]}],

@@ -344,8 +344,8 @@ class RequestParser:
         settings = self._images.settings
         if len(marks) != len(images):
             raise InvalidRequest(
-                f"{field} has {len(marks)} places for an image ({settings.token}), and the request has {len(images)} "
-                "images"
+                f"{field} says {len(marks)} times where an image goes ({settings.token}), and the request's images are "
+                f"{len(images)}"
             )
         parts: list[str] = []
         end = 0
