@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -302,6 +303,17 @@ def test_text_prompts_and_tokens(client: Client, reference: Reference) -> None:
     # What a text holds is text, also where it reads like the token of an image.
     messages = [_message("Is <image> a tag? ", None)]
     assert len(client.generate(messages, images=FILES[:1], **options).token_ids) == ANSWER
+
+
+def test_grammars_and_prompts_log_probabilities(client: Client) -> None:
+    messages, files = CONVERSATIONS[1]
+    options: dict[str, Any] = {"images": files, "model": "vlm", "max_tokens": ANSWER}
+    found = client.generate(messages, guided_regex="[a-z]{5}", **options)
+    assert re.fullmatch("[a-z]{5}", found.text)
+    plain = client.generate(messages, return_log_probs=True, **options)
+    scored = client.generate(messages, prompt_logprobs=0, return_log_probs=True, **options)
+    assert len(scored.prompt_log_probs) == scored.num_input_tokens - 1
+    assert (scored.text, scored.log_probs) == (plain.text, plain.log_probs)
 
 
 def test_every_door_gives_the_same(server: LocalServer, tmp_path: Path) -> None:
