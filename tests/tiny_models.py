@@ -741,3 +741,63 @@ def make_vision(folder: Path, name: str, seed: int = 0, image: int = IMAGE) -> P
     model.save_pretrained(folder)
     getattr(transformers, processor)(**made).save_pretrained(folder)
     return folder
+
+
+# A template as SmolVLM's: parts in the order in which they come.
+VLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+VLM_TOKENS = 16  # of a tile
+
+
+def vlm_tokenizer() -> PreTrainedTokenizerFast:
+    """The byte-level one, with the tokens of images of up to two by two tiles."""
+    tokenizer = byte_level_tokenizer()
+    places = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    marks = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *places]
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    tokenizer.chat_template = VLM_TEMPLATE
+    return tokenizer
+
+
+@made_once
+def make_vlm(folder: Path, kind: str = "smolvlm", seed: int = 0, context: int = 512) -> Path:
+    """A vision-language model of SmolVLM's or Idefics3's class with random weights, and its image processor."""
+    import transformers
+
+    tokenizer = vlm_tokenizer()
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in ("<image>", "<end_of_utterance>")}
+    roles = {"bos_token_id": 0, "eos_token_id": ids["<end_of_utterance>"], "pad_token_id": 0}
+    text = causal_config("llama", context).to_dict() | roles | {"vocab_size": len(tokenizer)}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE,
+        "patch_size": 4,
+    }
+    config = AutoConfig.for_model(
+        kind, text_config=text, vision_config=vision, scale_factor=2, image_token_id=ids["<image>"], **roles
+    )
+    torch.manual_seed(seed)
+    name = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}[kind]
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1 and ("vision" in key or "connector" in key):
+                parameter.copy_((1.5 / parameter[0].numel() ** 0.5) * torch.randn_like(parameter))
+            elif parameter.ndim > 1:
+                parameter.mul_(8)
+    model.generation_config = GenerationConfig(**roles)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = getattr(transformers, f"{name}ImageProcessorPil")
+    processor(size={"longest_edge": 2 * IMAGE}, max_image_size={"longest_edge": IMAGE}).save_pretrained(folder)
+    named = {"processor_class": f"{name}Processor", "image_seq_len": VLM_TOKENS}
+    (folder / "processor_config.json").write_text(json.dumps(named))
+    return folder

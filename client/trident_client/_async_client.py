@@ -20,10 +20,10 @@ from trident_client._task_options import (
     TextOptions,
     ZeroShotOptions,
 )
-from trident_client._tasks import File
 from trident_client._types import (
     Answer,
     Entity,
+    File,
     Filling,
     Generation,
     GenerationChunk,
@@ -60,50 +60,56 @@ class AsyncClient(AsyncConnection):
         self,
         prompt: str | Sequence[Message] | Sequence[int],
         *,
+        images: File | Sequence[File] = (),
         model: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generation:
         """See `Client.generate`."""
         return _generation.joined(
-            [chunk async for chunk in self._chunks(_generation.prompt(prompt, model, options), timeout)]
+            [chunk async for chunk in self._chunks(_generation.prompt(prompt, model, options, images=images), timeout)]
         )
 
     def stream(
         self,
         prompt: str | Sequence[Message] | Sequence[int],
         *,
+        images: File | Sequence[File] = (),
         model: str | None = None,
         n: int = 1,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[GenerationChunk, None]:
         """See `Client.stream`. A model that is not named is looked for while iterating."""
-        return self._chunks(_generation.prompt(prompt, model, options, stream=True, n=n), timeout)
+        return self._chunks(_generation.prompt(prompt, model, options, images=images, stream=True, n=n), timeout)
 
     async def generate_many(
         self,
         prompt: str | Sequence[Message] | Sequence[int],
         n: int,
         *,
+        images: File | Sequence[File] = (),
         model: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> list[Generation]:
         """See `Client.generate_many`."""
-        every = self._chunks(_generation.prompt(prompt, model, options, n=n), timeout)
+        every = self._chunks(_generation.prompt(prompt, model, options, images=images, n=n), timeout)
         return [_generation.joined([chunk]) async for chunk in every]
 
     async def chat(
         self,
         messages: str | Sequence[Message],
         *,
+        images: File | Sequence[File] = (),
         model: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generation:
         """See `Client.chat`."""
-        return await self.generate(_generation.turns(messages), model=model, timeout=timeout, **options)
+        return await self.generate(
+            _generation.turns(messages, images), images=images, model=model, timeout=timeout, **options
+        )
 
     async def embed(
         self,

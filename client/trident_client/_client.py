@@ -20,10 +20,10 @@ from trident_client._task_options import (
     TextOptions,
     ZeroShotOptions,
 )
-from trident_client._tasks import File
 from trident_client._types import (
     Answer,
     Entity,
+    File,
     Filling,
     Generation,
     GenerationChunk,
@@ -74,6 +74,7 @@ class Client(Connection):
         self,
         prompt: str | Sequence[Message] | Sequence[int],
         *,
+        images: File | Sequence[File] = (),
         model: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
@@ -82,6 +83,8 @@ class Client(Connection):
 
         Args:
             prompt: a text to continue, its tokens, or the messages of a chat.
+            images: of a model that reads them: files by their bytes or paths, in the order of the marks of a text or
+                of the parts of type "image".
             model: public name; None: the server's only generator.
             options: see `GenerationOptions`; an option that is None is left out.
             timeout: seconds; the server then gives up the request too, even one that waits for a slot.
@@ -91,12 +94,13 @@ class Client(Connection):
             TypeError: an option is unknown.
             ValueError: an option's number does not fit its type.
         """
-        return _generation.joined(self._chunks(_generation.prompt(prompt, model, options), timeout))
+        return _generation.joined(self._chunks(_generation.prompt(prompt, model, options, images=images), timeout))
 
     def stream(
         self,
         prompt: str | Sequence[Message] | Sequence[int],
         *,
+        images: File | Sequence[File] = (),
         model: str | None = None,
         n: int = 1,
         timeout: float | None = None,
@@ -105,6 +109,7 @@ class Client(Connection):
         """The same, in chunks as they come. Closing the iterator cancels the request.
 
         Args:
+            images: see `generate`.
             n: answers, see `generate_many`; each chunk is of one, which its `index` says.
             timeout: seconds until the last chunk; None: no limit but the client's, between two chunks.
             options: those of `generate`.
@@ -113,13 +118,14 @@ class Client(Connection):
             TridentError: see its subclasses; raised while iterating, but for a model that is not named and not found.
             TypeError: an option is unknown.
         """
-        return self._chunks(_generation.prompt(prompt, model, options, stream=True, n=n), timeout)
+        return self._chunks(_generation.prompt(prompt, model, options, images=images, stream=True, n=n), timeout)
 
     def generate_many(
         self,
         prompt: str | Sequence[Message] | Sequence[int],
         n: int,
         *,
+        images: File | Sequence[File] = (),
         model: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
@@ -127,7 +133,7 @@ class Client(Connection):
         """Several answers to one prompt, which is computed once; with `temperature` above 0 they differ.
 
         Args:
-            prompt: see `generate`.
+            prompt: see `generate`; `images` too.
             n: how many, between 1 and 32. The i-th has the seed `random_seed + i`.
             options: those of `generate`.
 
@@ -135,13 +141,14 @@ class Client(Connection):
             TridentError: see its subclasses.
             TypeError: an option is unknown.
         """
-        every = self._chunks(_generation.prompt(prompt, model, options, n=n), timeout)
+        every = self._chunks(_generation.prompt(prompt, model, options, images=images, n=n), timeout)
         return [_generation.joined([chunk]) for chunk in every]
 
     def chat(
         self,
         messages: str | Sequence[Message],
         *,
+        images: File | Sequence[File] = (),
         model: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
@@ -149,13 +156,16 @@ class Client(Connection):
         """The assistant's next turn, through the model's chat template; a text is one message of the user.
 
         Args:
+            images: see `generate`; those of a text come before it.
             options: those of `generate`.
 
         Raises:
             TridentError: see its subclasses.
             TypeError: an option is unknown.
         """
-        return self.generate(_generation.turns(messages), model=model, timeout=timeout, **options)
+        return self.generate(
+            _generation.turns(messages, images), images=images, model=model, timeout=timeout, **options
+        )
 
     def embed(
         self,

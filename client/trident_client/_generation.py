@@ -6,16 +6,26 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trident_client import _wire
 from trident_client._errors import ServerError
+from trident_client._files import content_of, is_file, tensor_of
 from trident_client._options import GENERATION
 from trident_client._steps import Prompt
-from trident_client._types import Finding, Generation, GenerationChunk, Message, ToolCall
+from trident_client._types import (
+    File,
+    Finding,
+    Generation,
+    GenerationChunk,
+    ImagePart,
+    Message,
+    TextPart,
+    ToolCall,
+)
 
 TASK = "text-generation"
 
@@ -25,17 +35,22 @@ def prompt(
     model: str | None,
     options: Mapping[str, Any],
     *,
+    images: File | Sequence[File] = (),
     stream: bool = False,
     n: int = 1,
 ) -> Prompt:
     """The request for a text or tokens to continue, or for the messages of a chat."""
     inputs: dict[str, NDArray[Any]]
+    files = _files(images)
     if isinstance(given, str):
         inputs = {"text_input": _wire.texts([given])[None]}
     elif len(given) and all(isinstance(each, int | np.integer) for each in given):
         inputs = {"input_ids": np.concatenate([_wire.scalar("input_ids", each, np.int32) for each in given])[None]}
     else:
-        inputs = {"messages": _wire.texts([_wire.as_json("messages", list(given))])[None]}
+        messages, files = _without_files(cast("Sequence[Message]", given), files)
+        inputs = {"messages": _wire.texts([_wire.as_json("messages", messages)])[None]}
+    if files:
+        inputs["images"] = tensor_of(files)[None]
     inputs["stream"] = np.array([[stream]])
     inputs |= _wire.options(options, GENERATION)
     if n != 1:
@@ -43,9 +58,42 @@ def prompt(
     return Prompt(model, inputs, stream)
 
 
-def turns(messages: str | Sequence[Message]) -> Sequence[Message]:
-    """The messages of a chat; a text is one message of the user."""
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+def _files(images: File | Sequence[File]) -> list[bytes]:
+    return [content_of(file) for file in cast("Sequence[File]", [images] if is_file(images) else images)]
+
+
+def _without_files(messages: Sequence[Message], files: list[bytes]) -> tuple[list[Any], list[bytes]]:
+    """Messages whose parts hold no files, and the files of their parts in order; those without one take the next."""
+    sent: list[Any] = []
+    found, waiting = [], list(files)
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, list | tuple):
+            sent.append(message)
+            continue
+        parts: list[Any] = []
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "image":
+                parts.append(part)
+                continue
+            if "image" in part:
+                found.append(content_of(cast("File", part["image"])))
+            elif waiting:
+                found.append(waiting.pop(0))
+            parts.append({"type": "image"})
+        sent.append({**message, "content": parts})
+    return sent, [*found, *waiting]
+
+
+def turns(messages: str | Sequence[Message], images: File | Sequence[File] = ()) -> Sequence[Message]:
+    """The messages of a chat; a text is one message of the user, behind the images."""
+    if not isinstance(messages, str):
+        return messages
+    count = 1 if is_file(images) else len(cast("Sequence[File]", images))
+    if count:
+        parts: list[TextPart | ImagePart] = [{"type": "image"} for _ in range(count)]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": messages}]}]
+    return [{"role": "user", "content": messages}]
 
 
 def chunks(outputs: dict[str, NDArray[Any]]) -> list[GenerationChunk]:

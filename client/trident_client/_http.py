@@ -6,6 +6,7 @@ bodies are JSON, also where the answer is wanted whole: only there does the serv
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import socket
@@ -29,6 +30,7 @@ from trident_client._errors import (
     from_named_code,
     from_status,
 )
+from trident_client._files import tensor_of
 from trident_client._settings import Address, Settings
 from trident_client._steps import RESTRICTED, Ask, Tensors
 from trident_client._types import ModelStatus
@@ -38,6 +40,7 @@ CONNECT_SECONDS = 10.0
 # tritonserver 2.51 ends at a body of 4 MiB.
 LARGEST_BODY = 3 * 2**20
 _LENGTH = "inference-header-content-length"
+FILES = "images"  # the only tensor of a generator that holds no texts
 
 
 def arguments(address: Address, settings: Settings) -> dict[str, Any]:
@@ -150,13 +153,18 @@ def generation(
     model: str, inputs: Tensors, seconds: float | None, limit: int | None
 ) -> tuple[str, bytes, dict[str, str]]:
     """The path, the body and the headers of a request of a generator."""
-    fields = {name: _plain(array) for name, array in inputs.items()}
+    fields = {name: _plain(_as_texts(array) if name == FILES else array) for name, array in inputs.items()}
     if "n" not in fields:
         fields["stream"] = True
     body = json.dumps({**fields, "parameters": _timeout(seconds)}, ensure_ascii=False, allow_nan=False).encode()
     _check(body, limit)
     path = f"/v2/models/{quote(model, safe='')}/generate_stream"
     return path, body, {"content-type": "application/json", "accept": "text/event-stream"}
+
+
+def _as_texts(files: NDArray[Any]) -> NDArray[Any]:
+    """Files as data URLs, since JSON can't hold bytes."""
+    return tensor_of([b"data:application/octet-stream;base64," + base64.b64encode(file) for file in files.reshape(-1)])
 
 
 def _plain(array: NDArray[Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -11,11 +10,13 @@ from numpy.typing import NDArray
 
 from trident_client import _wire
 from trident_client._errors import InvalidRequestError
+from trident_client._files import content_of, is_file, tensor_of
 from trident_client._options import TRANSCRIPTION, TRANSLATION
 from trident_client._steps import Batch, Tensors
 from trident_client._types import (
     Answer,
     Entity,
+    File,
     Filling,
     Label,
     Ranked,
@@ -28,9 +29,6 @@ from trident_client._types import (
 _Record = TypeVar("_Record")
 _Responses = list[dict[str, NDArray[Any]]]
 Item = TypeVar("Item")
-# The bytes of a file, or its path.
-File = bytes | str | Path
-
 QUESTIONS = 32  # in one request
 # Bytes of files in one request of several: a server's HTTP endpoint ends at 4 MiB.
 _FILES_BYTES = 5 * 2**19
@@ -241,7 +239,7 @@ def text_to_text(
 
 def transcribe(audio: File, model: str | None, options: Mapping[str, Any]) -> Batch[Transcription]:
     """See `Client.transcribe`."""
-    requests = [{"audio": _tensor_of([_content(audio)])[None], **_wire.options(options, TRANSCRIPTION)}]
+    requests = [{"audio": tensor_of([content_of(audio)])[None], **_wire.options(options, TRANSCRIPTION)}]
     return Batch("automatic-speech-recognition", model, requests, lambda responses: _transcription(responses[0]))
 
 
@@ -253,7 +251,7 @@ def embed_images(images: File | Sequence[File], model: str | None, batch_size: i
             return np.empty((0, 0), np.float32)
         vectors: NDArray[np.float32] = np.concatenate([response["embedding"] for response in responses])
         single: NDArray[np.float32] = vectors[0]
-        return single if _is_file(images) else vectors
+        return single if is_file(images) else vectors
 
     requests = [{"image": files[:, None]} for files in _files(images, batch_size)]
     return Batch("image-feature-extraction", model, requests, join)
@@ -288,32 +286,18 @@ def classify_images_zero_shot(
     return Batch("zero-shot-image-classification", model, requests, join)
 
 
-def _is_file(given: File | Sequence[File]) -> bool:
-    return isinstance(given, bytes | bytearray | memoryview | str | Path)
-
-
-def _content(file: File) -> bytes:
-    return bytes(file) if isinstance(file, bytes | bytearray | memoryview) else Path(file).read_bytes()
-
-
 def _files(images: File | Sequence[File], batch_size: int) -> Iterator[NDArray[np.object_]]:
     """Files as BYTES tensors [files], cut where a request has `batch_size` of them, or many bytes."""
     _check(batch_size)
     waiting: list[bytes] = []
-    for file in cast("Sequence[File]", [images] if _is_file(images) else images):
-        content = _content(file)
+    for file in cast("Sequence[File]", [images] if is_file(images) else images):
+        content = content_of(file)
         if waiting and (len(waiting) == batch_size or sum(map(len, waiting)) + len(content) > _FILES_BYTES):
-            yield _tensor_of(waiting)
+            yield tensor_of(waiting)
             waiting = []
         waiting.append(content)
     if waiting:
-        yield _tensor_of(waiting)
-
-
-def _tensor_of(contents: list[bytes]) -> NDArray[np.object_]:
-    found = np.empty(len(contents), np.object_)
-    found[:] = contents
-    return found
+        yield tensor_of(waiting)
 
 
 def _listed(texts: str | Sequence[str]) -> Sequence[str]:
@@ -324,7 +308,7 @@ def _one_or_all(
     given: File | Sequence[File], found: Callable[[_Responses], list[Item]]
 ) -> Callable[[_Responses], Item | list[Item]]:
     """For a single text or file the one answer, else the list of all."""
-    return lambda responses: found(responses)[0] if _is_file(given) else found(responses)
+    return lambda responses: found(responses)[0] if is_file(given) else found(responses)
 
 
 def _rows(

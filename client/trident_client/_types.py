@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
+
+# The bytes of a file, or its path.
+File = bytes | str | Path
 
 
 class TextPart(TypedDict):
@@ -13,6 +17,24 @@ class TextPart(TypedDict):
 
     type: str
     text: str
+
+
+class _ImagePart(TypedDict):
+    type: str
+
+
+class ImagePart(_ImagePart, total=False):
+    """An image in a message's content, of a model that reads images.
+
+    Attributes:
+        type: "image", or "image_url" as OpenAI's API has it.
+        image: of an "image": the bytes of a PNG, JPEG or WebP file, or its path. Without it, the part is the next of
+            the call's `images`.
+        image_url: of an "image_url": `{"url": "data:image/png;base64,..."}`. Addresses are not fetched.
+    """
+
+    image: File
+    image_url: Mapping[str, str]
 
 
 class _Role(TypedDict):
@@ -23,14 +45,14 @@ class Message(_Role, total=False):
     """One message of a conversation; roles are the chat template's, usually `system`, `user`, `assistant`, `tool`.
 
     Attributes:
-        content: a text, a list of text parts, or None for a message of the assistant that calls tools.
+        content: a text, a list of parts, or None for a message of the assistant that calls tools.
         name: of who speaks, where the template shows it.
         reasoning_content: the assistant's thoughts.
         tool_calls: that the assistant made, as chat APIs have them; `Generation.message` gives them so.
         tool_call_id: of a message of role `tool`: the call whose result it is.
     """
 
-    content: str | Sequence[TextPart] | None
+    content: str | Sequence[TextPart | ImagePart] | None
     name: str
     reasoning_content: str | None
     tool_calls: Sequence[Mapping[str, Any]] | None

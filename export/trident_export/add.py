@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
 from trident_export import models_file, needs, tasks
 from trident_export.errors import ModelsFileError
-from trident_export.huggingface import images, text_part
+from trident_export.huggingface import images, text_part, vision_language
 from trident_export.huggingface.folder import HuggingFaceFolder, is_text
 from trident_export.huggingface.seq2seq import generation_config
 from trident_export.models_file import PROMPT_TASKS
@@ -40,6 +40,7 @@ _SUMMARIZERS = ("bart", "pegasus")
 _SPEECH = "automatic-speech-recognition"
 _MAX_CONTEXT = 4096
 _CACHE_MIB = 1024
+_MOST_IMAGES = 4  # of a request, where the context has room
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,17 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     reasons = [f"task {task}: {why}"]
     if adapter := source.get("adapter"):
         reasons.append(f"adapter {adapter}: merged into the weights at export, with its tokenizer where it has one")
-    if task == "text-generation" and text_part.whole_class(config) is not None:
+    images = _images_of(model) if task == "text-generation" else 0
+    if task == "text-generation" and not images and text_part.whole_class(config) is not None:
         parts = ", ".join(text_part.left_out(config)) or "everything else"
         reasons.append(f"left out: {parts}; a {config.model_type} model is served by its text part")
     table: dict[str, Any] = {"task": task, "source": dict(source)}
     if task == "text-generation":
         table["variants"] = ["int8", "fp32"]
         limits = _generation_limits(model.text_config, reasons)
+        if images:
+            limits["images"] = images
+            reasons.append(f"images {images}: of a request at most; its image tower becomes a graph of its own")
     else:
         table["variants"] = ["fp32", "int8"]
         if task == _SPEECH:
@@ -196,6 +201,14 @@ def _generation_limits(config: PretrainedConfig, reasons: list[str]) -> dict[str
     reasons.append(f"context {context}: the model's is {longest}{why}")
     reasons.append(f"kv_cache_mib {_CACHE_MIB}: keys and values of 8 slots never take more")
     return {"context": context, "slots": 8, "kv_cache_mib": _CACHE_MIB}
+
+
+def _images_of(model: HuggingFaceFolder) -> int:
+    """Images of a request at most that the context has room for; 0 of a model that reads none."""
+    if not vision_language.reads_images(model):
+        return 0
+    context = min(getattr(model.text_config, "max_position_embeddings", None) or 0, _MAX_CONTEXT)
+    return min(_MOST_IMAGES, context // vision_language.settings(model).most_tokens)
 
 
 def _encoder_limits(model: HuggingFaceFolder, task: str, reasons: list[str]) -> dict[str, Any]:

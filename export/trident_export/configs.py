@@ -205,6 +205,8 @@ def _generator(spec: ModelSpec, name: str, limits: CausalLimits) -> pb.ModelConf
     for name_of_prompt in ("text_input", "messages"):
         config.input.append(_tensor(pb.ModelInput, name_of_prompt, "STRING", [1], optional=True))
     config.input.append(_tensor(pb.ModelInput, "input_ids", "INT32", [-1], optional=True))
+    if spec.generation and spec.generation.images:
+        config.input.append(_tensor(pb.ModelInput, "images", "STRING", [-1], optional=True))
     _add_fields(config, GENERATION)
     outputs = [
         ("text_output", "STRING", [-1]),
@@ -228,7 +230,10 @@ def _generator(spec: ModelSpec, name: str, limits: CausalLimits) -> pb.ModelConf
         ("tool_calls", "STRING", [-1]),
     ]
     config.output.extend(_tensor(pb.ModelOutput, *item) for item in outputs)
-    _set_parameters(config, asdict(limits))
+    values = asdict(limits)
+    if not values.get("images"):
+        values = {name: value for name, value in values.items() if not name.startswith("image")}
+    _set_parameters(config, values)
     if spec.vllm_limits:
         _set_parameters(config, {"vllm": spec.vllm.as_json()})
     return config

@@ -30,6 +30,8 @@ _ROOT = Path(__file__).parent
 _OUTSIDE = frozenset({"disk", "errors", "memory", "models_file", "passes", "progress", "quiet", "report"})
 # It applies passes, and imports all of them to read recipes: only those of the model's own recipes count.
 _NOT_FOLLOWED = frozenset({"recipes"})
+# It imports what traces image towers, and counts for generators that have one.
+_FOR_IMAGES = "tasks.image_parts"
 
 
 def fingerprint(spec: ModelSpec, base: Path) -> str:
@@ -62,7 +64,9 @@ def _graph_only(spec: ModelSpec, public_name: str) -> ModelSpec:
         spec,
         variants=(variant,),
         default_variant=variant,
-        limits=GenerationLimits(context=limits.context, prefill_chunk=limits.prefill_chunk, device=limits.device),
+        limits=GenerationLimits(
+            context=limits.context, prefill_chunk=limits.prefill_chunk, device=limits.device, images=limits.images
+        ),
         on_demand=False,
         gates={},
         draft="",
@@ -76,9 +80,10 @@ def makers(spec: ModelSpec) -> frozenset[str]:
     passes = {type(step).__module__ for recipe in spec.recipes.values() for step in recipe.passes[spec.kind]}
     found: set[str] = set()
     waiting = [tasks.module_name(spec), *passes]
+    images = spec.generation is not None and spec.generation.images > 0
     while waiting:
         module = waiting.pop().removeprefix("trident_export.")
-        if module not in found and module not in _OUTSIDE:
+        if module not in found and module not in _OUTSIDE and (images or module != _FOR_IMAGES):
             found.add(module)
             waiting += imports(module) if module not in _NOT_FOLLOWED else ()
     return frozenset(found)

@@ -31,6 +31,7 @@ from trident_serving.artefacts import (
     CONFIG,
     DRAFT,
     MANIFEST,
+    TOWER,
     VERSION,
     VLLM_FILE,
     Manifest,
@@ -94,7 +95,8 @@ def graph_files(spec: ModelSpec, variant: str, repository: Path, version: int | 
     folders = [repository / part / number for part in parts]
     if spec.draft_of(variant) is not None:
         folders.append(folders[0] / DRAFT)
-    return [folder / "model.onnx" for folder in folders]
+    towers = [folders[0] / TOWER] if spec.generation and spec.generation.images else []
+    return [*(folder / "model.onnx" for folder in folders), *towers]
 
 
 def export(

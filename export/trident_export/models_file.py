@@ -499,6 +499,12 @@ def parse(
     except ModelsFileError as error:
         raise ModelsFileError(f"{where}: {error}") from None
     draft = _draft(where, table, kind, {variant: known_recipes[variant] for variant in variants}, more)
+    guard = _guard(where, table, guards or {})
+    if guard is not None and isinstance(limits, GenerationLimits) and limits.images:
+        raise ModelsFileError(
+            f"{where}: guard {guard.name!r} reads texts, and what an image says would pass it: set limits.images to 0, "
+            "or remove the guard"
+        )
     gates = _gates(f"{where} gates", table.get("gates", {}), every)
     return ModelSpec(
         name=name,
@@ -514,7 +520,7 @@ def parse(
         adapters=_adapters(where, table),
         gates=gates,
         draft=draft,
-        guard=_guard(where, table, guards or {}),
+        guard=guard,
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
         processor=processor,
         recipes={variant: chosen[variant] for variant in variants},

@@ -177,16 +177,19 @@ async def generate(
     request: Request, body: Annotated[OllamaGenerateBody, Depends(bodies.read(OllamaGenerateBody))]
 ) -> Response:
     """How a prompt goes on."""
-    for name in ("suffix", "template", "context", "images"):
+    for name in ("suffix", "template", "context"):
         if getattr(body, name):
             raise invalid(f"{name} is not known to any model here: leave it out", name)
+    if body.images and body.raw:
+        raise invalid("images can't be used with raw: leave one of the two out", "images")
     if not body.prompt:
         return await _loaded(request, body, {"response": ""})
     prompt: str | list[Message] = body.prompt
     options = body.given()
     if not body.raw:
         messages = [{"role": "system", "content": body.system}] if body.system else []
-        prompt = conversation([*messages, {"role": "user", "content": body.prompt}])
+        content = _with_images(body.prompt, body.images) if body.images else body.prompt
+        prompt = conversation([*messages, {"role": "user", "content": content}])
         options |= body.thinking()
 
     def part(text: str, thinking: str, tool_calls: list[ToolCall]) -> Json:
@@ -294,12 +297,10 @@ def _messages(given: list[Json]) -> list[Message]:
     """A conversation in the words of chat templates.
 
     Raises:
-        ApiError: a message has pictures, or there is none.
+        ApiError: there is none.
     """
     found = []
-    for index, message in enumerate(given):
-        if message.get("images"):
-            raise invalid(f"messages[{index}].images: models here read texts only", "messages")
+    for message in given:
         kept = {name: value for name, value in message.items() if name not in ("images", "thinking", "tool_name")}
         if message.get("thinking"):
             kept["reasoning_content"] = message["thinking"]
@@ -307,8 +308,24 @@ def _messages(given: list[Json]) -> list[Message]:
             kept["name"] = message["tool_name"]
         if isinstance(kept.get("tool_calls"), list):
             kept["tool_calls"] = [{"type": "function", **call} for call in kept["tool_calls"]]
+        if message.get("images"):
+            kept["content"] = _with_images(kept.get("content"), message["images"])
         found.append(kept)
     return conversation(found)
+
+
+def _with_images(text: Any, images: Any) -> list[Json]:
+    """A content as parts: images, which come as base64, before the text.
+
+    Raises:
+        ApiError: the images are no list of texts.
+    """
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise invalid("images must be a list of files as base64", "images")
+    parts: list[Json] = [
+        {"type": "image_url", "image_url": {"url": f"data:application/octet-stream;base64,{image}"}} for image in images
+    ]
+    return [*parts, {"type": "text", "text": text}] if text else parts
 
 
 def _call(call: ToolCall) -> Json:

@@ -32,6 +32,7 @@ FAILURES = ".trident/failures.json"
 UNVERIFIED = "unverified"
 # The folder in a version folder with the graph that drafts, and the file in it that says what it is.
 DRAFT = "draft"
+TOWER = "vision.onnx"  # the graph of a causal model's image tower
 DRAFT_FILE = "draft.json"
 # As protobuf writes it: the versions of a model that a server loads.
 _POLICY = re.compile(r"^version_policy \{\n  specific \{\n((?:    versions: \d+\n)+)  \}\n\}\n", re.MULTILINE)

@@ -215,6 +215,7 @@ def test_exported_names() -> None:
         "GenerationChunk",
         "GenerationOptions",
         "Health",
+        "ImagePart",
         "InvalidRequestError",
         "Label",
         "Message",

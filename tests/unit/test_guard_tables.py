@@ -83,6 +83,7 @@ def test_a_guard_goes_into_the_config_alone(tmp_path: Path) -> None:
         ('judge = "guardian"', 'judge = "mood"', "judge 'mood' of rule judge is not one of talk, guardian"),
         ('"judge.jinja"', '"no.jinja"', "template 'no.jinja' is not one of llama-guard, granite-guardian, and no file"),
         ('pattern = "--"', 'pattern = "("', r"\[guards.safe\]: guards.safe.rules\[0\].pattern '\(' is no regular"),
+        ("limits = {}", "limits = { images = 2 }", "guard 'safe' reads texts, and what an image says would pass it"),
         ("[guards.safe]\n", "[guards]\nx = 1\n[guards.safe]\n", r"\[guards.x\]: guards.x must be a table with a list"),
     ],
 )

@@ -19,6 +19,7 @@ class Text:
     cached: int = 0
     rotation: int = 0
     adapter: int = 0
+    images: tuple[tuple[int, bytes], ...] = ()
 
     @classmethod
     def prompt(cls, *more: int) -> Text:
@@ -39,6 +40,28 @@ def test_a_conversation_goes_on_in_its_slot() -> None:
     first = ended(pool, Text.prompt(1, 2))
     assert first == Placement(slot=0)
     assert pool.place(Text.prompt(1, 2, 3, 4), 30) == Placement(slot=0, reused=len(SYSTEM) + 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "reused"),
+    [
+        (((18, b"a"), (22, b"b")), 29),
+        (((18, b"a"), (22, b"c")), 22),
+        (((18, b"c"), (22, b"b")), 18),
+        (((18, b"a"),), 22),
+        ((), 18),
+        (((17, b"a"), (22, b"b")), 17),
+        (((18, b"a"), (22, b"b"), (29, b"c")), 29),
+    ],
+)
+def test_prefixes_end_before_another_image(images: tuple[tuple[int, bytes], ...], reused: int) -> None:
+    """All tokens of images are the same."""
+    pool = SlotPool(slots=2, budget=200)
+    tokens = [*SYSTEM, 1, 2, *[9] * 12]
+    ended(pool, Text(tokens, images=((18, b"a"), (22, b"b"))))
+    placement = pool.place(Text(tokens, images=images), 40)
+    assert placement is not None
+    assert placement.reused == reused
 
 
 def test_the_whole_prompt_is_never_reused() -> None:

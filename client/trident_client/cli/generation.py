@@ -123,6 +123,14 @@ def add(generate: argparse.ArgumentParser, chat: argparse.ArgumentParser) -> Non
     chat.add_argument("--no-history", action="store_true", help="a conversation keeps what you type out of its file")
     for command in (generate, chat):
         command.add_argument("--n", type=number(1), default=1, help="answers (default %(default)s)")
+        command.add_argument(
+            "--image",
+            type=Path,
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="an image for a model that reads some: of a chat before the text; give it again for more",
+        )
         texts.add(command)
         add_flags(command, GENERATION)
 
@@ -135,6 +143,8 @@ def generate(client: Client, options: argparse.Namespace) -> int:
 def chat(client: Client, options: argparse.Namespace) -> int:
     """Answer a message, or talk where there is none and a person is at the terminal."""
     if _is_conversation(options):
+        if options.image:
+            raise InputError("--image needs a text: a conversation at the terminal has none")
         from trident_client.cli import conversation
 
         return conversation.run(client, options)
@@ -142,7 +152,7 @@ def chat(client: Client, options: argparse.Namespace) -> int:
     if options.system:
         history = [{"role": "system", "content": options.system}, *history]
     if not options.messages or texts.given(options):
-        history.append({"role": "user", "content": texts.whole(options)})
+        history += _generation.turns(texts.whole(options), options.image)
     return _print_answer(client, options, history)
 
 
@@ -174,7 +184,7 @@ def read_messages(file: Path) -> list[dict[str, Any]]:
 
 def _print_answer(client: Client, options: argparse.Namespace, prompt: Any) -> int:
     asked = chosen(options, GENERATION)
-    stream = client.stream(prompt, model=options.model, n=options.n, **asked)
+    stream = client.stream(prompt, images=options.image, model=options.model, n=options.n, **asked)
     with contextlib.closing(stream):
         if options.jsonl:
             output.rows(answered(chunk, asked) | {"index": chunk.index} for chunk in stream)

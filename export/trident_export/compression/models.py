@@ -72,7 +72,10 @@ def table(spec: ModelSpec, name: str, folder: Path) -> str:
 
     Its variants are the default one and float32: what others get wrong on the new weights their gates have to say.
     """
-    limits = ", ".join(f"{key} = {_toml(value)}" for key, value in spec.as_dict()["limits"].items())
+    kept = spec.as_dict()["limits"].items()
+    if spec.generation:  # of a model with images its text part is written
+        kept = [(key, value) for key, value in kept if not key.startswith("image")]
+    limits = ", ".join(f"{key} = {_toml(value)}" for key, value in kept)
     chosen = [v for v in spec.variants if v in (spec.default_variant, "fp32")]
     variants = ", ".join(f'"{variant}"' for variant in chosen)
     prompts = ", ".join(f"{key} = {json.dumps(text)}" for key, text in (spec.own_prompts or {}).items())

@@ -80,13 +80,17 @@ def _settings(source: HuggingFaceFolder, asked: dict[str, Any]) -> ImageSettings
         resample=2 if resample is None else int(resample),
         crop=crop,
         rescale=float(asked["rescale_factor"]) if asked["do_rescale"] else None,
-        mean=_channels(source, mean) if normalizes else (),
-        deviation=_channels(source, deviation) if normalizes else (),
+        mean=channels(source, mean) if normalizes else (),
+        deviation=channels(source, deviation) if normalizes else (),
     )
 
 
-def _channels(source: HuggingFaceFolder, values: Any) -> tuple[float, ...]:
-    """A number for each channel."""
+def channels(source: HuggingFaceFolder, values: Any) -> tuple[float, ...]:
+    """A number for each channel, of preprocessor_config.json.
+
+    Raises:
+        UnreadableSource: there is another number of them.
+    """
     found = tuple(map(float, values)) if isinstance(values, list | tuple) else (float(values),) * _CHANNELS
     if len(found) != _CHANNELS:
         raise UnreadableSource(f"{source}: {_FILE} has {len(found)} numbers for {_CHANNELS} channels")

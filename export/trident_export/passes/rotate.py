@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
 from trident_export.graphs.decoder_passes import attention_nodes
-from trident_export.graphs.editing import array, constant, drop_unused, rank_of_weight, store
+from trident_export.graphs.editing import array, constant, drop_unused, make, rank_of_weight, store
 from trident_export.graphs.lora import PREFIX
 from trident_export.passes.base import CalibrationRuns, Pass, adapter_matmuls
+from trident_serving.generation.decoder import IMAGE_EMBEDS
 
 # Root-mean-square norms by operator: where their scale stands among the inputs.
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
@@ -66,6 +67,8 @@ class Rotate(Pass):
             store(weight, rotate.T @ (array(scale)[:, None] * array(weight)))
         for weight in found.adding:
             store(weight, array(weight) @ rotate)
+        if found.vectors is not None:
+            _rotate_vectors(model, found.vectors, rotate)
         # All norms have one scale then, which passes that would change it for one of them see.
         ones = constant(model.graph, _ONES, np.ones(channels, np.float32))
         for scale in set(found.reading.values()):
@@ -96,8 +99,10 @@ class Rotated:
     Attributes:
         adding: those whose output is rotated.
         reading: weights of a norm's output, each with the norm's scale.
+        vectors: the node that puts vectors of images in the places of tokens; None: there is none.
     """
 
+    vectors: ir.Node | None = None
     adding: list[ir.Value] = field(default_factory=list)
     reading: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
@@ -121,6 +126,9 @@ def find_rotated(model: ir.Model, matmuls: set[str]) -> Rotated | None:
         if node.op_type == "Gather" and rank_of_weight(node.inputs[0]) == 2 and not sums:
             found.adding.append(node.inputs[0])
             sums.add(node.outputs[0])
+        elif node.op_type == "ScatterND" and node.inputs[0] in sums and node.inputs[2].name == IMAGE_EMBEDS:
+            found.vectors = node
+            sums.add(node.outputs[0])
         elif sums.intersection(node.inputs):
             scale = _NORMS.get(node.op_type)
             if scale is None and node.op_type != "Add":
@@ -143,6 +151,14 @@ def find_rotated(model: ir.Model, matmuls: set[str]) -> Rotated | None:
     unshared = all(len(weight.uses()) == 1 for weight in found.all)
     inner = not any(value.is_graph_output() for value in [*sums, *normed])
     return found if found.reading and unshared and inner else None
+
+
+def _rotate_vectors(model: ir.Model, scatter: ir.Node, rotate: NDArray[np.float32]) -> None:
+    """Rotate vectors of images, of which a run has none or two at least, before they are in the places of tokens."""
+    matrix = constant(model.graph, f"{IMAGE_EMBEDS}/rotation", rotate)
+    rotated = make("MatMul", [scatter.inputs[2], matrix], f"{IMAGE_EMBEDS}/rotated")
+    scatter.prepend(rotated)
+    scatter.replace_input_with(2, rotated.outputs[0])
 
 
 def _add_terms(value: ir.Value, found: Rotated, matmuls: set[str]) -> bool:

@@ -31,7 +31,7 @@ from trident_export.graphs.lora import Lora, skip_idle_blocks
 from trident_export.graphs.read_rows import compute_read_rows
 from trident_export.graphs.states import PAST, keeps_states
 from trident_export.graphs.tracing import running
-from trident_export.huggingface import chat_templates, lora
+from trident_export.huggingface import chat_templates, lora, text_part
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.vocabulary import drop_tokens_beyond, rows_of
 from trident_export.measure import fidelity
@@ -40,11 +40,11 @@ from trident_export.models_file import ModelSpec
 from trident_export.passes import CalibrationRuns, Feeds
 from trident_export.progress import Counted, track
 from trident_export.recipes import Kind
-from trident_export.tasks import Evaluator, Job
+from trident_export.tasks import Evaluator, Job, image_parts
 from trident_serving.artefacts import VERSION
 from trident_serving.chat.template import TOOLS_FILE, ChatTemplate
 from trident_serving.generation.batch import MIN_KEYS, MIN_POSITIONS, SlotTokens, pack
-from trident_serving.generation.decoder import OnnxDecoder
+from trident_serving.generation.decoder import IMAGE_EMBEDS, OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.runtime.kv_cache import KEYS
 from trident_serving.runtime.tokenizer import TextTokenizer
@@ -72,6 +72,8 @@ def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
     source.check_head(AutoModelForCausalLM)
     check_context(spec, source.config)
     check_texts(source)
+    if spec.generation and spec.generation.images:
+        image_parts.check(spec, source)
 
 
 def check_texts(source: HuggingFaceFolder) -> None:
@@ -92,19 +94,24 @@ def trace(job: Job) -> None:
     spec = job.spec
     adapters = read_adapters(job)
     job.progress("loading the model")
-    model = load_model(job.source)
+    assert spec.generation
+    limits = spec.generation
+    whole = job.source.load_whole(AutoModelForCausalLM) if limits.images else None
+    model = load_model(job.source) if whole is None else text_part.of(whole, job.source)
     if unused := texts_gate.not_applied(job.source.generation_config):
         job.progress(f"the generation config's {', '.join(unused)} are not applied: a request gives what it wants")
     check_device(spec, model)
     check_draft(spec, model)
-    disk.require(job.staging, model.num_parameters() * 4, spec.recipes)
+    disk.require(job.staging, (model if whole is None else whole).num_parameters() * 4, spec.recipes)
     save_text_files(job.source, job.assets, rows_of(model))
+    if whole is not None:
+        image_parts.write(job, whole)
     job.graphs.mkdir()
     job.progress("tracing the graph")
-    assert spec.generation
-    limits = spec.generation
     traced = export_causal_graph(model, positions(limits), limits.context, adapted=bool(adapters))
     optimized = decoder_passes.optimize(traced, ragged=limits.device == "cpu", adapters=adapters)
+    if limits.images:
+        image_parts.add_inputs(optimized)
     save(optimized, job.graphs / "model.onnx")
 
 
@@ -195,6 +202,8 @@ def inputs_of(
             feed[value.name] = np.zeros((len(texts), heads, capacity, size), np.float32)
         elif value.name == "total_sequence_length":
             feed[value.name] = np.array(longest, np.int32)
+        elif value.name == IMAGE_EMBEDS:
+            feed[value.name] = np.zeros((0, sizes[1]), np.float32)
         else:
             feed[value.name] = getattr(packed, value.name)
     return feed
@@ -220,6 +229,8 @@ def evaluator(
     device = spec.generation.device if _has(spec.generation.device) else "cpu"
     prompts = [ids[: min(len(ids), spec.generation.context - GREEDY_TOKENS) // 2 or 1] for ids in samples]
     expected = [greedy_answer(model, ids) for ids in prompts] if thorough else []
+    folder = root / spec.name / VERSION
+    pictured = image_parts.ask(source, model, folder, spec.generation) if spec.generation.images else []
     name = type(model).__name__
     del model  # so that sessions have its memory
     adapters = adapter_references(source, samples)
@@ -227,7 +238,7 @@ def evaluator(
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
         with running(f"the graph of a {name}", "be run over the gate's texts"):
-            measured = measure(folder, samples, reference, device, far)
+            measured = measure(folder, samples, reference, device, far, pictured)
             for adapter, found in measure_adapters(folder, samples, adapters, device).items():
                 measured |= fidelity.of_adapter(found, adapter)
         if thorough:
@@ -546,6 +557,7 @@ def measure(
     reference: list[NDArray[np.float32]],
     device: str = "cpu",
     far: FarText | None = None,
+    pictured: Sequence[image_parts.Pictured] = (),
 ) -> dict[str, float]:
     """Compare the decoder in a version folder with Hugging Face; see `fidelity.compare_logits`.
 
@@ -553,14 +565,21 @@ def measure(
     that are somewhere else. `batch_effect` is the largest difference of a logit from a text that runs alone and whole.
     """
     longest = max(len(ids) for ids in samples)
+    context = max(longest, *(len(prompt.ids) for prompt in pictured)) if pictured else longest
+    run = max(longest, image_parts.RUN) if pictured else longest
     decoder = OnnxDecoder(
-        folder / "model.onnx", slots=GATE_ROWS, context=longest, longest_run=longest, threads=0, device=device
+        folder / "model.onnx", slots=GATE_ROWS, context=context, longest_run=run, threads=0, device=device
     )
     found: list[NDArray[np.float32]] = []
     for start in track(range(0, len(samples), GATE_ROWS), folder.parent.name):
         found += _served_logits(decoder, samples[start : start + GATE_ROWS])
     pairs = track(list(zip(samples, found, strict=True)), f"{folder.parent.name}, one at a time")
     effect = max(_effect(decoder, ids, served) for ids, served in pairs)
+    if pictured:
+        behind, with_images = image_parts.measure(decoder, pictured)
+        effect = max(effect, with_images)
+        reference, found = [*reference, *(prompt.reference for prompt in pictured)], [*found, *behind]
+        samples = [*samples, *(prompt.compared for prompt in pictured)]
     del decoder  # one session at a time
     if far is not None:
         reference, found = [*reference, *far.reference], [*found, *far_logits(folder, far, device)]

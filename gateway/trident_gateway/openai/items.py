@@ -12,6 +12,7 @@ from trident_gateway.openai.sampling import Json, now, reason, shown
 
 # Why a response is incomplete, by the reason for which its answer ended.
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_IMAGE = "input_image"
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -37,7 +38,7 @@ def _add(found: list[Json], item: Json, place: str) -> None:
     kind = item.get("type", "message")
     if kind == "message":
         role = item.get("role")
-        message = {"role": "system" if role == "developer" else role, "content": _text(item.get("content"), place)}
+        message = {"role": "system" if role == "developer" else role, "content": _content(item.get("content"), place)}
         if role == "assistant" and found and _is_open(found[-1]):
             found[-1]["content"] = message["content"]  # reasoning came before it
         else:
@@ -63,6 +64,22 @@ def _add(found: list[Json], item: Json, place: str) -> None:
 def _is_open(message: Json) -> bool:
     """Whether a message is the assistant's reasoning, whose text comes next."""
     return message["role"] == "assistant" and message.get("content") is None and "tool_calls" not in message
+
+
+def _content(content: Any, place: str) -> str | list[Json]:
+    """The content of a message: a text, or parts where there are images among them."""
+    images = isinstance(content, list) and any(isinstance(p, dict) and p.get("type") == _IMAGE for p in content)
+    if not images:
+        return _text(content, place)
+    parts: list[Json] = []
+    for index, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type") == _IMAGE:
+            if not isinstance(part.get("image_url"), str):
+                raise invalid(f"{place}.content[{index}] needs an image_url, as data:image/png;base64,...", "input")
+            parts.append({"type": "image_url", "image_url": {"url": part["image_url"]}})
+        else:
+            parts.append({"type": "text", "text": _text([part], place)})
+    return parts
 
 
 def _text(content: Any, place: str) -> str:

@@ -1,6 +1,7 @@
 """What a request says for the chat template, checked: `messages`, `tools`, `documents`, and the template's options.
 
-Messages are those of chat APIs: a content is a text, a list of text parts or nothing, and an assistant's message may
+Messages are those of chat APIs: a content is a text, a list of parts (texts, and images where the model reads them) or
+nothing, and an assistant's message may
 have calls of tools, whose arguments are an object or its JSON text.
 """
 
@@ -71,8 +72,11 @@ def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     return wrapped if isinstance(wrapped, Mapping) else tool
 
 
-def parse_messages(text: str) -> list[dict[str, Any]]:
+def parse_messages(text: str, kinds: Sequence[str] = ("text",)) -> list[dict[str, Any]]:
     """The `messages` field.
+
+    Args:
+        kinds: types of parts that the model reads; what is in those of another type than "text" is not checked here.
 
     Raises:
         InvalidRequest: it is no JSON list of messages; the message says what and where.
@@ -81,7 +85,7 @@ def parse_messages(text: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest(f"messages must be a JSON list like {_EXAMPLE}, found {text[:80]!r}")
     for index, message in enumerate(messages):
-        _check_message(message, f"messages[{index}]")
+        _check_message(message, f"messages[{index}]", kinds)
     return messages
 
 
@@ -201,7 +205,7 @@ def _no_constant(name: str) -> None:
 def _check_surrogates(value: Any, where: str) -> None:
     """Half of a surrogate pair, which JSON's escapes can write, is no character of any text."""
     for place, text in _texts(value, where):
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise InvalidRequest(f"{place} holds half of a surrogate pair")
 
 
@@ -217,7 +221,7 @@ def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _texts(item, f"{where}[{index}]")
 
 
-def _check_message(message: Any, where: str) -> None:
+def _check_message(message: Any, where: str, kinds: Sequence[str]) -> None:
     if not isinstance(message, dict):
         raise InvalidRequest(f"{where} must be an object, found {type(message).__name__}")
     role = message.get("role")
@@ -229,7 +233,7 @@ def _check_message(message: Any, where: str) -> None:
     content = message.get("content")
     if isinstance(content, list):
         for index, part in enumerate(content):
-            _check_part(part, f"{where}.content[{index}]")
+            _check_part(part, f"{where}.content[{index}]", kinds)
     elif not isinstance(content, str):
         says_more = calls or any(isinstance(message.get(name), str) for name in REASONING)
         if content is not None or role != "assistant" or not says_more:
@@ -239,15 +243,16 @@ def _check_message(message: Any, where: str) -> None:
             raise InvalidRequest(f"{where}.{name} must be a text, found {_short(message[name])}")
 
 
-def _check_part(part: Any, where: str) -> None:
+def _check_part(part: Any, where: str, kinds: Sequence[str]) -> None:
     if not isinstance(part, dict):
         raise InvalidRequest(
             f'{where} must be an object like {{"type": "text", "text": "Hello"}}, found {_short(part)}'
         )
     kind = part.get("type", "text")
-    if kind != "text":
-        raise InvalidRequest(f"{where}.type is {_short(kind)}, but this model reads parts of type 'text' only")
-    if not isinstance(part.get("text"), str):
+    if kind not in kinds:
+        read = " and ".join(map(repr, kinds))
+        raise InvalidRequest(f"{where}.type is {_short(kind)}, but this model reads parts of type {read} only")
+    if kind == "text" and not isinstance(part.get("text"), str):
         raise InvalidRequest(f"{where} needs the text 'text', found {_short(part.get('text'))}")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
 from trident_serving.generation import scheduler
+from trident_serving.generation.batch import Embeds
 from trident_serving.generation.draft_model import ModelAcceptance
 from trident_serving.generation.drafting import SequenceDrafts
 from trident_serving.generation.ngram_pool import NgramPool
@@ -62,6 +63,8 @@ class Job:
             prompt, beside that token's own; None: none at all.
         guide: through the grammar that the answer follows; None: it is free.
         adapter: number of the model's adapter that answers; 0: the base does.
+        images: of the prompt, see `slots.Content`.
+        embeds: the vectors of these images' tokens; None: it has no images.
     """
 
     prompt_ids: Sequence[int]
@@ -77,6 +80,8 @@ class Job:
     guide: Guide | None = None
     adapter: int = 0
     submitted: float | None = None
+    images: tuple[tuple[int, bytes], ...] = ()
+    embeds: Embeds | None = None
 
 
 class Answer(scheduler.Sequence, loop.Request):
@@ -85,6 +90,7 @@ class Answer(scheduler.Sequence, loop.Request):
     Attributes:
         drafts: of its next tokens; None where it is not drafted.
         guide: see `Job`.
+        embeds: see `Job`; None, too, once the answer has ended.
     """
 
     def __init__(
@@ -97,14 +103,15 @@ class Answer(scheduler.Sequence, loop.Request):
         pool: NgramPool | None = None,
         model: ModelAcceptance | None = None,
     ) -> None:
-        scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens, job.adapter)
+        scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens, job.adapter, job.images)
         loop.Request.__init__(self, job.consumer, job.seconds, job.submitted)
-        self._job = job
+        self._job = job if job.embeds is None else replace(job, embeds=None)  # so that `embeds` is all that holds them
         self._ends = job.stop_token_ids | (frozenset() if job.ignore_eos else eos_token_ids)
         self._recorder = recorder
         self._sampler = Sampler.causal(job.sampling, job.prompt_ids, self._ends)
         self._last_token_at = self.submitted
         self.guide = job.guide
+        self.embeds = job.embeds
         self.scored = job.prompt_log_probs is not None
         lookup = prompt_lookup and job.prompt_lookup
         self.drafts: SequenceDrafts | None = None

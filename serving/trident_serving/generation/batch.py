@@ -36,6 +36,9 @@ MAX_POSITIONS = 512
 MAX_PADDING = 64
 
 
+_NO_EMBEDS = np.zeros((0, 0), np.float32), np.zeros((0, 2), np.int64)
+
+
 class Rows(NamedTuple):
     """How many rows the matmuls of a run have at least: of its tokens, and of its logits, if there are any."""
 
@@ -44,6 +47,24 @@ class Rows(NamedTuple):
 
 
 ONE_ROW = Rows(1, 1)
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """Vectors that a model reads in place of the embeddings of some tokens: those of images.
+
+    Attributes:
+        positions: which tokens, rising, [n].
+        vectors: float32 [n, numbers of a token].
+    """
+
+    positions: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+    def part(self, start: int, end: int) -> Embeds | None:
+        """Those of the tokens from `start` to `end`, counted from there; None where there are none."""
+        first, last = np.searchsorted(self.positions, (start, end))
+        return Embeds(self.positions[first:last] - start, self.vectors[first:last]) if first < last else None
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,7 @@ class SlotTokens:
         wanted: how many of the last tokens get logits.
         rotation: 1 where the text goes beyond the original context of a model with two rotations.
         adapter: 0 for the base, otherwise the number of one of its adapters, from 1.
+        embeds: of the tokens that stand for images; None: there are none.
     """
 
     slot: int
@@ -65,6 +87,7 @@ class SlotTokens:
     wanted: int = 1
     rotation: int = 0
     adapter: int = 0
+    embeds: Embeds | None = None
 
 
 @dataclass(frozen=True)
@@ -92,13 +115,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class PackedBatch(Layout):
-    """The inputs of one run."""
+    """The inputs of one run.
+
+    Attributes:
+        image_embeds: float32 [n, numbers of a token]; without images [0, 0].
+        image_positions: the token of each, as (0, token), int64 [n, 2].
+    """
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     rotations: NDArray[np.int64]
     adapters: NDArray[np.int64]
     seqlens_k: NDArray[np.int32]
+    image_embeds: NDArray[np.float32]
+    image_positions: NDArray[np.int64]
 
 
 @lru_cache(maxsize=64)  # a step has the slots of the one before, mostly
@@ -164,6 +194,7 @@ def pack(
     padding = rows.tokens - len(ids)
     ids += ids[-1:] * padding
     adapters += adapters[-1:] * padding
+    image_embeds, image_positions = _images(items)
     return PackedBatch(
         **vars(layout),
         input_ids=np.array([ids], np.int64),
@@ -171,7 +202,22 @@ def pack(
         rotations=np.array([[item.rotation for item in items for _ in item.tokens]], np.int64),
         adapters=np.array([adapters], np.int64),
         seqlens_k=np.maximum(ends, 0).astype(np.int32),  # of an idle slot: any that it can have
+        image_embeds=image_embeds,
+        image_positions=image_positions,
     )
+
+
+def _images(items: Sequence[SlotTokens]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The vectors of all items, and their tokens in the run. A single one is there twice, as `PADDED_ROWS` says why."""
+    if all(item.embeds is None for item in items):
+        return _NO_EMBEDS
+    begins = np.cumsum([0, *(len(item.tokens) for item in items)])
+    given = [(item.embeds, begin) for item, begin in zip(items, begins[:-1], strict=True) if item.embeds is not None]
+    vectors = np.concatenate([embeds.vectors for embeds, _ in given])
+    tokens = np.concatenate([embeds.positions + begin for embeds, begin in given])
+    if len(tokens) < PADDED_ROWS:
+        vectors, tokens = np.repeat(vectors, PADDED_ROWS, axis=0), np.repeat(tokens, PADDED_ROWS)
+    return vectors, np.stack([np.zeros_like(tokens), tokens], axis=1)
 
 
 def split(

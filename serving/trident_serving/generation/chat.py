@@ -30,12 +30,16 @@ class Chat:
     end_token_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def load(cls, folder: Path, tokenizer: TextTokenizer, limits: CausalLimits) -> Chat | None:
-        """Of a version folder; None where the model has no chat template."""
+    def load(cls, folder: Path, tokenizer: TextTokenizer, limits: CausalLimits, literals: str = "") -> Chat | None:
+        """Of a version folder; None where the model has no chat template.
+
+        Args:
+            literals: what else is written into prompts beside the template's own text.
+        """
         template = ChatTemplate.load(folder, limits.chat_template_kwargs.values)
         if template is None:
             return None
-        control = ControlTokens.load(folder, tokenizer, template.literals)
+        control = ControlTokens.load(folder, tokenizer, f"{template.literals}\0{literals}")
         # The tokenizer's end, and what the template writes behind an answer.
         ends = (control.ids.get(special_tokens(folder).get("eos_token", "")), control.first_of(template.end_of_turn))
         chosen = limits.chat_format if limits.chat_format != ChatFormat.AUTO else format_of(template.text)

@@ -11,9 +11,10 @@ import logging
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trident_serving.errors import DeviceMissing
 from trident_serving.generation.batch import (
@@ -41,6 +42,9 @@ ORIGINAL_CONTEXT = "original_context"
 
 ADAPTERS = "adapters"
 """Under this name a graph with adapters beside its base has their names, in a JSON list."""
+
+IMAGE_EMBEDS = "image_embeds"
+"""The input by which a graph of a model with images takes their vectors."""
 
 _PAST = "past_key_values."
 _STATE, _NEXT_STATE = "past_states.", "present_states."
@@ -163,6 +167,8 @@ class OnnxDecoder:
             else DeviceKVCache(shapes, slots, capacity, dtype, device_id)
         )
         self.context = context
+        images = inputs.get(IMAGE_EMBEDS)
+        self._no_embeds = np.zeros((0, int(images.shape[1]) if images is not None else 0), np.float32)
         # An architecture with rotary embeddings may leave `position_ids` unused, one without needs it.
         self._inputs = [name for name in inputs if not name.startswith((_PAST, _STATE))]
         logits = next(node for node in self._session.get_outputs() if node.name == "logits")
@@ -269,9 +275,13 @@ class OnnxDecoder:
 
     def _run(self, batch: PackedBatch, logits: Logits) -> None:
         binding = self._binding(batch.first_slot, batch.slots)
-        total = np.array(self._positions, np.int32)  # an upper bound is all that the operator wants
+        given: dict[str, NDArray[Any]] = {
+            # An upper bound is all that the operator wants.
+            "total_sequence_length": np.array(self._positions, np.int32),
+            IMAGE_EMBEDS: batch.image_embeds if len(batch.image_embeds) else self._no_embeds,
+        }
         for name in self._inputs:
-            binding.set_input(name, total if name == "total_sequence_length" else getattr(batch, name))
+            binding.set_input(name, given[name] if name in given else getattr(batch, name))
         binding.set_output("logits", logits.reshape(1, *logits.shape))
         self._session.run_with_iobinding(binding.io)
 

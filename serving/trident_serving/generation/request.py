@@ -7,9 +7,10 @@ Everything but the prompt is optional.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from trident_serving.chat.messages import (
 from trident_serving.chat.origins import plain
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.chat import Chat
+from trident_serving.generation.images import PARTS, ImageReader, PromptImage, PromptImages
 from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
 from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
@@ -50,6 +52,7 @@ from trident_serving.text import decode_texts
 _SPLIT_SPECIAL_TOKENS = by_name(MESSAGES)["split_special_tokens"]
 _KEPT = by_name(GENERATION)["truncate_prompt_tokens"]
 _SKIP_SPECIAL_TOKENS = by_name(GENERATION)["skip_special_tokens"]
+T = TypeVar("T", bound=str)
 _END_CHARACTERS = 64  # of a prompt, which show whether it has opened the reasoning
 MAX_TRUNCATED_BYTES = 2**20
 
@@ -83,6 +86,7 @@ class GenerationRequest:
         counts_chunks: whether a response counts its own tokens only.
         adapter: number of the model's adapter that answers; 0: the base does.
         bad_words: the texts whose tokens `sampling` forbids.
+        images: of the prompt; None: it has none.
     """
 
     prompt: str
@@ -109,6 +113,7 @@ class GenerationRequest:
     return_prompt_token_ids: bool = False
     return_tokens: bool = False
     bad_words: tuple[str, ...] = ()
+    images: PromptImages | None = None
 
     @property
     def needs_model(self) -> bool:
@@ -124,6 +129,7 @@ class RequestParser:
         defaults: what the model's generation config says where a request does not.
         vocabulary_size: tokens of the model.
         adapters: names of the model's adapters.
+        images: reads images for the model; None: it reads none.
     """
 
     def __init__(
@@ -134,12 +140,14 @@ class RequestParser:
         defaults: GenerationDefaults = NO_DEFAULTS,
         vocabulary_size: int = 2**31,
         adapters: Sequence[str] = (),
+        images: ImageReader | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
         self._defaults = defaults
         self._vocabulary_size = vocabulary_size
+        self._images = images
         self._adapters = {name: number for number, name in enumerate(adapters, start=1)}
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
@@ -152,10 +160,10 @@ class RequestParser:
             InvalidRequest: a field is missing, malformed or out of range.
         """
         inputs = without_aliases(inputs, GENERATION)
-        conversation = self._conversation(inputs)
+        conversation, images = self._conversation(inputs)
         values = {field.name: field.read(inputs) for field in GENERATION if field.shape == (1,)}
         rendered, prompt, prompt_ids = self._prompt(
-            inputs, conversation, values["truncate_prompt_tokens"], values["max_tokens"]
+            inputs, conversation, images, values["truncate_prompt_tokens"], values["max_tokens"]
         )
         room = self._limits.context - len(prompt_ids)
         if values["max_tokens"] == 0 and values["prompt_logprobs"] is None and not values["return_prompt_token_ids"]:
@@ -214,10 +222,12 @@ class RequestParser:
             return_tokens=values["return_tokens"],
             adapter=self._adapter(values["lora_name"]),
             bad_words=bad_words,
+            images=self._images.placed(prompt_ids, images) if self._images is not None and images else None,
         )
 
-    def _conversation(self, inputs: Inputs) -> Conversation | None:
-        """What the chat template gets; None where the prompt is a text."""
+    def _conversation(self, inputs: Inputs) -> tuple[Conversation | None, Sequence[PromptImage]]:
+        """What the chat template gets, None where the prompt is a text, and the images of the request."""
+        reader = self._images
         given = [name for name in ("text_input", "messages", "input_ids") if name in inputs]
         if len(given) != 1:
             raise InvalidRequest(
@@ -227,8 +237,9 @@ class RequestParser:
             for field in MESSAGES:
                 if field.name in inputs and field.read(inputs) not in (False, field.default):
                     raise InvalidRequest(f"{field.name} needs messages; {given[0]} is read as it is")
-            return None
-        text = self._checked_text(inputs, "messages")
+            return None, [] if reader is None else reader.read(reader.files(inputs.get("images")))
+        text = single_text(inputs, "messages")
+        self._check_bytes(text, "messages", _KEPT.read(inputs), 0 if reader is None else reader.most_bytes)
         if self._chat is None:
             raise InvalidRequest("messages needs a model with a chat template: send text_input instead")
         sent = {
@@ -236,16 +247,21 @@ class RequestParser:
             for name in ("tools", "documents", "chat_template_kwargs", "tool_choice")
             if name in inputs
         }
-        messages = parse_messages(text)
+        images: list[PromptImage] = []
+        messages = parse_messages(text, ("text",) if reader is None else ("text", *PARTS))
+        if reader is not None:
+            messages, files = reader.take(messages, reader.files(inputs.get("images")))
+            images = reader.read(files)
         tools = parse_tools(sent["tools"]) if "tools" in sent else None
         choice = parse_tool_choice(sent["tool_choice"], tools) if "tool_choice" in sent else ToolMode.AUTO
-        return Conversation(
+        conversation = Conversation(
             messages,
             tools=None if choice == ToolMode.NONE else tools,
             tool_choice=choice,
             documents=parse_documents(sent["documents"]) if "documents" in sent else None,
             options=parse_options(sent["chat_template_kwargs"]) if "chat_template_kwargs" in sent else {},
         )
+        return conversation, images
 
     def _forced(self, conversation: Conversation | None, rendered: str, other: Grammar | None) -> Grammar | None:
         """The grammar of a call that `tool_choice` forces."""
@@ -259,9 +275,17 @@ class RequestParser:
         return Grammar(GrammarKind.LARK, grammar, "tool_choice")
 
     def _prompt(
-        self, inputs: Inputs, conversation: Conversation | None, kept: int | None, max_tokens: int | None
+        self,
+        inputs: Inputs,
+        conversation: Conversation | None,
+        images: Sequence[PromptImage],
+        kept: int | None,
+        max_tokens: int | None,
     ) -> tuple[str, str, list[int]]:
         """The text of a prompt as it was rendered, and as its tokens have it, with them."""
+        if images and kept is not None:
+            raise InvalidRequest("truncate_prompt_tokens can't be used with images, which it could cut apart")
+        self._check_images(images)
         if "input_ids" in inputs:
             field = "input_ids"
             ids = self._given_ids(inputs)
@@ -269,12 +293,18 @@ class RequestParser:
         elif conversation is None:
             field = "text_input"
             prompt = self._checked_text(inputs, field)
+            if images:
+                prompt = self._with_images(prompt, images, self._marks(prompt), field)
             ids = self._tokenizer.encode(prompt)
         else:
             field = "messages"
             assert self._chat is not None
             traced = self._chat.template.render(conversation)
             self._check_bytes(traced, field, kept)
+            if images and self._images is not None:
+                control, token = self._chat.control, self._images.settings.token
+                marks = control.places(traced, token, conversation.texts)
+                traced = self._with_images(traced, images, marks, field)
             prompt = plain(traced)
             if _SPLIT_SPECIAL_TOKENS.read(inputs):
                 ids = self._chat.control.encode(traced, conversation.texts)
@@ -293,6 +323,36 @@ class RequestParser:
                 + (" and one generated token" if max_tokens != 0 else "")
             )
         return rendered, prompt, ids
+
+    def _check_images(self, images: Sequence[PromptImage]) -> None:
+        """Refuse images that can't fit before their tokens are written."""
+        if self._images is not None and (tokens := self._images.tokens(images)) >= self._limits.context:
+            cut = ", ".join(f"{image.name} into {image.grid.tiles} tiles" for image in images)
+            raise InvalidRequest(
+                f"images take {tokens} tokens ({cut}), the model's context of {self._limits.context} allows fewer: "
+                "send fewer images, or ones nearer to a square"
+            )
+
+    def _marks(self, prompt: str) -> list[tuple[int, int]]:
+        """Where a text says that an image goes, as (begin, end)."""
+        assert self._images is not None
+        return [match.span() for match in re.finditer(re.escape(self._images.settings.token), prompt)]
+
+    def _with_images(self, prompt: T, images: Sequence[PromptImage], marks: Sequence[tuple[int, int]], field: str) -> T:
+        """A prompt with what stands for each image in the place of its mark."""
+        assert self._images is not None
+        settings = self._images.settings
+        if len(marks) != len(images):
+            raise InvalidRequest(
+                f"{field} says {len(marks)} times where an image goes ({settings.token}), and the request's images are "
+                f"{len(images)}"
+            )
+        parts: list[str] = []
+        end = 0
+        for (begin, behind), image in zip(marks, images, strict=True):
+            parts += [prompt[end:begin], settings.expanded(image.grid)]
+            end = behind
+        return type(prompt)("").join([*parts, prompt[end:]])  # type: ignore[return-value]
 
     def _given_ids(self, inputs: Inputs) -> list[int]:
         """The tokens of a prompt that a request names by their ids."""
@@ -387,15 +447,19 @@ class RequestParser:
         if not 0 <= token < self._vocabulary_size:
             raise InvalidRequest(f"{field} names the token {token}, the model has {self._vocabulary_size}")
 
-    def _check_bytes(self, text: str, field: str, kept: int | None) -> None:
-        """Refuse a hopeless text before tokenizing it: a megabyte takes half a second, which others wait."""
+    def _check_bytes(self, text: str, field: str, kept: int | None, more: int = 0) -> None:
+        """Refuse a hopeless text before tokenizing it: a megabyte takes half a second, which others wait.
+
+        Args:
+            more: bytes of it at most that are images.
+        """
         longest = self._tokenizer.longest_token_bytes
         size = len(text.encode("utf-8", "surrogatepass"))
         if kept is not None:
-            if size > MAX_TRUNCATED_BYTES:
+            if size > MAX_TRUNCATED_BYTES + more:
                 raise InvalidRequest(f"{field} has {size} bytes, the limit of a text to cut is {MAX_TRUNCATED_BYTES}")
             return
-        if longest is not None and size > longest * self._limits.context:
+        if longest is not None and size > longest * self._limits.context + more:
             raise InvalidRequest(
                 f"{field} has {size} bytes, at least {-(-size // longest)} tokens, and the model's context "
                 f"is {self._limits.context} tokens"

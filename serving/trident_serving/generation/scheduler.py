@@ -29,9 +29,12 @@ class Sequence:
         leader: a sequence with the same prompt; this one is placed once that has run its own.
         rotation: of the keys in the cache: 1 where the text goes beyond the model's original context.
         adapter: that runs with it; 0: none.
+        images: see `slots.Content`.
     """
 
-    def __init__(self, prompt: list[int], max_tokens: int, adapter: int = 0) -> None:
+    def __init__(
+        self, prompt: list[int], max_tokens: int, adapter: int = 0, images: tuple[tuple[int, bytes], ...] = ()
+    ) -> None:
         self.tokens = prompt
         self.prompt_length = self.prefill_length = len(prompt)
         self.max_tokens = max_tokens
@@ -39,6 +42,7 @@ class Sequence:
         self.slot: int | None = None
         self.rotation = 0
         self.adapter = adapter
+        self.images = images
         self.scored = False
         self.leader: Sequence | None = None
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trident_serving.artefacts import DRAFT, read_draft
+from trident_serving.artefacts import DRAFT, TOWER, read_draft
 from trident_serving.errors import DoesNotFit
 from trident_serving.generation import draft_model
 from trident_serving.generation.answer import Job
-from trident_serving.generation.batch import SlotTokens
+from trident_serving.generation.batch import Embeds, SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.drafting import MAX_DRAFT
 from trident_serving.generation.engine import Engine, EngineSettings
+from trident_serving.generation.image_tower import ImageThread, ImageTower
+from trident_serving.generation.images import ImageReader, PromptImages
 from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stream import TextStream
 from trident_serving.generation.text_service import TextService
@@ -126,7 +129,7 @@ class GenerationService(TextService):
         )
         settings = read_draft(folder)
         drafting = None if settings is None else draft_model.open_decoder(folder, settings, limits, device_id)
-        graphs = [*folder.glob("model.onnx*"), *folder.glob(f"{DRAFT}/model.onnx*")]
+        graphs = [file for name in ("model.onnx", f"{DRAFT}/model.onnx", TOWER) for file in folder.glob(f"{name}*")]
         weights = sum(file.stat().st_size for file in graphs)
         self.memory = plan_memory(limits, decoder, weights, available_bytes(), drafting)
         for each in (decoder,) if drafting is None else (decoder, drafting):
@@ -136,7 +139,14 @@ class GenerationService(TextService):
         if settings is not None and drafting is not None:
             draft = draft_model.over_decoder(drafting, settings, limits, decoder.vocabulary_size)
         self.draft_name = "" if settings is None else settings.name
-        super().__init__(folder, limits, decoder.vocabulary_size, decoder.adapters, unloading)
+        self._images: ImageThread | None = None
+        reader: ImageReader | None = None
+        if limits.images:
+            tower = ImageTower(folder, limits)
+            tower.warm_up()
+            reader = ImageReader(tower.settings, limits)
+            self._images = ImageThread(tower, limits.max_waiting)
+        super().__init__(folder, limits, decoder.vocabulary_size, decoder.adapters, unloading, images=reader)
         self._engine = Engine(
             decoder,
             EngineSettings(
@@ -156,13 +166,35 @@ class GenerationService(TextService):
             draft=draft,
         )
 
+    def stop(self) -> None:
+        """See `TextService.stop`."""
+        if self._images is not None:
+            self._images.stop()
+        super().stop()
+
+    def _read_images(self, images: PromptImages) -> Future[Embeds]:
+        assert self._images is not None
+        return self._images.begin(images)
+
     def _queue(
-        self, request: GenerationRequest, streams: Sequence[TextStream], guide: Guide | None, since: float | None
+        self,
+        request: GenerationRequest,
+        streams: Sequence[TextStream],
+        guide: Guide | None,
+        embeds: Embeds | None,
+        since: float | None,
     ) -> None:
-        self._engine.submit(*(_job(request, index, each, guide, since) for index, each in enumerate(streams)))
+        self._engine.submit(*(_job(request, index, each, guide, embeds, since) for index, each in enumerate(streams)))
 
 
-def _job(request: GenerationRequest, index: int, stream: TextStream, guide: Guide | None, since: float | None) -> Job:
+def _job(
+    request: GenerationRequest,
+    index: int,
+    stream: TextStream,
+    guide: Guide | None,
+    embeds: Embeds | None,
+    since: float | None,
+) -> Job:
     """The job of one of a request's answers."""
     sampling = request.sampling
     if sampling.seed is not None:
@@ -181,4 +213,6 @@ def _job(request: GenerationRequest, index: int, stream: TextStream, guide: Guid
         guide=None if guide is None else guide.copy(),
         adapter=request.adapter,
         submitted=since,
+        images=() if request.images is None else request.images.begins,
+        embeds=embeds,
     )

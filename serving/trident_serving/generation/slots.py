@@ -1,16 +1,17 @@
 """Which slot of the KV cache a sequence gets, and what it finds there: admission by memory, reuse of prefixes.
 
 A slot keeps its content when its sequence ends. A prompt that begins like the content of any slot, running or
-not, and has the same adapter, starts behind the beginning that they share: in that slot, if it continues the whole
-content, or in another one that gets a copy. Content that no sequence uses is evicted, the least recently used slot
-first, when a sequence needs the slot or the memory. Where layers keep states, which can't be cut back, only the whole
-content of a slot is the beginning of a prompt. Pure bookkeeping: no tensors, no I/O.
+not, with the same images and the same adapter, starts behind the beginning that they share: in that slot, if it
+continues the whole content, or in another one that gets a copy. Content that no sequence uses is evicted, the least
+recently used slot first, when a sequence needs the slot or the memory. Where layers keep states, which can't be cut
+back, only the whole content of a slot is the beginning of a prompt. Pure bookkeeping: no tensors, no I/O.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 MIN_REUSED = 8  # tokens; a shorter common beginning is not worth a copy
@@ -37,6 +38,11 @@ class Content(Protocol):
     @property
     def adapter(self) -> int:
         """Which adapter made its keys and values; another can't use them."""
+        ...
+
+    @property
+    def images(self) -> tuple[tuple[int, bytes], ...]:
+        """Its images in order: the first token that stands for each, and the digest of its file."""
         ...
 
 
@@ -154,6 +160,8 @@ class SlotPool:
             if (slot.content.rotation, slot.content.adapter) != (new.rotation, new.adapter):
                 continue
             shared = common_prefix(prompt, slot.content.tokens, min(slot.content.cached, len(prompt) - 1))
+            if new.images or slot.content.images:
+                shared = min(shared, _first_other_image(new.images, slot.content.images, shared))
             if self._whole and shared < slot.content.cached:
                 continue
             if shared > length or (shared == length and best is not None and slot.reserved == 0):
@@ -175,6 +183,17 @@ class SlotPool:
 
     def _can_fit(self, reserve: int) -> bool:
         return self.reserved + reserve <= self.budget
+
+
+def _first_other_image(a: Sequence[tuple[int, bytes]], b: Sequence[tuple[int, bytes]], none: int) -> int:
+    """The first token of an image that only one of two sequences has there; `none` where there is no such image.
+
+    Tokens of all images are the same, so what they stand for is told by the files' digests.
+    """
+    for pair in zip_longest(a, b):
+        if pair[0] != pair[1]:
+            return min(image[0] for image in pair if image is not None)
+    return none
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:

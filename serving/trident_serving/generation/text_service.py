@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from trident_serving.generation.answer import FinishReason
+from trident_serving.generation.batch import Embeds
 from trident_serving.generation.chat import Chat
 from trident_serving.generation.group import AnswerGroup
+from trident_serving.generation.images import ImageReader, PromptImages
 from trident_serving.generation.parts import AnswerParts
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
@@ -54,11 +56,17 @@ def read_eos_token_ids(folder: Path) -> frozenset[int]:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request whose grammar is being compiled, or waits for that."""
+    """A request whose grammar is being compiled or whose images are being read, or that waits for that.
+
+    Attributes:
+        grammar: None: it has none.
+        images: the vectors of their tokens; None: it has none.
+    """
 
     request: GenerationRequest
     streams: Sequence[TextStream]
-    grammar: Future[Guide]
+    grammar: Future[Guide] | None = None
+    images: Future[Embeds] | None = None
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -71,6 +79,17 @@ class _Waiting:
         """Whether its time is over."""
         return time.monotonic() - self.since >= self.request.timeout_seconds
 
+    @property
+    def parts(self) -> list[Future[Any]]:
+        """What it waits for."""
+        return [part for part in (self.grammar, self.images) if part is not None]
+
+    @property
+    def names(self) -> str:
+        """The same in words."""
+        named = (("its grammar", self.grammar), ("its images", self.images))
+        return " and ".join(name for name, part in named if part is not None)
+
 
 class TextService:
     """Parser, grammars and sender of one model; a subclass has the engine, as `_engine`.
@@ -81,6 +100,7 @@ class TextService:
         adapters: names of the model's adapters.
         unloading: asked while requests run; once it says yes, they fail.
         recorder: of its metrics; None: one of its own.
+        images: how the model reads images; None: it reads none.
 
     Attributes:
         memory: what it takes, in words or as numbers.
@@ -100,18 +120,19 @@ class TextService:
         adapters: Sequence[str] = (),
         unloading: Callable[[], bool] = lambda: False,
         recorder: Recorder | None = None,
+        images: ImageReader | None = None,
     ) -> None:
         self._tokenizer = TextTokenizer.load(folder)
         self._unloading = unloading
-        self._chat = Chat.load(folder, self._tokenizer, limits)
+        self._chat = Chat.load(folder, self._tokenizer, limits, "" if images is None else images.settings.literals)
         ends = read_eos_token_ids(folder)
         self._eos_token_ids = frozenset(token for token in ends if 0 <= token < vocabulary_size)
         defaults = GenerationDefaults.load(folder, vocabulary_size)
-        self._parser = RequestParser(self._tokenizer, self._chat, limits, defaults, vocabulary_size, adapters)
+        self._parser = RequestParser(self._tokenizer, self._chat, limits, defaults, vocabulary_size, adapters, images)
         self._grammars = Grammars(folder / "tokenizer.json", vocabulary_size, self._eos_token_ids)
         self.recorder = recorder or Recorder()
-        self._compiling: set[_Waiting] = set()
-        self._compiling_lock = threading.Lock()
+        self._preparing: set[_Waiting] = set()
+        self._preparing_lock = threading.Lock()
         self._outbox = Outbox(self._watch)
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
@@ -132,13 +153,10 @@ class TextService:
         if not request.needs_model:
             for stream in streams:
                 stream.finish(FinishReason.LENGTH)
-        elif request.grammar is None:
-            self._start(request, streams)
+        elif request.grammar is None and request.images is None:
+            self._start(_Waiting(request, streams))
         else:
-            waiting = _Waiting(request, streams, self._grammars.guide(request.grammar))
-            with self._compiling_lock:
-                self._compiling.add(waiting)
-            waiting.grammar.add_done_callback(lambda done: self._compiled(waiting))
+            self._prepare(_Waiting(request, streams))
 
     def steps(self) -> int:
         """Steps of the engine so far."""
@@ -154,14 +172,28 @@ class TextService:
         self._engine.stop()
         self._outbox.stop()
 
+    def _read_images(self, images: PromptImages) -> Future[Embeds]:
+        """Begin to read the images of a request, of a model that reads some.
+
+        Raises:
+            Overloaded: too many requests wait for that.
+        """
+        raise NotImplementedError
+
     def _queue(
-        self, request: GenerationRequest, streams: Sequence[TextStream], guide: Guide | None, since: float | None
+        self,
+        request: GenerationRequest,
+        streams: Sequence[TextStream],
+        guide: Guide | None,
+        embeds: Embeds | None,
+        since: float | None,
     ) -> None:
         """Hand the answers of a request to the engine, all or none.
 
         Args:
             streams: of the answers; with several, of the same prompt.
             guide: at the beginning of the request's grammar; None: it has none.
+            embeds: of the tokens of its images; None: it has none.
             since: when the request came, by `time.monotonic`; None: now.
 
         Raises:
@@ -169,37 +201,49 @@ class TextService:
         """
         raise NotImplementedError
 
-    def _compiled(self, waiting: _Waiting) -> None:
-        """Go on with a request, unless it has ended meanwhile."""
-        with self._compiling_lock:
-            ended = waiting not in self._compiling
-            self._compiling.discard(waiting)
-        if not ended:
-            self._start(waiting.request, waiting.streams, waiting.grammar, waiting.since)
-
-    def _start(
-        self,
-        request: GenerationRequest,
-        streams: Sequence[TextStream],
-        compiled: Future[Guide] | None = None,
-        since: float | None = None,
-    ) -> None:
-        """Queue the answers of a request, once its grammar is compiled, or fail them."""
+    def _prepare(self, waiting: _Waiting) -> None:
+        """Compile the grammar of a request and read its images, beside each other."""
+        request = waiting.request
         try:
-            guide = None if compiled is None else compiled.result()
-            self._queue(request, streams, guide, since)
-        except CancelledError:
-            error: Exception = Overloaded("the model is being unloaded")
-        except (InvalidRequest, Overloaded) as refusal:
-            error = refusal
-            if isinstance(refusal, Overloaded):
-                self.recorder.count("requests_rejected")
-        except Exception as defect:
-            logger.exception("a grammar could not be compiled")
-            error = defect
-        else:
+            if request.images is not None:
+                waiting.images = self._read_images(request.images)
+            if request.grammar is not None:
+                waiting.grammar = self._grammars.guide(request.grammar)
+        except Overloaded as error:
+            self._refuse(waiting, error)
             return
-        for stream in streams:
+        with self._preparing_lock:
+            self._preparing.add(waiting)
+        for part in waiting.parts:
+            part.add_done_callback(lambda done: self._prepared(waiting))
+
+    def _prepared(self, waiting: _Waiting) -> None:
+        """Go on with a request once nothing is missing, unless it has ended meanwhile."""
+        with self._preparing_lock:
+            ready = waiting in self._preparing and all(part.done() for part in waiting.parts)
+            if ready:
+                self._preparing.discard(waiting)
+        if ready:
+            self._start(waiting, since=waiting.since)
+
+    def _start(self, waiting: _Waiting, since: float | None = None) -> None:
+        """Queue the answers of a request, or fail them."""
+        try:
+            guide = None if waiting.grammar is None else waiting.grammar.result()
+            embeds = None if waiting.images is None else waiting.images.result()
+            self._queue(waiting.request, waiting.streams, guide, embeds, since)
+        except CancelledError:
+            self._refuse(waiting, Overloaded("the model is being unloaded"))
+        except (InvalidRequest, Overloaded) as error:
+            self._refuse(waiting, error)
+        except Exception as error:
+            logger.exception("a request could not be prepared")
+            self._refuse(waiting, error)
+
+    def _refuse(self, waiting: _Waiting, error: Exception) -> None:
+        if isinstance(error, Overloaded):
+            self.recorder.count("requests_rejected")
+        for stream in waiting.streams:
             stream.fail(error)
 
     def _parts(self, request: GenerationRequest) -> AnswerParts | None:
@@ -217,15 +261,16 @@ class TextService:
     def _watch(self) -> None:
         if self._unloading():
             self._engine.stop()
-        with self._compiling_lock:
-            ended = [waiting for waiting in self._compiling if waiting.cancelled or waiting.overdue]
-            self._compiling.difference_update(ended)
+        with self._preparing_lock:
+            ended = [waiting for waiting in self._preparing if waiting.cancelled or waiting.overdue]
+            self._preparing.difference_update(ended)
         for waiting in ended:
-            waiting.grammar.cancel()  # is not compiled, if that has not begun
+            for part in waiting.parts:
+                part.cancel()  # is not done, if that has not begun
             self.recorder.count("requests_cancelled" if waiting.cancelled else "requests_failed")
             for stream in waiting.streams:
                 if waiting.cancelled:
                     stream.finish(FinishReason.CANCELLED)
                 else:
                     seconds = waiting.request.timeout_seconds
-                    stream.fail(DeadlineExceeded(f"the timeout of {seconds:g} s was over while its grammar waited"))
+                    stream.fail(DeadlineExceeded(f"the timeout of {seconds:g} s was over while {waiting.names} waited"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -17,6 +19,8 @@ from trident_serving.schema.limits import MOST_PIXELS
 FORMATS = ("PNG", "JPEG", "WEBP")
 NAMED = "PNG, JPEG or WebP"
 _LONGEST_REASON = 120
+_ORIENTATION = 0x0112  # of EXIF
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 def decode(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Image.Image:
@@ -31,6 +35,25 @@ def decode(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Image.
     Raises:
         InvalidRequest: it is no image of a known format, is broken, or is too large.
     """
+    with _opened(content, name, max_bytes, max_pixels) as file:
+        return ImageOps.exif_transpose(file).convert("RGB")
+
+
+def upright_size(content: bytes, name: str, max_bytes: int, max_pixels: int) -> tuple[int, int]:
+    """Width and height of the image that `decode` gives, from what stands before its pixels.
+
+    Raises:
+        InvalidRequest: see `decode`; pixels that are broken are not seen.
+    """
+    with _opened(content, name, max_bytes, max_pixels) as file:
+        # That of the base class: PNG's own decodes all pixels to find what stands behind them.
+        turned = Image.Image.getexif(file).get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        return (file.height, file.width) if turned else (file.width, file.height)
+
+
+@contextmanager
+def _opened(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet; whatever is raised about it becomes a sentence."""
     if not content:
         raise InvalidRequest(f"{name} is empty: send the bytes of a file")
     if len(content) > max_bytes:
@@ -43,7 +66,7 @@ def decode(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Image.
                 width, height = file.size
                 if width * height > max_pixels:
                     raise InvalidRequest(f"{name} is {width} x {height} pixels, the limit is {max_pixels} pixels")
-                return ImageOps.exif_transpose(file).convert("RGB")
+                yield file
         except UnidentifiedImageError:
             raise InvalidRequest(f"{name} is no {NAMED} image: it begins with {content[:12]!r}") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):

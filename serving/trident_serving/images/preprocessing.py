@@ -69,7 +69,7 @@ class Preprocessor:
     def __init__(self, settings: ImageSettings, max_bytes: int, max_pixels: int) -> None:
         self._settings = settings
         self._max_bytes, self._max_pixels = max_bytes, max_pixels
-        self._values = _values(settings)
+        self._values = channel_values(settings.rescale, settings.mean, settings.deviation)
 
     def __call__(self, content: bytes, name: str) -> Floats:
         """The numbers of a file, float32 [3, height, width].
@@ -92,7 +92,7 @@ class Preprocessor:
         pixels: Pixels = np.asarray(image)
         if self._settings.crop:
             pixels = cropped(pixels, *self._settings.crop)
-        return np.stack([self._values[channel][pixels[..., channel]] for channel in range(_CHANNELS)])
+        return numbers_of(pixels, self._values)
 
     def _target(self, width: int, height: int) -> tuple[int, int] | None:
         """Height and width to resize an image to; None: it is left as it is."""
@@ -117,14 +117,19 @@ def cropped(pixels: Pixels, height: int, width: int) -> Pixels:
     return pixels[top : top + height, left : left + width]
 
 
-def _values(settings: ImageSettings) -> Floats:
-    """What each value of each channel becomes, float32 [3, 256]."""
+def numbers_of(pixels: Pixels, values: Floats) -> Floats:
+    """Pixels [rows, columns, 3] as what `channel_values` says each becomes, float32 [3, rows, columns]."""
+    return np.stack([values[channel][pixels[..., channel]] for channel in range(_CHANNELS)])
+
+
+def channel_values(rescale: float | None, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Floats:
+    """What each value of each channel becomes, float32 [3, 256]; see `ImageSettings`."""
     every = np.arange(256, dtype=np.uint8)
     values: Floats = every.astype(np.float32)
-    if settings.rescale is not None:
-        values = (every.astype(np.float64) * settings.rescale).astype(np.float32)
+    if rescale is not None:
+        values = (every.astype(np.float64) * rescale).astype(np.float32)
     found = np.repeat(values[None], _CHANNELS, axis=0)
-    if settings.mean:
-        mean, deviation = (np.array(each, np.float32)[:, None] for each in (settings.mean, settings.deviation))
-        found = (found - mean) / deviation
+    if mean:
+        middle, spread = (np.array(each, np.float32)[:, None] for each in (mean, deviation))
+        found = (found - middle) / spread
     return found

@@ -81,6 +81,10 @@ class ControlTokens:
         match = self._pattern.match(text)
         return self.ids[match[0]] if match else None
 
+    def places(self, prompt: Traced, token: str, texts: Collection[str] = ()) -> list[tuple[int, int]]:
+        """Where in a prompt the template wrote a control token, as (begin, end) in characters; see `encode`."""
+        return [match.span() for match in self._own(prompt, texts) if match[0] == token]
+
     def encode(self, prompt: Traced, texts: Collection[str] = ()) -> list[int]:
         """The tokens of a prompt.
 

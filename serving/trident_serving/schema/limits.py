@@ -78,16 +78,26 @@ class GenerationLimits(CausalLimits):
         ngram_pool: whether they may be drafted from other requests' answers too, which changes their speed only;
             `prompt_lookup` is needed for it.
         device: "cpu" or "cuda"; the graph is made for it (decision 0023).
+        images: that a request may have, of a model with an image tower; 0: the model is served by its text part.
+        image_bytes: the largest image file that is decoded at all.
+        image_pixels: the largest image, width times height.
     """
 
     prefill_chunk: int = 128
     prompt_lookup: bool = True
     ngram_pool: bool = True
     device: str = "cpu"
+    images: int = field(default=0, metadata={"least": 0})
+    image_bytes: int = 16777216
+    image_pixels: int = 33554432
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise ReadingError(f"device must be one of {', '.join(DEVICES)}, found {self.device!r}")
+        if self.images and self.device != "cpu":
+            raise ReadingError(f"images is {self.images} and device {self.device!r}: images are read on the CPU only")
+        if self.image_pixels > MOST_PIXELS:
+            raise ReadingError(f"image_pixels must be at most {MOST_PIXELS}, found {self.image_pixels}")
         super().__post_init__()
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from trident_serving.artefacts import read_vllm
+from trident_serving.generation.batch import Embeds
 from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stream import TextStream
 from trident_serving.generation.text_service import TextService
@@ -89,7 +90,12 @@ class VllmService(TextService):
         return request
 
     def _queue(
-        self, request: GenerationRequest, streams: Sequence[TextStream], guide: Guide | None, since: float | None
+        self,
+        request: GenerationRequest,
+        streams: Sequence[TextStream],
+        guide: Guide | None,
+        embeds: Embeds | None,
+        since: float | None,
     ) -> None:
         ends = translation.ends(request, self._eos_token_ids)
         self._engine.submit(*(VllmAnswer(request, index, stream, ends, since) for index, stream in enumerate(streams)))
