@@ -40,6 +40,7 @@ from trident_client._types import (
     TextPart,
     ToolCall,
     Transcription,
+    TranscriptionChunk,
     Translation,
 )
 
@@ -71,6 +72,7 @@ __all__ = [  # noqa: RUF022 (as `sorted` has it)
     "TextPart",
     "ToolCall",
     "Transcription",
+    "TranscriptionChunk",
     "TranscriptionOptions",
     "Translation",
     "TranslationOptions",

@@ -34,6 +34,7 @@ from trident_client._types import (
     Ranked,
     SparseVector,
     Transcription,
+    TranscriptionChunk,
     Translation,
 )
 
@@ -337,7 +338,18 @@ class AsyncClient(AsyncConnection):
         **options: Unpack[TranscriptionOptions],
     ) -> Transcription:
         """See `Client.transcribe`."""
-        return await self._send(_tasks.transcribe(audio, model, options), timeout)
+        return _tasks.transcription(await self._whole(_tasks.transcribe(audio, model, options), timeout))
+
+    def stream_transcription(
+        self,
+        audio: bytes | str | Path,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranscriptionOptions],
+    ) -> AsyncGenerator[TranscriptionChunk, None]:
+        """See `Client.stream_transcription`. A model that is not named is looked for while iterating."""
+        return self._chunks(_tasks.transcribe(audio, model, options, stream=True), timeout)
 
     async def embed_images(
         self,

@@ -34,6 +34,7 @@ from trident_client._types import (
     Ranked,
     SparseVector,
     Transcription,
+    TranscriptionChunk,
     Translation,
 )
 
@@ -511,7 +512,31 @@ class Client(Connection):
             TypeError: an option is unknown.
             ValueError: an option's number does not fit its type.
         """
-        return self._send(_tasks.transcribe(audio, model, options), timeout)
+        return _tasks.transcription(self._whole(_tasks.transcribe(audio, model, options), timeout))
+
+    def stream_transcription(
+        self,
+        audio: bytes | str | Path,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranscriptionOptions],
+    ) -> Generator[TranscriptionChunk, None, None]:
+        """The same, in chunks as they come; joined, they are what `transcribe` gives. Closing the iterator cancels it.
+
+        Text comes as soon as no later token can take it away again: of a window's first segment token by token, of its
+        other ones when each is complete. Of a search with beams it comes window by window.
+
+        Args:
+            timeout: seconds until the last chunk; None: no limit but the client's, between two chunks.
+            options: those of `transcribe`.
+
+        Raises:
+            TridentError: see its subclasses; raised while iterating, but for a model that is not named and not found.
+            OSError: the file can't be read.
+            TypeError: an option is unknown.
+        """
+        return self._chunks(_tasks.transcribe(audio, model, options, stream=True), timeout)
 
     def embed_images(
         self,

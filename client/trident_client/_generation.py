@@ -27,7 +27,7 @@ def prompt(
     *,
     stream: bool = False,
     n: int = 1,
-) -> Prompt:
+) -> Prompt[GenerationChunk]:
     """The request for a text or tokens to continue, or for the messages of a chat."""
     inputs: dict[str, NDArray[Any]]
     if isinstance(given, str):
@@ -40,7 +40,7 @@ def prompt(
     inputs |= _wire.options(options, GENERATION)
     if n != 1:
         inputs["n"] = _wire.scalar("n", n, np.int32)[None]
-    return Prompt(model, inputs, stream)
+    return Prompt(TASK, model, inputs, stream, chunks)
 
 
 def turns(messages: str | Sequence[Message]) -> Sequence[Message]:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_client import _wire
-from trident_client._errors import InvalidRequestError
+from trident_client._errors import InvalidRequestError, ServerError
 from trident_client._options import TRANSCRIPTION, TRANSLATION
-from trident_client._steps import Batch, Tensors
+from trident_client._steps import Batch, Prompt, Tensors
 from trident_client._types import (
     Answer,
     Entity,
@@ -22,6 +22,7 @@ from trident_client._types import (
     Segment,
     SparseVector,
     Transcription,
+    TranscriptionChunk,
     Translation,
 )
 
@@ -239,10 +240,13 @@ def text_to_text(
     )
 
 
-def transcribe(audio: File, model: str | None, options: Mapping[str, Any]) -> Batch[Transcription]:
-    """See `Client.transcribe`."""
-    requests = [{"audio": _tensor_of([_content(audio)])[None], **_wire.options(options, TRANSCRIPTION)}]
-    return Batch("automatic-speech-recognition", model, requests, lambda responses: _transcription(responses[0]))
+def transcribe(
+    audio: File, model: str | None, options: Mapping[str, Any], *, stream: bool = False
+) -> Prompt[TranscriptionChunk]:
+    """See `Client.transcribe` and `Client.stream_transcription`."""
+    inputs = {"audio": _tensor_of([_content(audio)])[None], **_wire.options(options, TRANSCRIPTION)}
+    inputs["stream"] = np.array([[stream]])
+    return Prompt("automatic-speech-recognition", model, inputs, stream, lambda outputs: [_heard(outputs)])
 
 
 def embed_images(images: File | Sequence[File], model: str | None, batch_size: int) -> Batch[NDArray[np.float32]]:
@@ -383,7 +387,25 @@ def _records(kind: type[_Record], row: Mapping[str, list[Any]]) -> list[_Record]
     return [kind(**record) for record in records if record.get("start") != -1]
 
 
-def _transcription(outputs: Mapping[str, NDArray[Any]]) -> Transcription:
+def transcription(chunks: Sequence[TranscriptionChunk]) -> Transcription:
+    """All of an answer.
+
+    Raises:
+        ServerError: there are no chunks.
+    """
+    if not chunks:
+        raise ServerError("the server ended the answer before it began")
+    return Transcription(
+        text="".join(chunk.text for chunk in chunks),
+        language=chunks[-1].language,
+        duration=chunks[-1].duration,
+        finish_reason=chunks[-1].finish_reason,
+        num_output_tokens=chunks[-1].num_output_tokens,
+        segments=tuple(segment for chunk in chunks for segment in chunk.segments),
+    )
+
+
+def _heard(outputs: Mapping[str, NDArray[Any]]) -> TranscriptionChunk:
     tokens = outputs["output_ids"].reshape(-1).tolist()
     names = ("segment_start", "segment_end", "segment_text", "segment_tokens", "segment_log_prob", "segment_no_speech")
     columns = [outputs[name].reshape(-1).tolist() for name in names]
@@ -392,7 +414,7 @@ def _transcription(outputs: Mapping[str, NDArray[Any]]) -> Transcription:
         its = tuple(tokens[first : first + count])
         segments.append(Segment(round(start, 3), round(end, 3), text.decode("utf-8"), its, log_prob, no_speech))
         first += count
-    return Transcription(
+    return TranscriptionChunk(
         text=outputs["text_output"].item().decode("utf-8"),
         language=outputs["language"].item().decode("utf-8"),
         duration=float(outputs["duration"].item()),

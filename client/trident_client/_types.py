@@ -229,16 +229,18 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Transcription:
-    """The answer of a model of speech recognition.
+class TranscriptionChunk:
+    """A chunk of the answer of a model of speech recognition.
 
     Attributes:
-        text: what is said.
+        text: the new text.
         language: its code.
         duration: of the recording, in seconds.
-        finish_reason: "stop", "length" if the limit of tokens cut off what was heard in a window, or "cancelled".
-        num_output_tokens: tokens generated.
-        segments: with times, where they were asked for.
+        finish_reason: "stop", "length" if the limit of tokens cut off what was heard in a window, or "cancelled", in
+            the last chunk; "" before.
+        num_output_tokens: tokens of the windows that are complete by now.
+        segments: the new ones, with times, where they were asked for; a window's come when it is complete, behind their
+            text.
     """
 
     text: str
@@ -247,6 +249,11 @@ class Transcription:
     finish_reason: str
     num_output_tokens: int
     segments: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True)
+class Transcription(TranscriptionChunk):
+    """A complete answer: one chunk that holds all of it."""
 
 
 @dataclass(frozen=True)

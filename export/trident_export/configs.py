@@ -247,6 +247,7 @@ def _seq2seq(name: str, limits: Seq2SeqLimits) -> pb.ModelConfig:
 
 def _speech(name: str, limits: SpeechLimits) -> pb.ModelConfig:
     config = _base(name, "trident_speech", max_batch_size=1)
+    config.model_transaction_policy.decoupled = True
     config.input.append(_tensor(pb.ModelInput, "audio", "STRING", [1]))
     _add_fields(config, SPEECH)
     outputs = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trident_client import Client, SparseVector
+from trident_client import Client, Segment, SparseVector
 from trident_client._options import TRANSCRIPTION, TRANSLATION
 from trident_client.cli import output, texts
 from trident_client.cli.connection import number
@@ -252,6 +253,8 @@ def transcribe(client: Client, options: argparse.Namespace) -> int:
     """What is said in recordings."""
     texts.check_once(options.audio)
     asked = {"model": options.model, **chosen(options, TRANSCRIPTION)}
+    if options.stream:
+        return _stream_transcriptions(client, options, asked)
     found = []
     for name in options.audio:
         content = sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes()
@@ -263,10 +266,34 @@ def transcribe(client: Client, options: argparse.Namespace) -> int:
     else:
         for each in found:
             for segment in each.segments:
-                output.show(f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}")
+                output.show(_timed(segment))
             if not each.segments:
                 output.show(each.text)
     return Exit.DONE
+
+
+def _stream_transcriptions(client: Client, options: argparse.Namespace, asked: dict[str, Any]) -> int:
+    """The same as it comes: text, segments where their times are wanted, or an object a chunk."""
+    if options.json:
+        raise InputError("--stream prints text as it comes, or chunks with --jsonl: --json is one document")
+    for name in options.audio:
+        content = sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes()
+        with contextlib.closing(client.stream_transcription(content, **asked)) as chunks:
+            if options.jsonl:
+                output.rows({"file": name, **output.plain(chunk)} for chunk in chunks)
+            elif asked["timestamps"]:
+                for chunk in chunks:
+                    for segment in chunk.segments:
+                        output.show(_timed(segment), flush=True)
+            else:
+                for chunk in chunks:
+                    output.show(chunk.text, end="", flush=True)
+                print()
+    return Exit.DONE
+
+
+def _timed(segment: Segment) -> str:
+    return f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}"
 
 
 def embed_images(client: Client, options: argparse.Namespace) -> int:
@@ -313,6 +340,9 @@ def add_images(command: argparse.ArgumentParser) -> None:
 def add_transcribe(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `transcribe`."""
     command.add_argument("audio", nargs="+", metavar="FILE", help="WAV, FLAC, MP3 or Ogg; -: from standard input")
+    command.add_argument(
+        "--stream", action="store_true", help="print the text as it comes; with --jsonl, chunks"
+    )
     add_flags(command, TRANSCRIPTION)
 
 

@@ -455,6 +455,7 @@ SPEECH = (
         choices=("transcribe", "translate"),
     ),
     Field("timestamps", "BOOL", "give segments with their times", False),
+    Field("stream", "BOOL", "answer in parts, as the text comes", False, option=False, flag=False),
     *_SAMPLING,
     _REPETITION,
     _SEED,
