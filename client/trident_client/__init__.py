@@ -21,11 +21,18 @@ from trident_client._errors import (
     TridentError,
     UnavailableError,
 )
-from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
+from trident_client._options import (
+    ExplanationOptions,
+    GenerationOptions,
+    TranscriptionOptions,
+    TranslationOptions,
+)
 from trident_client._settings import TLS
 from trident_client._types import (
     Answer,
+    Attribution,
     Entity,
+    Explanation,
     Filling,
     Finding,
     Generation,
@@ -47,10 +54,13 @@ from trident_client._types import (
 __all__ = [  # noqa: RUF022 (as `sorted` has it)
     "Answer",
     "AsyncClient",
+    "Attribution",
     "CancelledError",
     "Client",
     "DeadlineExceededError",
     "Entity",
+    "Explanation",
+    "ExplanationOptions",
     "Filling",
     "Finding",
     "ForbiddenError",

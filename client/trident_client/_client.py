@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from trident_client import _control, _generation, _tasks
 from trident_client._connection import Connection
-from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
+from trident_client._options import (
+    ExplanationOptions,
+    GenerationOptions,
+    TranscriptionOptions,
+    TranslationOptions,
+)
 from trident_client._task_options import (
     AnswerOptions,
     ClassifyOptions,
@@ -24,6 +29,7 @@ from trident_client._tasks import File
 from trident_client._types import (
     Answer,
     Entity,
+    Explanation,
     Filling,
     Generation,
     GenerationChunk,
@@ -537,6 +543,37 @@ class Client(Connection):
             TypeError: an option is unknown.
         """
         return self._chunks(_tasks.transcribe(audio, model, options, stream=True), timeout)
+
+    def explain(
+        self, text: str, *, model: str, timeout: float | None = None, **options: Unpack[ExplanationOptions]
+    ) -> list[Explanation]:
+        """Which words the answer of a model rests on: what the score of each of its statements loses without a word.
+
+        The model's table in models.toml must have `explain`.
+
+        Args:
+            text: to classify, to find entities in, to rank, to fill or to continue; of question answering the context.
+            model: public name, or that of a variant.
+            options: see `ExplanationOptions`; a ranker needs `query`, question answering `question`, and zero-shot
+                classification `candidate_labels`.
+            timeout: seconds.
+
+        Raises:
+            TridentError: see its subclasses; `NotFoundError` where nothing explains the model.
+            TypeError: an option is unknown.
+        """
+        return self._send(_tasks.explain(text, model, options), timeout)
+
+    def explain_page(
+        self, text: str, *, model: str, timeout: float | None = None, **options: Unpack[ExplanationOptions]
+    ) -> str:
+        """The same as a page with the marked text, in HTML: it needs no other file and runs nothing.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+        """
+        return self._send(_tasks.explain_page(text, model, options), timeout)
 
     def embed_images(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,11 +12,13 @@ from numpy.typing import NDArray
 
 from trident_client import _wire
 from trident_client._errors import InvalidRequestError, ServerError
-from trident_client._options import TRANSCRIPTION, TRANSLATION
+from trident_client._options import EXPLANATION, TRANSCRIPTION, TRANSLATION
 from trident_client._steps import Batch, Prompt, Tensors
 from trident_client._types import (
     Answer,
+    Attribution,
     Entity,
+    Explanation,
     Filling,
     Label,
     Ranked,
@@ -247,6 +250,35 @@ def transcribe(
     inputs = {"audio": _tensor_of([_content(audio)])[None], **_wire.options(options, TRANSCRIPTION)}
     inputs["stream"] = np.array([[stream]])
     return Prompt("automatic-speech-recognition", model, inputs, stream, lambda outputs: [_heard(outputs)])
+
+
+def explain(text: str, model: str, options: Mapping[str, Any]) -> Batch[list[Explanation]]:
+    """See `Client.explain`."""
+
+    def join(responses: _Responses) -> list[Explanation]:
+        found = json.loads(responses[0]["explanation"].item())
+        return [
+            Explanation(**{**each, "attributions": tuple(Attribution(**one) for one in each["attributions"])})
+            for each in found
+        ]
+
+    return Batch("", *_explaining(text, model, options), join)
+
+
+def explain_page(text: str, model: str, options: Mapping[str, Any]) -> Batch[str]:
+    """See `Client.explain_page`."""
+    name, requests = _explaining(text, model, options)
+    pages = [{**each, "page": np.array([[True]])} for each in requests]
+    return Batch("", name, pages, lambda responses: str(responses[0]["page"].item(), "utf-8"))
+
+
+def _explaining(text: str, model: str, options: Mapping[str, Any]) -> tuple[str, list[Tensors]]:
+    """The model that explains another one, and the request for it."""
+    base, _, variant = model.partition("_")
+    tensors: dict[str, NDArray[Any]] = {"text_input": _wire.texts([text])[None]}
+    if variant:
+        tensors["variant"] = _wire.texts([variant])[None]
+    return f"{base}_explain", [tensors | _wire.options(options, EXPLANATION)]
 
 
 def embed_images(images: File | Sequence[File], model: str | None, batch_size: int) -> Batch[NDArray[np.float32]]:

@@ -257,6 +257,48 @@ class Transcription(TranscriptionChunk):
 
 
 @dataclass(frozen=True)
+class Attribution:
+    """A part of a text, [start, end) in characters, and what the score loses without it.
+
+    Attributes:
+        part: which of the texts that the model read, by its name in a request.
+        value: below 0: the score is higher without it.
+    """
+
+    text: str
+    part: str
+    start: int
+    end: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one statement of a model rests on.
+
+    Attributes:
+        model: its public name.
+        of: the statement: a label, an entity, an answer.
+        score: of the whole text.
+        measure: what the score is.
+        by: what was hidden at a time.
+        hidden: how: "masked" or "removed".
+        texts: what the model read, by the names of a request.
+        attributions: in the order of the texts.
+    """
+
+    model: str
+    task: str
+    of: str
+    score: float
+    measure: str
+    by: str
+    hidden: str
+    texts: Mapping[str, str]
+    attributions: tuple[Attribution, ...]
+
+
+@dataclass(frozen=True)
 class Ranked:
     """A passage, by its index in the list that was given, with its score."""
 

@@ -340,9 +340,7 @@ def add_images(command: argparse.ArgumentParser) -> None:
 def add_transcribe(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `transcribe`."""
     command.add_argument("audio", nargs="+", metavar="FILE", help="WAV, FLAC, MP3 or Ogg; -: from standard input")
-    command.add_argument(
-        "--stream", action="store_true", help="print the text as it comes; with --jsonl, chunks"
-    )
+    command.add_argument("--stream", action="store_true", help="print the text as it comes; with --jsonl, chunks")
     add_flags(command, TRANSCRIPTION)
 
 

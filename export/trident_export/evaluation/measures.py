@@ -1,8 +1,8 @@
 """What answers are worth. A measure is statistics of each example, and a figure that comes from their sums.
 
 So a figure over any choice of examples, which a bootstrap makes thousands of, costs one product of matrices. Texts:
-sacrebleu (BLEU, chrF, TER), rouge-score, nltk (METEOR), jiwer (word error rate). Questions: SQuAD's exact match and F1 of words.
-Search: nDCG with the gain of TREC's evaluation, which is the grade itself.
+sacrebleu (BLEU, chrF, TER), rouge-score, nltk (METEOR), jiwer (word error rate). Questions: SQuAD's exact match and F1
+of words. Search: nDCG with the gain of TREC's evaluation, which is the grade itself.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _NoSynonyms:
 
 
 def _meteor(references: Sequence[Sequence[str]], found: Sequence[str]) -> Measure:
-    """nltk's METEOR of 2007 with two of its three modules: equal words, and equal stems of English words."""
+    """Nltk's METEOR of 2007 with two of its three modules: equal words, and equal stems of English words."""
     from nltk.tokenize import NLTKWordTokenizer
     from nltk.translate.meteor_score import meteor_score
 

@@ -1,6 +1,6 @@
 """English sentences that espeak-ng says: what a speech model hears of them, in wrong words.
 
-The voice is a synthetic one, which is hard to hear; the figure tells variants apart, and says little of people's voices.
+The voice is a synthetic one, which is hard to hear: the figure tells variants apart, and little of people's voices.
 espeak-ng is a program beside this package. Where it is not installed, nothing is measured.
 """
 
