@@ -31,8 +31,8 @@ class Answered:
     prompt_log_probs: tuple[float, ...] = ()
 
 
-# Asks a generator, from several threads: called with a prompt (a text, its tokens or messages) and options of a request;
-# gives what `Answered` has.
+# Asks a generator, from several threads: called with a prompt (a text, its tokens or messages) and options of a
+# request; gives what `Answered` has.
 Generate = Callable[..., Any]
 
 
