@@ -28,6 +28,7 @@ from trident_client import (
     Explanation,
     InvalidRequestError,
     NotFoundError,
+    cli,
 )
 from trident_serving.explanation import report, units
 from trident_serving.launcher.local import LocalServer
@@ -220,7 +221,12 @@ def plain(found: list[Explanation]) -> list[dict[str, Any]]:
 
 
 def test_a_server_explains_itself(
-    explain: Explain, direct: Client, gateway_server: LocalServer, gateway: Gateway
+    explain: Explain,
+    direct: Client,
+    gateway_server: LocalServer,
+    gateway: Gateway,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By request the same numbers as the command's, whoever asks; and the command's page."""
     entities, prompt = explain("tag", TEXT), explain("talk", TEXT, "--answer", " so", "--by", "token")
@@ -236,6 +242,16 @@ def test_a_server_explains_itself(
     found, page = asyncio.run(awaited())
     assert plain(found) == entities
     assert page == report.as_html([_explanation(each) for each in entities])
+
+    at = ["--model", "tag", "--url", gateway_server.grpc_url]
+    assert cli.main(["explain", TEXT, "--json", *at]) == 0
+    assert json.loads(capsys.readouterr().out) == entities
+    assert cli.main(["explain", TEXT, *at]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == sum(1 + len(each["attributions"]) for each in entities)
+    assert shown[0] == f"{entities[0]['of']} (probability {entities[0]['score']:.4g})"
+    assert cli.main(["explain", TEXT, "--html", str(tmp_path / "page.html"), *at]) == 0
+    assert (tmp_path / "page.html").read_text() == page
 
     body = {"model": "talk", "input": TEXT, "answer": " so", "by": "token"}
     status, _, answer = gateway.ask("/v1/explain", body)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,15 @@ def service(model: Bytes) -> Iterator[ExplanationService]:
     found = ExplanationService(explained, parameters, lambda name: model)
     yield found
     model.go.set()
-    found.stop()
+    if not found._stopping:
+        found.stop()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def asked(text: str, **options: str) -> dict[str, Any]:
@@ -133,6 +142,7 @@ def test_who_has_gone_and_who_finds_no_room(service: ExplanationService, model: 
         service.submit(asked("a b"), 10, channel)
     with pytest.raises(Overloaded, match="3 requests are being answered already"):
         service.submit(asked("a b"), 10, Channel())
+    until(lambda: model.calls == 2)
     channels[0].gone = True
     model.go.set()
     assert isinstance(channels[0].wait(), Cancelled)
@@ -147,6 +157,7 @@ def test_an_end_fails_what_is_open(service: ExplanationService, model: Bytes) ->
     channels = [Channel() for _ in range(3)]
     for channel in channels:
         service.submit(asked("a b"), 10, channel)
+    until(lambda: model.calls == 2)
     ending = threading.Thread(target=service.stop)
     ending.start()
     assert "being unloaded" in str(channels[2].wait())  # it has not begun

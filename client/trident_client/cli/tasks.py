@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trident_client import Client, Segment, SparseVector
-from trident_client._options import TRANSCRIPTION, TRANSLATION
+from trident_client._options import EXPLANATION, TRANSCRIPTION, TRANSLATION
 from trident_client.cli import output, texts
 from trident_client.cli.connection import number
 from trident_client.cli.exits import Exit, InputError
@@ -296,6 +296,26 @@ def _timed(segment: Segment) -> str:
     return f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}"
 
 
+def explain(client: Client, options: argparse.Namespace) -> int:
+    """Which words answers rest on."""
+    text = texts.whole(options)
+    asked = {"model": options.model, **chosen(options, EXPLANATION)}
+    if options.html:
+        options.html.write_text(client.explain_page(text, **asked), encoding="utf-8")
+        return Exit.DONE
+    found = client.explain(text, **asked)
+    if options.jsonl:
+        output.rows(output.plain(each) for each in found)
+    elif options.json:
+        output.document(found)
+    else:
+        for each in found:
+            output.show(f"{each.of} ({each.measure} {each.score:.4g})")
+            for one in sorted(each.attributions, key=lambda one: -abs(one.value)):
+                output.show(f"  {one.value:+10.4g}  {one.text}")
+    return Exit.DONE
+
+
 def embed_images(client: Client, options: argparse.Namespace) -> int:
     """Embeddings of images."""
     names, files = options.images, _read_files(options.images)
@@ -335,6 +355,14 @@ def add_images(command: argparse.ArgumentParser) -> None:
     """Add the arguments of a command that reads images."""
     command.add_argument("images", nargs="+", metavar="FILE", help="PNG, JPEG or WebP; -: from standard input")
     command.add_argument("--batch-size", type=number(1), default=8, help="images in a request (default %(default)s)")
+
+
+def add_explain(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `explain`."""
+    command.add_argument("--model", required=True, help="whose table in models.toml has explain")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the marked text instead")
+    texts.add(command)
+    add_flags(command, EXPLANATION)
 
 
 def add_transcribe(command: argparse.ArgumentParser) -> None:
