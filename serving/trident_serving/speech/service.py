@@ -161,8 +161,7 @@ class _Transcription:
         """Note a window's answer so far, on the engine's thread."""
         assert self._search is not None
         self._prompt = self._search.prompt  # with the language that was heard
-        clock = self._service.clock
-        self._write(tokens[: transcript.settled(tokens, clock.first) if self._timestamps else len(tokens)])
+        self._write(tokens[: transcript.settled(tokens, self._service.clock.first)])
         if self._text and not self.pending:  # else the outbox sends it anyway
             self._service.outbox.notify(self)
 
