@@ -270,7 +270,7 @@ def test_every_client_gives_the_same(
     for url in (speech_server.grpc_url, speech_server.http_url):
         with Client(url) as streaming:
             chunks = list(streaming.stream_transcription(file, model="whisper", language="de", timestamps=True))
-            assert sum(bool(chunk.text) for chunk in chunks) > 2
+            assert sum(bool(chunk.text) for chunk in chunks) > 1
             assert _tasks.transcription(chunks) == whole
 
     async def stream() -> list[Any]:
@@ -309,7 +309,7 @@ def test_every_client_gives_the_same(
         assert create().text == whole.text
         *deltas, done = create(stream=True)
         assert {each.type for each in deltas} == {"transcript.text.delta"}
-        assert len(deltas) > 2
+        assert len(deltas) > 1
         assert (done.type, done.text) == ("transcript.text.done", whole.text)
         assert "".join(each.delta for each in deltas) == whole.text
         assert create(response_format="text").strip() == whole.text

@@ -142,9 +142,11 @@ def _fillings(stages: EncoderStages, reading: Reading, whole: Tensors, label: st
     The graph gives its likeliest tokens only. One that is not among them counts as the last of those.
     """
     tokenizer = stages.tokenizer
-    found = stages.answer(reading, whole)
     ids = reading.stage["input_ids"][0]
     gaps = [at for at, span in enumerate(reading.tokens[0]) if span is None and ids[at] == stages.mask_token_id]
+    if not gaps:
+        token = None if stages.mask_token_id is None else tokenizer.id_to_token(stages.mask_token_id)
+        raise InvalidRequest(f"text_input has no gap to fill: write {token} in its place")
     named = None
     if label:
         inside = tokenizer.encode(label, add_special_tokens=False).ids
@@ -161,7 +163,7 @@ def _fillings(stages: EncoderStages, reading: Reading, whole: Tensors, label: st
 
         return Target(text, PROBABILITY, score)
 
-    tokens = found["token"][0, :, 0].tolist() if named is None else [named] * len(gaps)
+    tokens = whole["top_ids"][0, gaps, 0].tolist() if named is None else [named] * len(gaps)
     texts = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
     return [target(*each) for each in zip(gaps, tokens, texts, strict=True)]
 
