@@ -34,12 +34,13 @@ class Own(AbsTaskRetrieval):
         passages = [{"id": str(row), "title": "", "text": text} for row, text in enumerate(rows[0]["passages"])]
         queries = [{"id": f"q{row}", "text": each["query"]} for row, each in enumerate(rows)]
         relevant = {f"q{row}": {str(right): 1 for right in each["relevant"]} for row, each in enumerate(rows)}
-        self.dataset["default"]["test"] = {
+        split = {
             "corpus": Dataset.from_list(passages),
             "queries": Dataset.from_list(queries),
             "relevant_docs": relevant,
             "top_ranked": None,
         }
+        self.dataset = {"default": {"test": split}}
         self.data_loaded = True
 
 
