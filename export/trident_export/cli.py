@@ -499,11 +499,12 @@ def _detect(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     from trident_export.explanation import asking
     from trident_serving.explanation import report
+    from trident_serving.explanation.asking import Options
 
     quiet.hush_onnxruntime(options.verbose)
     (spec,) = _specs(options, on_demand=True)
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(asking.Options)}
-    asked = asking.Options(**{**given, "candidate_labels": tuple(options.candidate_labels)})
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
+    asked = Options(**{**given, "candidate_labels": tuple(options.candidate_labels)})
     asking.check(spec, options.texts, asked)
     variant = options.variant or spec.default_variant
     if variant not in spec.variants:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Sequence
 
 from trident_export import corpora
@@ -40,12 +41,9 @@ def error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
     """Words that were left out, put in or exchanged, by words that were said; without case and punctuation."""
     import jiwer
 
-    words = jiwer.Compose(
-        [
-            jiwer.ToLowerCase(),
-            jiwer.RemovePunctuation(),
-            jiwer.RemoveMultipleSpaces(),
-            jiwer.ReduceToListOfListOfWords(),
-        ]
-    )
-    return float(jiwer.wer(list(said), list(heard), reference_transform=words, hypothesis_transform=words))
+    return float(jiwer.wer([_words(text) for text in said], [_words(text) for text in heard]))
+
+
+def _words(text: str) -> str:
+    kept = (character for character in text.lower() if unicodedata.category(character)[0] != "P")
+    return " ".join("".join(kept).split())

@@ -78,7 +78,7 @@ def explain(
         if not kept:
             raise InvalidRequest("without one of its parts nothing is left of the prompt: explain it by smaller ones")
         found = generate([*kept, *given], max_tokens=0, prompt_logprobs=0)
-        return sum(found.prompt_log_probs[-len(given) :])
+        return float(sum(found.prompt_log_probs[-len(given) :]))
 
     with ThreadPoolExecutor(callers) as pool:
         asked = [pool.submit(log_prob, taken) for taken in (nothing, *hidden)]
