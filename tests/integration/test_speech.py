@@ -31,7 +31,8 @@ from trident_client import AsyncClient, Client, DeadlineExceededError, InvalidRe
 from trident_export import add, install, models_file, tasks
 from trident_export.errors import FidelityError
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.measure import signals
+from trident_export.measure import signals, spoken_sentences
+from trident_export.tasks import speech
 from trident_serving.artefacts import VERSION
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -231,6 +232,23 @@ def test_the_gate_refuses_what_hears_or_answers_otherwise(folder: Path, tmp_path
         path.write_text(json.dumps(json.loads(path.read_text()) | {"suppress_tokens": list(range(100, 400))}))
     with pytest.raises(FidelityError, match=said):
         tasks.evaluate(spec_of(folder), HuggingFaceFolder(folder / "whisper"), tmp_path)
+
+
+@pytest.mark.skipif(not spoken_sentences.installed(), reason="espeak-ng, which speaks, is not installed")
+def test_words_that_are_heard_wrong(folder: Path) -> None:
+    """Random weights hear nearly all of them wrong; a recording that is too long has no figure."""
+    version = folder / "repository" / "whisper" / VERSION
+    short = speech.word_errors(version, SpeechLimits(**LIMITS))
+    both = speech.word_errors(version, SpeechLimits(**(LIMITS | {"max_seconds": 60})))
+    assert (set(short), set(both)) == ({"wer_sentences"}, {"wer_sentences", "wer_recording"})
+    assert short["wer_sentences"] == both["wer_sentences"]
+    assert min(both.values()) > 0.8
+
+
+def test_what_is_a_wrong_word() -> None:
+    """One put in, one left out, one exchanged, of seven; case and punctuation are none."""
+    found = spoken_sentences.error_rate(["A cat sat.", "It isn't three, is"], ["a big CAT; sat", "it is three"])
+    assert found == pytest.approx(3 / 7)
 
 
 def test_a_folder_is_proposed_for_speech(folder: Path) -> None:
