@@ -236,13 +236,11 @@ def test_the_gate_refuses_what_hears_or_answers_otherwise(folder: Path, tmp_path
 
 @pytest.mark.skipif(not spoken_sentences.installed(), reason="espeak-ng, which speaks, is not installed")
 def test_words_that_are_heard_wrong(folder: Path) -> None:
-    """Random weights hear nearly all of them wrong; a recording that is too long has no figure."""
-    version = folder / "repository" / "whisper" / VERSION
-    short = speech.word_errors(version, SpeechLimits(**LIMITS))
-    both = speech.word_errors(version, SpeechLimits(**(LIMITS | {"max_seconds": 60})))
-    assert (set(short), set(both)) == ({"wer_sentences"}, {"wer_sentences", "wer_recording"})
-    assert short["wer_sentences"] == both["wer_sentences"]
-    assert min(both.values()) > 0.8
+    """Random weights hear nearly all of them wrong."""
+    limits = SpeechLimits(**(LIMITS | {"max_seconds": 60}))
+    found = speech.word_errors(folder / "repository" / "whisper" / VERSION, limits)
+    assert set(found) == {"wer_sentences", "wer_recording"}
+    assert min(found.values()) > 0.8
 
 
 def test_what_is_a_wrong_word() -> None:
