@@ -161,6 +161,8 @@ def export_models(root: Path) -> Path:
     tables["classify"] = {"task": "text-classification", "limits": {**shared, "labels": 3}}
     tables["tag"] = {"task": "token-classification", "limits": {**shared, "labels": len(LABELS)}}
     tables["talk"]["adapters"] = {"other": str(root / "other")}
+    tables["tag"]["explain"] = {"max_runs": 40}
+    tables["talk"]["explain"] = True
     for name, table in tables.items():
         table |= {"source": {"path": str(root / name)}, "variants": ["fp32"]}
     tables["translate"] = {"task": "translation", "generator": "talk", "target_lang": "German"}

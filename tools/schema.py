@@ -15,10 +15,11 @@ from pathlib import Path
 from trident_serving.encoders import TASKS
 from trident_serving.encoders.task import Tensor
 from trident_serving.guard.rules import Rule
-from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
+from trident_serving.schema.fields import EXPLANATION, GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
 from trident_serving.schema.limits import (
     LIMITS,
     EncoderLimits,
+    ExplanationLimits,
     GenerationLimits,
     ImageLimits,
     Limits,
@@ -33,10 +34,16 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = ROOT / "client" / "trident_client" / "_options.py"
 REQUESTS = ROOT / "docs" / "reference" / "requests.md"
 MODELS = ROOT / "docs" / "reference" / "models-toml.md"
-TABLES = {"generation": GENERATION, "seq2seq": SEQ2SEQ, "speech": SPEECH, "template": (*TEMPLATE, *LANGUAGES)}
+TABLES = {
+    "generation": GENERATION,
+    "seq2seq": SEQ2SEQ,
+    "speech": SPEECH,
+    "template": (*TEMPLATE, *LANGUAGES),
+    "explanation": EXPLANATION,
+}
 
 _TYPES = {"INT32": "int", "UINT64": "int", "FP32": "float", "BOOL": "bool", "STRING": "str"}
-_HEAD = '''"""The options of calls that generate, translate, summarize or transcribe.
+_HEAD = '''"""The options of calls that generate, translate, summarize, transcribe or explain.
 
 Written by `make schema` from `trident_serving.schema.fields`: change that, not this.
 """
@@ -89,6 +96,7 @@ def options() -> str:
         ("Generation", "`generate`, `stream` and `chat`", GENERATION),
         ("Translation", "`translate` and `summarize`", SEQ2SEQ),
         ("Transcription", "`transcribe`", SPEECH),
+        ("Explanation", "`explain`", EXPLANATION),
     ):
         own = [field for field in fields if field.option]
         lines = [f'class {name}Options(TypedDict, total=False):\n    """Options of {what}; None leaves one out.\n']
@@ -139,7 +147,7 @@ def table(fields: Sequence[Field]) -> str:
     return "\n".join(rows)
 
 
-def limits_table(*kinds: type[Limits] | type[Rule] | type[VllmSettings]) -> str:
+def limits_table(*kinds: type[Limits] | type[Rule] | type[VllmSettings] | type[ExplanationLimits]) -> str:
     """The limits of dataclasses as a table of Markdown; those of all but the first name the tasks that have them."""
     rows = ["| key | default | meaning |", "|---|---:|---|"]
     base = {field.name: field.default for field in dataclasses.fields(kinds[0])}
@@ -216,6 +224,7 @@ def made() -> dict[Path, str]:
         "limits:speech": limits_table(SpeechLimits),
         "limits:template": limits_table(TemplateLimits),
         "limits:rule": limits_table(Rule),
+        "limits:explanation": limits_table(ExplanationLimits),
     }
     pages = {REQUESTS: fields | {"fields:encoders": encoders_table()}, MODELS: limits}
     found = {page: with_tables(page.read_text(encoding="utf-8"), tables) for page, tables in pages.items()}

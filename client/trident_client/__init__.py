@@ -21,11 +21,18 @@ from trident_client._errors import (
     TridentError,
     UnavailableError,
 )
-from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
+from trident_client._options import (
+    ExplanationOptions,
+    GenerationOptions,
+    TranscriptionOptions,
+    TranslationOptions,
+)
 from trident_client._settings import TLS
 from trident_client._types import (
     Answer,
+    Attribution,
     Entity,
+    Explanation,
     Filling,
     Finding,
     Generation,
@@ -41,16 +48,20 @@ from trident_client._types import (
     TextPart,
     ToolCall,
     Transcription,
+    TranscriptionChunk,
     Translation,
 )
 
 __all__ = [  # noqa: RUF022 (as `sorted` has it)
     "Answer",
     "AsyncClient",
+    "Attribution",
     "CancelledError",
     "Client",
     "DeadlineExceededError",
     "Entity",
+    "Explanation",
+    "ExplanationOptions",
     "Filling",
     "Finding",
     "ForbiddenError",
@@ -73,6 +84,7 @@ __all__ = [  # noqa: RUF022 (as `sorted` has it)
     "TextPart",
     "ToolCall",
     "Transcription",
+    "TranscriptionChunk",
     "TranscriptionOptions",
     "Translation",
     "TranslationOptions",

@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from trident_client import _control, _generation, _tasks
 from trident_client._async_connection import AsyncConnection
-from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
+from trident_client._options import (
+    ExplanationOptions,
+    GenerationOptions,
+    TranscriptionOptions,
+    TranslationOptions,
+)
 from trident_client._task_options import (
     AnswerOptions,
     ClassifyOptions,
@@ -23,6 +28,7 @@ from trident_client._task_options import (
 from trident_client._types import (
     Answer,
     Entity,
+    Explanation,
     File,
     Filling,
     Generation,
@@ -34,6 +40,7 @@ from trident_client._types import (
     Ranked,
     SparseVector,
     Transcription,
+    TranscriptionChunk,
     Translation,
 )
 
@@ -343,7 +350,30 @@ class AsyncClient(AsyncConnection):
         **options: Unpack[TranscriptionOptions],
     ) -> Transcription:
         """See `Client.transcribe`."""
-        return await self._send(_tasks.transcribe(audio, model, options), timeout)
+        return _tasks.transcription(await self._whole(_tasks.transcribe(audio, model, options), timeout))
+
+    def stream_transcription(
+        self,
+        audio: bytes | str | Path,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranscriptionOptions],
+    ) -> AsyncGenerator[TranscriptionChunk, None]:
+        """See `Client.stream_transcription`. A model that is not named is looked for while iterating."""
+        return self._chunks(_tasks.transcribe(audio, model, options, stream=True), timeout)
+
+    async def explain(
+        self, text: str, *, model: str, timeout: float | None = None, **options: Unpack[ExplanationOptions]
+    ) -> list[Explanation]:
+        """See `Client.explain`."""
+        return await self._send(_tasks.explain(text, model, options), timeout)
+
+    async def explain_page(
+        self, text: str, *, model: str, timeout: float | None = None, **options: Unpack[ExplanationOptions]
+    ) -> str:
+        """See `Client.explain_page`."""
+        return await self._send(_tasks.explain_page(text, model, options), timeout)
 
     async def embed_images(
         self,

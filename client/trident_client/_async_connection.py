@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from trident_client import _control, _generation
+from trident_client import _control
 from trident_client._choice import Choice
 from trident_client._errors import CancelledError, TridentError, UnavailableError
 from trident_client._grpc_aio import AsyncGrpcServer
 from trident_client._sending import send_all_async
 from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
 from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
-from trident_client._types import GenerationChunk
 from trident_client._watch import countdown, limit
 
 if TYPE_CHECKING:
@@ -160,23 +159,35 @@ class AsyncConnection:
 
         return await send_all_async(start, len(requests), seconds, self._wait_if_full)
 
-    async def _chunks(self, prompt: Prompt, timeout: float | None) -> AsyncGenerator[GenerationChunk, None]:
-        """The answer of a generator."""
+    async def _chunks(self, prompt: Prompt[Result], timeout: float | None) -> AsyncGenerator[Result, None]:
+        """The answer as it comes."""
         left = countdown(self._deadline(timeout))
-        model = await self._model(prompt.model, _generation.TASK, timeout)
+        model = await self._model(prompt.model, prompt.task, timeout)
         if prompt.stream and timeout is None:
             stream = self._receive(model, prompt.inputs, None, self._timeout)
         else:
             stream = self._receive(model, prompt.inputs, left())
         async with contextlib.aclosing(stream) as responses:
             async for outputs in responses:
-                for chunk in _generation.chunks(outputs):
+                for chunk in prompt.chunks(model, outputs):
                     yield chunk
+
+    async def _whole(self, prompt: Prompt[Result], timeout: float | None) -> list[Result]:
+        """All of the answer; the request is sent again where the server has no room for it."""
+        left = countdown(self._deadline(timeout))
+        model = await self._model(prompt.model, prompt.task, timeout)
+
+        async def ask(_: int, seconds: float | None) -> list[Result]:
+            async with contextlib.aclosing(self._receive(model, prompt.inputs, seconds)) as responses:
+                return [chunk async for outputs in responses for chunk in prompt.chunks(model, outputs)]
+
+        (found,) = await send_all_async(ask, 1, left(), self._wait_if_full)
+        return found
 
     async def _receive(
         self, model: str, inputs: Tensors, seconds: float | None, silence: float | None = None
     ) -> AsyncGenerator[_Outputs, None]:
-        """The responses to a request of a generator; see `Connection`."""
+        """The responses to a request that may have several; see `Connection`."""
         left = countdown(seconds)
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():

@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from trident_client import _control, _generation, _tasks
 from trident_client._connection import Connection
-from trident_client._options import GenerationOptions, TranscriptionOptions, TranslationOptions
+from trident_client._options import (
+    ExplanationOptions,
+    GenerationOptions,
+    TranscriptionOptions,
+    TranslationOptions,
+)
 from trident_client._task_options import (
     AnswerOptions,
     ClassifyOptions,
@@ -23,6 +28,7 @@ from trident_client._task_options import (
 from trident_client._types import (
     Answer,
     Entity,
+    Explanation,
     File,
     Filling,
     Generation,
@@ -34,6 +40,7 @@ from trident_client._types import (
     Ranked,
     SparseVector,
     Transcription,
+    TranscriptionChunk,
     Translation,
 )
 
@@ -521,7 +528,62 @@ class Client(Connection):
             TypeError: an option is unknown.
             ValueError: an option's number does not fit its type.
         """
-        return self._send(_tasks.transcribe(audio, model, options), timeout)
+        return _tasks.transcription(self._whole(_tasks.transcribe(audio, model, options), timeout))
+
+    def stream_transcription(
+        self,
+        audio: bytes | str | Path,
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[TranscriptionOptions],
+    ) -> Generator[TranscriptionChunk, None, None]:
+        """The same, in chunks as they come; joined, they are what `transcribe` gives. Closing the iterator cancels it.
+
+        Text comes as soon as no later token can take it away again: of a window's first segment token by token, of its
+        other ones when each is complete. Of a search with beams it comes window by window.
+
+        Args:
+            timeout: seconds until the last chunk; None: no limit but the client's, between two chunks.
+            options: those of `transcribe`.
+
+        Raises:
+            TridentError: see its subclasses; raised while iterating, but for a model that is not named and not found.
+            OSError: the file can't be read.
+            TypeError: an option is unknown.
+        """
+        return self._chunks(_tasks.transcribe(audio, model, options, stream=True), timeout)
+
+    def explain(
+        self, text: str, *, model: str, timeout: float | None = None, **options: Unpack[ExplanationOptions]
+    ) -> list[Explanation]:
+        """Which words the answer of a model rests on: what the score of each of its statements loses without a word.
+
+        The model's table in models.toml must have `explain`.
+
+        Args:
+            text: to classify, to find entities in, to rank, to fill or to continue; of question answering the context.
+            model: public name, or that of a variant.
+            options: see `ExplanationOptions`; a ranker needs `query`, question answering `question`, and zero-shot
+                classification `candidate_labels`.
+            timeout: seconds.
+
+        Raises:
+            TridentError: see its subclasses; `NotFoundError` where nothing explains the model.
+            TypeError: an option is unknown.
+        """
+        return self._send(_tasks.explain(text, model, options), timeout)
+
+    def explain_page(
+        self, text: str, *, model: str, timeout: float | None = None, **options: Unpack[ExplanationOptions]
+    ) -> str:
+        """The same as a page with the marked text, in HTML: it needs no other file and runs nothing.
+
+        Raises:
+            TridentError: see its subclasses.
+            TypeError: an option is unknown.
+        """
+        return self._send(_tasks.explain_page(text, model, options), timeout)
 
     def embed_images(
         self,

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from trident_client import _control, _generation
+from trident_client import _control
 from trident_client._choice import Choice
 from trident_client._errors import CancelledError, TridentError, UnavailableError
 from trident_client._grpc_channel import GrpcServer
-from trident_client._sending import send_all, was_full
+from trident_client._sending import send_all, send_one, was_full
 from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
 from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
-from trident_client._types import GenerationChunk
 from trident_client._watch import Watch, countdown, limit
 
 if TYPE_CHECKING:
@@ -144,23 +143,35 @@ class Connection:
 
         return send_all(start, len(requests), seconds, again)
 
-    def _chunks(self, prompt: Prompt, timeout: float | None) -> Generator[GenerationChunk, None, None]:
-        """The answer of a generator. A model that is not named is looked for at once, all else while iterating."""
+    def _chunks(self, prompt: Prompt[Result], timeout: float | None) -> Generator[Result, None, None]:
+        """The answer as it comes. A model that is not named is looked for at once, all else while iterating."""
         left = countdown(self._deadline(timeout))
-        model = self._model(prompt.model, _generation.TASK, timeout)
+        model = self._model(prompt.model, prompt.task, timeout)
         if prompt.stream and timeout is None:
-            return self._parsed(self._receive(model, prompt.inputs, None, self._timeout))
-        return self._parsed(self._receive(model, prompt.inputs, left()))
+            return self._parsed(prompt, model, self._receive(model, prompt.inputs, None, self._timeout))
+        return self._parsed(prompt, model, self._receive(model, prompt.inputs, left()))
 
-    def _parsed(self, stream: Generator[_Outputs, None, None]) -> Generator[GenerationChunk, None, None]:
+    def _whole(self, prompt: Prompt[Result], timeout: float | None) -> list[Result]:
+        """All of the answer; the request is sent again where the server has no room for it."""
+        left = countdown(self._deadline(timeout))
+        model = self._model(prompt.model, prompt.task, timeout)
+
+        def ask(seconds: float | None) -> list[Result]:
+            return list(self._parsed(prompt, model, self._receive(model, prompt.inputs, seconds)))
+
+        return send_one(ask, left(), self._wait_if_full)
+
+    def _parsed(
+        self, prompt: Prompt[Result], model: str, stream: Generator[_Outputs, None, None]
+    ) -> Generator[Result, None, None]:
         with contextlib.closing(stream) as responses:
             for outputs in responses:
-                yield from _generation.chunks(outputs)
+                yield from prompt.chunks(model, outputs)
 
     def _receive(
         self, model: str, inputs: Tensors, seconds: float | None, silence: float | None = None
     ) -> Generator[_Outputs, None, None]:
-        """The responses to a request of a generator.
+        """The responses to a request that may have several.
 
         Args:
             seconds: until the last of them, from the first look for one; None: no limit.

@@ -133,7 +133,7 @@ def _known(message: str, kind: type[TridentError]) -> TridentError:
     if _RESTRICTED.search(message):
         return ForbiddenError(_FORBIDDEN)
     if _DECOUPLED.search(message):
-        return InvalidRequestError("the model generates text, and this call is for another task")
+        return InvalidRequestError("the model generates text or transcribes speech, and this call is for another task")
     if _OVER.search(message):
         kind = DeadlineExceededError
     if _AWAY.search(message):

@@ -38,7 +38,7 @@ def prompt(
     images: File | Sequence[File] = (),
     stream: bool = False,
     n: int = 1,
-) -> Prompt:
+) -> Prompt[GenerationChunk]:
     """The request for a text or tokens to continue, or for the messages of a chat."""
     inputs: dict[str, NDArray[Any]]
     files = _files(images)
@@ -55,7 +55,7 @@ def prompt(
     inputs |= _wire.options(options, GENERATION)
     if n != 1:
         inputs["n"] = _wire.scalar("n", n, np.int32)[None]
-    return Prompt(model, inputs, stream)
+    return Prompt(TASK, model, inputs, stream, chunks)
 
 
 def _files(images: File | Sequence[File]) -> list[bytes]:

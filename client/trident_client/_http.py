@@ -1,16 +1,17 @@
 """What calls over HTTP have in common, whether they block or are awaited: paths, bodies, answers and errors.
 
-Requests that have one response are KServe's `infer` with binary tensors. A generator's are `generate_stream`, whose
-bodies are JSON, also where the answer is wanted whole: only there does the server notice that its caller hung up.
+Requests that have one response are KServe's `infer` with binary tensors. Those of generators and of speech are
+`generate_stream`, whose bodies are JSON, also where the answer is wanted whole: only there does the server notice that
+its caller hung up. JSON holds a recording in Base64.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import socket
 import ssl
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,6 @@ from trident_client._errors import (
     from_named_code,
     from_status,
 )
-from trident_client._files import tensor_of
 from trident_client._settings import Address, Settings
 from trident_client._steps import RESTRICTED, Ask, Tensors
 from trident_client._types import ModelStatus
@@ -40,7 +40,8 @@ CONNECT_SECONDS = 10.0
 # tritonserver 2.51 ends at a body of 4 MiB.
 LARGEST_BODY = 3 * 2**20
 _LENGTH = "inference-header-content-length"
-FILES = "images"  # the only tensor of a generator that holds no texts
+# Inputs that hold files, and what stands before their Base64 where JSON has to hold them.
+_FILES = {"audio": "", "images": "data:application/octet-stream;base64,"}
 
 
 def arguments(address: Address, settings: Settings) -> dict[str, Any]:
@@ -152,8 +153,8 @@ def inferred(headers: Mapping[str, str], body: bytes) -> dict[str, NDArray[Any]]
 def generation(
     model: str, inputs: Tensors, seconds: float | None, limit: int | None
 ) -> tuple[str, bytes, dict[str, str]]:
-    """The path, the body and the headers of a request of a generator."""
-    fields = {name: _plain(_as_texts(array) if name == FILES else array) for name, array in inputs.items()}
+    """The path, the body and the headers of a request that may have several responses."""
+    fields = {name: _plain(array, _FILES.get(name)) for name, array in inputs.items()}
     if "n" not in fields:
         fields["stream"] = True
     body = json.dumps({**fields, "parameters": _timeout(seconds)}, ensure_ascii=False, allow_nan=False).encode()
@@ -162,14 +163,12 @@ def generation(
     return path, body, {"content-type": "application/json", "accept": "text/event-stream"}
 
 
-def _as_texts(files: NDArray[Any]) -> NDArray[Any]:
-    """Files as data URLs, since JSON can't hold bytes."""
-    return tensor_of([b"data:application/octet-stream;base64," + base64.b64encode(file) for file in files.reshape(-1)])
-
-
-def _plain(array: NDArray[Any]) -> Any:
+def _plain(array: NDArray[Any], file: str | None = None) -> Any:
     """A tensor as JSON has it: Triton makes it a row again."""
-    values = [value.decode("utf-8") if isinstance(value, bytes) else value for value in array.reshape(-1).tolist()]
+    if file is not None:
+        values = [file + b64encode(content).decode("ascii") for content in array.reshape(-1).tolist()]
+    else:
+        values = [value.decode("utf-8") if isinstance(value, bytes) else value for value in array.reshape(-1).tolist()]
     return values[0] if len(values) == 1 else values
 
 

@@ -1,4 +1,4 @@
-"""The options of calls that generate, translate, summarize or transcribe.
+"""The options of calls that generate, translate, summarize, transcribe or explain.
 
 Written by `make schema` from `trident_serving.schema.fields`: change that, not this.
 """
@@ -392,4 +392,53 @@ TRANSCRIPTION: dict[str, Option] = {
     ),
     "early_stopping": Option("BOOL", "end a beam search once it has as many answers as beams"),
     "no_repeat_ngram_size": Option("INT32", "no sequence of this many tokens comes twice; 0: off (at least 0)"),
+}
+
+
+class ExplanationOptions(TypedDict, total=False):
+    """Options of `explain`; None leaves one out.
+
+    Attributes:
+        by: what is hidden at a time (default word; one of word, sentence, token).
+        label: the class that is explained, of a masked text the token; without it the likeliest.
+        text_pair: of a classifier of pairs: the second text.
+        query: of a ranker.
+        question: of question answering, where the text is the context.
+        candidate_labels: of zero-shot classification.
+        hypothesis_template: of zero-shot classification: the sentence for a label.
+        multi_label: of zero-shot classification: score each label by itself (default false).
+        answer: of a generator: the answer that is explained; without it the model's greedy one.
+        chat: of a generator: the text is a message for the chat template (default false).
+        max_tokens: of a generator: how long its own answer may be; 64 without it (at least 1).
+    """
+
+    by: Literal["word", "sentence", "token"] | None
+    label: str | None
+    text_pair: str | None
+    query: str | None
+    question: str | None
+    candidate_labels: list[str] | None
+    hypothesis_template: str | None
+    multi_label: bool | None
+    answer: str | None
+    chat: bool | None
+    max_tokens: int | None
+
+
+EXPLANATION: dict[str, Option] = {
+    "by": Option(
+        "BYTES",
+        "what is hidden at a time (default word; one of word, sentence, token)",
+        choices=("word", "sentence", "token"),
+    ),
+    "label": Option("BYTES", "the class that is explained, of a masked text the token; without it the likeliest"),
+    "text_pair": Option("BYTES", "of a classifier of pairs: the second text"),
+    "query": Option("BYTES", "of a ranker"),
+    "question": Option("BYTES", "of question answering, where the text is the context"),
+    "candidate_labels": Option("BYTES", "of zero-shot classification", many=True),
+    "hypothesis_template": Option("BYTES", "of zero-shot classification: the sentence for a label"),
+    "multi_label": Option("BOOL", "of zero-shot classification: score each label by itself (default false)"),
+    "answer": Option("BYTES", "of a generator: the answer that is explained; without it the model's greedy one"),
+    "chat": Option("BOOL", "of a generator: the text is a message for the chat template (default false)"),
+    "max_tokens": Option("INT32", "of a generator: how long its own answer may be; 64 without it (at least 1)"),
 }

@@ -42,6 +42,7 @@ _MESSAGES: dict[str, Sequence[tuple[str, str, str, int]]] = {
     ],
     "ModelInferRequest": [
         ("one", "model_name", "string", 1),
+        ("one", "model_version", "string", 2),
         ("one", "id", "string", 3),
         _PARAMETERS,
         ("many", "inputs", "ModelInferRequest.InferInputTensor", 5),

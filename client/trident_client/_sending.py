@@ -140,6 +140,28 @@ def send_all(
     return responses
 
 
+def send_one(ask: Callable[[float | None], _Response], seconds: float | None, wait_if_full: bool) -> _Response:
+    """What one call gives, which is made again where the server had no room.
+
+    Args:
+        ask: makes it, within so many seconds.
+        seconds: see `send_all`.
+        wait_if_full: whether it is made again.
+
+    Raises:
+        TridentError: of the call.
+    """
+    request = _Request(0, time.monotonic() + (PATIENCE if seconds is None else seconds))
+    while True:
+        try:
+            return ask(None if seconds is None else request.left())
+        except OverloadedError:
+            pause = request.pause()
+            if not wait_if_full or time.monotonic() + pause >= request.until:
+                raise
+            time.sleep(pause)
+
+
 def was_full(call: Any) -> bool:
     """Whether a call ended because the server had no room for it."""
     return call.code() == grpc.StatusCode.UNAVAILABLE and says_full(call.details() or "")

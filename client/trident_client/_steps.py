@@ -57,18 +57,33 @@ class _Outputs(dict[str, NDArray[Any]]):
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One request of a generator, which answers in as many responses as it likes.
+class Prompt(Generic[Result]):
+    """One request of a model that answers in as many responses as it likes: of a generator, or of speech.
 
     Attributes:
-        model: public name; None: the server's only generator.
+        task: whose only model is asked where `model` is None.
+        model: public name.
         inputs: its tensors.
         stream: whether the answer is wanted as it comes, so that only silence is limited by the client's own timeout.
+        parse: the chunks of a response.
     """
 
+    task: str
     model: str | None
     inputs: Tensors
     stream: bool
+    parse: Callable[[dict[str, NDArray[Any]]], list[Result]]
+
+    def chunks(self, model: str, response: Tensors) -> list[Result]:
+        """The chunks of a response.
+
+        Args:
+            model: which one was asked.
+
+        Raises:
+            InvalidRequestError: the model has another task, which takes the same tensors and gives others.
+        """
+        return self.parse(_Outputs(response, model, self.task))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -9,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_client import _wire
-from trident_client._errors import InvalidRequestError
+from trident_client._errors import InvalidRequestError, ServerError
 from trident_client._files import content_of, is_file, tensor_of
-from trident_client._options import TRANSCRIPTION, TRANSLATION
-from trident_client._steps import Batch, Tensors
+from trident_client._options import EXPLANATION, TRANSCRIPTION, TRANSLATION
+from trident_client._steps import Batch, Prompt, Tensors
 from trident_client._types import (
     Answer,
+    Attribution,
     Entity,
+    Explanation,
     File,
     Filling,
     Label,
@@ -23,6 +26,7 @@ from trident_client._types import (
     Segment,
     SparseVector,
     Transcription,
+    TranscriptionChunk,
     Translation,
 )
 
@@ -237,10 +241,42 @@ def text_to_text(
     )
 
 
-def transcribe(audio: File, model: str | None, options: Mapping[str, Any]) -> Batch[Transcription]:
-    """See `Client.transcribe`."""
-    requests = [{"audio": tensor_of([content_of(audio)])[None], **_wire.options(options, TRANSCRIPTION)}]
-    return Batch("automatic-speech-recognition", model, requests, lambda responses: _transcription(responses[0]))
+def transcribe(
+    audio: File, model: str | None, options: Mapping[str, Any], *, stream: bool = False
+) -> Prompt[TranscriptionChunk]:
+    """See `Client.transcribe` and `Client.stream_transcription`."""
+    inputs = {"audio": tensor_of([content_of(audio)])[None], **_wire.options(options, TRANSCRIPTION)}
+    inputs["stream"] = np.array([[stream]])
+    return Prompt("automatic-speech-recognition", model, inputs, stream, lambda outputs: [_heard(outputs)])
+
+
+def explain(text: str, model: str, options: Mapping[str, Any]) -> Batch[list[Explanation]]:
+    """See `Client.explain`."""
+
+    def join(responses: _Responses) -> list[Explanation]:
+        found = json.loads(responses[0]["explanation"].item())
+        return [
+            Explanation(**{**each, "attributions": tuple(Attribution(**one) for one in each["attributions"])})
+            for each in found
+        ]
+
+    return Batch("", *_explaining(text, model, options), join)
+
+
+def explain_page(text: str, model: str, options: Mapping[str, Any]) -> Batch[str]:
+    """See `Client.explain_page`."""
+    name, requests = _explaining(text, model, options)
+    pages = [{**each, "page": np.array([[True]])} for each in requests]
+    return Batch("", name, pages, lambda responses: str(responses[0]["page"].item(), "utf-8"))
+
+
+def _explaining(text: str, model: str, options: Mapping[str, Any]) -> tuple[str, list[Tensors]]:
+    """The model that explains another one, and the request for it."""
+    base, _, variant = model.partition("_")
+    tensors: dict[str, NDArray[Any]] = {"text_input": _wire.texts([text])[None]}
+    if variant:
+        tensors["variant"] = _wire.texts([variant])[None]
+    return f"{base}_explain", [tensors | _wire.options(options, EXPLANATION)]
 
 
 def embed_images(images: File | Sequence[File], model: str | None, batch_size: int) -> Batch[NDArray[np.float32]]:
@@ -367,7 +403,25 @@ def _records(kind: type[_Record], row: Mapping[str, list[Any]]) -> list[_Record]
     return [kind(**record) for record in records if record.get("start") != -1]
 
 
-def _transcription(outputs: Mapping[str, NDArray[Any]]) -> Transcription:
+def transcription(chunks: Sequence[TranscriptionChunk]) -> Transcription:
+    """All of an answer.
+
+    Raises:
+        ServerError: there are no chunks.
+    """
+    if not chunks:
+        raise ServerError("the server ended the answer before it began")
+    return Transcription(
+        text="".join(chunk.text for chunk in chunks),
+        language=chunks[-1].language,
+        duration=chunks[-1].duration,
+        finish_reason=chunks[-1].finish_reason,
+        num_output_tokens=chunks[-1].num_output_tokens,
+        segments=tuple(segment for chunk in chunks for segment in chunk.segments),
+    )
+
+
+def _heard(outputs: Mapping[str, NDArray[Any]]) -> TranscriptionChunk:
     tokens = outputs["output_ids"].reshape(-1).tolist()
     names = ("segment_start", "segment_end", "segment_text", "segment_tokens", "segment_log_prob", "segment_no_speech")
     columns = [outputs[name].reshape(-1).tolist() for name in names]
@@ -376,7 +430,7 @@ def _transcription(outputs: Mapping[str, NDArray[Any]]) -> Transcription:
         its = tuple(tokens[first : first + count])
         segments.append(Segment(round(start, 3), round(end, 3), text.decode("utf-8"), its, log_prob, no_speech))
         first += count
-    return Transcription(
+    return TranscriptionChunk(
         text=outputs["text_output"].item().decode("utf-8"),
         language=outputs["language"].item().decode("utf-8"),
         duration=float(outputs["duration"].item()),

@@ -251,16 +251,18 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Transcription:
-    """The answer of a model of speech recognition.
+class TranscriptionChunk:
+    """A chunk of the answer of a model of speech recognition.
 
     Attributes:
-        text: what is said.
+        text: the new text.
         language: its code.
         duration: of the recording, in seconds.
-        finish_reason: "stop", "length" if the limit of tokens cut off what was heard in a window, or "cancelled".
-        num_output_tokens: tokens generated.
-        segments: with times, where they were asked for.
+        finish_reason: "stop", "length" if the limit of tokens cut off what was heard in a window, or "cancelled", in
+            the last chunk; "" before.
+        num_output_tokens: tokens of the windows that are complete by now.
+        segments: the new ones, with times, where they were asked for; a window's come when it is complete, behind their
+            text.
     """
 
     text: str
@@ -269,6 +271,53 @@ class Transcription:
     finish_reason: str
     num_output_tokens: int
     segments: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True)
+class Transcription(TranscriptionChunk):
+    """A complete answer: one chunk that holds all of it."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A part of a text, [start, end) in characters, and what the score loses without it.
+
+    Attributes:
+        part: which of the texts that the model read, by its name in a request.
+        value: below 0: the score is higher without it.
+    """
+
+    text: str
+    part: str
+    start: int
+    end: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one statement of a model rests on.
+
+    Attributes:
+        model: its public name.
+        of: the statement: a label, an entity, an answer.
+        score: of the whole text.
+        measure: what the score is.
+        by: what was hidden at a time.
+        hidden: how: "masked" or "removed".
+        texts: what the model read, by the names of a request.
+        attributions: in the order of the texts.
+    """
+
+    model: str
+    task: str
+    of: str
+    score: float
+    measure: str
+    by: str
+    hidden: str
+    texts: Mapping[str, str]
+    attributions: tuple[Attribution, ...]
 
 
 @dataclass(frozen=True)

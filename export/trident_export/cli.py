@@ -49,13 +49,13 @@ from trident_export import (
 )
 from trident_export.compression.methods import Method
 from trident_export.errors import ExportError, SourceError, UsageError
-from trident_export.explanation.units import By
 from trident_export.huggingface import adapters, sources
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
 from trident_export.measure.sensitivity import Grouping
 from trident_export.store import commands as store
 from trident_serving import artefacts
+from trident_serving.explanation.units import By
 
 if TYPE_CHECKING:
     from trident_client import Client
@@ -233,8 +233,24 @@ def _add_explanation(commands: argparse._SubParsersAction[argparse.ArgumentParse
     explained.add_argument("texts", nargs="+", metavar="TEXT", help="each is explained; of a ranker: passages")
     explained.add_argument("--query", default="", help="of a ranker")
     explained.add_argument("--question", default="", help="of question answering; the texts are contexts")
-    explained.add_argument("--pair", default="", metavar="TEXT", help="the second text of a classifier of pairs")
-    explained.add_argument("--label", default="", help="the class that is explained (default: the likeliest one)")
+    explained.add_argument(
+        "--pair", default="", dest="text_pair", metavar="TEXT", help="the second text of a classifier of pairs"
+    )
+    explained.add_argument(
+        "--label", default="", help="the class, or token, that is explained (default: the likeliest)"
+    )
+    explained.add_argument(
+        "--candidate",
+        action="append",
+        default=[],
+        dest="candidate_labels",
+        metavar="LABEL",
+        help="of zero-shot classification: a label that may fit; give it several times",
+    )
+    explained.add_argument(
+        "--template", default="", dest="hypothesis_template", help='the sentence for one ("This example is {}.")'
+    )
+    explained.add_argument("--multi-label", action="store_true", help="score each of them by itself")
     explained.add_argument("--answer", default="", metavar="TEXT", help="of a generator (default: what it answers)")
     explained.add_argument("--chat", action="store_true", help="of a generator: the text is a message")
     explained.add_argument("--max-tokens", type=int, default=0, help="of a generator's answer (default 64)")
@@ -481,11 +497,14 @@ def _detect(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from trident_export.explanation import asking, report
+    from trident_export.explanation import asking
+    from trident_serving.explanation import report
+    from trident_serving.explanation.asking import Options
 
     quiet.hush_onnxruntime(options.verbose)
     (spec,) = _specs(options, on_demand=True)
-    asked = asking.Options(**{field.name: getattr(options, field.name) for field in dataclasses.fields(asking.Options)})
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
+    asked = Options(**{**given, "candidate_labels": tuple(options.candidate_labels)})
     asking.check(spec, options.texts, asked)
     variant = options.variant or spec.default_variant
     if variant not in spec.variants:

@@ -17,10 +17,11 @@ from trident_export.models_file import ModelSpec
 from trident_serving import artefacts, encoders
 from trident_serving.artefacts import CONFIG, CONFIG_HEADER, UNVERIFIED, read_manifest
 from trident_serving.encoders.task import EncoderTask, Tensor
-from trident_serving.schema.fields import GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
+from trident_serving.schema.fields import EXPLANATION, GENERATION, LANGUAGES, SEQ2SEQ, SPEECH, TEMPLATE, Field
 from trident_serving.schema.limits import (
     CausalLimits,
     EncoderLimits,
+    ExplanationLimits,
     ImageLimits,
     Seq2SeqLimits,
     SpeechLimits,
@@ -46,6 +47,8 @@ def build(spec: ModelSpec, unverified: Mapping[str, str] | None = None) -> dict[
         limits = spec.encoder or spec.images
         assert limits
         configs = list(_ensemble(spec, limits))
+    if spec.explain is not None:
+        configs.append(_explanation(spec, spec.explain))
     built = {config.name: config for config in configs}
     for variant in spec.variants:  # by which a client finds the model of a task, and its adapters
         _set_parameters(built[spec.public_name(variant)], {"task": spec.task})
@@ -76,6 +79,11 @@ def model_parts(spec: ModelSpec, variant: str) -> list[str]:
 def first_stage(spec: ModelSpec) -> str:
     """The name of the Triton model that reads a request of an ensemble."""
     return f"{spec.name}_{encoders.TASKS[spec.task].stage}"
+
+
+def explanation(spec: ModelSpec) -> str:
+    """The name of the Triton model that explains a model's answers."""
+    return f"{spec.name}_explain"
 
 
 def alias(spec: ModelSpec) -> str:
@@ -252,6 +260,7 @@ def _seq2seq(name: str, limits: Seq2SeqLimits) -> pb.ModelConfig:
 
 def _speech(name: str, limits: SpeechLimits) -> pb.ModelConfig:
     config = _base(name, "trident_speech", max_batch_size=1)
+    config.model_transaction_policy.decoupled = True
     config.input.append(_tensor(pb.ModelInput, "audio", "STRING", [1]))
     _add_fields(config, SPEECH)
     outputs = [
@@ -295,6 +304,20 @@ def _template(spec: ModelSpec, limits: TemplateLimits) -> pb.ModelConfig:
     _add_fields(config, (*TEMPLATE, *LANGUAGES) if spec.task == "translation" else TEMPLATE)
     languages = {"source_lang": spec.source_lang, "target_lang": spec.target_lang}
     _set_parameters(config, {"task": spec.task, **asdict(limits), **languages})
+    return config
+
+
+def _explanation(spec: ModelSpec, limits: ExplanationLimits) -> pb.ModelConfig:
+    config = _base(explanation(spec), "trident_explain", max_batch_size=1)
+    config.input.append(_tensor(pb.ModelInput, "text_input", "STRING", [1]))
+    _add_fields(config, EXPLANATION)
+    config.output.extend(_tensor(pb.ModelOutput, name, "STRING", [1]) for name in ("explanation", "page"))
+    first = sorted(spec.variants, key=lambda variant: variant != spec.default_variant)
+    variants = ",".join(f"{variant}={spec.public_name(variant)}" for variant in first)
+    its = asdict(spec.encoder) if spec.encoder else {}
+    values = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in its.items()}
+    known = {name: value for name, value in values.items() if value != ""}  # an empty list is a default
+    _set_parameters(config, {**known, **asdict(limits), "task": spec.task, "explains": spec.name, "variants": variants})
     return config
 
 

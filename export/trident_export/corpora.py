@@ -44,6 +44,11 @@ def questions() -> list[str]:
     return _texts("retrieval", "questions.txt")
 
 
+def sentences() -> list[str]:
+    """English sentences that are said to speech models."""
+    return _texts("speech", "sentences.txt")
+
+
 def read(file: Path) -> list[str]:
     """Paragraphs of a user's file.
 

@@ -219,6 +219,8 @@ def _export_one(
         with disk.writing(staging), _temporary_files(staging):
             checked = tasks.build(tasks.Job(spec, source, staging, progress), force=force)
             drafted = drafts.link(spec, staging, repository)
+            if spec.explain is not None:  # it has no files, and Triton wants the folder
+                (staging / configs.explanation(spec) / VERSION).mkdir(parents=True)
             models = list(configs.build(spec))
             (*_, version) = served = served_versions(repository, spec.name)
             beside = beside and read_manifest(repository, spec.name) is not None

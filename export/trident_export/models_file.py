@@ -15,12 +15,14 @@ from trident_export.processors import Processor
 from trident_export.recipes import Kind, Recipe
 from trident_serving.artefacts import read_manifest
 from trident_serving.errors import ReadingError
+from trident_serving.explanation import asking as explanation
 from trident_serving.guard.rules import TEMPLATES, Guard, Rule
 from trident_serving.schema import reading
 from trident_serving.schema.limits import (
     LIMITS,
     CausalLimits,
     EncoderLimits,
+    ExplanationLimits,
     GenerationLimits,
     ImageLimits,
     Limits,
@@ -116,6 +118,7 @@ class ModelSpec:
             the file, by its public name, for all of them; "": nobody.
         draft_spec: that other generator.
         guard: what is checked before and behind a generator; None: nothing.
+        explain: limits of the explanations that are served beside it; None: none are.
         calibration: a file of representative text, for recipes that look at activations; "": the packaged texts.
         processor: what its variants are made for, where a recipe depends on it; None: what the machine has that exports
             it first.
@@ -144,6 +147,7 @@ class ModelSpec:
     draft: str = ""
     draft_spec: ModelSpec | None = None
     guard: Guard | None = None
+    explain: ExplanationLimits | None = None
     calibration: str = ""
     processor: Processor | None = None
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
@@ -237,7 +241,7 @@ class ModelSpec:
         values = asdict(replace(self, recipes={}, more={}, by_processor={}, draft_spec=None, guard=None))
         for key in ("more", "by_processor", "processor", "draft_spec", "guard"):
             del values[key]
-        for key in ("adapters", "draft"):
+        for key in ("adapters", "draft", "explain"):
             if not values[key]:
                 del values[key]
         if self.engine == ONNXRUNTIME:
@@ -521,6 +525,7 @@ def parse(
         gates=gates,
         draft=draft,
         guard=guard,
+        explain=_explain(where, table),
         calibration=_typed(f"{where}: calibration", table.get("calibration", ""), str),
         processor=processor,
         recipes={variant: chosen[variant] for variant in variants},
@@ -575,6 +580,15 @@ def _guard(where: str, table: Mapping[str, Any], guards: Mapping[str, Guard]) ->
     if named not in guards:
         raise ModelsFileError(f"{where}: guard {named!r} is not one of {', '.join(guards) or 'none'}")
     return guards[named]
+
+
+def _explain(where: str, table: Mapping[str, Any]) -> ExplanationLimits | None:
+    given, task = table.get("explain", False), table["task"]
+    if given is False:
+        return None
+    if task not in explanation.TASKS or table.get("engine", ONNXRUNTIME) != ONNXRUNTIME:
+        raise ModelsFileError(f"{where}: explain is for {', '.join(explanation.TASKS)} without another engine")
+    return _read(f"{where} explain", ExplanationLimits, {} if given is True else given)
 
 
 def _template(name: str, table: Mapping[str, Any]) -> ModelSpec:

@@ -13,14 +13,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from trident_gateway import bodies, classify, ollama, rerank, tei, texts, tokens, web
+from trident_gateway import bodies, classify, explain, ollama, rerank, tei, texts, tokens, web
 from trident_gateway.door import Door
 from trident_gateway.errors import ApiError, ClientGone, defect
 from trident_gateway.exchange import HANGUP
 from trident_gateway.gateway import Gateway, exchange_of
 from trident_gateway.openai import audio, chat, completions, embeddings, models, responses
 
-MODULES = (chat, completions, responses, embeddings, audio, models, rerank, classify, texts, tokens, tei, ollama, web)
+MODULES = (
+    *(chat, completions, responses, embeddings, audio, models),
+    *(rerank, classify, texts, explain, tokens, tei, ollama, web),
+)
 ROUTERS = [module.router for module in MODULES]
 
 

@@ -15,7 +15,7 @@ ENTITIES = "token-classification"
 TRANSLATION = "translation"
 SPEECH = "automatic-speech-recognition"
 # Triton models of an ensemble that are not for callers, by what follows the public name.
-_STAGES = ("tokenizer", "preprocess", "model", "postprocess", "texts")
+_STAGES = ("tokenizer", "preprocess", "model", "postprocess", "texts", "explain")
 _ENCODER_ANSWERS = 64  # requests to an encoder at once, which its batches share
 
 
@@ -30,6 +30,7 @@ class Model:
         tokenizer: the name of its tokenizer stage; "": it has none.
         stages: the parameters of its tokenizer stage and of what follows its graph.
         adapter: of it, that answers; "": none.
+        explained: whether the server has a model that explains its answers.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Model:
     tokenizer: str = ""
     stages: Mapping[str, str] = field(default_factory=dict)
     adapter: str = ""
+    explained: bool = False
 
     @property
     def adapters(self) -> list[str]:
@@ -96,5 +98,8 @@ def catalog(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, Model]:
             continue
         tokenizer = f"{base}_tokenizer"
         stages = {**parameters.get(tokenizer, {}), **parameters.get(f"{base}_postprocess", {})}
-        found[name] = Model(name, its["task"], its, tokenizer if tokenizer in parameters else "", stages)
+        explained = f"{base}_explain" in parameters
+        found[name] = Model(
+            name, its["task"], its, tokenizer if tokenizer in parameters else "", stages, explained=explained
+        )
     return found

@@ -86,10 +86,12 @@ class GrpcModel:
         model: its name.
         own_pass: shows that a call comes from a model of this server; see `runtime_folder`.
         address: of the server's gRPC port; None: the environment's, or Triton's default.
+        version: of the model; "": the one that the server takes for a request.
     """
 
-    def __init__(self, model: str, own_pass: str, address: str | None = None) -> None:
+    def __init__(self, model: str, own_pass: str, address: str | None = None, version: str = "") -> None:
         self._model = model
+        self._version = version
         self._pass = own_pass
         self._address = address or os.environ.get(ADDRESS_ENVIRONMENT) or DEFAULT_ADDRESS
         self._channel: grpc.aio.Channel | None = None
@@ -131,6 +133,7 @@ class GrpcModel:
 
     def _request(self, tensors: Tensors, seconds: float) -> Any:
         request = _wire.build_request(self._model, tensors)
+        request.model_version = self._version
         request.parameters["timeout"].int64_param = max(int(seconds * 1e6), 1)
         if self._pass:
             request.parameters[PASS_PARAMETER].string_param = self._pass

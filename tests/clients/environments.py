@@ -17,6 +17,7 @@ PACKAGES = {
     "llama-index": ("llama-index-llms-nvidia-triton==0.6.0", "tritonclient[grpc]==2.73.0"),
     "llama-index-openai": ("llama-index-llms-openai-like==0.8.1", "llama-index-embeddings-openai-like"),
     "lm-eval": ("lm_eval[api]==0.4.13", "transformers"),
+    "mteb": ("mteb==2.26.24",),
     "ollama": ("ollama==0.6.3",),
     "playwright": ("playwright==1.65.2",),
 }

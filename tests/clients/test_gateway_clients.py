@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 from tests.gateways import Gateway
 from tests.integration.test_messages import TOOL
 from trident_client import Client
+from trident_export.evaluation import measures
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]
 
@@ -157,6 +158,20 @@ def test_lm_eval(gateway: Gateway, direct: Client, gateway_folder: Path, tmp_pat
             best = [pairs[0][1] for pairs in scored.prompt_top_log_probs[start - 1 :]]
             assert float(told) == pytest.approx(sum(own), abs=1e-4)
             assert str(greedy) == str(list(own) == best)
+
+
+def test_mteb(gateway: Gateway, direct: Client, tmp_path: Path) -> None:
+    """A task of ours: its figures are those of our own evaluation."""
+    passages = [f"{text} {number}" for number, text in enumerate(TEXTS * 5)]
+    rows = [{"query": text, "passages": passages, "relevant": [number]} for number, text in enumerate(TEXTS)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [environment("mteb") / "python", ROOT / "tests/clients/programs/gateway_mteb.py"]
+    printed = run(*command, gateway.url, "embed", tmp_path / "own.jsonl", **OFFLINE).splitlines()[-1]
+    vectors, asked = direct.embed(passages, model="embed"), direct.embed(TEXTS, model="embed")
+    orders = np.argsort(-(asked @ vectors.T), axis=1).tolist()
+    expected = {each.name: each.value for each in measures.search([row["relevant"] for row in rows], orders)}
+    names = {"ndcg@10": "ndcg_at_10", "recall@10": "recall_at_10", "mrr@10": "mrr_at_10"}
+    assert json.loads(printed) == {name: pytest.approx(expected[ours], abs=1e-4) for ours, name in names.items()}
 
 
 @pytest.mark.parametrize("kind", ["chat", "completions", "embeddings", "rankings"])

@@ -64,6 +64,7 @@ KINDS = {
     "ensemble_of_images": (_encoder("image-classification", labels=3), "x"),
     "ensemble_of_towers": (_encoder("zero-shot-image-classification", dimensions=8), "x"),
     "preprocess": (_encoder("zero-shot-image-classification", dimensions=8), "x_preprocess"),
+    "explanation": (_encoder("text-classification", labels=3) | {"explain": {"max_runs": 8}}, "x_explain"),
     "ensemble_of_lists": (_encoder("feature-extraction", dimensions=8), "x_texts"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from transformers import (
 )
 
 from tests.conftest import run_export
-from trident_client import AsyncClient, Client, InvalidRequestError, NotFoundError
+from tests.gateways import Gateway
+from trident_client import (
+    AsyncClient,
+    Client,
+    DeadlineExceededError,
+    Explanation,
+    InvalidRequestError,
+    NotFoundError,
+    cli,
+)
+from trident_serving.explanation import report, units
 from trident_serving.launcher.local import LocalServer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -202,3 +213,79 @@ def test_another_model_is_no_explanation(gateway_server: LocalServer, gateway_fo
     done = run_export("explain", "classify", TEXT, "--url", gateway_server.grpc_url, *where)
     assert done.returncode == 1
     assert "the server's answer to this text differs from that of the repository in label" in done.stderr
+
+
+def plain(found: list[Explanation]) -> list[dict[str, Any]]:
+    """Explanations as the command prints them."""
+    return [{**asdict(each), "attributions": [asdict(one) for one in each.attributions]} for each in found]
+
+
+def test_a_server_explains_itself(
+    explain: Explain,
+    direct: Client,
+    gateway_server: LocalServer,
+    gateway: Gateway,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By request the same numbers as the command's, whoever asks; and the command's page."""
+    entities, prompt = explain("tag", TEXT), explain("talk", TEXT, "--answer", " so", "--by", "token")
+    assert plain(direct.explain(TEXT, model="tag")) == entities
+    assert plain(direct.explain(TEXT, model="talk", answer=" so", by="token")) == prompt
+    with Client(gateway_server.http_url, timeout=60) as over_http:
+        assert plain(over_http.explain(TEXT, model="tag")) == entities
+
+    async def awaited() -> tuple[list[Explanation], str]:
+        async with AsyncClient(gateway_server.grpc_url, timeout=60) as client:
+            return await client.explain(TEXT, model="tag"), await client.explain_page(TEXT, model="tag")
+
+    found, page = asyncio.run(awaited())
+    assert plain(found) == entities
+    assert page == report.as_html([_explanation(each) for each in entities])
+
+    at = ["--model", "tag", "--url", gateway_server.grpc_url]
+    assert cli.main(["explain", TEXT, "--json", *at]) == 0
+    assert json.loads(capsys.readouterr().out) == entities
+    assert cli.main(["explain", TEXT, *at]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == sum(1 + len(each["attributions"]) for each in entities)
+    assert shown[0] == f"{entities[0]['of']} (probability {entities[0]['score']:.4g})"
+    assert cli.main(["explain", TEXT, "--html", str(tmp_path / "page.html"), *at]) == 0
+    assert (tmp_path / "page.html").read_text() == page
+
+    body = {"model": "talk", "input": TEXT, "answer": " so", "by": "token"}
+    status, _, answer = gateway.ask("/v1/explain", body)
+    assert (status, answer["data"]) == (200, prompt)
+    status, headers, shown = gateway.ask("/v1/explain", {"model": "tag", "input": TEXT, "response_format": "html"})
+    assert (status, shown) == (200, page)
+    assert "sandbox" in headers["content-security-policy"]
+
+
+def _explanation(found: dict[str, Any]) -> units.Explanation:
+    attributions = tuple(units.Attribution(**each) for each in found["attributions"])
+    return units.Explanation(**{**found, "attributions": attributions})
+
+
+def test_what_a_server_does_not_explain(direct: Client, gateway: Gateway) -> None:
+    for text, options, message in (
+        ("a " * 41, {}, "text_input makes 41 texts without one of its parts, the limit is 40: shorten it"),
+        (TEXT, {"query": "a"}, "query is not for token-classification"),
+        (TEXT, {"label": "ORG"}, "there is no class 'ORG'; the model has LOC, O, PER"),
+        (TEXT, {"by": "letter"}, "by must be one of word, sentence, token, found 'letter'"),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            direct.explain(text, model="tag", **options)  # type: ignore[arg-type]
+        assert str(caught.value).startswith(message)
+    with pytest.raises(InvalidRequestError, match="variant must be one of fp32, found 'int8'"):
+        direct.explain(TEXT, model="tag_int8")
+    with pytest.raises(NotFoundError, match="embed_explain"):
+        direct.explain(TEXT, model="embed")
+    with pytest.raises(DeadlineExceededError):
+        direct.explain(TEXT, model="tag", timeout=0.001)
+    for body, message in (
+        ({"model": "embed", "input": TEXT}, "the model 'embed' is not explained: set explain = true in its table"),
+        ({"model": "tag", "input": "a " * 41}, "input makes 41 texts without one of its parts"),
+        ({"model": "tag", "input": TEXT, "by": "letter"}, "by: "),
+    ):
+        status, _, answer = gateway.ask("/v1/explain", body)
+        assert (status, answer["error"]["message"][: len(message)]) == (400, message)

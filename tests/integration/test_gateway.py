@@ -292,6 +292,10 @@ def test_embeddings(sdk: openai.OpenAI, gateway: Gateway, direct: Client, gatewa
     _, _, answer = gateway.ask("/v1/embeddings", {"model": "embed", "input": TEXTS, "encoding_format": "base64"})
     vector = np.frombuffer(base64.b64decode(answer["data"][2]["embedding"]), "<f4")
     np.testing.assert_array_equal(vector, right[2])
+    cut = direct.embed([LONG_TEXT["input"]], model="embed", truncate=True)
+    for length in (96, -1):
+        _, _, answer = gateway.ask("/v1/embeddings", LONG_TEXT | {"truncate_prompt_tokens": length})
+        np.testing.assert_array_equal(np.array(answer["data"][0]["embedding"], np.float32), cut[0])
 
 
 def test_rerank(gateway: Gateway, direct: Client) -> None:
@@ -522,6 +526,11 @@ RESPONSE: dict[str, Any] = {"model": "talk", "input": "a"}
         ("/v1/embeddings", {"model": "embed", "input": []}, 400, None, "input", "empty"),
         ("/v1/embeddings", {"model": "embed", "input": [1, 2]}, 400, None, "input", "token ids"),
         ("/v1/embeddings", {"model": "embed", "input": "a", "dimensions": 7}, 400, None, "dimensions", "7"),
+        (
+            "/v1/embeddings",
+            {"model": "embed", "input": "a", "truncate_prompt_tokens": 50},
+            *(400, None, "truncate_prompt_tokens", "must be 96, at which the model cuts, or -1, found 50"),
+        ),
         ("/v1/embeddings", LONG_TEXT, 400, "context_length_exceeded", "input", "maximum context length is 96"),
         ("/v1/rerank", {"model": "rank", "query": "a", "documents": ["b"], "top_n": 0}, 400, None, "top_n", "top_n"),
         ("/v1/responses", RESPONSE | {"conversation": "r"}, 400, "invalid_value", "conversation", "None"),

@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests import tiny_models
 from tests.conftest import post, triton_request
 from tests.integration.test_bad_requests import raw_stream
-from trident_client import Client, DeadlineExceededError, InvalidRequestError, _wire
-from trident_client._steps import Prompt
+from trident_client import Client, DeadlineExceededError, InvalidRequestError, _generation, _wire
 from trident_export import install, models_file
 from trident_serving.errors import DeadlineExceeded, InvalidRequest
 from trident_serving.generation.service import GenerationService
@@ -373,7 +372,7 @@ def test_tokens_that_are_refused(client: Client, prompt: list[int], message: str
         client.generate(prompt, model="m")
     both = {"text_input": _wire.texts(["a"])[None], "input_ids": np.array([[1]], np.int32)}
     with pytest.raises(InvalidRequestError, match="one of text_input, messages and input_ids, found text_input"):
-        list(client._chunks(Prompt("m", both, False), None))
+        list(client._chunks(replace(_generation.prompt("a", "m", {}), inputs=both), None))
 
 
 def test_several_streamed_answers_have_their_index(client: Client) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import shutil
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,12 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 
 from tests import gateways, tiny_models
 from tests.gateways import Gateway
-from trident_client import AsyncClient, Client, DeadlineExceededError, InvalidRequestError, NotFoundError, cli
+from trident_client import AsyncClient, Client, DeadlineExceededError, InvalidRequestError, NotFoundError, _tasks, cli
 from trident_export import add, install, models_file, tasks
 from trident_export.errors import FidelityError
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.measure import signals
+from trident_export.measure import signals, spoken_sentences
+from trident_export.tasks import speech
 from trident_serving.artefacts import VERSION
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -98,13 +102,16 @@ class Waiter:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.result: Reply | Exception | None = None
+        self.parts: list[Reply] = []
 
     def is_cancelled(self) -> bool:
         return False
 
     def send(self, reply: Reply) -> None:
+        self.parts.append(reply)
         self.result = reply
-        self.done.set()
+        if reply.finish_reason:
+            self.done.set()
 
     def fail(self, error: Exception) -> None:
         self.result = error
@@ -150,10 +157,19 @@ def test_every_token_is_that_of_generate(folder: Path, name: str) -> None:
                     waiter = Waiter()
                     given = tensors(wav(samples), timestamps=timestamps, **options)
                     service.submit(service.parse(given), waiter)
-                    waiting.append((seconds, options, timestamps, waiter))
+                    streamed = Waiter()
+                    service.submit(service.parse({**given, "stream": np.array([[True]])}), streamed)
+                    waiting.append((seconds, options, timestamps, waiter, streamed))
         seen = set()
-        for seconds, options, timestamps, waiter in waiting:
+        for seconds, options, timestamps, waiter, streamed in waiting:
             reply = waiter.wait()
+            last = streamed.wait()
+            joined = "".join(part.text for part in streamed.parts)
+            tokens = tuple(token for part in streamed.parts for token in part.tokens)
+            parts = tuple(each for part in streamed.parts for each in part.segments)
+            assert (joined, tokens, parts) == (reply.text, reply.tokens, reply.segments)
+            assert (last.finish_reason, last.language, last.count) == (reply.finish_reason, reply.language, reply.count)
+            assert [part.finish_reason for part in streamed.parts[:-1]] == [""] * (len(streamed.parts) - 1)
             long = {"truncation": False, "padding": "longest"} if seconds > 2 else {}
             features = extract(RECORDINGS[seconds], sampling_rate=RATE, return_tensors="pt", **long).input_features
             with torch.inference_mode():
@@ -218,6 +234,21 @@ def test_the_gate_refuses_what_hears_or_answers_otherwise(folder: Path, tmp_path
         tasks.evaluate(spec_of(folder), HuggingFaceFolder(folder / "whisper"), tmp_path)
 
 
+@pytest.mark.skipif(not spoken_sentences.installed(), reason="espeak-ng, which speaks, is not installed")
+def test_words_that_are_heard_wrong(folder: Path) -> None:
+    """Random weights hear nearly all of them wrong."""
+    limits = SpeechLimits(**(LIMITS | {"max_seconds": 60}))
+    found = speech.word_errors(folder / "repository" / "whisper" / VERSION, limits)
+    assert set(found) == {"wer_sentences", "wer_recording"}
+    assert min(found.values()) > 0.8
+
+
+def test_what_is_a_wrong_word() -> None:
+    """One put in, one left out, one exchanged, of seven; case and punctuation are none."""
+    found = spoken_sentences.error_rate(["A cat sat.", "It isn't three, is"], ["a big CAT; sat", "it is three"])
+    assert found == pytest.approx(3 / 7)
+
+
 def test_a_folder_is_proposed_for_speech(folder: Path) -> None:
     proposal = add.propose(folder / "whisper", {"path": str(folder / "whisper")})
     assert proposal.table["task"] == "automatic-speech-recognition"
@@ -252,6 +283,18 @@ def test_every_client_gives_the_same(
     with Client(speech_server.http_url) as http:
         assert http.transcribe(file, model="whisper", language="de", timestamps=True) == whole
 
+    for url in (speech_server.grpc_url, speech_server.http_url):
+        with Client(url) as streaming:
+            chunks = list(streaming.stream_transcription(file, model="whisper", language="de", timestamps=True))
+            assert sum(bool(chunk.text) for chunk in chunks) > 1
+            assert _tasks.transcription(chunks) == whole
+
+    async def stream() -> list[Any]:
+        async with AsyncClient(speech_server.grpc_url) as client:
+            return [chunk async for chunk in client.stream_transcription(file, model="whisper", language="de")]
+
+    assert "".join(chunk.text for chunk in asyncio.run(stream())) == whole.text
+
     at = ["--url", speech_server.grpc_url]
     asked = ["transcribe", str(file), "--model", "whisper", "--language", "de"]
     assert cli.main([*asked, *at]) == 0
@@ -263,6 +306,16 @@ def test_every_client_gives_the_same(
     first = whole.segments[0]
     assert capsys.readouterr().out.startswith(f"[{first.start:8.2f} - {first.end:8.2f}] ")
 
+    assert cli.main([*asked, "--stream", *at]) == 0
+    assert capsys.readouterr().out == whole.text + "\n"
+    assert cli.main([*asked, "--stream", "--timestamps", *at]) == 0
+    assert capsys.readouterr().out.count("\n") == len(whole.segments)
+    assert cli.main([*asked, "--stream", "--jsonl", *at]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ("".join(line["text"] for line in lines), lines[-1]["finish_reason"]) == (whole.text, whole.finish_reason)
+    assert cli.main([*asked, "--stream", "--json", *at]) == 2
+    assert "--json is one document" in capsys.readouterr().err
+
     with openai.OpenAI(base_url=f"{speech_gateway.url}/v1", api_key="none", max_retries=0) as client:
 
         def create(**more: Any) -> Any:
@@ -270,6 +323,11 @@ def test_every_client_gives_the_same(
                 return client.audio.transcriptions.create(model="whisper-1", file=content, language="de", **more)
 
         assert create().text == whole.text
+        *deltas, done = create(stream=True)
+        assert {each.type for each in deltas} == {"transcript.text.delta"}
+        assert len(deltas) > 1
+        assert (done.type, done.text) == ("transcript.text.done", whole.text)
+        assert "".join(each.delta for each in deltas) == whole.text
         assert create(response_format="text").strip() == whole.text
         verbose = create(response_format="verbose_json", timestamp_granularities=["segment"], temperature=0)
         assert (verbose.text, verbose.language, verbose.duration) == (whole.text, "de", pytest.approx(5.3))
@@ -334,6 +392,33 @@ def test_limits_of_a_request_and_of_a_model(connected: Client) -> None:
     assert connected.transcribe(wav(RECORDINGS[2.0]), model="whisper_int8").finish_reason in ("stop", "length")
 
 
+def test_who_leaves_a_stream_ends_it(connected: Client, speech_server: LocalServer, speech_gateway: Gateway) -> None:
+    """Closed at our client, and hung up at the gateway."""
+
+    def cancelled() -> float:
+        with urllib.request.urlopen(speech_server.metrics_url, timeout=10) as response:
+            text = response.read().decode()
+        return float(re.findall(r'^trident_requests_cancelled_total{model="whisper".*} (\S+)$', text, re.MULTILINE)[0])
+
+    def until(count: float) -> None:
+        deadline = time.monotonic() + 10
+        while cancelled() < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    long, before = wav(signals.spoken(19.5, 9)), cancelled()
+    stream = connected.stream_transcription(long, model="whisper")
+    first = next(stream)
+    assert (bool(first.text), first.finish_reason) == (True, "")
+    stream.close()
+    until(before + 1)
+    with openai.OpenAI(base_url=f"{speech_gateway.url}/v1", api_key="none", max_retries=0) as client:
+        events = client.audio.transcriptions.create(model="whisper", file=("a.wav", long), stream=True)
+        assert next(iter(events)).type == "transcript.text.delta"
+        events.close()
+    until(before + 2)
+
+
 def test_the_gateway_refuses_what_is_no_form(speech_gateway: Gateway) -> None:
     def form(*parts: tuple[str, bytes], name: str = "file", boundary: str = "x") -> tuple[bytes, dict[str, str]]:
         body = b""
@@ -349,7 +434,14 @@ def test_the_gateway_refuses_what_is_no_form(speech_gateway: Gateway) -> None:
         (path, form(model), 400, "file is missing: send a recording in the form's field file"),
         (path, form(file), 400, "model is missing"),
         (path, form(file, model, ("prompt", b"hello")), 400, "prompt: "),
-        (path, form(file, model, ("stream", b"true")), 400, "stream: "),
+        (path, form(file, model, ("stream", b"perhaps")), 400, "stream: "),
+        (
+            path,
+            form(file, model, ("stream", b"true"), ("response_format", b"srt")),
+            400,
+            "stream has response_format json, found srt",
+        ),
+        (path, form(("file", b"nothing"), model, ("stream", b"true")), 400, "file is no WAV, FLAC, MP3 or Ogg file"),
         (path, form(file, model, ("colour", b"red")), 400, "colour is not known here"),
         (path, form(file, model, ("temperature", b"hot")), 400, "temperature: "),
         (path, form(file, model, ("timestamp_granularities[]", b"word")), 400, "timestamp_granularities.0: "),

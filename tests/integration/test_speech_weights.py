@@ -6,12 +6,9 @@ the word error rate: words that were left out, put in or exchanged, by words tha
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import pytest
 import soundfile
@@ -22,39 +19,23 @@ from tests.conftest import ROOT, run_export
 from trident_client import Client
 from trident_export import models_file
 from trident_export.huggingface import sources
+from trident_export.measure import spoken_sentences
+from trident_export.measure.spoken_sentences import error_rate
 from trident_serving.launcher import local
 from trident_serving.speech import audio
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng, which speaks, is not installed"),
+    pytest.mark.skipif(not spoken_sentences.installed(), reason="espeak-ng, which speaks, is not installed"),
 ]
 
 MODEL = "whisper-tiny-en"
-SAID = [
-    "The train to London leaves at nine in the morning.",
-    "She bought three apples and a loaf of bread at the market.",
-    "Please close the window before you leave the house.",
-    "The weather will be cold and wet for the rest of the week.",
-    "My brother works as a teacher in a small town near the sea.",
-    "The children played in the garden until it was dark.",
-    "He forgot his keys and had to wait outside for an hour.",
-    "The museum is open every day except Monday.",
-    "We need two more chairs for the guests tonight.",
-    "The doctor told him to drink more water and sleep longer.",
-]
-WORDS = jiwer.Compose(
-    [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.ReduceToListOfListOfWords()]
-)
-
-
-def error_rate(said: list[str], heard: list[str]) -> float:
-    return float(jiwer.wer(said, heard, reference_transform=WORDS, hypothesis_transform=WORDS))
+SAID = spoken_sentences.sentences()
 
 
 def spoken(path: Path, text: str) -> Path:
-    subprocess.run(["espeak-ng", "-v", "en-us", "-s", "140", "-w", str(path), text], check=True)
+    path.write_bytes(spoken_sentences.spoken(text))
     return path
 
 

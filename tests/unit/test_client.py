@@ -204,10 +204,13 @@ def test_exported_names() -> None:
         "TLS",
         "Answer",
         "AsyncClient",
+        "Attribution",
         "CancelledError",
         "Client",
         "DeadlineExceededError",
         "Entity",
+        "Explanation",
+        "ExplanationOptions",
         "Filling",
         "Finding",
         "ForbiddenError",
@@ -229,6 +232,7 @@ def test_exported_names() -> None:
         "TextPart",
         "ToolCall",
         "Transcription",
+        "TranscriptionChunk",
         "TranscriptionOptions",
         "Translation",
         "TranslationOptions",
@@ -384,7 +388,7 @@ def test_errors_by_status_code(connected: Client) -> None:
         connected.embed("full")
     with pytest.raises(ServerError, match="broken"):
         connected.embed("broken")
-    with pytest.raises(InvalidRequestError, match="^the model generates text, and this call is for another task$"):
+    with pytest.raises(InvalidRequestError, match="^the model generates text or transcribes speech, and "):
         raise from_status(400, "HTTP end point doesn't support models with decoupled transaction policy")
     for seconds in ("300", "1e-05", "0.043492"):  # a recording's, a translation's, and a template task's
         assert (
@@ -417,7 +421,6 @@ OTHER = {"logits": np.zeros((1, 1), np.float32), "score": np.zeros((1, 1), np.fl
         (_tasks.answer("a", "b", 1, None, None, None), "and no no_answer_score"),
         (_tasks.fill_mask("a", None, None), "fill-mask: it gives logits, score, and no token_str"),
         (_tasks.text_to_text("translation", "a", None, {}), "translation: it gives logits, score, and no text_output"),
-        (_tasks.transcribe(b"a", None, {}), "and no output_ids"),
         (_tasks.embed_images(b"a", None, 1), "image-feature-extraction: it gives logits, score, and no embedding"),
         (_tasks.classify_images([b"a"], None, 1, 1), "image-classification: it gives logits, score, and no label"),
         (_tasks.classify_images_zero_shot(b"a", ["b"], None, None, 1), "and no label"),
@@ -426,6 +429,11 @@ OTHER = {"logits": np.zeros((1, 1), np.float32), "score": np.zeros((1, 1), np.fl
 def test_a_model_of_another_task_that_takes_the_same_tensors(batch: Any, missing: str) -> None:
     with pytest.raises(InvalidRequestError, match=missing):
         batch.joined("m", [OTHER])
+
+
+def test_another_model_hears_nothing() -> None:
+    with pytest.raises(InvalidRequestError, match="automatic-speech-recognition: it gives logits, score, and no "):
+        _tasks.transcribe(b"a", None, {}).chunks("m", OTHER)
 
 
 def test_a_server_that_is_not_there() -> None:

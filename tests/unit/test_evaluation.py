@@ -137,6 +137,15 @@ def test_texts_are_measured_as_sacrebleu_does() -> None:
     assert found["rouge_l"] == pytest.approx(100 * (10 / 11 + 2 / 5 + 1 + 1) / 4)
 
 
+def test_meteor_of_words_and_stems() -> None:
+    """By hand: three words in a row of the reference's five are found, one by its stem; synonyms are other words."""
+    mean = 0.6 / (0.9 + 0.1 * 0.6)  # precision 1, recall 0.6
+    score = 100 * mean * (1 - 0.5 * (1 / 3) ** 3)
+    references = [["the cat sat on mats", "dogs"], ["a film"], ["a film"]]
+    found = by_name(measures.texts(references, ["The cats sat", "movies", ""]))["meteor_stem"]
+    assert found == pytest.approx(score / 3)
+
+
 def test_questions_without_an_answer() -> None:
     found = by_name(measures.spans_of_text([[], ["The Seine"], ["Paris, France"]], ["", "the  seine!", "Paris"]))
     assert found == {"exact_match": pytest.approx(2 / 3), "f1": pytest.approx((1 + 1 + 2 / 3) / 3)}

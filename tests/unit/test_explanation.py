@@ -13,13 +13,18 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from trident_export import models_file
-from trident_export.errors import TextError, UsageError
-from trident_export.explanation import asking, generators, report
-from trident_export.explanation.encoders import EncoderStages, Tensors
-from trident_export.explanation.units import Attribution, By, Explanation, Span, sentences, units, words
+from trident_export.errors import UsageError
+from trident_export.explanation import asking as command
+from trident_export.explanation import models as stages_of
 from trident_serving.encoders.labels import Activation, LabelSettings
 from trident_serving.encoders.ranking import RankingTemplates
 from trident_serving.encoders.tokens import TOKENIZER, TokenRoles
+from trident_serving.encoders.zero_shot import InferenceSettings
+from trident_serving.errors import InvalidRequest
+from trident_serving.explanation import asking, generators, report
+from trident_serving.explanation.asking import Options
+from trident_serving.explanation.encoders import EncoderStages, Tensors
+from trident_serving.explanation.units import Attribution, By, Explanation, Span, sentences, units, words
 
 
 @pytest.mark.parametrize(
@@ -64,8 +69,9 @@ def repository(folder: Path, name: str, *, masks: bool, special: bool = True, **
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if special:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
+        tokenizer.add_special_tokens(["[MASK]"])
     tokenizer.enable_padding(pad_id=PAD, pad_token="[PAD]")
     first, last = (folder / f"{name}_{stage}/1" for stage in ("tokenizer", "postprocess"))
     for path in (first, last):
@@ -78,7 +84,11 @@ def repository(folder: Path, name: str, *, masks: bool, special: bool = True, **
 def stages(folder: Path, task: str, graph: Any, names: tuple[str, ...], **limits: Any) -> EncoderStages:
     table = {"task": task, "source": {"path": "."}, "variants": ["fp32"], "limits": {"threads": 1, **limits}}
     LabelSettings(names, Activation.NONE).save(folder / "m_postprocess/1")
-    return EncoderStages(models_file.parse("m", table), folder, graph)
+    return stages_of.stages(models_file.parse("m", table), folder, graph)
+
+
+def of_encoder(made: EncoderStages, text: str, by: By = By.WORD, **options: Any) -> list[Explanation]:
+    return asking.of_encoder(made, "m", text, Options(by=by, **options))
 
 
 def bag(inputs: Tensors) -> Tensors:
@@ -105,14 +115,14 @@ def test_words_are_masked_or_removed(tmp_path: Path, masks: bool) -> None:
     """In batches of two, whose rows have other lengths where words are removed."""
     folder = repository(tmp_path, "m", masks=masks)
     made = stages(folder, "text-classification", bag, ("sum", "length"), labels=2, max_tokens=8, max_batch_size=2)
-    (found,) = asking.of_encoder(made, "m", {"text_input": "A  c b a"}, By.WORD)
+    (found,) = of_encoder(made, "A  c b a")
     assert (found.of, found.score, found.hidden) == ("sum", 8, "masked" if masks else "removed")
     assert drops(found) == [("A", 1), ("c", 4), ("b", 2), ("a", 1)]
-    (found,) = asking.of_encoder(made, "m", {"text_input": "a c"}, By.WORD, "length")
+    (found,) = of_encoder(made, "a c", label="length")
     assert drops(found) == [("a", 0 if masks else 1), ("c", 0 if masks else 1)]
-    (found,) = asking.of_encoder(made, "m", {"text_input": "a c", "text_pair": "b"}, By.SENTENCE)
+    (found,) = of_encoder(made, "a c", By.SENTENCE, text_pair="b")
     assert [(each.part, each.value) for each in found.attributions] == [("text_input", 5), ("text_pair", 2)]
-    with pytest.raises(TextError, match=r"text_input has 10 tokens, the model takes 8"):
+    with pytest.raises(InvalidRequest, match=r"text_input has 10 tokens, the model takes 8"):
         made.read({"text_input": "a b a b a b a b"})
 
 
@@ -120,7 +130,7 @@ def test_a_text_that_is_cut_is_explained_as_far_as_it_is_read(tmp_path: Path) ->
     folder = repository(tmp_path, "m", masks=True)
     limits: dict[str, Any] = {"labels": 2, "max_tokens": 6, "truncate": True}
     made = stages(folder, "text-classification", bag, ("sum", "length"), **limits)
-    (found,) = asking.of_encoder(made, "m", {"text_input": "a b c a b c"}, By.WORD)
+    (found,) = of_encoder(made, "a b c a b c")
     assert drops(found) == [("a", 1), ("b", 2), ("c", 4), ("a", 1)]
 
 
@@ -129,7 +139,7 @@ def test_entities_of_a_long_text(tmp_path: Path) -> None:
     folder = repository(tmp_path, "m", masks=True)
     made = stages(folder, "token-classification", by_token, ("O", "B-X"), labels=2, max_tokens=8, buckets=[8])
     text = "a c b a a a b a a a a c b a"
-    found = asking.of_encoder(made, "m", {"text_input": text}, By.WORD)
+    found = of_encoder(made, text)
     assert [each.of for each in found] == ["X: b"] * 3
     strong, weak, outside = (1 / (1 + np.exp(-each)) for each in (3.0, 1.0, -4.0))
     assert [each.score for each in found] == pytest.approx([strong, weak, strong])
@@ -139,29 +149,28 @@ def test_entities_of_a_long_text(tmp_path: Path) -> None:
         if at != 6:
             expected[at - 1] = strong - weak
         np.testing.assert_allclose([unit.value for unit in each.attributions], expected, atol=1e-6)
-    assert asking.of_encoder(made, "m", {"text_input": "a a"}, By.WORD) == []
-    with pytest.raises(UsageError, match="there is no class 'Y'; the model has O, X"):
-        asking.of_encoder(made, "m", {"text_input": text}, By.WORD, "Y")
+    assert of_encoder(made, "a a") == []
+    with pytest.raises(InvalidRequest, match="there is no class 'Y'; the model has O, X"):
+        of_encoder(made, text, label="Y")
 
 
 def test_an_entity_that_is_removed_has_no_class(tmp_path: Path) -> None:
     folder = repository(tmp_path, "m", masks=False)
     made = stages(folder, "token-classification", by_token, ("O", "B-X"), labels=2, max_tokens=8, buckets=[8])
-    (found,) = asking.of_encoder(made, "m", {"text_input": "a c b"}, By.WORD)
+    (found,) = of_encoder(made, "a c b")
     strong, weak = (1 / (1 + np.exp(-each)) for each in (3.0, 1.0))
     assert [each.value for each in found.attributions] == pytest.approx([0, strong - weak, strong])
 
 
 def test_prompts_and_templates_of_rankers_are_never_hidden(tmp_path: Path) -> None:
-    texts = {"query": "b", "text_input": "a c"}
     prompted = repository(tmp_path / "one", "m", masks=True, prompts={"query": "q: "}, default_prompt="query")
     limits: dict[str, Any] = {"labels": 1, "max_tokens": 16}
-    (found,) = asking.of_encoder(stages(prompted, "text-ranking", bag, ("s",), **limits), "m", texts, By.WORD)
+    (found,) = of_encoder(stages(prompted, "text-ranking", bag, ("s",), **limits), "a c", query="b")
     assert found.score == 8 + 0.5 + 2 + 1 + 4
     assert drops(found) == [("b", 2), ("a", 1), ("c", 4)]
     templated = repository(tmp_path / "two", "m", masks=False, special=False)
     RankingTemplates({"": ("q: ", " q ", " a")}).save(templated / "m_tokenizer/1")
-    (found,) = asking.of_encoder(stages(templated, "text-ranking", bag, ("s",), **limits), "m", texts, By.TOKEN)
+    (found,) = of_encoder(stages(templated, "text-ranking", bag, ("s",), **limits), "a c", By.TOKEN, query="b")
     assert found.score == 8 + 0.5 + 2 + 8 + 1 + 4 + 1
     assert [(each.part, each.text, each.value) for each in found.attributions] == [
         ("query", "b", 2),
@@ -170,64 +179,126 @@ def test_prompts_and_templates_of_rankers_are_never_hidden(tmp_path: Path) -> No
     ]
 
 
+def follows(inputs: Tensors) -> Tensors:
+    """A graph of natural language inference: the words of the sentence follow as often as the text has them."""
+    parts = inputs["token_type_ids"]
+    said = np.where(parts == 0, inputs["input_ids"], -1)
+    rows = [
+        sum((text == token).sum() for token in sentence[(kinds == 1) & (sentence >= 5)])
+        for text, sentence, kinds in zip(said, inputs["input_ids"], parts, strict=True)
+    ]
+    return {"logits": np.array([[0, 0, row] for row in rows], np.float32)}
+
+
+def test_labels_of_a_request(tmp_path: Path) -> None:
+    """Each word counts for the label whose sentence has it, and the sentence itself is never hidden."""
+    folder = repository(tmp_path, "m", masks=True)
+    InferenceSettings(entailment=2, contradiction=0).save(folder / "m_postprocess/1")
+    made = stages(folder, "zero-shot-classification", follows, (), labels=3, max_tokens=16)
+    asked: dict[str, Any] = {"candidate_labels": ("a", "c"), "hypothesis_template": "q {}"}
+
+    def share(ours: float, other: float) -> float:
+        return float(np.exp(ours) / (np.exp(ours) + np.exp(other)))
+
+    (found,) = of_encoder(made, "a b c c", **asked)
+    assert (found.of, found.score) == ("c", pytest.approx(share(2, 1)))
+    expected = [("a", share(2, 1) - share(2, 0)), ("b", 0), *[("c", share(2, 1) - share(1, 1))] * 2]
+    assert drops(found) == [(text, pytest.approx(value, abs=1e-4)) for text, value in expected]
+    (found,) = of_encoder(made, "a b c c", label="a", multi_label=True, **asked)
+    assert found.score == pytest.approx(share(1, 0))
+    assert drops(found)[0] == ("a", pytest.approx(share(1, 0) - share(0, 0), abs=1e-4))
+    assert drops(found)[1:] == [("b", 0), ("c", 0), ("c", 0)]
+    with pytest.raises(InvalidRequest, match="there is no class 'b'; the model has a, c"):
+        of_encoder(made, "a", label="b", **asked)
+    with pytest.raises(InvalidRequest, match="text_input makes 8 texts without one of its parts, the limit is 7"):
+        asking.of_encoder(made, "m", "a b c c", Options(**asked), most=7)
+
+
+def neighbours(inputs: Tensors) -> Tensors:
+    """A masked language model that gives `b` at a mask, more so beside a `c`, and never `q`."""
+    ids = inputs["input_ids"]
+    beside = np.pad(ids, ((0, 0), (1, 1)))
+    near = ((beside[:, :-2] == 7) | (beside[:, 2:] == 7)).astype(np.float32)
+    tops = np.broadcast_to(np.array([6, 5, 7], np.int64), (*ids.shape, 3)).copy()
+    scores = np.stack([2 * near, np.zeros_like(near), np.full_like(near, -1)], -1)
+    return {"top_ids": tops, "top_scores": scores, "log_normalizer": np.log(np.exp(scores).sum(-1))}
+
+
+def test_masked_texts(tmp_path: Path) -> None:
+    """Each mask is a statement; the mask itself is no word, and a token beyond the likeliest counts as their last."""
+    folder = repository(tmp_path, "m", masks=True)
+    made = stages(folder, "fill-mask", neighbours, (), max_tokens=16, top_k=3)
+    first, second = of_encoder(made, "a c [MASK] a [MASK]")
+    surely, hardly = (float(np.exp(x) / (np.exp(x) + 1 + np.exp(-1))) for x in (2.0, 0.0))
+    assert (first.of, first.score, second.score) == ("b", pytest.approx(surely), pytest.approx(hardly))
+    assert drops(first) == [("a", 0), ("c", pytest.approx(surely - hardly, abs=1e-4)), ("a", 0)]
+    assert [value for _, value in drops(second)] == [0, 0, 0]
+    named, _ = of_encoder(made, "a c [MASK] a [MASK]", label="q")
+    lowest = float(np.exp(-1) / (np.exp(2) + 1 + np.exp(-1)))
+    assert (named.of, named.score) == ("q", pytest.approx(lowest))
+    with pytest.raises(InvalidRequest, match="label must be one token of the model, 'a b' is 2"):
+        of_encoder(made, "[MASK]", label="a b")
+    with pytest.raises(InvalidRequest, match=r"text_input has no gap to fill"):
+        of_encoder(made, "a b")
+
+
 def test_nothing_may_be_left(tmp_path: Path) -> None:
     folder = repository(tmp_path, "m", masks=False, special=False)
     made = stages(folder, "text-classification", bag, ("sum", "length"), labels=2, max_tokens=8)
-    with pytest.raises(TextError, match="nothing is left of the text: explain it by smaller ones"):
-        asking.of_encoder(made, "m", {"text_input": "a b"}, By.SENTENCE)
+    with pytest.raises(InvalidRequest, match="nothing is left of the text: explain it by smaller ones"):
+        of_encoder(made, "a b", By.SENTENCE)
 
 
-class Server:
-    """A server's client: each byte is a token, and each token's log-probability is less for every `a` before it."""
-
-    def generate(self, prompt: Any, *, model: str, **options: Any) -> Any:
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
-            prompt = f"<u>{prompt[0]['content'].strip()}</u>"
-        ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
-
-        class Found:
-            prompt_token_ids = tuple(ids)
-            prompt_tokens = tuple(bytes([token]) for token in ids)
-            prompt_log_probs = tuple(-1.0 - ids[:at].count(ord("a")) for at in range(1, len(ids)))
-            token_ids = tuple(b"!")
-            text = "!"
-
-        return Found()
+def server(prompt: Any, **options: Any) -> generators.Answered:
+    """A generator: each byte is a token, and each token's log-probability is less for every `a` before it."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
+        prompt = f"<u>{prompt[0]['content'].strip()}</u>"
+    ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
+    return generators.Answered(
+        text="!",
+        token_ids=tuple(b"!"),
+        prompt_token_ids=tuple(ids),
+        prompt_tokens=tuple(bytes([token]) for token in ids),
+        prompt_log_probs=tuple(-1.0 - ids[:at].count(ord("a")) for at in range(1, len(ids))),
+    )
 
 
-def test_a_prompt(tmp_path: Path) -> None:
+def test_a_prompt() -> None:
     """Characters of several tokens, a template around the text, and an answer that is given or not."""
-    client: Any = Server()
-    found = generators.explain(client, "m", "aa é a", by=By.WORD)
+    found = generators.explain(server, "m", "aa é a", by=By.WORD)
     assert (found.of, found.score) == ("!", -4)
     assert drops(found) == [("aa", -2), ("é", 0), ("a", -1)]
-    found = generators.explain(client, "m", " é aa ", by=By.WORD, chat=True, answer="xy")
+    found = generators.explain(server, "m", " é aa ", by=By.WORD, chat=True, answer="xy")
     assert (found.of, found.score) == ("xy", -6)
     assert [(each.text, each.value, each.start) for each in found.attributions] == [("é", 0, 1), ("aa", -4, 3)]
-    found = generators.explain(client, "m", "a<", by=By.TOKEN, answer="é")
+    found = generators.explain(server, "m", "a<", by=By.TOKEN, answer="é")
     assert found.score == -4
     assert drops(found) == [("a", -2), ("<", 0)]
-    with pytest.raises(TextError, match="nothing is left of the prompt"):
-        generators.explain(client, "m", "aa", by=By.WORD)
-    with pytest.raises(TextError, match="the text is not in the prompt as it is written"):
-        generators.explain(client, "m", " ", by=By.WORD)
+    with pytest.raises(InvalidRequest, match="nothing is left of the prompt"):
+        generators.explain(server, "m", "aa", by=By.WORD)
+    with pytest.raises(InvalidRequest, match="the text is not in the prompt as it is written"):
+        generators.explain(server, "m", " ", by=By.WORD)
+    with pytest.raises(InvalidRequest, match="text_input makes 3 texts without one of its parts, the limit is 2"):
+        generators.explain(server, "m", "aa é a", by=By.WORD, most=2)
 
 
 @pytest.mark.parametrize(
     ("task", "limits", "options", "message"),
     [
         ("feature-extraction", {"dimensions": 2}, {}, "feature-extraction models have no explanation; those of text-"),
-        ("text-ranking", {"labels": 1}, {}, "text-ranking needs a query: give --query"),
+        ("text-ranking", {"labels": 1}, {}, "text-ranking needs --query"),
+        ("zero-shot-classification", {}, {"label": "a"}, "zero-shot-classification needs --candidate"),
+        ("fill-mask", {}, {"hypothesis_template": "{}"}, "--template is not for fill-mask"),
         ("text-ranking", {"labels": 1}, {"query": "a", "chat": True}, "--chat is not for text-ranking"),
         ("text-classification", {"labels": 2}, {"answer": "a"}, "--answer is not for text-classification"),
-        ("text-classification", {"labels": 2}, {"pair": "\udcff"}, "a text is not UTF-8, at character 0"),
+        ("text-classification", {"labels": 2}, {"text_pair": "\udcff"}, "a text is not UTF-8, at character 0"),
         ("text-generation", {"context": 64}, {"max_tokens": -1}, "--max-tokens must be 1 or more, found -1"),
     ],
 )
 def test_what_is_refused(task: str, limits: dict[str, Any], options: dict[str, Any], message: str) -> None:
     table = {"task": task, "source": {"path": "."}, "variants": ["fp32"], "limits": limits}
     with pytest.raises(UsageError, match=message):
-        asking.check(models_file.parse("m", table), ["a text"], asking.Options(**options))
+        command.check(models_file.parse("m", table), ["a text"], Options(**options))
 
 
 def explanation(text: str, *values: tuple[int, int, float]) -> Explanation:

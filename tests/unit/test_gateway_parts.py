@@ -451,6 +451,7 @@ def test_stages_are_no_models() -> None:
             "e_model": {},
             "e_model_int8": {},
             "e_postprocess": embedding | {"labels": "3"},
+            "e_explain": embedding,
             "i": {"task": "image-classification"},
             "i_preprocess": {"task": "image-classification"},
             "i_model-image": {},
@@ -460,6 +461,7 @@ def test_stages_are_no_models() -> None:
     assert list(found) == ["e", "e_int8", "i", "g"]
     assert (found["e_int8"].context, found["e_int8"].labels, found["e_int8"].tokenizer) == (96, 3, "e_tokenizer")
     assert (found["g"].context, found["g"].at_once) == (512, 11)
+    assert (found["e_int8"].explained, found["g"].explained) == (True, False)
 
 
 def test_errors_of_the_server() -> None:

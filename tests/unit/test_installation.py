@@ -129,8 +129,8 @@ def test_missing_backends(container: Installation, tmp_path: Path) -> None:
     with pytest.raises(StartError) as error:
         backend_folder.check(container, ours)
     names = (
-        "trident_generator, trident_postprocess, trident_seq2seq, trident_speech, trident_template, trident_tokenizer, "
-        "trident_vllm"
+        "trident_explain, trident_generator, trident_postprocess, trident_seq2seq, trident_speech, trident_template, "
+        "trident_tokenizer, trident_vllm"
     )
     assert str(error.value) == (
         f"{container.backends} lacks {names}: copy them there from {ours}, as deploy/Dockerfile does"

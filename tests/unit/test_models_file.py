@@ -69,6 +69,9 @@ def test_a_good_table() -> None:
         ({"variants": ["fp32", "fp32"]}, "variants must be different ones"),
         ({"variants": ["int3"]}, "found ('int3',)"),
         ({"default_variant": "int4"}, "default_variant 'int4' is not one of variants int8, fp32"),
+        ({"explain": {"max_words": 5}}, "explain: unknown key max_words; known are max_runs, max_waiting, timeout"),
+        ({"explain": {"max_runs": 0}}, "explain.max_runs must be a positive integer, found 0"),
+        ({"explain": 1}, "explain must be a table, found 1"),
         ({"adapters": ["a"]}, "adapters must be a table of names and folders, found ['a']"),
         ({"adapters": {"a,b": "x"}}, "adapters: 'a,b' must have letters, digits"),
         ({"adapters": {"a": 5}}, "adapters.a must be str, found 5"),
@@ -145,6 +148,15 @@ def test_impossible_limits_of_embeddings(limits: dict[str, Any], message: str) -
     with pytest.raises(ModelsFileError) as error:
         models_file.parse("e", EMBEDDING | {"limits": limits})
     assert message in str(error.value)
+
+
+def test_explanations_change_what_is_made_and_nothing_without_them() -> None:
+    plain = models_file.parse("gpt2", GOOD)
+    assert plain == models_file.parse("gpt2", GOOD | {"explain": False})
+    assert "explain" not in plain.as_dict()
+    assert models_file.parse("gpt2", GOOD | {"explain": True}).as_dict()["explain"]["max_runs"] == 512
+    with pytest.raises(ModelsFileError, match=r"\[e\]: explain is for text-classification, .* without another engine"):
+        models_file.parse("e", EMBEDDING | {"explain": True})
 
 
 @pytest.mark.parametrize("missing", ["task", "source", "variants", "limits"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.models.whisper.generation_whisper import WhisperGenerationMixi
 from trident_export.measure import signals
 from trident_serving.errors import InvalidRequest
 from trident_serving.runtime.sampling.candidates import Candidates
-from trident_serving.speech import audio, transcript
+from trident_serving.speech import audio, request, transcript
 from trident_serving.speech.features import FeatureSettings, LogMel
 from trident_serving.speech.rules import Timestamps
 from trident_serving.speech.transcript import Clock
@@ -158,3 +159,34 @@ def test_windows_are_cut_into_segments_as_transformers_does(tokens: list[int], s
         assert (mine.start, mine.end) == pytest.approx((float(theirs["start"]), float(theirs["end"])))
         assert (mine.log_prob, mine.no_speech) == (-1.0 if mine.tokens else 0.0, 0.25)
     assert offset_frames == max(int(further), 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens=st.lists(st.integers(25, 55), max_size=20))
+def test_what_is_settled_stays(tokens: list[int]) -> None:
+    """Whatever comes behind a beginning of a window's answer, its settled tokens are in the transcript."""
+    segments, _ = transcript.cut(tokens, [0.0] * len(tokens), Clock(FIRST, 0.02, 2), 0, 1000)
+    kept = [token for segment in segments for token in segment.tokens]
+    before = 0
+    for length in range(len(tokens) + 1):
+        settled = transcript.settled(tokens[:length], FIRST)
+        assert before <= settled <= length
+        assert tokens[:settled] == kept[:settled]
+        before = settled
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.text(alphabet=" \n\u3000ab", max_size=4), max_size=8))
+def test_white_space_around_a_text_in_parts(parts: list[str]) -> None:
+    stripped = transcript.Stripped()
+    found = [stripped.push(part) for part in parts]
+    assert "".join(found) == "".join(parts).strip()
+
+
+def test_a_file_in_base64_is_the_file() -> None:
+    """JSON holds no bytes; what is neither a file nor one in Base64 is left to be refused."""
+    for kind in ("WAV", "FLAC", "MP3", "OGG"):
+        content = encoded(signals.spoken(0.3, 1), kind=kind)
+        assert request._decoded(content) == request._decoded(base64.b64encode(content)) == content
+    for content in (b"no sound", base64.b64encode(b"no sound"), b"UklGR!", b"=="):
+        assert request._decoded(content) == content

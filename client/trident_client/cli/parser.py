@@ -124,6 +124,9 @@ def _add_readers(commands: _Commands) -> None:
     for name, help in (("translate", "translate a text"), ("summarize", "summarize a text")):
         tasks.add_text_to_text(commands.task(name, help, tasks.text_to_text, lines=True))
     tasks.add_transcribe(commands.task("transcribe", "what is said in a recording", tasks.transcribe, lines=True))
+    tasks.add_explain(
+        commands.calling("explain", "which words the answer of a model rests on", tasks.explain, lines=True)
+    )
     _add_images(commands)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trident_client import Client, SparseVector
-from trident_client._options import TRANSCRIPTION, TRANSLATION
+from trident_client import Client, Segment, SparseVector
+from trident_client._options import EXPLANATION, TRANSCRIPTION, TRANSLATION
 from trident_client.cli import output, texts
 from trident_client.cli.connection import number
 from trident_client.cli.exits import Exit, InputError
@@ -252,6 +253,8 @@ def transcribe(client: Client, options: argparse.Namespace) -> int:
     """What is said in recordings."""
     texts.check_once(options.audio)
     asked = {"model": options.model, **chosen(options, TRANSCRIPTION)}
+    if options.stream:
+        return _stream_transcriptions(client, options, asked)
     found = []
     for name in options.audio:
         content = sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes()
@@ -263,9 +266,53 @@ def transcribe(client: Client, options: argparse.Namespace) -> int:
     else:
         for each in found:
             for segment in each.segments:
-                output.show(f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}")
+                output.show(_timed(segment))
             if not each.segments:
                 output.show(each.text)
+    return Exit.DONE
+
+
+def _stream_transcriptions(client: Client, options: argparse.Namespace, asked: dict[str, Any]) -> int:
+    """The same as it comes: text, segments where their times are wanted, or an object a chunk."""
+    if options.json:
+        raise InputError("--stream prints text as it comes, or chunks with --jsonl: --json is one document")
+    for name in options.audio:
+        content = sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes()
+        with contextlib.closing(client.stream_transcription(content, **asked)) as chunks:
+            if options.jsonl:
+                output.rows({"file": name, **output.plain(chunk)} for chunk in chunks)
+            elif asked["timestamps"]:
+                for chunk in chunks:
+                    for segment in chunk.segments:
+                        output.show(_timed(segment), flush=True)
+            else:
+                for chunk in chunks:
+                    output.show(chunk.text, end="", flush=True)
+                print()
+    return Exit.DONE
+
+
+def _timed(segment: Segment) -> str:
+    return f"[{segment.start:8.2f} - {segment.end:8.2f}] {segment.text.strip()}"
+
+
+def explain(client: Client, options: argparse.Namespace) -> int:
+    """Which words answers rest on."""
+    text = texts.whole(options)
+    asked = {"model": options.model, **chosen(options, EXPLANATION)}
+    if options.html:
+        options.html.write_text(client.explain_page(text, **asked), encoding="utf-8")
+        return Exit.DONE
+    found = client.explain(text, **asked)
+    if options.jsonl:
+        output.rows(output.plain(each) for each in found)
+    elif options.json:
+        output.document(found)
+    else:
+        for each in found:
+            output.show(f"{each.of} ({each.measure} {each.score:.4g})")
+            for one in sorted(each.attributions, key=lambda one: -abs(one.value)):
+                output.show(f"  {one.value:+10.4g}  {one.text}")
     return Exit.DONE
 
 
@@ -310,9 +357,18 @@ def add_images(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=number(1), default=8, help="images in a request (default %(default)s)")
 
 
+def add_explain(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `explain`."""
+    command.add_argument("--model", required=True, help="whose table in models.toml has explain")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the marked text instead")
+    texts.add(command)
+    add_flags(command, EXPLANATION)
+
+
 def add_transcribe(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `transcribe`."""
     command.add_argument("audio", nargs="+", metavar="FILE", help="WAV, FLAC, MP3 or Ogg; -: from standard input")
+    command.add_argument("--stream", action="store_true", help="print the text as it comes; with --jsonl, chunks")
     add_flags(command, TRANSCRIPTION)
 
 

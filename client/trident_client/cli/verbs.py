@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trident_client import Client
-from trident_client._options import GENERATION, TRANSCRIPTION, TRANSLATION
+from trident_client._options import EXPLANATION, GENERATION, TRANSCRIPTION, TRANSLATION
 from trident_client.cli import output
 from trident_client.cli.exits import InputError
 from trident_client.cli.generation import answered
@@ -178,6 +178,7 @@ VERBS: dict[str, Verb] = {
     "translate": Verb(("texts",), tuple(TRANSLATION), _translated("translate")),
     "summarize": Verb(("texts",), tuple(TRANSLATION), _translated("summarize")),
     "transcribe": Verb(("audio",), tuple(TRANSCRIPTION), _named("transcribe")),
+    "explain": Verb(("text", "model"), tuple(EXPLANATION), _named("explain")),
     "embed-images": Verb(("images",), (), _named("embed_images")),
     "classify-images": Verb(("images",), ("top_k",), _named("classify_images")),
     "zero-shot-images": Verb(

@@ -1,8 +1,8 @@
 """What answers are worth. A measure is statistics of each example, and a figure that comes from their sums.
 
 So a figure over any choice of examples, which a bootstrap makes thousands of, costs one product of matrices. Texts:
-sacrebleu (BLEU, chrF, TER), rouge-score, jiwer (word error rate). Questions: SQuAD's exact match and F1 of words.
-Search: nDCG with the gain of TREC's evaluation, which is the grade itself.
+sacrebleu (BLEU, chrF, TER), rouge-score, nltk (METEOR), jiwer (word error rate). Questions: SQuAD's exact match and F1
+of words. Search: nDCG with the gain of TREC's evaluation, which is the grade itself.
 """
 
 from __future__ import annotations
@@ -94,9 +94,31 @@ def texts(references: Sequence[Sequence[str]], found: Sequence[str]) -> list[Mea
     return [
         *_sacrebleu(references, found),
         *(_mean(title, [each[name] for each in rouge], 100) for name, title in kinds.items()),
+        _meteor(references, found),
         _ratio("wer", [errors(*pair) for pair in zip(references, found, strict=True)], 100, higher=False),
         *spans_of_text(references, found),
     ]
+
+
+class _NoSynonyms:
+    """In place of WordNet, whose files nltk downloads."""
+
+    def synsets(self, word: str) -> tuple[()]:
+        """Of a word: none."""
+        return ()
+
+
+def _meteor(references: Sequence[Sequence[str]], found: Sequence[str]) -> Measure:
+    """Nltk's METEOR of 2007 with two of its three modules: equal words, and equal stems of English words."""
+    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.translate.meteor_score import meteor_score
+
+    words = NLTKWordTokenizer().tokenize
+    scores = [
+        meteor_score([words(each) for each in right], words(answer), wordnet=_NoSynonyms())
+        for right, answer in zip(references, found, strict=True)
+    ]
+    return _mean("meteor_stem", scores, 100)
 
 
 def _wrong(output: Any) -> tuple[float, float]:

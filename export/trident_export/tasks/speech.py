@@ -23,12 +23,13 @@ from trident_export.graphs.seq2seq import export_decoder, export_encoder
 from trident_export.huggingface import speech as speech_files
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.huggingface.vocabulary import rows_of
-from trident_export.measure import fidelity, signals
+from trident_export.measure import fidelity, signals, spoken_sentences
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import Evaluator, Job
 from trident_export.tasks.seq2seq import measure, served_answers
 from trident_export.tasks.seq2seq import write as write
 from trident_serving.artefacts import VERSION
+from trident_serving.errors import InvalidRequest
 from trident_serving.schema.limits import SpeechLimits
 from trident_serving.speech.features import LogMel
 from trident_serving.speech.service import Reply, SpeechService
@@ -98,6 +99,7 @@ def evaluator(
             given = served_answers(folder, samples, lengths, before, limits.max_target_tokens)
             found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in given]
             measured |= fidelity.compare_texts(expected, found)
+            measured |= word_errors(folder, limits)
         return measured
 
     return evaluate
@@ -174,6 +176,30 @@ def check_answers(model: PreTrainedModel, folder: Path, limits: SpeechLimits, ex
         service.stop()
 
 
+def word_errors(folder: Path, limits: SpeechLimits) -> dict[str, float]:
+    """`wer_sentences` and `wer_recording`: words that are heard wrong of English sentences, by those that are said.
+
+    Each sentence is a recording of its own, and all of them are one. There is no figure where nobody can say them, the
+    model knows no English, or its recordings may not be so long.
+    """
+    service = SpeechService(folder, replace(limits, max_waiting=32))
+    try:
+        known = service.settings.languages
+        if not spoken_sentences.installed() or (known and "en" not in known):
+            return {}
+        said = spoken_sentences.sentences()
+        whole = " ".join(said)
+        heard = [_reply(service, spoken_sentences.spoken(text), language="en").text for text in said]
+        measured = {"wer_sentences": spoken_sentences.error_rate(said, heard)}
+        try:
+            found = _reply(service, spoken_sentences.spoken(whole), language="en")
+        except InvalidRequest:  # too long
+            return measured
+        return measured | {"wer_recording": spoken_sentences.error_rate([whole], [found.text])}
+    finally:
+        service.stop()
+
+
 class _Waiter:
     """A channel that is waited for."""
 
@@ -200,11 +226,19 @@ class _Waiter:
 def _served(service: SpeechService, recording: Floats, rate: int, timestamps: bool) -> Reply:
     file = io.BytesIO()
     soundfile.write(file, recording, rate, format="WAV", subtype="FLOAT")
+    return _reply(service, file.getvalue(), timestamps=timestamps, max_tokens=GATE_TOKENS, num_beams=1)
+
+
+def _reply(service: SpeechService, content: bytes, **options: bool | int | str) -> Reply:
+    """The answer to a recording.
+
+    Raises:
+        ServingError: it is refused.
+    """
     waiter = _Waiter()
-    numbers = {"max_tokens": GATE_TOKENS, "num_beams": 1}
-    tensors = {name: np.array([[value]], np.int32) for name, value in numbers.items()}
-    audio = np.array([[file.getvalue()]], np.object_)
-    service.submit(service.parse({"audio": audio, "timestamps": np.array([[timestamps]]), **tensors}), waiter)
+    kinds = {bool: np.bool_, int: np.int32, str: np.object_}
+    tensors = {name: np.array([[value]], kinds[type(value)]) for name, value in options.items()}
+    service.submit(service.parse({"audio": np.array([[content]], np.object_), **tensors}), waiter)
     waiter.done.wait()
     if waiter.error is not None:
         raise waiter.error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -13,12 +14,13 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from trident_client import AsyncClient, Segment, Transcription
+from trident_client import AsyncClient, Segment, Transcription, TranscriptionChunk, TranscriptionOptions
 from trident_gateway import bodies, calls
 from trident_gateway.bodies import Body, Neutral
 from trident_gateway.catalog import SPEECH
 from trident_gateway.errors import ApiError, invalid
 from trident_gateway.gateway import exchange_of, gateway_of
+from trident_gateway.openai.sampling import Json, event
 
 router = APIRouter()
 _MOST_FIELDS = 64
@@ -33,9 +35,9 @@ class AudioForm(Body):
     response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
     temperature: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=False)] | None = None
     timestamp_granularities: list[Literal["segment"]] | None = None
+    stream: Annotated[bool, Field(strict=False)] = False
     # What the models here don't do: only the value that asks for nothing is taken.
     prompt: Literal[""] = ""
-    stream: Literal["false"] = "false"
     # Of no consequence for the answer.
     user: Neutral = None
 
@@ -58,16 +60,23 @@ async def _answered(request: Request, task: Literal["transcribe", "translate"]) 
     form, content = await _read(request)
     model = await gateway_of(request).model(form.model, SPEECH)
     timed = form.response_format in ("verbose_json", "srt", "vtt")
+    asked: TranscriptionOptions = {
+        "language": form.language or None,
+        "task": task,
+        "timestamps": timed or None,
+        "temperature": form.temperature or None,
+    }
+    if form.stream:
+        if form.response_format != "json":
+            raise invalid(f"stream has response_format json, found {form.response_format}", "response_format")
+        exchange.stream = True
+        chunks = await calls.parts(
+            request, model, lambda client: client.stream_transcription(content, model=model.name, **asked)
+        )
+        return calls.Stream(_events(request, chunks))
 
     async def ask(client: AsyncClient) -> Transcription:
-        return await client.transcribe(
-            content,
-            model=model.name,
-            language=form.language or None,
-            task=task,
-            timestamps=timed or None,
-            temperature=form.temperature or None,
-        )
+        return await client.transcribe(content, model=model.name, **asked)
 
     found = await calls.whole(request, model, ask)
     exchange.tokens(0, found.num_output_tokens)
@@ -83,6 +92,27 @@ async def _answered(request: Request, task: Literal["transcribe", "translate"]) 
     segments = [_described(number, segment, form.temperature or 0.0) for number, segment in enumerate(found.segments)]
     whole = {"task": task, "language": found.language, "duration": found.duration, "text": found.text}
     return JSONResponse({**whole, "segments": segments, "usage": used})
+
+
+async def _events(request: Request, chunks: AsyncGenerator[TranscriptionChunk, None]) -> AsyncGenerator[bytes, None]:
+    """The text as server-sent events, as it comes and then all of it."""
+    said, count = [], 0
+    async with aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                count = chunk.num_output_tokens
+                if chunk.finish_reason == "cancelled":
+                    raise ApiError(503, "the server gave the request up: try again", code="cancelled")
+                if chunk.text:
+                    said.append(chunk.text)
+                    yield event({"type": "transcript.text.delta", "delta": chunk.text})
+        except ApiError as error:
+            exchange_of(request).status = error.status
+            yield event(error.openai())
+            return
+        finally:
+            exchange_of(request).tokens(0, count)
+    yield event({"type": "transcript.text.done", "text": "".join(said)})
 
 
 async def _read(request: Request) -> tuple[AudioForm, bytes]:
@@ -126,7 +156,7 @@ async def _read(request: Request) -> tuple[AudioForm, bytes]:
         raise bodies.refusal(error, AudioForm) from None
 
 
-def _described(number: int, segment: Segment, temperature: float) -> dict[str, Any]:
+def _described(number: int, segment: Segment, temperature: float) -> Json:
     text = segment.text.encode()
     return {
         "id": number,

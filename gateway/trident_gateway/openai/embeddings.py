@@ -37,8 +37,25 @@ class EmbeddingBody(Body):
     # Not OpenAI's.
     prompt_name: str | None = None
     truncate: bool | None = None
+    truncate_prompt_tokens: int | None = None
     # Of no consequence for the answer.
     user: Neutral = None
+
+    def cut(self, model: Model) -> bool | None:
+        """Whether texts that are too long are cut; vLLM's word for it is the length that they are cut to.
+
+        Raises:
+            ApiError: it is another one than the model's.
+        """
+        if self.truncate_prompt_tokens is None:
+            return self.truncate
+        if self.truncate_prompt_tokens not in (-1, model.context):
+            raise invalid(
+                f"truncate_prompt_tokens must be {model.context}, at which the model cuts, or -1, found "
+                f"{self.truncate_prompt_tokens}",
+                "truncate_prompt_tokens",
+            )
+        return True
 
 
 @router.post("/v1/embeddings")
@@ -47,7 +64,7 @@ async def create(request: Request, body: Annotated[EmbeddingBody, Depends(bodies
     model = await gateway_of(request).model(body.model, *TASKS)
     texts = listed(body.input, "input")
     vectors, count = await embed(
-        request, model, texts, dimensions=body.dimensions, prompt_name=body.prompt_name, truncate=body.truncate
+        request, model, texts, dimensions=body.dimensions, prompt_name=body.prompt_name, truncate=body.cut(model)
     )
     coded: list[Any]
     if body.encoding_format == "base64":

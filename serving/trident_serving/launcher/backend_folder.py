@@ -19,6 +19,7 @@ OUR_BACKENDS = Path(__file__).parents[1] / "_backends"
 STAND_IN = "onnxruntime"
 NAMES = (
     STAND_IN,
+    "trident_explain",
     "trident_generator",
     "trident_postprocess",
     "trident_seq2seq",

@@ -1,4 +1,4 @@
-"""Every field of a request that generates, translates, summarizes or transcribes: name, type, range, default and help.
+"""Every field of a request that generates, translates, transcribes or explains: name, type, range, default and help.
 
 Names and types are those of Triton's TensorRT-LLM backend where it has them; `top_logprobs` is the OpenAI API's, those
 of beam search are transformers'. To add a field, add a row here; a sampling field also needs its processor.
@@ -455,12 +455,28 @@ SPEECH = (
         choices=("transcribe", "translate"),
     ),
     Field("timestamps", "BOOL", "give segments with their times", False),
+    Field("stream", "BOOL", "answer in parts, as the text comes", False, option=False, flag=False),
     *_SAMPLING,
     _REPETITION,
     _SEED,
     *(field for field in SEQ2SEQ if field.name in _SEARCH),
 )
 TEMPLATE = (*_SAMPLING, _REPETITION, _SEED)
+EXPLANATION = (
+    Field("by", "STRING", "what is hidden at a time", "word", choices=("word", "sentence", "token")),
+    Field("label", "STRING", "the class that is explained, of a masked text the token; without it the likeliest"),
+    Field("text_pair", "STRING", "of a classifier of pairs: the second text"),
+    Field("query", "STRING", "of a ranker"),
+    Field("question", "STRING", "of question answering, where the text is the context"),
+    Field("candidate_labels", "STRING", "of zero-shot classification", shape=(-1,)),
+    Field("hypothesis_template", "STRING", "of zero-shot classification: the sentence for a label"),
+    Field("multi_label", "BOOL", "of zero-shot classification: score each label by itself", False),
+    Field("answer", "STRING", "of a generator: the answer that is explained; without it the model's greedy one"),
+    Field("chat", "BOOL", "of a generator: the text is a message for the chat template", False),
+    Field("max_tokens", "INT32", "of a generator: how long its own answer may be; 64 without it", range=Range(1)),
+    Field("variant", "STRING", "the variant that is explained; without it the default one", option=False),
+    Field("page", "BOOL", "give the page with the marked text, too", False, option=False),
+)
 LANGUAGES = tuple(field for field in SEQ2SEQ if field.name.endswith("_lang"))
 
 

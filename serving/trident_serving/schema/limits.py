@@ -408,6 +408,22 @@ class TemplateLimits:
         check_options(self.chat_template_kwargs)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExplanationLimits:
+    """Limits of explanations of a model.
+
+    Attributes:
+        max_runs: texts without one of their parts that the model reads for one request.
+        max_waiting: requests that may be answered or wait at once; two are answered at a time.
+        timeout: seconds that a request may take, waiting included; then it fails with DEADLINE_EXCEEDED. A request may
+            ask for less.
+    """
+
+    max_runs: int = 512
+    max_waiting: int = 16
+    timeout: int = 300
+
+
 Limits = GenerationLimits | VllmLimits | EncoderLimits | ImageLimits | Seq2SeqLimits | SpeechLimits | TemplateLimits
 LIMITS: dict[str, type[Limits]] = {
     "text-generation": GenerationLimits,

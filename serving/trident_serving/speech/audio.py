@@ -35,7 +35,7 @@ def decode(content: bytes, rate: int, max_seconds: int) -> Samples:
     Raises:
         InvalidRequest: it is no audio file of a known format, is broken, empty or too long, or has an impossible rate.
     """
-    if not _known(content):
+    if not known(content):
         raise InvalidRequest(f"audio is no {FORMATS} file: it begins with {content[:12]!r}")
     try:
         file = soundfile.SoundFile(io.BytesIO(content))
@@ -81,7 +81,7 @@ def _samples(file: soundfile.SoundFile, rate: int, max_seconds: int) -> Samples:
     return np.concatenate(found)
 
 
-def _known(content: bytes) -> bool:
+def known(content: bytes) -> bool:
     """Whether a file begins as one of the formats does; libsndfile has parsers for two dozen more."""
     head = content[:12]
     if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":

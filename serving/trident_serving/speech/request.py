@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from trident_serving.schema.limits import SpeechLimits
 from trident_serving.seq2seq.request import RULES, GenerationDefaults
 from trident_serving.seq2seq.rules import Rules
 from trident_serving.seq2seq.search import SearchParams
+from trident_serving.speech import audio
 from trident_serving.speech.rules import Timestamps
 from trident_serving.speech.settings import SpeechSettings
 
@@ -27,6 +29,7 @@ class SpeechRequest:
         language: its code; None: the settings' one, or heard.
         task: None: the settings' one.
         timestamps: whether the answer has segments.
+        stream: whether it comes in parts.
         max_tokens: of a window's answer; None: as many as fit.
         search: how each window is searched, by the names of `SearchParams`; `rules` by those of `Rules`.
     """
@@ -35,6 +38,7 @@ class SpeechRequest:
     language: str | None
     task: str | None
     timestamps: bool
+    stream: bool
     max_tokens: int | None
     search: dict[str, Any]
     rules: dict[str, Any]
@@ -59,7 +63,7 @@ class RequestParser:
             InvalidRequest: a field is missing, malformed or out of range; the file itself is looked at later.
         """
         defaults, limits = self._defaults, self._limits
-        audio = self._audio(inputs)
+        content = self._audio(inputs)
         language = _FIELDS["language"].read(inputs)
         task = _FIELDS["task"].read(inputs)
         code = self._settings.code(language) if language else None
@@ -86,7 +90,8 @@ class RequestParser:
             ),
         }
         seconds = timeout_seconds(timeout, limits.timeout)
-        return SpeechRequest(audio, code, task, timestamps, max_tokens, search, rules, seconds)
+        stream = _FIELDS["stream"].read(inputs)
+        return SpeechRequest(content, code, task, timestamps, stream, max_tokens, search, rules, seconds)
 
     def params(self, request: SpeechRequest, prompt_length: int, *, timestamps: bool) -> SearchParams:
         """How a window is searched behind a prompt of so many tokens."""
@@ -123,6 +128,18 @@ class RequestParser:
             content = content.encode()
         if not content:
             raise InvalidRequest("audio is empty: send the bytes of a file")
+        content = _decoded(bytes(content))
         if len(content) > self._limits.max_bytes:
             raise InvalidRequest(f"audio has {len(content)} bytes, the limit is {self._limits.max_bytes} bytes")
-        return bytes(content)
+        return content
+
+
+def _decoded(content: bytes) -> bytes:
+    """The file of a text in Base64, which is how JSON holds one; anything else as it is."""
+    if audio.known(content):
+        return content
+    try:
+        found = base64.b64decode(content, validate=True)
+    except ValueError:
+        return content
+    return found if audio.known(found) else content

@@ -20,6 +20,8 @@ class SpokenSearch:
         languages: their tokens.
         no_speech: the token of silence.
         begin: the search behind the whole prompt.
+        told: called after a step with the tokens of the answer so far; only where it has one beam, and not with an
+            answer that is complete.
 
     Attributes:
         done: see `Search`.
@@ -33,6 +35,7 @@ class SpokenSearch:
         languages: Sequence[int],
         no_speech: int,
         begin: Callable[[Sequence[int]], Search],
+        told: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
         self.prompt = list(prompt)
         self.no_speech_probability = 0.0
@@ -42,6 +45,7 @@ class SpokenSearch:
         # Its prompt may still change, its number of rows does not.
         self._search = begin(self.prompt)
         self._heard = False
+        self._told = told if self._search.rows == 1 else None
         self.done = False
 
     @property
@@ -75,6 +79,8 @@ class SpokenSearch:
                 self._search = self._begin(self.prompt)
         parents = self._search.advance(logits)
         self.done = self._search.done
+        if self._told is not None and not self.done:
+            self._told(self._search.tokens[0])
         return parents
 
     def found(self) -> Found:

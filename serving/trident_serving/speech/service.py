@@ -2,13 +2,15 @@
 
 A recording of one window is one job of the engine. A longer one is a job after the other: where a window begins follows
 from the timestamps of the one before. No window is told what was said before it, which is what transformers does where
-`condition_on_prev_tokens` is not asked for.
+`condition_on_prev_tokens` is not asked for. A request that asks for a stream is sent text as soon as no later token can
+take it away again.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from trident_serving.errors import DeadlineExceeded, DoesNotFit, Overloaded
 from trident_serving.memory import MEBIBYTE, available_bytes
+from trident_serving.runtime.detokenizer import Detokenizer
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.outbox import Outbox
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs
 from trident_serving.schema.limits import SpeechLimits
 from trident_serving.seq2seq import search
@@ -34,21 +37,22 @@ from trident_serving.speech.features import Floats, LogMel
 from trident_serving.speech.request import RequestParser, SpeechRequest
 from trident_serving.speech.search import SpokenSearch
 from trident_serving.speech.settings import SpeechSettings
-from trident_serving.speech.transcript import Clock, Segment
+from trident_serving.speech.transcript import Clock, Segment, Stripped
 
 _READERS = 2  # recordings that are decoded at once
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a request gets, once.
+    """What a response carries: the whole answer, or, of a stream, what is new of it.
 
     Attributes:
-        finish_reason: "stop", "length" where the answer to a window was cut off, or "cancelled".
+        finish_reason: "stop", "length" where the answer to a window was cut off, or "cancelled"; "": more comes.
         duration: of the recording, in seconds.
         language: its code.
-        tokens: of the whole answer, with timestamps where it has them.
-        segments: with their texts; none where they were not asked for.
+        tokens: of the answer, with timestamps where it has them; of a stream, those of complete windows.
+        segments: of these, with their texts; none where they were not asked for.
+        count: of the tokens of all responses so far.
     """
 
     text: str
@@ -57,34 +61,33 @@ class Reply:
     duration: float
     tokens: tuple[int, ...]
     segments: tuple[tuple[Segment, str], ...]
+    count: int
 
 
 class ReplyChannel(Protocol):
-    """Where a request's one response goes."""
+    """Where a request's responses go."""
 
     def is_cancelled(self) -> bool:
         """Whether the client has gone."""
         ...
 
     def send(self, reply: Reply) -> None:
-        """Send the answer."""
+        """Send one response; the one with a finish reason is the last."""
         ...
 
     def fail(self, error: Exception) -> None:
-        """Send an error."""
+        """Send an error as the last response."""
         ...
 
 
 class _Transcription:
     """One request on its way: read, then window after window; what the outbox holds and the engine's consumer."""
 
-    urgent = True
-    pending = False
-    last_sent = 0.0
-
     def __init__(self, service: SpeechService, request: SpeechRequest, channel: ReplyChannel) -> None:
         self.channel = channel
         self.cancelled = False
+        self.pending = False
+        self.last_sent = 0.0
         self._service = service
         self._request = request
         self._until = time.monotonic() + request.timeout_seconds
@@ -95,10 +98,23 @@ class _Transcription:
         self._timestamps = request.timestamps
         self._prompt: list[int] = []
         self._search: SpokenSearch | None = None
-        self._segments: list[Segment] = []
+        self._detokenizer = Detokenizer(service.tokenizer)
+        self._stripped = Stripped()
+        self._written = 0  # of the window's tokens, those whose text is in `_text`
         self._cut_off = False
-        self._reply: Reply | None = None
+        # What the engine's thread writes and the outbox's reads and empties.
+        self._lock = threading.Lock()
+        self._text = ""
+        self._segments: list[Segment] = []
+        self._count = 0
+        self._reason = ""
         self._error: Exception | None = None
+        self._closed = False
+
+    @property
+    def urgent(self) -> bool:
+        """Whether what there is to send should not wait: the beginning of the answer, or its end."""
+        return self.last_sent == 0.0 or bool(self._reason) or self._error is not None
 
     def read(self) -> None:
         """Decode the file and compute its features, on a reader's thread; then the first window waits."""
@@ -130,6 +146,7 @@ class _Transcription:
             list(settings.languages.values()),
             settings.no_speech,
             partial(search.start, params=params),
+            self._hear if self._request.stream else None,
         )
         frames = service.log_mel.settings.frames
         window = self._features[:, self._seek : self._seek + frames]
@@ -140,11 +157,27 @@ class _Transcription:
         job = Job(window, self._prompt, params, self, left, self._search)
         service.engine.submit([job], going_on=self._seek > 0)
 
+    def _hear(self, tokens: Sequence[int]) -> None:
+        """Note a window's answer so far, on the engine's thread."""
+        assert self._search is not None
+        self._prompt = self._search.prompt  # with the language that was heard
+        self._write(tokens[: transcript.settled(tokens, self._service.clock.first)])
+        if self._text and not self.pending:  # else the outbox sends it anyway
+            self._service.outbox.notify(self)
+
+    def _write(self, tokens: Sequence[int]) -> None:
+        """Add to the text what is new of a window's tokens; those of timestamps have none."""
+        first = self._service.settings.first_timestamp
+        new = "".join(self._detokenizer.push(token) for token in tokens[self._written :] if token < first)
+        self._written = len(tokens)
+        with self._lock:
+            self._text += self._stripped.push(new)
+
     def finish(self, found: Found | None) -> None:
         """A window is answered; None: the request was cancelled."""
         service = self._service
         if found is None or self._search is None:
-            self._reply = Reply("", "cancelled", "", self._duration, (), ())
+            self._reason = "cancelled"
             service.outbox.notify(self)
             return
         self._prompt = self._search.prompt
@@ -156,13 +189,19 @@ class _Transcription:
         segments, offset = transcript.cut(
             tokens, found.log_probs, service.clock, self._seek, left, self._search.no_speech_probability
         )
-        self._segments += segments
+        self._write([token for segment in segments for token in segment.tokens])
+        self._written = 0
         self._seek += offset
-        if self._timestamps and self._seek < self._frames:
+        last = not self._timestamps or self._seek >= self._frames
+        with self._lock:
+            self._segments += segments
+            if last:
+                self._text += self._stripped.push(self._detokenizer.flush())
+                self._reason = "length" if self._cut_off else "stop"
+        if last or self._request.stream:
+            service.outbox.notify(self)
+        if not last:
             self._submit()
-            return
-        self._reply = self._replied()
-        service.outbox.notify(self)
 
     def fail(self, error: Exception) -> None:
         """The request can't be answered."""
@@ -172,31 +211,42 @@ class _Transcription:
                 f"the timeout of {self._request.timeout_seconds:g} s was over after {done:.0f} of "
                 f"{self._duration:.0f} seconds of the recording"
             )
-        self._error = error
+        with self._lock:
+            self._error = error
         self._service.outbox.notify(self)
 
     def send_pending(self) -> bool:
-        """Send the response, if it is time; returns whether all is said."""
-        if self._error is not None:
-            self.channel.fail(self._error)
-        elif self._reply is not None:
-            self.channel.send(self._reply)
+        """Send what there is, on the outbox's thread; returns whether all is said."""
+        with self._lock:
+            error, ended = self._error, self._error is not None or bool(self._reason)
+            waiting = self._request.stream and (self._text or self._segments)
+            if self._closed or not (ended or waiting):
+                return False  # nothing yet, or an earlier notification has sent it
+            self._closed = ended
+            reply = self._take()
+        if error is not None:
+            self.channel.fail(error)
         else:
-            return False
-        return True
+            self.channel.send(reply)
+        return ended
 
-    def _replied(self) -> Reply:
-        service = self._service
-        tokens = tuple(token for segment in self._segments for token in segment.tokens)
+    def _take(self) -> Reply:
+        """What has come since the last response; the lock is held."""
+        service, cancelled = self._service, self._reason == "cancelled"
+        segments, text = ([], "") if cancelled else (self._segments, self._text)
+        tokens = tuple(token for segment in segments for token in segment.tokens)
+        self._count += len(tokens)
+        self._segments, self._text = [], ""
         return Reply(
-            text=service.text(tokens).strip(),
-            finish_reason="length" if self._cut_off else "stop",
+            text=text,
+            finish_reason=self._reason,
             language=service.settings.language_of(self._prompt),
             duration=self._duration,
             tokens=tokens,
             segments=tuple(
-                (self._within(each), service.text(each.tokens)) for each in self._segments if self._request.timestamps
+                (self._within(each), service.text(each.tokens)) for each in segments if self._request.timestamps
             ),
+            count=self._count,
         )
 
     def _within(self, segment: Segment) -> Segment:
@@ -225,7 +275,7 @@ class SpeechService:
         features = self.log_mel.settings
         frames = round(self.settings.seconds_per_step * features.rate / features.hop_length)
         self.clock = Clock(self.settings.first_timestamp, self.settings.seconds_per_step, frames)
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = TextTokenizer.load(folder)
         decoder = Seq2SeqDecoder(folder, slots=limits.slots, capacity=limits.max_target_tokens, threads=limits.threads)
         own = limits.slots * limits.max_target_tokens * decoder.bytes_per_token
         cross = limits.slots * features.frames // frames * decoder.bytes_per_token
@@ -247,7 +297,7 @@ class SpeechService:
         return self.parser.parse(inputs, timeout)
 
     def submit(self, request: SpeechRequest, channel: ReplyChannel) -> None:
-        """Start a request; its response goes to the channel.
+        """Start a request; its responses go to the channel.
 
         An error where the queue is full goes to the channel too.
         """
@@ -268,9 +318,7 @@ class SpeechService:
 
     def text(self, tokens: tuple[int, ...]) -> str:
         """The text of tokens, without timestamps and special tokens."""
-        plain = [token for token in tokens if token < self.settings.first_timestamp]
-        found: str = self._tokenizer.decode(plain, skip_special_tokens=True)
-        return found
+        return self.tokenizer.decode([token for token in tokens if token < self.settings.first_timestamp])
 
     def steps(self) -> int:
         """Steps of the engine so far."""

@@ -43,6 +43,38 @@ class Clock:
     frames: int
 
 
+def settled(tokens: Sequence[int], first: int) -> int:
+    """How many of a window's first tokens stay in the transcript, however its answer goes on.
+
+    What comes before the last two timestamps in a row does. What comes behind them is thrown away if the answer ends
+    before the next two. Before there are two of them everything stays: `cut` keeps it in either case.
+
+    Args:
+        tokens: of the answer so far.
+        first: the token of second 0.
+    """
+    for index in range(len(tokens) - 1, 0, -1):
+        if tokens[index] >= first and tokens[index - 1] >= first:
+            return index
+    return len(tokens)
+
+
+class Stripped:
+    """A text that comes in parts, without white space around all of it."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Add a part; returns what is certain to be inside."""
+        whole = self._held + (text if self._begun else text.lstrip())
+        found = whole.rstrip()
+        self._held = whole[len(found) :]
+        self._begun = self._begun or bool(found)
+        return found
+
+
 def cut(
     tokens: Sequence[int], log_probs: Sequence[float], clock: Clock, seek: int, frames: int, no_speech: float = 0.0
 ) -> tuple[list[Segment], int]:

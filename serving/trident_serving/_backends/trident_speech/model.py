@@ -13,6 +13,11 @@ from trident_serving.triton.engine_model import EngineModel
 class Channel(adapter.Responder):
     """A `ReplyChannel` over Triton's response sender."""
 
+    streams = True
+
+    def is_last(self, reply):
+        return bool(reply.finish_reason)
+
     def tensors(self, reply):
         segments = [segment for segment, _ in reply.segments]
         tensors = {
@@ -20,7 +25,7 @@ class Channel(adapter.Responder):
             "finish_reason": text.encode_texts([reply.finish_reason]),
             "language": text.encode_texts([reply.language]),
             "duration": np.array([reply.duration], np.float32),
-            "num_output_tokens": np.array([len(reply.tokens)], np.int32),
+            "num_output_tokens": np.array([reply.count], np.int32),
             "output_ids": np.array(reply.tokens, np.int32),
             "segment_text": text.encode_texts([found for _, found in reply.segments]),
             "segment_start": np.array([each.start for each in segments], np.float32),

@@ -1,6 +1,6 @@
-"""Hides units of a text from the graph of an encoder task, which runs here or on a server.
+"""Hides units of a text from the graph of an encoder task, wherever that runs.
 
-The tokenizer stage and the postprocess stage are those of the repository, and the graph is the variant that serves. A
+The tokenizer stage and the postprocess stage are those of the model, and the graph is the variant that serves. A
 unit's tokens are replaced by the mask token. Where the tokenizer has none, they are removed.
 Reference: Zeiler and Fergus, Visualizing and Understanding Convolutional Networks (occlusion); Li, Monroe and Jurafsky,
 Understanding Neural Networks through Representation Erasure.
@@ -17,29 +17,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_client import Client, TridentError
-from trident_export import configs
-from trident_export.errors import TextError
-from trident_export.explanation.units import Span
-from trident_export.models_file import ModelSpec
-from trident_serving.artefacts import VERSION
-from trident_serving.encoders import TASKS
 from trident_serving.encoders.ranking import RankingTemplates
-from trident_serving.encoders.task import Tensor
+from trident_serving.encoders.task import EncoderTask, Tensor
 from trident_serving.encoders.tokens import TokenRoles, load_tokenizer
+from trident_serving.encoders.zero_shot import DEFAULT_TEMPLATE, hypothesis
 from trident_serving.errors import InvalidRequest
-from trident_serving.schema.limits import AnswerLimits
+from trident_serving.explanation.units import Span
+from trident_serving.schema.limits import AnswerLimits, EncoderLimits
 from trident_serving.text import encode_texts
-from trident_serving.triton.adapter import parameters
-from trident_serving.triton.onnx_backend import OnnxModel
 
 Tensors = dict[str, NDArray[Any]]
 # From a batch of the graph's inputs to its outputs.
 Graph = Callable[[Tensors], Tensors]
+_NOTHING: Mapping[str, Any] = {}
 # The tokens of a window, and the characters that each stands for.
 _Window = tuple[list[int], list[Span | None]]
-# Of a server's answer and ours: two machines sum float32 in another order, and int8 rounds that up.
-_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -47,12 +39,14 @@ class Reading:
     """What the graph is given of a request.
 
     Attributes:
-        texts: of the request, by name.
+        texts: of the request, by name, whose units may be hidden.
+        request: its tensors.
         stage: the tensors of the tokenizer stage.
         tokens: of each window, the characters that a token stands for; None for special tokens, prompts and templates.
     """
 
     texts: Mapping[str, str]
+    request: Tensors
     stage: Mapping[str, NDArray[Any]]
     tokens: Sequence[Sequence[Span | None]]
 
@@ -70,61 +64,66 @@ class EncoderStages:
     """A variant of an encoder task as it is served.
 
     Args:
-        repository: holds the version folders of its stages.
+        name: the model's, for messages.
+        first: the version folder of its tokenizer stage.
+        last: of its postprocess stage.
         graph: runs the variant's graph.
 
     Raises:
-        TextError: the methods raise it where a text can't be read as asked.
+        InvalidRequest: the methods raise it where a text can't be read as asked.
     """
 
-    def __init__(self, spec: ModelSpec, repository: Path, graph: Graph) -> None:
-        assert spec.encoder is not None
-        self._spec, self._graph, self._limits = spec, graph, spec.encoder
-        self.task = TASKS[spec.task]
-        self._folder = repository / configs.first_stage(spec) / VERSION
-        self.answers_folder = repository / f"{spec.name}_postprocess" / VERSION
-        built = {name: parameters(configs.as_backend_json(each)) for name, each in configs.build(spec).items()}
-        self._preprocess = self.task.preprocess(self._folder, built[configs.first_stage(spec)])
-        self._postprocess = self.task.postprocess(self.answers_folder, built[f"{spec.name}_postprocess"])
-        self._tokenizer = load_tokenizer(self._folder)
-        self._pad_id = int((self._tokenizer.padding or {}).get("pad_id", 0))
-        self._tokenizer.no_padding()
+    def __init__(
+        self, name: str, task: EncoderTask, limits: EncoderLimits, first: Path, last: Path, graph: Graph
+    ) -> None:
+        self._name, self.task, self._limits, self._graph = name, task, limits, graph
+        self._folder, self.answers_folder = first, last
+        self._preprocess = task.preprocess(first, _parameters(limits, task.parameters))
+        self._postprocess = task.postprocess(last, _parameters(limits, task.answer_parameters))
+        self.tokenizer = load_tokenizer(self._folder)
+        self._pad_id = int((self.tokenizer.padding or {}).get("pad_id", 0))
+        self.tokenizer.no_padding()
         self._roles = TokenRoles.load(self._folder)
 
     @property
     def masks(self) -> bool:
         """Whether units are masked, not removed."""
-        return self._roles.mask_token_id is not None
+        return self.mask_token_id is not None
 
-    def request(self, texts: Mapping[str, str]) -> Tensors:
-        """Texts as the tensors of a request."""
-        batch = (1,) if self.task.batched else ()
-        known: dict[str, Tensor] = {tensor.name: tensor for tensor in (*self.task.texts, *self.task.options)}
-        return {
-            name: encode_texts([text]).reshape((*batch, *(1 for _ in known[name].shape)))
-            for name, text in texts.items()
-        }
+    @property
+    def mask_token_id(self) -> int | None:
+        """The token that hides others; None: the tokenizer has none."""
+        return self._roles.mask_token_id
 
-    def read(self, texts: Mapping[str, str]) -> Reading:
-        """What the tokenizer stage makes of texts, and which characters each token stands for."""
-        try:
-            stage = self._preprocess(self.request(texts))
-        except InvalidRequest as error:
-            raise TextError(str(error)) from error
-        windows = self._windows(texts)
+    def read(self, texts: Mapping[str, str], asked: Mapping[str, Any] = _NOTHING) -> Reading:
+        """What the tokenizer stage makes of texts, and which characters each token stands for.
+
+        Args:
+            asked: what else the request holds.
+        """
+        request = self._request({**{name: [text] for name, text in texts.items()}, **asked})
+        of_answer = {tensor.name for tensor in self.task.answer_options}
+        stage = self._preprocess({name: array for name, array in request.items() if name not in of_answer})
+        windows = self._windows(texts, asked)
         for (ids, _), row, mask in zip(windows, stage["input_ids"], stage["attention_mask"], strict=True):
             if ids != row[mask > 0].tolist():
-                raise TextError(f"{self._spec.name} reads only a part of the text: shorten it")
-        return Reading(texts, stage, [tokens for _, tokens in windows])
+                raise InvalidRequest(f"{self._name} reads only a part of the text: shorten it")
+        return Reading(texts, request, stage, [tokens for _, tokens in windows])
 
     def outputs(self, reading: Reading) -> Tensors:
         """What the graph gives for the whole texts, a row for each window."""
-        return self._run({tensor.name: reading.stage[tensor.name] for tensor in self.task.model_inputs})
+        return self._graph({tensor.name: reading.stage[tensor.name] for tensor in self.task.model_inputs})
 
     def answer(self, reading: Reading, outputs: Mapping[str, NDArray[Any]]) -> Tensors:
         """What the postprocess stage makes of the graph's outputs."""
-        known = {**self.request(reading.texts), **reading.stage, **outputs}
-        return dict(self._postprocess({name: known[name] for name in self.task.read}))
+        known = {**reading.request, **reading.stage, **outputs}
+        read = (*self.task.read, *(tensor.name for tensor in self.task.answer_options))
+        return dict(self._postprocess({name: known[name] for name in read if name in known}))
+
+    def runs(self, reading: Reading, units: Sequence[Span]) -> int:
+        """How many texts the graph reads for `without`."""
+        windows = [[token for token in tokens if token is not None] for tokens in reading.tokens]
+        return sum(any(unit.touches(token) for token in tokens) for unit in units for tokens in windows)
 
     def without(self, reading: Reading, units: Sequence[Span], whole: Tensors) -> Iterator[Tensors]:
         """The graph's outputs without each of the units.
@@ -140,7 +139,7 @@ class EncoderStages:
         rows = self._rows(reading, units)
         while batch := list(islice(rows, self._limits.max_batch_size)):
             width = max(row.inputs["input_ids"].size for row in batch)
-            given = self._run(
+            given = self._graph(
                 {
                     tensor.name: np.stack([self._padded(tensor.name, row.inputs[tensor.name], width) for row in batch])
                     for tensor in self.task.model_inputs
@@ -152,7 +151,7 @@ class EncoderStages:
                         begun[row.unit] = {name: each.copy() for name, each in whole.items()}
                     place = begun[row.unit][tensor.name]
                     if tensor.shape[0] == -1:  # of tokens
-                        place[row.window] = np.nan
+                        place[row.window] = np.nan if place.dtype.kind == "f" else -1
                         place[row.window, row.kept] = array[: row.kept.size]
                     else:
                         place[row.window] = array
@@ -160,36 +159,6 @@ class EncoderStages:
                 yield begun.pop(given_back)
                 given_back += 1
         yield from begun.values()
-
-    def compare(self, client: Client, model: str, reading: Reading, outputs: Mapping[str, NDArray[Any]]) -> None:
-        """Ask a server for its whole answer, which must be the one that is explained.
-
-        Raises:
-            TextError: it is another one, or the server refuses the text.
-        """
-        ours = self.answer(reading, outputs)
-        try:
-            theirs = client.infer(model, self.request(reading.texts))
-        except TridentError as error:
-            raise TextError(f"the server says: {error}") from error
-        for name, array in ours.items():
-            other = theirs[name].reshape(-1)
-            same = other.size == array.size and (
-                (other == array.reshape(-1)).all()
-                if array.dtype == np.object_
-                else np.allclose(other, array.reshape(-1), atol=_TOLERANCE)
-            )
-            if not same:
-                raise TextError(
-                    f"the server's answer to this text differs from that of the repository in {name}: it serves "
-                    f"another {model}; name the repository that it serves with --repository"
-                )
-
-    def _run(self, inputs: Tensors) -> Tensors:
-        try:
-            return self._graph(inputs)
-        except TridentError as error:
-            raise TextError(f"the server says: {error}") from error
 
     def _rows(self, reading: Reading, units: Sequence[Span]) -> Iterator[_Row]:
         for unit, span in enumerate(units):
@@ -206,38 +175,56 @@ class EncoderStages:
                     continue
                 kept = np.flatnonzero(~hidden)
                 if not kept.size:
-                    raise TextError("without one of its parts nothing is left of the text: explain it by smaller ones")
+                    raise InvalidRequest(
+                        "without one of its parts nothing is left of the text: explain it by smaller ones"
+                    )
                 yield _Row(unit, window, {name: array[kept] for name, array in inputs.items()}, kept)
 
     def _padded(self, name: str, row: NDArray[Any], width: int) -> NDArray[Any]:
         value = self._pad_id if name == "input_ids" else 0
         return np.pad(row, (0, width - row.size), constant_values=value)
 
-    def _windows(self, texts: Mapping[str, str]) -> list[_Window]:
-        limits, tokenizer, names = self._limits, self._tokenizer, list(texts)
+    def _request(self, given: Mapping[str, Any]) -> Tensors:
+        known: dict[str, Tensor] = {
+            tensor.name: tensor for tensor in (*self.task.texts, *self.task.options, *self.task.answer_options)
+        }
+        found: Tensors = {}
+        for name, value in given.items():
+            array = np.array([value]) if isinstance(value, bool) else encode_texts(value)
+            ones = (1,) * (len(known[name].shape) - 1 + self.task.batched)
+            found[name] = array.reshape((*ones, array.size))
+        return found
+
+    def _windows(self, texts: Mapping[str, str], asked: Mapping[str, Any]) -> list[_Window]:
+        limits, tokenizer, names = self._limits, self.tokenizer, list(texts)
         text, pair = [*texts.values(), None][:2]
         assert text is not None
         starts = dict.fromkeys(names, 0)
-        if self._spec.task == "text-ranking":
+        pairs: list[str | None] = [pair]
+        if self.task.name == "zero-shot-classification":
+            (template,) = asked.get("hypothesis_template", (DEFAULT_TEMPLATE,))
+            pairs = [hypothesis(template, label) for label in asked["candidate_labels"]]
+        if self.task.name == "text-ranking":
             default = self._roles.default_prompt
             prompt = "" if default is None else self._roles.prompts[default]
             if (templates := RankingTemplates.load(self._folder)) is not None:
                 return [self._templated(texts, templates.parts[prompt])]
             text, starts["query"] = prompt + text, len(prompt)
-        found = [tokenizer.encode(text, pair)]
-        if len(found[0].ids) > limits.max_tokens:
-            stride, strategy = 0, "longest_first"
-            if self._spec.task == "token-classification":
+        found = [tokenizer.encode(text, each) for each in pairs]
+        if any(len(each.ids) > limits.max_tokens for each in found):
+            stride, strategy = 0, "only_first" if self.task.name == "zero-shot-classification" else "longest_first"
+            if self.task.name == "token-classification":
                 stride = 0 if limits.truncate else limits.max_tokens // 4
             elif isinstance(limits, AnswerLimits):
                 stride, strategy = limits.stride, "only_second"
             tokenizer.enable_truncation(limits.max_tokens, stride=stride, strategy=strategy)
-            first = tokenizer.encode(text, pair)
+            cut = [tokenizer.encode(text, each) for each in pairs]
             tokenizer.no_truncation()
-            found = [first, *(first.overflowing if stride else ())]
+            found = [part for each in cut for part in (each, *(each.overflowing if stride else ()))]
+        gap = self._roles.mask_token_id if self.task.name == "fill-mask" else None
 
-        def span(sequence: int | None, start: int, end: int) -> Span | None:
-            if sequence is None:
+        def span(token: int, sequence: int | None, start: int, end: int) -> Span | None:
+            if sequence is None or sequence >= len(names) or token == gap:
                 return None
             name = names[sequence]
             start, end = max(start - starts[name], 0), end - starts[name]
@@ -246,7 +233,12 @@ class EncoderStages:
         return [
             (
                 encoding.ids,
-                [span(s, *offsets) for s, offsets in zip(encoding.sequence_ids, encoding.offsets, strict=True)],
+                [
+                    span(token, sequence, *offsets)
+                    for token, sequence, offsets in zip(
+                        encoding.ids, encoding.sequence_ids, encoding.offsets, strict=True
+                    )
+                ],
             )
             for encoding in found
         ]
@@ -255,7 +247,7 @@ class EncoderStages:
         """The window of a decoder that reads query and passage within a text."""
         before, between, after = parts
         query, passage = texts["query"], texts["text_input"]
-        encoding = self._tokenizer.encode(before + query + between + passage + after, add_special_tokens=False)
+        encoding = self.tokenizer.encode(before + query + between + passage + after, add_special_tokens=False)
         begins = {"query": len(before), "text_input": len(before + query + between)}
 
         def span(left: int, right: int) -> Span | None:
@@ -267,21 +259,10 @@ class EncoderStages:
         return encoding.ids, [span(*offsets) for offsets in encoding.offsets]
 
 
-def in_process(spec: ModelSpec, variant: str, repository: Path) -> Graph:
-    """The graph of a variant, in this process, by ONNX Runtime."""
-    part = configs.model_part(spec, variant)
-    model = OnnxModel(repository / part / VERSION, configs.as_backend_json(configs.build(spec)[part]))
-
-    def run(inputs: Tensors) -> Tensors:
-        (found,) = model.run([inputs])
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    return run
-
-
-def on_server(spec: ModelSpec, variant: str, client: Client) -> Graph:
-    """The same on a server."""
-    part = configs.model_part(spec, variant)
-    return lambda inputs: client.infer(part, inputs)
+def _parameters(limits: EncoderLimits, names: Mapping[str, str]) -> dict[str, str]:
+    """The parameters of a stage, as texts, from the limits that they come from."""
+    values = {name: getattr(limits, limit) for name, limit in names.items()}
+    return {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+        for name, value in values.items()
+    }

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from trident_export.explanation.units import Attribution, Explanation
+from trident_serving.explanation.units import Attribution, Explanation
 
 ROWS = 10  # of a table
 

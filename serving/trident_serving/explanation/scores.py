@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_export.errors import TextError, UsageError
-from trident_export.explanation.encoders import EncoderStages, Reading, Tensors
 from trident_serving.encoders.labels import LabelSettings, activate, softmax
+from trident_serving.encoders.zero_shot import InferenceSettings
+from trident_serving.errors import InvalidRequest
+from trident_serving.explanation.encoders import EncoderStages, Reading, Tensors
+from trident_serving.text import decode_texts
 
 Floats = NDArray[Any]
 PROBABILITY = "probability"
@@ -37,11 +39,11 @@ def targets(stages: EncoderStages, reading: Reading, whole: Tensors, label: str 
 
     Args:
         whole: the graph's outputs for all of it.
-        label: of a classifier: the class; "": the likeliest. Of entities: only those of this class.
+        label: of a classifier: the class; "": the likeliest. Of entities: only those of this class. Of a masked text:
+            the token.
 
     Raises:
-        TextError: there is no answer to explain.
-        UsageError: the model has no such class.
+        InvalidRequest: there is no answer to explain, or the model has no such class.
     """
     return _MAKERS[stages.task.name](stages, reading, whole, label)
 
@@ -58,7 +60,7 @@ def _classes(stages: EncoderStages, reading: Reading, whole: Tensors, label: str
 
 def _index(labels: Sequence[str], label: str) -> int:
     if label not in labels:
-        raise UsageError(f"there is no class {label!r}; the model has {', '.join(labels)}")
+        raise InvalidRequest(f"there is no class {label!r}; the model has {', '.join(labels)}")
     return labels.index(label)
 
 
@@ -101,7 +103,7 @@ def _answer(stages: EncoderStages, reading: Reading, whole: Tensors, label: str)
     """The best answer's score: the probabilities of its first and its last token, multiplied, of all such tokens."""
     found = stages.answer(reading, whole)
     if not found["start"].size or found["start"][0, 0] < 0:
-        raise TextError("the model finds no answer in the context: ask something else")
+        raise InvalidRequest("the model finds no answer in the context: ask something else")
     start, end = int(found["start"][0, 0]), int(found["end"][0, 0])
     spans = reading.stage["token_spans"]
     allowed = spans[..., 0] >= 0
@@ -119,9 +121,58 @@ def _answer(stages: EncoderStages, reading: Reading, whole: Tensors, label: str)
     return [Target(reading.texts["context"][start:end], PROBABILITY, score)]
 
 
+def _zero_shot(stages: EncoderStages, reading: Reading, whole: Tensors, label: str) -> list[Target]:
+    """The score of a label as it is served: by itself, or beside the others."""
+    settings = InferenceSettings.load(stages.answers_folder)
+    names = decode_texts(reading.request["candidate_labels"], "candidate_labels")
+    alone = "multi_label" in reading.request or len(names) == 1
+
+    def scores(outputs: Mapping[str, Floats]) -> Floats:
+        if alone:
+            return softmax(outputs["logits"][:, [settings.contradiction, settings.entailment]])[:, 1]
+        return softmax(outputs["logits"][:, settings.entailment])
+
+    chosen = _index(names, label) if label else int(scores(whole).argmax())
+    return [Target(names[chosen], PROBABILITY, lambda outputs: float(scores(outputs)[chosen]))]
+
+
+def _fillings(stages: EncoderStages, reading: Reading, whole: Tensors, label: str) -> list[Target]:
+    """The probability of a token at each mask: the likeliest one, or a token that is named.
+
+    The graph gives its likeliest tokens only. One that is not among them counts as the last of those.
+    """
+    tokenizer = stages.tokenizer
+    ids = reading.stage["input_ids"][0]
+    gaps = [at for at, span in enumerate(reading.tokens[0]) if span is None and ids[at] == stages.mask_token_id]
+    if not gaps:
+        token = None if stages.mask_token_id is None else tokenizer.id_to_token(stages.mask_token_id)
+        raise InvalidRequest(f"text_input has no gap to fill: write {token} in its place")
+    named = None
+    if label:
+        inside = tokenizer.encode(label, add_special_tokens=False).ids
+        named = tokenizer.token_to_id(label) if len(inside) != 1 else inside[0]
+        if named is None:
+            raise InvalidRequest(f"label must be one token of the model, {label[:80]!r} is {len(inside)}")
+
+    def target(gap: int, token: int, text: str) -> Target:
+        def score(outputs: Mapping[str, Floats]) -> float:
+            tops, scores = outputs["top_ids"][0, gap], outputs["top_scores"][0, gap]
+            (places,) = np.nonzero(tops == token)
+            best = scores[places[0]] if places.size else scores.min()
+            return float(np.exp(best - outputs["log_normalizer"][0, gap]))
+
+        return Target(text, PROBABILITY, score)
+
+    tokens = whole["top_ids"][0, gaps, 0].tolist() if named is None else [named] * len(gaps)
+    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
+    return [target(*each) for each in zip(gaps, tokens, texts, strict=True)]
+
+
 _MAKERS: Mapping[str, Callable[[EncoderStages, Reading, Tensors, str], list[Target]]] = {
     "text-classification": _classes,
     "token-classification": _entities,
     "text-ranking": _rank,
     "question-answering": _answer,
+    "zero-shot-classification": _zero_shot,
+    "fill-mask": _fillings,
 }

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from trident_serving.errors import InvalidRequest
+
 # Behind a sentence, or a line.
 _END = re.compile(r"(?<=[.!?…])[\"'”’»)\]]*\s+|[。！？]+|\n+")
 _CHUNK = re.compile(r"\S+")
@@ -76,6 +78,23 @@ class Explanation:
     hidden: str
     texts: dict[str, str]
     attributions: tuple[Attribution, ...]
+
+
+def check_work(runs: int, most: int | None) -> None:
+    """Refuse an explanation that takes too much work.
+
+    Args:
+        runs: texts that the model reads for it.
+        most: how many it may be; None: any.
+
+    Raises:
+        InvalidRequest: they are more.
+    """
+    if most is not None and runs > most:
+        raise InvalidRequest(
+            f"text_input makes {runs} texts without one of its parts, the limit is {most}: shorten it, or hide larger "
+            "parts (by sentence)"
+        )
 
 
 def units(part: str, text: str, by: By, tokens: Iterable[Span]) -> list[Span]:
