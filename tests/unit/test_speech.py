@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import soundfile
 import soxr
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import GenerationConfig, WhisperFeatureExtractor
@@ -147,6 +148,7 @@ def test_the_rule_of_timestamps_is_that_of_transformers(answer: list[int], seed:
     frames=st.integers(1, 100),
 )
 @settings(max_examples=300, deadline=None)
+@example(tokens=[0], seek=0, frames=54)
 def test_windows_are_cut_into_segments_as_transformers_does(tokens: list[int], seek: int, frames: int) -> None:
     offset = torch.tensor([seek], dtype=torch.float64) * 0.02 / 2
     expected, further = WhisperGenerationMixin._retrieve_segment(
@@ -156,7 +158,12 @@ def test_windows_are_cut_into_segments_as_transformers_does(tokens: list[int], s
     found, offset_frames = transcript.cut(tokens, [-1.0] * len(tokens), Clock(FIRST, 0.02, 2), seek, frames, 0.25)
     assert [list(each.tokens) for each in found] == [each["tokens"].tolist() for each in expected]
     for mine, theirs in zip(found, expected, strict=True):
-        assert (mine.start, mine.end) == pytest.approx((float(theirs["start"]), float(theirs["end"])))
+        end = float(theirs["end"])
+        if max(tokens) <= FIRST and [FIRST, FIRST] not in map(list, pairwise(tokens)):
+            # To the end of the recording, where transformers' float32 has 26 steps in 54 frames.
+            assert mine.end - end == pytest.approx(0.0, abs=0.0201)
+            end = seek * 0.01 + frames // 2 * 0.02
+        assert (mine.start, mine.end) == pytest.approx((float(theirs["start"]), end))
         assert (mine.log_prob, mine.no_speech) == (-1.0 if mine.tokens else 0.0, 0.25)
     assert offset_frames == max(int(further), 1)
 

@@ -28,7 +28,8 @@ def _load(folder: Path, parameters: Mapping[str, str]) -> Stage:
         if not masks.size:
             token = None if roles.mask_token_id is None else tokenizer.id_to_token(roles.mask_token_id)
             raise InvalidRequest(f"text_input has no gap to fill: write {token} in its place")
-        top_k = count(tensors, "top_k", DEFAULT_TOP_K, tensors["top_scores"].shape[-1], "tokens")
+        most = tensors["top_scores"].shape[-1]
+        top_k = count(tensors, "top_k", min(DEFAULT_TOP_K, most), most, "tokens")
         tokens = tensors["top_ids"][0, masks, :top_k]
         scores = np.exp(tensors["top_scores"][0, masks, :top_k] - tensors["log_normalizer"][0, masks, None])
         sequences = []
