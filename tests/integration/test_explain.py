@@ -235,11 +235,8 @@ def test_the_command(models: Models, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("planted", "a man", "--label", "good"), "there is no class 'good'; the model has LABEL_0, LABEL_1"),
-        (("planted", "a man", "--question", "who?"), "--question is not for text-classification"),
         (("planted", "a man", "--variant", "int8"), "planted has no variant 'int8'; exported are fp32"),
-        (("planted", ""), "text_input is empty"),
         (("planted", "man " * 200), "the model takes 96: shorten it"),
-        (("reader", "a man"), "question-answering needs a question: give --question"),
     ],
 )
 def test_what_can_not_be_explained(models: Models, arguments: tuple[str, ...], message: str) -> None:

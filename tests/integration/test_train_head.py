@@ -92,12 +92,8 @@ def test_impossible_settings(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_heads_on_real_weights(tmp_path: Path, minilm_folder: Path) -> None:
+def test_heads_on_real_weights(tmp_path: Path) -> None:
     """MiniLM learns six kinds of requests, and to answer from short notes; both are exported and served."""
-    (tmp_path / "models.toml").write_text(
-        f'[minilm]\ntask = "feature-extraction"\nsource = {{ path = "{minilm_folder}" }}\nvariants = ["fp32"]\n'
-        "limits = { dimensions = 384, max_tokens = 256 }\n"
-    )
     made = [sys.executable, str(ROOT / "examples/heads/questions.py"), "1200"]
     (tmp_path / "questions.jsonl").write_text(subprocess.run(made, check=True, capture_output=True, text=True).stdout)
     tables = ""
@@ -108,7 +104,7 @@ def test_heads_on_real_weights(tmp_path: Path, minilm_folder: Path) -> None:
         epochs = "8" if task == "text-classification" else "3"
         done = run_export_cold(
             "train-head", "minilm", "--task", task, "--data", str(data), "--output", str(tmp_path / task),
-            "--models-file", str(tmp_path / "models.toml"), "--epochs", epochs, "--length", "96",
+            "--epochs", epochs, "--length", "96",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         said, table = done.stdout.split("# for models.toml:\n")

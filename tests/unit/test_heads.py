@@ -54,13 +54,6 @@ def test_an_answer_must_stand_where_it_is_said_to(tmp_path: Path, start: str) ->
         questions(file)
 
 
-def test_measures() -> None:
-    found = heads.measures_of_classes([0, 0, 1, 1], [0, 0, 1, 2], 3)
-    assert found == {"accuracy": 0.75, "macro_f1": pytest.approx((1 + 2 / 3 + 0) / 3)}
-    spans = [((3, 5), (3, 5)), ((0, 4), (2, 6)), ((0, 0), (0, 0)), ((0, 0), (1, 3))]
-    assert heads.measures_of_spans(spans) == {"exact_match": 0.5, "f1": pytest.approx((1 + 0.5 + 1 + 0) / 4)}
-
-
 def test_the_best_span_lies_in_the_context() -> None:
     allowed = [False, False, True, True, True, False]
     start, end = torch.tensor([0, 9, 1, 5, 0, 9.0]), torch.tensor([0, 9, 8, 2, 3, 9.0])

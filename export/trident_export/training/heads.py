@@ -31,6 +31,7 @@ from transformers import (
 
 from trident_export.compression import models
 from trident_export.errors import TextError, UsageError
+from trident_export.evaluation import measures
 from trident_export.huggingface.folder import HuggingFaceFolder, reading
 from trident_export.training.examples import Labelled, Question
 
@@ -72,8 +73,8 @@ class Trained:
     """What came out.
 
     Attributes:
-        measures: of the examples that were held out: `accuracy` and `macro_f1`, or `exact_match` and `f1` of
-            characters.
+        measures: of the examples that were held out, by `evaluation.measures`: `accuracy` and `macro_f1`, or SQuAD's
+            `exact_match` and `f1`.
         held_out: how many these are.
         labels: of a classifier; 0 for others.
     """
@@ -111,9 +112,9 @@ def train(
     made.check(learned)
     _train(made.model, [made.run(example) for example in learned], made.tokenizer, settings, progress)
     with torch.inference_mode():
-        measures = made.measure(held_out)
+        figures = made.measure(held_out)
     _save(made.model, source, output)
-    return Trained(measures, len(held_out), len(getattr(made, "labels", ())))
+    return Trained(figures, len(held_out), len(getattr(made, "labels", ())))
 
 
 class _Classifier:
@@ -137,10 +138,9 @@ class _Classifier:
         return {**self._tokenize(example), "labels": self.labels.index(example.label)}
 
     def measure(self, held_out: Sequence[Any]) -> Row:
-        expected = [self.labels.index(example.label) for example in held_out]
         batches = [self._tokenize(example, return_tensors="pt") for example in held_out]
-        found = [int(self.model(**batch).logits.argmax()) for batch in batches]
-        return measures_of_classes(expected, found, len(self.labels))
+        found = [self.labels[int(self.model(**batch).logits.argmax())] for batch in batches]
+        return _figures(measures.labels([example.label for example in held_out], found))
 
     def _tokenize(self, example: Any, **options: Any) -> Any:
         return self.tokenizer(example.text, truncation=True, max_length=self._length, **options)
@@ -160,18 +160,23 @@ class _Answerer:
         return {**found, "start_positions": first, "end_positions": last}
 
     def measure(self, held_out: Sequence[Any]) -> Row:
-        pairs = []
+        answers = []
         for example in held_out:
             batch = self._tokenize(example, return_tensors="pt")
             offsets, parts = batch.pop("offset_mapping")[0].tolist(), batch.sequence_ids()
             found = self.model(**batch)
             first, last = best_span(found.start_logits[0], found.end_logits[0], [part == 1 for part in parts])
-            pairs.append(((example.start, example.end), (offsets[first][0], offsets[last][1]) if first else (0, 0)))
-        return measures_of_spans(pairs)
+            answers.append(example.context[offsets[first][0] : offsets[last][1]] if first else "")
+        references = [[example.context[example.start : example.end]] for example in held_out]
+        return _figures(measures.spans_of_text(references, answers))
 
     def _tokenize(self, example: Any, **options: Any) -> Any:
         options |= {"truncation": "only_second", "max_length": self._length, "return_offsets_mapping": True}
         return self.tokenizer(example.question, example.context, **options)
+
+
+def _figures(found: Sequence[measures.Measure]) -> Row:
+    return {measure.name: measure.value for measure in found}
 
 
 def best_span(start: torch.Tensor, end: torch.Tensor, allowed: Sequence[bool]) -> tuple[int, int]:
@@ -183,27 +188,6 @@ def best_span(start: torch.Tensor, end: torch.Tensor, allowed: Sequence[bool]) -
     possible[0, 0] = True
     first, last = divmod(int(scores.masked_fill(~possible, -torch.inf).argmax()), count)
     return first, last
-
-
-def measures_of_classes(expected: Sequence[int], found: Sequence[int], classes: int) -> Row:
-    """Accuracy, and the mean of the classes' F1."""
-    pairs = list(zip(expected, found, strict=True))
-    scores = []
-    for label in range(classes):
-        both = sum(a == b == label for a, b in pairs)
-        either = sum((a == label) + (b == label) for a, b in pairs)
-        scores += [2 * both / either] if either else []
-    return {"accuracy": sum(a == b for a, b in pairs) / len(pairs), "macro_f1": sum(scores) / len(scores)}
-
-
-def measures_of_spans(pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> Row:
-    """The share of spans that are equal, and the mean F1 of the characters in both."""
-    scores = []
-    for (start, end), (first, last) in pairs:
-        both = max(0, min(end, last) - max(start, first))
-        total = end - start + last - first
-        scores.append(2 * both / total if total else 1.0)
-    return {"exact_match": sum(a == b for a, b in pairs) / len(pairs), "f1": sum(scores) / len(scores)}
 
 
 def tokens_of(example: Question, offsets: Sequence[tuple[int, int]], parts: Sequence[int | None]) -> tuple[int, int]:
