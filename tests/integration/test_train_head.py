@@ -92,6 +92,7 @@ def test_impossible_settings(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_heads_on_real_weights(tmp_path: Path) -> None:
     """MiniLM learns six kinds of requests, and to answer from short notes; both are exported and served."""
     made = [sys.executable, str(ROOT / "examples/heads/questions.py"), "1200"]
