@@ -9,6 +9,7 @@ explain MODEL TEXT which words an answer rests on
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 prune MODEL        fewer weights, and the curve of what that costs
 distill TEACHER    a smaller student that learns to answer as its teacher
+train-head MODEL   a classifier, or question answering, out of an encoder and examples
 configs [--check]  write config.pbtxt files, or say which are out of step
 pin                write the hub's commit ids into models.toml
 add MODEL          look at a model and write its table into models.toml
@@ -128,7 +129,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     audit = _add_audit(commands)
     guarding, detecting = _add_guard_audit(commands), _add_detection(commands)
     explained = _add_explanation(commands)
-    pruned, distilled = _add_pruning(commands), _add_distillation(commands)
+    pruned, distilled, trained = _add_pruning(commands), _add_distillation(commands), _add_head(commands)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
     check.set_defaults(run=_configs)
@@ -155,6 +156,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         sensitive,
         pruned,
         distilled,
+        trained,
         check,
         pinning,
         adding,
@@ -164,7 +166,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--verbose", action="store_true", help="show every warning of the libraries")
     for command in (export, evaluate, audit, guarding, detecting, explained, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
-    for command in (export, evaluate, sensitive, pruned, distilled):
+    for command in (export, evaluate, sensitive, pruned, distilled, trained):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
 
@@ -306,6 +308,27 @@ def _add_distillation(commands: argparse._SubParsersAction[argparse.ArgumentPars
     distilled.add_argument("--reports", type=Path, default=Path("reports"))
     distilled.set_defaults(run=_distill)
     return distilled
+
+
+def _add_head(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    trained = commands.add_parser("train-head", help="a classifier, or question answering, out of an encoder")
+    trained.add_argument("model", help="an encoder of models.toml; it need not be exported")
+    trained.add_argument(
+        "--task",
+        required=True,
+        choices=("text-classification", "question-answering"),
+        metavar="TASK",
+        help="text-classification or question-answering",
+    )
+    trained.add_argument("--data", type=Path, required=True, help="examples, an object of JSON a line")
+    trained.add_argument("--output", type=Path, help="for the Hugging Face folder (default: trained/MODEL-TASK)")
+    trained.add_argument("--epochs", type=float, default=3.0, help="how often each example is seen (default 3)")
+    trained.add_argument("--batch-size", type=int, default=16)
+    trained.add_argument("--length", type=int, default=128, help="tokens of an example at most (default 128)")
+    trained.add_argument("--learning-rate", type=float, default=1e-4)
+    trained.add_argument("--seed", type=int, default=0)
+    trained.set_defaults(run=_train_head)
+    return trained
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -585,6 +608,25 @@ def _distill(options: argparse.Namespace) -> int:
     report = distillation.distill(spec, source, options.student, texts, output, settings, progress.say)
     print(distillation.write(f"{spec.name}, student {options.student}", report, options.reports))
     print(f"# for models.toml:\n{models.table(spec, name, output)}", end="")
+    return 0
+
+
+def _train_head(options: argparse.Namespace) -> int:
+    from trident_export.training import examples, heads  # torch takes seconds to import
+
+    settings = heads.Settings(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(heads.Settings)}
+    )
+    task = options.task
+    asked = examples.labelled(options.data) if task == "text-classification" else examples.questions(options.data)
+    spec, source = _model(options)
+    if not spec.encoder:
+        raise UsageError(f"{spec.name} is for {spec.task}: a head is trained on an encoder")
+    name = f"{spec.name}-{task}"
+    output = options.output or Path("trained") / name
+    found = heads.train(task, source, asked, output, settings, progress.say)
+    print(f"on {found.held_out} examples that were held out: {heads.shown(found.measures)}")
+    print(f"# for models.toml:\n{heads.table(task, name, output, settings.length, found.labels)}", end="")
     return 0
 
 
