@@ -1,13 +1,13 @@
 """A head for a task on an encoder that has none, by transformers' Trainer.
 
 Every weight is trained, the encoder's too. Every fifth example is held out: the model never learns from it, and is
-measured on it.
+measured on it. A run that was cut off goes on from its last checkpoint when it is started again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,6 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 
@@ -33,11 +29,12 @@ from trident_export.compression import models
 from trident_export.errors import TextError, UsageError
 from trident_export.evaluation import measures
 from trident_export.huggingface.folder import HuggingFaceFolder, reading
+from trident_export.training import run
 from trident_export.training.examples import Labelled, Question
 
 HELD_OUT_EVERY = 5
 FEWEST = 2 * HELD_OUT_EVERY
-_LOG_EVERY = 10
+_WARM_UP = 10
 # What says that the folder is an embedder's.
 _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*")
 Run = dict[str, Any]
@@ -50,20 +47,24 @@ class Settings:
 
     Attributes:
         epochs: how often each example is seen.
-        batch_size: examples in a step.
+        batch_size: examples in a step, of each process.
         length: tokens of an example at most, special ones included; more are cut, of a question's context.
         learning_rate: of AdamW, at its highest.
+        save_every: steps between checkpoints.
         seed: of the head's first weights and the order of the examples.
+        deepspeed: a DeepSpeed configuration file; "": none.
     """
 
     epochs: float = 3.0
     batch_size: int = 16
     length: int = 128
     learning_rate: float = 1e-4
+    save_every: int = 200
     seed: int = 0
+    deepspeed: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "length", "learning_rate"):
+        for name in ("epochs", "batch_size", "length", "learning_rate", "save_every"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
 
@@ -91,17 +92,31 @@ def train(
     output: Path,
     settings: Settings,
     progress: Callable[[str], None],
-) -> Trained:
+) -> Trained | None:
     """Train a head on an encoder, the encoder too, and write the Hugging Face folder.
 
     Args:
         task: "text-classification", whose examples are `Labelled`, or "question-answering", whose are questions.
+        output: of the folder; checkpoints lie in `<output>.training` until it is done.
+
+    Returns:
+        What came out; None in every process but the first.
 
     Raises:
         TextError: there are too few examples, or a class has none to learn from.
+        UsageError: checkpoints of another run are there, or DeepSpeed's configuration can't be used.
         UnsupportedArchitecture: the model has no such head.
         NoSpace, NotWritable: the folder can't be written.
     """
+    work, deepspeed = run.folder_of(output), run.deepspeed_configuration(settings.deepspeed)
+    asked = {
+        "task": task,
+        "source": source.path.name,
+        **dataclasses.asdict(settings),
+        "examples": len(examples),
+        "processes": run.processes(),
+    }
+    run.check_same_run(work, asked)
     if len(examples) < FEWEST:
         raise TextError(f"there are {len(examples)} examples, and {FEWEST} are the fewest: give more")
     learned = [example for number, example in enumerate(examples) if (number + 1) % HELD_OUT_EVERY]
@@ -110,10 +125,19 @@ def train(
         source, examples, settings
     )
     made.check(learned)
-    _train(made.model, [made.run(example) for example in learned], made.tokenizer, settings, progress)
+    if run.first():
+        run.check_room(made.model, output.parent)
+    trainer = _trainer(made, [made.run(example) for example in learned], work, settings, deepspeed, progress)
+    run.begin(work, asked)
+    trainer.train(resume_from_checkpoint=run.last_checkpoint(work))
+    trained = run.whole(trainer)
+    if trained is None:
+        return None
+    made.model = trained
     with torch.inference_mode():
         figures = made.measure(held_out)
-    _save(made.model, source, output)
+    _save(trained, source, output)
+    shutil.rmtree(work, ignore_errors=True)
     return Trained(figures, len(held_out), len(getattr(made, "labels", ())))
 
 
@@ -222,45 +246,34 @@ class _Runs(Dataset[Run]):
         return self._runs[index]
 
 
-class _Progress(TrainerCallback):
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Say how far it is."""
-        if state.global_step % _LOG_EVERY == 0:
-            self._say(f"step {state.global_step} of {state.max_steps}")
-
-
-def _train(
-    model: PreTrainedModel, runs: Sequence[Run], tokenizer: Any, settings: Settings, progress: Callable[[str], None]
-) -> None:
-    with tempfile.TemporaryDirectory() as work:
-        arguments = TrainingArguments(
-            output_dir=work,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            warmup_steps=_LOG_EVERY,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            seed=settings.seed,
-            data_seed=settings.seed,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        trainer = Trainer(
-            model=model.train(),
-            args=arguments,
-            train_dataset=_Runs(runs),
-            data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[_Progress(progress)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    model.eval().cpu()
+def _trainer(
+    made: _Classifier | _Answerer,
+    runs: Sequence[Run],
+    work: Path,
+    settings: Settings,
+    deepspeed: dict[str, Any] | None,
+    progress: Callable[[str], None],
+) -> Trainer:
+    arguments = run.arguments(
+        work,
+        deepspeed,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=_WARM_UP,
+        save_steps=settings.save_every,
+        seed=settings.seed,
+        data_seed=settings.seed,
+    )
+    trainer = Trainer(
+        model=made.model.train(),
+        args=arguments,
+        train_dataset=_Runs(runs),
+        data_collator=DataCollatorWithPadding(made.tokenizer),
+        callbacks=[run.Progress(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _save(model: PreTrainedModel, source: HuggingFaceFolder, output: Path) -> None:
