@@ -158,7 +158,11 @@ def arguments(work: Path, deepspeed: dict[str, Any] | None, **settings: Any) -> 
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        return TrainingArguments(
+        if deepspeed is not None:
+            from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+            DeepSpeedZeroConfig(**deepspeed["zero_optimization"])
+        made = TrainingArguments(
             output_dir=str(work),
             save_total_limit=1,
             logging_steps=LOG_EVERY,
@@ -173,6 +177,10 @@ def arguments(work: Path, deepspeed: dict[str, Any] | None, **settings: Any) -> 
         if deepspeed is None:
             raise
         raise UsageError(f"DeepSpeed's configuration can't be used: {error}") from None
+    if deepspeed is not None and (different := made.hf_deepspeed_config.mismatches):
+        said = ", ".join(line.removeprefix("- ds ").replace(" vs hf ", " where the command has ") for line in different)
+        raise UsageError(f"DeepSpeed's configuration can't be used: {said}")
+    return made
 
 
 def whole(trainer: Trainer) -> PreTrainedModel | None:

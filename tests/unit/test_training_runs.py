@@ -1,0 +1,113 @@
+"""Runs of training: whose checkpoints are taken up, and what a configuration of DeepSpeed must say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from trident_export.errors import UsageError
+from trident_export.training import run
+
+EXAMPLES = ROOT / "examples" / "deepspeed"
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the package is; nothing here imports it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for number in (20, 100, 120):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    assert run.last_checkpoint(tmp_path) is None
+    for number in (20, 100):
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    assert run.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    run.begin(tmp_path, {"steps": 5})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-20", "settings.json"]
+
+
+def test_another_runs_checkpoints_are_not_taken(tmp_path: Path) -> None:
+    run.check_same_run(tmp_path, {"steps": 6})
+    run.begin(tmp_path / "work", {"steps": 5, "minutes": 1.0})
+    run.begin(tmp_path / "work", {"steps": 5, "minutes": 9.0})
+    with pytest.raises(UsageError, match=r"holds the checkpoints of another run \(steps was 5\)"):
+        run.begin(tmp_path / "work", {"steps": 6, "minutes": 1.0})
+
+
+def test_the_first_process_writes_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    assert (run.first(), run.processes()) == (True, 1)
+    run.said_by_first(said.append)("one")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (run.first(), run.processes()) == (False, 2)
+    run.said_by_first(said.append)("two")
+    run.begin(tmp_path / "work", {"steps": 5})
+    assert said == ["one"]
+    assert not (tmp_path / "work").exists()
+
+
+def test_deepspeed_is_imported_only_when_it_is_asked_for() -> None:
+    assert run.deepspeed_configuration("") is None
+    code = (
+        "import sys; from trident_export.training import heads; from trident_export.compression import budget; "
+        "print('deepspeed' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(("name", "stage"), [("cpus.json", 1), ("one-gpu.json", 2), ("many-gpus.json", 3)])
+@pytest.mark.usefixtures("installed")
+def test_the_examples_are_configurations(name: str, stage: int) -> None:
+    found = run.deepspeed_configuration(str(EXAMPLES / name))
+    assert found is not None
+    assert found["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_a_configuration_does_not_say_is_the_trainers(tmp_path: Path) -> None:
+    file = tmp_path / "zero3.json"
+    file.write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5}')
+    assert run.deepspeed_configuration(str(file)) == {
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": 0.5,
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "is no DeepSpeed configuration: "),
+        ("[]", "zero_optimization.stage must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": 3}', "zero_optimization.stage must be 0, 1, 2 or 3"),
+        (json.dumps({"zero_optimization": {"stage": 4}}), "zero_optimization.stage must be 0, 1, 2 or 3"),
+    ],
+)
+@pytest.mark.usefixtures("installed")
+def test_impossible_configurations(tmp_path: Path, text: str | None, said: str) -> None:
+    file = tmp_path / "file.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        run.deepspeed_configuration(str(file))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_without_the_package(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--deepspeed needs the package deepspeed: docs/how-to/train-on-several"):
+        run.deepspeed_configuration(str(EXAMPLES / "cpus.json"))
+    assert "RANK" not in os.environ
