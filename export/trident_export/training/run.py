@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,9 +161,7 @@ def arguments(work: Path, deepspeed: dict[str, Any] | None, **settings: Any) -> 
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         if deepspeed is not None:
-            from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-            DeepSpeedZeroConfig(**deepspeed["zero_optimization"])
+            _prepare(deepspeed, gpu)
         made = TrainingArguments(
             output_dir=str(work),
             save_total_limit=1,
@@ -181,6 +181,19 @@ def arguments(work: Path, deepspeed: dict[str, Any] | None, **settings: Any) -> 
         said = ", ".join(line.removeprefix("- ds ").replace(" vs hf ", " where the command has ") for line in different)
         raise UsageError(f"DeepSpeed's configuration can't be used: {said}")
     return made
+
+
+def _prepare(configuration: Mapping[str, Any], gpu: bool) -> None:
+    """Import DeepSpeed, and check what it can't check later with a sentence."""
+    import deepspeed.ops
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    DeepSpeedZeroConfig(**configuration["zero_optimization"])
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # standard output is for reports
+    if not gpu:  # it would be compiled now, and only inference uses it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def whole(trainer: Trainer) -> PreTrainedModel | None:
