@@ -113,7 +113,7 @@ def plain(python: Path, folder: Path) -> list[float]:
     """The losses of two processes without DeepSpeed, whose student is in `plain`."""
     found = losses(run(command(python, 2, *distilling(folder, "plain"))))
     assert len(found) == 4
-    assert found[0] > 1.2 * found[-1]
+    assert found[0] > 1.1 * found[-1]
     return found
 
 
