@@ -188,7 +188,7 @@ for file in sys.argv[1:]:
     found |= {name: size for name, size in SIZES.items() if found[name] == "auto"}
     zero = {name: value for name, value in found["zero_optimization"].items() if value != "auto"}
     read = DeepSpeedConfig({**found, "zero_optimization": zero}).zero_config
-    offload = read.offload_optimizer.device.value if read.offload_optimizer else None
+    offload = read.offload_optimizer.device if read.offload_optimizer else None
     print("read:", int(read.stage), offload, read.gather_16bit_weights_on_model_save)
 """
 

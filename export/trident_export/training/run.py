@@ -80,7 +80,7 @@ def check_same_run(work: Path, asked: Mapping[str, Any]) -> None:
         UsageError: they are not.
     """
     file = work / _SETTINGS
-    if not first() or not file.exists():
+    if not first() or not file.exists() or last_checkpoint(work) is None:
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     different = [
