@@ -638,6 +638,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 def _distill(options: argparse.Namespace) -> int:
     from trident_export.compression import distillation, models  # torch takes seconds to import
+    from trident_export.training import run
 
     quiet.hush_onnxruntime(options.verbose)
     spec, source = _model(options)
@@ -648,10 +649,10 @@ def _distill(options: argparse.Namespace) -> int:
     texts = corpora.read(options.text)
     report = distillation.distill(spec, source, options.student, texts, output, settings, progress.say)
     if not report:  # another process than the first
-        return 0
+        return run.end()
     print(distillation.write(f"{spec.name}, student {options.student}", report, options.reports))
     print(f"# for models.toml:\n{models.table(spec, name, output)}", end="")
-    return 0
+    return run.end()
 
 
 def _compress(options: argparse.Namespace) -> int:
@@ -683,7 +684,7 @@ def _compress(options: argparse.Namespace) -> int:
 
 
 def _train_head(options: argparse.Namespace) -> int:
-    from trident_export.training import examples, heads  # torch takes seconds to import
+    from trident_export.training import examples, heads, run  # torch takes seconds to import
 
     settings = heads.Settings(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(heads.Settings)}
@@ -697,10 +698,10 @@ def _train_head(options: argparse.Namespace) -> int:
     output = options.output or Path("trained") / name
     found = heads.train(task, source, asked, output, settings, progress.say)
     if found is None:  # another process than the first
-        return 0
+        return run.end()
     print(f"on {found.held_out} examples that were held out: {heads.shown(found.measures)}")
     print(f"# for models.toml:\n{heads.table(task, name, output, settings.length, found.labels)}", end="")
-    return 0
+    return run.end()
 
 
 def _specs(options: argparse.Namespace, *, on_demand: bool = False) -> list[models_file.ModelSpec]:
