@@ -146,6 +146,8 @@ def test_it_goes_on_after_a_kill(python: Path, folder: Path, plain: list[float])
                 os.killpg(process.pid, signal.SIGKILL)
                 break
     assert not (folder / "killed").exists()
+    shards = {path.name for path in (folder / "killed.training").rglob("*_optim_states.pt")}
+    assert len(shards) == 2, shards  # each process has its part of the optimizer's state
     said = run(command(python, 2, *arguments))
     begun = re.search(r"goes on behind step (\d+)", said)
     assert begun is not None

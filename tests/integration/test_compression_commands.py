@@ -188,10 +188,11 @@ def test_impossible_distillations(folder: Path) -> None:
     assert not list(folder.glob("student*"))
 
 
-def test_a_model_is_compressed_to_a_budget(folder: Path) -> None:
+@pytest.mark.parametrize("variant", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_model_is_compressed_to_a_budget(folder: Path, variant: str) -> None:
     done = run_export(
-        "compress", "llama", "--method", "columns", "--parameters", "90%", "--points", "1", "--variant", "int8",
-        "--text", str(folder / "text.txt"), "--steps", "60", "--batch-size", "4", "--length", "32",
+        "compress", "llama", "--method", "columns", "--parameters", "90%", "--points", "1", "--variant", variant,
+        "--text", str(folder / "text.txt"), "--steps", "40", "--batch-size", "4", "--length", "32",
         "--learning-rate", "0.002", "--output", str(folder / "compressed"), *options(folder),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
