@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -137,13 +137,15 @@ def test_a_student_learns_as_without_deepspeed(python: Path, folder: Path, plain
 def test_it_goes_on_after_a_kill(python: Path, folder: Path, plain: list[float]) -> None:
     arguments = distilling(folder, "killed", "--deepspeed", str(folder / "zero3.json"), "--save-every", "5")
     words = command(python, 2, *arguments)
-    with subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "step 20 of 40" in line:
-                os.killpg(process.pid, signal.SIGKILL)
+                # The launcher's processes have sessions of their own and would go on without it.
+                every = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+                for each in every:
+                    each.kill()
+                psutil.wait_procs(every, timeout=60)
                 break
     assert not (folder / "killed").exists()
     shards = {path.name for path in (folder / "killed.training").rglob("*_optim_states.pt")}
