@@ -9,6 +9,8 @@ explain MODEL TEXT which words an answer rests on
 sensitivity MODEL  which layers a recipe hurts, and the recipe that keeps those in float32
 prune MODEL        fewer weights, and the curve of what that costs
 distill TEACHER    a smaller student that learns to answer as its teacher
+compress MODEL     pruned to a budget and trained, with the curve of what that costs
+train-head MODEL   a classifier, or question answering, out of an encoder and examples
 configs [--check]  write config.pbtxt files, or say which are out of step
 pin                write the hub's commit ids into models.toml
 add MODEL          look at a model and write its table into models.toml
@@ -128,7 +130,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     audit = _add_audit(commands)
     guarding, detecting = _add_guard_audit(commands), _add_detection(commands)
     explained = _add_explanation(commands)
-    pruned, distilled = _add_pruning(commands), _add_distillation(commands)
+    pruned, distilled, trained = _add_pruning(commands), _add_distillation(commands), _add_head(commands)
+    compressed = _add_compression(commands)
     check = commands.add_parser("configs", help="write config.pbtxt files from models.toml")
     check.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of step")
     check.set_defaults(run=_configs)
@@ -155,6 +158,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         sensitive,
         pruned,
         distilled,
+        compressed,
+        trained,
         check,
         pinning,
         adding,
@@ -164,7 +169,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--verbose", action="store_true", help="show every warning of the libraries")
     for command in (export, evaluate, audit, guarding, detecting, explained, check, examining):
         command.add_argument("--repository", type=Path, default=Path("model_repository"))
-    for command in (export, evaluate, sensitive, pruned, distilled):
+    for command in (export, evaluate, sensitive, pruned, distilled, compressed, trained):
         command.add_argument("--cache", type=Path, help="converted sources (default: .cache beside the models file)")
     return parser.parse_args(arguments)
 
@@ -316,12 +321,71 @@ def _add_distillation(commands: argparse._SubParsersAction[argparse.ArgumentPars
     distilled.add_argument("--learning-rate", type=float, default=2e-4)
     distilled.add_argument("--temperature", type=float, default=2.0)
     distilled.add_argument("--hidden-weight", type=float, default=1.0, help="of hidden states beside the distribution")
-    distilled.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
-    distilled.add_argument("--seed", type=int, default=0)
-    distilled.add_argument("--deepspeed", default="", help="a DeepSpeed configuration file, for machines with GPUs")
+    _add_run(distilled)
     distilled.add_argument("--reports", type=Path, default=Path("reports"))
     distilled.set_defaults(run=_distill)
     return distilled
+
+
+def _add_compression(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    compressed = commands.add_parser(
+        "compress", help="pruned to a budget and trained, and the curve of what that costs"
+    )
+    compressed.add_argument("model", help="one model of models.toml; it need not be exported")
+    budget = compressed.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--parameters", metavar="N", help="the most, as 110M, or 80%% of the model's own")
+    budget.add_argument(
+        "--latency", metavar="MS", help="the most for a step of eight, in ms, or 80%% of the model's own"
+    )
+    compressed.add_argument(
+        "--method",
+        type=Method,
+        default=Method.LAYERS,
+        choices=Method.standard(),
+        metavar="METHOD",
+        help=f"{', '.join(Method.standard())} (default: layers)",
+    )
+    compressed.add_argument("--text", type=Path, required=True, help="to learn from, paragraphs parted by blank lines")
+    compressed.add_argument("--points", type=int, default=2, help="of the curve, each with a student (default 2)")
+    compressed.add_argument("--output", type=Path, default=Path("compressed"), help="for the Hugging Face folders")
+    compressed.add_argument("--variant", default="", help="exported to be measured (default: the default variant)")
+    compressed.add_argument("--steps", type=int, default=0, help="of each student (default: once through the text)")
+    compressed.add_argument("--minutes", type=float, default=0.0, help="for each student, whatever is left")
+    compressed.add_argument("--batch-size", type=int, default=8)
+    compressed.add_argument("--length", type=int, default=128, help="tokens in a chunk (default 128)")
+    compressed.add_argument("--learning-rate", type=float, default=2e-4)
+    compressed.add_argument("--seed", type=int, default=0)
+    compressed.add_argument("--reports", type=Path, default=Path("reports"))
+    compressed.set_defaults(run=_compress)
+    return compressed
+
+
+def _add_run(trained: argparse.ArgumentParser) -> None:
+    """The options of whatever trains in one process or several."""
+    trained.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
+    trained.add_argument("--seed", type=int, default=0)
+    trained.add_argument("--deepspeed", default="", metavar="FILE", help="a DeepSpeed configuration file")
+
+
+def _add_head(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    trained = commands.add_parser("train-head", help="a classifier, or question answering, out of an encoder")
+    trained.add_argument("model", help="an encoder of models.toml; it need not be exported")
+    trained.add_argument(
+        "--task",
+        required=True,
+        choices=("text-classification", "question-answering"),
+        metavar="TASK",
+        help="text-classification or question-answering",
+    )
+    trained.add_argument("--data", type=Path, required=True, help="examples, an object of JSON a line")
+    trained.add_argument("--output", type=Path, help="for the Hugging Face folder (default: trained/MODEL-TASK)")
+    trained.add_argument("--epochs", type=float, default=3.0, help="how often each example is seen (default 3)")
+    trained.add_argument("--batch-size", type=int, default=16)
+    trained.add_argument("--length", type=int, default=128, help="tokens of an example at most (default 128)")
+    trained.add_argument("--learning-rate", type=float, default=1e-4)
+    _add_run(trained)
+    trained.set_defaults(run=_train_head)
+    return trained
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -593,6 +657,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 def _distill(options: argparse.Namespace) -> int:
     from trident_export.compression import distillation, models  # torch takes seconds to import
+    from trident_export.training import run
 
     quiet.hush_onnxruntime(options.verbose)
     spec, source = _model(options)
@@ -602,9 +667,60 @@ def _distill(options: argparse.Namespace) -> int:
     output = options.output or Path("distilled") / name
     texts = corpora.read(options.text)
     report = distillation.distill(spec, source, options.student, texts, output, settings, progress.say)
+    if not report:  # another process than the first
+        return run.end()
     print(distillation.write(f"{spec.name}, student {options.student}", report, options.reports))
     print(f"# for models.toml:\n{models.table(spec, name, output)}", end="")
+    return run.end()
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from trident_export.compression import budget, distillation, models  # torch takes seconds to import
+
+    quiet.hush_onnxruntime(options.verbose)
+    what = "parameters" if options.parameters else "latency"
+    asked = budget.Budget.read(what, getattr(options, what))
+    names = ("steps", "minutes", "batch_size", "length", "learning_rate", "seed")
+    settings = distillation.Settings(**{name: getattr(options, name) for name in names})
+    spec, source = _model(options)
+    variant = options.variant or spec.default_variant
+    rows, folder = budget.compress(
+        spec,
+        source,
+        options.method,
+        asked,
+        options.points,
+        corpora.read(options.text),
+        options.output / spec.name,
+        settings,
+        variant,
+        _recipe(options, spec, variant),
+        progress.say,
+    )
+    print(budget.write(f"{spec.name}, {variant}, {options.method}", rows, options.reports))
+    print(f"# for models.toml:\n{models.table(spec, f'{spec.name}-{folder.name}', folder)}", end="")
     return 0
+
+
+def _train_head(options: argparse.Namespace) -> int:
+    from trident_export.training import examples, heads, run  # torch takes seconds to import
+
+    settings = heads.Settings(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(heads.Settings)}
+    )
+    task = options.task
+    asked = examples.labelled(options.data) if task == "text-classification" else examples.questions(options.data)
+    spec, source = _model(options)
+    if not spec.encoder:
+        raise UsageError(f"{spec.name} is for {spec.task}: a head is trained on an encoder")
+    name = f"{spec.name}-{task}"
+    output = options.output or Path("trained") / name
+    found = heads.train(task, source, asked, output, settings, progress.say)
+    if found is None:  # another process than the first
+        return run.end()
+    print(f"on {found.held_out} examples that were held out: {heads.shown(found.measures)}")
+    print(f"# for models.toml:\n{heads.table(task, name, output, settings.length, found.labels)}", end="")
+    return run.end()
 
 
 def _specs(options: argparse.Namespace, *, on_demand: bool = False) -> list[models_file.ModelSpec]:

@@ -186,3 +186,38 @@ def test_impossible_distillations(folder: Path) -> None:
         assert done.returncode == 1, done.stderr
         assert message in done.stderr
     assert not list(folder.glob("student*"))
+
+
+@pytest.mark.parametrize("variant", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_model_is_compressed_to_a_budget(folder: Path, variant: str) -> None:
+    done = run_export(
+        "compress", "llama", "--method", "columns", "--parameters", "90%", "--points", "1", "--variant", variant,
+        "--text", str(folder / "text.txt"), "--steps", "40", "--batch-size", "4", "--length", "32",
+        "--learning-rate", "0.002", "--output", str(folder / "compressed"), *options(folder),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "reports/compress.json").read_text())
+    whole, pruned, trained = rows.values()
+    assert [name.rpartition(" ")[2] for name in rows] == ["whole", "pruned", "trained"]
+    assert pruned["parameters_m"] == trained["parameters_m"] <= 0.9 * whole["parameters_m"]
+    assert whole["kl"] < trained["kl"] < 0.9 * pruned["kl"]
+    assert trained["size_mib"] < whole["size_mib"]
+    assert trained["step_ms"] > 0
+    (name,) = tomllib.loads(printed_tables(done.stdout))
+    reached = AutoModelForCausalLM.from_pretrained(folder / "compressed" / "llama" / name.removeprefix("llama-"))
+    assert reached.num_parameters() == pytest.approx(1e6 * trained["parameters_m"])
+    assert [path.name for path in (folder / "compressed" / "llama").iterdir()] == [name.removeprefix("llama-")]
+
+
+def test_impossible_budgets(folder: Path) -> None:
+    common = ("compress", "llama", "--text", str(folder / "text.txt"), "--output", str(folder / "out"))
+    for arguments, message in (
+        (("--parameters", "10%"), "can't be met: with all removed that can be, "),
+        (("--parameters", "1B"), "which is within the budget: nothing is left to do"),
+        (("--latency", "fast"), "--latency must be a number like milliseconds, or 80%, found 'fast'"),
+        (("--parameters", "90%", "--points", "0"), "--points must be 1 or more, found 0"),
+    ):
+        done = run_export(*common, *arguments, *options(folder))
+        assert done.returncode == 1, done.stderr
+        assert message in done.stderr
+    assert not (folder / "out").exists()

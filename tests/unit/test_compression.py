@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -294,23 +293,3 @@ def test_impossible_settings(bad: dict[str, float]) -> None:
     (name,) = bad
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must"):
         distillation.Settings(**bad)  # type: ignore[arg-type]
-
-
-def test_a_broken_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    for number in (20, 100, 120):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-    assert distillation._last_checkpoint(tmp_path) is None
-    for number in (20, 100):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-120").mkdir()
-    assert distillation._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
-    assert not (tmp_path / "checkpoint-120").exists()
-
-
-def test_another_runs_checkpoints_are_not_taken(tmp_path: Path) -> None:
-    distillation._check_same_run(tmp_path, {"steps": 6})
-    (tmp_path / "settings.json").write_text(json.dumps({"steps": 5, "minutes": 1.0}))
-    distillation._check_same_run(tmp_path, {"steps": 5, "minutes": 9.0})
-    with pytest.raises(ValueError, match=r"holds the checkpoints of another run \(steps was 5\)"):
-        distillation._check_same_run(tmp_path, {"steps": 6, "minutes": 1.0})

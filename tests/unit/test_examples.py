@@ -37,7 +37,7 @@ def test_every_file_has_a_test() -> None:
     assert sorted(set(run_by_tests())) == programs()
     assert sorted(path.name for path in (FOLDER / "texts").iterdir()) == sorted(QUESTIONS)
     rest = {path.name for path in FOLDER.iterdir()} - set(programs()) - {"__pycache__"}
-    assert rest == {"README.md", "texts"}
+    assert rest == {"README.md", "deepspeed", "heads", "texts"}
 
 
 @pytest.mark.parametrize("page", [FOLDER / "README.md", PAGE], ids=["readme", "how-to"])

@@ -50,40 +50,88 @@ def prune(
         UsageError, UnsupportedModel: a sparsity or the architecture does not fit the method.
     """
     runs = models.tokenize(source, corpora.calibration(calibration, samples=64, seed=0))
+    shares = [0.0]
+    folders: list[Path] = []
+    for sparsity in sparsities:
+        folder = output / name_of(method, sparsity)
+        shares.append(pruned(spec, source, method, sparsity, runs, folder))
+        folders.append(folder)
+        progress(f"{method} {shares[-1]:.3g}: written to {folder}")
+    made = [source, *map(HuggingFaceFolder, folders)]
+    rows = measured(spec, source, made, variant, recipe, progress)
+    return [{"sparsity": share, **row} for share, row in zip(shares, rows, strict=True)], folders
+
+
+def name_of(method: pruning.Method, sparsity: float) -> str:
+    """What the folder of a pruned model is called."""
+    return f"{method.replace(':', '-of-')}-{100 * sparsity:.0f}"
+
+
+def pruned(
+    spec: ModelSpec,
+    source: HuggingFaceFolder,
+    method: pruning.Method,
+    sparsity: float,
+    runs: pruning.Runs,
+    folder: Path,
+) -> float:
+    """Write the Hugging Face folder of a pruned model; the share that was removed.
+
+    Raises:
+        UsageError, UnsupportedModel: a sparsity or the architecture does not fit the method.
+    """
+    model = models.load(spec, source)
+    reached = pruning.prune(model, method, sparsity, runs)
+    models.save(model, source, folder)
+    return reached
+
+
+def measured(
+    spec: ModelSpec,
+    source: HuggingFaceFolder,
+    folders: Sequence[HuggingFaceFolder],
+    variant: str,
+    recipe: Recipe,
+    progress: Callable[[str], None],
+) -> list[Row]:
+    """Export Hugging Face folders and measure them, each by `evaluate` against `source`, with size and speed."""
     probe = dataclasses.replace(spec, variants=(variant,), default_variant=variant, recipes={variant: recipe})
     rows: list[Row] = []
-    folders: list[Path] = []
     with tempfile.TemporaryDirectory(prefix="trident-prune-") as work:
-        root = Path(work) / "staging"
+        built = [Path(work) / str(number) for number in range(len(folders))]
         evaluate: tasks.Evaluator | None = None
-        for sparsity in (0.0, *sparsities):
-            folder, reached = source.path, 0.0
-            if sparsity:
-                model = models.load(spec, source)
-                reached = pruning.prune(model, method, sparsity, runs)
-                folder = output / f"{method.replace(':', '-of-')}-{100 * sparsity:.0f}"
-                models.save(model, source, folder)
-                folders.append(folder)
-                progress(f"{method} {reached:.3g}: written to {folder}")
-            root.mkdir()
-            job = tasks.Job(probe, HuggingFaceFolder(folder), root, progress)
-            tasks.trace(job)
-            tasks.write(job, variant)
-            shutil.rmtree(job.graphs)
+        root = Path(work) / "staging"  # the evaluator looks here
+        for folder, kept in zip(folders, built, strict=True):
+            export(probe, folder, root, progress)
             evaluate = evaluate or tasks.evaluator(probe, source, root)
             (graph,) = quality.graph_folders(probe, variant)
-            zipped = {"zipped_mib": zipped_mib(root / graph / VERSION)}
-            rows.append({"sparsity": reached, **evaluate(variant), **zipped})
-            root.rename(Path(work) / str(len(rows)))
+            rows.append({**evaluate(variant), "zipped_mib": zipped_mib(root / graph / VERSION)})
+            root.rename(kept)
         progress("measuring speed")
-        built = [Path(work) / str(number + 1) for number in range(len(rows))]
-        costs: list[list[Row]] = [[] for _ in rows]
-        for _ in range(ROUNDS):  # round by round, because a machine is faster at some times than at others
-            for index, folder in enumerate(built):
-                costs[index].append(quality.cost(probe, variant, folder))
-    for row, found in zip(rows, costs, strict=True):
-        row |= {name: statistics.median(cost[name] for cost in found) for name in found[0]}
-    return rows, folders
+        for row, found in zip(rows, costs(probe, built), strict=True):
+            row |= found
+    return rows
+
+
+def export(probe: ModelSpec, folder: HuggingFaceFolder, root: Path, progress: Callable[[str], None]) -> None:
+    """Write the Triton models of a spec of one variant from a Hugging Face folder."""
+    root.mkdir()
+    job = tasks.Job(probe, folder, root, progress)
+    tasks.trace(job)
+    tasks.write(job, probe.default_variant)
+    shutil.rmtree(job.graphs)
+
+
+def costs(probe: ModelSpec, built: Sequence[Path]) -> list[Row]:
+    """Size, memory and speed of the default variant in each folder, medians of rounds.
+
+    Each round runs all, because a machine is faster at some times than at others.
+    """
+    found: list[list[Row]] = [[] for _ in built]
+    for _ in range(ROUNDS):
+        for index, folder in enumerate(built):
+            found[index].append(quality.cost(probe, probe.default_variant, folder))
+    return [{name: statistics.median(cost[name] for cost in each) for name in each[0]} for each in found]
 
 
 def zipped_mib(folder: Path) -> float:
@@ -111,26 +159,31 @@ def write(title: str, method: pruning.Method, rows: Sequence[Mapping[str, float]
         )
     (folder / "prune.md").write_text(table, encoding="utf-8")
     (folder / "prune.json").write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
-    _plot(title, rows, folder / "prune.svg")
+    plot(title, {"": rows}, folder / "prune.svg")
     return table
 
 
-def _plot(title: str, rows: Sequence[Mapping[str, float]], path: Path) -> None:
+def plot(title: str, lines: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Error and speed against sparsity, a line of each for every kind of model; "" is not named."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot
 
-    error = next(name for name in ("kl", "mean_cosine", "agreement") if name in rows[0])
-    speed = next(name for name in quality.SPEEDS if name in rows[0])
+    first = next(iter(lines.values()))[0]
+    error = next(name for name in ("kl", "mean_cosine", "agreement") if name in first)
+    speed = next(name for name in quality.SPEEDS if name in first)
     figure, left = pyplot.subplots(figsize=(6, 4))
-    taken = [row["sparsity"] for row in rows]
-    left.plot(taken, [row[error] for row in rows], "o-", color="tab:red")
+    right = left.twinx()
+    for (name, rows), mark in zip(lines.items(), "os^", strict=False):
+        taken = [row["sparsity"] for row in rows]
+        left.plot(taken, [row[error] for row in rows], f"{mark}-", color="tab:red", label=name)
+        right.plot(taken, [row[speed] for row in rows], f"{mark}--", color="tab:blue")
     left.set_xlabel("sparsity")
     left.set_ylabel(error, color="tab:red")
-    right = left.twinx()
-    right.plot(taken, [row[speed] for row in rows], "s--", color="tab:blue")
     right.set_ylabel(quality.SPEEDS[speed], color="tab:blue")
+    if any(lines):
+        left.legend()
     left.set_title(title)
     figure.tight_layout()
     figure.savefig(path)

@@ -27,7 +27,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -35,9 +34,10 @@ from transformers import (
 
 from trident_export import corpora
 from trident_export.compression import layouts, models, pruning
-from trident_export.errors import NoSpace, TextError, UsageError
+from trident_export.errors import TextError, UsageError
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
+from trident_export.training import run
 
 Row = dict[str, float]
 Run = dict[str, torch.Tensor]
@@ -46,8 +46,6 @@ Run = dict[str, torch.Tensor]
 HELD_OUT_EVERY = 20
 HELD_OUT_MOST = 32
 _WARM_UP = 20
-_SETTINGS = "settings.json"
-_LOG_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,14 @@ class Settings:
     Attributes:
         steps: of the optimizer; 0: once through the text.
         minutes: after which training ends, whatever is left; 0: no limit. The learning rate falls to nothing by then.
-        batch_size: texts or chunks in a step.
+        batch_size: texts or chunks in a step, of each process.
         length: tokens in a chunk.
         learning_rate: of AdamW, at its highest.
         temperature: by which both distributions are softened.
         hidden_weight: of the hidden states; the distribution has 1.
         save_every: steps between checkpoints.
         seed: of the order of the text.
-        deepspeed: a DeepSpeed configuration file, for machines with GPUs; "": none.
+        deepspeed: a DeepSpeed configuration file; "": none.
     """
 
     steps: int = 0
@@ -167,6 +165,7 @@ def distill(
     output: Path,
     settings: Settings,
     progress: Callable[[str], None],
+    calibration: str = "",
 ) -> dict[str, Row]:
     """Train a student and write its Hugging Face folder.
 
@@ -174,41 +173,54 @@ def distill(
         student: see `make_student`.
         texts: to learn from; some are held out to evaluate with.
         output: of the folder; checkpoints lie in `<output>.training` until it is done.
+        calibration: see `make_student`.
 
     Returns:
-        Measures of the teacher and of the student before and after, on the text that was held out.
+        Measures of the teacher and of the student before and after, on the text that was held out; nothing in every
+        process but the first.
 
     Raises:
         TextError, UsageError: the student or the text is impossible, or checkpoints of another run are there.
         NoSpace: the disk has no room for the student.
     """
-    work = output.with_name(f"{output.name}.training")
-    asked = {"student": student, "source": source.path.name, **dataclasses.asdict(settings), "texts": len(texts)}
-    _check_same_run(work, asked)
+    work, deepspeed = run.folder_of(output), run.deepspeed_configuration(settings.deepspeed)
+    progress = run.said_by_first(progress)
+    asked = {
+        "student": student,
+        "source": source.path.name,
+        **dataclasses.asdict(settings),
+        "texts": len(texts),
+        "processes": run.processes(),
+    }
+    run.check_same_run(work, asked)
     tokenizer: PreTrainedTokenizerBase = source.tokenizer
     data = chunks(spec, tokenizer, texts, settings.length)
     held_out = data[::HELD_OUT_EVERY][:HELD_OUT_MOST]
     seen = [run for n, run in enumerate(data) if n % HELD_OUT_EVERY or n // HELD_OUT_EVERY >= HELD_OUT_MOST]
-    if len(seen) < settings.batch_size:
+    taken = settings.batch_size * run.processes()
+    if len(seen) < taken:
         raise TextError(
-            f"the text gives {len(seen)} chunks of {settings.length} tokens, one step takes {settings.batch_size}: "
+            f"the text gives {len(seen)} chunks of {settings.length} tokens, one step takes {taken}: "
             "give more text, or lower --length or --batch-size"
         )
     teacher = models.load(spec, source)
-    pupil, origin = make_student(spec, source, student)
-    _room(pupil, output.parent)
-    report = {"teacher": score(teacher, teacher, held_out), "before": score(pupil, teacher, held_out)}
-    progress(f"teacher: {_shown(report['teacher'])}; student before: {_shown(report['before'])}")
-    steps = settings.steps or len(seen) // settings.batch_size
-    trainer = _Distiller(pupil, teacher, origin, seen, tokenizer, work, settings, steps, progress)
-    work.mkdir(parents=True, exist_ok=True)
-    (work / _SETTINGS).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-    pupil = trainer.accelerator.unwrap_model(trainer.model).eval().cpu()
-    report["after"] = score(pupil, teacher.cpu(), held_out)
+    pupil, origin = make_student(spec, source, student, calibration)
+    report = {}
+    if run.first():
+        run.check_room(pupil, output.parent)
+        report = {"teacher": score(teacher, teacher, held_out), "before": score(pupil, teacher, held_out)}
+        progress(f"teacher: {_shown(report['teacher'])}; student before: {_shown(report['before'])}")
+    steps = settings.steps or len(seen) // taken
+    trainer = _Distiller(pupil, teacher, origin, seen, tokenizer, work, settings, deepspeed, steps, progress)
+    run.begin(work, asked)
+    trainer.train(resume_from_checkpoint=run.last_checkpoint(work))
+    trained = run.whole(trainer)
+    if trained is None:
+        return {}
+    report["after"] = score(trained, teacher.cpu(), held_out)
     progress(f"student after {trainer.state.global_step} steps: {_shown(report['after'])}")
     report["after"]["steps"] = float(trainer.state.global_step)
-    models.save(pupil, source, output)
+    models.save(trained, source, output)
     shutil.rmtree(work, ignore_errors=True)
     return report
 
@@ -295,29 +307,21 @@ class _Distiller(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         work: Path,
         settings: Settings,
+        deepspeed: dict[str, Any] | None,
         steps: int,
         progress: Callable[[str], None],
     ) -> None:
-        try:
-            arguments = TrainingArguments(
-                output_dir=str(work),
-                max_steps=steps,
-                per_device_train_batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                save_steps=settings.save_every,
-                save_total_limit=1,
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-                seed=settings.seed,
-                data_seed=settings.seed,
-                remove_unused_columns=False,
-                dataloader_pin_memory=torch.cuda.is_available(),
-                deepspeed=settings.deepspeed or None,
-            )
-        except ImportError as error:
-            raise UsageError(f"--deepspeed needs the package deepspeed on a machine with GPUs: {error}") from None
+        arguments = run.arguments(
+            work,
+            deepspeed,
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            save_steps=settings.save_every,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            remove_unused_columns=False,
+        )
         self._settings, self._steps, self._origin = settings, steps, list(origin)
         self._watch = _Watch(settings, steps, progress)
         if tokenizer.pad_token is None:
@@ -363,17 +367,19 @@ class _Distiller(Trainer):
         return (loss, found) if return_outputs else loss
 
 
-class _Watch(TrainerCallback):
+class _Watch(run.Progress):
     """Says how far training is, and ends it when its time is over."""
 
     def __init__(self, settings: Settings, steps: int, progress: Callable[[str], None]) -> None:
+        super().__init__(progress)
         self._settings, self._steps, self._progress = settings, steps, progress
         self._started = time.monotonic()
         self._first = 0
+        self._minutes = 0.0  # since it began, by the first process's clock: all must end at the same step
 
     def share(self, step: int) -> float:
         """How much is done, of the steps or of the time."""
-        return max(step / self._steps, self._minutes() / self._settings.minutes if self._settings.minutes else 0.0)
+        return max(step / self._steps, self._minutes / self._settings.minutes if self._settings.minutes else 0.0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The clock starts."""
@@ -382,18 +388,17 @@ class _Watch(TrainerCallback):
             self._progress(f"goes on behind step {self._first}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Progress, and the end."""
-        if state.global_step % _LOG_EVERY == 0:
-            pace = (state.global_step - self._first) / max(1e-9, 60 * self._minutes())
-            limit = f" of {self._settings.minutes:g}" if self._settings.minutes else ""
-            self._progress(
-                f"step {state.global_step} of {self._steps}, {pace:.2f} steps/s, {self._minutes():.1f}{limit} min"
-            )
-        if self._settings.minutes and self._minutes() >= self._settings.minutes:
-            control.should_training_stop = True
+        """The end."""
+        self._minutes = (time.monotonic() - self._started) / 60
+        if self._settings.minutes:
+            self._minutes = run.agreed(self._minutes, args.device)
+            control.should_training_stop |= self._minutes >= self._settings.minutes
 
-    def _minutes(self) -> float:
-        return (time.monotonic() - self._started) / 60
+    def detail(self, state: TrainerState) -> str:
+        """The pace and the clock."""
+        pace = (state.global_step - self._first) / max(1e-9, 60 * self._minutes)
+        limit = f" of {self._settings.minutes:g}" if self._settings.minutes else ""
+        return f", {pace:.2f} steps/s, {self._minutes:.1f}{limit} min"
 
 
 class _Runs(torch.utils.data.Dataset[Run]):
@@ -416,41 +421,6 @@ def _distributions(output: Any) -> list[torch.Tensor]:
 
 def _is_causal(model: PreTrainedModel) -> bool:
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def _check_same_run(work: Path, asked: Mapping[str, Any]) -> None:
-    """Checkpoints that are there must be of a run with the same settings."""
-    file = work / _SETTINGS
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        free = ("minutes", "save_every")  # these may change when a run goes on
-        different = [
-            f"{key} was {before.get(key)!r}" for key in asked if before.get(key) != asked[key] and key not in free
-        ]
-        if different:
-            raise UsageError(
-                f"{work} holds the checkpoints of another run ({', '.join(different)}): ask for the same, choose "
-                "another --output, or remove it"
-            )
-
-
-def _last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that is complete: its state is written last. Others are removed."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    complete = [path for path in found if (path / "trainer_state.json").exists()]
-    for path in found:
-        if path not in complete:
-            shutil.rmtree(path)
-    return str(complete[-1]) if complete else None
-
-
-def _room(student: PreTrainedModel, folder: Path) -> None:
-    """Two checkpoints, each of weights and AdamW's two averages, and the student itself."""
-    wanted = 7 * sum(p.numel() * p.element_size() for p in student.parameters())
-    folder.mkdir(parents=True, exist_ok=True)
-    room = shutil.disk_usage(folder).free
-    if room < wanted:
-        raise NoSpace(f"training needs {wanted / 2**20:.0f} MiB in {folder}, {room / 2**20:.0f} MiB are free")
 
 
 def _shown(row: Row) -> str:

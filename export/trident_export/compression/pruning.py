@@ -91,9 +91,8 @@ def _two_of_four(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
 
 def _heads(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
     """Heads whose outputs say least, the same number in every layer; groups where queries share keys and values."""
+    check_heads(model)
     layout, config = layouts.layout_of(model), model.config
-    if not layout.joined:
-        raise UnsupportedModel(f"heads of {config.model_type} models can't be removed; columns and layers can")
     layers = layouts.layers_of(model)
     heads = config.num_attention_heads
     groups = config.num_key_value_heads
@@ -115,6 +114,12 @@ def _heads(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:
     config.num_attention_heads = heads // groups * (groups - removed)
     config.num_key_value_heads = groups - removed
     return float(removed / groups)
+
+
+def check_heads(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModel where heads can't be removed."""
+    if not layouts.layout_of(model).joined:
+        raise UnsupportedModel(f"heads of {model.config.model_type} models can't be removed; columns and layers can")
 
 
 def _columns(model: PreTrainedModel, sparsity: float, runs: Runs) -> float:

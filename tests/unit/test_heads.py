@@ -1,0 +1,128 @@
+"""What a head learns from and is measured by, and that a tiny one learns; the command is in test_train_head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+from tests import tiny_models
+from trident_export.errors import TextError
+from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.training import heads
+from trident_export.training.examples import Labelled, Question, labelled, questions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PLACES = ("garden", "house", "river", "street", "church", "field", "window", "table", "door", "sea")
+
+
+def test_examples(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a cat", "label": "pet"}\n\n{"text": "a pan", "label": "tool"}\n')
+    assert labelled(file) == [Labelled("a cat", "pet"), Labelled("a pan", "tool")]
+    file.write_text(
+        '{"question": "q", "context": "An ox and an ox", "answer": "ox"}\n'
+        '{"question": "q", "context": "An ox and an ox", "answer": "ox", "start": 13}\n'
+        '{"question": "q", "context": "An ox", "answer": ""}\n'
+    )
+    assert [(each.start, each.end) for each in questions(file)] == [(3, 5), (13, 15), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "a"}', "line 2: label must be a text"),
+        ('{"text": " ", "label": "b"}', "line 2: text must be a text"),
+        ("[1]", "line 2: it is no object"),
+        ("{", "line 2: Expecting property name"),
+        ("[" * 100_000, "line 2: "),
+    ],
+)
+def test_broken_examples(tmp_path: Path, line: str, said: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(f'{{"text": "a", "label": "b"}}\n{line}\n')
+    with pytest.raises(TextError, match=said):
+        labelled(file)
+    with pytest.raises(TextError, match="can't be read"):
+        labelled(tmp_path / "none")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(TextError, match="can't be read"):
+        labelled(file)
+
+
+@pytest.mark.parametrize("start", ['"x"', "-3", "4", "null"])
+def test_an_answer_must_stand_where_it_is_said_to(tmp_path: Path, start: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(f'{{"question": "q", "context": "An ox", "answer": "ox", "start": {start}}}\n')
+    with pytest.raises(TextError, match="line 1: the answer 'ox' does not stand in the context"):
+        questions(file)
+
+
+def test_the_best_span_lies_in_the_context() -> None:
+    allowed = [False, False, True, True, True, False]
+    start, end = torch.tensor([0, 9, 1, 5, 0, 9.0]), torch.tensor([0, 9, 8, 2, 3, 9.0])
+    assert heads.best_span(start, end, allowed) == (2, 2)  # 9; (3, 4) has 8, and 3 to 2 runs backwards
+    start[0] = 10
+    assert heads.best_span(start, end, allowed) == (0, 0)
+
+
+def test_tokens_of_an_answer() -> None:
+    offsets, parts = [(0, 0), (0, 1), (0, 0), (0, 2), (3, 5), (5, 6), (0, 0)], [None, 0, None, 1, 1, 1, None]
+    assert heads.tokens_of(Question("q", "An oxy", 3, 6), offsets, parts) == (4, 5)
+    assert heads.tokens_of(Question("q", "An oxy and", 7, 10), offsets, parts) == (0, 0)  # it was cut
+    assert heads.tokens_of(Question("q", "An oxy and", 4, 9), offsets, parts) == (0, 0)  # a half was
+    assert heads.tokens_of(Question("q", "An oxy", 0, 0), offsets, parts) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceFolder:
+    folder = tmp_path_factory.mktemp("encoder") / "vectors"
+    tiny_models.make_reader(folder, "bert", AutoModel)
+    (folder / "modules.json").write_text("[]")
+    return HuggingFaceFolder(folder)
+
+
+def trained(
+    encoder: HuggingFaceFolder, task: str, examples: list[Labelled] | list[Question], output: Path
+) -> list[str]:
+    """Train on a few examples, all of which can be told apart; what was said."""
+    settings = heads.Settings(epochs=12, batch_size=8, length=32, learning_rate=3e-3)
+    said: list[str] = []
+    found = heads.train(task, encoder, examples, output, settings, said.append)
+    assert found is not None
+    assert (found.held_out, set(found.measures.values())) == (len(examples) // 5, {1.0})
+    assert not (output / "modules.json").exists()
+    assert not output.with_name("out.training").exists()
+    return said
+
+
+def test_a_classifier_learns(encoder: HuggingFaceFolder, tmp_path: Path) -> None:
+    words = ("king", "queen", "child")
+    examples = [Labelled(f"The {word} of the {place}", word) for place in PLACES for word in words]
+    said = trained(encoder, "text-classification", examples, tmp_path / "out")
+    losses = [float(line.rpartition(" ")[2]) for line in said]
+    assert losses[0] > 1.2 * losses[-1]
+    assert said[0].startswith("step 10 of 36, loss ")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.inference_mode():
+        logits = model(**encoder.tokenizer("The queen of the sea", return_tensors="pt")).logits
+    assert model.config.id2label[int(logits.argmax())] == "queen"
+
+
+def test_questions_are_answered(encoder: HuggingFaceFolder, tmp_path: Path) -> None:
+    examples = [
+        Question("Who is it?", f"The {place} of the {who} and the {other}", start, start + len(who))
+        for place in PLACES
+        for who in ("king", "queen")
+        for other in ("house", "door")
+        if (start := len(f"The {place} of the "))
+    ]
+    trained(encoder, "question-answering", examples, tmp_path / "out")
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out").eval()
+    with torch.inference_mode():
+        batch = encoder.tokenizer("Who is it?", "The sea of the queen and the house", return_tensors="pt")
+        found = model(**batch)
+    ids = batch.input_ids[0, int(found.start_logits.argmax()) : int(found.end_logits.argmax()) + 1]
+    assert encoder.tokenizer.decode(ids) == "queen"
