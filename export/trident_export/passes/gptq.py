@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
 from trident_export.graphs.editing import add_domain, array, constant, drop_unused, make, replace
+from trident_export.passes import pairs
 from trident_export.passes.base import Calibrated, CalibrationRuns, matmul_nodes
 from trident_export.passes.calibration import Moments, moments
 from trident_export.passes.groups import check_group, make_matmul
@@ -27,7 +28,6 @@ from trident_export.progress import Counted, track
 
 Floats = NDArray[np.float32]
 
-_WEIGHT_LARGEST, _PAIR_LARGEST = 127, 128
 _LEAST_ROWS = 32  # that a scale for all activations is set by
 _OUTPUTS = 2**14  # outputs rounded at once: a head has ten times more
 _TOGETHER = 64  # channels that are rounded before the weights of all later ones are corrected
@@ -118,10 +118,9 @@ class GptqPerChannel(_Gptq):
         matmuls[0].prepend(integers)
         for matmul in matmuls:
             path, weight = f"gptq/{matmul.name}", array(matmul.inputs[1])
-            steps = np.maximum(_largest_pair(weight) / _PAIR_LARGEST, np.abs(weight).max(axis=0) / _WEIGHT_LARGEST)
-            steps = np.maximum(steps, 1e-12).astype(np.float32)
-            limits = (-_WEIGHT_LARGEST, _WEIGHT_LARGEST)
-            rounded = round_weights(weight, steps[None], seen.gram, self.damp, limits, _PAIR_LARGEST)
+            steps = pairs.steps(weight)
+            limits = (-pairs.WEIGHT_LARGEST, pairs.WEIGHT_LARGEST)
+            rounded = round_weights(weight, steps[None], seen.gram, self.damp, limits, pairs.PAIR_LARGEST)
             inputs = [
                 *integers.outputs,
                 constant(graph, f"{path}/weight", rounded.astype(np.int8)),
@@ -227,11 +226,3 @@ def _round(
             errors[channel - start] = error
         left[end:] -= upper[start:end, end:].T @ errors
     return rounded
-
-
-def _largest_pair(weight: Floats) -> Floats:
-    """The largest sum of two neighbouring channels of one sign, without it, by output."""
-    padded = np.pad(weight, ((0, len(weight) % 2), (0, 0)))
-    one, other = padded[0::2], padded[1::2]
-    found: Floats = np.where(one * other > 0, np.abs(one + other), 0).max(axis=0)
-    return found

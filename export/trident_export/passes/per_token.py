@@ -3,6 +3,8 @@
 A token's scale depends on that token only, so an answer does not depend on who shares its batch. Activations are uint8
 about 128. Weights are int8 of seven bits: the AVX2 kernels of machines without VNNI add pairs of products in sixteen
 bits, 2 x 255 x 63 fits and 2 x 255 x 127 does not, and a graph is served on other machines than it is exported on.
+Behind `spread`, which has divided every token by its largest number, one scale is left, and weights have almost eight
+bits (`pairs`).
 Operator references: ONNX, QuantizeLinear (axis); onnxruntime docs/ContribOperators.md, MatMulIntegerToFloat.
 """
 
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 
 from trident_export.graphs.editing import add_domain, array, constant, drop_unused, make, reduced, replace
 from trident_export.graphs.unpadding import is_packed
+from trident_export.passes import pairs
 from trident_export.passes.base import CalibrationRuns, Pass, matmul_nodes, ranks
+from trident_export.passes.spread import is_spread
 
 _PREFIX = "rowwise"
 _TOKENS, _SELECTION = "input_ids", "logits_tokens"  # inputs of a decoder's graph
@@ -60,6 +64,14 @@ def quantize_per_token(model: ir.Model, chosen: Collection[str]) -> set[str]:
     taken: set[str] = set()
     for matmul in matmul_nodes(model, chosen):
         source = matmul.inputs[0]
+        if is_spread(source):
+            if source not in integers:
+                made, scale = _quantize_spread(graph, source)
+                matmul.prepend(made)
+                integers[source] = (made[-1].outputs[0], scale)
+            replace(matmul, _spread_matmul(matmul, *integers[source]))
+            taken.add(matmul.name)
+            continue
         rank = known.get(source.name)
         if rank != 2 and not (rank == 3 and packed):
             continue
@@ -134,6 +146,27 @@ def _quantize_activation(
         middles = nodes[-1].outputs[0]
     add("QuantizeLinear", [source, scales, middles], "integers", axis=axis)
     return nodes, scale
+
+
+def _quantize_spread(graph: ir.Graph, source: ir.Value) -> tuple[list[ir.Node], ir.Value]:
+    """Nodes from numbers of -1 to 1 to uint8 about 128, and the scale of all tokens."""
+    scale = _constant(graph, "largest")
+    path = f"{_PREFIX}/{source.name}/integers"
+    return [make("QuantizeLinear", [source, scale, _constant(graph, "middle")], path)], scale
+
+
+def _spread_matmul(matmul: ir.Node, integers: ir.Value, scale: ir.Value) -> list[ir.Node]:
+    graph, path = matmul.graph, f"{_PREFIX}/{matmul.name}"
+    weight = array(matmul.inputs[1])
+    steps = pairs.steps(weight)
+    inputs = [
+        integers,
+        constant(graph, f"{path}/weight", pairs.rounded(weight, steps)),
+        scale,
+        constant(graph, f"{path}/steps", steps),
+        _constant(graph, "middle"),
+    ]
+    return [make("MatMulIntegerToFloat", inputs, matmul.outputs[0].name, matmul.name, "com.microsoft")]
 
 
 def _matmul(matmul: ir.Node, integers: ir.Value, scale: ir.Value) -> list[ir.Node]:
