@@ -19,6 +19,10 @@ PACKAGES = {
     "lm-eval": ("lm_eval[api]==0.4.13", "transformers"),
     "ollama": ("ollama==0.6.3",),
     "playwright": ("playwright==1.65.2",),
+    "upstream": (
+        *("tritonclient[grpc,http]==2.73.0", "numpy<2", "pytest==9.2.0", "requests==2.34.2"),
+        *("sseclient-py==1.8.0", "boofuzz==0.4.2"),
+    ),
 }
 
 

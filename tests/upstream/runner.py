@@ -1,0 +1,142 @@
+"""Runs suites: copies a folder of a checkout, changes ports, starts the server, runs the tests, reads what came out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.upstream.suites import Suite
+from trident_serving.launcher import local
+from trident_serving.launcher.admin_key import HEADER
+from trident_serving.launcher.local import LocalServer
+
+PASSED, FAILED, LEFT = "passed", "failed", "not applicable"
+GRPC_PREFIX = "triton-grpc-protocol-"
+REASON_LINES = 4
+REPORT = "report.xml"
+# Beside the copied tests: their clients send the admin key.
+CONFTEST = f'''\
+import os
+
+from tritonclient import _client
+
+plain = _client.InferenceServerClientBase._call_plugin
+
+
+def with_key(self, request):
+    if request.headers is not None:
+        request.headers.update({{prefix + "{HEADER}": os.environ["ADMIN_KEY"] for prefix in ("", "{GRPC_PREFIX}")}})
+    plain(self, request)
+
+
+_client.InferenceServerClientBase._call_plugin = with_key
+'''
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one test.
+
+    Attributes:
+        suite: its file.
+        test: Class::name.
+        result: `passed`, `failed` or `not applicable`.
+        why: of a failure: its message; of a test that does not apply: the reason.
+        known: whose fault a failure is, where that is known.
+    """
+
+    suite: str
+    test: str
+    result: str
+    why: str = ""
+    known: str = ""
+
+
+def version(checkout: Path) -> str:
+    """Which one a checkout is: tag or commit, and its date."""
+    command = ["git", "-C", str(checkout), "log", "-1", "--date=short", "--format=%cd"]
+    dated = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(checkout), "describe", "--tags", "--always"]
+    named = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (
+        f"{named.stdout.strip()} of {dated.stdout.strip()}" if named.returncode == dated.returncode == 0 else "unknown"
+    )
+
+
+def run(suite: Suite, checkout: Path, folder: Path, python: Path) -> list[Outcome]:
+    """Run one suite.
+
+    Args:
+        checkout: of triton-inference-server/server.
+        folder: an empty one, for copies, models and logs.
+        python: the interpreter with the tests' packages.
+
+    Raises:
+        FileNotFoundError: the checkout has no such tests.
+    """
+    repository = folder / "models"
+    repository.mkdir(parents=True)
+    there = checkout / "qa" / suite.folder
+    if not (there / suite.file).exists():
+        raise FileNotFoundError(there / suite.file)
+    suite.prepare(there, repository)
+    here = folder / suite.folder
+    shutil.copytree(checkout / "qa/common", folder / "common", symlinks=True)
+    here.mkdir()
+    server = local.start(repository, folder / "server.log", environment=suite.environment)
+    try:
+        _run(suite, there, here, python, server)
+    finally:
+        server.stop()
+    return [
+        *outcomes(suite, folder / REPORT),
+        *(Outcome(suite.name, name, LEFT, why) for name, why in suite.left.items()),
+    ]
+
+
+def _run(suite: Suite, there: Path, here: Path, python: Path, server: LocalServer) -> None:
+    text = (there / suite.file).read_text(encoding="utf-8")
+    (here / suite.file).write_text(edited(text, server, suite.edits), encoding="utf-8")
+    environment = {**os.environ, **suite.test_environment}
+    if suite.administrator:
+        (here / "conftest.py").write_text(CONFTEST, encoding="utf-8")
+        environment["ADMIN_KEY"] = server.admin_headers[HEADER]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(here)]
+    command += ["-c", os.devnull, "--junitxml", str(here.with_name(REPORT)), suite.file]
+    if suite.left:
+        command += ["-k", " and ".join(f"not {name}" for name in suite.left)]
+    with here.with_name("tests.log").open("w") as log:
+        subprocess.run(command, cwd=here, env=environment, stdout=log, stderr=log, check=False, timeout=suite.seconds)
+
+
+def edited(text: str, server: LocalServer, edits: Mapping[str, str]) -> str:
+    """The text of a test for a server's ports, which it has in its URLs."""
+    for port, own in ((8000, server.http_port), (8001, server.grpc_port), (8002, server.metrics_port)):
+        text = re.sub(rf"localhost:{port}\b", f"127.0.0.1:{own}", text)
+        text = text.replace(f'"127.0.0.1", {port}', f'"127.0.0.1", {own}')
+    for pattern, other in edits.items():
+        text, count = re.subn(pattern, other, text)
+        assert count, pattern
+    return text
+
+
+def outcomes(suite: Suite, report: Path) -> Iterable[Outcome]:
+    """What pytest's report says."""
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        name = case.attrib["name"]
+        wrong = [each for each in case if each.tag in ("failure", "error")]
+        skipped = [each for each in case if each.tag == "skipped"]
+        test = "::".join((*case.attrib["classname"].split(".")[1:], name))
+        if wrong:
+            lines = (wrong[0].attrib.get("message") or wrong[0].text or "").strip().splitlines()
+            yield Outcome(suite.name, test, FAILED, " ".join(lines[:REASON_LINES]), suite.faults.get(name, ""))
+        elif skipped:
+            yield Outcome(suite.name, test, LEFT, skipped[0].attrib.get("message", ""))
+        else:
+            yield Outcome(suite.name, test, PASSED, known=suite.faults.get(name, ""))

@@ -1,0 +1,208 @@
+"""Which of Triton's tests are run, with which models, and what is known of those that fail or don't apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.upstream import models
+
+Prepare = Callable[[Path, Path], None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A file of tests and the server that it gets.
+
+    Attributes:
+        folder: of qa/.
+        file: in it.
+        prepare: makes the models; it gets the folder in the checkout and an empty repository.
+        environment: of the server.
+        test_environment: of the tests.
+        administrator: the tests' clients send the server's admin key.
+        seconds: that all its tests may take.
+        edits: patterns and what replaces them in the test file, beside the ports.
+        left: tests that are not run, or beginnings of their names, and why they do not apply.
+        faults: tests that fail, and whose fault that is.
+    """
+
+    folder: str
+    file: str
+    prepare: Prepare
+    environment: Mapping[str, str] = field(default_factory=dict)
+    test_environment: Mapping[str, str] = field(default_factory=dict)
+    administrator: bool = False
+    seconds: float = 180.0
+    edits: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/{self.file}"
+
+
+# Faults that several tests share: whose it is, and why.
+EXPLICIT = "the test's: it wants a server that lists its repository again and again; the launcher loads models by name"
+NO_GPU = "needs a GPU"
+HEADERS = "needs --grpc-header-forward-pattern: the launcher forwards no header to a model"
+KEYED_INFERENCE = (
+    "needs a server whose inference or metadata asks for a key; the gateway asks for keys, Triton does not"
+)
+SECOND_LOOK = "reads the log of a server at --log-verbose=1, which the launcher does not set"
+
+FUZZ_CASES = 300  # of each URL; the whole set takes an hour
+
+
+def _validation(folder: Path, repository: Path) -> None:
+    _copies("models")(folder, repository)
+    waits = "dynamic_batching { max_queue_delay_microseconds: 1000000 }"
+    models.identity(repository, "pt_identity", dims=(8,), more=waits)
+    models.add_sub(repository, "graphdef_object_int32_int32", "STRING", "INT32")
+
+
+def _slow(milliseconds: int) -> Prepare:
+    def prepare(folder: Path, repository: Path) -> None:
+        models.slow(repository, "custom_identity_int32", milliseconds, type_="INT32", batch=1024)
+
+    return prepare
+
+
+def _schedulers(folder: Path, repository: Path) -> None:
+    sequence = "sequence_batching {{ {} max_sequence_idle_microseconds: 6000000 }}"
+    models.slow(
+        repository, "dynamic_batch", 6000, batch=2, more="dynamic_batching { max_queue_delay_microseconds: 600000 }"
+    )
+    models.slow(repository, "sequence_direct", 6000, more=sequence.format("direct { }"))
+    models.slow(repository, "sequence_oldest", 6000, more=sequence.format("oldest { max_candidate_sequences: 1 }"))
+    models.twice(repository, "ensemble_model", "dynamic_batch")
+
+
+def _simple(count: int) -> Prepare:
+    def prepare(folder: Path, repository: Path) -> None:
+        models.add_sub(repository, "simple", "INT32", "INT32")
+        for number in range(1, count):
+            models.identity(repository, f"other_{number}")
+
+    return prepare
+
+
+def _raw(folder: Path, repository: Path) -> None:
+    queue = "default_queue_policy { max_queue_size: 1 }"
+    waits = f"dynamic_batching {{ max_queue_delay_microseconds: 1000000 preferred_batch_size: [ 8 ] {queue} }}"
+    models.identity(repository, "onnx_zero_1_float32")
+    models.identity(repository, "onnx_zero_1_float32_queue", more=waits)
+    models.identity(repository, "onnx_zero_1_object", "STRING")
+    models.identity(repository, "onnx_zero_1_object_1_element", "STRING", (1,))
+    models.identity(repository, "onnx_zero_1_float16", "FP16", (-1, -1))
+    models.identity(repository, "onnx_zero_3_float32", count=3)
+
+
+def _copies(name: str) -> Prepare:
+    def prepare(folder: Path, repository: Path) -> None:
+        for each in (folder / name).iterdir():
+            models.copy(each, repository)
+
+    return prepare
+
+
+def _nobatch(folder: Path, repository: Path) -> None:
+    models.add_sub(repository, "graphdef_int32_int8_int8", "INT32", "INT8")
+    models.add_sub(repository, "graphdef_nobatch_int32_int8_int8", "INT32", "INT8", batch=0)
+
+
+def _scalars(folder: Path, repository: Path) -> None:
+    models.scalar(repository, "onnx_scalar_1dim", (1,))
+    models.scalar(repository, "onnx_scalar_2dim", (1, 1))
+
+
+SUITES = (
+    Suite(
+        "L0_input_validation",
+        "input_validation_test.py",
+        _validation,
+        left={"test_wrong_input_shape_tensor_size": "needs TensorRT"},
+    ),
+    Suite(
+        "L0_request_cancellation",
+        "grpc_cancellation_test.py",
+        _slow(10_000),
+        left={"test_grpc_async_infer_cancellation_at_step_start": SECOND_LOOK},
+    ),
+    Suite("L0_request_cancellation", "scheduler_test.py", _schedulers),
+    Suite("L0_client_timeout", "client_infer_timeout_test.py", _slow(3_000)),
+    Suite(
+        "L0_client_timeout",
+        "client_non_infer_timeout_test.py",
+        _slow(3_000),
+        environment={"TRITONSERVER_SERVER_DELAY_GRPC_RESPONSE_SEC": "2"},
+        administrator=True,
+        left={"test_grpc_register_cuda_shared_memory": NO_GPU},
+    ),
+    Suite(
+        "L0_grpc",
+        "python_grpc_aio_test.py",
+        _simple(8),
+        administrator=True,
+        faults={"test_load_model": EXPLICIT, "test_unload_model": EXPLICIT},
+    ),
+    Suite(
+        "L0_grpc",
+        "python_unit_test.py",
+        _simple(1),
+        left={
+            "test_model_repository": KEYED_INFERENCE,
+            "test_health": KEYED_INFERENCE,
+            "test_infer": KEYED_INFERENCE,
+            "test_stream_infer": KEYED_INFERENCE,
+        },
+    ),
+    Suite("L0_http", "http_test.py", _raw),
+    Suite("L0_http", "generate_endpoint_test.py", _copies("generate_models")),
+    Suite(
+        "L0_http",
+        "python_http_aio_test.py",
+        _simple(7),
+        administrator=True,
+        faults={"test_load_model": EXPLICIT, "test_unload_model": EXPLICIT},
+    ),
+    Suite(
+        "L0_http",
+        "http_restricted_api_test.py",
+        _simple(1),
+        left={
+            "test_model_repository": KEYED_INFERENCE,
+            "test_metadata": KEYED_INFERENCE,
+            "test_infer": KEYED_INFERENCE,
+        },
+    ),
+    Suite(
+        "L0_http_fuzz",
+        "fuzztest.py",
+        _simple(1),
+        seconds=1500,
+        edits={r"fuzz_loggers=logger,": f"fuzz_loggers=logger, index_end={FUZZ_CASES},"},
+    ),
+    Suite(
+        "L0_parameters",
+        "parameters_test.py",
+        _copies("model_repository"),
+        test_environment={"TEST_HEADER": "test_params"},
+    ),
+    Suite("L0_nan_inf", "nan_inf_test.py", _copies("models")),
+    Suite("L0_client_nobatch", "client_test.py", _nobatch),
+    Suite("L0_scalar_io", "scalar_test.py", _scalars),
+)
+
+# Files of the same folders that are not run at all.
+NOT_RUN = {
+    "L0_request_cancellation/implicit_state_test.py": "needs the PyTorch backend",
+    "L0_grpc/grpc_client_plugin_test.py": HEADERS,
+    "L0_grpc/grpc_basic_auth_test.py": "needs nginx, and tests its key",
+    "L0_http/http_basic_auth_test.py": "needs nginx, and tests its key",
+    "L0_http/http_client_plugin_test.py": "asks no server: it tests tritonclient against stand-ins of its parts",
+    "L0_parameters/parameters_test.py with TEST_HEADER=test_headers and the like": HEADERS,
+    "L0_large_payload": "needs more than ten gigabytes for tensors of three",
+}
