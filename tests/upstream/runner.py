@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.upstream.suites import Suite
+from tests import gateways
+from tests.upstream.suites import CHAT_MODEL, Suite
 from trident_serving.launcher import local
 from trident_serving.launcher.admin_key import HEADER
 from trident_serving.launcher.local import LocalServer
@@ -21,7 +23,7 @@ GRPC_PREFIX = "triton-grpc-protocol-"
 REASON_LINES = 4
 REPORT = "report.xml"
 # Beside the copied tests: their clients send the admin key.
-CONFTEST = f'''\
+ADMIN_CONFTEST = f'''\
 import os
 
 from tritonclient import _client
@@ -37,6 +39,41 @@ def with_key(self, request):
 
 _client.InferenceServerClientBase._call_plugin = with_key
 '''
+# Beside the tests of Triton's OpenAI frontend: what they ask is the gateway, and none of that frontend is imported.
+OPENAI_CONFTEST = """\
+import os
+import sys
+import types
+
+import httpx2
+import openai
+import pytest
+
+for name in ("tritonserver", "tests", "tests.utils", "fastapi", "fastapi.testclient"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__getattr__ = lambda name: None
+
+PROMPT = "What is machine learning?"
+GIVEN = {"backend": "vllm", "model": os.environ["MODEL"], "prompt": PROMPT, "input": PROMPT}
+GIVEN["messages"] = [{"role": "user", "content": PROMPT}]
+for name, value in GIVEN.items():
+    globals()[name] = pytest.fixture(scope="session", name=name)(lambda value=value: value)
+
+
+@pytest.fixture(scope="class")
+def fastapi_client_class_scope():
+    with httpx2.Client(base_url=os.environ["GATEWAY_URL"], timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def server():
+    url = os.environ["GATEWAY_URL"] + "/v1"
+    clients = {"get_client": openai.OpenAI, "get_async_client": openai.AsyncOpenAI}
+    return types.SimpleNamespace(
+        **{name: (lambda kind=kind: kind(base_url=url, api_key="none")) for name, kind in clients.items()}
+    )
+"""
 
 
 @dataclass(frozen=True)
@@ -82,37 +119,37 @@ def run(suite: Suite, checkout: Path, folder: Path, python: Path) -> list[Outcom
     """
     repository = folder / "models"
     repository.mkdir(parents=True)
-    there = checkout / "qa" / suite.folder
+    there = checkout / suite.folder
     if not (there / suite.file).exists():
         raise FileNotFoundError(there / suite.file)
     suite.prepare(there, repository)
-    here = folder / suite.folder
-    shutil.copytree(checkout / "qa/common", folder / "common", symlinks=True)
+    here = folder / "tests"
     here.mkdir()
-    server = local.start(repository, folder / "server.log", environment=suite.environment)
-    try:
-        _run(suite, there, here, python, server)
-    finally:
-        server.stop()
+    with contextlib.ExitStack() as running:
+        server = local.start(repository, folder / "server.log", environment=suite.environment)
+        running.callback(server.stop)
+        environment = {**os.environ, **suite.test_environment}
+        if suite.openai:
+            gateway = running.enter_context(gateways.running(folder / "gateway.log", server.grpc_url))
+            environment |= {"GATEWAY_URL": gateway.url, "MODEL": CHAT_MODEL}
+            (here / "conftest.py").write_text(OPENAI_CONFTEST, encoding="utf-8")
+        else:
+            shutil.copytree(checkout / "qa/common", folder / "common", symlinks=True)
+        if suite.administrator:
+            environment["ADMIN_KEY"] = server.admin_headers[HEADER]
+            (here / "conftest.py").write_text(ADMIN_CONFTEST, encoding="utf-8")
+        text = (there / suite.file).read_text(encoding="utf-8")
+        (here / suite.file).write_text(edited(text, server, suite.edits), encoding="utf-8")
+        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(here)]
+        command += ["-c", os.devnull, "--junitxml", str(folder / REPORT), suite.file]
+        if suite.left:
+            command += ["-k", " and ".join(f"not {name}" for name in suite.left)]
+        log = running.enter_context((folder / "tests.log").open("w"))
+        subprocess.run(command, cwd=here, env=environment, stdout=log, stderr=log, check=False, timeout=suite.seconds)
     return [
         *outcomes(suite, folder / REPORT),
         *(Outcome(suite.name, name, LEFT, why) for name, why in suite.left.items()),
     ]
-
-
-def _run(suite: Suite, there: Path, here: Path, python: Path, server: LocalServer) -> None:
-    text = (there / suite.file).read_text(encoding="utf-8")
-    (here / suite.file).write_text(edited(text, server, suite.edits), encoding="utf-8")
-    environment = {**os.environ, **suite.test_environment}
-    if suite.administrator:
-        (here / "conftest.py").write_text(CONFTEST, encoding="utf-8")
-        environment["ADMIN_KEY"] = server.admin_headers[HEADER]
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(here)]
-    command += ["-c", os.devnull, "--junitxml", str(here.with_name(REPORT)), suite.file]
-    if suite.left:
-        command += ["-k", " and ".join(f"not {name}" for name in suite.left)]
-    with here.with_name("tests.log").open("w") as log:
-        subprocess.run(command, cwd=here, env=environment, stdout=log, stderr=log, check=False, timeout=suite.seconds)
 
 
 def edited(text: str, server: LocalServer, edits: Mapping[str, str]) -> str:

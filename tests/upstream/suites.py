@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.conftest import ROOT
 from tests.upstream import models
+from trident_serving import artefacts
 
 Prepare = Callable[[Path, Path], None]
 
@@ -16,12 +18,13 @@ class Suite:
     """A file of tests and the server that it gets.
 
     Attributes:
-        folder: of qa/.
+        folder: in the checkout.
         file: in it.
         prepare: makes the models; it gets the folder in the checkout and an empty repository.
         environment: of the server.
         test_environment: of the tests.
         administrator: the tests' clients send the server's admin key.
+        openai: the tests ask the gateway, and not Triton.
         seconds: that all its tests may take.
         edits: patterns and what replaces them in the test file, beside the ports.
         left: tests that are not run, or beginnings of their names, and why they do not apply.
@@ -34,6 +37,7 @@ class Suite:
     environment: Mapping[str, str] = field(default_factory=dict)
     test_environment: Mapping[str, str] = field(default_factory=dict)
     administrator: bool = False
+    openai: bool = False
     seconds: float = 180.0
     edits: Mapping[str, str] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
@@ -41,7 +45,7 @@ class Suite:
 
     @property
     def name(self) -> str:
-        return f"{self.folder}/{self.file}"
+        return f"{self.folder.removeprefix('qa/')}/{self.file}"
 
 
 # Faults that several tests share: whose it is, and why.
@@ -53,6 +57,7 @@ KEYED_INFERENCE = (
 )
 SECOND_LOOK = "reads the log of a server at --log-verbose=1, which the launcher does not set"
 
+CHAT_MODEL = "smollm2"
 FUZZ_CASES = 300  # of each URL; the whole set takes an hour
 
 
@@ -118,23 +123,31 @@ def _scalars(folder: Path, repository: Path) -> None:
     models.scalar(repository, "onnx_scalar_2dim", (1, 1))
 
 
+def _chat_model(folder: Path, repository: Path) -> None:
+    """SmolLM2, as a first start has it: the only model, as in Triton's own runs."""
+    exported = ROOT / "model_repository"
+    if CHAT_MODEL not in artefacts.loadable(exported):
+        raise FileNotFoundError(f"{exported} has no {CHAT_MODEL}: run make export")
+    (repository / CHAT_MODEL).symlink_to(exported / CHAT_MODEL, target_is_directory=True)
+
+
 SUITES = (
     Suite(
-        "L0_input_validation",
+        "qa/L0_input_validation",
         "input_validation_test.py",
         _validation,
         left={"test_wrong_input_shape_tensor_size": "needs TensorRT"},
     ),
     Suite(
-        "L0_request_cancellation",
+        "qa/L0_request_cancellation",
         "grpc_cancellation_test.py",
         _slow(10_000),
         left={"test_grpc_async_infer_cancellation_at_step_start": SECOND_LOOK},
     ),
-    Suite("L0_request_cancellation", "scheduler_test.py", _schedulers),
-    Suite("L0_client_timeout", "client_infer_timeout_test.py", _slow(3_000)),
+    Suite("qa/L0_request_cancellation", "scheduler_test.py", _schedulers),
+    Suite("qa/L0_client_timeout", "client_infer_timeout_test.py", _slow(3_000)),
     Suite(
-        "L0_client_timeout",
+        "qa/L0_client_timeout",
         "client_non_infer_timeout_test.py",
         _slow(3_000),
         environment={"TRITONSERVER_SERVER_DELAY_GRPC_RESPONSE_SEC": "2"},
@@ -142,14 +155,14 @@ SUITES = (
         left={"test_grpc_register_cuda_shared_memory": NO_GPU},
     ),
     Suite(
-        "L0_grpc",
+        "qa/L0_grpc",
         "python_grpc_aio_test.py",
         _simple(8),
         administrator=True,
         faults={"test_load_model": EXPLICIT, "test_unload_model": EXPLICIT},
     ),
     Suite(
-        "L0_grpc",
+        "qa/L0_grpc",
         "python_unit_test.py",
         _simple(1),
         left={
@@ -159,17 +172,17 @@ SUITES = (
             "test_stream_infer": KEYED_INFERENCE,
         },
     ),
-    Suite("L0_http", "http_test.py", _raw),
-    Suite("L0_http", "generate_endpoint_test.py", _copies("generate_models")),
+    Suite("qa/L0_http", "http_test.py", _raw),
+    Suite("qa/L0_http", "generate_endpoint_test.py", _copies("generate_models")),
     Suite(
-        "L0_http",
+        "qa/L0_http",
         "python_http_aio_test.py",
         _simple(7),
         administrator=True,
         faults={"test_load_model": EXPLICIT, "test_unload_model": EXPLICIT},
     ),
     Suite(
-        "L0_http",
+        "qa/L0_http",
         "http_restricted_api_test.py",
         _simple(1),
         left={
@@ -179,21 +192,31 @@ SUITES = (
         },
     ),
     Suite(
-        "L0_http_fuzz",
+        "qa/L0_http_fuzz",
         "fuzztest.py",
         _simple(1),
         seconds=1500,
         edits={r"fuzz_loggers=logger,": f"fuzz_loggers=logger, index_end={FUZZ_CASES},"},
     ),
     Suite(
-        "L0_parameters",
+        "qa/L0_parameters",
         "parameters_test.py",
         _copies("model_repository"),
         test_environment={"TEST_HEADER": "test_params"},
     ),
-    Suite("L0_nan_inf", "nan_inf_test.py", _copies("models")),
-    Suite("L0_client_nobatch", "client_test.py", _nobatch),
-    Suite("L0_scalar_io", "scalar_test.py", _scalars),
+    Suite("qa/L0_nan_inf", "nan_inf_test.py", _copies("models")),
+    Suite("qa/L0_client_nobatch", "client_test.py", _nobatch),
+    Suite("qa/L0_scalar_io", "scalar_test.py", _scalars),
+    Suite(
+        "python/openai/tests",
+        "test_chat_completions.py",
+        _chat_model,
+        openai=True,
+        seconds=600,
+        left={"TestChatCompletionsTokenizers": "starts Triton's own frontend in its process"},
+    ),
+    Suite("python/openai/tests", "test_completions.py", _chat_model, openai=True, seconds=600),
+    Suite("python/openai/tests", "test_openai_client.py", _chat_model, openai=True, seconds=600),
 )
 
 # Files of the same folders that are not run at all.
