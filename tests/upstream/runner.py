@@ -22,18 +22,27 @@ PASSED, FAILED, LEFT = "passed", "failed", "not applicable"
 GRPC_PREFIX = "triton-grpc-protocol-"
 REASON_LINES = 4
 REPORT = "report.xml"
-# Beside the copied tests: their clients send the admin key.
-ADMIN_CONFTEST = f'''\
+# Beside the copied tests, which need a class that counts results for a shell script, and knows no pytest.
+CONFTEST = """\
 import os
+import sys
+import unittest
 
+sys.path.append("../common")
+import test_util
+
+test_util.TestResultCollector = unittest.TestCase
+"""
+# And their clients send the admin key, where the tests manage the server.
+ADMIN_CONFTEST = f'''\
+{CONFTEST}
 from tritonclient import _client
 
 plain = _client.InferenceServerClientBase._call_plugin
 
 
 def with_key(self, request):
-    if request.headers is not None:
-        request.headers.update({{prefix + "{HEADER}": os.environ["ADMIN_KEY"] for prefix in ("", "{GRPC_PREFIX}")}})
+    request.headers.update({{prefix + "{HEADER}": os.environ["ADMIN_KEY"] for prefix in ("", "{GRPC_PREFIX}")}})
     plain(self, request)
 
 
@@ -129,15 +138,16 @@ def run(suite: Suite, checkout: Path, folder: Path, python: Path) -> list[Outcom
         server = local.start(repository, folder / "server.log", environment=suite.environment)
         running.callback(server.stop)
         environment = {**os.environ, **suite.test_environment}
+        conftest = ADMIN_CONFTEST if suite.administrator else CONFTEST
         if suite.openai:
+            conftest = OPENAI_CONFTEST
             gateway = running.enter_context(gateways.running(folder / "gateway.log", server.grpc_url))
             environment |= {"GATEWAY_URL": gateway.url, "MODEL": CHAT_MODEL}
-            (here / "conftest.py").write_text(OPENAI_CONFTEST, encoding="utf-8")
         else:
             shutil.copytree(checkout / "qa/common", folder / "common", symlinks=True)
         if suite.administrator:
             environment["ADMIN_KEY"] = server.admin_headers[HEADER]
-            (here / "conftest.py").write_text(ADMIN_CONFTEST, encoding="utf-8")
+        (here / "conftest.py").write_text(conftest, encoding="utf-8")
         text = (there / suite.file).read_text(encoding="utf-8")
         (here / suite.file).write_text(edited(text, server, suite.edits), encoding="utf-8")
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(here)]
