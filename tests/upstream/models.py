@@ -42,8 +42,7 @@ class Tensor:
 
     @property
     def entry(self) -> str:
-        reshape = " reshape: { shape: [] }" if self.scalar else ""
-        return f'{{ name: "{self.name}" data_type: TYPE_{self.type} dims: {list(self.dims)}{reshape} }}'
+        return f'{{ name: "{self.name}" data_type: TYPE_{self.type} dims: {list(self.dims)} }}'
 
 
 def config(backend: str, batch: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor], more: str = "") -> str:
@@ -75,7 +74,7 @@ def identity(
 
 
 def scalar(repository: Path, name: str, dims: tuple[int, ...]) -> None:
-    """An ONNX model of scalars: the config has `dims` ones, which are taken off."""
+    """An ONNX model of scalars, whose config has `dims` in place of none."""
     tensors = Tensor("INPUT", "FP32", dims, scalar=True), Tensor("OUTPUT", "FP32", dims, scalar=True)
     node = helper.make_node("Identity", ["INPUT"], ["OUTPUT"])
     _write(repository / name, config("onnxruntime", 0, tensors[:1], tensors[1:]), [node], tensors[:1], tensors[1:], 0)
