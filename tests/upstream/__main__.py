@@ -1,8 +1,8 @@
-"""python -m tests.upstream CHECKOUT [--suite NAME]... [--write docs/reference/upstream-tests.md]
+"""python -m tests.upstream CHECKOUT... [--suite NAME]... [--write docs/reference/upstream-tests.md]
 
 Prints a line for each test and ends with status 1 if one fails that is not known to, or passes though it is known to
-fail. CHECKOUT is one of triton-inference-server/server, which is not fetched; packages that the tests import are
-installed into an environment of their own.
+fail. CHECKOUT is one of triton-inference-server/server, which is not fetched; each file is taken from the first
+that has it. Packages that the tests import are installed into an environment of their own.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ servers that our launcher starts, with its flags and its admin key. It takes a c
 none of Triton's code is in this repository.
 
 This page is of {version}. Copies of the tests are changed mechanically: the ports, in fuzztest.py the number of cases
-({cases} of each URL), and in client_non_infer_timeout_test.py the time for a load (20 s in place of 5). Models have the names and tensors of Triton's: those of the checkout as they are;
-generated ones, which no checkout has, as ONNX graphs that our stand-in for the ONNX Runtime backend serves; models of
-Triton's backend `identity` as a Python model. Where tests manage models or shared memory, their clients send the admin
-key.
+({cases} of each URL), and in client_non_infer_timeout_test.py the time for a load (20 s in place of 5). Models have the
+names and tensors of Triton's: those of the checkout as they are; generated ones, which no checkout has, as ONNX graphs
+that our stand-in for the ONNX Runtime backend serves; models of Triton's backend `identity` as a Python model. Where
+tests manage models or shared memory, their clients send the admin key.
 
 | tests | passed | failed | not applicable |
 |---|---:|---:|---:|"""
@@ -41,7 +41,7 @@ key.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.upstream", description=__doc__)
-    parser.add_argument("checkout", type=Path, nargs="?", help="a checkout of triton-inference-server/server")
+    parser.add_argument("checkouts", type=Path, nargs="*", help="checkouts of triton-inference-server/server")
     parser.add_argument("--suite", action="append", default=[], help="run suites whose name contains this (repeatable)")
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="interpreter with the tests' packages"
@@ -49,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, help="folder to keep the logs in")
     parser.add_argument("--write", type=Path, help="write the list as Markdown")
     given = parser.parse_args(arguments)
-    if given.checkout is None:
+    if not given.checkouts:
         print("no checkout of triton-inference-server/server was given, and none is fetched: nothing was run")
         return 0
-    if not (given.checkout / "qa").is_dir():
-        print(f"{given.checkout} is no checkout of triton-inference-server/server: nothing was run", file=sys.stderr)
+    if wrong := [str(each) for each in given.checkouts if not (each / "qa").is_dir()]:
+        print(f"{wrong[0]} is no checkout of triton-inference-server/server: nothing was run", file=sys.stderr)
         return 2
     python = environments.environment("upstream") / "python"
     found: list[Outcome] = []
@@ -62,9 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, suite in enumerate(SUITES):
             if given.suite and not any(part in suite.name for part in given.suite):
                 continue
+            checkout = runner.source(suite, given.checkouts)
+            if checkout is None:
+                not_run[suite.name] = "no checkout has it"
+                continue
             folder = (given.logs or Path(temporary)).resolve() / f"{number:02}"
             try:
-                outcomes = runner.run(suite, given.checkout, folder, python)
+                outcomes = runner.run(suite, checkout, folder, python)
             except FileNotFoundError as error:
                 not_run[suite.name] = str(error)
                 continue
@@ -76,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     count = Counter(outcome.result for outcome in found)
     print(", ".join(f"{count[result]} {result}" for result in (PASSED, FAILED, LEFT)))
     if given.write is not None:
-        given.write.write_text(markdown(found, runner.version(given.checkout)), encoding="utf-8")
+        given.write.write_text(markdown(found, " and ".join(map(runner.version, given.checkouts))), encoding="utf-8")
     return 1 if unexpected(found) else 0
 
 

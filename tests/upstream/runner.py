@@ -115,22 +115,25 @@ def version(checkout: Path) -> str:
     )
 
 
+def source(suite: Suite, checkouts: Iterable[Path]) -> Path | None:
+    """The first checkout that has a suite's file."""
+    return next((each for each in checkouts if (each / suite.folder / suite.file).exists()), None)
+
+
 def run(suite: Suite, checkout: Path, folder: Path, python: Path) -> list[Outcome]:
     """Run one suite.
 
     Args:
-        checkout: of triton-inference-server/server.
+        checkout: of triton-inference-server/server, which has its file.
         folder: an empty one, for copies, models and logs.
         python: the interpreter with the tests' packages.
 
     Raises:
-        FileNotFoundError: the checkout has no such tests.
+        FileNotFoundError: a model that it needs was not exported.
     """
     repository = folder / "models"
     repository.mkdir(parents=True)
     there = checkout / suite.folder
-    if not (there / suite.file).exists():
-        raise FileNotFoundError(there / suite.file)
     suite.prepare(there, repository)
     here = folder / "tests"
     here.mkdir()
@@ -155,7 +158,12 @@ def run(suite: Suite, checkout: Path, folder: Path, python: Path) -> list[Outcom
         if suite.left:
             command += ["-k", " and ".join(f"not {name}" for name in suite.left)]
         log = running.enter_context((folder / "tests.log").open("w"))
-        subprocess.run(command, cwd=here, env=environment, stdout=log, stderr=log, check=False, timeout=suite.seconds)
+        try:
+            subprocess.run(
+                command, cwd=here, env=environment, stdout=log, stderr=log, check=False, timeout=suite.seconds
+            )
+        except subprocess.TimeoutExpired:
+            return [Outcome(suite.name, "all", FAILED, f"they took more than {suite.seconds:g} s")]
     return [
         *outcomes(suite, folder / REPORT),
         *(Outcome(suite.name, name, LEFT, why) for name, why in suite.left.items()),
@@ -177,13 +185,14 @@ def outcomes(suite: Suite, report: Path) -> Iterable[Outcome]:
     """What pytest's report says."""
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         name = case.attrib["name"]
+        known = suite.faults.get(name) or suite.faults.get(name.partition("[")[0], "")
         wrong = [each for each in case if each.tag in ("failure", "error")]
         skipped = [each for each in case if each.tag == "skipped"]
         test = "::".join((*case.attrib["classname"].split(".")[1:], name))
         if wrong:
             lines = (wrong[0].attrib.get("message") or wrong[0].text or "").strip().splitlines()
-            yield Outcome(suite.name, test, FAILED, " ".join(lines[:REASON_LINES]), suite.faults.get(name, ""))
+            yield Outcome(suite.name, test, FAILED, " ".join(lines[:REASON_LINES]), known)
         elif skipped:
             yield Outcome(suite.name, test, LEFT, skipped[0].attrib.get("message", ""))
         else:
-            yield Outcome(suite.name, test, PASSED, known=suite.faults.get(name, ""))
+            yield Outcome(suite.name, test, PASSED, known=known)
