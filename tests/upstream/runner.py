@@ -155,6 +155,8 @@ def run(suite: Suite, checkout: Path, folder: Path, python: Path) -> list[Outcom
         (here / suite.file).write_text(edited(text, server, suite.edits), encoding="utf-8")
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(here)]
         command += ["-c", os.devnull, "--junitxml", str(folder / REPORT), suite.file]
+        if suite.openai:  # a class's tests share a client of asyncio, and so need a loop
+            command += [f"--override-ini=asyncio_default_{each}_loop_scope=class" for each in ("test", "fixture")]
         if suite.left:
             command += ["-k", " and ".join(f"not {name}" for name in suite.left)]
         log = running.enter_context((folder / "tests.log").open("w"))
