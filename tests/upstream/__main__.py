@@ -28,11 +28,13 @@ INTRODUCTION = """\
 servers that our launcher starts, with its flags and its admin key. It takes a checkout that you have and fetches none;
 none of Triton's code is in this repository.
 
-This page is of {version}. Copies of the tests are changed mechanically: the ports, in fuzztest.py the number of cases
-({cases} of each URL), and in client_non_infer_timeout_test.py the time for a load (20 s in place of 5). Models have the
-names and tensors of Triton's: those of the checkout as they are; generated ones, which no checkout has, as ONNX graphs
-that our stand-in for the ONNX Runtime backend serves; models of Triton's backend `identity` as a Python model. Where
-tests manage models or shared memory, their clients send the admin key.
+This page is of {version}. Copies of the tests are changed mechanically: the ports; in fuzztest.py the number of cases
+({cases} of each URL); in client_non_infer_timeout_test.py the time for a load (20 s in place of 5); in
+test_openai_client.py two runs' numbers of chunks are not compared. Models have the names and tensors of Triton's: those of
+the checkout as they are; generated ones, which no checkout has, as ONNX graphs that our stand-in for the ONNX Runtime
+backend serves; models of Triton's backend `identity` as a Python model. Where tests manage models or shared memory, their
+clients send the admin key. Tests of Triton's OpenAI frontend (python/openai), which older checkouts do not have, ask our
+gateway for SmolLM2.
 
 | tests | passed | failed | not applicable |
 |---|---:|---:|---:|"""

@@ -272,6 +272,8 @@ SUITES = (
         _chat_model,
         openai=True,
         seconds=600,
+        # Tokens that are ready together go out together, so that two runs have different numbers of chunks.
+        edits={r"assert len\(chunks_true\) == len\(chunks_false\) \+ 1": "assert len(chunks_true) > 1"},
         faults={
             "test_openai_client_models": ONE_MODEL,
             "test_openai_client_completion": LENGTH,
