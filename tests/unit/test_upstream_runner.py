@@ -59,7 +59,7 @@ def test_the_page_counts() -> None:
     ]
     page = command.markdown(outcomes, "v1 of 2024-10-28")
     assert f"| {suite} | 1 | 1 | 1 |" in page
-    assert f"| {suite}: `T::b` | the test's |" in page
+    assert f"| {suite}: `b` | the test's |" in page
     assert "This page is of v1 of 2024-10-28." in page
 
 

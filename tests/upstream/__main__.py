@@ -30,11 +30,11 @@ none of Triton's code is in this repository.
 
 This page is of {version}. Copies of the tests are changed mechanically: the ports; in fuzztest.py the number of cases
 ({cases} of each URL); in client_non_infer_timeout_test.py the time for a load (20 s in place of 5); in
-test_openai_client.py two runs' numbers of chunks are not compared. Models have the names and tensors of Triton's: those of
-the checkout as they are; generated ones, which no checkout has, as ONNX graphs that our stand-in for the ONNX Runtime
-backend serves; models of Triton's backend `identity` as a Python model. Where tests manage models or shared memory, their
-clients send the admin key. Tests of Triton's OpenAI frontend (python/openai), which older checkouts do not have, ask our
-gateway for SmolLM2.
+test_openai_client.py two runs' numbers of chunks are not compared. Models have the names and tensors of Triton's:
+those of the checkout as they are; generated ones, which no checkout has, as ONNX graphs that our stand-in for the
+ONNX Runtime backend serves; models of Triton's backend `identity` as a Python model. Where tests manage models or
+shared memory, their clients send the admin key. Tests of Triton's OpenAI frontend (python/openai), which older
+checkouts do not have, ask our gateway for SmolLM2.
 
 | tests | passed | failed | not applicable |
 |---|---:|---:|---:|"""
@@ -102,7 +102,11 @@ def markdown(found: Sequence[Outcome], version: str) -> str:
     every = Counter(outcome.result for outcome in found)
     lines += [f"| all | {every[PASSED]} | {every[FAILED]} | {every[LEFT]} |", ""]
     lines += ["## What fails, and whose fault it is", "", "| test | whose |", "|---|---|"]
-    lines += [f"| {each.suite}: `{each.test}` | {each.known or each.why} |" for each in found if each.result == FAILED]
+    faults: dict[tuple[str, str], list[str]] = {}
+    for each in found:
+        if each.result == FAILED:
+            faults.setdefault((each.suite, each.known or each.why), []).append(f"`{each.test.partition('::')[2]}`")
+    lines += [f"| {suite}: {', '.join(tests)} | {why} |" for (suite, why), tests in faults.items()]
     lines += ["", "## What does not apply", "", "| test | why |", "|---|---|"]
     lines += [f"| {each.suite}: `{each.test}` | {each.why} |" for each in found if each.result == LEFT]
     lines += [f"| {name} | {why} |" for name, why in NOT_RUN.items()]

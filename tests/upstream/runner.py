@@ -106,13 +106,13 @@ class Outcome:
 
 def version(checkout: Path) -> str:
     """Which one a checkout is: tag or commit, and its date."""
-    command = ["git", "-C", str(checkout), "log", "-1", "--date=short", "--format=%cd"]
-    dated = subprocess.run(command, capture_output=True, text=True, check=False)
-    command = ["git", "-C", str(checkout), "describe", "--tags", "--always"]
-    named = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (
-        f"{named.stdout.strip()} of {dated.stdout.strip()}" if named.returncode == dated.returncode == 0 else "unknown"
-    )
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    name = git("describe", "--tags", "--exact-match") or git("rev-parse", "--short", "HEAD")
+    return f"{name} of {git('log', '-1', '--date=short', '--format=%cd')}" if name else "an unknown version"
 
 
 def source(suite: Suite, checkouts: Iterable[Path]) -> Path | None:

@@ -60,10 +60,10 @@ SECOND_LOOK = "reads the log of a server at --log-verbose=1, which the launcher 
 
 OPENAI_400 = "the test's: an invalid request is 400 with OpenAI, as here; FastAPI's 422 is Triton's frontend's own"
 WIDER = "the test's: it wants a refusal of what we serve"
-BOTH_LENGTHS = "the test's: max_tokens and max_completion_tokens that differ are refused, as OpenAI refuses them"
-GREEDY = "the test's: a request without a temperature is greedy here, whatever its seed"
+BOTH_LENGTHS = "the test's: max_tokens and max_completion_tokens that differ are refused here"
+GREEDY = "the test's: it wants sampling where no temperature is named; SmolLM2 is greedy then, whatever the seed"
 LINE_BREAK = "the test's: the model's first token is a line break, which it strips"
-ZERO = "the test's: with logprobs 0 the chosen tokens have theirs, as OpenAI's API documents; it wants none"
+ZERO = "the test's: with logprobs 0 the chosen tokens have theirs here; it wants none"
 ONE_MODEL = "the test's: it wants one model; a first start has several variants"
 LENGTH = "the test's: it wants the model to end by itself"
 WORDS = "the test's: it wants vLLM's words; ours say the same"
