@@ -45,7 +45,7 @@ def test_unknown_failures_and_mended_faults_are_unexpected(tmp_path: Path) -> No
         ("T::test_wrong", FAILED, "one two", ""),
         ("T::test_known", FAILED, "three", "the test's"),
         ("T::test_mended", PASSED, "", "the server's"),
-        ("T::test_skipped", LEFT, "no GPU", ""),
+        ("T::test_skipped", LEFT, "skips itself: no GPU", ""),
     ]
     assert [each.test for each in command.unexpected(found)] == ["T::test_wrong", "T::test_mended"]
 

@@ -102,19 +102,28 @@ def markdown(found: Sequence[Outcome], version: str) -> str:
     every = Counter(outcome.result for outcome in found)
     lines += [f"| all | {every[PASSED]} | {every[FAILED]} | {every[LEFT]} |", ""]
     lines += ["## What fails, and whose fault it is", "", "| test | whose |", "|---|---|"]
-    faults: dict[tuple[str, str], list[str]] = {}
+    faults: dict[tuple[str, str], Counter[str]] = {}
     for each in found:
         if each.result == FAILED:
-            faults.setdefault((each.suite, each.known or each.why), []).append(f"`{each.test.partition('::')[2]}`")
-    lines += [f"| {suite}: {', '.join(tests)} | {why} |" for (suite, why), tests in faults.items()]
+            faults.setdefault((each.suite, each.known or each.why), Counter())[_name(each.test)] += 1
+    lines += [f"| {suite}: {_listed(tests)} | {why} |" for (suite, why), tests in faults.items()]
     lines += ["", "## What does not apply", "", "| test | why |", "|---|---|"]
     lines += [f"| {each.suite}: `{each.test}` | {each.why} |" for each in found if each.result == LEFT]
     lines += [f"| {name} | {why} |" for name, why in NOT_RUN.items()]
     lines += ["", "## What passes", "", "| tests | |", "|---|---|"]
     for name, each in suites.items():
-        if passed := [f"`{outcome.test.partition('::')[2]}`" for outcome in each if outcome.result == PASSED]:
-            lines.append(f"| {name} | {', '.join(passed)} |")
+        if passed := Counter(_name(outcome.test) for outcome in each if outcome.result == PASSED):
+            lines.append(f"| {name} | {_listed(passed)} |")
     return "\n".join([*lines, ""])
+
+
+def _name(test: str) -> str:
+    """A test's name without its class and case."""
+    return test.rpartition("::")[2].partition("[")[0]
+
+
+def _listed(tests: Counter[str]) -> str:
+    return ", ".join(f"`{name}`" + (f" ({count} times)" if count > 1 else "") for name, count in tests.items())
 
 
 if __name__ == "__main__":

@@ -195,6 +195,6 @@ def outcomes(suite: Suite, report: Path) -> Iterable[Outcome]:
             lines = (wrong[0].attrib.get("message") or wrong[0].text or "").strip().splitlines()
             yield Outcome(suite.name, test, FAILED, " ".join(lines[:REASON_LINES]), known)
         elif skipped:
-            yield Outcome(suite.name, test, LEFT, skipped[0].attrib.get("message", ""))
+            yield Outcome(suite.name, test, LEFT, f"skips itself: {skipped[0].attrib.get('message', '')}")
         else:
             yield Outcome(suite.name, test, PASSED, known=known)
