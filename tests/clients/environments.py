@@ -20,6 +20,10 @@ PACKAGES = {
     "mteb": ("mteb==2.26.24",),
     "ollama": ("ollama==0.6.3",),
     "playwright": ("playwright==1.65.2",),
+    "upstream": (
+        *("tritonclient[grpc,http]==2.73.0", "numpy<2", "pytest==9.2.0", "requests==2.34.2", "boofuzz==0.4.2"),
+        *("sseclient-py==1.9.0", "openai==3.57.0", "httpx2==2.16.2", "pytest-asyncio==1.5.0"),
+    ),
 }
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ PROMPTS = tuple(f"the story number {number} begins" for number in range(6))
 TEXTS = ("one text", "another one", "and a third of them")
 
 
-def make_models(root: Path) -> Path:
-    """Their repository: a generator and an embedder."""
+def make_models(root: Path, **more: Any) -> Path:
+    """Their repository: a generator, with more limits, and an embedder."""
     # Here, because collecting these tests needs none of this, which takes seconds.
     from transformers import AutoModel
 
@@ -47,7 +47,7 @@ def make_models(root: Path) -> Path:
 
     gateways.make_talk(root / "talk")
     tiny_models.make_reader(root / "embed", "xlm-roberta", AutoModel, seed=1)
-    limits = {"context": 2048, "slots": SLOTS, "max_waiting": 64, "threads": 1}
+    limits = {"context": 2048, "slots": SLOTS, "max_waiting": 64, "threads": 1} | more
     tables: dict[str, dict[str, Any]] = {
         "talk": {"task": "text-generation", "limits": limits},
         "embed": {
@@ -65,16 +65,18 @@ def make_models(root: Path) -> Path:
 class Fleet:
     """Servers that can be killed, frozen, drained and started again on their ports."""
 
-    def __init__(self, repository: Path, folder: Path) -> None:
+    def __init__(self, repository: Path, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self._repository = repository
         self._folder = folder
+        self._environment = environment
         self._starts = itertools.count()
         self._frozen: list[int] = []
         self.servers = [self._start(None) for _ in range(REPLICAS)]
 
     def _start(self, ports: Sequence[int] | None) -> LocalServer:
         log = self._folder / f"server-{next(self._starts)}.log"
-        return local.start(self._repository, log, flags=("--notice", f"{NOTICE:g}"), ports=ports)
+        flags = ("--notice", f"{NOTICE:g}")
+        return local.start(self._repository, log, flags=flags, ports=ports, environment=self._environment)
 
     def kill(self, index: int) -> None:
         """As a machine that goes: nothing of it is left, and nobody is told."""
@@ -106,10 +108,10 @@ class Fleet:
             old.launcher.stdin.close()
         self.servers[index] = self._start((old.http_port, old.grpc_port, old.metrics_port))
 
-    def counter(self, name: str) -> float:
-        """A counter of the generator, summed over the servers."""
+    def counter(self, name: str, servers: Sequence[LocalServer] = ()) -> float:
+        """A counter of the generator, summed over some of the servers, or over all."""
         total = 0.0
-        for server in self.servers:
+        for server in servers or self.servers:
             with urllib.request.urlopen(server.metrics_url, timeout=20) as answer:
                 lines = answer.read().decode().splitlines()
             total += sum(float(line.split()[-1]) for line in lines if line.startswith(f'{name}{{model="talk"'))

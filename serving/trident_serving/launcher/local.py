@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def start(
     ready_seconds: float = 120,
     flags: Sequence[str] = (),
     ports: Sequence[int] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> LocalServer:
     """Start a server on free ports and wait until it is ready; the caller stops it.
 
@@ -91,6 +93,7 @@ def start(
 
     Args:
         ports: of HTTP, gRPC and metrics, as one before it had; None: free ones.
+        environment: variables beside those of this process.
 
     Raises:
         StartError: it ended or was not ready in time; the message holds its log.
@@ -100,7 +103,14 @@ def start(
     for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
         command += [flag, str(port)]
     with log.open("w") as output:
-        launcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, text=True)
+        launcher = subprocess.Popen(
+            command,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     server = LocalServer(ports[0], ports[1], ports[2], launcher, log)
     deadline = time.monotonic() + ready_seconds
     while time.monotonic() < deadline and launcher.poll() is None:
