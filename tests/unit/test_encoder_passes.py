@@ -13,12 +13,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trident_export.graphs import encoder as encoder_graph
 from trident_export.graphs import unpadding
+from trident_export.passes import pairs
 from trident_export.passes.base import matmuls
 from trident_export.passes.per_token import quantize_per_token
+from trident_export.passes.rotate import rotation
+from trident_export.passes.spread import Spread
 from trident_serving.encoders.pooling import Pooling, pool
 
 GENERATOR = np.random.default_rng(3)
 WIDTH = 16
+BLOCK = 4  # of channels that are rotated together
 WEIGHTS = {
     "words": GENERATOR.normal(size=(30, WIDTH)).astype(np.float32),
     "first": GENERATOR.normal(size=(WIDTH, 24)).astype(np.float32),
@@ -148,6 +152,37 @@ def test_weights_of_seven_bits_never_saturate_sixteen() -> None:
     assert [weight.shape for weight in weights] == [(WIDTH, 24)]
     assert np.abs(weights[0].astype(int)).max() == 63
     assert 2 * 255 * 63 < 2**15
+
+
+def spread_and_quantized(activation: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same sum in numpy: blocks of channels rotated, a scale for each token, weights in pairs."""
+    turn = rotation(BLOCK, 0)
+    turned = (activation.reshape(len(activation), -1, BLOCK) @ turn).reshape(activation.shape)
+    largest = np.abs(turned).max(axis=1, keepdims=True)
+    integers = np.rint(turned / largest * 127)
+    against = (turn.T @ weight.reshape(-1, BLOCK, weight.shape[1])).reshape(weight.shape)
+    steps = pairs.steps(against)
+    result: NDArray[np.float32] = (integers @ pairs.rounded(against, steps)) * steps * largest / 127
+    return result
+
+
+def test_behind_spread_one_scale_is_left_and_weights_have_almost_eight_bits() -> None:
+    feeds = batch()
+    model = graph()
+    unpadding.unpad(model)
+    model, _ = Spread(block=BLOCK).apply(model, matmuls(model), None)
+    assert len(quantize_per_token(model, matmuls(model))) == 2
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in model.graph) == 2
+    found = run(model, feeds)
+    real = feeds["attention_mask"] > 0
+    embedded = WEIGHTS["words"][feeds["input_ids"][real]]
+    hidden = np.tanh(spread_and_quantized(embedded, WEIGHTS["first"]) + WEIGHTS["bias"])
+    expected = spread_and_quantized(hidden, WEIGHTS["second"]) + embedded
+    np.testing.assert_allclose(found[real], expected, atol=2e-3 * np.abs(expected).max())
+    weights = [v.const_value.numpy() for n, v in model.graph.initializers.items() if n.endswith("/weight")]
+    assert max(np.abs(weight.astype(int)).max() for weight in weights) > 63
+    alone = {name: value[:1] for name, value in feeds.items()}
+    np.testing.assert_array_equal(run(model, alone)[0], found[0])
 
 
 @pytest.mark.parametrize("pooling", list(Pooling))

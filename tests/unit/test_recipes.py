@@ -452,9 +452,8 @@ def test_recipes_beside_the_models_file_are_known_to_it(tmp_path: Path) -> None:
         '[e]\ntask = "feature-extraction"\nsource = { path = "x" }\nvariants = ["fp32", "mine"]\n'
         'limits = { dimensions = 8 }\ncalibration = "own.txt"\n'
     )
-    with pytest.raises(
-        ModelsFileError, match="must be different ones of fp32, fp16, int8, int8_cache, int8_mixed, int8_channels, int4"
-    ):
+    built_in = "fp32, fp16, int8, int8_cache, int8_mixed, int8_channels, int8_streams, int4"
+    with pytest.raises(ModelsFileError, match=f"must be different ones of {built_in}"):
         models_file.load(tmp_path / "models.toml")
     (tmp_path / "recipes.toml").write_text('[mine]\nprecision = "int8"\nencoder = [{ pass = "per_token" }]\n')
     (spec,) = models_file.load(tmp_path / "models.toml")
