@@ -83,6 +83,7 @@ def test_every_call_of_the_client_has_a_command() -> None:
     named = {"classify_zero_shot": "zero-shot", "classify_images_zero_shot": "zero-shot-images"}
     named |= {"parameters": "info", "unverified": "info"}
     named |= {"stream": "generate", "generate_many": "generate", "close": "", "infer": ""}
+    named |= {"explain_page": "explain", "stream_transcription": "transcribe"}
     methods = {name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
     expected = {named.get(name, name.replace("_", "-")) for name in methods} - {""}
     assert expected <= set(commands())

@@ -58,12 +58,12 @@ def _question(row: dict[str, Any]) -> Question:
     question, context = _texts(row, "question", "context")
     answer = row.get("answer")
     if not isinstance(answer, str):
-        raise ValueError("answer must be a text")
+        raise TextError("answer must be a text")
     if not answer:
         return Question(question, context, 0, 0)
     start = row.get("start", context.find(answer))
     if not isinstance(start, int) or start < 0 or context[start : start + len(answer)] != answer:
-        raise ValueError(f"the answer {answer[:40]!r} does not stand in the context")
+        raise TextError(f"the answer {answer[:40]!r} does not stand in the context")
     return Question(question, context, start, start + len(answer))
 
 
@@ -71,7 +71,7 @@ def _texts(row: dict[str, Any], *names: str) -> list[str]:
     found = [row.get(name) for name in names]
     for name, text in zip(names, found, strict=True):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name} must be a text")
+            raise TextError(f"{name} must be a text")
     return [str(text) for text in found]
 
 
@@ -87,8 +87,8 @@ def _read(file: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise ValueError("it is no object")
+                raise TextError("it is no object")
             found.append(make(row))
-        except (ValueError, RecursionError) as error:
+        except (TextError, ValueError, RecursionError) as error:
             raise TextError(f"{file}, line {number}: {error}") from None
     return found
