@@ -188,7 +188,8 @@ def test_impossible_distillations(folder: Path) -> None:
     assert not list(folder.glob("student*"))
 
 
-@pytest.mark.parametrize("variant", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
 def test_a_model_is_compressed_to_a_budget(folder: Path, variant: str) -> None:
     done = run_export(
         "compress", "llama", "--method", "columns", "--parameters", "90%", "--points", "1", "--variant", variant,

@@ -142,6 +142,12 @@ def test_a_hub_that_can_not_be_reached(tmp_path: Path, monkeypatch: pytest.Monke
     assert done.returncode == 1
     assert "the Hugging Face hub did not give openai-community/gpt2" in done.stderr
     assert "source = { path = ... }" in done.stderr
+
+
+@pytest.mark.slow
+def test_nothing_is_pinned_where_the_hub_can_not_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     done = run_export_cold("pin", "--models-file", str(ROOT / "models.toml"))
     assert done.returncode == 1
     assert "the Hugging Face hub did not give" in done.stderr
