@@ -509,6 +509,11 @@ def parse(
             f"{where}: guard {guard.name!r} reads texts, and what an image says would pass it: set limits.images to 0, "
             "or remove the guard"
         )
+    if guard is not None and table.get("explain"):
+        raise ModelsFileError(
+            f"{where}: explain asks for log-probabilities of prompts with parts left out, which guard "
+            f"{guard.name!r} may block or change: remove one of the two"
+        )
     gates = _gates(f"{where} gates", table.get("gates", {}), every)
     return ModelSpec(
         name=name,

@@ -187,6 +187,19 @@ def test_rows_of_a_graph_for_gpus_run_together_and_leave_idle_ones_alone(
     np.testing.assert_array_equal(decoder.run([SlotTokens(1, 8, texts[1][8:], 12)]), expected[1])
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_a_token_s_numbers_do_not_depend_on_how_its_prompt_was_cut(graphs: dict[str, Path], name: str) -> None:
+    """ONNX Runtime's attention takes 32 positions of these heads at a time: one that is left over must not differ."""
+    decoder = OnnxDecoder(graphs[name], slots=1, context=48, longest_run=16, threads=1)
+    for seed in range(4):
+        text = np.random.default_rng(seed).integers(1, VOCABULARY, 34).tolist()
+        for length in (17, 33):
+            whole = decoder.run([SlotTokens(0, 0, text[:length])]).copy()
+            for cut in (1, 9, length - 2):
+                decoder.run([SlotTokens(0, 0, text[:cut])])
+                np.testing.assert_array_equal(decoder.run([SlotTokens(0, cut, text[cut:length])]), whole)
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "llama, per token"])
 def test_behind_the_last_attention_only_wanted_tokens_are_computed(
     graphs: dict[str, Path], tmp_path: Path, name: str

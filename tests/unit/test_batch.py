@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,6 +70,15 @@ def test_a_position_for_each_token_where_sums_allow_it() -> None:
     assert batch.attention_tokens.tolist() == [[[0, 1]], [[0, 0]]]
     assert batch.query_seqlens.tolist() == [1, 1]
     assert batch.seqlens_k.tolist() == [5, 10]
+
+
+@pytest.mark.parametrize(("tokens", "positions"), [(16, 16), (17, 18), (18, 18), (33, 34), (65, 66), (129, 130)])
+def test_no_position_is_left_over_behind_the_parts_of_attention(tokens: int, positions: int) -> None:
+    """The last one would be a part of its own, whose sums are in another order."""
+    batch = pack([SlotTokens(0, 3, [7] * tokens), SlotTokens(1, 0, [8, 9])])
+    assert batch.query_seqlens.tolist() == [positions, 2]
+    assert batch.attention_tokens.shape == (2, positions, 2)
+    assert batch.seqlens_k.tolist() == [3 + positions - 1, 1]
 
 
 def test_a_short_text_of_large_heads_has_more_positions() -> None:

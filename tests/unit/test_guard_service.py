@@ -338,6 +338,27 @@ def test_a_client_that_has_gone_costs_the_engine_nothing() -> None:
         assert engine.asked == []
 
 
+@pytest.mark.parametrize("on_failure", ["closed", "open"])
+def test_a_text_that_a_rule_s_model_refuses(on_failure: str) -> None:
+    """One without a word that it knows has nothing to find; one that it can't read is refused, never let through."""
+
+    def without_words(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise InvalidRequest("text_input holds no token that the model's vocabulary knows")
+
+    with guarded([NAMES], "x", models={"tagger": without_words}, on_failure=on_failure) as (service, engine, _):
+        assert ask(service, "\U0001f600").error is None
+        assert len(engine.asked) == 1
+
+    def too_long(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise InvalidRequest("text_input has 600 tokens, the model takes 512")
+
+    with guarded([NAMES], "x", models={"tagger": too_long}, on_failure=on_failure) as (service, engine, _):
+        error = ask(service, ", " * 300).error
+        assert isinstance(error, InvalidRequest)
+        assert "can't read this text: text_input has 600 tokens, the model takes 512" in str(error)
+        assert engine.asked == []
+
+
 def test_what_waits_when_the_model_is_unloaded_fails() -> None:
     class Stuck(Model):
         async def infer(self, tensors: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:

@@ -84,6 +84,11 @@ def test_a_guard_goes_into_the_config_alone(tmp_path: Path) -> None:
         ('"judge.jinja"', '"no.jinja"', "template 'no.jinja' is not one of llama-guard, granite-guardian, and no file"),
         ('pattern = "--"', 'pattern = "("', r"\[guards.safe\]: guards.safe.rules\[0\].pattern '\(' is no regular"),
         ("limits = {}", "limits = { images = 2 }", "guard 'safe' reads texts, and what an image says would pass it"),
+        (
+            'guard = "safe"',
+            'guard = "safe"\nexplain = true',
+            "left out, which guard 'safe' may block or change: remove",
+        ),
         ("[guards.safe]\n", "[guards]\nx = 1\n[guards.safe]\n", r"\[guards.x\]: guards.x must be a table with a list"),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from tests import tiny_models
-from trident_export.errors import TextError
+from trident_export.compression import models
+from trident_export.errors import NotWritable, TextError
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.training import heads
 from trident_export.training.examples import Labelled, Question, labelled, questions
@@ -126,3 +127,24 @@ def test_questions_are_answered(encoder: HuggingFaceFolder, tmp_path: Path) -> N
         found = model(**batch)
     ids = batch.input_ids[0, int(found.start_logits.argmax()) : int(found.end_logits.argmax()) + 1]
     assert encoder.tokenizer.decode(ids) == "queen"
+
+
+def test_only_a_model_s_folder_is_replaced(tmp_path: Path) -> None:
+    models.check_output(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    models.check_output(tmp_path / "empty")
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "config.json").write_text("{}")
+    models.check_output(tmp_path / "before")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for name in ("mine", "mine/thesis.txt"):
+        with pytest.raises(NotWritable, match="is there and is no model's folder: name another one, or remove it"):
+            models.check_output(tmp_path / name)
+
+
+def test_lines_end_where_json_lines_do(tmp_path: Path) -> None:
+    """A text may hold other ends of lines, and a file begin with a byte order mark."""
+    file = tmp_path / "examples.jsonl"
+    file.write_bytes("\ufeff".encode() + '{"text": "a\u2028b\x85c", "label": "x"}\r\n\n'.encode())
+    assert [each.text for each in labelled(file)] == ["a\u2028b\x85c"]

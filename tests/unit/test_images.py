@@ -138,6 +138,11 @@ def test_what_a_model_reads_is_transformers_to_the_last_bit(name: str, tmp_path:
         (header(20000, 20000), "image[1] has more than 89478485 pixels, the limit is 524288 pixels"),
         (header(10000, 10000), "image[1] has more than 89478485 pixels"),
         (picture() + bytes(BYTES), "image[1] has 1054"),
+        (header(70000, 1), "image[1] is 70000 x 1 pixels, a side may have 65535"),
+        (
+            picture(kind="JPEG")[:-2] + b"\xff\xda" * 101,
+            "image[1] has more than 100 scans: save it again",
+        ),
         (
             pictures.encoded(Image.new("RGB", (9000, 2))),
             "image[1] is 9000 x 2 pixels, and this model would read it at ",

@@ -274,6 +274,17 @@ def test_a_cut_promotion_leaves_what_can_be_served_and_is_gone_on_with(repositor
     assert set(map(tuple, server.ready.values())) == {(2,)}
 
 
+def test_a_change_that_was_cut_off_while_the_server_loaded_is_gone_on_with(repository: Path) -> None:
+    """The config already names the second version, and the server still has the first."""
+    server = Recorder(repository)
+    change(repository)
+    assert (served(repository)["m"], tuple(server.ready["m"])) == ([2], (1,))
+    with pytest.raises(StoreError, match="version 2 of m is served, and there is no later one"):
+        change(repository, server=server)
+    assert set(map(tuple, server.ready.values())) == {(2,)}
+    assert change(repository, versions.older, server) == 1
+
+
 def test_a_server_of_another_repository_is_not_touched(repository: Path) -> None:
     server = Recorder(repository)
     server.ready["m"] = [7]

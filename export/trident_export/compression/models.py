@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trident_export import disk
-from trident_export.errors import NoSpace, UsageError
+from trident_export.errors import NoSpace, NotWritable, UsageError
 from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import encoders, text_generation
@@ -41,6 +41,17 @@ def tokenize(source: HuggingFaceFolder, texts: Sequence[str], longest: int = LON
     return [dict(tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")) for text in texts]
 
 
+def check_output(folder: Path) -> None:
+    """A model's folder is replaced; anything else is somebody's.
+
+    Raises:
+        NotWritable: there is a file of that name, or a folder with other things.
+    """
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / "config.json").is_file():
+        raise NotWritable(f"{folder} is there and is no model's folder: name another one, or remove it")
+
+
 def save(model: PreTrainedModel, source: HuggingFaceFolder, folder: Path) -> None:
     """Write a Hugging Face folder: the model, and every other file of its source but the weights.
 
@@ -49,6 +60,7 @@ def save(model: PreTrainedModel, source: HuggingFaceFolder, folder: Path) -> Non
     Raises:
         NoSpace, NotWritable: the disk has too little room, or is another user's; nothing is left of it.
     """
+    check_output(folder)
     wanted = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + 2**26
     with disk.writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)

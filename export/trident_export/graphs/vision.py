@@ -220,8 +220,11 @@ def _mean_by_rows(model: ir.Model) -> None:
             continue
         (output,) = node.outputs
         turned = make("Transpose", [node.inputs[0]], f"{output.name}/turned", perm=[0, 2, 1])
-        mean = make("ReduceMean", list(turned.outputs), output.name, name=node.name, axes=[2], keepdims=0)
-        replace(node, [turned, mean])
+        # ONNX Runtime would move a Transpose in front of a mean into it, and sum over the tokens as before.
+        kept = constant(model.graph, "turned/shape", np.array([0, 0, -1], np.int64))
+        held = make("Reshape", [*turned.outputs, kept], f"{output.name}/held")
+        mean = make("ReduceMean", list(held.outputs), output.name, name=node.name, axes=[2], keepdims=0)
+        replace(node, [turned, held, mean])
 
 
 def _begin(model: ir.Model, tokens: int) -> ir.Node:

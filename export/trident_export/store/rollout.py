@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -92,13 +92,14 @@ def change(
     """
     with versions.locked(repository, say):
         found = versions.of(repository, name)
-        old, new = versions.served(found), choose(name, found)
+        old = versions.served(found)
         if server is not None:
-            _check_same(server, name, old)
+            _check_same(server, name, found)
+        _Change(repository, name, old, old, server, say).finish_earlier()
+        new = choose(name, found)
         if new.number != old.number:
             _check_kept(repository, new)
         change = _Change(repository, name, old, new, server, say)
-        change.finish_earlier()
         if new.number != old.number:
             different = change.different_stages() if server is not None else []
             if different and not interrupt:
@@ -129,13 +130,16 @@ def _check_kept(repository: Path, version: Version) -> None:
                 raise StoreError(f"{file} is not the file that was exported: version {version.number} can't be served")
 
 
-def _check_same(server: Server, name: str, old: Version) -> None:
-    """Refuse a server that serves another version than the repository: it runs on another one."""
+def _check_same(server: Server, name: str, found: Sequence[Version]) -> None:
+    """Refuse a server that serves a version which the repository does not have: it runs on another one.
+
+    After a change that was cut off, it may serve another of them than the repository says.
+    """
     ready = [status.version for status in server.models() if status.name == name and status.state == "READY"]
-    if ready and str(old.number) not in ready:
+    if ready and not {*ready} & {str(version.number) for version in found}:
         raise StoreError(
-            f"the server has version {', '.join(ready)} of {name}, this repository {old.number}: it serves another "
-            "repository; --no-server changes only this one"
+            f"the server has version {', '.join(ready)} of {name}, this repository {versions.served(found).number}: it "
+            "serves another repository; --no-server changes only this one"
         )
 
 
@@ -250,11 +254,21 @@ class _Change:
 
     def finish_earlier(self) -> None:
         """Do what a change that was cut off has left to do, or to take back."""
-        own = self._old.manifest.triton_models
-        for model in own:
-            step = _Step(model, (self._old.number,))
-            if artefacts.served_versions(self._repository, model) != [self._old.number]:
+        own, number = self._old.manifest.triton_models, self._old.number
+        if self._server is not None:
+            for model in filter(_is_stage, own):  # what the public models need first
+                ready = {int(version) for version in self._ready(model)}
+                if ready and number not in ready:
+                    both = _Step(model, tuple(sorted({*ready, number})))
+                    self._write(both)
+                    self._load(both)
+        for model in sorted(own, key=_is_stage):
+            step = _Step(model, (number,))
+            serves = artefacts.served_versions(self._repository, model)
+            if serves != [number]:
                 self._write(step)
+            ready_now = self._ready(model) if self._server is not None else set()
+            if serves != [number] or ready_now - {str(number)}:
                 self._load(step)
         known = {path.parent.name for path in self._repository.glob(f"*/{CONFIG}") if path.parent.is_dir()}
         self._drop([each for each in sorted(known - {*own}) if each.partition("_")[0] == self._name])

@@ -77,7 +77,7 @@ def _texts(row: dict[str, Any], *names: str) -> list[str]:
 
 def _read(file: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # other ends of lines may stand in a text
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"{file} can't be read: {error}") from None
     found = []

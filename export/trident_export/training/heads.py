@@ -117,6 +117,7 @@ def train(
         "processes": run.processes(),
     }
     run.check_same_run(work, asked)
+    models.check_output(output)
     if len(examples) < FEWEST:
         raise TextError(f"there are {len(examples)} examples, and {FEWEST} are the fewest: give more")
     learned = [example for number, example in enumerate(examples) if (number + 1) % HELD_OUT_EVERY]

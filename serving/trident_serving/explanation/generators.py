@@ -78,6 +78,8 @@ def explain(
         if not kept:
             raise InvalidRequest("without one of its parts nothing is left of the prompt: explain it by smaller ones")
         found = generate([*kept, *given], max_tokens=0, prompt_logprobs=0)
+        if len(found.prompt_log_probs) != len(kept) + len(given) - 1:
+            raise InvalidRequest("the model did not read the prompt as it was sent: nothing can be said of its parts")
         return float(sum(found.prompt_log_probs[-len(given) :]))
 
     with ThreadPoolExecutor(callers) as pool:

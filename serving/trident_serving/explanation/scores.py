@@ -17,6 +17,7 @@ from trident_serving.text import decode_texts
 
 Floats = NDArray[Any]
 PROBABILITY = "probability"
+_NAMED, _LONGEST = 20, 1000  # classes and characters of a message
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def _classes(stages: EncoderStages, reading: Reading, whole: Tensors, label: str
 
 def _index(labels: Sequence[str], label: str) -> int:
     if label not in labels:
-        raise InvalidRequest(f"there is no class {label!r}; the model has {', '.join(labels)}")
+        known = ", ".join(labels[:_NAMED]) + (" ..." if len(labels) > _NAMED else "")
+        raise InvalidRequest(f"there is no class {label[:80]!r}; the model has {known}"[:_LONGEST])
     return labels.index(label)
 
 

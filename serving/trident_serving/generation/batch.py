@@ -21,6 +21,11 @@ from numpy.typing import NDArray
 # run. Matmuls with a cache of 8 bits take one row after the other: there one position is enough.
 MIN_POSITIONS = 2
 
+# Its attention takes the positions of a slot in parts of twice a head's numbers. One that is left over is a part of its
+# own, again a matmul of a single row: so a slot has no number of positions that is one more than a multiple of 16,
+# which is the part of the smallest heads, but for one position alone where that is enough.
+_PART = 16
+
 # Keys of a slot at least, where heads have more numbers than `LARGEST_PART` and the cache holds floating-point ones: a
 # slot with fewer takes part with more positions, which hold anything, as above.
 MIN_KEYS = 65
@@ -164,7 +169,8 @@ def _layout(shape: tuple[tuple[int, int, int, int], ...], rows: Rows) -> Layout:
 
 def _positions(item: SlotTokens, min_positions: int, min_keys: int) -> int:
     """That a slot takes part with."""
-    return max(len(item.tokens), min_positions, min_keys - item.start)
+    least = max(len(item.tokens), min_positions, min_keys - item.start)
+    return least + 1 if least > 1 and least % _PART == 1 else least
 
 
 def pack(

@@ -104,9 +104,15 @@ class ImageThread:
                 f"the queue is full: images of {len(waiting)} requests wait ({sum(waiting) / MEBIBYTE:.0f} MiB); try "
                 "again later"
             )
-        future = self._thread.submit(self._tower.embeds, images)
+        held = [images]  # the executor keeps what it was given until its turn comes, even if it is cancelled
+        future = self._thread.submit(lambda: self._tower.embeds(held[0]))
         self._waiting[future] = size
-        future.add_done_callback(lambda done: self._waiting.pop(done))
+
+        def ended(done: Future[Embeds]) -> None:
+            held.clear()
+            self._waiting.pop(done)
+
+        future.add_done_callback(ended)
         return future
 
     def stop(self) -> None:

@@ -129,11 +129,6 @@ class ImageReader:
     def __init__(self, settings: VisionSettings, limits: GenerationLimits) -> None:
         self.settings, self._limits = settings, limits
 
-    @property
-    def most_bytes(self) -> int:
-        """Of the images of a request at most, as base64."""
-        return self._limits.images * (self._limits.image_bytes * 4 // 3 + 1024)
-
     def files(self, tensor: NDArray[Any] | None) -> list[tuple[str, bytes]]:
         """Names and contents of the files in the `images` tensor, which holds their bytes or data URLs.
 

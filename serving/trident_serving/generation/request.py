@@ -52,6 +52,7 @@ from trident_serving.text import decode_texts
 _SPLIT_SPECIAL_TOKENS = by_name(MESSAGES)["split_special_tokens"]
 _KEPT = by_name(GENERATION)["truncate_prompt_tokens"]
 _SKIP_SPECIAL_TOKENS = by_name(GENERATION)["skip_special_tokens"]
+_IMAGE_DATA = re.compile(r'"data:[^"\\]*(?:\\.[^"\\]*)*"')  # a data URL, as JSON has it
 T = TypeVar("T", bound=str)
 _END_CHARACTERS = 64  # of a prompt, which show whether it has opened the reasoning
 MAX_TRUNCATED_BYTES = 2**20
@@ -239,7 +240,9 @@ class RequestParser:
                     raise InvalidRequest(f"{field.name} needs messages; {given[0]} is read as it is")
             return None, [] if reader is None else reader.read(reader.files(inputs.get("images")))
         text = single_text(inputs, "messages")
-        self._check_bytes(text, "messages", _KEPT.read(inputs), 0 if reader is None else reader.most_bytes)
+        # Images have limits of their own; what else is in the messages has that of a text.
+        counted = text if reader is None else _IMAGE_DATA.sub('""', text)
+        self._check_bytes(counted, "messages", _KEPT.read(inputs))
         if self._chat is None:
             raise InvalidRequest("messages needs a model with a chat template: send text_input instead")
         sent = {
@@ -447,19 +450,15 @@ class RequestParser:
         if not 0 <= token < self._vocabulary_size:
             raise InvalidRequest(f"{field} names the token {token}, the model has {self._vocabulary_size}")
 
-    def _check_bytes(self, text: str, field: str, kept: int | None, more: int = 0) -> None:
-        """Refuse a hopeless text before tokenizing it: a megabyte takes half a second, which others wait.
-
-        Args:
-            more: bytes of it at most that are images.
-        """
+    def _check_bytes(self, text: str, field: str, kept: int | None) -> None:
+        """Refuse a hopeless text before tokenizing it: a megabyte takes half a second, which others wait."""
         longest = self._tokenizer.longest_token_bytes
         size = len(text.encode("utf-8", "surrogatepass"))
         if kept is not None:
-            if size > MAX_TRUNCATED_BYTES + more:
+            if size > MAX_TRUNCATED_BYTES:
                 raise InvalidRequest(f"{field} has {size} bytes, the limit of a text to cut is {MAX_TRUNCATED_BYTES}")
             return
-        if longest is not None and size > longest * self._limits.context + more:
+        if longest is not None and size > longest * self._limits.context:
             raise InvalidRequest(
                 f"{field} has {size} bytes, at least {-(-size // longest)} tokens, and the model's context "
                 f"is {self._limits.context} tokens"

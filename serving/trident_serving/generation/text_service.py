@@ -261,6 +261,10 @@ class TextService:
     def _watch(self) -> None:
         if self._unloading():
             self._engine.stop()
+            with self._preparing_lock:
+                unwanted = [part for waiting in self._preparing for part in waiting.parts]
+            for part in unwanted:
+                part.cancel()  # its request fails with it
         with self._preparing_lock:
             ended = [waiting for waiting in self._preparing if waiting.cancelled or waiting.overdue]
             self._preparing.difference_update(ended)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trident_serving.errors import DeadlineExceeded, Overloaded, ServingError
+from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
 from trident_serving.guard.filtering import Span
 from trident_serving.guard.rules import Guard, OnFailure, Rule
 from trident_serving.text import encode_texts
@@ -67,6 +67,10 @@ class Models:
             await model.close()
 
 
+# What encoders say of a text that has no words for them: there is nothing to find in it.
+_NOTHING = ("holds no token", "is empty")
+
+
 class Question:
     """Implements `Asked` for the texts of one request."""
 
@@ -85,6 +89,10 @@ class Question:
         try:
             tensors = await self._models[rule.model].infer(self._inputs(rule, text), min(left, self._guard.timeout))
             return _found(rule, tensors, text)
+        except InvalidRequest as error:
+            if any(words in str(error) for words in _NOTHING):
+                return []
+            raise InvalidRequest(f"the guard's rule {rule.name} can't read this text: {error}") from error
         except Exception as error:
             if not isinstance(error, ServingError):
                 logger.exception("the guard's rule %s could not be checked", rule.name)

@@ -19,6 +19,8 @@ from trident_serving.schema.limits import MOST_PIXELS
 FORMATS = ("PNG", "JPEG", "WEBP")
 NAMED = "PNG, JPEG or WebP"
 _LONGEST_REASON = 120
+_LONGEST_SIDE = 65_535  # of JPEG; a line of 33 million pixels takes six seconds to resize, as many in a square one half
+_SCAN, _MOST_SCANS = b"\xff\xda", 100  # of JPEG: each is decoded over the whole image, and cameras write ten at most
 _ORIENTATION = 0x0112  # of EXIF
 _ON_ITS_SIDE = (5, 6, 7, 8)
 
@@ -64,6 +66,10 @@ def _opened(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Itera
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as file:
                 width, height = file.size
+                if max(width, height) > _LONGEST_SIDE:
+                    raise InvalidRequest(f"{name} is {width} x {height} pixels, a side may have {_LONGEST_SIDE}")
+                if file.format == "JPEG" and content.count(_SCAN) > _MOST_SCANS:
+                    raise InvalidRequest(f"{name} has more than {_MOST_SCANS} scans: save it again")
                 if width * height > max_pixels:
                     raise InvalidRequest(f"{name} is {width} x {height} pixels, the limit is {max_pixels} pixels")
                 yield file
