@@ -87,7 +87,7 @@ def test_a_guard_goes_into_the_config_alone(tmp_path: Path) -> None:
         (
             'guard = "safe"',
             'guard = "safe"\nexplain = true',
-            "left out, which guard 'safe' may block or change: remove",
+            "left out, which guard 'safe' may block or change",
         ),
         ("[guards.safe]\n", "[guards]\nx = 1\n[guards.safe]\n", r"\[guards.x\]: guards.x must be a table with a list"),
     ],
