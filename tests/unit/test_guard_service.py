@@ -21,7 +21,9 @@ from trident_serving.errors import InvalidRequest, Overloaded
 from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import Chunk, ResponseChannel
+from trident_serving.guard import prompts
 from trident_serving.guard.asking import Models
+from trident_serving.guard.filtering import Passed
 from trident_serving.guard.rules import Guard
 from trident_serving.guard.service import GuardedService
 from trident_serving.runtime.metrics import Recorder
@@ -317,6 +319,15 @@ def test_a_guard_that_fails_is_closed_unless_its_table_opens_it(stage: str) -> N
         assert client.ended() == ("stop", [{"rule": "names", "action": "failed", "stage": stage, "count": 1}])
 
 
+def test_the_likeliest_next_tokens_would_tell_what_is_hidden() -> None:
+    ahead = {"max_tokens": np.array([[0]], np.int32)}
+    with guarded([EMAIL], "fine") as (service, _, _):
+        asked = {"text_input": encode_texts(["Hi"])[None], **ahead}
+        with pytest.raises(InvalidRequest, match="prompt_logprobs must be 0, since this model's guard g may hide text"):
+            service.parse({**asked, "prompt_logprobs": np.array([[1]], np.int32)})
+        assert service.parse({**asked, "prompt_logprobs": np.array([[0]], np.int32)}).request.prompt_log_probs == 0
+
+
 def test_tokens_would_tell_what_is_hidden() -> None:
     with guarded([EMAIL], "fine") as (service, _, _):
         for name, value in (("return_tokens", [[True]]), ("top_logprobs", np.array([[2]], np.int32))):
@@ -357,6 +368,36 @@ def test_a_text_that_a_rule_s_model_refuses(on_failure: str) -> None:
         assert isinstance(error, InvalidRequest)
         assert "can't read this text: text_input has 600 tokens, the model takes 512" in str(error)
         assert engine.asked == []
+
+
+@pytest.mark.parametrize(
+    ("field", "sent", "passed"),
+    [
+        ("messages", [{"role": "a@b.c", "content": "x"}], [{"role": "[email]", "content": "x"}]),
+        (
+            "messages",
+            [{"role": "user", "content": "a@b.c", "type": "user"}],
+            [{"role": "user", "content": "[email]", "type": "user"}],
+        ),
+        ("tools", {"properties": {"a@b.c": {"type": "string"}}}, {"properties": {"[email]": {"type": "string"}}}),
+        ("tools", {"type": "a@b.c"}, {"type": "[email]"}),
+        ("tools", {"type": {"description": "a@b.c"}}, {"type": {"description": "[email]"}}),
+        ("documents", [{"text": 12345678, "a@b.c": True}], [{"text": "[number]", "[email]": True}]),
+        ("messages", {"arguments": '{"q": "\\u0061@b.c", "n": 1}'}, {"arguments": '{"q": "[email]", "n": 1}'}),
+        ("messages", {"arguments": {"a@b.c": 12345678}}, {"arguments": {"[email]": "[number]"}}),
+        ("messages", {"arguments": "not JSON a@b.c"}, {"arguments": "not JSON [email]"}),
+        ("messages", {"role": "user", "type": "text", "content": "x", "n": 5, "arguments": '{"q":1}'}, None),
+    ],
+)
+def test_whatever_may_stand_in_a_prompt_is_filtered(field: str, sent: Any, passed: Any) -> None:
+    """Keys, numbers, escapes, and what stands where the format has words of its own."""
+
+    async def each(text: str) -> Passed:
+        return Passed(re.sub(r"[0-9]{8}", "[number]", text.replace("a@b.c", "[email]")))
+
+    inputs: Inputs = {field: encode_texts([json.dumps(sent)])[None]}
+    found = asyncio.run(prompts.filtered(inputs, "", each))
+    assert (None if found is None else json.loads(found[field].item())) == passed
 
 
 def test_what_waits_when_the_model_is_unloaded_fails() -> None:

@@ -163,7 +163,7 @@ def calibration_runs(job: Job) -> CalibrationRuns:
         graph = onnx.load(str(job.graphs / "model.onnx"), load_external_data=False).graph
         texts = corpora.calibration(job.spec.calibration, samples, seed)
         assert job.spec.generation
-        room = positions(job.spec.generation)
+        room = positions(job.spec.generation) - 1  # `pack` may add a position
         tokens = [tokenizer.encode(text)[: min(GATE_TOKENS, room)] for text in texts]
         if (template := ChatTemplate.load(job.assets)) is not None:
             chats = [template.render([{"role": "user", "content": text}]) for text in texts[::3]]
@@ -190,7 +190,7 @@ def inputs_of(
     chosen = adapters or [0] * len(texts)
     items = [SlotTokens(row, 0, ids, adapter=chosen[row]) for row, ids in enumerate(texts)]
     packed = pack(items)
-    longest = max(map(len, texts))
+    longest = packed.attention_tokens.shape[1]
     capacity = -(-longest // KEYS) * KEYS  # attention by plain operators reads as many keys
     feed: dict[str, NDArray[Any]] = {}
     for value in graph.input:

@@ -169,8 +169,10 @@ def _layout(shape: tuple[tuple[int, int, int, int], ...], rows: Rows) -> Layout:
 
 def _positions(item: SlotTokens, min_positions: int, min_keys: int) -> int:
     """That a slot takes part with."""
-    least = max(len(item.tokens), min_positions, min_keys - item.start)
-    return least + 1 if least > 1 and least % _PART == 1 else least
+    least = max(len(item.tokens), min_positions)
+    if least > 1 and least % _PART == 1:
+        least += 1
+    return max(least, min_keys - item.start)
 
 
 def pack(

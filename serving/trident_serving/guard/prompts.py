@@ -13,7 +13,41 @@ from trident_serving.text import encode_texts
 
 # Fields that reach the prompt, as JSON.
 _JSON = ("messages", "documents", "tools", "chat_template_kwargs")
-_STRUCTURE = ("role", "type")  # keys whose texts are no content
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_TYPES = frozenset(
+    {"text", "image", "image_url", "function", "object", "array", "string", "number", "integer", "boolean", "null"}
+)
+# Keys of these fields that are no content; every other one may stand in the prompt, as a property's name does.
+_KEYS = frozenset(
+    {
+        "role",
+        "content",
+        "name",
+        "type",
+        "text",
+        "image",
+        "image_url",
+        "url",
+        "tool_calls",
+        "tool_call_id",
+        "id",
+        "function",
+        "arguments",
+        "description",
+        "parameters",
+        "properties",
+        "required",
+        "items",
+        "enum",
+        "default",
+        "title",
+        "additionalProperties",
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "strict",
+    }
+)
 Filter = Callable[[str], Awaitable[Passed]]
 
 
@@ -43,13 +77,25 @@ async def filtered(inputs: Inputs, prompt: str, each: Filter) -> Inputs | None:
             raise Blocked
         return passed.text
 
-    async def value(given: Any) -> Any:
+    async def value(given: Any, key: str = "") -> Any:
         if isinstance(given, str):
-            return await text(given)
+            held = _arguments(given) if key == "arguments" else None
+            if held is None:
+                return await text(given)
+            after = await value(held)  # as templates write them, without JSON's escapes
+            return given if after == held else json.dumps(after, ensure_ascii=False)
         if isinstance(given, list):
             return [await value(item) for item in given]
         if isinstance(given, dict):
-            return {key: item if key in _STRUCTURE else await value(item) for key, item in given.items()}
+            made = {}
+            for name, item in given.items():
+                shown = name if name in _KEYS else await text(name)
+                made[shown] = item if _is_structure(name, item) else await value(item, name)
+            return made
+        if isinstance(given, int | float) and not isinstance(given, bool):
+            written = json.dumps(given)
+            after = await text(written)
+            return given if after == written else after
         return given
 
     changed: dict[str, Any] = {}
@@ -74,6 +120,20 @@ async def filtered(inputs: Inputs, prompt: str, each: Filter) -> Inputs | None:
     return {
         name: tensor for name, tensor in inputs.items() if name != "input_ids" or "text_input" not in changed
     } | changed
+
+
+def _is_structure(key: str, item: Any) -> bool:
+    """Whether what stands under a key is a word of the format, and no content."""
+    return isinstance(item, str) and ((key == "role" and item in _ROLES) or (key == "type" and item in _TYPES))
+
+
+def _arguments(text: str) -> Any:
+    """The object that the arguments of a call are; None where they are something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def joined(inputs: Inputs) -> list[str]:
@@ -103,7 +163,7 @@ def said(inputs: Inputs, prompt: str) -> str:
                 collect(item)
         elif isinstance(given, dict):
             for key, item in given.items():
-                if key not in _STRUCTURE:
+                if not _is_structure(key, item):
                     collect(item)
 
     collect(json.loads(single_text(inputs, "messages")))

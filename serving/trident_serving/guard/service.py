@@ -105,6 +105,12 @@ class GuardedService:
                     raise InvalidRequest(
                         f"{name} is not known to this model: its guard {self._guard.name} may hide text"
                     )
+        if self._guard.hides(Stage.OUTPUT) and request.prompt_log_probs:
+            # Whoever sends what the model has said so far would read the next token among the likeliest.
+            raise InvalidRequest(
+                f"prompt_logprobs must be 0, since this model's guard {self._guard.name} may hide text: with 0, "
+                "log-probabilities are those of the prompt's own tokens"
+            )
         return GuardedRequest(inputs, timeout, request)
 
     def submit(self, request: GuardedRequest, channel: ResponseChannel) -> None:
