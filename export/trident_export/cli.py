@@ -314,11 +314,7 @@ def _add_distillation(commands: argparse._SubParsersAction[argparse.ArgumentPars
     distilled.add_argument("--student", required=True, help="number of layers, a Hugging Face folder, or a config.json")
     distilled.add_argument("--text", type=Path, required=True, help="to learn from, paragraphs parted by blank lines")
     distilled.add_argument("--output", type=Path, help="the student's folder (default: distilled/TEACHER-STUDENT)")
-    distilled.add_argument("--steps", type=int, default=0, help="of the optimizer (default: once through the text)")
-    distilled.add_argument("--minutes", type=float, default=0.0, help="after which it ends, whatever is left")
-    distilled.add_argument("--batch-size", type=int, default=8)
-    distilled.add_argument("--length", type=int, default=128, help="tokens in a block (default 128)")
-    distilled.add_argument("--learning-rate", type=float, default=2e-4)
+    _add_learning(distilled)
     distilled.add_argument("--temperature", type=float, default=2.0)
     distilled.add_argument("--hidden-weight", type=float, default=1.0, help="of hidden states beside the distribution")
     _add_run(distilled)
@@ -349,15 +345,20 @@ def _add_compression(commands: argparse._SubParsersAction[argparse.ArgumentParse
     compressed.add_argument("--points", type=int, default=2, help="of the curve, each with a student (default 2)")
     compressed.add_argument("--output", type=Path, default=Path("compressed"), help="for the Hugging Face folders")
     compressed.add_argument("--variant", default="", help="exported to be measured (default: the default variant)")
-    compressed.add_argument("--steps", type=int, default=0, help="of each student (default: once through the text)")
-    compressed.add_argument("--minutes", type=float, default=0.0, help="for each student, whatever is left")
-    compressed.add_argument("--batch-size", type=int, default=8)
-    compressed.add_argument("--length", type=int, default=128, help="tokens in a chunk (default 128)")
-    compressed.add_argument("--learning-rate", type=float, default=2e-4)
+    _add_learning(compressed)
     compressed.add_argument("--seed", type=int, default=0)
     compressed.add_argument("--reports", type=Path, default=Path("reports"))
     compressed.set_defaults(run=_compress)
     return compressed
+
+
+def _add_learning(learning: argparse.ArgumentParser) -> None:
+    """How a student learns."""
+    learning.add_argument("--steps", type=int, default=0, help="of each student (default: once through the text)")
+    learning.add_argument("--minutes", type=float, default=0.0, help="after which a student ends, whatever is left")
+    learning.add_argument("--batch-size", type=int, default=8)
+    learning.add_argument("--length", type=int, default=128, help="tokens in a chunk (default 128)")
+    learning.add_argument("--learning-rate", type=float, default=2e-4)
 
 
 def _add_run(trained: argparse.ArgumentParser) -> None:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from typing import Any
+import json
+import re
+import threading
+import weakref
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import tiny_models
 from trident_export.measure import pictures
-from trident_serving.errors import InvalidRequest
+from trident_serving.errors import InvalidRequest, Overloaded
 from trident_serving.generation.batch import Embeds, SlotTokens, pack
-from trident_serving.generation.images import ImageReader, VisionSettings
+from trident_serving.generation.image_tower import ImageThread, ImageTower
+from trident_serving.generation.images import ImageReader, PromptImages, VisionSettings
+from trident_serving.generation.request import RequestParser
 from trident_serving.images.decoding import decode, upright_size
 from trident_serving.images.tiles import Grid
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
+from trident_serving.text import encode_texts
 
 SETTINGS = VisionSettings(
     longest_edge=64,
@@ -32,6 +41,7 @@ SETTINGS = VisionSettings(
     around="<a>",
     whole="<g>",
 )
+TOKENIZER = TextTokenizer(tiny_models.byte_level_tokenizer().backend_tokenizer)
 READER = ImageReader(SETTINGS, GenerationLimits(images=2))
 FILES = [pictures.encoded(Image.fromarray(pictures.drawn(seed, 60, 40))) for seed in (1, 2)]
 
@@ -125,3 +135,53 @@ def test_vectors_go_where_their_tokens_are() -> None:
     np.testing.assert_array_equal(batch.image_embeds, vectors[[2, 2]])
     np.testing.assert_array_equal(batch.image_positions, [[0, 2], [0, 2]])
     assert pack([SlotTokens(0, 0, [1, 2])]).image_embeds.shape == (0, 0)
+
+
+def test_only_images_may_be_large() -> None:
+    """A body of two million parts held up everybody: what is no image counts as text."""
+    parser = RequestParser(TOKENIZER, None, GenerationLimits(images=2, context=128), images=READER)
+
+    def refused(content: list[dict[str, Any]]) -> str:
+        messages = json.dumps([{"role": "user", "content": content}])
+        with pytest.raises(InvalidRequest) as raised:
+            parser.parse({"messages": encode_texts([messages])[None]})
+        return str(raised.value)
+
+    said = r"messages has \d+ bytes, at least \d+ tokens, and the model's context is 128 tokens"
+    assert re.match(said, refused([{"type": "text", "text": ""}] * 100_000))
+    assert re.match(said, refused([{"type": "text", "text": "x" * 2**20}]))
+    assert re.match(said, refused([{"type": "text", "text": 'x data:"' * 2**17}]))
+    url = "data:image/png;base64," + base64.b64encode(bytes(2**20)).decode()
+    assert refused([{"type": "image_url", "image_url": {"url": url}}]).startswith("messages needs a model with a chat")
+
+
+def test_a_request_that_was_given_up_holds_no_files() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Tower:
+        def embeds(self, images: PromptImages) -> Embeds:
+            begun.set()
+            go_on.wait(20)
+            return Embeds(images.positions, np.zeros((0, 2), np.float32))
+
+    def prompt() -> PromptImages:
+        return READER.placed([1, *[7] * 10], READER.read([("images[0]", FILES[0])]))
+
+    thread = ImageThread(cast("ImageTower", Tower()), 3)
+    try:
+        first = thread.begin(prompt())
+        assert begun.wait(20)
+        given_up = prompt()
+        gone, future = weakref.ref(given_up), thread.begin(given_up)
+        del given_up
+        assert gone() is not None
+        assert future.cancel()
+        assert gone() is None
+        others = [thread.begin(prompt()), thread.begin(prompt())]
+        with pytest.raises(Overloaded, match="the queue is full: images of 3 requests wait"):
+            thread.begin(prompt())
+    finally:
+        go_on.set()
+        thread.stop()
+    assert first.result(20).vectors.shape == (0, 2)
+    assert all(each.done() for each in others)

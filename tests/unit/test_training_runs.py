@@ -6,14 +6,17 @@ import ast
 import importlib.util
 import json
 import os
+import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 from trident_export.errors import UsageError
-from trident_export.training import run
+from trident_export.huggingface.folder import HuggingFaceFolder
+from trident_export.training import heads, run
 
 EXAMPLES = ROOT / "examples" / "deepspeed"
 
@@ -125,3 +128,30 @@ def test_without_the_package(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--deepspeed needs the package deepspeed: docs/how-to/train-on-several"):
         run.deepspeed_configuration(str(EXAMPLES / "cpus.json"))
     assert "RANK" not in os.environ
+
+
+def test_other_data_is_another_run(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        steps: int = 5
+
+    source = HuggingFaceFolder(tmp_path)
+    one, other = (run.described(source, Settings(), texts, student="2") for texts in (["a", "b"], ["a", "c"]))
+    assert (one["steps"], one["student"], one["processes"]) == (5, "2", 1)
+    assert one["examples"] != other["examples"]
+    assert one == run.described(source, Settings(), ["a", "b"], student="2")
+
+
+@pytest.mark.parametrize("name", ["plain-1", "qwen2.5-small", 'my "head" v1.2', "Köpfe"])
+def test_the_table_of_any_name_is_toml(tmp_path: Path, name: str) -> None:
+    text = heads.table("text-classification", name, tmp_path / name, 96, 3)
+    table = tomllib.loads(text)[name]
+    assert table["source"] == {"path": str((tmp_path / name).resolve())}
+    assert table["limits"] == {"labels": 3, "max_tokens": 96}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_impossible_settings(value: float) -> None:
+    for name in ("epochs", "learning_rate"):
+        with pytest.raises(UsageError, match="must be above 0, found"):
+            heads.Settings(**{name: value})

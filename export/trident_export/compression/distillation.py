@@ -8,7 +8,6 @@ checkpoint when it is started again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -185,13 +184,7 @@ def distill(
     """
     work, deepspeed = run.folder_of(output), run.deepspeed_configuration(settings.deepspeed)
     progress = run.said_by_first(progress)
-    asked = {
-        "student": student,
-        "source": source.path.name,
-        **dataclasses.asdict(settings),
-        "texts": len(texts),
-        "processes": run.processes(),
-    }
+    asked = run.described(source, settings, texts, student=student)
     run.check_same_run(work, asked)
     tokenizer: PreTrainedTokenizerBase = source.tokenizer
     data = chunks(spec, tokenizer, texts, settings.length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,9 +94,16 @@ def table(spec: ModelSpec, name: str, folder: Path) -> str:
     prompts = ", ".join(f"{key} = {json.dumps(text)}" for key, text in (spec.own_prompts or {}).items())
     said = f"{{ {prompts} }}" if spec.own_prompts is not None else "true"
     return (
-        f'[{name}]\ntask = "{spec.task}"\nsource = {{ path = "{folder.resolve()}" }}\nvariants = [{variants}]\n'
+        f"{begin_of_table(name, spec.task, folder)}variants = [{variants}]\n"
         f'default_variant = "{spec.default_variant}"\nlimits = {{ {limits} }}\n'
     ) + (f"prompts = {said}\n" if spec.prompts is not False else "")
+
+
+def begin_of_table(name: str, task: str, folder: Path) -> str:
+    """The first lines of a table of models.toml for a Hugging Face folder."""
+    key = name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name, ensure_ascii=False)
+    path = json.dumps(str(folder.resolve()), ensure_ascii=False)
+    return f'[{key}]\ntask = "{task}"\nsource = {{ path = {path} }}\n'
 
 
 def _toml(value: object) -> str:

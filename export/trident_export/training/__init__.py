@@ -1,1 +1,6 @@
-"""Training that makes a model for a task out of an encoder that has none."""
+"""Training by transformers' Trainer.
+
+examples  what a head learns from
+heads     a head for a task on an encoder that has none
+run       checkpoints, progress, processes and DeepSpeed, of distillation too
+"""

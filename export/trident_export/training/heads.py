@@ -6,7 +6,7 @@ measured on it. A run that was cut off goes on from its last checkpoint when it 
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "length", "learning_rate", "save_every"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
 
 
@@ -109,13 +109,7 @@ def train(
         NoSpace, NotWritable: the folder can't be written.
     """
     work, deepspeed = run.folder_of(output), run.deepspeed_configuration(settings.deepspeed)
-    asked = {
-        "task": task,
-        "source": source.path.name,
-        **dataclasses.asdict(settings),
-        "examples": len(examples),
-        "processes": run.processes(),
-    }
+    asked = run.described(source, settings, examples, task=task)
     run.check_same_run(work, asked)
     models.check_output(output)
     if len(examples) < FEWEST:
@@ -287,12 +281,8 @@ def _save(model: PreTrainedModel, source: HuggingFaceFolder, output: Path) -> No
 def table(task: str, name: str, folder: Path, length: int, labels: int) -> str:
     """A table of models.toml for the trained model."""
     own = f"labels = {labels}, " if task == "text-classification" else f"stride = {length // 4}, "
-    # A head that learned from one kind of texts answers others at random: the gate refused its int8.
-    variants = '"fp32", "int8"' if task == "text-classification" else '"fp32"'
-    return (
-        f'[{name}]\ntask = "{task}"\nsource = {{ path = "{folder.resolve()}" }}\nvariants = [{variants}]\n'
-        f"limits = {{ {own}max_tokens = {length} }}\n"
-    )
+    limits = f"{{ {own}max_tokens = {length} }}"
+    return models.begin_of_table(name, task, folder) + f'variants = ["fp32", "int8"]\nlimits = {limits}\n'
 
 
 def shown(row: Mapping[str, float]) -> str:

@@ -6,6 +6,8 @@ of the examples; the first writes and says everything. The package deepspeed is 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.util
 import json
 import logging
@@ -13,7 +15,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trident_export.errors import NoSpace, UsageError
+from trident_export.huggingface.folder import HuggingFaceFolder
 
 LOG_EVERY = 10
 _SETTINGS = "settings.json"
@@ -50,6 +53,18 @@ def processes() -> int:
 def said_by_first(progress: Callable[[str], None]) -> Callable[[str], None]:
     """The same in the first process, silence in the others."""
     return progress if first() else lambda line: None
+
+
+def described(source: HuggingFaceFolder, settings: Any, examples: Sequence[object], **more: str) -> dict[str, Any]:
+    """What decides a run, so that another one does not go on from its checkpoints.
+
+    Args:
+        settings: a dataclass.
+        examples: what is learned from.
+    """
+    digest = hashlib.sha256(repr(list(examples)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    settings = dataclasses.asdict(settings)
+    return {**more, "source": source.path.name, **settings, "examples": digest, "processes": processes()}
 
 
 def folder_of(output: Path) -> Path:

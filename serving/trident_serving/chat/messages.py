@@ -1,8 +1,7 @@
 """What a request says for the chat template, checked: `messages`, `tools`, `documents`, and the template's options.
 
 Messages are those of chat APIs: a content is a text, a list of parts (texts, and images where the model reads them) or
-nothing, and an assistant's message may
-have calls of tools, whose arguments are an object or its JSON text.
+nothing, and an assistant's message may have calls of tools, whose arguments are an object or its JSON text.
 """
 
 from __future__ import annotations
