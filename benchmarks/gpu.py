@@ -4,7 +4,8 @@ It needs numpy, onnx, torch, transformers and onnxruntime-gpu, and nothing of Tr
 runs where nothing else can be installed. Models of well-known shapes with random weights are written as ONNX graphs,
 compared with torch on the same device, and measured: prefill, decode steps at several numbers of streams, time to the
 first token, share of the memory's bandwidth, with and without CUDA graphs, beside transformers' generate with a static
-cache. A step of the decoder stays on the device: its token is chosen there, and only the ids are copied.
+cache and, where it is installed, DeepSpeed's inference engine. A step of the decoder stays on the device: its token is
+chosen there, and only the ids are copied.
 
 Results are written after each part, so that a run that is cut keeps what it has. A part that would begin after
 `--seconds` is left out and named. `--device cpu --shapes tiny` runs all of it without a GPU.
@@ -13,6 +14,8 @@ Results are written after each part, so that a run that is cut keeps what it has
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import json
 import math
 import statistics
@@ -473,6 +476,16 @@ def measure(run: Run, shape: Shape, bits: Sequence[int], streams: Sequence[int],
     for count in (streams[0], streams[-1]):
         with run.part(f"{shape.name}, transformers, {count} streams") as found:
             if found is not None:
+                found |= peer(model, shape, device, count, prompts[0], cache_implementation="static")
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    with run.part(f"{shape.name}, DeepSpeed") as found:  # last: it puts its own parts into the model
+        if found is None:
+            return
+        found["kernels"], model = with_deepspeed(model, device)
+    for count in (streams[0], streams[-1]) if not found.get("failed") else ():
+        with run.part(f"{shape.name}, DeepSpeed, {count} streams") as found:
+            if found is not None:
                 found |= peer(model, shape, device, count, prompts[0])
 
 
@@ -540,8 +553,26 @@ def prefill(session: Session, shape: Shape, device: Device, length: int, positio
     return {"first_token_ms": 1e3 * first, "tokens_s": length / first}
 
 
-def peer(model: Any, shape: Shape, device: Device, streams: int, prompt: int) -> dict[str, Any]:
-    """The same steps by transformers' generate with a static cache, compiled on a GPU."""
+def with_deepspeed(model: Any, device: Device) -> tuple[bool, Any]:
+    """The model in DeepSpeed's inference engine, and whether it computes with DeepSpeed's own kernels.
+
+    It has none for a CPU, and not for every model; then its engine runs the model's own layers.
+    """
+    import deepspeed
+
+    if device.kind == "cuda":
+        try:
+            engine = deepspeed.init_inference(copy.deepcopy(model), dtype=device.dtype, replace_with_kernel_inject=True)
+            engine.module.generate(torch.zeros((1, 2), dtype=torch.int64, device=device.kind), max_new_tokens=2)
+        except Exception:  # of a part that knows another transformers
+            traceback.print_exc()
+        else:
+            return True, engine.module
+    return False, deepspeed.init_inference(model, dtype=device.dtype).module
+
+
+def peer(model: Any, shape: Shape, device: Device, streams: int, prompt: int, **options: Any) -> dict[str, Any]:
+    """The same steps by transformers' generate, which compiles a model with a static cache on a GPU."""
     ids = torch.randint(0, shape.vocabulary, (streams, prompt), device=device.kind)
     mask = torch.ones_like(ids)
 
@@ -553,7 +584,7 @@ def peer(model: Any, shape: Shape, device: Device, streams: int, prompt: int) ->
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
-            cache_implementation="static",
+            **options,
         )
         device.wait()
         return time.perf_counter() - began

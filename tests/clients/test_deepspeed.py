@@ -210,3 +210,15 @@ def test_what_it_does_not_understand_is_said(python: Path, folder: Path) -> None
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "DeepSpeed's configuration can't be used: " in done.stderr
+
+
+def test_its_inference_engine_is_measured_beside_our_graphs(python: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    sizes = ["--device", "cpu", "--shapes", "tiny", "--bits", "16", "--streams", "1", "2", "--prompts", "16"]
+    run([str(python), str(ROOT / "benchmarks/gpu.py"), *sizes, "--out", str(out)])
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["failed"] == {}
+    assert found["parts"]["tiny, DeepSpeed"]["kernels"] is False  # a processor has none
+    for count in (1, 2):
+        step = found["parts"][f"tiny, DeepSpeed, {count} streams"]
+        assert step["tokens_s"] == pytest.approx(1e3 * count / step["step_ms"])
