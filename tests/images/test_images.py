@@ -253,8 +253,9 @@ def test_too_little_shared_memory_is_one_sentence(small: str, podman: Podman, de
         assert started.wait_ended(30) == 1
         lines = started.logs().strip().splitlines()
         assert len(lines) == 1
+        models = len(list(default_repository.glob("*/config.pbtxt")))
         assert lines[0].startswith(
-            "trident: /dev/shm has 16 MiB free, and 15 models need 47 MiB (1 each, 32 for requests)"
+            f"trident: /dev/shm has 16 MiB free, and {models} models need {models + 32} MiB (1 each, 32 for requests)"
         )
         assert "--shm-size=1g" in lines[0]
     finally:
