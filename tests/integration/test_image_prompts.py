@@ -43,8 +43,9 @@ from trident_serving.encoders.images import as_files
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.image_tower import ImageTower
-from trident_serving.generation.images import ImageReader, VisionSettings
+from trident_serving.generation.images import ImageReader
 from trident_serving.generation.service import GenerationService
+from trident_serving.generation.vision import TileVision, VisionSettings
 from trident_serving.images.decoding import decode
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
@@ -164,6 +165,7 @@ def _asked(client: Client, messages: list[dict[str, Any]], files: Sequence[bytes
 def test_pixels_are_the_image_processors(folder: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     settings = vision_language.settings(HuggingFaceFolder(folder))
+    assert isinstance(settings, TileVision)
     shapes = ((1, 1), (1, 700), (900, 3), (64, 63), (63, 64), (33, 32), (640, 427), (20, 41))
     drawn = [pictures.encoded(Image.fromarray(pictures.drawn(width, width, height))) for width, height in shapes]
     grids = set()
@@ -483,6 +485,7 @@ def test_the_gate_refuses_a_damaged_tower(folder: Path, repository: Path, refere
     with pytest.raises(FidelityError, match="the image tower's vectors differ from transformers' by"):
         image_parts.ask(source, reference.model, damaged, limits)
     settings = VisionSettings.load(repository / "vlm" / VERSION)
+    assert isinstance(settings, TileVision)
     for file in (repository / "vlm" / VERSION).glob(f"{TOWER}*"):
         shutil.copyfile(file, damaged / file.name)
     replace(settings, mean=(0.4, 0.5, 0.5)).save(damaged)

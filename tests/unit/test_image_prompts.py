@@ -19,15 +19,16 @@ from trident_export.measure import pictures
 from trident_serving.errors import InvalidRequest, Overloaded
 from trident_serving.generation.batch import Embeds, SlotTokens, pack
 from trident_serving.generation.image_tower import ImageThread, ImageTower
-from trident_serving.generation.images import ImageReader, PromptImages, VisionSettings
+from trident_serving.generation.images import ImageReader, PromptImages
 from trident_serving.generation.request import RequestParser
+from trident_serving.generation.vision import TileVision
 from trident_serving.images.decoding import decode, upright_size
 from trident_serving.images.tiles import Grid
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import encode_texts
 
-SETTINGS = VisionSettings(
+SETTINGS = TileVision(
     longest_edge=64,
     tile=32,
     split=True,
