@@ -858,7 +858,10 @@ def make_qwen_vl(folder: Path, kind: str = "qwen2_5_vl", seed: int = 0, context:
                 parameter.copy_((1.5 / parameter[0].numel() ** 0.5) * torch.randn_like(parameter))
             elif parameter.ndim > 1:
                 parameter.mul_(8)
-    model.generation_config = GenerationConfig(**roles)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    ends = [roles["eos_token_id"], tokenizer.eos_token_id]
+    model.generation_config = GenerationConfig(**roles | {"eos_token_id": ends})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     least, most = QWEN_VL_PIXELS

@@ -120,9 +120,10 @@ def add_rope_positions(model: ir.Model, sections: Sequence[int]) -> None:
     """
     graph, nodes = model.graph, attention_nodes(model)
     inputs = {value.name: value for value in graph.inputs}
-    tables = {tuple(node.inputs[_COS : _SIN + 1]) for node in nodes}
+    tables = {tuple(map(_origin, node.inputs[_COS : _SIN + 1])) for node in nodes}
     half = sum(sections)
-    if len(tables) != 1 or any(table is None or table.shape[1] != half for table in next(iter(tables))):
+    rotated = len(tables) == 1 and all(rank_of_weight(table) and table.shape[1] == half for table in next(iter(tables)))
+    if not rotated or any(node.inputs[_ROWS] is not None for node in nodes):
         raise UnsupportedArchitecture(
             "its layers are not all rotated in one way by the attention operator, so it can't read images here: set "
             "images = 0"
@@ -159,3 +160,10 @@ def add_rope_positions(model: ir.Model, sections: Sequence[int]) -> None:
         for place, value in zip((_COS, _SIN, _ROWS), found, strict=True):
             node.replace_input_with(place, value)
     drop_unused(model)
+
+
+def _origin(value: ir.Value | None) -> ir.Value | None:
+    """What torch's exporter gives to several layers by other names."""
+    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    return value

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel
 
 from trident_export.graphs.editing import save
@@ -82,8 +83,8 @@ class _Tower(torch.nn.Module):
         mask: list[torch.Tensor] = []
         if windows:
             width = windows[0].shape[1]
-            inside = torch.arange(width)[None] < windows[1][:, None]
-            mask = [torch.where(inside, 0.0, _LOWEST)[:, None, None].expand(-1, 1, width, -1)]
+            outside = torch.arange(width)[None] >= windows[1][:, None]
+            mask = [(outside.float() * _LOWEST)[:, None, None].expand(-1, 1, width, -1)]
         for number, block in enumerate(visual.blocks):
             attention, heads = block.attn, block.attn.num_heads
             query, key, value = attention.qkv(block.norm1(hidden)).chunk(3, dim=-1)
@@ -92,8 +93,8 @@ class _Tower(torch.nn.Module):
                 found = _Attention.apply(heads, query[None], key[None], value[None])[0]  # type: ignore[no-untyped-call]
             else:
                 cut = (each[windows[0]] for each in (query, key, value))
-                inside_windows = _Attention.apply(heads, *cut, *mask)  # type: ignore[no-untyped-call]
-                found = inside_windows.flatten(0, 1)[windows[2]]
+                in_windows = _Attention.apply(heads, *cut, *mask)  # type: ignore[no-untyped-call]
+                found = in_windows.flatten(0, 1)[windows[2]]
             hidden = hidden + attention.proj(found)
             hidden = hidden + block.mlp(block.norm2(hidden))
         merged: torch.Tensor = visual.merger(hidden)[order]
@@ -120,8 +121,6 @@ def export_patch_tower(model: PreTrainedModel, path: Path, of: str, settings: Pa
     Raises:
         UnsupportedArchitecture: it can't be traced.
     """
-    from PIL import Image
-
     # Several windows, and short ones among them.
     side = settings.factor + max(settings.window, settings.factor)
     (feed,) = settings.runs(Image.new("RGB", (side, side)))

@@ -7,11 +7,9 @@ noise of two libraries, 1e-5.
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,8 +26,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_utils import load_image
 
-from tests import gateways, tiny_models
+from tests import image_prompts, tiny_models
 from tests.gateways import Gateway
+from tests.image_prompts import ANSWER, Channel, message, table, url
 from trident_client import Client, InvalidRequestError
 from trident_export import add, install, models_file
 from trident_export.errors import FidelityError, ModelsFileError, UnreadableSource
@@ -45,7 +44,6 @@ from trident_serving.generation.image_tower import ImageTower
 from trident_serving.generation.images import ImageReader
 from trident_serving.generation.service import GenerationService
 from trident_serving.generation.vision import PatchVision
-from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import encode_texts
@@ -56,53 +54,29 @@ FILES = pictures.files(9)
 # Two pictures of one size, whose prompts have the same tokens, and two others with as many tokens.
 SAME_SIZE = [pictures.encoded(Image.fromarray(pictures.drawn(seed, 40, 40))) for seed in (1, 2)]
 WIDE, HIGH = (pictures.encoded(Image.fromarray(pictures.drawn(3, *size))) for size in ((48, 32), (32, 48)))
-LIMITS = {"context": 512, "slots": 4, "prefill_chunk": 16, "default_max_tokens": 12, "threads": 1, "images": 3}
-ANSWER = 12
+LIMITS = image_prompts.LIMITS | {"prefill_chunk": 16}
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def _table(folder: Path, *variants: str, **limits: Any) -> dict[str, Any]:
-    return {
-        "task": "text-generation",
-        "source": {"path": str(folder)},
-        "variants": list(variants or ["fp32"]),
-        "limits": LIMITS | limits,
-        # Random weights have likeliest tokens that are little likelier than others.
-        "gates": {variant: {"top1": 0.8} for variant in variants if variant != "fp32"},
-    }
-
-
 def _exported(folder: Path, root: Path, *variants: str) -> Path:
-    spec = models_file.parse("qwen", _table(folder, *variants))
+    spec = models_file.parse("qwen", table(folder, *variants))
     install.export([spec], root / "repository", root, root / "cache", lambda message: None)
     return root / "repository"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_qwen_vl(tmp_path_factory.mktemp("qwen") / "qwen")
+def folder(image_models: Path) -> Path:
+    return image_models / "qwen"
 
 
 @pytest.fixture(scope="module")
-def repository(folder: Path) -> Path:
-    return _exported(folder, folder.parent, "fp32", "int8")
-
-
-@pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[LocalServer]:
-    with local.running(repository, repository.parent / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def gateway(server: LocalServer, repository: Path) -> Iterator[Gateway]:
-    with gateways.running(repository.parent / "gateway.log", server.grpc_url) as running:
-        yield running
+def repository(image_models: Path) -> Path:
+    return image_models / "repository"
 
 
 @pytest.fixture
-def client(server: LocalServer) -> Iterator[Client]:
-    with Client(server.grpc_url, timeout=60) as connected:
+def client(image_server: LocalServer) -> Iterator[Client]:
+    with Client(image_server.grpc_url, timeout=60) as connected:
         yield connected
 
 
@@ -146,22 +120,16 @@ def reference(folder: Path) -> Reference:
     return Reference(folder)
 
 
-def _message(*parts: str | None) -> dict[str, Any]:
-    """A message of the user; None is an image."""
-    said = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-    return {"role": "user", "content": said}
-
-
 CONVERSATIONS: list[tuple[list[dict[str, Any]], list[bytes]]] = [
-    ([_message("Tell me a story of the sea.")], []),
-    ([_message(None, "What is in this picture?")], [FILES[0]]),
-    ([_message("Look: ", None, " and ", None, ". Which is larger?")], [FILES[5], FILES[4]]),
-    ([_message(None, None, None)], [FILES[2], FILES[4], WIDE]),
+    ([message("Tell me a story of the sea.")], []),
+    ([message(None, "What is in this picture?")], [FILES[0]]),
+    ([message("Look: ", None, " and ", None, ". Which is larger?")], [FILES[5], FILES[4]]),
+    ([message(None, None, None)], [FILES[2], FILES[4], WIDE]),
     (
         [
-            _message(None, "What is this?"),
+            message(None, "What is this?"),
             {"role": "assistant", "content": [{"type": "text", "text": "A disc."}]},
-            _message("And this?", None),
+            message("And this?", None),
         ],
         [FILES[6], HIGH],
     ),
@@ -231,27 +199,9 @@ def test_an_answer_is_the_same_in_any_company(client: Client) -> None:
             assert list(pool.map(ask, CONVERSATIONS[::-1])) == alone[::-1]
 
 
-class Channel:
-    """Takes the one response of a request."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.chunk: Any = None
-
-    def send(self, chunk: Any) -> None:
-        self.chunk = chunk
-        self.done.set()
-
-    def fail(self, error: Exception) -> None:
-        self.send(error)
-
-    def is_cancelled(self) -> bool:
-        return False
-
-
 def test_prefixes_are_reused_by_image(repository: Path, reference: Reference) -> None:
     """The tokens of prompts are the same, and what they stand for is not; nor are the positions behind them."""
-    messages = [_message("A long beginning that both share, before the image: ", None, " What is this?")]
+    messages = [message("A long beginning that both share, before the image: ", None, " What is this?")]
     expected = {content: reference.answer(messages, [content]) for content in (*SAME_SIZE, WIDE, HIGH)}
     assert expected[SAME_SIZE[0]][0] == expected[SAME_SIZE[1]][0]
     assert expected[WIDE][0] == expected[HIGH][0]
@@ -277,7 +227,7 @@ def test_prefixes_are_reused_by_image(repository: Path, reference: Reference) ->
         assert with_image(second) == (expected[second][1], image)
     # The conversation goes on behind its answer, whose positions are not its places.
     words = reference.tokenizer.decode(expected[HIGH][1], skip_special_tokens=True)
-    more = [*messages, {"role": "assistant", "content": words}, _message("And why?")]
+    more = [*messages, {"role": "assistant", "content": words}, message("And why?")]
     prompt, answer = reference.answer(more, [HIGH])
     found, reused = with_image(HIGH, more)
     assert found == answer
@@ -290,23 +240,19 @@ def test_prefixes_are_reused_by_image(repository: Path, reference: Reference) ->
     service.stop()
 
 
-def _url(content: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def test_the_gateway_takes_data_urls(gateway: Gateway, client: Client) -> None:
+def test_the_gateway_takes_data_urls(image_gateway: Gateway, client: Client) -> None:
     expected = client.chat("What is this?", images=[FILES[0], WIDE], model="qwen", max_tokens=8)
     parts: list[Any] = [
-        {"type": "image_url", "image_url": {"url": _url(FILES[0], "image/jpeg"), "detail": "high"}},
-        {"type": "image_url", "image_url": {"url": _url(WIDE)}},
+        {"type": "image_url", "image_url": {"url": url(FILES[0], "image/jpeg"), "detail": "high"}},
+        {"type": "image_url", "image_url": {"url": url(WIDE)}},
         {"type": "text", "text": "What is this?"},
     ]
     body = {"model": "qwen", "messages": [{"role": "user", "content": parts}], "max_tokens": 8}
-    status, _, answer = gateway.ask("/v1/chat/completions", body)
+    status, _, answer = image_gateway.ask("/v1/chat/completions", body)
     assert (status, answer["choices"][0]["message"]["content"]) == (200, expected.text)
     assert answer["usage"]["prompt_tokens"] == expected.num_input_tokens
     parts[1] = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
-    status, _, answer = gateway.ask("/v1/chat/completions", body)
+    status, _, answer = image_gateway.ask("/v1/chat/completions", body)
     assert status == 400
     assert "messages[0].content[1] is a video, and no model here reads videos" in answer["error"]["message"]
 
@@ -317,22 +263,22 @@ NARROW = pictures.encoded(Image.fromarray(pictures.drawn(4, 402, 2)))
 @pytest.mark.parametrize(
     ("prompt", "files", "said"),
     [
-        ([_message(None)], [b"hello"], "images is no PNG, JPEG or WebP image: it begins with b'hello'"),
-        ([_message(None)], [FILES[1][:900]], "images can't be decoded"),
+        ([message(None)], [b"hello"], "images is no PNG, JPEG or WebP image: it begins with b'hello'"),
+        ([message(None)], [FILES[1][:900]], "images can't be decoded"),
         (
-            [_message(None, None)],
+            [message(None, None)],
             [FILES[0], NARROW],
             r"images\[1\]: it is 402 x 2 pixels, and this model reads images whose longer side is at most 200 times",
         ),
-        ([_message(None, None, None, None)], FILES[:4], "the request has 4 images, the limit is 3"),
-        ([_message("hello")], FILES[:1], "images holds 1 files, and messages has 0 parts of type 'image'"),
+        ([message(None, None, None, None)], FILES[:4], "the request has 4 images, the limit is 3"),
+        ([message("hello")], FILES[:1], "images holds 1 files, and messages has 0 parts of type 'image'"),
         (
             f"one {MARK}",
             FILES[:2],
             "text_input says 1 times where an image goes .<.image_pad.>., and the request's images are 2",
         ),
         ([5, 6, 7], FILES[:1], "the prompt has 0 tokens of <.image_pad.>, its 1 images have"),
-        ([_message("x" * 1200, None)], FILES[:1], "messages has [0-9]+ tokens, the model's context of 512 allows 511"),
+        ([message("x" * 1200, None)], FILES[:1], "messages has [0-9]+ tokens, the model's context of 512 allows 511"),
         (
             [{"role": "user", "content": [{"type": "video", "video": "file:///a.mp4"}]}],
             [],
@@ -407,7 +353,7 @@ def test_the_gate_refuses_a_damaged_tower(folder: Path, repository: Path, refere
 
 def test_texts_are_what_the_text_part_gives(folder: Path, repository: Path, tmp_path: Path) -> None:
     """Logits of texts, to the last bit, from the graph with three positions and from that of a table without images."""
-    spec = models_file.parse("text", _table(folder, images=0))
+    spec = models_file.parse("text", table(folder, images=0))
     install.export([spec], tmp_path / "repository", tmp_path, tmp_path / "cache", lambda message: None)
     texts = [[5, 40, 33, 7, 250, 18, 90, 3], [44, 3, 8, 100]]
     found = []
@@ -427,7 +373,7 @@ def test_tables_and_folders_that_do_not_fit(folder: Path, tmp_path: Path) -> Non
     source = HuggingFaceFolder(folder)
 
     def check(source: HuggingFaceFolder = source, **limits: Any) -> None:
-        text_generation.check(models_file.parse("qwen", _table(source.path, **limits)), source)
+        text_generation.check(models_file.parse("qwen", table(source.path, **limits)), source)
 
     check()
     check(image_tokens=20)
