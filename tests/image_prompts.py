@@ -25,7 +25,7 @@ def table(folder: Path, *variants: str, **limits: Any) -> dict[str, Any]:
         "variants": list(variants or ["fp32"]),
         "limits": LIMITS | limits,
         # Random weights have likeliest tokens that are little likelier than others.
-        "gates": {variant: {"top1": 0.9} for variant in variants if variant != "fp32"},
+        "gates": {name: {"top1": 0.5 if "int4" in name else 0.9} for name in variants if name != "fp32"},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,13 +85,9 @@ def test_what_a_tower_is_given() -> None:
     assert settings.blank()["pixel_values"].shape == (4, 3 * 2 * 14 * 14)
 
 
-def _settings_are_kept(settings: VisionSettings, folder: object) -> None:
-    settings.save(folder)  # type: ignore[arg-type, misc]
-    assert VisionSettings.load(folder) == settings  # type: ignore[arg-type]
-
-
-def test_settings_are_kept(tmp_path: object) -> None:
-    _settings_are_kept(SETTINGS, tmp_path)
+def test_settings_are_kept(tmp_path: Path) -> None:
+    SETTINGS.save(tmp_path)
+    assert VisionSettings.load(tmp_path) == SETTINGS
 
 
 def _rope_index(ids: list[int], grids: list[Grid]) -> tuple[torch.Tensor, int]:

@@ -35,7 +35,7 @@ from trident_export.graphs.vision import export_image_graph
 from trident_serving.generation.decoder import IMAGE_EMBEDS, ROPE_POSITIONS
 
 _POSITIONS = "image_positions"
-_COS, _SIN, _ROWS = 7, 8, 9  # among the attention operator's inputs
+_TOTAL, _COS, _SIN, _ROWS = 6, 7, 8, 9  # among the attention operator's inputs
 
 
 def export_tower(model: PreTrainedModel, path: Path, of: str, tile: int) -> None:
@@ -122,8 +122,8 @@ def add_rope_positions(model: ir.Model, sections: Sequence[int]) -> None:
     inputs = {value.name: value for value in graph.inputs}
     tables = {tuple(map(_origin, node.inputs[_COS : _SIN + 1])) for node in nodes}
     half = sum(sections)
-    rotated = len(tables) == 1 and all(rank_of_weight(table) and table.shape[1] == half for table in next(iter(tables)))
-    if not rotated or any(node.inputs[_ROWS] is not None for node in nodes):
+    rotating = [table for pair in tables for table in pair if table is not None and rank_of_weight(table) == 2]
+    if [table.shape[1] for table in rotating] != [half, half] or any(node.inputs[_ROWS] for node in nodes):
         raise UnsupportedArchitecture(
             "its layers are not all rotated in one way by the attention operator, so it can't read images here: set "
             "images = 0"
@@ -143,13 +143,16 @@ def add_rope_positions(model: ir.Model, sections: Sequence[int]) -> None:
     for part, end in enumerate(np.cumsum(sections)):
         chosen[part, 0, end - sections[part] : end] = 1
     mask = constant(graph, "rope/chosen", chosen)
-    # The operator wants as many rows as a slot may have keys, and reads those of the run's tokens.
-    longest = add("Cast", [inputs["total_sequence_length"]], "longest", to=ir.DataType.INT64)
-    missing = add("Sub", [longest, add("Shape", [positions], "tokens", start=1, end=2)], "missing")
+    # The operator reads the rows of the run's tokens, and wants as many as the slot with the most keys has of these: so
+    # it is told how many they are, not how many there could be.
+    one = constant(graph, "rope/one", np.array(1, np.int32))
+    longest = add("Add", [add("ReduceMax", [inputs["seqlens_k"]], "last", keepdims=0), one], "longest")
+    wanted = add("Cast", [longest], "wanted", to=ir.DataType.INT64)
+    missing = add("Sub", [wanted, add("Shape", [positions], "tokens", start=1, end=2)], "missing")
     behind = add("Max", [missing, number("none", 0)], "behind")
     padding = add("Concat", [number("before", 0, 0), behind, number("none", 0)], "padding", axis=0)
     found = []
-    for table, name in zip(next(iter(tables)), ("cos", "sin"), strict=True):
+    for table, name in zip(rotating, ("cos", "sin"), strict=True):
         three = add("Mul", [add("Gather", [table, positions], f"{name}_three"), mask], f"{name}_chosen")
         rows = add("ReduceSum", [three, number("none", 0)], f"{name}_rows", keepdims=0)
         found.append(add("Pad", [rows, padding], name))
@@ -157,9 +160,9 @@ def add_rope_positions(model: ir.Model, sections: Sequence[int]) -> None:
     found.append(add("Gather", [inputs["attention_tokens"], index], "row_of_place", axis=2))
     graph.insert_before(graph[0], made)
     for node in nodes:
-        for place, value in zip((_COS, _SIN, _ROWS), found, strict=True):
+        for place, value in zip((_TOTAL, _COS, _SIN, _ROWS), (longest, *found), strict=True):
             node.replace_input_with(place, value)
-    drop_unused(model)
+    drop_unused(model, inputs=True)
 
 
 def _origin(value: ir.Value | None) -> ir.Value | None:

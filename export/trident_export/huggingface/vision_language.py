@@ -138,7 +138,7 @@ def _tokens(source: HuggingFaceFolder, tile: int) -> int:
     return int(side**2)
 
 
-def _texts(source: HuggingFaceFolder) -> dict[str, str]:
+def _texts(source: HuggingFaceFolder) -> dict[str, Any]:
     """The tokens that stand for images and around them, as transformers' processors name them."""
     tokenizer: Any = source.fast_tokenizer
     texts = {
@@ -204,7 +204,7 @@ def _window(source: HuggingFaceFolder) -> int:
     window, factor = getattr(vision, "window_size", 0), vision.patch_size * vision.spatial_merge_size
     if window and window < factor:
         raise UnreadableSource(f"{source}: config.json has windows of {window} pixels, a token has {factor}")
-    return int(window) // factor * factor
+    return int(window // factor * factor)
 
 
 @dataclass(frozen=True)

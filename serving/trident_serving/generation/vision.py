@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,9 +50,9 @@ class VisionSettings(ABC):
         kind = json.loads(file.read_text(encoding="utf-8")).get("kind", TileVision.kind)
         return reading.load(PatchVision if kind == PatchVision.kind else TileVision, file)
 
-    def save(self: DataclassInstance, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
         """Write `folder/vision.json`."""
-        reading.save(self, folder / _SETTINGS)
+        reading.save(cast("DataclassInstance", self), folder / _SETTINGS)
 
     @abstractmethod
     def grid(self, width: int, height: int) -> Grid:
