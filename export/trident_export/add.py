@@ -88,7 +88,8 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     reasons = [f"task {task}: {why}"]
     if adapter := source.get("adapter"):
         reasons.append(f"adapter {adapter}: merged into the weights at export, with its tokenizer where it has one")
-    vision = _images_of(model, reasons) if task == "text-generation" else {}
+    seen: list[str] = []
+    vision = _images_of(model, seen) if task == "text-generation" else {}
     if task == "text-generation" and not vision and text_part.whole_class(config) is not None:
         parts = ", ".join(text_part.left_out(config)) or "everything else"
         reasons.append(f"left out: {parts}; a {config.model_type} model is served by its text part")
@@ -97,6 +98,7 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
         table["variants"] = ["int8", "fp32"]
         limits = _generation_limits(model.text_config, reasons)
         limits |= vision
+        reasons += seen
     else:
         table["variants"] = ["fp32", "int8"]
         if task == _SPEECH:
