@@ -391,6 +391,12 @@ def test_tables_and_folders_that_do_not_fit(folder: Path, tmp_path: Path) -> Non
     (other / "preprocessor_config.json").write_text(json.dumps(processor | {"merge_size": 4}))
     with pytest.raises(UnreadableSource, match="has merge_size 4, the model's is 2: one is another model's"):
         check(HuggingFaceFolder(other))
+    other = shutil.copytree(folder, tmp_path / "another")
+    config = json.loads((other / "config.json").read_text())
+    del config["text_config"]["rope_parameters"]["mrope_section"]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnreadableSource, match="config.json must have an mrope_section of three numbers, found None"):
+        check(HuggingFaceFolder(other))
 
 
 def test_add_proposes_images_that_fit(folder: Path, tmp_path: Path) -> None:
