@@ -801,3 +801,70 @@ def make_vlm(folder: Path, kind: str = "smolvlm", seed: int = 0, context: int = 
     named = {"processor_class": f"{name}Processor", "image_seq_len": VLM_TOKENS}
     (folder / "processor_config.json").write_text(json.dumps(named))
     return folder
+
+
+# A template as Qwen2-VL's and Qwen2.5-VL's: a mark between two others for each image.
+QWEN_VL_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' or 'video' in part %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_VL_SIDE = 8  # of a token, in pixels: two by two patches
+QWEN_VL_PIXELS = (4 * QWEN_VL_SIDE**2, 30 * QWEN_VL_SIDE**2)  # of an image at least and at most
+
+
+@made_once
+def make_qwen_vl(folder: Path, kind: str = "qwen2_5_vl", seed: int = 0, context: int = 512) -> Path:
+    """A vision-language model of Qwen2.5-VL's or Qwen2-VL's class with random weights, and its image processor."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = qwen2_tokenizer()
+    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    marks = [f"<|{name}|>" for name in ("im_start", "im_end", *names.values())]
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    tokenizer.chat_template = QWEN_VL_TEMPLATE
+    ids = {f"{role}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for role, name in names.items()}
+    roles = {"bos_token_id": 0, "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"), "pad_token_id": 0}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    }
+    # A window has two by two tokens.
+    vision = {"num_heads": 2, "patch_size": QWEN_VL_SIDE // 2}
+    if kind == "qwen2_5_vl":
+        vision |= {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+        vision |= {"window_size": 2 * QWEN_VL_SIDE, "fullatt_block_indexes": [1]}
+    else:
+        vision |= {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    config = AutoConfig.for_model(kind, text_config=text | roles, vision_config=vision, **ids)
+    torch.manual_seed(seed)
+    kinds = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}
+    model = kinds[kind](config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "visual" in key:
+                parameter.copy_((1.5 / parameter[0].numel() ** 0.5) * torch.randn_like(parameter))
+            elif parameter.ndim > 1:
+                parameter.mul_(8)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    ends = [roles["eos_token_id"], tokenizer.eos_token_id]
+    model.generation_config = GenerationConfig(**roles | {"eos_token_id": ends})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    least, most = QWEN_VL_PIXELS
+    size = {"shortest_edge": least, "longest_edge": most}
+    Qwen2VLImageProcessorPil(patch_size=QWEN_VL_SIDE // 2, size=size).save_pretrained(folder)
+    return folder

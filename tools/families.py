@@ -366,6 +366,10 @@ def table(results: dict[str, list[Result]]) -> str:
         "frequencies change with every token beyond its original context, is served within it. A type that is refused",
         "ends an export with the sentence that stands here.",
         "",
+        "Models that read images beside text are not in these tables: `idefics3`, `smolvlm`, `qwen2_vl` and",
+        "`qwen2_5_vl` are served with their image tower ([Chat about images](../how-to/chat-about-images.md)), others",
+        "by their text part.",
+        "",
         f"transformers {transformers.__version__}.",
         "",
     ]

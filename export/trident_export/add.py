@@ -22,6 +22,7 @@ from trident_export.huggingface.seq2seq import generation_config
 from trident_export.models_file import PROMPT_TASKS
 from trident_export.tasks import encoders, text_generation
 from trident_serving.encoders import TASKS
+from trident_serving.generation.vision import PatchVision
 from trident_serving.schema.limits import LIMITS, ImageLimits
 
 # The head that a class of transformers has, by the end of its name, and the pipeline for it; the first that fits.
@@ -87,17 +88,17 @@ def propose(folder: Path, source: Mapping[str, str], name: str = "") -> Proposal
     reasons = [f"task {task}: {why}"]
     if adapter := source.get("adapter"):
         reasons.append(f"adapter {adapter}: merged into the weights at export, with its tokenizer where it has one")
-    images = _images_of(model) if task == "text-generation" else 0
-    if task == "text-generation" and not images and text_part.whole_class(config) is not None:
+    seen: list[str] = []
+    vision = _images_of(model, seen) if task == "text-generation" else {}
+    if task == "text-generation" and not vision and text_part.whole_class(config) is not None:
         parts = ", ".join(text_part.left_out(config)) or "everything else"
         reasons.append(f"left out: {parts}; a {config.model_type} model is served by its text part")
     table: dict[str, Any] = {"task": task, "source": dict(source)}
     if task == "text-generation":
         table["variants"] = ["int8", "fp32"]
         limits = _generation_limits(model.text_config, reasons)
-        if images:
-            limits["images"] = images
-            reasons.append(f"images {images}: of a request at most; its image tower becomes a graph of its own")
+        limits |= vision
+        reasons += seen
     else:
         table["variants"] = ["fp32", "int8"]
         if task == _SPEECH:
@@ -203,12 +204,23 @@ def _generation_limits(config: PretrainedConfig, reasons: list[str]) -> dict[str
     return {"context": context, "slots": 8, "kv_cache_mib": _CACHE_MIB}
 
 
-def _images_of(model: HuggingFaceFolder) -> int:
-    """Images of a request at most that the context has room for; 0 of a model that reads none."""
+def _images_of(model: HuggingFaceFolder, reasons: list[str]) -> dict[str, int]:
+    """Images of a request at most that the context has room for, and their size; {} of a model that reads none."""
     if not vision_language.reads_images(model):
-        return 0
+        return {}
     context = min(getattr(model.text_config, "max_position_embeddings", None) or 0, _MAX_CONTEXT)
-    return min(_MOST_IMAGES, context // vision_language.settings(model).most_tokens)
+    settings = vision_language.settings(model)
+    most, share = settings.most_tokens, context // _MOST_IMAGES
+    limits: dict[str, int] = {}
+    if isinstance(settings, PatchVision) and most > share and share * settings.factor**2 >= settings.min_pixels:
+        reasons.append(f"image_tokens {share}: larger images are made smaller; its image processor allows {most}")
+        limits["image_tokens"] = share
+        most = vision_language.settings(model, share).most_tokens
+    images = min(_MOST_IMAGES, context // most)
+    if not images:
+        return {}
+    reasons.append(f"images {images}: of a request at most; its image tower becomes a graph of its own")
+    return {"images": images, **limits}
 
 
 def _encoder_limits(model: HuggingFaceFolder, task: str, reasons: list[str]) -> dict[str, Any]:

@@ -65,7 +65,11 @@ def _graph_only(spec: ModelSpec, public_name: str) -> ModelSpec:
         variants=(variant,),
         default_variant=variant,
         limits=GenerationLimits(
-            context=limits.context, prefill_chunk=limits.prefill_chunk, device=limits.device, images=limits.images
+            context=limits.context,
+            prefill_chunk=limits.prefill_chunk,
+            device=limits.device,
+            images=limits.images,
+            image_tokens=limits.image_tokens,
         ),
         on_demand=False,
         gates={},

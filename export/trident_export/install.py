@@ -43,6 +43,7 @@ from trident_serving.artefacts import (
     served_versions,
     write_failures,
 )
+from trident_serving.generation.vision import VisionSettings
 
 
 def is_current(spec: ModelSpec, repository: Path, base: Path) -> bool:
@@ -249,6 +250,7 @@ def _export_one(
                 source=origins.source(spec),
                 licences=origins.licences(spec, source, cache),
                 engine=f"vllm {read_vllm(staging / spec.name / VERSION).version}" if spec.vllm_limits else "",
+                image_tokens=_image_tokens(spec, staging / spec.name / VERSION),
             )
             manifest.write(staging)
             if beside:
@@ -267,6 +269,12 @@ def _export_one(
         for adapter, measured in fidelity.by_adapter(values).items():
             shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
             progress(f"{variant}: with adapter {adapter} ({shown})" if adapter else f"{variant}: {verdict} ({shown})")
+
+
+def _image_tokens(spec: ModelSpec, folder: Path) -> int:
+    """Tokens of a prompt that an image takes at most; 0 of a model that reads none."""
+    images = spec.generation is not None and spec.generation.images
+    return VisionSettings.load(folder).most_tokens if images else 0
 
 
 def _install(manifest: Manifest, staging: Path, repository: Path, version: int, *, served: bool) -> None:

@@ -64,6 +64,7 @@ class Manifest:
         licences: what the source says of its licence: SPDX identifiers, or names as it has them.
         format: of the artefact; 1 where none is written.
         engine: the other engine that the gate ran, with its version; "": ONNX Runtime.
+        image_tokens: of a prompt that an image takes at most, marks around it included; 0: it reads none.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Manifest:
     licences: list[str] = field(default_factory=list)
     format: int = 1
     engine: str = ""
+    image_tokens: int = 0
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,6 @@ import io
 import json
 import re
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,8 +27,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Idefics3Processor
 from transformers.image_utils import load_image
 
-from tests import doors, gateways, tiny_models
+from tests import doors, tiny_models
 from tests.gateways import Gateway
+from tests.image_prompts import ANSWER, LIMITS, Channel, message, table, url
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, cli
 from trident_export import add, configs, fingerprint, install, models_file
 from trident_export.errors import FidelityError, ModelsFileError, UnreadableSource, UnsupportedArchitecture
@@ -43,10 +43,10 @@ from trident_serving.encoders.images import as_files
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.image_tower import ImageTower
-from trident_serving.generation.images import ImageReader, VisionSettings
+from trident_serving.generation.images import ImageReader
 from trident_serving.generation.service import GenerationService
+from trident_serving.generation.vision import TileVision, VisionSettings
 from trident_serving.images.decoding import decode
-from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import encode_texts
@@ -56,49 +56,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = pictures.files(9)
 # Two pictures of one size, whose prompts have the same tokens.
 SAME_SIZE = [pictures.encoded(Image.fromarray(pictures.drawn(seed, 64, 64))) for seed in (1, 2)]
-LIMITS = {"context": 512, "slots": 4, "prefill_chunk": 48, "default_max_tokens": 12, "threads": 1, "images": 3}
-ANSWER = 12
-
-
-def _table(folder: Path, *variants: str, **limits: Any) -> dict[str, Any]:
-    return {
-        "task": "text-generation",
-        "source": {"path": str(folder)},
-        "variants": list(variants or ["fp32"]),
-        "limits": LIMITS | limits,
-        # Random weights have likeliest tokens that are little likelier than others.
-        "gates": {"int8": {"top1": 0.9}} if "int8" in variants else {},
-    }
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make_vlm(tmp_path_factory.mktemp("vlm") / "vlm")
+def folder(image_models: Path) -> Path:
+    return image_models / "vlm"
 
 
 @pytest.fixture(scope="module")
-def repository(folder: Path) -> Path:
-    root = folder.parent
-    spec = models_file.parse("vlm", _table(folder, "fp32", "int8"))
-    install.export([spec], root / "repository", root, root / "cache", lambda message: None)
-    return root / "repository"
-
-
-@pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[LocalServer]:
-    with local.running(repository, repository.parent / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def gateway(server: LocalServer, repository: Path) -> Iterator[Gateway]:
-    with gateways.running(repository.parent / "gateway.log", server.grpc_url) as running:
-        yield running
+def repository(image_models: Path) -> Path:
+    return image_models / "repository"
 
 
 @pytest.fixture
-def client(server: LocalServer) -> Iterator[Client]:
-    with Client(server.grpc_url, timeout=60) as connected:
+def client(image_server: LocalServer) -> Iterator[Client]:
+    with Client(image_server.grpc_url, timeout=60) as connected:
         yield connected
 
 
@@ -134,22 +106,16 @@ def _image(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content))
 
 
-def _message(*parts: str | None) -> dict[str, Any]:
-    """A message of the user; None is an image."""
-    said = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-    return {"role": "user", "content": said}
-
-
 CONVERSATIONS: list[tuple[list[dict[str, Any]], list[bytes]]] = [
-    ([_message("Tell me a story of the sea.")], []),
-    ([_message(None, "What is in this picture?")], [FILES[0]]),
-    ([_message("Look: ", None, " and ", None, ". Which is larger?")], [FILES[1], FILES[5]]),
-    ([_message(None, None, None)], [FILES[2], FILES[3], FILES[4]]),
+    ([message("Tell me a story of the sea.")], []),
+    ([message(None, "What is in this picture?")], [FILES[0]]),
+    ([message("Look: ", None, " and ", None, ". Which is larger?")], [FILES[1], FILES[5]]),
+    ([message(None, None, None)], [FILES[2], FILES[3], FILES[4]]),
     (
         [
-            _message(None, "What is this?"),
+            message(None, "What is this?"),
             {"role": "assistant", "content": [{"type": "text", "text": "A disc."}]},
-            _message("And this?", None),
+            message("And this?", None),
         ],
         [FILES[6], FILES[2]],
     ),
@@ -164,6 +130,7 @@ def _asked(client: Client, messages: list[dict[str, Any]], files: Sequence[bytes
 def test_pixels_are_the_image_processors(folder: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     settings = vision_language.settings(HuggingFaceFolder(folder))
+    assert isinstance(settings, TileVision)
     shapes = ((1, 1), (1, 700), (900, 3), (64, 63), (63, 64), (33, 32), (640, 427), (20, 41))
     drawn = [pictures.encoded(Image.fromarray(pictures.drawn(width, width, height))) for width, height in shapes]
     grids = set()
@@ -187,7 +154,7 @@ def test_the_towers_vectors_are_transformers(repository: Path, reference: Refere
     reader = ImageReader(tower.settings, GenerationLimits(**LIMITS))
     for content in FILES[:4]:
         (image,) = reader.read([("images", content)])
-        pixels = reference.inputs([_message(None)], [content])["pixel_values"]
+        pixels = reference.inputs([message(None)], [content])["pixel_values"]
         with torch.inference_mode():
             (expected,) = reference.model.get_image_features(pixels).pooler_output
         assert expected.std() > 0.1
@@ -220,27 +187,9 @@ def test_an_answer_is_the_same_in_any_company(client: Client) -> None:
             assert list(pool.map(ask, CONVERSATIONS[::-1])) == alone[::-1]
 
 
-class Channel:
-    """Takes the one response of a request."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.chunk: Any = None
-
-    def send(self, chunk: Any) -> None:
-        self.chunk = chunk
-        self.done.set()
-
-    def fail(self, error: Exception) -> None:
-        self.send(error)
-
-    def is_cancelled(self) -> bool:
-        return False
-
-
 def test_prefixes_are_reused_by_image(repository: Path, reference: Reference) -> None:
     """The tokens of both prompts are the same, and what they stand for is not."""
-    messages = [_message("A long beginning that both share, before the image: ", None, " What is this?")]
+    messages = [message("A long beginning that both share, before the image: ", None, " What is this?")]
     expected = [reference.answer(messages, [content]) for content in SAME_SIZE]
     assert expected[0][0] == expected[1][0]
     assert expected[0][1] != expected[1][1]
@@ -301,7 +250,7 @@ def test_text_prompts_and_tokens(client: Client, reference: Reference) -> None:
     assert (list(found.prompt_token_ids), list(found.token_ids)) == (ids, expected)
     assert list(client.generate(ids, images=FILES[:2], **options).token_ids) == expected
     # What a text holds is text, also where it reads like the token of an image.
-    messages = [_message("Is <image> a tag? ", None)]
+    messages = [message("Is <image> a tag? ", None)]
     assert len(client.generate(messages, images=FILES[:1], **options).token_ids) == ANSWER
 
 
@@ -316,7 +265,7 @@ def test_grammars_and_prompts_log_probabilities(client: Client) -> None:
     assert (scored.text, scored.log_probs) == (plain.text, plain.log_probs)
 
 
-def test_every_door_gives_the_same(server: LocalServer, tmp_path: Path) -> None:
+def test_every_door_gives_the_same(image_server: LocalServer, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(FILES[0])
     parts = [{"type": "image", "image": path}, {"type": "text", "text": "What is this?"}]
@@ -324,25 +273,27 @@ def test_every_door_gives_the_same(server: LocalServer, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": "vlm", "max_tokens": 8}
     sampled = options | {"temperature": 1.0, "random_seed": 5}
     found = doors.answers(
-        server,
+        image_server,
         lambda client: client.chat("What is this?", images=str(path), **options),
         lambda client: client.chat(by_hand, **options),
         lambda client: client.generate(by_hand, **options),
-        lambda client: client.generate_many([_message(None, "Why?")], 2, images=[FILES[1]], **sampled),
+        lambda client: client.generate_many([message(None, "Why?")], 2, images=[FILES[1]], **sampled),
     )
     assert found[0] == found[1] == found[2]
     assert len({answer.text for answer in found[3]}) == 2
-    with Client(server.grpc_url) as client:
+    with Client(image_server.grpc_url) as client:
         streamed = client.stream(by_hand, **options)
         assert "".join(chunk.text for chunk in streamed) == found[0].text
     assert found[0].num_input_tokens > 5 * tiny_models.VLM_TOKENS
 
 
-def test_command_line(server: LocalServer, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    image_server: LocalServer, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [str(tmp_path / name) for name in ("a.jpg", "b.png")]
     for name, content in zip(names, FILES, strict=False):
         Path(name).write_bytes(content)
-    at = ["--model", "vlm", "--max-tokens", "8", "--url", server.grpc_url]
+    at = ["--model", "vlm", "--max-tokens", "8", "--url", image_server.grpc_url]
     images = ["--image", names[0], "--image", names[1]]
     expected = client.chat("What is this?", images=FILES[:2], model="vlm", max_tokens=8)
     assert cli.main(["chat", "What is this?", *images, *at]) == 0
@@ -354,39 +305,35 @@ def test_command_line(server: LocalServer, client: Client, tmp_path: Path, capsy
     assert "none.png: No such file" in capsys.readouterr().err
 
 
-def _url(content: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def test_the_gateway_takes_data_urls(gateway: Gateway, client: Client) -> None:
+def test_the_gateway_takes_data_urls(image_gateway: Gateway, client: Client) -> None:
     expected = client.chat("What is this?", images=FILES[:2], model="vlm", max_tokens=8)
     parts: list[Any] = [
-        {"type": "image_url", "image_url": {"url": _url(FILES[0], "image/jpeg"), "detail": "high"}},
-        {"type": "image_url", "image_url": {"url": _url(FILES[1])}},
+        {"type": "image_url", "image_url": {"url": url(FILES[0], "image/jpeg"), "detail": "high"}},
+        {"type": "image_url", "image_url": {"url": url(FILES[1])}},
         {"type": "text", "text": "What is this?"},
     ]
     body = {"model": "vlm", "messages": [{"role": "user", "content": parts}], "max_tokens": 8}
-    status, _, answer = gateway.ask("/v1/chat/completions", body)
+    status, _, answer = image_gateway.ask("/v1/chat/completions", body)
     assert (status, answer["choices"][0]["message"]["content"]) == (200, expected.text)
     assert answer["usage"]["prompt_tokens"] == expected.num_input_tokens
     items = [
-        {"type": "input_image", "image_url": _url(FILES[0])},
-        {"type": "input_image", "image_url": _url(FILES[1])},
+        {"type": "input_image", "image_url": url(FILES[0])},
+        {"type": "input_image", "image_url": url(FILES[1])},
         {"type": "input_text", "text": "What is this?"},
     ]
     given = {"model": "vlm", "input": [{"role": "user", "content": items}], "max_output_tokens": 8}
-    status, _, answer = gateway.ask("/v1/responses", given)
+    status, _, answer = image_gateway.ask("/v1/responses", given)
     assert (status, answer["output"][0]["content"][0]["text"]) == (200, expected.text)
     images = [base64.b64encode(content).decode() for content in FILES[:2]]
     message = {"role": "user", "content": "What is this?", "images": images}
     told = {"model": "vlm", "messages": [message], "stream": False, "options": {"num_predict": 8}}
-    status, _, answer = gateway.ask("/api/chat", told)
+    status, _, answer = image_gateway.ask("/api/chat", told)
     assert (status, answer["message"]["content"]) == (200, expected.text)
     told = {"model": "vlm", "prompt": "What is this?", "images": images, "stream": False, "options": {"num_predict": 8}}
-    status, _, answer = gateway.ask("/api/generate", told)
+    status, _, answer = image_gateway.ask("/api/generate", told)
     assert (status, answer["response"]) == (200, expected.text)
     parts[0]["image_url"]["url"] = "https://127.0.0.1/cat.png"
-    status, _, answer = gateway.ask("/v1/chat/completions", body)
+    status, _, answer = image_gateway.ask("/v1/chat/completions", body)
     assert status == 400
     assert (
         "messages[0].content[0]: 'https://127.0.0.1/cat.png' is an address, and this server fetches none"
@@ -401,14 +348,14 @@ WIDE = pictures.encoded(Image.fromarray(pictures.drawn(7, 128, 128)))
 @pytest.mark.parametrize(
     ("messages", "files", "said"),
     [
-        ([_message(None)], [b""], "images is empty: send the bytes of a file"),
-        ([_message(None)], [b"hello"], "images is no PNG, JPEG or WebP image: it begins with b'hello'"),
-        ([_message(None, None)], [FILES[0], FILES[1][:900]], r"images\[1\] can't be decoded"),
-        ([_message(None)], [BOMB], "images is 9000 x 9000 pixels, the limit is 33554432 pixels"),
-        ([_message(None, None, None, None)], FILES[:4], "the request has 4 images, the limit is 3"),
-        ([_message(None)], [], r"messages\[0\].content\[0\] is an image, and images holds 0 files"),
-        ([_message("hello")], FILES[:1], "images holds 1 files, and messages has 0 parts of type 'image'"),
-        ([_message(None, "x" * 900)], FILES[:1], "messages has [0-9]+ tokens, the model's context of 512 allows 511"),
+        ([message(None)], [b""], "images is empty: send the bytes of a file"),
+        ([message(None)], [b"hello"], "images is no PNG, JPEG or WebP image: it begins with b'hello'"),
+        ([message(None, None)], [FILES[0], FILES[1][:900]], r"images\[1\] can't be decoded"),
+        ([message(None)], [BOMB], "images is 9000 x 9000 pixels, the limit is 33554432 pixels"),
+        ([message(None, None, None, None)], FILES[:4], "the request has 4 images, the limit is 3"),
+        ([message(None)], [], r"messages\[0\].content\[0\] is an image, and images holds 0 files"),
+        ([message("hello")], FILES[:1], "images holds 1 files, and messages has 0 parts of type 'image'"),
+        ([message(None, "x" * 900)], FILES[:1], "messages has [0-9]+ tokens, the model's context of 512 allows 511"),
         (
             "one <image>",
             FILES[:2],
@@ -444,9 +391,9 @@ def test_what_is_refused(client: Client, messages: Any, files: Sequence[bytes], 
 
 def test_cut_prompts_and_other_models(client: Client, repository: Path) -> None:
     with pytest.raises(InvalidRequestError, match="truncate_prompt_tokens can't be used with images"):
-        client.generate([_message(None)], images=FILES[:1], model="vlm", truncate_prompt_tokens=-1)
+        client.generate([message(None)], images=FILES[:1], model="vlm", truncate_prompt_tokens=-1)
     with pytest.raises(DeadlineExceededError):
-        client.generate([_message(None)], images=FILES[:1], model="vlm", timeout=1e-4)
+        client.generate([message(None)], images=FILES[:1], model="vlm", timeout=1e-4)
 
 
 def test_nobody_else_is_hurt(client: Client, reference: Reference) -> None:
@@ -483,6 +430,7 @@ def test_the_gate_refuses_a_damaged_tower(folder: Path, repository: Path, refere
     with pytest.raises(FidelityError, match="the image tower's vectors differ from transformers' by"):
         image_parts.ask(source, reference.model, damaged, limits)
     settings = VisionSettings.load(repository / "vlm" / VERSION)
+    assert isinstance(settings, TileVision)
     for file in (repository / "vlm" / VERSION).glob(f"{TOWER}*"):
         shutil.copyfile(file, damaged / file.name)
     replace(settings, mean=(0.4, 0.5, 0.5)).save(damaged)
@@ -510,8 +458,8 @@ def test_the_gate_compares_what_follows_images(folder: Path, repository: Path, r
 def test_tables_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     source = HuggingFaceFolder(folder)
 
-    def check(**table: Any) -> None:
-        text_generation.check(models_file.parse("vlm", _table(folder) | table), source)
+    def check(**more: Any) -> None:
+        text_generation.check(models_file.parse("vlm", table(folder) | more), source)
 
     check()
     with pytest.raises(ModelsFileError, match="limits.context is 128, an image takes up to 94 tokens, and texts need"):
@@ -522,7 +470,7 @@ def test_tables_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         check(limits=LIMITS | {"device": "cuda"})
     text = HuggingFaceFolder(tiny_models.make_causal(tmp_path / "llama", "llama"))
     with pytest.raises(UnsupportedArchitecture, match="a model of type 'llama', whose images are not read here"):
-        text_generation.check(models_file.parse("m", _table(text.path, context=128)), text)
+        text_generation.check(models_file.parse("m", table(text.path, context=128)), text)
     other = shutil.copytree(folder, tmp_path / "other")
     (other / "processor_config.json").write_text(json.dumps({"image_seq_len": 64}))
     with pytest.raises(UnreadableSource, match="has image_seq_len 64, a tile of this model has 16 tokens"):
@@ -531,10 +479,10 @@ def test_tables_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
 
 def test_only_a_model_with_images_has_a_tensor_for_them(folder: Path) -> None:
     for images in (3, 0):
-        config = configs.build(models_file.parse("vlm", _table(folder, images=images)))["vlm"]
+        config = configs.build(models_file.parse("vlm", table(folder, images=images)))["vlm"]
         assert ("images" in [tensor.name for tensor in config.input]) == bool(images)
         assert ("image_pixels" in config.parameters) == bool(images)
-        makers = fingerprint.makers(models_file.parse("vlm", _table(folder, images=images)))
+        makers = fingerprint.makers(models_file.parse("vlm", table(folder, images=images)))
         assert ("tasks.image_parts" in makers) == ("graphs.vision" in makers) == bool(images)
 
 
@@ -548,7 +496,7 @@ def test_add_proposes_images(folder: Path) -> None:
 def test_idefics3(tmp_path: Path) -> None:
     """The same of Idefics3's class, without a server."""
     folder = tiny_models.make_vlm(tmp_path / "vlm", "idefics3", seed=3)
-    spec = models_file.parse("vlm", _table(folder, "fp32", "int8"))
+    spec = models_file.parse("vlm", table(folder, "fp32", "int8"))
     install.export([spec], tmp_path / "repository", tmp_path, tmp_path / "cache", lambda message: None)
     reference = Reference(folder)
     prompts = image_parts.ask(

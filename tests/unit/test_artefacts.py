@@ -15,7 +15,7 @@ HELD = {
     2: {
         "Manifest": (
             "name task triton_models public_models fingerprint fidelity unverified aliases drafts processor recipes "
-            "files source licences format engine"
+            "files source licences format engine image_tokens"
         ),
         "VllmBuild": "version dtype trust_remote_code",
         "DraftSettings": "name context longest_run",

@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import weakref
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,15 +20,16 @@ from trident_export.measure import pictures
 from trident_serving.errors import InvalidRequest, Overloaded
 from trident_serving.generation.batch import Embeds, SlotTokens, pack
 from trident_serving.generation.image_tower import ImageThread, ImageTower
-from trident_serving.generation.images import ImageReader, PromptImages, VisionSettings
+from trident_serving.generation.images import ImageReader, PromptImages
 from trident_serving.generation.request import RequestParser
+from trident_serving.generation.vision import TileVision, VisionSettings
 from trident_serving.images.decoding import decode, upright_size
 from trident_serving.images.tiles import Grid
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import encode_texts
 
-SETTINGS = VisionSettings(
+SETTINGS = TileVision(
     longest_edge=64,
     tile=32,
     split=True,
@@ -54,6 +56,16 @@ def test_what_stands_for_an_image() -> None:
     assert SETTINGS.most_tiles() == Grid(2, 2)
     assert SETTINGS.most_tokens == 5 * 4 + 4
     assert SETTINGS.literals.split("\0")[3:] == ["<row_1_col_1>", "<row_1_col_2>", "<row_2_col_1>", "<row_2_col_2>"]
+
+
+def test_settings_of_an_older_export_are_read(tmp_path: Path) -> None:
+    """When there was one kind of them, their file named none."""
+    SETTINGS.save(tmp_path)
+    (file,) = tmp_path.iterdir()
+    written = json.loads(file.read_text())
+    assert written.pop("kind") == "tiles"
+    file.write_text(json.dumps(written))
+    assert VisionSettings.load(tmp_path) == SETTINGS
 
 
 def test_parts_take_files_in_order() -> None:

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_utils import load_image
-from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from trident_export.errors import FidelityError, ModelsFileError, UnsupportedModel
-from trident_export.graphs.image_inputs import add_image_inputs, export_tower
+from trident_export.graphs.image_inputs import add_image_inputs, add_rope_positions, export_tower
+from trident_export.graphs.patch_tower import export_patch_tower
 from trident_export.huggingface import images as image_files
 from trident_export.huggingface import vision_language
 from trident_export.huggingface.folder import HuggingFaceFolder
@@ -37,12 +37,13 @@ from trident_serving.artefacts import TOWER
 from trident_serving.chat.template import ChatTemplate
 from trident_serving.encoders.images import as_files
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.batch import Embeds, SlotTokens
+from trident_serving.generation.batch import Embeds, RopePositions, SlotTokens
 from trident_serving.generation.chat import Chat
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.image_tower import ImageTower
-from trident_serving.generation.images import ImageReader, VisionSettings
+from trident_serving.generation.images import ImageReader
 from trident_serving.generation.request import RequestParser
+from trident_serving.generation.vision import PatchVision, TileVision, VisionSettings
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import encode_texts
@@ -69,12 +70,14 @@ def check(spec: ModelSpec, source: HuggingFaceFolder) -> None:
             f"[{spec.name}] limits.images is {spec.generation.images}, and adapters that requests choose from are for "
             "models without images: remove one of the two"
         )
-    settings = vision_language.settings(source)
+    settings = vision_language.settings(source, spec.generation.image_tokens)
+    vision_language.sections(source)
     most = settings.most_tokens
     if most + _LEAST_TEXT > spec.generation.context:
+        fewer = ", set image_tokens to fewer" if isinstance(settings, PatchVision) else ""
         raise ModelsFileError(
             f"[{spec.name}] limits.context is {spec.generation.context}, an image takes up to {most} tokens, and "
-            f"texts need {_LEAST_TEXT} at least: raise context, or set images = 0"
+            f"texts need {_LEAST_TEXT} at least: raise context{fewer}, or set images = 0"
         )
 
 
@@ -85,19 +88,30 @@ def write(job: Job, model: PreTrainedModel) -> None:
         model: whole; its tower is changed.
     """
     job.progress("tracing the image tower")
-    settings = vision_language.settings(job.source)
+    assert job.spec.generation
+    settings = vision_language.settings(job.source, job.spec.generation.image_tokens)
     template = ChatTemplate.load(job.assets)
     if template is not None and settings.token not in _shown(template):
         raise UnsupportedModel(
             f"{job.source}: its chat template writes no {settings.token} for a part of type 'image': set images = 0"
         )
     settings.save(job.assets)
-    export_tower(model, job.assets / TOWER, str(job.source), settings.tile)
+    if isinstance(settings, PatchVision):
+        export_patch_tower(model, job.assets / TOWER, str(job.source), settings)
+    else:
+        assert isinstance(settings, TileVision)
+        export_tower(model, job.assets / TOWER, str(job.source), settings.tile)
 
 
 def add_inputs(model: ir.Model) -> None:
     """See `image_inputs.add_image_inputs`."""
     add_image_inputs(model)
+
+
+def add_positions(model: ir.Model, source: HuggingFaceFolder) -> None:
+    """See `image_inputs.add_rope_positions`; only where the model has them. No pass for weights needs to know them."""
+    if sections := vision_language.sections(source):
+        add_rope_positions(model, sections)
 
 
 def _shown(template: ChatTemplate) -> str:
@@ -115,11 +129,13 @@ class Pictured:
     Attributes:
         ids: its tokens.
         embeds: the vectors of its images, as they are served.
+        rope: its positions in time, height and width; None: the model has none.
         reference: transformers' logits of the last `COMPARED` tokens, float32 [tokens, vocabulary].
     """
 
     ids: list[int]
     embeds: Embeds
+    rope: RopePositions | None
     reference: NDArray[np.float32]
 
     @property
@@ -138,7 +154,7 @@ def ask(source: HuggingFaceFolder, model: Any, folder: Path, limits: GenerationL
     Raises:
         FidelityError: pixels, tokens or vectors are otherwise than transformers has them.
     """
-    tower, wanted = ImageTower(folder, limits), vision_language.settings(source)
+    tower, wanted = ImageTower(folder, limits), vision_language.settings(source, limits.image_tokens)
     settings, processor = tower.settings, image_files.processor(source)
     tokenizer = TextTokenizer.load(folder)
     chat = Chat.load(folder, tokenizer, limits, settings.literals)
@@ -148,26 +164,18 @@ def ask(source: HuggingFaceFolder, model: Any, folder: Path, limits: GenerationL
         inputs, said = _request(source, wanted, texts, has_chat=chat is not None)
         request = parser.parse(inputs | {"images": as_files(files)[None], "max_tokens": np.ones((1, 1), np.int32)})
         read = [load_image(Image.open(io.BytesIO(content))) for content in files]
-        expected = processor(images=[read], return_tensors="np", return_row_col_info=True)
-        first, *rest = said.split(wanted.token)
-        marks = wanted.tokens, wanted.around, wanted.token, wanted.whole
-        grids = zip(expected["rows"][0], expected["cols"][0], strict=True)
-        said = "".join(
-            [first, *(get_image_prompt_string(*grid, *marks) + text for grid, text in zip(grids, rest, strict=True))]
-        )
-        ids = source.tokenizer(said, add_special_tokens=chat is None).input_ids
+        asked = vision_language.asked(processor, wanted, said, read)
+        ids = source.tokenizer(asked.text, add_special_tokens=chat is None).input_ids
         if list(request.prompt_ids) != ids or request.images is None:
             raise FidelityError(f"the prompt {said[:200]!r} with images has other tokens than Hugging Face's")
-        pixels = expected["pixel_values"][0].astype(np.float32)
-        tiles = [tile for image in read for tile in settings.tiles(image.convert("RGB"))]
-        if len(tiles) != len(pixels) or not np.array_equal(np.stack(tiles), pixels):
+        pixels = [settings.pixels(image.convert("RGB")) for image in read]
+        if not np.array_equal(np.concatenate(pixels), asked.pixels):
             raise FidelityError("the served pixels of an image differ from those of transformers' image processor")
         embeds = tower.embeds(request.images)
         with torch.inference_mode():
-            given = torch.from_numpy(pixels)[None]
-            _check_vectors(embeds.vectors, model.get_image_features(given).pooler_output)
-            logits = model(input_ids=torch.tensor([ids]), pixel_values=given, logits_to_keep=COMPARED).logits[0]
-        found.append(Pictured(ids, embeds, logits.float().numpy()))
+            _check_vectors(embeds.vectors, model.get_image_features(**asked.given).pooler_output)
+            logits = model(**asked.inputs(ids, wanted.token_id), logits_to_keep=COMPARED).logits[0]
+        found.append(Pictured(ids, embeds, request.images.rope, logits.float().numpy()))
     return found
 
 
@@ -242,5 +250,6 @@ def measure(decoder: OnnxDecoder, prompts: Sequence[Pictured]) -> tuple[list[NDA
 
 
 def _item(slot: int, prompt: Pictured, start: int, end: int, wanted: int) -> SlotTokens:
+    rope = None if prompt.rope is None else prompt.rope.part(start, end)
     part = prompt.embeds.part(start, end)
-    return SlotTokens(slot, start, prompt.ids[start:end], max(wanted, 0), embeds=part)
+    return SlotTokens(slot, start, prompt.ids[start:end], max(wanted, 0), embeds=part, rope=rope)

@@ -135,11 +135,14 @@ def write(job: Job, variant: str) -> None:
     folder = job.staging / job.spec.public_name(variant) / VERSION
     graph, runs = job.graphs / "model.onnx", calibration_runs(job)
     assert job.spec.generation
+    images = job.spec.generation.images > 0
     branches = bool(job.spec.adapters) and job.spec.generation.device == "cpu"  # a GPU would wait at each for the CPU
 
     def finish(model: ir.Model) -> None:
         compute_read_rows(model)
         decoder_passes.sum_scores_alike(model)
+        if images:
+            image_parts.add_positions(model, job.source)
         if branches:
             skip_idle_blocks(model)
 

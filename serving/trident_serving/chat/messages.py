@@ -24,6 +24,7 @@ MAX_TOOLS = 256
 _RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"))
 # Under which a message of the assistant may carry its thoughts.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+VIDEOS = ("video", "video_url", "input_video")  # types of parts, as chat APIs and processors have them
 _EXAMPLE = '[{"role": "user", "content": "Hello"}]'
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
@@ -248,6 +249,8 @@ def _check_part(part: Any, where: str, kinds: Sequence[str]) -> None:
             f'{where} must be an object like {{"type": "text", "text": "Hello"}}, found {_short(part)}'
         )
     kind = part.get("type", "text")
+    if kind in VIDEOS or "video" in part:
+        raise InvalidRequest(f"{where} is a video, and no model here reads videos: send some of its frames as images")
     if kind not in kinds:
         read = " and ".join(map(repr, kinds))
         raise InvalidRequest(f"{where}.type is {_short(kind)}, but this model reads parts of type {read} only")

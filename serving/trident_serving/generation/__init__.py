@@ -7,6 +7,7 @@ batch        different numbers of tokens for several slots as one packed run
 decoder      runs of the ONNX graph
 drafting     tokens that may come next, found in the sequence itself
 draft_model  or said by a smaller model
+vision       how a model reads images; images and image_tower do it
 answer       one answer while it is generated: its sampler, its drafts, its consumer
 engine       a step: schedule, run, let every answer take its tokens
 stopping     stop strings, held back until they can't match

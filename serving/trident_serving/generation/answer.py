@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from trident_serving.generation import scheduler
-from trident_serving.generation.batch import Embeds
+from trident_serving.generation.batch import Embeds, RopePositions
 from trident_serving.generation.draft_model import ModelAcceptance
 from trident_serving.generation.drafting import SequenceDrafts
 from trident_serving.generation.ngram_pool import NgramPool
@@ -65,6 +65,7 @@ class Job:
         adapter: number of the model's adapter that answers; 0: the base does.
         images: of the prompt, see `slots.Content`.
         embeds: the vectors of these images' tokens; None: it has no images.
+        rope: positions of its tokens in time, height and width; None: they are their places in the text.
     """
 
     prompt_ids: Sequence[int]
@@ -82,6 +83,7 @@ class Job:
     submitted: float | None = None
     images: tuple[tuple[int, bytes], ...] = ()
     embeds: Embeds | None = None
+    rope: RopePositions | None = None
 
 
 class Answer(scheduler.Sequence, loop.Request):
@@ -90,7 +92,7 @@ class Answer(scheduler.Sequence, loop.Request):
     Attributes:
         drafts: of its next tokens; None where it is not drafted.
         guide: see `Job`.
-        embeds: see `Job`; None, too, once the answer has ended.
+        embeds, rope: see `Job`; None, too, once the answer has ended.
     """
 
     def __init__(
@@ -105,13 +107,14 @@ class Answer(scheduler.Sequence, loop.Request):
     ) -> None:
         scheduler.Sequence.__init__(self, list(job.prompt_ids), job.sampling.max_tokens, job.adapter, job.images)
         loop.Request.__init__(self, job.consumer, job.seconds, job.submitted)
-        self._job = job if job.embeds is None else replace(job, embeds=None)  # so that `embeds` is all that holds them
+        # So that `embeds` and `rope` are all that holds them.
+        self._job = job if job.embeds is None else replace(job, embeds=None, rope=None)
         self._ends = job.stop_token_ids | (frozenset() if job.ignore_eos else eos_token_ids)
         self._recorder = recorder
         self._sampler = Sampler.causal(job.sampling, job.prompt_ids, self._ends)
         self._last_token_at = self.submitted
         self.guide = job.guide
-        self.embeds = job.embeds
+        self.embeds, self.rope = job.embeds, job.rope
         self.scored = job.prompt_log_probs is not None
         lookup = prompt_lookup and job.prompt_lookup
         self.drafts: SequenceDrafts | None = None

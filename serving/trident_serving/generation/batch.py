@@ -73,6 +73,25 @@ class Embeds:
 
 
 @dataclass(frozen=True)
+class RopePositions:
+    """Positions in time, height and width of the tokens of a prompt with images, by which a model rotates.
+
+    Attributes:
+        known: of the first tokens up to the last image's, int64 [3, n].
+        offset: from a later token's place in the text to its position, which is the same in all three.
+    """
+
+    known: NDArray[np.int64]
+    offset: int
+
+    def part(self, start: int, end: int) -> NDArray[np.int64]:
+        """Those of the tokens from `start` to `end`, int64 [3, tokens]."""
+        count = self.known.shape[1]
+        later = np.arange(max(start, count), end) + self.offset
+        return np.concatenate([self.known[:, start:end], np.broadcast_to(later, (3, len(later)))], axis=1)
+
+
+@dataclass(frozen=True)
 class SlotTokens:
     """Tokens to append to one slot of the cache.
 
@@ -84,6 +103,7 @@ class SlotTokens:
         rotation: 1 where the text goes beyond the original context of a model with two rotations.
         adapter: 0 for the base, otherwise the number of one of its adapters, from 1.
         embeds: of the tokens that stand for images; None: there are none.
+        rope: positions in time, height and width, int64 [3, tokens]; None: all are their places in the text.
     """
 
     slot: int
@@ -93,6 +113,7 @@ class SlotTokens:
     rotation: int = 0
     adapter: int = 0
     embeds: Embeds | None = None
+    rope: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +247,23 @@ def _images(items: Sequence[SlotTokens]) -> tuple[NDArray[np.float32], NDArray[n
     if len(tokens) < PADDED_ROWS:
         vectors, tokens = np.repeat(vectors, PADDED_ROWS, axis=0), np.repeat(tokens, PADDED_ROWS)
     return vectors, np.stack([np.zeros_like(tokens), tokens], axis=1)
+
+
+def rope_positions(items: Sequence[SlotTokens], batch: PackedBatch) -> NDArray[np.int64]:
+    """Positions in time, height and width of a run's tokens, int64 [3, tokens].
+
+    Args:
+        items: that were packed.
+    """
+    found = np.repeat(batch.position_ids, 3, axis=0)
+    begin = 0
+    for item in items:
+        end = begin + len(item.tokens)
+        if item.rope is not None:
+            found[:, begin:end] = item.rope
+        begin = end
+    found[:, begin:] = found[:, begin - 1 : begin]  # the last token again, see `PADDED_ROWS`
+    return found
 
 
 def split(

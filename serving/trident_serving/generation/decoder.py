@@ -28,6 +28,7 @@ from trident_serving.generation.batch import (
     Rows,
     SlotTokens,
     pack,
+    rope_positions,
     split,
 )
 from trident_serving.runtime.kv_cache import KEYS, LARGEST_PART, Cache, DeviceKVCache, KVCache
@@ -45,6 +46,9 @@ ADAPTERS = "adapters"
 
 IMAGE_EMBEDS = "image_embeds"
 """The input by which a graph of a model with images takes their vectors."""
+
+ROPE_POSITIONS = "rope_positions"
+"""The input by which a graph that rotates by positions in time, height and width takes them."""
 
 _PAST = "past_key_values."
 _STATE, _NEXT_STATE = "past_states.", "present_states."
@@ -169,6 +173,7 @@ class OnnxDecoder:
         self.context = context
         images = inputs.get(IMAGE_EMBEDS)
         self._no_embeds = np.zeros((0, int(images.shape[1]) if images is not None else 0), np.float32)
+        self._has_rope = ROPE_POSITIONS in inputs
         # An architecture with rotary embeddings may leave `position_ids` unused, one without needs it.
         self._inputs = [name for name in inputs if not name.startswith((_PAST, _STATE))]
         logits = next(node for node in self._session.get_outputs() if node.name == "logits")
@@ -217,7 +222,7 @@ class OnnxDecoder:
             if self.states:
                 self._run_with_states(run, batch, logits)
             else:
-                self._run(batch, logits)
+                self._run(run, batch, logits)
             for item in run:
                 self._held[item.slot] = item.start + len(item.tokens)
         logits = self._logits[:wanted]
@@ -267,19 +272,21 @@ class OnnxDecoder:
             if item.start == 0:
                 self.states.reset(item.slot)
         try:
-            self._run(batch, logits)
+            self._run(items, batch, logits)
         except Exception as error:
             for item in items:
                 self._held[item.slot] = 0  # the next text begins from zeros
             raise StatesLost(str(error)) from error
 
-    def _run(self, batch: PackedBatch, logits: Logits) -> None:
+    def _run(self, items: Sequence[SlotTokens], batch: PackedBatch, logits: Logits) -> None:
         binding = self._binding(batch.first_slot, batch.slots)
         given: dict[str, NDArray[Any]] = {
             # An upper bound is all that the operator wants.
             "total_sequence_length": np.array(self._positions, np.int32),
             IMAGE_EMBEDS: batch.image_embeds if len(batch.image_embeds) else self._no_embeds,
         }
+        if self._has_rope:
+            given[ROPE_POSITIONS] = rope_positions(items, batch)
         for name in self._inputs:
             binding.set_input(name, given[name] if name in given else getattr(batch, name))
         binding.set_output("logits", logits.reshape(1, *logits.shape))

@@ -254,7 +254,7 @@ class Engine(EngineLoop[Answer]):
     def _remove(self, request: Answer, *, trusted: bool = True) -> None:
         with self._changed:
             self._scheduler.remove(request, trusted=trusted)
-        request.embeds = None  # its slot keeps the answer, for the prompts of others
+        request.embeds = request.rope = None  # its slot keeps the answer, for the prompts of others
 
     def _clear(self) -> Sequence[Answer]:
         with self._changed:
@@ -273,8 +273,10 @@ class Engine(EngineLoop[Answer]):
 
 
 def _tokens(answer: Answer, start: int, tokens: list[int], wanted: int) -> SlotTokens:
-    embeds = None if answer.embeds is None else answer.embeds.part(start, start + len(tokens))
-    return SlotTokens(_slot(answer), start, tokens, wanted, answer.rotation, answer.adapter, embeds)
+    end = start + len(tokens)
+    embeds = None if answer.embeds is None else answer.embeds.part(start, end)
+    rope = None if answer.rope is None else answer.rope.part(start, end)
+    return SlotTokens(_slot(answer), start, tokens, wanted, answer.rotation, answer.adapter, embeds, rope)
 
 
 def _slot(answer: Answer) -> int:

@@ -1,7 +1,7 @@
 """Images to the vectors that a decoder reads in their tokens' places: a graph, and the thread on which it runs.
 
-A tile is always a run of its own, so its vectors are the same to the last bit in any company. The vectors of the latest
-images are kept: a conversation that goes on does not have its images read again.
+A run never has numbers of two images, so their vectors are the same to the last bit in any company. The vectors of the
+latest images are kept: a conversation that goes on does not have its images read again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import numpy as np
 from trident_serving.artefacts import TOWER
 from trident_serving.errors import InvalidRequest, Overloaded
 from trident_serving.generation.batch import Embeds
-from trident_serving.generation.images import PromptImage, PromptImages, VisionSettings
+from trident_serving.generation.decoder import IMAGE_EMBEDS
+from trident_serving.generation.images import PromptImage, PromptImages
+from trident_serving.generation.vision import Feed, VisionSettings
 from trident_serving.images.decoding import decode
 from trident_serving.images.preprocessing import Floats
 from trident_serving.memory import MEBIBYTE
@@ -29,8 +31,7 @@ _WAITING_BYTES = 256 * MEBIBYTE  # of files that are not read yet
 class ImageTower:
     """Reads images to the vectors that stand in their tokens' places.
 
-    The graph takes `pixel_values`, float32 [1, 3, tile, tile], and gives `image_embeds`, float32 [1, tokens, numbers of
-    a token].
+    The graph takes what `VisionSettings.runs` says, and gives `image_embeds`, float32 [..., numbers of a token].
 
     Args:
         folder: the model's artefacts.
@@ -55,21 +56,21 @@ class ImageTower:
                 raise InvalidRequest(
                     f"{image.name} says how it is turned behind its pixels, which is not read: save it upright"
                 )
-            found = np.concatenate([self.tile(tile) for tile in self.settings.tiles(decoded)])
+            found = np.concatenate([self._run(feed) for feed in self.settings.runs(decoded)])
         self._kept[image.digest] = found
         while len(self._kept) > 1 and sum(vectors.nbytes for vectors in self._kept.values()) > _KEPT_BYTES:
             self._kept.popitem(last=False)
         return found
 
-    def tile(self, pixels: Floats) -> Floats:
-        """Of the tokens of a tile [3, tile, tile]."""
-        (found,) = self._session.run(["image_embeds"], {"pixel_values": pixels[None]})
-        vectors: Floats = found[0]
-        return vectors
-
     def warm_up(self) -> None:
-        """Read a grey tile: a graph that can't run is not served."""
-        self.tile(np.zeros((3, self.settings.tile, self.settings.tile), np.float32))
+        """Read what is blank: a graph that can't run is not served."""
+        self._run(self.settings.blank())
+
+    def _run(self, feed: Feed) -> Floats:
+        """The vectors of a run's tokens."""
+        (found,) = self._session.run([IMAGE_EMBEDS], feed)
+        vectors: Floats = found.reshape(-1, found.shape[-1])
+        return vectors
 
     def embeds(self, images: PromptImages) -> Embeds:
         """The vectors of a prompt's images.

@@ -1,7 +1,6 @@
 """Images in prompts: the files that a request sends, and the tokens that stand for them.
 
 A file's header says how an image is cut, so how many tokens it has; its pixels are decoded later, see `image_tower`.
-Reference: transformers, `processing_idefics3`, `processing_smolvlm`.
 """
 
 from __future__ import annotations
@@ -12,78 +11,23 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving.errors import InvalidRequest
+from trident_serving.generation.batch import RopePositions
+from trident_serving.generation.vision import VisionSettings
 from trident_serving.images.decoding import upright_size
-from trident_serving.images.tiles import Grid, TileSettings
-from trident_serving.schema import reading
+from trident_serving.images.tiles import Grid
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import numbered
 
 IMAGE, IMAGE_URL = "image", "image_url"  # types of parts of a message
 PARTS = (IMAGE, IMAGE_URL)
-_SETTINGS = "vision.json"
 _DATA_URL = re.compile(r"data:[^,;]{0,80}(;[^,;]{0,80}){0,4};base64,", re.IGNORECASE)
 _SHOWN = 60  # characters of an address
-
-
-@dataclass(frozen=True)
-class VisionSettings(TileSettings):
-    """How a model reads images; `vision.json` in the version folder, which the export writes.
-
-    Attributes:
-        tokens: that a tile has.
-        token: the text of each of them.
-        token_id: its id.
-        around: the text of the token before and behind an image and its tiles.
-        whole: the text of the token before the whole image.
-    """
-
-    tokens: int
-    token: str
-    token_id: int
-    around: str
-    whole: str
-
-    @classmethod
-    def load(cls, folder: Path) -> VisionSettings:
-        """Read `folder/vision.json`."""
-        return reading.load(cls, folder / _SETTINGS)
-
-    def save(self, folder: Path) -> None:
-        """Write `folder/vision.json`."""
-        reading.save(self, folder / _SETTINGS)
-
-    def expanded(self, grid: Grid) -> str:
-        """What stands in a prompt for an image."""
-        tile = self.token * self.tokens
-        rows = [
-            "".join(f"{self.around}{_place(row, column)}{tile}" for column in range(grid.columns)) + "\n"
-            for row in range(grid.rows)
-        ]
-        return "".join([*rows, "\n" if rows else "", self.around, self.whole, tile, self.around])
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of a prompt that an image takes at most: those of its tiles, and the marks and lines around them."""
-        grid = self.most_tiles()
-        return grid.tiles * (self.tokens + 2) + grid.rows + 2
-
-    @property
-    def literals(self) -> str:
-        """Every text that `expanded` may write, for `ControlTokens`."""
-        grid = self.most_tiles()
-        places = [_place(row, column) for row in range(grid.rows) for column in range(grid.columns)]
-        return "\0".join([self.token, self.around, self.whole, *places])
-
-
-def _place(row: int, column: int) -> str:
-    return f"<row_{row + 1}_col_{column + 1}>"
 
 
 @dataclass(frozen=True)
@@ -111,11 +55,13 @@ class PromptImages:
     Attributes:
         positions: tokens of the prompt that stand for images, rising.
         begins: for each image its first such token, and its digest.
+        rope: positions in time, height and width; None: the model has none.
     """
 
     images: tuple[PromptImage, ...]
     positions: NDArray[np.int64]
     begins: tuple[tuple[int, bytes], ...]
+    rope: RopePositions | None = None
 
 
 class ImageReader:
@@ -201,7 +147,7 @@ class ImageReader:
         """
         settings = self.settings
         positions = np.flatnonzero(np.asarray(ids, np.int64) == settings.token_id)
-        sizes = [image.grid.tiles * settings.tokens for image in images]
+        sizes = [settings.tokens_of(image.grid) for image in images]
         if len(positions) != sum(sizes):
             raise InvalidRequest(
                 f"the prompt has {len(positions)} tokens of {settings.token}, its {len(images)} images have "
@@ -209,15 +155,20 @@ class ImageReader:
             )
         firsts = np.cumsum([0, *sizes[:-1]])
         begins = zip(positions[firsts].tolist(), (image.digest for image in images), strict=True)
-        return PromptImages(tuple(images), positions.astype(np.int64), tuple(begins))
+        rope = settings.rope([image.name for image in images], positions, [image.grid for image in images])
+        return PromptImages(tuple(images), positions.astype(np.int64), tuple(begins), rope)
 
     def tokens(self, images: Sequence[PromptImage]) -> int:
         """That stand for images in a prompt, without those around them."""
-        return sum(image.grid.tiles for image in images) * self.settings.tokens
+        return sum(self.settings.tokens_of(image.grid) for image in images)
 
     def _read(self, name: str, content: bytes) -> PromptImage:
         size = upright_size(content, name, self._limits.image_bytes, self._limits.image_pixels)
-        return PromptImage(name, content, hashlib.sha256(content).digest(), size, self.settings.grid(*size))
+        try:
+            grid = self.settings.grid(*size)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{name}: {error}") from None
+        return PromptImage(name, content, hashlib.sha256(content).digest(), size, grid)
 
 
 def _content(name: str, value: object) -> bytes:

@@ -330,10 +330,10 @@ class RequestParser:
     def _check_images(self, images: Sequence[PromptImage]) -> None:
         """Refuse images that can't fit before their tokens are written."""
         if self._images is not None and (tokens := self._images.tokens(images)) >= self._limits.context:
-            cut = ", ".join(f"{image.name} into {image.grid.tiles} tiles" for image in images)
+            cut = ", ".join(f"{image.name} {self._images.settings.shown(image.grid)}" for image in images)
             raise InvalidRequest(
                 f"images take {tokens} tokens ({cut}), the model's context of {self._limits.context} allows fewer: "
-                "send fewer images, or ones nearer to a square"
+                "send fewer images, or smaller ones, or ones nearer to a square"
             )
 
     def _marks(self, prompt: str) -> list[tuple[int, int]]:

@@ -215,4 +215,5 @@ def _job(
         submitted=since,
         images=() if request.images is None else request.images.begins,
         embeds=embeds,
+        rope=None if request.images is None else request.images.rope,
     )

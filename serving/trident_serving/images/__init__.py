@@ -3,4 +3,5 @@
 decoding        Pillow decodes, within limits
 preprocessing   resizing, cropping and normalizing as transformers' image processors do it
 tiles           cutting an image into tiles of one size, for models that also read text
+patches         cutting an image into patches at its own size, for other such models
 """

@@ -21,7 +21,7 @@ _LARGEST = 4096  # pixels of a side that an image is resized to at most, whateve
 
 
 class Grid(NamedTuple):
-    """Rows and columns of tiles that an image is cut into; (0, 0): it is read as a whole only."""
+    """Rows and columns that an image is cut into; of tiles, (0, 0): it is read as a whole only."""
 
     rows: int
     columns: int

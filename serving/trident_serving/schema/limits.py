@@ -81,6 +81,8 @@ class GenerationLimits(CausalLimits):
         images: that a request may have, of a model with an image tower; 0: the model is served by its text part.
         image_bytes: the largest image file that is decoded at all.
         image_pixels: the largest image, width times height.
+        image_tokens: of an image, where the model reads it at its own size: a larger one is made smaller; 0: the
+            model's image processor says how many.
     """
 
     prefill_chunk: int = 128
@@ -90,6 +92,7 @@ class GenerationLimits(CausalLimits):
     images: int = field(default=0, metadata={"least": 0})
     image_bytes: int = 16777216
     image_pixels: int = 33554432
+    image_tokens: int = field(default=0, metadata={"least": 0})
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
