@@ -42,7 +42,7 @@ JUDGE = {"name": "judge", "action": "block", "judge": "guardian", "template": "g
 class Engine:
     """A service whose engine says what a test wants, in chunks of three characters."""
 
-    memory, draft_name = "", ""
+    memory, draft_name, tokenizer = "", "", TOKENIZER
 
     def __init__(self, answers: Sequence[Mapping[str, str]]) -> None:
         self.recorder = Recorder()
@@ -145,7 +145,7 @@ class Model:
     async def infer(self, tensors: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
         await asyncio.sleep(0)
         field = "messages" if "messages" in tensors else "text_input"
-        self.asked.append(tensors[field].reshape(-1)[0].decode())
+        self.asked.append("|".join(text.decode() for text in tensors[field].reshape(-1)))
         return self._answer(tensors)
 
     async def close(self) -> None:
@@ -154,14 +154,16 @@ class Model:
 
 def tagger(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """Anna is a person, Bonn a place."""
-    text = tensors["text_input"].item().decode()
+    texts = [text.decode() for text in tensors["text_input"][:, 0]]
     labels = {"Anna": "PER", "Bonn": "LOC"}
-    found = [(match.start(), match.group(), labels[match.group()]) for match in re.finditer("Anna|Bonn", text)]
+    rows = [[(each.start(), each[0], labels[each[0]]) for each in re.finditer("Anna|Bonn", text)] for text in texts]
+    most = max(map(len, rows)) + 1
+    found = [row + [(0, "", "")] * (most - len(row)) for row in rows]
     return {
-        "entity": encode_texts([label for *_, label in found] + [""])[None],
-        "score": np.array([[0.9] * len(found) + [0.0]], np.float32),
-        "start": np.array([[start for start, *_ in found] + [0]], np.int32),
-        "end": np.array([[start + len(word) for start, word, _ in found] + [0]], np.int32),
+        "entity": np.stack([encode_texts([label for *_, label in row]) for row in found]),
+        "score": np.array([[0.9 * bool(word) for _, word, _ in row] for row in found], np.float32),
+        "start": np.array([[start for start, *_ in row] for row in found], np.int32),
+        "end": np.array([[start + len(word) for start, word, _ in row] for row in found], np.int32),
     }
 
 
@@ -392,11 +394,11 @@ def test_a_text_that_a_rule_s_model_refuses(on_failure: str) -> None:
 def test_whatever_may_stand_in_a_prompt_is_filtered(field: str, sent: Any, passed: Any) -> None:
     """Keys, numbers, escapes, and what stands where the format has words of its own."""
 
-    async def each(text: str) -> Passed:
-        return Passed(re.sub(r"[0-9]{8}", "[number]", text.replace("a@b.c", "[email]")))
+    async def every(texts: Sequence[str]) -> list[Passed]:
+        return [Passed(re.sub(r"[0-9]{8}", "[number]", text.replace("a@b.c", "[email]"))) for text in texts]
 
     inputs: Inputs = {field: encode_texts([json.dumps(sent)])[None]}
-    found = asyncio.run(prompts.filtered(inputs, "", each))
+    found = asyncio.run(prompts.filtered(inputs, [], TOKENIZER, every))
     assert (None if found is None else json.loads(found[field].item())) == passed
 
 
