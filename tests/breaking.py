@@ -1,4 +1,4 @@
-"""A balancer whose answers break off: TCP, from a client to one real server, with faults at places that a test names."""
+"""A balancer whose answers break off: TCP, from a client to one real server, with faults where a test says."""
 
 from __future__ import annotations
 

@@ -150,7 +150,6 @@ class AsyncConnection:
 
     async def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
         """The responses to requests, each of which has so many seconds."""
-
         tried = [0] * len(requests)
 
         async def start(index: int, seconds: float | None) -> _Outputs:

@@ -108,7 +108,8 @@ def train(
     Raises:
         TextError: there are too few examples, a class has none to learn from, or a question leaves no room for its
             context.
-        UsageError: the length is impossible for the model, checkpoints of another run are there, or DeepSpeed's configuration can't be used.
+        UsageError: the length is impossible for the model, checkpoints of another run are there, or DeepSpeed's
+            configuration can't be used.
         UnsupportedArchitecture: the model has no such head.
         NoSpace, NotWritable: the folder can't be written.
     """

@@ -4,8 +4,8 @@ What goes on is the same however the text was cut: a pattern's matches depend on
 about windows whose ends the text decides. Held back is what a rule may still change: the text from the earliest match
 that a pattern may still have, and the window that is not complete.
 
-What stands in place of a redacted text can make a match of what is around it. So where a rule redacts, the patterns read
-the text that comes out again, and once more; what they would still redact then is blocked.
+What stands in place of a redacted text can make a match of what is around it. So where a rule redacts, the patterns
+read the text that comes out again, and once more; what they would still redact then is blocked.
 
 Nothing is awaited but a model's answer, so that without such rules a coroutine runs to its end at once (`at_once`).
 """

@@ -1,8 +1,8 @@
 """JSON that a model writes: its keys, strings and numbers are filtered as the texts that they are.
 
-A phone number in JSON may be written with escapes, and what stands in place of something that is redacted must not break
-the JSON. So the text is read as JSON while it comes, the rules see what a reader of the JSON would, and what they leave
-is written as JSON again. A number that a rule redacts becomes a string.
+A phone number in JSON may be written with escapes, and what stands in place of something that is redacted must not
+break the JSON. So the text is read as JSON while it comes, the rules see what a reader of the JSON would, and what they
+leave is written as JSON again. A number that a rule redacts becomes a string.
 
 What is no JSON is filtered as text from where it ceases to be.
 """
@@ -276,7 +276,8 @@ def changed_number(texts: Sequence[str], passed: Sequence[Passed]) -> str | None
         texts: of `number_texts`.
         passed: what of each goes on, as far as the rules read them.
     """
-    return next((after.text for text, after in zip(texts, passed, strict=False) if after.text != text), None)
+    changed = [after.text for text, after in zip(texts, passed, strict=False) if after.text != text]
+    return changed[-1] if changed else None
 
 
 def another_name(name: str, taken: set[str]) -> str:
