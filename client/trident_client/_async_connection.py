@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -12,7 +13,13 @@ from numpy.typing import NDArray
 
 from trident_client import _control
 from trident_client._choice import Choice
-from trident_client._errors import CancelledError, OverloadedError, TridentError, UnavailableError
+from trident_client._errors import (
+    CancelledError,
+    DeadlineExceededError,
+    OverloadedError,
+    TridentError,
+    UnavailableError,
+)
 from trident_client._grpc_aio import AsyncGrpcServer
 from trident_client._sending import NEVER, Retries, least, patient, send_all_async
 from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
@@ -30,6 +37,8 @@ class AsyncServer(Protocol):
     """A server, over gRPC or HTTP; `GrpcServer` says what the methods do."""
 
     async def close(self) -> None: ...
+
+    async def renew(self, since: float) -> None: ...
 
     async def ask(self, ask: Ask, seconds: float | None) -> Any: ...
 
@@ -156,8 +165,14 @@ class AsyncConnection:
             left = countdown(least(seconds, self._retries.limit(tried[index])))
 
             async def infer(server: AsyncServer) -> _Outputs:
-                with self._servers.using(server):
-                    return await server.infer(model, requests[index], left())
+                since = time.monotonic()
+                try:
+                    with self._servers.using(server):
+                        return await server.infer(model, requests[index], left())
+                except DeadlineExceededError as error:
+                    if self._retries.hung(error):
+                        await server.renew(since)
+                    raise
 
             return await self._on_one(infer)
 
@@ -237,7 +252,7 @@ class AsyncConnection:
         """The same of one server, or of the next where that can't be reached."""
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():
-            begun = False
+            begun, since = False, time.monotonic()
             try:
                 stream = server.stream(model, inputs, left(), silence)
                 with self._servers.using(server):
@@ -247,6 +262,8 @@ class AsyncConnection:
                             yield outputs
             except TridentError as error:
                 failure = error
+                if self._retries.hung(error):
+                    await server.renew(since)
                 if not self._servers.note(server, error) or begun:
                     break
             else:

@@ -31,6 +31,8 @@ class Server(Protocol):
 
     def close(self) -> None: ...
 
+    def renew(self, since: float) -> None: ...
+
     def ask(self, ask: Ask, seconds: float | None) -> Any: ...
 
     def start(self, model: str, inputs: Tensors, seconds: float | None) -> Any: ...
@@ -130,22 +132,24 @@ class Connection:
 
     def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
         """The responses to requests, each of which has so many seconds."""
-        asked: dict[Any, tuple[Server, int]] = {}
+        asked: dict[Any, tuple[Server, int, float]] = {}
         tried = [0] * len(requests)
 
         def start(index: int, seconds: float | None) -> Any:
             server = self._order()[0]
             call = server.start(model, requests[index], least(seconds, self._retries.limit(tried[index])))
-            asked[call] = server, index
+            asked[call] = server, index, time.monotonic()
             end = self._servers.begin(server)
             call.add_done_callback(lambda _: end())
             return call
 
         def again(call: Any) -> bool:
-            server, index = asked.pop(call)
+            server, index, since = asked.pop(call)
             if self._servers.note(server, call.error()) or (self._wait_if_full and was_full(call)):
                 return True
             broke_off = self._retries.after(call.error(), tried[index])
+            if broke_off and self._retries.hung(call.error()):
+                server.renew(since)
             tried[index] += broke_off
             return broke_off
 
@@ -218,7 +222,7 @@ class Connection:
         """The same of one server, or of the next where that can't be reached."""
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():
-            begun = False
+            begun, since = False, time.monotonic()
             try:
                 with (
                     self._servers.using(server),
@@ -229,6 +233,8 @@ class Connection:
                         yield outputs
             except TridentError as error:
                 failure = error
+                if self._retries.hung(error):
+                    server.renew(since)
                 if not self._servers.note(server, error) or begun:
                     break
             else:

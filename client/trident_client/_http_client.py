@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trident_client import _http
 from trident_client._errors import CancelledError, DeadlineExceededError, UnavailableError
 from trident_client._sending import least
-from trident_client._settings import Address, Settings
+from trident_client._settings import MOST_CONNECTIONS, Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Watch
 
@@ -33,16 +33,32 @@ class HttpServer:
 
     def __init__(self, address: Address, settings: Settings, watch: Watch) -> None:
         self._url = address.target
+        self._address = address
         self._settings = settings
         self._watch = watch
         self._closed = False
-        self._client = httpx2.Client(**_http.arguments(address, settings))
+        self._clients: list[httpx2.Client] = []  # the last one is used
+        self._lock = threading.Lock()
+        self._connect()
         self._extensions = _http.extensions(settings)
+
+    def _connect(self) -> None:
+        self._clients.append(httpx2.Client(**_http.arguments(self._address, self._settings)))
+        self._since = time.monotonic()
 
     def close(self) -> None:
         """Close the connections."""
         self._closed = True
-        self._client.close()
+        for client in self._clients:
+            client.close()
+
+    def renew(self, since: float) -> None:
+        """See `GrpcServer.renew`."""
+        with self._lock:
+            if self._since < since:
+                self._connect()
+                while len(self._clients) > MOST_CONNECTIONS:
+                    self._clients.pop(0).close()
 
     def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question."""
@@ -98,7 +114,7 @@ class HttpServer:
             raise DeadlineExceededError("the server did not answer in time")
         timeout = httpx2.Timeout(seconds, connect=least(seconds, _http.CONNECT_SECONDS))
         url = f"{self._url}{path}"
-        return self._client.stream(
+        return self._clients[-1].stream(
             method, url, content=body, headers=headers, timeout=timeout, extensions=self._extensions
         )
 

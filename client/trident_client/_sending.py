@@ -57,8 +57,11 @@ class Retries:
         """Whether a request is worth another try that has ended so, after so many."""
         if tried >= self.times or isinstance(error, OverloadedError):
             return False
-        late = self.silence is not None and isinstance(error, DeadlineExceededError)
-        return late or isinstance(error, UnavailableError)
+        return self.hung(error) or isinstance(error, UnavailableError)
+
+    def hung(self, error: BaseException | None) -> bool:
+        """Whether a request that has ended so waited for what may never come."""
+        return self.silence is not None and isinstance(error, DeadlineExceededError)
 
     def limit(self, tried: int) -> float | None:
         """Seconds of silence that a try may have, after so many others."""
@@ -81,7 +84,7 @@ class _Request:
 
     def left(self) -> float:
         """Seconds until its time is over."""
-        return max(self.until - time.monotonic(), 1e-3)
+        return max(self.until - time.monotonic(), 0.0)
 
     def pause_in_time(self) -> float | None:
         """Seconds until it is sent again; None: its time is over before that."""

@@ -93,16 +93,16 @@ def test_a_server_that_hangs_is_given_up(
 ) -> None:
     faulty, _ = balancer
     text = direct.generate(PROMPT, **ONCE).text
-    settings = {"retries": 2, "retry_silence": 0.8, "timeout": 20}
+    settings = {"retries": 2, "retry_silence": 0.3, "timeout": 20}
     began = time.monotonic()
     faulty.faults(("freeze", 0))
     assert call("embed", [PROMPT], model="embed", settings=settings).shape == (1, 32)
     faulty.faults(("freeze", MIDWAY))
     assert call("generate", PROMPT, settings=settings, **ONCE).text == text
-    assert 1.6 <= time.monotonic() - began < 10
+    assert 0.6 <= time.monotonic() - began < 10
     faulty.faults(*[("freeze", 0)] * 3)  # the last try has what is left of the time
     began = time.monotonic()
     with pytest.raises(DeadlineExceededError):
-        call("embed", [PROMPT], model="embed", settings=settings | {"timeout": 2, "retry_silence": 0.4})
+        call("embed", [PROMPT], model="embed", settings=settings | {"timeout": 1.2})
     assert faulty.marked == 3
-    assert 1.9 <= time.monotonic() - began < 5
+    assert 1.1 <= time.monotonic() - began < 5

@@ -102,7 +102,7 @@ def check_same_run(work: Path, asked: Mapping[str, Any]) -> None:
         return
     if work.exists() and not work.is_dir():
         raise UsageError(f"{work} is no folder, and checkpoints go there: choose another --output, or remove it")
-    if last_checkpoint(work) is None:
+    if not file.exists() or last_checkpoint(work) is None:
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ def _complete(checkpoint: Path) -> bool:
             for path in checkpoint.rglob("*")
             if path.suffix in (".safetensors", ".pt", ".pth", ".bin")
         )
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return False
 
 
