@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import pytest
 
 from tests import tiny_models
 from tests.conftest import post, run_export_cold
-from tests.gateways import Gateway
+from tests.gateways import Gateway, install_guarded
 from tests.integration.test_messages import TOOL
 from trident_client import Client, Finding, InvalidRequestError
-from trident_export import configs, models_file
-from trident_serving.artefacts import VERSION, manifest_path
 from trident_serving.guard.rules import Guard
 from trident_serving.launcher.local import LocalServer
 from trident_serving.runtime.sampling.watermark import Watermark, detect
@@ -32,6 +29,7 @@ CITY = {"name": "city", "action": "redact", "stages": ["output"], "pattern": "ZÃ
 DIGIT = {"name": "digit", "action": "redact", "stages": ["output"], "pattern": "[0-9]", "replacement": '"'}
 
 
+MOOD = {"action": "block", "stages": ["input"], "classifier": "classify", "labels": ["none"], "window": 4000}
 AGE = {"type": "integer", "minimum": 100, "maximum": 999}
 
 
@@ -56,27 +54,21 @@ def guarded(gateway_server: LocalServer, gateway_folder: Path, forbidden: str) -
     judge = {"name": "judge", "action": "annotate", "judge": "talk", "template": "llama-guard", "policy": "S1: Rain."}
     guards = {"guarded": [WEATHER, SESAME, word], "asking": [WEATHER, SESAME, word, tag, judge]}
     guards |= {"calling": [CITY], "spelling": [DIGIT]}
+    guards["open"] = [{**tag, "action": "redact", "window": 4000}, {"name": "mood", **MOOD}]
     repository = gateway_folder / "repository"
     with Client(gateway_server.grpc_url, timeout=60) as client:
         for name, rules in guards.items():
             graph = "chain" if name == "calling" else "talk"
-            _install(repository, name, graph, Guard.from_table(name, {"rules": rules}))
+            install_guarded(
+                repository,
+                name,
+                graph,
+                Guard.from_table(name, {"rules": rules, "on_failure": "open" if name == "open" else "closed"}),
+            )
             client.load(name)
         yield
         for name in guards:
             client.unload(name)
-
-
-def _install(repository: Path, name: str, graph: str, guard: Guard) -> None:
-    """The artefacts of a model under another name, with a config that has a guard."""
-    limits = {"context": 512 if graph == "chain" else 2048, "slots": 4, "max_waiting": 8, "threads": 1}
-    table = {"task": "text-generation", "source": {"path": "x"}, "variants": ["fp32"], "limits": limits}
-    spec = models_file.parse(name, table | {"guard": "g"}, guards={"g": guard})
-    configs.write(spec, repository, {})
-    shutil.copytree(repository / graph / VERSION, repository / name / VERSION)
-    file = manifest_path(repository, name)
-    told = json.loads(file.read_text()) | {"name": name, "triton_models": [name], "public_models": {"fp32": name}}
-    file.write_text(json.dumps(told))
 
 
 @pytest.mark.parametrize("model", ["guarded", "asking"])
@@ -126,6 +118,23 @@ def test_rules_ask_other_models(direct: Client) -> None:
             rule.prompt_template.render(asked), model="talk", guided_choice=["safe", "unsafe"], max_tokens=16
         )
         assert told.get(("judge", stage), 0) == (verdict.text == "unsafe")
+
+
+def test_a_text_that_a_rule_s_model_can_not_read_is_never_let_through(direct: Client) -> None:
+    """Of a guard that is open: its models were asked, and said why not. One without a word that they know is empty."""
+    with pytest.raises(
+        InvalidRequestError, match=r"rule tag can't read this text: text_input has \d+ tokens, the model"
+    ):
+        direct.generate("Anna goes to Bonn " * 60, model="open", max_tokens=4)
+    many = [{"role": "user", "content": text} for text in ("Anna", "\U0001f600", "Bonn " * 200, "Anna in Bonn")]
+    with pytest.raises(InvalidRequestError, match="rule tag can't read this text: text_input has"):
+        direct.chat(many, model="open", max_tokens=4)
+    found = direct.chat([many[0], many[1], many[3]], model="open", max_tokens=4)
+    alone = {
+        text: sum(each.score >= 0.1 for each in direct.entities(text, model="tag")) for text in ("Anna", "Anna in Bonn")
+    }
+    told = {each.rule: (each.action, each.count) for each in found.guard}
+    assert told == {"tag": ("redact", sum(alone.values()))} if sum(alone.values()) else not told
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 
 from trident_serving.errors import ReadingError
 from trident_serving.guard import patterns
-from trident_serving.guard.filtering import Findings, Span, TextFilter, Windows, at_once
+from trident_serving.guard.filtering import (
+    Findings,
+    PatternFilter,
+    SecondReading,
+    Span,
+    TextFilter,
+    Windows,
+    at_once,
+)
 from trident_serving.guard.patterns import Match, Pattern, Scanner, matches
-from trident_serving.guard.rules import Guard, Rule, Stage
+from trident_serving.guard.rules import Action, Guard, Rule, Stage
 
 EXPRESSIONS = [
     ("a+b", 6),
@@ -192,6 +200,23 @@ def test_a_text_in_chunks_becomes_what_it_becomes_as_a_whole(guard: Guard, text:
     assert blocked >= ("order" in found)
     if guard is GUARD and found <= {"cat"}:
         assert whole == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS, places=st.lists(st.integers(0, 120), max_size=9), last=st.booleans())
+def test_a_second_reading_finds_what_a_first_one_does(text: str, places: list[int], last: bool) -> None:
+    rules = [rule for rule in GUARD.rules if rule.action is not Action.ANNOTATE]
+    told = []
+    for kind in (PatternFilter, SecondReading):
+        findings = Findings()
+        reading, passed = kind(rules, Stage.OUTPUT, findings, last=last), []
+        chunks = [*cut(text, places), ""]
+        for number, chunk in enumerate(chunks, start=1):
+            passed.append(reading.push(chunk, end=number == len(chunks)))
+            if passed[-1].blocked:
+                break
+        told.append(("".join(each.text for each in passed), passed[-1].blocked, findings.told()))
+    assert told[0] == told[1]
 
 
 def test_what_is_held_back() -> None:

@@ -51,6 +51,19 @@ class Models:
         self._guard = guard
         self._models = {rule.model: connect(rule.model) for rule in guard.rules if rule.model}
 
+    @classmethod
+    def of_server(cls, guard: Guard, own_pass: str, address: str | None = None) -> Models:
+        """Those of a server.
+
+        Args:
+            own_pass: what the requests carry; see `GrpcModel`.
+            address: of its gRPC port; None: this server's own.
+        """
+        from trident_serving.template_service import GrpcEncoder, GrpcModel  # a guard of patterns needs no gRPC
+
+        judges = {rule.judge for rule in guard.rules}
+        return cls(guard, lambda name: (GrpcModel if name in judges else GrpcEncoder)(name, own_pass, address))
+
     def about(self, deadline: float, user: str = "", *, answer: bool = False) -> Question:
         """What asks about the texts of one request.
 
