@@ -123,11 +123,11 @@ def test_rules_ask_other_models(direct: Client) -> None:
 def test_a_text_that_a_rule_s_model_can_not_read_is_never_let_through(direct: Client) -> None:
     """Of a guard that is open: its models were asked, and said why not. One without a word that they know is empty."""
     with pytest.raises(
-        InvalidRequestError, match=r"rule tag can't read this text: text_input has \d+ tokens, the model"
+        InvalidRequestError, match=r"rule mood can't read this text: text_input has \d+ tokens, the model"
     ):
         direct.generate("Anna goes to Bonn " * 60, model="open", max_tokens=4)
     many = [{"role": "user", "content": text} for text in ("Anna", "\U0001f600", "Bonn " * 200, "Anna in Bonn")]
-    with pytest.raises(InvalidRequestError, match="rule tag can't read this text: text_input has"):
+    with pytest.raises(InvalidRequestError, match="rule mood can't read this text: text_input has"):
         direct.chat(many, model="open", max_tokens=4)
     found = direct.chat([many[0], many[1], many[3]], model="open", max_tokens=4)
     alone = {
