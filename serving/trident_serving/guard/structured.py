@@ -252,7 +252,8 @@ def _may_become_a_value(text: str) -> bool:
 
 
 def _readable(escape: re.Match[str]) -> str:
-    char = chr(int(escape[1], 16))
+    code = int(escape[1], 16)
+    char = _LOST if code in _HIGH or code in _LOW else chr(code)
     return char if char.isprintable() and char not in '"\\' else escape[0]
 
 
