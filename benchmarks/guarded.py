@@ -1,7 +1,7 @@
 """What a guard costs: python -m benchmarks.guarded [--rounds 15] [--tokens 400] [--work .cache/guarded].
 
-A tiny decoder of random weights, whose steps take less than a millisecond, is served three times by one server: without a
-guard, behind the patterns of models.toml, and behind these and a tiny classifier, which is asked about each window of
+A tiny decoder of random weights, whose steps take less than a millisecond, is served three times by one server: without
+a guard, behind the patterns of models.toml, and behind these and a tiny classifier, which is asked about each window of
 the request and of the answer. Lone streams, then four at once, go to the three in turns: the time to the first text,
 and tokens a second. Figures are medians over rounds; shares are medians of the rounds' shares of the bare decoder.
 Against a model of real size, the guard's part is smaller: what it takes for a token does not grow with the model.
