@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,9 +14,13 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trident_serving.artefacts import VERSION, manifest_path
 from trident_serving.launcher.local import free_ports
+
+if TYPE_CHECKING:
+    from trident_serving.guard.rules import Guard
 
 
 @dataclass(frozen=True)
@@ -170,3 +175,17 @@ def export_models(root: Path) -> Path:
     specs = [models_file.parse(name, table) for name, table in tables.items()]
     install.export(specs, root / "repository", root, root / "cache", lambda message: None)
     return root / "repository"
+
+
+def install_guarded(repository: Path, name: str, graph: str, guard: Guard) -> None:
+    """The artefacts of a generator of theirs under another name, with a config that has a guard."""
+    from trident_export import configs, models_file
+
+    limits = {"context": 512 if graph == "chain" else 2048, "slots": 4, "max_waiting": 8, "threads": 1}
+    table = {"task": "text-generation", "source": {"path": "x"}, "variants": ["fp32"], "limits": limits}
+    spec = models_file.parse(name, table | {"guard": "g"}, guards={"g": guard})
+    configs.write(spec, repository, {})
+    shutil.copytree(repository / graph / VERSION, repository / name / VERSION)
+    file = manifest_path(repository, name)
+    told = json.loads(file.read_text()) | {"name": name, "triton_models": [name], "public_models": {"fp32": name}}
+    file.write_text(json.dumps(told))

@@ -73,9 +73,7 @@ class AsyncClient(AsyncConnection):
         **options: Unpack[GenerationOptions],
     ) -> Generation:
         """See `Client.generate`."""
-        return _generation.joined(
-            [chunk async for chunk in self._chunks(_generation.prompt(prompt, model, options, images=images), timeout)]
-        )
+        return _generation.joined(await self._whole(_generation.prompt(prompt, model, options, images=images), timeout))
 
     def stream(
         self,
@@ -101,8 +99,8 @@ class AsyncClient(AsyncConnection):
         **options: Unpack[GenerationOptions],
     ) -> list[Generation]:
         """See `Client.generate_many`."""
-        every = self._chunks(_generation.prompt(prompt, model, options, images=images, n=n), timeout)
-        return [_generation.joined([chunk]) async for chunk in every]
+        every = await self._whole(_generation.prompt(prompt, model, options, images=images, n=n), timeout)
+        return [_generation.joined([chunk]) for chunk in every]
 
     async def chat(
         self,
@@ -350,7 +348,7 @@ class AsyncClient(AsyncConnection):
         **options: Unpack[TranscriptionOptions],
     ) -> Transcription:
         """See `Client.transcribe`."""
-        return _tasks.transcription(await self._whole(_tasks.transcribe(audio, model, options), timeout))
+        return _tasks.transcription(await self._whole(_tasks.transcribe(audio, model, options), timeout, waits=True))
 
     def stream_transcription(
         self,

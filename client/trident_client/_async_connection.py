@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -12,9 +13,15 @@ from numpy.typing import NDArray
 
 from trident_client import _control
 from trident_client._choice import Choice
-from trident_client._errors import CancelledError, TridentError, UnavailableError
+from trident_client._errors import (
+    CancelledError,
+    DeadlineExceededError,
+    OverloadedError,
+    TridentError,
+    UnavailableError,
+)
 from trident_client._grpc_aio import AsyncGrpcServer
-from trident_client._sending import send_all_async
+from trident_client._sending import NEVER, Retries, least, patient, send_all_async
 from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
 from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
 from trident_client._watch import countdown, limit
@@ -30,6 +37,8 @@ class AsyncServer(Protocol):
     """A server, over gRPC or HTTP; `GrpcServer` says what the methods do."""
 
     async def close(self) -> None: ...
+
+    async def renew(self, since: float) -> None: ...
 
     async def ask(self, ask: Ask, seconds: float | None) -> Any: ...
 
@@ -55,10 +64,13 @@ class AsyncConnection:
         max_message_bytes: int | None = None,
         keepalive: float | None = KEEPALIVE,
         wait_if_full: bool = True,
+        retries: int = 0,
+        retry_silence: float | None = None,
     ) -> None:
         settings = Settings(admin_key, api_key, headers, tls, max_message_bytes, keepalive)
         self._timeout = limit(timeout)
         self._wait_if_full = wait_if_full
+        self._retries = Retries(retries, retry_silence)
         self._only: dict[str, str] = {}
         self._closed = False
         self._settings = settings
@@ -147,51 +159,100 @@ class AsyncConnection:
 
     async def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
         """The responses to requests, each of which has so many seconds."""
+        tried = [0] * len(requests)
 
         async def start(index: int, seconds: float | None) -> _Outputs:
-            left = countdown(seconds)
+            left = countdown(least(seconds, self._retries.limit(tried[index])))
 
             async def infer(server: AsyncServer) -> _Outputs:
-                with self._servers.using(server):
-                    return await server.infer(model, requests[index], left())
+                since = time.monotonic()
+                try:
+                    with self._servers.using(server):
+                        return await server.infer(model, requests[index], left())
+                except DeadlineExceededError as error:
+                    if self._retries.hung(error):
+                        await server.renew(since)
+                    raise
 
             return await self._on_one(infer)
 
-        return await send_all_async(start, len(requests), seconds, self._wait_if_full)
+        return await send_all_async(start, len(requests), seconds, self._again(tried))
+
+    def _again(self, tried: list[int], *, waits: bool = True) -> Callable[[int, BaseException], bool]:
+        """Says whether a request is sent again that has ended with an error.
+
+        Args:
+            tried: how often each was, where its answer broke off.
+            waits: whether it is where the server has no room for it.
+        """
+
+        def again(index: int, error: BaseException) -> bool:
+            broke_off = self._retries.after(error, tried[index])
+            tried[index] += broke_off
+            return broke_off or (waits and self._wait_if_full and isinstance(error, OverloadedError))
+
+        return again
 
     async def _chunks(self, prompt: Prompt[Result], timeout: float | None) -> AsyncGenerator[Result, None]:
         """The answer as it comes."""
         left = countdown(self._deadline(timeout))
         model = await self._model(prompt.model, prompt.task, timeout)
         if prompt.stream and timeout is None:
-            stream = self._receive(model, prompt.inputs, None, self._timeout)
+            stream = self._receive(model, prompt.inputs, None, self._timeout, self._retries)
         else:
-            stream = self._receive(model, prompt.inputs, left())
+            stream = self._receive(model, prompt.inputs, left(), None, self._retries)
         async with contextlib.aclosing(stream) as responses:
             async for outputs in responses:
                 for chunk in prompt.chunks(model, outputs):
                     yield chunk
 
-    async def _whole(self, prompt: Prompt[Result], timeout: float | None) -> list[Result]:
-        """All of the answer; the request is sent again where the server has no room for it."""
+    async def _whole(self, prompt: Prompt[Result], timeout: float | None, *, waits: bool = False) -> list[Result]:
+        """All of the answer; see `Connection`."""
         left = countdown(self._deadline(timeout))
         model = await self._model(prompt.model, prompt.task, timeout)
+        tried = [0]
 
         async def ask(_: int, seconds: float | None) -> list[Result]:
-            async with contextlib.aclosing(self._receive(model, prompt.inputs, seconds)) as responses:
+            stream = self._receive(model, prompt.inputs, seconds, self._retries.limit(tried[0]))
+            async with contextlib.aclosing(stream) as responses:
                 return [chunk async for outputs in responses for chunk in prompt.chunks(model, outputs)]
 
-        (found,) = await send_all_async(ask, 1, left(), self._wait_if_full)
+        (found,) = await send_all_async(ask, 1, left(), self._again(tried, waits=waits))
         return found
 
     async def _receive(
-        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None = None
+        self,
+        model: str,
+        inputs: Tensors,
+        seconds: float | None,
+        silence: float | None = None,
+        retries: Retries = NEVER,
     ) -> AsyncGenerator[_Outputs, None]:
         """The responses to a request that may have several; see `Connection`."""
-        left = countdown(seconds)
+        left, request, tried = countdown(seconds), patient(seconds), 0
+        while True:
+            begun = False
+            try:
+                async with contextlib.aclosing(self._received(model, inputs, left, silence)) as responses:
+                    async for outputs in responses:
+                        begun = True
+                        yield outputs
+                return
+            except UnavailableError as error:
+                again = not begun and retries.after(error, tried)
+                pause = request.pause_in_time() if again else None
+                if pause is None:
+                    raise
+            tried += 1
+            await asyncio.sleep(pause)
+
+    async def _received(
+        self, model: str, inputs: Tensors, left: Callable[[], float | None], silence: float | None
+    ) -> AsyncGenerator[_Outputs, None]:
+        """The same of one server, or of the next where that can't be reached."""
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():
-            begun = False
+            begun, since = False, time.monotonic()
             try:
                 stream = server.stream(model, inputs, left(), silence)
                 with self._servers.using(server):
@@ -201,6 +262,8 @@ class AsyncConnection:
                             yield outputs
             except TridentError as error:
                 failure = error
+                if self._retries.hung(error):
+                    await server.renew(since)
                 if not self._servers.note(server, error) or begun:
                     break
             else:
@@ -213,7 +276,13 @@ class AsyncConnection:
         if model:
             return model
         if task not in self._only:
-            self._only[task] = await self._run(lambda: _control.only_model(task), timeout)
+            again = self._again([0], waits=False)
+            (self._only[task],) = await send_all_async(
+                lambda _, left: self._run(lambda: _control.only_model(task), timeout if left is None else left),
+                1,
+                self._deadline(timeout),
+                again,
+            )
         return self._only[task]
 
     def _order(self) -> list[AsyncServer]:

@@ -70,6 +70,11 @@ class Client(Connection):
             no answer comes for as long again. None: never.
         wait_if_full: whether requests of every call but those of a generator are sent again, within their time, where
             the server's queue is full.
+        retries: how often a request to a model is sent again, within its time, whose answer broke off before the caller
+            had anything of it: of a stream, before its first chunk. Calls about the server, such as `load`, are not.
+        retry_silence: seconds without anything of an answer, or of its next chunk, after which an answer that is wanted
+            whole counts as broken off, so that a server that hangs is given up; its last try has all the time that is
+            left. Longer than the longest answer that comes at once. None: never.
 
     Raises:
         ValueError: an argument makes no sense; its message says which.
@@ -101,7 +106,7 @@ class Client(Connection):
             TypeError: an option is unknown.
             ValueError: an option's number does not fit its type.
         """
-        return _generation.joined(self._chunks(_generation.prompt(prompt, model, options, images=images), timeout))
+        return _generation.joined(self._whole(_generation.prompt(prompt, model, options, images=images), timeout))
 
     def stream(
         self,
@@ -148,7 +153,7 @@ class Client(Connection):
             TridentError: see its subclasses.
             TypeError: an option is unknown.
         """
-        every = self._chunks(_generation.prompt(prompt, model, options, images=images, n=n), timeout)
+        every = self._whole(_generation.prompt(prompt, model, options, images=images, n=n), timeout)
         return [_generation.joined([chunk]) for chunk in every]
 
     def chat(
@@ -528,7 +533,7 @@ class Client(Connection):
             TypeError: an option is unknown.
             ValueError: an option's number does not fit its type.
         """
-        return _tasks.transcription(self._whole(_tasks.transcribe(audio, model, options), timeout))
+        return _tasks.transcription(self._whole(_tasks.transcribe(audio, model, options), timeout, waits=True))
 
     def stream_transcription(
         self,

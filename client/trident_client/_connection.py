@@ -14,7 +14,7 @@ from trident_client import _control
 from trident_client._choice import Choice
 from trident_client._errors import CancelledError, TridentError, UnavailableError
 from trident_client._grpc_channel import GrpcServer
-from trident_client._sending import send_all, send_one, was_full
+from trident_client._sending import NEVER, Retries, least, patient, send_all, send_one, was_full
 from trident_client._settings import KEEPALIVE, SECONDS, TLS, Address, Headers, Settings, http_installed
 from trident_client._steps import Ask, Batch, Pause, Prompt, Steps, Tensors
 from trident_client._watch import Watch, countdown, limit
@@ -30,6 +30,8 @@ class Server(Protocol):
     """A server, over gRPC or HTTP; `GrpcServer` says what the methods do."""
 
     def close(self) -> None: ...
+
+    def renew(self, since: float) -> None: ...
 
     def ask(self, ask: Ask, seconds: float | None) -> Any: ...
 
@@ -55,10 +57,13 @@ class Connection:
         max_message_bytes: int | None = None,
         keepalive: float | None = KEEPALIVE,
         wait_if_full: bool = True,
+        retries: int = 0,
+        retry_silence: float | None = None,
     ) -> None:
         settings = Settings(admin_key, api_key, headers, tls, max_message_bytes, keepalive)
         self._timeout = limit(timeout)
         self._wait_if_full = wait_if_full
+        self._retries = Retries(retries, retry_silence)
         self._only: dict[str, str] = {}
         self._closed = False
         watch = Watch()
@@ -127,19 +132,26 @@ class Connection:
 
     def _infer(self, model: str, requests: Sequence[Tensors], seconds: float | None) -> list[_Outputs]:
         """The responses to requests, each of which has so many seconds."""
-        asked: dict[Any, Server] = {}
+        asked: dict[Any, tuple[Server, int, float]] = {}
+        tried = [0] * len(requests)
 
         def start(index: int, seconds: float | None) -> Any:
             server = self._order()[0]
-            call = server.start(model, requests[index], seconds)
-            asked[call] = server
+            call = server.start(model, requests[index], least(seconds, self._retries.limit(tried[index])))
+            asked[call] = server, index, time.monotonic()
             end = self._servers.begin(server)
             call.add_done_callback(lambda _: end())
             return call
 
         def again(call: Any) -> bool:
-            elsewhere = self._servers.note(asked.pop(call), call.error())
-            return elsewhere or (self._wait_if_full and was_full(call))
+            server, index, since = asked.pop(call)
+            if self._servers.note(server, call.error()) or (self._wait_if_full and was_full(call)):
+                return True
+            broke_off = self._retries.after(call.error(), tried[index])
+            if broke_off and self._retries.hung(call.error()):
+                server.renew(since)
+            tried[index] += broke_off
+            return broke_off
 
         return send_all(start, len(requests), seconds, again)
 
@@ -148,18 +160,22 @@ class Connection:
         left = countdown(self._deadline(timeout))
         model = self._model(prompt.model, prompt.task, timeout)
         if prompt.stream and timeout is None:
-            return self._parsed(prompt, model, self._receive(model, prompt.inputs, None, self._timeout))
-        return self._parsed(prompt, model, self._receive(model, prompt.inputs, left()))
+            return self._parsed(prompt, model, self._receive(model, prompt.inputs, None, self._timeout, self._retries))
+        return self._parsed(prompt, model, self._receive(model, prompt.inputs, left(), None, self._retries))
 
-    def _whole(self, prompt: Prompt[Result], timeout: float | None) -> list[Result]:
-        """All of the answer; the request is sent again where the server has no room for it."""
+    def _whole(self, prompt: Prompt[Result], timeout: float | None, *, waits: bool = False) -> list[Result]:
+        """All of the answer; the request is sent again where that breaks off, whatever of it has come.
+
+        Args:
+            waits: whether it is sent again, too, where the server has no room for it.
+        """
         left = countdown(self._deadline(timeout))
         model = self._model(prompt.model, prompt.task, timeout)
 
-        def ask(seconds: float | None) -> list[Result]:
-            return list(self._parsed(prompt, model, self._receive(model, prompt.inputs, seconds)))
+        def ask(seconds: float | None, silence: float | None) -> list[Result]:
+            return list(self._parsed(prompt, model, self._receive(model, prompt.inputs, seconds, silence)))
 
-        return send_one(ask, left(), self._wait_if_full)
+        return send_one(ask, left(), waits and self._wait_if_full, self._retries)
 
     def _parsed(
         self, prompt: Prompt[Result], model: str, stream: Generator[_Outputs, None, None]
@@ -169,18 +185,44 @@ class Connection:
                 yield from prompt.chunks(model, outputs)
 
     def _receive(
-        self, model: str, inputs: Tensors, seconds: float | None, silence: float | None = None
+        self,
+        model: str,
+        inputs: Tensors,
+        seconds: float | None,
+        silence: float | None = None,
+        retries: Retries = NEVER,
     ) -> Generator[_Outputs, None, None]:
         """The responses to a request that may have several.
 
         Args:
             seconds: until the last of them, from the first look for one; None: no limit.
             silence: seconds without a response; None: no limit.
+            retries: of the request, as long as no response has come. Their limit of silence is not for it.
         """
-        left = countdown(seconds)
+        left, request, tried = countdown(seconds), patient(seconds), 0
+        while True:
+            begun = False
+            try:
+                with contextlib.closing(self._received(model, inputs, left, silence)) as responses:
+                    for outputs in responses:
+                        begun = True
+                        yield outputs
+                return
+            except UnavailableError as error:
+                again = not begun and retries.after(error, tried)
+                pause = request.pause_in_time() if again else None
+                if pause is None:
+                    raise
+            tried += 1
+            time.sleep(pause)
+
+    def _received(
+        self, model: str, inputs: Tensors, left: Callable[[], float | None], silence: float | None
+    ) -> Generator[_Outputs, None, None]:
+        """The same of one server, or of the next where that can't be reached."""
         failure: TridentError = UnavailableError("no server can be reached")
         for server in self._order():
-            begun = False
+            begun, since = False, time.monotonic()
             try:
                 with (
                     self._servers.using(server),
@@ -191,6 +233,8 @@ class Connection:
                         yield outputs
             except TridentError as error:
                 failure = error
+                if self._retries.hung(error):
+                    server.renew(since)
                 if not self._servers.note(server, error) or begun:
                     break
             else:
@@ -203,7 +247,12 @@ class Connection:
         if model:
             return model
         if task not in self._only:
-            self._only[task] = self._run(lambda: _control.only_model(task), timeout)
+            self._only[task] = send_one(
+                lambda left, _: self._run(lambda: _control.only_model(task), timeout if left is None else left),
+                self._deadline(timeout),
+                False,
+                Retries(self._retries.times),
+            )
         return self._only[task]
 
     def _order(self) -> list[Server]:

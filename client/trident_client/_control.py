@@ -10,6 +10,8 @@ from trident_client._steps import Ask, Pause, Steps
 from trident_client._types import Health, ModelStatus
 
 POLL_SECONDS = 0.05
+# What follows the name of a model that a promotion tries out.
+_TRIAL = "_trial"
 # A server sees a new model within a second of its export.
 _EXPORTED_SECONDS = 2.0
 
@@ -86,7 +88,7 @@ def load(model: str, seconds: float | None, only: Sequence[str] | None = None) -
             yield from _triton_models(model, name)
             yield Ask("load", name, alone=True)
         return list(only)
-    names = yield from _triton_models(model)
+    names = [name for name in (yield from _triton_models(model)) if not name.endswith(_TRIAL)]
     public = [name for name in names if not name.startswith(_roles(model))]
     if len(public) < len(names):
         yield from _unload(public, seconds)

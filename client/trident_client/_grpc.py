@@ -19,6 +19,8 @@ STREAM = f"/{pb.SERVICE}/ModelStreamInfer"
 CONNECT_MILLISECONDS = 10_000  # for one try; the next begins after a pause of at most half of that
 # The thread that iterates over a stream receives its messages itself; else a thread of the channel passes them on.
 ONE_THREAD = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
+# Channels to one address share a connection otherwise, whatever it does.
+OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 
 
 def channel_options(url: str, settings: Settings | None = None) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from trident_client import _protocol as pb
 from trident_client import _wire
 from trident_client._errors import CancelledError, InvalidRequestError, TridentError, from_named_code, translated
-from trident_client._grpc import STREAM, channel_options, credentials, inference, metadata, question
-from trident_client._settings import Address, Settings
+from trident_client._grpc import OWN_CONNECTION, STREAM, channel_options, credentials, inference, metadata, question
+from trident_client._settings import MOST_CONNECTIONS, Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Alarm
 
@@ -30,24 +31,39 @@ class AsyncGrpcServer:
 
     def __init__(self, address: Address, settings: Settings) -> None:
         self._url = address.target
+        self._secure = address.secure
         self._settings = settings
         self._closed = False
-        options = channel_options(self._url, settings)
-        if address.secure:
-            self._channel = grpc.aio.secure_channel(self._url, credentials(settings), options=options)
+        self._channels: list[grpc.aio.Channel] = []  # the last one is used
+        self._connect()
+
+    def _connect(self) -> None:
+        options = [*channel_options(self._url, self._settings), *([OWN_CONNECTION] * bool(self._channels))]
+        if self._secure:
+            channel = grpc.aio.secure_channel(self._url, credentials(self._settings), options=options)
         else:
-            self._channel = grpc.aio.insecure_channel(self._url, options=options)
-        self._stub = pb.Stub(self._channel)
-        self._stream = self._channel.unary_stream(
+            channel = grpc.aio.insecure_channel(self._url, options=options)
+        self._channels.append(channel)
+        self._since = time.monotonic()
+        self._stub = pb.Stub(channel)
+        self._stream = channel.unary_stream(
             STREAM,
             request_serializer=pb.ModelInferRequest.SerializeToString,
             response_deserializer=pb.ModelStreamInferResponse.FromString,
         )
 
     async def close(self) -> None:
-        """End the channel and all that runs on it."""
+        """End the channels and all that runs on them."""
         self._closed = True
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
+
+    async def renew(self, since: float) -> None:
+        """See `GrpcServer.renew`."""
+        if self._since < since:
+            self._connect()
+            while len(self._channels) > MOST_CONNECTIONS:
+                await self._channels.pop(0).close()
 
     async def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question."""

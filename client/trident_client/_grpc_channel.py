@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -19,8 +20,17 @@ from trident_client._errors import (
     from_named_code,
     translated,
 )
-from trident_client._grpc import ONE_THREAD, STREAM, channel_options, credentials, inference, metadata, question
-from trident_client._settings import Address, Settings
+from trident_client._grpc import (
+    ONE_THREAD,
+    OWN_CONNECTION,
+    STREAM,
+    channel_options,
+    credentials,
+    inference,
+    metadata,
+    question,
+)
+from trident_client._settings import MOST_CONNECTIONS, Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Watch
 
@@ -36,24 +46,47 @@ class GrpcServer:
 
     def __init__(self, address: Address, settings: Settings, watch: Watch) -> None:
         self._url = address.target
+        self._secure = address.secure
         self._settings = settings
         self._watch = watch
-        options = [*channel_options(self._url, settings), ONE_THREAD]
-        if address.secure:
-            self._channel = grpc.secure_channel(self._url, credentials(settings), options=options)
+        self._channels: list[grpc.Channel] = []  # the last one is used
+        self._lock = threading.Lock()
+        self._connect()
+
+    def _connect(self) -> None:
+        options = [*channel_options(self._url, self._settings), ONE_THREAD, *([OWN_CONNECTION] * bool(self._channels))]
+        if self._secure:
+            channel = grpc.secure_channel(self._url, credentials(self._settings), options=options)
         else:
-            self._channel = grpc.insecure_channel(self._url, options=options)
-        self._stub = pb.Stub(self._channel)
+            channel = grpc.insecure_channel(self._url, options=options)
+        self._channels.append(channel)
+        self._since = time.monotonic()
+        self._stub = pb.Stub(channel)
         # Triton's stream may carry many requests; each of our calls sends one.
-        self._stream = self._channel.unary_stream(
+        self._stream = channel.unary_stream(
             STREAM,
             request_serializer=pb.ModelInferRequest.SerializeToString,
             response_deserializer=pb.ModelStreamInferResponse.FromString,
         )
 
     def close(self) -> None:
-        """End the channel and all that runs on it."""
-        self._channel.close()
+        """End the channels and all that runs on them."""
+        for channel in self._channels:
+            channel.close()
+
+    def renew(self, since: float) -> None:
+        """Send further requests over a new connection, because the present one hangs.
+
+        Requests that others have sent over it go on; of connections that were left so, the eighth last one is closed.
+
+        Args:
+            since: when it began to, by `time.monotonic`; a connection that is younger stays.
+        """
+        with self._lock:
+            if self._since < since:
+                self._connect()
+                while len(self._channels) > MOST_CONNECTIONS:
+                    self._channels.pop(0).close()
 
     def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question.

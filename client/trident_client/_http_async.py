@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trident_client import _http
 from trident_client._errors import CancelledError, UnavailableError
-from trident_client._settings import Address, Settings
+from trident_client._settings import MOST_CONNECTIONS, Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Alarm
 
@@ -32,15 +32,29 @@ class AsyncHttpServer:
 
     def __init__(self, address: Address, settings: Settings) -> None:
         self._url = address.target
+        self._address = address
         self._settings = settings
         self._closed = False
-        self._client = httpx2.AsyncClient(**_http.arguments(address, settings))
+        self._clients: list[httpx2.AsyncClient] = []  # the last one is used
+        self._connect()
         self._extensions = _http.extensions(settings)
+
+    def _connect(self) -> None:
+        self._clients.append(httpx2.AsyncClient(**_http.arguments(self._address, self._settings)))
+        self._since = time.monotonic()
 
     async def close(self) -> None:
         """Close the connections."""
         self._closed = True
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()
+
+    async def renew(self, since: float) -> None:
+        """See `GrpcServer.renew`."""
+        if self._since < since:
+            self._connect()
+            while len(self._clients) > MOST_CONNECTIONS:
+                await self._clients.pop(0).aclose()
 
     async def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question."""
@@ -102,7 +116,8 @@ class AsyncHttpServer:
                 return response.status_code, response.headers, parts.whole()
 
     async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
-        request = self._client.build_request(
+        client = self._clients[-1]
+        request = client.build_request(
             method,
             f"{self._url}{path}",
             content=body,
@@ -110,7 +125,7 @@ class AsyncHttpServer:
             timeout=_TIMEOUT,
             extensions=self._extensions,
         )
-        return await self._client.send(request, stream=True)
+        return await client.send(request, stream=True)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

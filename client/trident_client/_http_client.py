@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from trident_client import _http
 from trident_client._errors import CancelledError, DeadlineExceededError, UnavailableError
-from trident_client._settings import Address, Settings
+from trident_client._sending import least
+from trident_client._settings import MOST_CONNECTIONS, Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Watch
 
@@ -32,16 +33,32 @@ class HttpServer:
 
     def __init__(self, address: Address, settings: Settings, watch: Watch) -> None:
         self._url = address.target
+        self._address = address
         self._settings = settings
         self._watch = watch
         self._closed = False
-        self._client = httpx2.Client(**_http.arguments(address, settings))
+        self._clients: list[httpx2.Client] = []  # the last one is used
+        self._lock = threading.Lock()
+        self._connect()
         self._extensions = _http.extensions(settings)
+
+    def _connect(self) -> None:
+        self._clients.append(httpx2.Client(**_http.arguments(self._address, self._settings)))
+        self._since = time.monotonic()
 
     def close(self) -> None:
         """Close the connections."""
         self._closed = True
-        self._client.close()
+        for client in self._clients:
+            client.close()
+
+    def renew(self, since: float) -> None:
+        """See `GrpcServer.renew`."""
+        with self._lock:
+            if self._since < since:
+                self._connect()
+                while len(self._clients) > MOST_CONNECTIONS:
+                    self._clients.pop(0).close()
 
     def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question."""
@@ -71,7 +88,7 @@ class HttpServer:
         sent = {**_http.headers(self._settings), **its}
         events = _http.Events(inputs, self._settings.max_message_bytes)
         until = math.inf if seconds is None else time.monotonic() + seconds
-        with self._translated(), self._opened("POST", path, body, sent, _least(seconds, silence)) as response:
+        with self._translated(), self._opened("POST", path, body, sent, least(seconds, silence)) as response:
             if response.status_code != 200:
                 raise _http.failure(response.status_code, response.read())
             with contextlib.closing(self._blocks(response, until, silence)) as blocks:
@@ -95,9 +112,9 @@ class HttpServer:
         """A response whose body is still to be read; each wait for the server is limited."""
         if seconds is not None and seconds <= 0:  # a socket without time would not even try
             raise DeadlineExceededError("the server did not answer in time")
-        timeout = httpx2.Timeout(seconds, connect=_least(seconds, _http.CONNECT_SECONDS))
+        timeout = httpx2.Timeout(seconds, connect=least(seconds, _http.CONNECT_SECONDS))
         url = f"{self._url}{path}"
-        return self._client.stream(
+        return self._clients[-1].stream(
             method, url, content=body, headers=headers, timeout=timeout, extensions=self._extensions
         )
 
@@ -173,7 +190,3 @@ class HttpCall:
     def result(self) -> dict[str, NDArray[Any]]:
         """The tensors of the response."""
         return self._ended.result()
-
-
-def _least(*seconds: float | None) -> float | None:
-    return min((each for each in seconds if each is not None), default=None)

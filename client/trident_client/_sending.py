@@ -1,6 +1,7 @@
-"""Many requests at once: so many in flight, and those that find a queue full are sent again.
+"""Many requests at once: so many in flight, and which of them are sent again.
 
-Only a refusal of the server itself is answered by another try: it means that nothing of the request was done.
+Those that find a queue full are, as often as their time allows: nothing of them was done. Those whose answer breaks off
+are as often as `Retries` says: to ask a model changes nothing on a server.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any, TypeVar
 
 import grpc
 
-from trident_client._errors import OverloadedError, says_full
+from trident_client._errors import (
+    DeadlineExceededError,
+    OverloadedError,
+    TridentError,
+    UnavailableError,
+    says_full,
+)
 
 IN_FLIGHT = 16
 FIRST_PAUSE = 0.05  # seconds; doubled with each try, and drawn between half and all of it
@@ -25,6 +32,43 @@ PATIENCE = 300.0  # seconds that a request without a deadline is tried
 
 
 _Response = TypeVar("_Response")
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often requests are sent again whose answer broke off before their caller had anything of it.
+
+    Attributes:
+        times: of one request, after the first.
+        silence: seconds without anything of an answer after which it counts as broken off; None: no limit. The last
+            try has all the time that is left.
+    """
+
+    times: int = 0
+    silence: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.times < 0:
+            raise ValueError(f"retries must be at least 0, found {self.times}")
+        if self.silence is not None and not self.silence > 0:
+            raise ValueError(f"retry_silence must be above 0 seconds, found {self.silence}")
+
+    def after(self, error: BaseException | None, tried: int) -> bool:
+        """Whether a request is worth another try that has ended so, after so many."""
+        if tried >= self.times or isinstance(error, OverloadedError):
+            return False
+        return self.hung(error) or isinstance(error, UnavailableError)
+
+    def hung(self, error: BaseException | None) -> bool:
+        """Whether a request that has ended so waited for what may never come."""
+        return self.silence is not None and isinstance(error, DeadlineExceededError)
+
+    def limit(self, tried: int) -> float | None:
+        """Seconds of silence that a try may have, after so many others."""
+        return self.silence if tried < self.times else None
+
+
+NEVER = Retries()
 
 
 @dataclass
@@ -40,7 +84,12 @@ class _Request:
 
     def left(self) -> float:
         """Seconds until its time is over."""
-        return max(self.until - time.monotonic(), 1e-3)
+        return max(self.until - time.monotonic(), 0.0)
+
+    def pause_in_time(self) -> float | None:
+        """Seconds until it is sent again; None: its time is over before that."""
+        pause = self.pause()
+        return pause if time.monotonic() + pause < self.until else None
 
 
 class _Plan:
@@ -80,10 +129,11 @@ class _Plan:
         return max(self._waiting[0][0] - time.monotonic(), 0.0) if self._waiting else None
 
     def refused(self, request: _Request) -> bool:
-        """Note that the server had no room for a request; whether it is sent again."""
-        again = time.monotonic() + request.pause()
-        if again >= request.until:
+        """Note that a request got no answer, most often for want of room; whether there is time to send it again."""
+        pause = request.pause_in_time()
+        if pause is None:
             return False
+        again = time.monotonic() + pause
         self._flying -= 1
         heapq.heappush(self._waiting, (again, request.index, request))
         self._limit = max(self._limit // 2, 1)
@@ -140,26 +190,45 @@ def send_all(
     return responses
 
 
-def send_one(ask: Callable[[float | None], _Response], seconds: float | None, wait_if_full: bool) -> _Response:
-    """What one call gives, which is made again where the server had no room.
+def send_one(
+    ask: Callable[[float | None, float | None], _Response],
+    seconds: float | None,
+    wait_if_full: bool,
+    retries: Retries = NEVER,
+) -> _Response:
+    """What one call gives, which is made again where the server had no room, or its answer broke off.
 
     Args:
-        ask: makes it, within so many seconds.
+        ask: makes it, within so many seconds, with so many of silence.
         seconds: see `send_all`.
-        wait_if_full: whether it is made again.
+        wait_if_full: whether it is made again where the server had no room.
 
     Raises:
         TridentError: of the call.
     """
-    request = _Request(0, time.monotonic() + (PATIENCE if seconds is None else seconds))
+    request = patient(seconds)
+    tried = 0
     while True:
         try:
-            return ask(None if seconds is None else request.left())
-        except OverloadedError:
-            pause = request.pause()
-            if not wait_if_full or time.monotonic() + pause >= request.until:
+            return ask(None if seconds is None else request.left(), retries.limit(tried))
+        except TridentError as error:
+            again = retries.after(error, tried)
+            tried += again
+            again = again or (wait_if_full and isinstance(error, OverloadedError))
+            pause = request.pause_in_time() if again else None
+            if pause is None:
                 raise
-            time.sleep(pause)
+        time.sleep(pause)
+
+
+def patient(seconds: float | None) -> _Request:
+    """A request that is tried for so many seconds from now; None: for `PATIENCE`."""
+    return _Request(0, time.monotonic() + (PATIENCE if seconds is None else seconds))
+
+
+def least(*seconds: float | None) -> float | None:
+    """The shortest of some limits; None: there is none."""
+    return min((each for each in seconds if each is not None), default=None)
 
 
 def was_full(call: Any) -> bool:
@@ -171,14 +240,14 @@ async def send_all_async(
     start: Callable[[int, float | None], Awaitable[_Response]],
     count: int,
     seconds: float | None,
-    wait_if_full: bool = True,
+    again: Callable[[int, BaseException], bool],
 ) -> list[_Response]:
     """The same for calls that are awaited.
 
     Args:
         start: called with a request's index and the seconds it has; gives its response.
         seconds: see `send_all`.
-        wait_if_full: whether a request is sent again where the server had no room for it.
+        again: whether a request of an index is sent again that has ended with an error.
 
     Raises:
         TridentError: of the first request that failed; the others are cancelled.
@@ -198,7 +267,7 @@ async def send_all_async(
             for call in ended:
                 request = flying.pop(call)
                 error = call.exception()
-                if wait_if_full and isinstance(error, OverloadedError) and plan.refused(request):
+                if error is not None and again(request.index, error) and plan.refused(request):
                     continue
                 responses[request.index] = call.result()
                 plan.answered()

@@ -371,7 +371,8 @@ def _checked_rule(guard: Guard, rule: Rule, specs: Sequence[ModelSpec]) -> Rule:
         if owner.guard is not None:
             raise ModelsFileError(f"{where} has a guard itself: a judge must have none")
         if rule.classifier:
-            return replace(rule, classes=getattr(owner.limits, "labels", 1))
+            rule = replace(rule, classes=getattr(owner.limits, "labels", 1))
+        return replace(rule, batch=getattr(owner.limits, "max_batch_size", 1))
     return rule
 
 

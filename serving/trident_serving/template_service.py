@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from trident_client import _protocol as pb
 from trident_client import _wire
-from trident_serving.errors import Cancelled, DeadlineExceeded, Overloaded
+from trident_serving.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from trident_serving.runtime_folder import ADDRESS_ENVIRONMENT, PASS_PARAMETER
 from trident_serving.templates import Completion, Prompt, TemplateTask, error_from
 
@@ -34,6 +34,7 @@ QUESTIONS_AT_ONCE = 4
 
 # Triton's messages about a model that is being loaded again, or is not loaded; on a stream they carry no code.
 _AWAY = re.compile(r"Request for unknown model|is not at ready state|Stub process '.*' is not healthy")
+_ENSEMBLE = re.compile(r"in ensemble '[^']*', ")  # Triton's own, of models with stages
 _METHOD = f"/{pb.SERVICE}/ModelStreamInfer"
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -150,6 +151,26 @@ class GrpcModel:
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
             return Overloaded(f"{self._model}, which answers for this model, is not ready: {error.details()}")
         return RuntimeError(f"{self._model} answers {error.code().name}: {error.details()}")
+
+
+class GrpcEncoder(GrpcModel):
+    """A model of this server that has one response; unlike a stream, that says which kind an error is of."""
+
+    async def infer(self, tensors: Tensors, seconds: float) -> Tensors:
+        """See `GrpcModel.infer`."""
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+            self._one = self._channel.unary_unary(
+                f"/{pb.SERVICE}/ModelInfer",
+                request_serializer=pb.ModelInferRequest.SerializeToString,
+                response_deserializer=pb.ModelInferResponse.FromString,
+            )
+        try:
+            return _wire.parse_response(await self._one(self._request(tensors, seconds), timeout=seconds + 1))
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
+                raise InvalidRequest(_ENSEMBLE.sub("", error.details() or "")) from None
+            raise self._translated(error) from None
 
 
 class GrpcGenerator(GrpcModel):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import pytest
 
 from tests import tiny_models
 from tests.conftest import post, run_export_cold
-from tests.gateways import Gateway
+from tests.gateways import Gateway, install_guarded
+from tests.integration.test_messages import TOOL
 from trident_client import Client, Finding, InvalidRequestError
-from trident_export import configs, models_file
-from trident_serving.artefacts import VERSION, manifest_path, read_manifest
 from trident_serving.guard.rules import Guard
 from trident_serving.launcher.local import LocalServer
 from trident_serving.runtime.sampling.watermark import Watermark, detect
@@ -27,6 +25,12 @@ BLOCKED = [{"role": "user", "content": "open sesame"}]
 WEATHER = {"name": "weather", "action": "redact", "pattern": r"\b(?:rain|snow)\b"}
 SESAME = {"name": "sesame", "action": "block", "pattern": r"(?i)open\s{1,3}sesame"}
 NOTE = Finding("weather", "redact", "input", 1)
+CITY = {"name": "city", "action": "redact", "stages": ["output"], "pattern": "Zürich", "replacement": 'a "place"'}
+DIGIT = {"name": "digit", "action": "redact", "stages": ["output"], "pattern": "[0-9]", "replacement": '"'}
+
+
+MOOD = {"action": "block", "stages": ["input"], "classifier": "classify", "labels": ["none"], "window": 4000}
+AGE = {"type": "integer", "minimum": 100, "maximum": 999}
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +48,27 @@ def forbidden(said: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def guarded(gateway_server: LocalServer, gateway_folder: Path, forbidden: str) -> Iterator[None]:
-    """`guarded` and `asking`: the graph of `talk` behind patterns, and behind models too."""
+    """The graph of `talk` behind patterns and, as `asking`, behind models too; as `calling` that of `chain`."""
     word = {"name": "word", "action": "block", "stages": ["output"], "pattern": re.escape(forbidden)}
     tag = {"name": "tag", "action": "annotate", "stages": ["input"], "entities": "tag", "threshold": 0.1}
     judge = {"name": "judge", "action": "annotate", "judge": "talk", "template": "llama-guard", "policy": "S1: Rain."}
     guards = {"guarded": [WEATHER, SESAME, word], "asking": [WEATHER, SESAME, word, tag, judge]}
+    guards |= {"calling": [CITY], "spelling": [DIGIT]}
+    guards["open"] = [{**tag, "action": "redact", "window": 4000}, {"name": "mood", **MOOD}]
     repository = gateway_folder / "repository"
-    talk = read_manifest(repository, "talk")
-    assert talk is not None
     with Client(gateway_server.grpc_url, timeout=60) as client:
         for name, rules in guards.items():
-            _install(repository, name, Guard.from_table(name, {"rules": rules}))
+            graph = "chain" if name == "calling" else "talk"
+            install_guarded(
+                repository,
+                name,
+                graph,
+                Guard.from_table(name, {"rules": rules, "on_failure": "open" if name == "open" else "closed"}),
+            )
             client.load(name)
         yield
         for name in guards:
             client.unload(name)
-
-
-def _install(repository: Path, name: str, guard: Guard) -> None:
-    """The artefacts of `talk` under another name, with a config that has a guard."""
-    limits = {"context": 2048, "slots": 4, "max_waiting": 8, "threads": 1}
-    table = {"task": "text-generation", "source": {"path": "x"}, "variants": ["fp32"], "limits": limits}
-    spec = models_file.parse(name, table | {"guard": "g"}, guards={"g": guard})
-    configs.write(spec, repository, {})
-    shutil.copytree(repository / "talk" / VERSION, repository / name / VERSION)
-    file = manifest_path(repository, name)
-    told = json.loads(file.read_text()) | {"name": name, "triton_models": [name], "public_models": {"fp32": name}}
-    file.write_text(json.dumps(told))
 
 
 @pytest.mark.parametrize("model", ["guarded", "asking"])
@@ -120,6 +118,63 @@ def test_rules_ask_other_models(direct: Client) -> None:
             rule.prompt_template.render(asked), model="talk", guided_choice=["safe", "unsafe"], max_tokens=16
         )
         assert told.get(("judge", stage), 0) == (verdict.text == "unsafe")
+
+
+def test_a_text_that_a_rule_s_model_can_not_read_is_never_let_through(direct: Client) -> None:
+    """Of a guard that is open: its models were asked, and said why not. One without a word that they know is empty."""
+    with pytest.raises(
+        InvalidRequestError, match=r"rule mood can't read this text: text_input has \d+ tokens, the model"
+    ):
+        direct.generate("Anna goes to Bonn " * 60, model="open", max_tokens=4)
+    many = [{"role": "user", "content": text} for text in ("Anna", "\U0001f600", "Bonn " * 200, "Anna in Bonn")]
+    with pytest.raises(InvalidRequestError, match="rule mood can't read this text: text_input has"):
+        direct.chat(many, model="open", max_tokens=4)
+    found = direct.chat([many[0], many[1], many[3]], model="open", max_tokens=4)
+    alone = {
+        text: sum(each.score >= 0.1 for each in direct.entities(text, model="tag")) for text in ("Anna", "Anna in Bonn")
+    }
+    told = {each.rule: (each.action, each.count) for each in found.guard}
+    assert told == {"tag": ("redact", sum(alone.values()))} if sum(alone.values()) else not told
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_redacted_in_a_call_leaves_its_json(gateway: Gateway, stream: bool) -> None:
+    asked = {
+        "model": "calling",
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [TOOL],
+        "max_tokens": 24,
+        "stream": stream,
+    }
+    _, _, answer = gateway.ask("/v1/chat/completions", asked)
+    choices = _events(answer) if stream else [each | {"delta": each["message"]} for each in answer["choices"]]
+    functions = [call["function"] for each in choices for call in each["delta"].get("tool_calls") or ()]
+    assert "".join(each.get("name") or "" for each in functions) == "weather"
+    assert json.loads("".join(each["arguments"] for each in functions)) == {"city": 'a "place"'}
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_redacted_in_an_answer_under_a_schema_leaves_json(direct: Client, stream: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 9},
+            "ages": {"type": "array", "items": AGE, "minItems": 1, "maxItems": 4},
+        },
+        "required": ["name", "ages"],
+    }
+    asked: dict[str, Any] = {"guided_json": json.dumps(schema), "max_tokens": 200, "random_seed": 3, "temperature": 1.0}
+    right = json.loads(direct.chat(MESSAGES, model="talk", **asked).text)
+    if stream:
+        text = "".join(chunk.text for chunk in direct.stream(MESSAGES, model="spelling", **asked))
+    else:
+        text = direct.chat(MESSAGES, model="spelling", **asked).text
+    assert json.loads(text) == {
+        "name": re.sub("[0-9]", '"', right["name"]),
+        "ages": [re.sub("[0-9]", '"', str(age)) for age in right["ages"]],
+    }
+    assert right["ages"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -334,8 +334,11 @@ class Load:
         return f"{len(self.requests)} requests, {self.at_once():.1f} at once; seconds to the first token: {times}"
 
 
+WHOLE = ("http-once", "embed")  # kinds of callers that see nothing of an answer before all of it
+
+
 class Callers:
-    """Callers of a proxy, with this package's client and without its retries: it has one address."""
+    """Callers of a proxy, with this package's client. Only those that want an answer whole have it ask again."""
 
     def __init__(self, proxy: Proxy, lengths: tuple[int, int] = (50, 900)) -> None:
         self._ids = threading.local()
@@ -343,6 +346,9 @@ class Callers:
         shared: dict[str, Any] = {"tls": proxy.tls, "timeout": 60, "wait_if_full": False, "headers": self._headers}
         self.grpc = Client(proxy.grpc_url, **shared)
         self.http = Client(proxy.http_url, **shared)
+        again: dict[str, Any] = {"retries": 3, "retry_silence": 4.0}
+        self._whole_grpc = Client(proxy.grpc_url, **shared, **again)
+        self._whole_http = Client(proxy.http_url, **shared, **again)
         options: dict[str, Any] = {"model": "talk", "ignore_eos": True}
         self._answers = {
             prompt: self.grpc.generate(prompt, max_tokens=lengths[1], **options).text for prompt in PROMPTS
@@ -353,15 +359,15 @@ class Callers:
         return {"x-request-id": getattr(self._ids, "id", "first")}
 
     def close(self) -> None:
-        self.grpc.close()
-        self.http.close()
+        for client in (self.grpc, self.http, self._whole_grpc, self._whole_http):
+            client.close()
 
     def kinds(self) -> dict[str, tuple[int, Ask]]:
         """The callers of a `Load`: at most ten ask the generator at once, whose servers have twelve slots."""
         return {
             "stream": (7, self.stream(self.grpc)),
             "http-stream": (2, self.stream(self.http)),
-            "http-once": (1, self.once(self.http)),
+            "http-once": (1, self.once(self._whole_http)),
             "embed": (1, self.embed),
         }
 
@@ -389,7 +395,7 @@ class Callers:
 
     def embed(self, chance: random.Random, name: str) -> Iterator[None]:
         self._ids.id = name
-        found = self.grpc.embed(TEXTS, model="embed")
+        found = self._whole_grpc.embed(TEXTS, model="embed")
         yield
         if abs(found - self._embeddings).max() > 1e-5:
             raise WrongAnswerError(f"{found}")

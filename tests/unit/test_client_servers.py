@@ -320,6 +320,9 @@ def test_what_is_no_address(door: Door, url: Any, message: str) -> None:
         ({"tls": True, "url": "http://x"}, "is not encrypted, but tls= is given"),
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1"),
         ({"keepalive": 0.5}, "keepalive must be at least 1 second"),
+        ({"retries": -1}, "retries must be at least 0, found -1"),
+        ({"retry_silence": 0.0}, "retry_silence must be above 0 seconds, found 0.0"),
+        ({"retry_silence": float("nan")}, "retry_silence must be above 0 seconds, found nan"),
         ({"timeout": float("nan")}, "a timeout must be a number of seconds, or None for no limit, found nan"),
     ],
 )

@@ -196,17 +196,20 @@ def test_flags_of_the_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     given = connection.arguments(parsed("health"))
     assert given["url"] == ["localhost:8001"]
     assert (given["timeout"], given["keepalive"], given["tls"], given["api_key"]) == (60.0, 20.0, False, None)
+    assert (given["retries"], given["retry_silence"]) == (0, None)
     monkeypatch.setenv("TRIDENT_URL", "a:1, http://b:2")
     monkeypatch.setenv("TRIDENT_API_KEY", "of the environment")
     assert connection.arguments(parsed("health"))["url"] == ["a:1", "http://b:2"]
     flags = ["--url", "c:3", "--url", "d:4", "--timeout", "none", "--keepalive", "5", "--no-wait-if-full"]
     flags += ["--header", "x-team: search", "--api-key-file", str(tmp_path / "key"), "--server-name", "triton"]
     flags += ["--ca", "ca.pem", "--cert", "c.pem", "--key", "k.pem", "--max-message-bytes", "100"]
+    flags += ["--retries", "2", "--retry-silence", "1.5"]
     before, after = (connection.arguments(parsed(*each)) for each in ([*flags, "health"], ["health", *flags]))
     assert before == after
     assert before["url"] == ["c:3", "d:4"]
     assert (before["timeout"], before["keepalive"], before["wait_if_full"]) == (None, 5.0, False)
     assert (before["api_key"], before["headers"]) == ("secret", {"x-team": "search"})
+    assert (before["retries"], before["retry_silence"]) == (2, 1.5)
     assert (str(before["tls"].ca), before["tls"].server_name, before["max_message_bytes"]) == ("ca.pem", "triton", 100)
     assert connection.arguments(parsed("health"))["api_key"] == "of the environment"
     with pytest.raises(InputError, match="--api-key or --api-key-file, not both"):

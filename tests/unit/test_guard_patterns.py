@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 
 from trident_serving.errors import ReadingError
 from trident_serving.guard import patterns
-from trident_serving.guard.filtering import Findings, Span, TextFilter, Windows, at_once
+from trident_serving.guard.filtering import (
+    Findings,
+    PatternFilter,
+    SecondReading,
+    Span,
+    TextFilter,
+    Windows,
+    at_once,
+)
 from trident_serving.guard.patterns import Match, Pattern, Scanner, matches
-from trident_serving.guard.rules import Guard, Rule, Stage
+from trident_serving.guard.rules import Action, Guard, Rule, Stage
 
 EXPRESSIONS = [
     ("a+b", 6),
@@ -142,12 +150,14 @@ class Capitals:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.calls = 0
 
-    async def spans(self, rule: Rule, text: str) -> list[Span] | None:
-        self.asked.append(text)
+    async def spans(self, rule: Rule, texts: Sequence[str]) -> list[list[Span]] | None:
+        self.asked += texts
+        self.calls += 1
         if rule.entities:
-            return [Span(match.start(), match.end(), "NAME") for match in re.finditer("[A-Z]", text)]
-        return [Span(0, len(text), "bad")] if "x" in text else []
+            return [[Span(each.start(), each.end(), "NAME") for each in re.finditer("[A-Z]", text)] for text in texts]
+        return [[Span(0, len(text), "bad")] if "x" in text else [] for text in texts]
 
 
 def filtered(guard: Guard, chunks: Sequence[str]) -> tuple[str, bool, list[dict[str, Any]], Capitals]:
@@ -184,12 +194,29 @@ def test_a_text_in_chunks_becomes_what_it_becomes_as_a_whole(guard: Guard, text:
     assert (chunks, chunks_blocked) == (whole, blocked)
     if not blocked:
         assert chunks_findings == findings
-        assert sorted(others.asked) == sorted(asked.asked)
+        assert {*others.asked} == {*asked.asked}
     found = {rule.name for rule in guard.rules if rule.pattern and re.search(rule.pattern, text)}
     assert blocked or {each["rule"] for each in findings} >= found
     assert blocked >= ("order" in found)
     if guard is GUARD and found <= {"cat"}:
         assert whole == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS, places=st.lists(st.integers(0, 120), max_size=9), last=st.booleans())
+def test_a_second_reading_finds_what_a_first_one_does(text: str, places: list[int], last: bool) -> None:
+    rules = [rule for rule in GUARD.rules if rule.action is not Action.ANNOTATE]
+    told = []
+    for kind in (PatternFilter, SecondReading):
+        findings = Findings()
+        reading, passed = kind(rules, Stage.OUTPUT, findings, last=last), []
+        chunks = [*cut(text, places), ""]
+        for number, chunk in enumerate(chunks, start=1):
+            passed.append(reading.push(chunk, end=number == len(chunks)))
+            if passed[-1].blocked:
+                break
+        told.append(("".join(each.text for each in passed), passed[-1].blocked, findings.told()))
+    assert told[0] == told[1]
 
 
 def test_what_is_held_back() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,8 +24,8 @@ from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import Chunk, ResponseChannel
 from trident_serving.guard import prompts
 from trident_serving.guard.asking import Models
-from trident_serving.guard.filtering import Passed
-from trident_serving.guard.rules import Guard
+from trident_serving.guard.filtering import Findings, Passed, filter_all
+from trident_serving.guard.rules import Guard, Stage
 from trident_serving.guard.service import GuardedService
 from trident_serving.runtime.metrics import Recorder
 from trident_serving.runtime.tokenizer import TextTokenizer
@@ -42,7 +43,7 @@ JUDGE = {"name": "judge", "action": "block", "judge": "guardian", "template": "g
 class Engine:
     """A service whose engine says what a test wants, in chunks of three characters."""
 
-    memory, draft_name = "", ""
+    memory, draft_name, tokenizer = "", "", TOKENIZER
 
     def __init__(self, answers: Sequence[Mapping[str, str]]) -> None:
         self.recorder = Recorder()
@@ -145,7 +146,7 @@ class Model:
     async def infer(self, tensors: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
         await asyncio.sleep(0)
         field = "messages" if "messages" in tensors else "text_input"
-        self.asked.append(tensors[field].reshape(-1)[0].decode())
+        self.asked.append("|".join(text.decode() for text in tensors[field].reshape(-1)))
         return self._answer(tensors)
 
     async def close(self) -> None:
@@ -154,14 +155,16 @@ class Model:
 
 def tagger(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """Anna is a person, Bonn a place."""
-    text = tensors["text_input"].item().decode()
+    texts = [text.decode() for text in tensors["text_input"][:, 0]]
     labels = {"Anna": "PER", "Bonn": "LOC"}
-    found = [(match.start(), match.group(), labels[match.group()]) for match in re.finditer("Anna|Bonn", text)]
+    rows = [[(each.start(), each[0], labels[each[0]]) for each in re.finditer("Anna|Bonn", text)] for text in texts]
+    most = max(map(len, rows)) + 1
+    found = [row + [(0, "", "")] * (most - len(row)) for row in rows]
     return {
-        "entity": encode_texts([label for *_, label in found] + [""])[None],
-        "score": np.array([[0.9] * len(found) + [0.0]], np.float32),
-        "start": np.array([[start for start, *_ in found] + [0]], np.int32),
-        "end": np.array([[start + len(word) for start, word, _ in found] + [0]], np.int32),
+        "entity": np.stack([encode_texts([label for *_, label in row]) for row in found]),
+        "score": np.array([[0.9 * bool(word) for _, word, _ in row] for row in found], np.float32),
+        "start": np.array([[start for start, *_ in row] for row in found], np.int32),
+        "end": np.array([[start + len(word) for start, word, _ in row] for row in found], np.int32),
     }
 
 
@@ -392,12 +395,162 @@ def test_a_text_that_a_rule_s_model_refuses(on_failure: str) -> None:
 def test_whatever_may_stand_in_a_prompt_is_filtered(field: str, sent: Any, passed: Any) -> None:
     """Keys, numbers, escapes, and what stands where the format has words of its own."""
 
-    async def each(text: str) -> Passed:
-        return Passed(re.sub(r"[0-9]{8}", "[number]", text.replace("a@b.c", "[email]")))
+    async def every(texts: Sequence[str]) -> list[Passed]:
+        return [Passed(re.sub(r"[0-9]{8}", "[number]", text.replace("a@b.c", "[email]"))) for text in texts]
 
     inputs: Inputs = {field: encode_texts([json.dumps(sent)])[None]}
-    found = asyncio.run(prompts.filtered(inputs, "", each))
+    found = asyncio.run(prompts.filtered(inputs, [], TOKENIZER, every))
     assert (None if found is None else json.loads(found[field].item())) == passed
+
+
+def test_arguments_whose_text_says_more_than_their_object() -> None:
+    """Of two members of one name, only the last is read, and a template writes both."""
+
+    async def every(texts: Sequence[str]) -> list[Passed]:
+        assert all("a@b.c" not in text for text in texts)
+        return [Passed(text) for text in texts]
+
+    sent = {"arguments": '{"q": "\\u0061@b.c", "q": 1}'}
+    found = asyncio.run(prompts.filtered({"messages": encode_texts([json.dumps(sent)])[None]}, [], TOKENIZER, every))
+    assert found is not None
+    assert json.loads(found["messages"].item()) == {"arguments": '{"q": 1}'}
+
+
+def test_two_keys_that_a_rule_makes_one() -> None:
+    async def every(texts: Sequence[str]) -> list[Passed]:
+        return [Passed(re.sub(r"\w@b", "[email]", text)) for text in texts]
+
+    sent = {"documents": encode_texts([json.dumps([{"c@b": 1, "d@b": 2, "[email] 2": 3}])])[None]}
+    found = asyncio.run(prompts.filtered(sent, [], TOKENIZER, every))
+    assert found is not None
+    assert json.loads(found["documents"].item()) == [{"[email]": 1, "[email] 3": 2, "[email] 2": 3}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_escapes_in_a_call_hide_nothing(stream: bool) -> None:
+    sent = '{"to": "\\u0061@b.de", "c@d.de": ["x", "\\ud83d\\ude00"]}'
+    with guarded([EMAIL, SECRET], {"text": "fine", "arguments": sent}) as (service, _, _):
+        client = ask(service, stream=stream)
+        assert json.loads(_arguments(client)) == {"to": "[email]", "[email]": ["x", "😀"]}
+        assert client.ended() == ("stop", [{"rule": "email", "action": "redact", "stage": "output", "count": 2}])
+    with guarded([EMAIL, SECRET], {"text": "", "arguments": '{"a": "\\u0078yzzy"}'}) as (service, _, _):
+        client = ask(service, stream=stream)
+        assert (_arguments(client), client.ended()[0]) == ('{"a": "', "content_filter")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_name_that_no_tool_has_is_a_text(stream: bool) -> None:
+    with guarded([EMAIL, {**SECRET, "pattern": "f"}], {"text": "", "arguments": "{}"}) as (service, _, _):
+        client = ask(service, stream=stream)
+        calls = [call for chunk in client.chunks for call in json.loads(chunk.tool_calls or "[]")]
+        assert [call["function"] for call in calls] == [{"name": "", "arguments": ""}]
+        assert client.ended()[0] == "content_filter"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("field", ["guided_json", "guided_decoding_guide_type"])
+def test_an_answer_under_a_schema_stays_json(stream: bool, field: str) -> None:
+    sent = '{"to": "\\u0061@b.de", "n": 12345678}'
+    number = {"name": "number", "action": "redact", "pattern": "[0-9]{8}"}
+    asked = {field: encode_texts(["{}" if field == "guided_json" else "json"])[None]}
+    with guarded([EMAIL, number], sent) as (service, _, _):
+        client = ask(service, stream=stream, **asked)
+        assert json.loads(client.text()) == {"to": "[email]", "n": "[number]"}
+    with guarded([EMAIL, number], "Hi a@b.de" + sent) as (service, engine, _):  # with the prompt before it
+        client = ask(service, "Hi a@b.de", stream=stream, **asked, exclude_input_in_output=np.array([[False]]))
+        assert engine.asked[0].prompt == "Hi [email]"
+        assert client.text().startswith("Hi [email]")
+        assert "1234" not in client.text()
+
+
+def test_tokens_that_no_rule_changes_stay_what_they_are() -> None:
+    """Special tokens of a prompt of tokens are kept, and what lies on both sides of one is found."""
+    special = next(iter(TOKENIZER.special_tokens.values()))
+    tokens = TOKENIZER.encode
+    with guarded([EMAIL, SECRET], "fine") as (service, engine, _):
+
+        def sent(*ids: int, **fields: Any) -> Client:
+            client = Client()
+            service.submit(service.parse({"input_ids": np.array([ids], np.int32), **fields}), client)
+            assert client.done.wait(20)
+            return client
+
+        sent(special, *tokens("I am"), special, *tokens(" a@b.de"), special)
+        redacted = tokens(" [email]")
+        assert engine.asked[-1].prompt_ids == (special, *tokens("I am"), special, *redacted, special)
+        assert sent(*tokens("xyz"), special, *tokens("zy")).ended()[0] == "content_filter"
+        shown = {"skip_special_tokens": np.array([[False]])}
+        assert sent(*tokens("xyz"), special, *tokens("zy"), **shown).ended()[0] == "content_filter"
+        sent(*tokens("to a@b"), special, *tokens(".de"))
+        assert engine.asked[-1].prompt == "to [email]"
+        assert len(engine.asked) == 2
+
+
+BLANK = {"name": "blank", "action": "redact", "pattern": "b{1,9}", "replacement": " "}
+TWO_WORDS = {"name": "two", "action": "block", "pattern": r"open sesame"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_redaction_makes_is_read_again(stream: bool) -> None:
+    with guarded([BLANK, TWO_WORDS], "say openbbsesame now") as (service, engine, _):
+        client = ask(service, stream=stream)
+        assert (client.text(), client.ended()[0]) == ("say ", "content_filter")
+        assert ask(service, "openbsesame").ended()[0] == "content_filter"
+        assert len(engine.asked) == 1
+    named = {"name": "n", "action": "redact", "entities": "tagger", "labels": ["PER"], "replacement": " "}
+    with guarded([named, TWO_WORDS], "openAnnasesame", models={"tagger": tagger}) as (service, _, _):
+        assert ask(service, stream=stream).ended()[0] == "content_filter"
+    # Behind the last reading, what would be redacted is blocked.
+    first = {"name": "first", "action": "redact", "pattern": "ab", "replacement": "-"}
+    chain = [first, {"name": "second", "action": "redact", "pattern": "x-x", "replacement": "y"}]
+    with guarded(chain, "xabx.") as (service, _, _):
+        assert ask(service, stream=stream).text() == "y."
+    chain += [{"name": "third", "action": "redact", "pattern": "wyw", "replacement": "v"}]
+    with guarded(chain, "so wxabxw.") as (service, _, _):
+        client = ask(service, stream=stream)
+        assert (client.text(), client.ended()[0]) == ("so ", "content_filter")
+
+
+def test_models_are_asked_about_many_texts_at_once() -> None:
+    """Keys and numbers of a structured request, and the sentences of a text."""
+    documents = json.dumps([{"name": "Anna", "year": 2000 + at, "place": "Bonn"} for at in range(10)])
+    inputs = {"documents": encode_texts([documents])[None], "text_input": encode_texts(["Anna. Bonn. Is it?"])[None]}
+    rules = [{**NAMES, "batch": 8}, {**JUDGE, "stages": ["input"]}]
+
+    async def asked() -> tuple[str, list[str], list[str]]:
+        guard = Guard.from_table("g", {"rules": rules})
+        served = {"tagger": Model(tagger), "guardian": Model(guardian)}
+        question = Models(guard, served.__getitem__).about(time.monotonic() + 20)
+
+        async def every(texts: Sequence[str]) -> list[Passed]:
+            return await filter_all(texts, guard.rules, Stage.INPUT, Findings(), question)
+
+        found = await prompts.filtered(inputs, [], TOKENIZER, every)
+        assert found is not None
+        return found["documents"].item().decode(), served["tagger"].asked, served["guardian"].asked
+
+    found, tags, verdicts = asyncio.run(asked())
+    assert json.loads(found)[9] == {"name": "[PER]", "year": 2009, "place": "Bonn"}
+    # 3 sentences, 10 numbers and 4 other texts, each once.
+    assert [len(each.split("|")) for each in tags] == [8, 8, 1]
+    assert tags[0].startswith("Anna. |Bonn. |Is it?|Anna|year|2000|place|Bonn")
+    assert len(verdicts) == 1
+    assert "[PER]. Bonn. Is it?\\n[PER]\\nyear\\n2000\\n" in verdicts[0]
+
+
+def test_a_text_of_a_batch_that_a_model_refuses_is_asked_about_alone() -> None:
+    def picky(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        if any(text == b"?" for text in tensors["text_input"][:, 0]):
+            raise InvalidRequest("text_input[0] holds no token that the model's vocabulary knows")
+        return tagger(tensors)
+
+    guard = Guard.from_table("g", {"rules": [{**NAMES, "batch": 8}]})
+    served = Model(picky)
+    question = Models(guard, lambda name: served).about(time.monotonic() + 20)
+    found = asyncio.run(question.spans(guard.rules[0], ["Anna", "?", "x", "Anna"]))
+    assert found is not None
+    assert [len(each) for each in found] == [1, 0, 0, 1]
+    assert served.asked == ["Anna|?|x|Anna", "Anna|?", "Anna", "?", "x|Anna"]
 
 
 def test_what_waits_when_the_model_is_unloaded_fails() -> None:

@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForS
 
 from tests import tiny_models
 from trident_export.compression import models
-from trident_export.errors import NotWritable, TextError
+from trident_export.errors import NotWritable, TextError, UsageError
 from trident_export.huggingface.folder import HuggingFaceFolder
-from trident_export.training import heads
+from trident_export.training import heads, run
 from trident_export.training.examples import Labelled, Question, labelled, questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,8 +34,14 @@ def test_examples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"text": "a"}', "line 2: label must be a text"),
-        ('{"text": " ", "label": "b"}', "line 2: text must be a text"),
+        ('{"text": "a"}', "line 2: label must be a text, found none"),
+        ('{"text": "a", "label": 3}', "line 2: label must be a text, found 3"),
+        ('{"text": "a", "label": ["b"]}', r"line 2: label must be a text, found \[\"b\"\]"),
+        ('{"text": " ", "label": "b"}', "line 2: text must be a text, found an empty one"),
+        (
+            r'{"text": "a\ud83d b", "label": "b"}',
+            r"line 2: text holds half of a surrogate pair, '\\ud83d', which is no",
+        ),
         ("[1]", "line 2: it is no object"),
         ("{", "line 2: Expecting property name"),
         ("[" * 100_000, "line 2: "),
@@ -53,7 +59,7 @@ def test_broken_examples(tmp_path: Path, line: str, said: str) -> None:
         labelled(file)
 
 
-@pytest.mark.parametrize("start", ['"x"', "-3", "4", "null"])
+@pytest.mark.parametrize("start", ['"x"', "-3", "4", "null", "true", "3.0"])
 def test_an_answer_must_stand_where_it_is_said_to(tmp_path: Path, start: str) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text(f'{{"question": "q", "context": "An ox", "answer": "ox", "start": {start}}}\n')
@@ -127,6 +133,77 @@ def test_questions_are_answered(encoder: HuggingFaceFolder, tmp_path: Path) -> N
         found = model(**batch)
     ids = batch.input_ids[0, int(found.start_logits.argmax()) : int(found.end_logits.argmax()) + 1]
     assert encoder.tokenizer.decode(ids) == "queen"
+
+
+def settings(**more: int) -> heads.Settings:
+    return heads.Settings(batch_size=8, **{"length": 16, **more})
+
+
+def test_questions_that_leave_no_room_for_their_context(encoder: HuggingFaceFolder, tmp_path: Path) -> None:
+    examples = [Question("Who is it?", "The king", 4, 8)] * 12 + [Question("Who is it? " * 4, "The king", 4, 8)]
+    said = "the question of example 13 has 24 tokens, which leaves none of --length 16 for its context"
+    with pytest.raises(TextError, match=said):
+        heads.train("question-answering", encoder, examples, tmp_path / "out", settings(), print)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("length", "said"), [(2, "--length is 2, and 2 of that are special tokens"), (131, "takes 130 tokens at most")]
+)
+def test_lengths_that_the_model_has_no_form_for(
+    encoder: HuggingFaceFolder, tmp_path: Path, length: int, said: str
+) -> None:
+    examples = [Labelled("the king", name) for name in ("a", "b") for _ in range(8)]
+    with pytest.raises(UsageError, match=said):
+        heads.train("text-classification", encoder, examples, tmp_path / "out", settings(length=length), print)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_past_a_checkpoint_that_was_cut(encoder: HuggingFaceFolder, tmp_path: Path) -> None:
+    """As after a kill, or a power cut, in the middle of writing it."""
+    words = ("king", "queen", "child")
+    examples = [Labelled(f"The {word} of the {place}", word) for place in PLACES for word in words]
+    asked = heads.Settings(epochs=6, batch_size=8, length=32, learning_rate=3e-3, save_every=4)
+    work = run.folder_of(tmp_path / "out")
+
+    class KilledError(Exception):
+        pass
+
+    def killed(line: str) -> None:
+        if line.startswith("step 10 "):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        heads.train("text-classification", encoder, examples, tmp_path / "out", asked, killed)
+    (last,) = work.glob("checkpoint-*")
+    for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"):
+        whole = (last / name).read_bytes()
+        assert run.last_checkpoint(work) == str(last)
+        (last / name).write_bytes(whole[: len(whole) // 2])
+        assert run.last_checkpoint(work) is None
+        (last / name).write_bytes(whole)
+    (last / "optimizer.pt").write_bytes(whole[:100])
+    (work / "checkpoint-old").mkdir()
+    said: list[str] = []
+    assert heads.train("text-classification", encoder, examples, tmp_path / "out", asked, said.append) is not None
+    assert said[0].startswith("step 10 of 18")  # from the beginning
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_checkpoints_of_nobody_knows_which_run(tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/trainer_state.json").write_text("{}")
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(UsageError, match="settings.json beside them does not say of which run"):
+        run.check_same_run(tmp_path, {"steps": 5})
+    with pytest.raises(UsageError, match="is no folder, and checkpoints go there"):
+        run.check_same_run(tmp_path / "settings.json", {"steps": 5})
+
+
+def test_a_seed_that_can_t_be() -> None:
+    for seed in (-1, 2**32):
+        with pytest.raises(UsageError, match="--seed must be between 0 and 4294967295, found"):
+            heads.Settings(seed=seed)
 
 
 def test_only_a_model_s_folder_is_replaced(tmp_path: Path) -> None:

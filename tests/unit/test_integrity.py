@@ -246,3 +246,21 @@ def test_the_parts_of_an_environment_are_listed(capsys: pytest.CaptureFixture[st
     assert found["trident-serving"]["licenses"] == [{"license": {"id": "Apache-2.0"}}]
     assert commands.main(["sbom"]) == 0
     assert capsys.readouterr().out == text
+
+
+@needs_cryptography
+def test_a_trial_that_was_left_keeps_nobody_from_being_served(
+    repository: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of a version that nobody has signed, whose promotion was killed."""
+    private, public = keys
+    sign(repository, private)
+    install(repository, 2)
+    trial = repository / "m_model_trial"
+    trial.mkdir()
+    (trial / "2").symlink_to("../m_model/2", target_is_directory=True)
+    text = (repository / "m_model/2/config.pbtxt").read_text()
+    (trial / "config.pbtxt").write_text(artefacts.renamed(text, "m_model", "m_model_trial"))
+    view = RepositoryView(repository, tmp_path / "view", signatures.read_keys(public))
+    assert sorted(path.name for path in view.folder.iterdir()) == sorted(("m", *STAGES))
+    assert (view.refresh(), view.refused) == (sorted(("m", *STAGES)), {})

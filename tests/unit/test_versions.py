@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trident_client import ModelStatus, UnavailableError
+from trident_client import ModelStatus, NotFoundError, UnavailableError
 from trident_export import configs, releases
 from trident_export.errors import StoreError
 from trident_export.store import commands, rollout, versions
@@ -272,6 +272,63 @@ def test_a_cut_promotion_leaves_what_can_be_served_and_is_gone_on_with(repositor
     assert change(repository, second, server) == 2
     assert served(repository) == {key: [2] for key in ("m", *STAGES)}
     assert set(map(tuple, server.ready.values())) == {(2,)}
+
+
+class KilledInItsTrial(Recorder):
+    """A server whose client ends while it tries the graph of the new version."""
+
+    def load(self, model: str, *, only: list[str] | None = None, timeout: float | None = None) -> list[str]:
+        found = super().load(model, only=only, timeout=timeout)
+        if only == ["m_model_trial"]:
+            os._exit(0)
+        return found
+
+
+def test_what_a_killed_trial_has_left_is_removed(repository: Path) -> None:
+    if (child := os.fork()) == 0:
+        try:
+            change(repository, server=KilledInItsTrial(repository))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    left = repository / "m_model_trial"
+    assert (left / "2").is_symlink()
+    assert "m_model_trial" in artefacts.loadable(repository)
+    server = Recorder(repository)
+    assert "m_model_trial" in server.ready
+    said: list[str] = []
+    assert rollout.change(repository, "m", versions.newer, server, said.append).number == 2
+    assert said == ["an earlier promotion was cut off: what it had left is removed (m_model_trial)"]
+    assert not list(repository.glob("*_trial*"))
+    assert sorted(server.ready) == sorted(("m", *STAGES))
+    # The server may still have it where the folder is gone; another model's trial is not touched.
+    server.ready |= {"m_tokenizer_trial": [2], "other_trial": [2]}
+    server.steps |= {"m_tokenizer_trial": [], "other_trial": []}
+    (repository / "other_trial").mkdir()
+    assert rollout.change(repository, "m", versions.older, server, said.append).number == 1
+    assert said[1:] == ["an earlier promotion was cut off: what it had left is removed (m_tokenizer_trial)"]
+    assert sorted(server.ready) == sorted(("m", "other_trial", *STAGES))
+    assert (repository / "other_trial").exists()
+
+
+@pytest.mark.parametrize(
+    ("signature", "reason"),
+    [
+        (b"", "but this version is not signed: trident-export sign m --key FILE"),
+        (b"x" * 64, "perhaps by another key, or the manifest has changed since"),
+    ],
+)
+def test_what_a_server_with_trusted_keys_does_not_see_is_told(repository: Path, signature: bytes, reason: str) -> None:
+    class Blind(Recorder):
+        def load(self, model: str, *, only: list[str] | None = None, timeout: float | None = None) -> list[str]:
+            raise NotFoundError(f"the server's repository has no exported model {(only or [''])[0]!r}")
+
+    if signature:
+        (repository / "m/2/trident.json.sig").write_bytes(signature)
+    with pytest.raises(StoreError) as caught:
+        change(repository, server=Blind(repository))
+    assert str(caught.value).startswith("the server can't load version 2 of m, and goes on with 1: the server's repos")
+    assert str(caught.value).endswith(f"One with --trusted-keys has only what such a key has signed, {reason}")
 
 
 def test_a_change_that_was_cut_off_while_the_server_loaded_is_gone_on_with(repository: Path) -> None:

@@ -65,6 +65,13 @@ def add(parser: argparse.ArgumentParser, *, repeated: bool) -> None:
         help=f"of silence after which a gRPC connection is tested; none: never (default {KEEPALIVE:g})",
     )
     flag("--no-wait-if-full", action="store_true", help="fail at once where the server's queue is full")
+    flag("--retries", type=int, default=0, metavar="N", help="send a request again whose answer breaks off (default 0)")
+    flag(
+        "--retry-silence",
+        type=seconds,
+        metavar="SECONDS",
+        help="without anything of an answer after which it counts as broken off (default none)",
+    )
 
 
 def client(options: argparse.Namespace) -> Client:
@@ -94,6 +101,8 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
         "max_message_bytes": options.max_message_bytes,
         "keepalive": options.keepalive,
         "wait_if_full": not options.no_wait_if_full,
+        "retries": options.retries,
+        "retry_silence": options.retry_silence,
     }
 
 

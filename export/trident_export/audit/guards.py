@@ -17,7 +17,6 @@ from trident_serving.errors import ServingError
 from trident_serving.guard.asking import Models
 from trident_serving.guard.filtering import Findings, TextFilter
 from trident_serving.guard.rules import Guard, Stage
-from trident_serving.template_service import GrpcModel
 
 BUILT_IN = Path(__file__).with_name("guard_cases.toml")
 SECONDS = 600.0  # for all texts of one kind
@@ -105,7 +104,7 @@ def measure(guard: Guard, kinds: Sequence[Kind], stage: Stage, address: str) -> 
 
 
 async def _measure(guard: Guard, kinds: Sequence[Kind], stage: Stage, address: str) -> GuardAudit:
-    models = Models(guard, lambda name: GrpcModel(name, "", address))
+    models = Models.of_server(guard, "", address)
     rules: dict[str, Counter[bool]] = {rule.name: Counter() for rule in guard.of(stage)}
     measured = []
     try:

@@ -392,32 +392,40 @@ class HuggingFaceFolder(os.PathLike[str]):
 
     @cached_property
     def longest_input(self) -> int | None:
-        """Tokens that the model takes at most; None where nothing says.
+        """Tokens that the model takes at most, as its files say; None where nothing does.
 
         Raises:
             UnreadableSource: a file says what is no number, or the padding token is missing where it counts.
         """
-        config, limits = self.config, []
+        found = [limit for limit in (self.positions, self.sentence.longest_input) if limit]
+        return min(found) if found else None
+
+    @cached_property
+    def positions(self) -> int | None:
+        """Tokens that the model has positions for; None where nothing says.
+
+        Raises:
+            UnreadableSource: the padding token is missing where it counts.
+        """
+        config = self.config
         if config.model_type in TWO_TOWERS:
             config = self.text_config
         positions = getattr(config, "max_position_embeddings", None)
         if positions is None:  # LED's, and those of T5Gemma's encoder
             positions = getattr(config, "max_encoder_position_embeddings", None)
             positions = positions or getattr(getattr(config, "encoder", None), "max_position_embeddings", None)
-        if positions and positions > 0:
-            if config.model_type in _BEGINNING_POSITIONS:
-                # These architectures count positions from behind the padding token's id.
-                padding = 1 if config.model_type == "mpnet" else self.padding_token  # MPNet's code has it as a number
-                if padding is None:
-                    raise UnreadableSource(
-                        f"{self}: config.json has pad_token_id {config.pad_token_id!r}, behind which a model of type "
-                        f"{config.model_type!r} counts positions: it must be a token of the vocabulary"
-                    )
-                positions -= padding + 1
-            limits.append(positions)
-        limits.append(self.sentence.longest_input)
-        found = [limit for limit in limits if limit]
-        return min(found) if found else None
+        if not positions or positions <= 0:
+            return None
+        if config.model_type in _BEGINNING_POSITIONS:
+            # These architectures count positions from behind the padding token's id.
+            padding = 1 if config.model_type == "mpnet" else self.padding_token  # MPNet's code has it as a number
+            if padding is None:
+                raise UnreadableSource(
+                    f"{self}: config.json has pad_token_id {config.pad_token_id!r}, behind which a model of type "
+                    f"{config.model_type!r} counts positions: it must be a token of the vocabulary"
+                )
+            positions -= padding + 1
+        return int(positions)
 
     @property
     def padding_token(self) -> int | None:

@@ -237,11 +237,26 @@ class _Change:
                 self._wait_cleared(trial)
                 raise StoreError(
                     f"the server can't load version {number} of {self._name}, and goes on with {self._old.number}: "
-                    f"{str(error).split(chr(10))[0]}"
+                    f"{self._reason(error)}"
                 ) from None
             finally:
                 self._unload([trial])
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _reason(self, error: Exception) -> str:
+        """Why a server can't load a trial. The launcher hides what it must not load, so the server says only that."""
+        from trident_client import NotFoundError
+
+        said = str(error).split("\n")[0]
+        if not isinstance(error, NotFoundError):
+            return said
+        path = artefacts.manifest_path(self._repository, self._name, self._new.number).with_name(artefacts.SIGNATURE)
+        signed = (
+            "perhaps by another key, or the manifest has changed since"
+            if path.exists()
+            else f"but this version is not signed: trident-export sign {self._name} --key FILE"
+        )
+        return f"{said}. One with --trusted-keys has only what such a key has signed, {signed}"
 
     def _wait_cleared(self, trial: str) -> None:
         """Wait until the launcher has cleared a failed load, as it can only while the server knows the model."""
@@ -255,6 +270,7 @@ class _Change:
     def finish_earlier(self) -> None:
         """Do what a change that was cut off has left to do, or to take back."""
         own, number = self._old.manifest.triton_models, self._old.number
+        self._clear_trials()
         if self._server is not None:
             for model in filter(_is_stage, own):  # what the public models need first
                 ready = {int(version) for version in self._ready(model)}
@@ -272,6 +288,19 @@ class _Change:
                 self._load(step)
         known = {path.parent.name for path in self._repository.glob(f"*/{CONFIG}") if path.parent.is_dir()}
         self._drop([each for each in sorted(known - {*own}) if each.partition("_")[0] == self._name])
+
+    def _clear_trials(self) -> None:
+        """Remove what a promotion that was killed has loaded to see whether it can be."""
+        there = {path.name for path in self._repository.glob(f"*{TRIAL}") if path.is_dir()}
+        loaded = {status.name for status in self._server.models() if status.state == "READY"} if self._server else set()
+        left = sorted(
+            model for model in there | loaded if model.endswith(TRIAL) and model.partition("_")[0] == self._name
+        )
+        self._unload(left)
+        for model in left:
+            shutil.rmtree(self._repository / model, ignore_errors=True)
+        if left:
+            self._say(f"an earlier promotion was cut off: what it had left is removed ({', '.join(left)})")
 
     def _write(self, step: _Step) -> None:
         """Write the config that a version has kept, the newest of those that are served."""

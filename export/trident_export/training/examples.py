@@ -8,6 +8,7 @@ is where, in characters, for an answer that stands there several times; an answe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from trident_export.errors import TextError
 
 T = TypeVar("T")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,33 @@ def questions(file: Path) -> list[Question]:
 
 def _question(row: dict[str, Any]) -> Question:
     question, context = _texts(row, "question", "context")
-    answer = row.get("answer")
-    if not isinstance(answer, str):
-        raise TextError("answer must be a text")
+    answer = _text(row, "answer")
     if not answer:
         return Question(question, context, 0, 0)
     start = row.get("start", context.find(answer))
-    if not isinstance(start, int) or start < 0 or context[start : start + len(answer)] != answer:
+    whole = isinstance(start, int) and not isinstance(start, bool)
+    if not whole or start < 0 or context[start : start + len(answer)] != answer:
         raise TextError(f"the answer {answer[:40]!r} does not stand in the context")
     return Question(question, context, start, start + len(answer))
 
 
 def _texts(row: dict[str, Any], *names: str) -> list[str]:
-    found = [row.get(name) for name in names]
+    found = [_text(row, name) for name in names]
     for name, text in zip(names, found, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise TextError(f"{name} must be a text")
-    return [str(text) for text in found]
+        if not text.strip():
+            raise TextError(f"{name} must be a text, found an empty one")
+    return found
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        raise TextError(f"{name} must be a text, found none")
+    text = row[name]
+    if not isinstance(text, str):
+        raise TextError(f"{name} must be a text, found {json.dumps(text)[:40]}")
+    if half := _HALF.search(text):
+        raise TextError(f"{name} holds half of a surrogate pair, {half[0]!r}, which is no character")
+    return text
 
 
 def _read(file: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:

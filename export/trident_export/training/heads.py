@@ -35,6 +35,7 @@ from trident_export.training.examples import Labelled, Question
 HELD_OUT_EVERY = 5
 FEWEST = 2 * HELD_OUT_EVERY
 _WARM_UP = 10
+_LARGEST_SEED = 2**32 - 1
 # What says that the folder is an embedder's.
 _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*")
 Run = dict[str, Any]
@@ -67,6 +68,8 @@ class Settings:
         for name in ("epochs", "batch_size", "length", "learning_rate", "save_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise UsageError(f"--seed must be between 0 and {_LARGEST_SEED}, found {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,10 @@ def train(
         What came out; None in every process but the first.
 
     Raises:
-        TextError: there are too few examples, or a class has none to learn from.
-        UsageError: checkpoints of another run are there, or DeepSpeed's configuration can't be used.
+        TextError: there are too few examples, a class has none to learn from, or a question leaves no room for its
+            context.
+        UsageError: the length is impossible for the model, checkpoints of another run are there, or DeepSpeed's
+            configuration can't be used.
         UnsupportedArchitecture: the model has no such head.
         NoSpace, NotWritable: the folder can't be written.
     """
@@ -120,6 +125,7 @@ def train(
         source, examples, settings
     )
     made.check(learned)
+    _check_length(source, settings, examples)
     if run.first():
         run.check_room(made.model, output.parent)
     trainer = _trainer(made, [made.run(example) for example in learned], work, settings, deepspeed, progress)
@@ -134,6 +140,28 @@ def train(
     _save(trained, source, output)
     shutil.rmtree(work, ignore_errors=True)
     return Trained(figures, len(held_out), len(getattr(made, "labels", ())))
+
+
+def _check_length(
+    source: HuggingFaceFolder, settings: Settings, examples: Sequence[Labelled] | Sequence[Question]
+) -> None:
+    """Refuse examples that can't be cut to the length, and a length that the model has no positions for."""
+    tokenizer, length, most = source.tokenizer, settings.length, source.positions
+    if most is not None and length > most:
+        raise UsageError(f"--length is {length}, and {source} takes {most} tokens at most")
+    pair = any(isinstance(example, Question) for example in examples)
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if length <= special:
+        raise UsageError(f"--length is {length}, and {special} of that are special tokens: raise it")
+    for number, example in enumerate(examples, start=1):
+        if not isinstance(example, Question):
+            continue
+        count = len(tokenizer(example.question, add_special_tokens=False).input_ids)
+        if count + special >= length:
+            raise TextError(
+                f"the question of example {number} has {count} tokens, which leaves none of --length {length} for its "
+                f"context ({special} are special tokens): shorten it, or raise --length"
+            )
 
 
 class _Classifier:

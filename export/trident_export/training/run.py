@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def begin(work: Path, asked: Mapping[str, Any]) -> None:
         return
     check_same_run(work, asked)
     work.mkdir(parents=True, exist_ok=True)
-    (work / _SETTINGS).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    partial = work / f".{_SETTINGS}"
+    partial.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    partial.replace(work / _SETTINGS)
     for path in _checkpoints(work):
         if not _complete(path):
             shutil.rmtree(path)
@@ -92,12 +95,24 @@ def check_same_run(work: Path, asked: Mapping[str, Any]) -> None:
     """Checkpoints that are there must be of a run with the same settings.
 
     Raises:
-        UsageError: they are not.
+        UsageError: they are not, or what is there is no folder of a run.
     """
     file = work / _SETTINGS
-    if not first() or not file.exists() or last_checkpoint(work) is None:
+    if not first():
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    if work.exists() and not work.is_dir():
+        raise UsageError(f"{work} is no folder, and checkpoints go there: choose another --output, or remove it")
+    if not file.exists() or last_checkpoint(work) is None:
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise UsageError(
+            f"{work} holds checkpoints, and {file.name} beside them does not say of which run: choose another "
+            "--output, or remove it"
+        )
     different = [
         f"{key} was {before.get(key)!r}" for key in asked if before.get(key) != asked[key] and key not in _FREE
     ]
@@ -109,17 +124,36 @@ def check_same_run(work: Path, asked: Mapping[str, Any]) -> None:
 
 
 def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that is complete: its state is written last."""
+    """The newest checkpoint that is complete."""
     complete = [path for path in _checkpoints(work) if _complete(path)]
     return str(complete[-1]) if complete else None
 
 
 def _checkpoints(work: Path) -> list[Path]:
-    return sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = [path for path in work.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _complete(checkpoint: Path) -> bool:
-    return (checkpoint / "trainer_state.json").exists()
+    """Whether a checkpoint was written to its end: its state is written last, and no file was cut."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return isinstance(state, dict) and all(
+            _whole_weights(path) if path.suffix == ".safetensors" else zipfile.is_zipfile(path)
+            for path in checkpoint.rglob("*")
+            if path.suffix in (".safetensors", ".pt", ".pth", ".bin")
+        )
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _whole_weights(file: Path) -> bool:
+    """Whether a file of safetensors has the size that its header says."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(min(size, file.stat().st_size)))
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    return bool(file.stat().st_size == 8 + size + max(ends, default=0))
 
 
 def check_room(model: PreTrainedModel, folder: Path) -> None:

@@ -105,6 +105,7 @@ class TextService:
     Attributes:
         memory: what it takes, in words or as numbers.
         recorder: of its metrics.
+        tokenizer: the model's.
         draft_name: the model that drafts; "": none does.
     """
 
@@ -122,13 +123,13 @@ class TextService:
         recorder: Recorder | None = None,
         images: ImageReader | None = None,
     ) -> None:
-        self._tokenizer = TextTokenizer.load(folder)
+        self.tokenizer = TextTokenizer.load(folder)
         self._unloading = unloading
-        self._chat = Chat.load(folder, self._tokenizer, limits, "" if images is None else images.settings.literals)
+        self._chat = Chat.load(folder, self.tokenizer, limits, "" if images is None else images.settings.literals)
         ends = read_eos_token_ids(folder)
         self._eos_token_ids = frozenset(token for token in ends if 0 <= token < vocabulary_size)
         defaults = GenerationDefaults.load(folder, vocabulary_size)
-        self._parser = RequestParser(self._tokenizer, self._chat, limits, defaults, vocabulary_size, adapters, images)
+        self._parser = RequestParser(self.tokenizer, self._chat, limits, defaults, vocabulary_size, adapters, images)
         self._grammars = Grammars(folder / "tokenizer.json", vocabulary_size, self._eos_token_ids)
         self.recorder = recorder or Recorder()
         self._preparing: set[_Waiting] = set()
@@ -145,7 +146,7 @@ class TextService:
         members = [channel] if request.answers == 1 else [group.member(index) for index in range(request.answers)]
         notify = self._outbox.notify
         streams = [
-            TextStream(request, self._tokenizer, self._eos_token_ids, member, notify, self._parts(request))
+            TextStream(request, self.tokenizer, self._eos_token_ids, member, notify, self._parts(request))
             for member in members
         ]
         for stream in streams:

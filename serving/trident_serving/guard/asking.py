@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +51,19 @@ class Models:
         self._guard = guard
         self._models = {rule.model: connect(rule.model) for rule in guard.rules if rule.model}
 
+    @classmethod
+    def of_server(cls, guard: Guard, own_pass: str, address: str | None = None) -> Models:
+        """Those of a server.
+
+        Args:
+            own_pass: what the requests carry; see `GrpcModel`.
+            address: of its gRPC port; None: this server's own.
+        """
+        from trident_serving.template_service import GrpcEncoder, GrpcModel  # a guard of patterns needs no gRPC
+
+        judges = {rule.judge for rule in guard.rules}
+        return cls(guard, lambda name: (GrpcModel if name in judges else GrpcEncoder)(name, own_pass, address))
+
     def about(self, deadline: float, user: str = "", *, answer: bool = False) -> Question:
         """What asks about the texts of one request.
 
@@ -81,30 +94,51 @@ class Question:
         self._user = user
         self._answer = answer
 
-    async def spans(self, rule: Rule, text: str) -> list[Span] | None:
+    async def spans(self, rule: Rule, texts: Sequence[str]) -> list[list[Span]] | None:
         """See `Asked.spans`."""
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded(f"the timeout was over before the guard's rule {rule.name} was checked")
+        found: list[list[Span]] = []
         try:
-            tensors = await self._models[rule.model].infer(self._inputs(rule, text), min(left, self._guard.timeout))
-            return _found(rule, tensors, text)
-        except InvalidRequest as error:
-            if any(words in str(error) for words in _NOTHING):
-                return []
-            raise InvalidRequest(f"the guard's rule {rule.name} can't read this text: {error}") from error
+            for start in range(0, len(texts), rule.batch):
+                found += await self._batch(rule, texts[start : start + rule.batch])
+        except InvalidRequest:
+            raise
         except Exception as error:
+            if isinstance(error, DeadlineExceeded) and self._left() <= 0:
+                raise
             if not isinstance(error, ServingError):
                 logger.exception("the guard's rule %s could not be checked", rule.name)
             if self._guard.on_failure is OnFailure.OPEN:
                 return None
             raise Overloaded(f"the guard's rule {rule.name} could not be checked: {error}") from error
+        return found
 
-    def _inputs(self, rule: Rule, text: str) -> dict[str, NDArray[Any]]:
-        if rule.entities:
-            return {"text_input": encode_texts([text])[None]}
-        if rule.classifier:
-            return {"text_input": encode_texts([text])[None], "top_k": np.array([[rule.classes]], np.int32)}
+    def _left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    async def _batch(self, rule: Rule, texts: Sequence[str]) -> list[list[Span]]:
+        """What a model says of texts that it takes at once; of those that it refuses, by halves.
+
+        Raises:
+            InvalidRequest: it can't read one.
+        """
+        if self._left() <= 0:
+            raise DeadlineExceeded(f"the timeout was over before the guard's rule {rule.name} was checked")
+        try:
+            seconds = min(self._left(), self._guard.timeout)
+            return _found(rule, await self._models[rule.model].infer(self._inputs(rule, texts), seconds), texts)
+        except InvalidRequest as error:
+            if len(texts) > 1:
+                middle = len(texts) // 2
+                return [*await self._batch(rule, texts[:middle]), *await self._batch(rule, texts[middle:])]
+            if any(words in str(error) for words in _NOTHING):
+                return [[]]
+            raise InvalidRequest(f"the guard's rule {rule.name} can't read this text: {error}") from error
+
+    def _inputs(self, rule: Rule, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
+        if not rule.judge:
+            inputs = {"text_input": encode_texts(texts)[:, None]}
+            return inputs | ({"top_k": np.full((len(texts), 1), rule.classes, np.int32)} if rule.classifier else {})
+        (text,) = texts
         user, assistant = (self._user, text) if self._answer else (text, "")
         prompt = rule.prompt_template.render(user=user, assistant=assistant, policy=rule.policy)
         return {
@@ -115,17 +149,20 @@ class Question:
         }
 
 
-def _found(rule: Rule, tensors: Tensors, text: str) -> list[Span]:
+def _found(rule: Rule, tensors: Tensors, texts: Sequence[str]) -> list[list[Span]]:
+    """What the answer of a model says of each text."""
     if rule.judge:
         verdict = tensors["text_output"].reshape(-1)[0].decode("utf-8").strip()
-        return [] if verdict == rule.verdicts[0] else [Span(0, len(text), verdict)]
-    labels, scores = (tensors[name].reshape(-1).tolist() for name in ("entity" if rule.entities else "label", "score"))
-    starts, ends = [0] * len(labels), [len(text)] * len(labels)
-    if rule.entities:
-        starts, ends = (tensors[name].reshape(-1).tolist() for name in ("start", "end"))
+        return [[] if verdict == rule.verdicts[0] else [Span(0, len(text), verdict)] for text in texts]
+    names = ("entity", "score", "start", "end") if rule.entities else ("label", "score")
+    columns = [tensors[name].reshape(len(texts), -1).tolist() for name in names]
     found = []
-    for label, score, start, end in zip(labels, scores, starts, ends, strict=True):
-        name = label.decode("utf-8")
-        if name and (not rule.labels or name in rule.labels) and score >= rule.threshold:
-            found.append(Span(start, end, name))
-    return sorted(found, key=lambda span: span.start)
+    for text, *rows in zip(texts, *columns, strict=True):
+        spans = []
+        for label, score, *place in zip(*rows, strict=True):
+            name = label.decode("utf-8")
+            if name and (not rule.labels or name in rule.labels) and score >= rule.threshold:
+                start, end = place or (0, len(text))
+                spans.append(Span(start, end, name))
+        found.append(sorted(spans, key=lambda span: span.start))
+    return found

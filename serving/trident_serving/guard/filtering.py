@@ -4,6 +4,9 @@ What goes on is the same however the text was cut: a pattern's matches depend on
 about windows whose ends the text decides. Held back is what a rule may still change: the text from the earliest match
 that a pattern may still have, and the window that is not complete.
 
+What stands in place of a redacted text can make a match of what is around it. So where a rule redacts, the patterns
+read the text that comes out again, and once more; what they would still redact then is blocked.
+
 Nothing is awaited but a model's answer, so that without such rules a coroutine runs to its end at once (`at_once`).
 """
 
@@ -11,14 +14,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
-from trident_serving.guard.patterns import Match, Scanner
-from trident_serving.guard.rules import Action, Rule, Stage
+from trident_serving.guard.patterns import Lookout, Match, Pattern, Scanner, is_word
+from trident_serving.guard.rules import WINDOW, Action, Rule, Stage
 
 T = TypeVar("T")
+ROUNDS = 3  # times that patterns read a text of which rules redact something
 FAILED = "failed"  # what a note says of a rule that could not be checked
 _SENTENCE = re.compile(r"[.!?]\s|\n")
 
@@ -59,8 +64,8 @@ class Findings:
 class Asked(Protocol):
     """Served models, asked about a text."""
 
-    async def spans(self, rule: Rule, text: str) -> list[Span] | None:
-        """What a rule finds in a text, in its order; None: it could not be asked, and the text may pass.
+    async def spans(self, rule: Rule, texts: Sequence[str]) -> list[list[Span]] | None:
+        """What a rule finds in each text, in its order; None: it could not be asked, and the texts may pass.
 
         Raises:
             ServingError: it could not be asked, and the request fails.
@@ -85,14 +90,24 @@ class PatternFilter:
 
     Args:
         rules: those of a stage that have patterns.
+        last: whether nothing reads the text behind it, so that what a rule would redact is blocked.
+        word: whether a character of a word stands before the text.
+
+    Attributes:
+        redacts: whether rules redact; else those that do let pass what they find.
     """
 
-    def __init__(self, rules: Sequence[Rule], stage: Stage, findings: Findings) -> None:
+    def __init__(
+        self, rules: Sequence[Rule], stage: Stage, findings: Findings, *, last: bool = False, word: bool = False
+    ) -> None:
+        self.redacts = True
         self._stage = stage
         self._findings = findings
+        self._last = last
         # A note changes nothing of the text, so nothing waits for it.
-        self._noting = [(rule, Scanner(rule.compiled)) for rule in rules if rule.action is Action.ANNOTATE]
-        self._holding = [(rule, Scanner(rule.compiled)) for rule in rules if rule.action is not Action.ANNOTATE]
+        scanners = [(rule, Scanner(rule.compiled, word=word)) for rule in rules]
+        self._noting = [each for each in scanners if each[0].action is Action.ANNOTATE]
+        self._holding = [each for each in scanners if each[0].action is not Action.ANNOTATE]
         self._held = ""
         self._offset = 0  # of what is held, in the text
         self._found: list[tuple[Match, int]] = []  # with the number of the rule
@@ -133,8 +148,11 @@ class PatternFilter:
                 break
             rules = [self._holding[number][0] for _, number in self._found[:together]]
             del self._found[:together]
+            blocking = [rule for rule in rules if rule.action is Action.BLOCK or self._last]
+            if not blocking and not self.redacts:
+                passed += self._cut(end)
+                continue
             passed += self._cut(start)
-            blocking = [rule for rule in rules if rule.action is Action.BLOCK]
             if blocking:
                 self._findings.add(blocking[0], Action.BLOCK, self._stage)
                 return Passed(passed, blocked=True)
@@ -198,19 +216,34 @@ class ModelFilter:
 
     async def push(self, text: str, *, end: bool = False) -> Passed:
         """Take more of the text; see `PatternFilter.push`. A rule that only notes gives the text back at once."""
-        passed = ""
-        rule = self._rule
-        for window in self._windows.push(text, end=end):
-            spans = await self._asked.spans(rule, window) if window.strip() else []
-            if spans is None:
-                self._findings.add(rule, FAILED, self._stage)
-            elif spans:
-                count = 1 if rule.action is Action.BLOCK else len(spans)
-                self._findings.add(rule, rule.action, self._stage, count)
-                if rule.action is Action.BLOCK:
-                    return Passed(passed, blocked=True)
-            passed += _redacted(window, spans, rule) if rule.action is Action.REDACT and spans else window
-        return Passed(text if rule.action is Action.ANNOTATE else passed)
+        windows = self._windows.push(text, end=end)
+        found = await _asked(self._asked, self._rule, windows)
+        passed = _judged(self._rule, self._stage, self._findings, windows, found)
+        return Passed(text) if self._rule.action is Action.ANNOTATE else passed
+
+
+async def _asked(asked: Asked, rule: Rule, windows: Sequence[str]) -> dict[str, list[Span]] | None:
+    """What a rule finds in windows, by their texts, each of which is asked about once; None: see `Asked.spans`."""
+    texts = [window for window in dict.fromkeys(windows) if window.strip()]
+    found = await asked.spans(rule, texts) if texts else []
+    return None if found is None else dict(zip(texts, found, strict=True))
+
+
+def _judged(
+    rule: Rule, stage: Stage, findings: Findings, windows: Sequence[str], found: Mapping[str, list[Span]] | None
+) -> Passed:
+    """What goes on of the windows of a text."""
+    passed = ""
+    for window in windows:
+        spans = found.get(window, []) if found is not None else []
+        if found is None and window.strip():
+            findings.add(rule, FAILED, stage)
+        elif spans:
+            findings.add(rule, rule.action, stage, 1 if rule.action is Action.BLOCK else len(spans))
+            if rule.action is Action.BLOCK:
+                return Passed(passed, blocked=True)
+        passed += _redacted(window, spans, rule) if rule.action is Action.REDACT and spans else window
+    return Passed(passed)
 
 
 def _redacted(text: str, spans: Sequence[Span], rule: Rule) -> str:
@@ -222,8 +255,57 @@ def _redacted(text: str, spans: Sequence[Span], rule: Rule) -> str:
     return passed + text[last:]
 
 
+class SecondReading:
+    """A text through patterns that have read it before: which rule matches is asked once something does.
+
+    Nearly always nothing does, and one automaton of all patterns takes a part of the time of each by itself.
+
+    Args:
+        rules: with patterns; none only notes.
+        last: see `PatternFilter`.
+    """
+
+    def __init__(self, rules: Sequence[Rule], stage: Stage, findings: Findings, *, last: bool) -> None:
+        self._exactly = partial(PatternFilter, rules, stage, findings, last=last)
+        self._filter: PatternFilter | None = None
+        self._lookout = Lookout(_any_of(tuple((rule.pattern, rule.longest) for rule in rules)))
+        self._held = ""
+        self._word = False  # whether what has gone ends with a character of a word
+
+    def push(self, text: str, *, end: bool = False) -> Passed:
+        """See `PatternFilter.push`."""
+        if self._filter is not None:
+            return self._filter.push(text, end=end)
+        self._held += text
+        known = self._lookout.position + len(text)
+        if self._lookout.push(text) or (end and self._lookout.finish()):
+            self._filter = self._exactly(word=self._word)
+            return self._filter.push(self._held, end=end)
+        waiting = 0 if end else known - self._lookout.undecided
+        passed, self._held = self._held[: len(self._held) - waiting], self._held[len(self._held) - waiting :]
+        self._word = is_word(passed[-1]) if passed else self._word
+        return Passed(passed)
+
+
+@lru_cache(maxsize=64)
+def _any_of(patterns: tuple[tuple[str, int], ...]) -> Pattern:
+    return Pattern.of_any([Pattern(*each) for each in patterns])
+
+
+def patterns_again(rules: Sequence[Rule], stage: Stage, findings: Findings) -> list[SecondReading]:
+    """What reads a text behind its redactions, one after the other; [] where no rule redacts.
+
+    Args:
+        rules: all of the stage.
+    """
+    hiding = [rule for rule in rules if rule.pattern and rule.action is not Action.ANNOTATE]
+    if not hiding or all(rule.action is not Action.REDACT for rule in rules):
+        return []
+    return [SecondReading(hiding, stage, findings, last=number == ROUNDS) for number in range(2, ROUNDS + 1)]
+
+
 class TextFilter:
-    """A text through all rules of a stage: the patterns, and behind them one model after the other.
+    """A text through all rules of a stage: the patterns, behind them one model after the other, and patterns again.
 
     Args:
         asked: what asks models; never used where no rule has one.
@@ -232,6 +314,7 @@ class TextFilter:
     def __init__(self, rules: Sequence[Rule], stage: Stage, findings: Findings, asked: Asked) -> None:
         self._patterns = PatternFilter([rule for rule in rules if rule.pattern], stage, findings)
         self._models = [ModelFilter(rule, stage, findings, asked) for rule in rules if rule.model]
+        self._again = patterns_again(rules, stage, findings)
         self._blocked = False
 
     async def push(self, text: str, *, end: bool = False) -> Passed:
@@ -250,7 +333,79 @@ class TextFilter:
         for model in self._models:
             passed = await model.push(passed.text, end=end or self._blocked)
             self._blocked = self._blocked or passed.blocked
+        for again in self._again:
+            passed = again.push(passed.text, end=end or self._blocked)
+            self._blocked = self._blocked or passed.blocked
         return Passed(passed.text, self._blocked)
+
+
+async def filter_all(
+    texts: Sequence[str], rules: Sequence[Rule], stage: Stage, findings: Findings, asked: Asked
+) -> list[Passed]:
+    """Whole texts through all rules of a stage, as `TextFilter` filters each, and models are asked about all at once.
+
+    A judge reads short texts that follow each other as one: it says nothing of where in a text.
+
+    Returns:
+        The first is that of the first text; none follows one that is blocked.
+
+    Raises:
+        ServingError: see `TextFilter.push`.
+    """
+    patterns = [rule for rule in rules if rule.pattern]
+    passed: list[Passed] = []
+    for text in texts:
+        passed.append(PatternFilter(patterns, stage, findings).push(text, end=True))
+        if passed[-1].blocked:
+            break
+    for rule in rules:
+        if rule.model:
+            passed = await _through(rule, stage, findings, asked, passed)
+    return _read_again(passed, rules, stage, findings)
+
+
+async def _through(
+    rule: Rule, stage: Stage, findings: Findings, asked: Asked, passed: Sequence[Passed]
+) -> list[Passed]:
+    """Texts through the model of a rule."""
+    groups = _packed(passed, rule.window or WINDOW) if rule.judge else [[number] for number in range(len(passed))]
+    between = " " if rule.size else "\n"  # an end of a line is one of a window
+    windows = [Windows(rule.size).push(between.join(passed[each].text for each in its), end=True) for its in groups]
+    found = await _asked(asked, rule, [window for each in windows for window in each])
+    made = list(passed)
+    for group, its in zip(groups, windows, strict=True):
+        judged = _judged(rule, stage, findings, its, found)
+        first = group[0]
+        if judged.blocked:
+            return [*made[:first], judged if len(group) == 1 else Passed("", blocked=True)]
+        if rule.action is Action.REDACT:
+            made[first] = Passed(judged.text, made[first].blocked)
+    return made
+
+
+def _packed(passed: Sequence[Passed], size: int) -> list[list[int]]:
+    """Numbers of texts that follow each other and are together no longer than so many characters, or of single ones."""
+    groups: list[list[int]] = []
+    length = 0
+    for number, each in enumerate(passed):
+        length += len(each.text) + 1
+        if not groups or length > size + 1:
+            groups.append([])
+            length = len(each.text) + 1
+        groups[-1].append(number)
+    return groups
+
+
+def _read_again(passed: Sequence[Passed], rules: Sequence[Rule], stage: Stage, findings: Findings) -> list[Passed]:
+    made: list[Passed] = []
+    for one in passed:
+        for again in patterns_again(rules, stage, findings):
+            after = again.push(one.text, end=True)
+            one = Passed(after.text, one.blocked or after.blocked)
+        made.append(one)
+        if one.blocked:
+            break
+    return made
 
 
 def at_once(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -119,15 +119,35 @@ class Pattern:
                 f"longest must be between {least}, the shortest match, and {MAX_LONGEST}, found {self.longest}"
             )
         self._expression = expression
+        self._empty(MAX_NODES)
+        first = self._sequence(tree, 0, tree.state.flags)
+        self._start: Kernel = self._kernel({first})
+
+    @classmethod
+    def of_any(cls, patterns: Sequence[Pattern]) -> Pattern:
+        """What any of some patterns matches, and no longer than the longest match of one."""
+        made = cls.__new__(cls)
+        made._expression = "|".join(pattern._expression for pattern in patterns)
+        made.longest = max(pattern.longest for pattern in patterns)
+        made._empty(MAX_NODES * len(patterns))
+        trees = [_parser.parse(pattern._expression) for pattern in patterns]
+        made._start = made._kernel({made._sequence(tree, 0, tree.state.flags) for tree in trees})
+        return made
+
+    def _empty(self, most: int) -> None:
+        """An automaton without places, but for that behind the whole expression.
+
+        Args:
+            most: places that it may have.
+        """
+        self._most = most
         self._nodes: list[_Node] = [_Node([])]
-        self._tests: list[Test] = [_is_word]
+        self._tests: list[Test] = [is_word]
         self._bits: dict[str, int] = {}
         self._kinds: dict[str, int] = {}
         self._kernels: dict[Kernel, Kernel] = {}
         self._steps: dict[tuple[Kernel, bool, int], tuple[bool, Kernel]] = {}
         self._fronts: dict[tuple[bool, tuple[Kernel, ...]], _Front] = {}
-        first = self._sequence(tree, 0, tree.state.flags)
-        self._start: Kernel = self._kernel({first})
 
     def kind(self, char: str) -> int:
         """What the expression knows of a character: which of its classes have it, a bit for each."""
@@ -203,7 +223,7 @@ class Pattern:
         return self._kernels.setdefault(kernel, kernel)
 
     def _add(self, node: _Node) -> int:
-        if len(self._nodes) >= MAX_NODES:
+        if len(self._nodes) >= self._most:
             raise ReadingError(f"pattern {self._expression[:80]!r} is too large: counted repetitions are copies")
         self._nodes.append(node)
         return len(self._nodes) - 1
@@ -260,13 +280,16 @@ class Pattern:
 class Scanner:
     """Finds the matches of a pattern in one text.
 
+    Args:
+        word: whether a character of a word stands before the text.
+
     Attributes:
         position: characters that were read.
     """
 
-    def __init__(self, pattern: Pattern) -> None:
+    def __init__(self, pattern: Pattern, *, word: bool = False) -> None:
         self._pattern = pattern
-        self._front = pattern.front(word=False)
+        self._front = pattern.front(word=word)
         # Of each start that is still possible, the earliest first: where it is, and where its longest match so far
         # ends, -1 where there is none.
         self._starts: list[int] = []
@@ -345,6 +368,47 @@ class Scanner:
             self._front = self._pattern.front(self._front.word, left)
 
 
+class Lookout:
+    """Says where in one text a match of a pattern may begin, until there is one.
+
+    Attributes:
+        position: characters that were read.
+    """
+
+    def __init__(self, pattern: Pattern) -> None:
+        self._pattern = pattern
+        self._front = pattern.front(word=False)
+        self._starts: list[int] = []  # that are still possible, the earliest first
+        self.position = 0
+
+    @property
+    def undecided(self) -> int:
+        """Where the earliest match may begin."""
+        return self._starts[0] if self._starts else self.position
+
+    def push(self, text: str) -> bool:
+        """Read more of the text; whether something matches, behind which nothing is read."""
+        pattern = self._pattern
+        for char in text:
+            move = pattern.move(self._front, pattern.kind(char))
+            if move.matched:
+                return True
+            if self._starts or move.survivors:
+                self._starts.append(self.position)
+                if not move.steady:
+                    self._starts = [self._starts[index] for index in move.survivors]
+            self._front = move.front
+            if self._starts and self.position - self._starts[0] >= pattern.longest:
+                self._front = pattern.without_first(self._front)
+                del self._starts[0]
+            self.position += 1
+        return False
+
+    def finish(self) -> bool:
+        """The text is complete; whether something matches at its end."""
+        return bool(self._pattern.move(self._front, _END).matched)
+
+
 def matches(pattern: Pattern, text: str) -> Iterator[Match]:
     """All matches of a whole text."""
     scanner = Scanner(pattern)
@@ -352,7 +416,8 @@ def matches(pattern: Pattern, text: str) -> Iterator[Match]:
     yield from scanner.finish()
 
 
-def _is_word(char: str) -> bool:
+def is_word(char: str) -> bool:
+    """Whether a character is one of a word."""
     return char.isalnum() or char == "_"
 
 
@@ -375,7 +440,7 @@ def _test(item: Any, flags: int) -> Test:
     return test
 
 
-_CATEGORIES: dict[str, Test] = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": _is_word}
+_CATEGORIES: dict[str, Test] = {"DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": is_word}
 
 
 def _one(item: Any, flags: int) -> Test:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from trident_serving.chat.messages import function_of
 from trident_serving.errors import InvalidRequest
 from trident_serving.guard.filtering import Passed
+from trident_serving.guard.structured import another_name, changed_number, number_texts
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs, single_text
 from trident_serving.text import encode_texts
 
@@ -48,78 +55,117 @@ _KEYS = frozenset(
         "strict",
     }
 )
-Filter = Callable[[str], Awaitable[Passed]]
+Filter = Callable[[Sequence[str]], Awaitable[Sequence[Passed]]]
+_Take = Callable[[str], str]
 
 
 class Blocked(Exception):
     """A rule blocks the request."""
 
 
-async def filtered(inputs: Inputs, prompt: str, each: Filter) -> Inputs | None:
-    """The tensors of a request, their texts filtered.
+@dataclass(frozen=True)
+class Run:
+    """Tokens of a prompt that stand together.
+
+    Attributes:
+        text: theirs.
+        special: whether they are special tokens, which no text of a prompt shows.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    special: bool
+
+
+def runs(ids: Sequence[int], tokenizer: TextTokenizer) -> list[Run]:
+    """The tokens of a prompt, those between special ones together."""
+    special = frozenset(tokenizer.special_tokens.values())
+    found = []
+    for apart, group in itertools.groupby(ids, special.__contains__):
+        its = tuple(group)
+        found.append(Run(its, "" if apart else tokenizer.decode(its), apart))
+    return found
+
+
+async def filtered(inputs: Inputs, tokens: Sequence[Run], tokenizer: TextTokenizer, every: Filter) -> Inputs | None:
+    """The tensors of a request, their texts filtered. Of `input_ids`, tokens that no rule changes stay what they are.
 
     Args:
         inputs: of the request.
-        prompt: the text of its tokens; of `input_ids` the only one that there is.
-        each: filters one whole text.
+        tokens: of a prompt of `input_ids`; [] of another one.
+        every: filters whole texts; of those behind one that is blocked it need not say anything.
 
     Returns:
-        None where nothing changes. A prompt of `input_ids` that changes becomes one of `text_input`.
+        None where nothing changes.
 
     Raises:
         Blocked: a rule blocks a text.
         InvalidRequest: a field is nested too deeply.
     """
+    given = {name: json.loads(single_text(inputs, name)) for name in _JSON if name in inputs}
+    prompt = single_text(inputs, "text_input") if "text_input" in inputs else None
 
-    async def text(given: str) -> str:
-        passed = await each(given)
-        if passed.blocked:
-            raise Blocked
-        return passed.text
+    def texts_through(take: _Take) -> Inputs:
+        """What changes where each text becomes what `take` gives for it, which is called in the same order always."""
+        changed: dict[str, Any] = {}
+        if prompt is not None and (after := take(prompt)) != prompt:
+            changed["text_input"] = encode_texts([after])[None]
+        ids = [token for run in tokens for token in _tokens(run, tokenizer, take)]
+        if ids != [token for run in tokens for token in run.ids]:
+            changed["input_ids"] = np.array([ids], inputs["input_ids"].dtype)
+        for name, value in given.items():
+            try:
+                made = _value(value, take)
+            except RecursionError:
+                raise InvalidRequest(f"{name} is nested too deeply") from None
+            if made != value:
+                changed[name] = encode_texts([json.dumps(made)])[None]
+        return changed
 
-    async def value(given: Any, key: str = "") -> Any:
-        if isinstance(given, str):
-            held = _arguments(given) if key == "arguments" else None
-            if held is None:
-                return await text(given)
-            after = await value(held)  # as templates write them, without JSON's escapes
-            return given if after == held else json.dumps(after, ensure_ascii=False)
-        if isinstance(given, list):
-            return [await value(item) for item in given]
-        if isinstance(given, dict):
-            made = {}
-            for name, item in given.items():
-                shown = name if name in _KEYS else await text(name)
-                made[shown] = item if _is_structure(name, item) else await value(item, name)
-            return made
-        if isinstance(given, int | float) and not isinstance(given, bool):
-            written = json.dumps(given)
-            after = await text(written)
-            return given if after == written else after
-        return given
+    texts: list[str] = []
 
-    changed: dict[str, Any] = {}
-    for name in ("text_input", "input_ids"):
-        if name in inputs:
-            before = single_text(inputs, name) if name == "text_input" else prompt
-            after = await text(before)
-            if after != before:
-                changed["text_input"] = encode_texts([after])[None]
-    for name in _JSON:
-        if name not in inputs:
-            continue
-        before = json.loads(single_text(inputs, name))
-        try:
-            after = await value(before)
-        except RecursionError:
-            raise InvalidRequest(f"{name} is nested too deeply") from None
-        if after != before:
-            changed[name] = encode_texts([json.dumps(after)])[None]
-    if not changed:
-        return None
-    return {
-        name: tensor for name, tensor in inputs.items() if name != "input_ids" or "text_input" not in changed
-    } | changed
+    def noted(text: str) -> str:
+        texts.append(text)
+        return text
+
+    texts_through(noted)
+    passed = await every(texts)
+    if any(each.blocked for each in passed):
+        raise Blocked
+    left = iter(passed)
+    changed = texts_through(lambda text: next(left).text)
+    return {**inputs, **changed} if changed else None
+
+
+def _tokens(run: Run, tokenizer: TextTokenizer, take: _Take) -> Sequence[int]:
+    """The tokens of a run whose text is filtered."""
+    if run.special or (after := take(run.text)) == run.text:
+        return run.ids
+    return tokenizer.encode(after, add_special_tokens=False)
+
+
+def _value(given: Any, take: _Take, key: str = "") -> Any:
+    """A value of JSON whose texts are filtered: keys, numbers, strings, and JSON in a string of arguments."""
+    if isinstance(given, str):
+        held, hidden = _arguments(given) if key == "arguments" else (None, False)
+        if held is None:
+            return take(given)
+        after = _value(held, take)  # as templates write them, without JSON's escapes
+        return given if after == held and not hidden else json.dumps(after, ensure_ascii=False)
+    if isinstance(given, list):
+        return [_value(item, take) for item in given]
+    if isinstance(given, dict):
+        made: dict[str, Any] = {}
+        for name, item in given.items():
+            shown = name if name in _KEYS else take(name)
+            shown = shown if shown == name else another_name(shown, {*given, *made})
+            made[shown] = item if _is_structure(name, item) else _value(item, take, name)
+        return made
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        texts = number_texts(json.dumps(given))
+        changed = changed_number(texts, [Passed(take(text)) for text in texts])
+        return given if changed is None else changed
+    return given
 
 
 def _is_structure(key: str, item: Any) -> bool:
@@ -127,25 +173,42 @@ def _is_structure(key: str, item: Any) -> bool:
     return isinstance(item, str) and ((key == "role" and item in _ROLES) or (key == "type" and item in _TYPES))
 
 
-def _arguments(text: str) -> Any:
-    """The object that the arguments of a call are; None where they are something else."""
+def _arguments(text: str) -> tuple[Any, bool]:
+    """What the arguments of a call are, None where they are no JSON, and whether their text says more.
+
+    Of two members of one name only the last is in what they are.
+    """
+    twice = False
+
+    def member(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal twice
+        made = dict(pairs)
+        twice = twice or len(made) < len(pairs)
+        return made
+
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=member)
     except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        return None, False
+    return (found, twice) if isinstance(found, dict | list | str) else (None, False)
 
 
 def joined(inputs: Inputs) -> list[str]:
-    """The texts of each message that comes in parts, as templates join them: what a rule blocks could be spread."""
-    if "messages" not in inputs:
-        return []
-    found = []
-    for message in json.loads(single_text(inputs, "messages")):
+    """What stands together in a prompt, as templates join it: what a rule blocks could be spread.
+
+    The texts of each message that comes in parts, and JSON in which keys stand beside their values.
+    """
+    given = {name: json.loads(single_text(inputs, name)) for name in _JSON if name in inputs}
+    found = [json.dumps(value, ensure_ascii=False) for name, value in given.items() if name != "messages"]
+    for message in given.get("messages", ()):
         content = message.get("content")
         texts = [part["text"] for part in content] if isinstance(content, list) else []
         if len(texts) > 1:
             found += ["".join(texts), "\n".join(texts)]
+        for call in message.get("tool_calls") or ():
+            arguments = function_of(call).get("arguments")
+            held = _arguments(arguments)[0] if isinstance(arguments, str) else arguments
+            found.append(str(arguments) if held is None else json.dumps(held, ensure_ascii=False))
     return found
 
 

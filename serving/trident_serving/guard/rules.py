@@ -69,6 +69,7 @@ class Rule:
         judge: a served generator with a chat template.
         labels: which entities or classes count; none: all entities. A classifier needs one at least.
         classes: of a classifier: how many it has, which the models file fills in.
+        batch: of entities and a classifier: texts that it takes at once, which the models file fills in.
         threshold: the least score of an entity or a class that counts.
         replacement: what stands in place of what is redacted; none: the rule's name or the entity's label, in brackets.
         window: characters that a model is asked about at once, which an answer is held back for; 0: 400, and of a judge
@@ -90,6 +91,7 @@ class Rule:
     judge: str = ""
     labels: tuple[str, ...] = ()
     classes: int = 1
+    batch: int = 1
     threshold: float = 0.5
     replacement: str = ""
     window: int = field(default=0, metadata={"least": 0})
@@ -171,7 +173,7 @@ class Guard:
         name: of the guard.
         rules: in the order in which models are asked, behind all patterns.
         on_failure: what happens where a rule's model can't be asked.
-        timeout: seconds that a rule's model may take for one window.
+        timeout: seconds that a rule's model may take for one question.
     """
 
     name: str

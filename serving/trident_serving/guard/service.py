@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,15 +22,20 @@ from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stream import Chunk, ResponseChannel
 from trident_serving.guard import prompts
 from trident_serving.guard.asking import Models
-from trident_serving.guard.filtering import Findings, Passed, PatternFilter, TextFilter, at_once
+from trident_serving.guard.filtering import Findings, Passed, PatternFilter, TextFilter, at_once, filter_all
 from trident_serving.guard.rules import Action, Guard, Stage
+from trident_serving.guard.structured import JsonFilter
 from trident_serving.runtime.metrics import Recorder
+from trident_serving.runtime.sampling.grammars import GrammarKind
+from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs
+from trident_serving.text import encode_texts
 
 logger = logging.getLogger(__name__)
 TOKENS = ("return_tokens", "top_logprobs")
 _OTHERS = ("reasoning", "tool_calls")  # texts of a chunk, where they are asked for
 _NO_CALLS = "[]"
+_JSON = (GrammarKind.JSON, GrammarKind.JSON_SCHEMA)
 
 
 class Service(Protocol):
@@ -38,6 +44,7 @@ class Service(Protocol):
     memory: Any
     draft_name: str
     recorder: Recorder
+    tokenizer: TextTokenizer
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """Check a request."""
@@ -83,6 +90,7 @@ class GuardedService:
         self._models = models
         self._max_open = max_open
         self.memory, self.draft_name, self.recorder = service.memory, service.draft_name, service.recorder
+        self.tokenizer = service.tokenizer
         self.steps, self.busy = service.steps, service.busy
         self._input, self._output = guard.of(Stage.INPUT), guard.of(Stage.OUTPUT)
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -185,26 +193,44 @@ class GuardedService:
     async def _checked(self, given: GuardedRequest, exchange: _Exchange) -> GuardedRequest | None:
         """The request as its rules leave it; None where one blocks it."""
         asked = self._models.about(exchange.deadline)
+        tokens = prompts.runs(given.request.prompt_ids, self.tokenizer) if "input_ids" in given.inputs else []
 
-        async def each(text: str) -> Passed:
-            return await TextFilter(self._input, Stage.INPUT, exchange.findings, asked).push(text, end=True)
+        async def every(texts: Sequence[str]) -> Sequence[Passed]:
+            return await filter_all(texts, self._input, Stage.INPUT, exchange.findings, asked)
 
         try:
-            changed = await prompts.filtered(given.inputs, given.request.prompt, each)
+            changed = await prompts.filtered(given.inputs, tokens, self.tokenizer, every)
         except prompts.Blocked:
             return None
         if changed is not None:
-            given = GuardedRequest(changed, given.timeout, self._service.parse(changed, given.timeout))
-        blocking = [rule for rule in self._input if rule.pattern and rule.action is Action.BLOCK]
+            given = self._again(changed, given)
+        patterns = [rule for rule in self._input if rule.pattern]
+        blocking = [rule for rule in patterns if rule.action is Action.BLOCK]
         for text in prompts.joined(given.inputs):
             if PatternFilter(blocking, Stage.INPUT, exchange.findings).push(text, end=True).blocked:
                 return None
+        if len(tokens) > 1:  # what lies on both sides of a special token
+            text = self.tokenizer.decode(given.request.prompt_ids)
+            hiding = [rule for rule in patterns if rule.action is not Action.ANNOTATE]
+            (passed,) = await filter_all([text], hiding, Stage.INPUT, exchange.findings, asked)
+            if passed.blocked:
+                return None
+            if passed.text != text:
+                others = {name: tensor for name, tensor in given.inputs.items() if name != "input_ids"}
+                given = self._again({**others, "text_input": encode_texts([passed.text])[None]}, given)
         return given
 
-    def output(self, exchange: _Exchange, findings: Findings) -> TextFilter:
-        """What filters one text of an answer."""
+    def _again(self, inputs: Inputs, given: GuardedRequest) -> GuardedRequest:
+        return GuardedRequest(inputs, given.timeout, self._service.parse(inputs, given.timeout))
+
+    def output(self, exchange: _Exchange, findings: Findings, *, as_json: bool = False) -> TextFilter | JsonFilter:
+        """What filters one text of an answer.
+
+        Args:
+            as_json: whether it is JSON.
+        """
         asked = self._models.about(exchange.deadline, exchange.said, answer=True)
-        return TextFilter(self._output, Stage.OUTPUT, findings, asked)
+        return (JsonFilter if as_json else TextFilter)(self._output, Stage.OUTPUT, findings, asked)
 
 
 class _Answer:
@@ -219,7 +245,11 @@ class _Answer:
         self._exchange = exchange
         self._service = service
         self._findings = exchange.findings.copy()
-        self._texts: dict[str, TextFilter] = {}
+        self._texts: dict[str, TextFilter | JsonFilter] = {}
+        request = exchange.request
+        self._known = frozenset(request.conversation.tool_names) if request.conversation is not None else frozenset()
+        self._is_json = request.grammar is not None and request.grammar.kind in _JSON
+        self._repeated = len(request.prompt) if self._is_json and request.include_prompt else 0
         self.ended = False
         self.held: Chunk | None = None
 
@@ -256,15 +286,27 @@ class _Answer:
             over = end or bool(chunk.text) or (chunk.tool_calls or _NO_CALLS) != _NO_CALLS
             passed = await self._push("reasoning", chunk.reasoning, end=over)
             parts["reasoning"], blocked = passed.text, passed.blocked
-        passed = await self._push("text", "" if blocked else chunk.text, end=end or blocked)
-        parts["text"], blocked = passed.text, blocked or passed.blocked
+        text = "" if blocked else chunk.text
+        parts["text"] = ""
+        if self._repeated and text and not blocked:
+            # All of it comes at once, before the JSON that answers it.
+            passed = await self._push("prompt", text[: self._repeated], end=True)
+            parts["text"], blocked = passed.text, passed.blocked
+            text, self._repeated = text[self._repeated :], 0
+        passed = await self._push("text", "" if blocked else text, end=end or blocked, as_json=self._is_json)
+        parts["text"], blocked = parts["text"] + passed.text, blocked or passed.blocked
         if chunk.tool_calls is not None:
             calls = {} if blocked else {call["index"]: call for call in json.loads(chunk.tool_calls)}
             for index in sorted({*calls, *self._called()} if end and not blocked else calls):
                 call = calls.get(index, {"index": index, "function": {"arguments": ""}})
-                passed = await self._push(f"call {index}", call["function"]["arguments"], end=end or blocked)
+                function = call["function"]
+                if not blocked and function.get("name", "") not in ("", *self._known):
+                    named = await self._service.output(self._exchange, self._findings).push(function["name"], end=True)
+                    function, blocked = {**function, "name": named.text}, named.blocked
+                given = "" if blocked else function["arguments"]
+                passed = await self._push(f"call {index}", given, end=end or blocked, as_json=True)
                 blocked = blocked or passed.blocked
-                calls[index] = {**call, "function": {**call["function"], "arguments": passed.text}}
+                calls[index] = {**call, "function": {**function, "arguments": passed.text}}
             kept = [call for _, call in sorted(calls.items()) if "id" in call or call["function"]["arguments"]]
             parts["tool_calls"] = json.dumps(kept, ensure_ascii=False)
             if blocked and not end:
@@ -274,9 +316,9 @@ class _Answer:
     def _called(self) -> list[int]:
         return [int(name.partition(" ")[2]) for name in self._texts if name.startswith("call ")]
 
-    async def _push(self, name: str, text: str, *, end: bool) -> Passed:
+    async def _push(self, name: str, text: str, *, end: bool, as_json: bool = False) -> Passed:
         if name not in self._texts:
-            self._texts[name] = self._service.output(self._exchange, self._findings)
+            self._texts[name] = self._service.output(self._exchange, self._findings, as_json=as_json)
         return await self._texts[name].push(text, end=end)
 
 

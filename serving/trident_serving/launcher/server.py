@@ -159,9 +159,11 @@ class Server:
     def start(self) -> list[str]:
         """Start the process, with the models that can be loaded now; returns their names.
 
+        What a promotion that was killed has left is not loaded.
+
         Call it on the launcher's main thread: the process ends with the thread that started it.
         """
-        models = self.view.refresh()
+        models = [model for model in self.view.refresh() if not model.endswith(artefacts.TRIAL)]
         self.runtime.clear()
         self._process = subprocess.Popen(
             [*self._command, *(f"--load-model={model}" for model in models)],

@@ -22,8 +22,6 @@ def guarded(service: Any, config: Mapping[str, Any], limits: CausalLimits, own_p
     from trident_serving.guard.asking import Models
     from trident_serving.guard.rules import Guard
     from trident_serving.guard.service import GuardedService
-    from trident_serving.template_service import GrpcModel
 
     rules = Guard.from_json(text)
-    models = Models(rules, lambda name: GrpcModel(name, own_pass))
-    return GuardedService(service, rules, models, limits.slots + limits.max_waiting)
+    return GuardedService(service, rules, Models.of_server(rules, own_pass), limits.slots + limits.max_waiting)
