@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -19,7 +20,16 @@ from trident_client._errors import (
     from_named_code,
     translated,
 )
-from trident_client._grpc import ONE_THREAD, STREAM, channel_options, credentials, inference, metadata, question
+from trident_client._grpc import (
+    END_SECONDS,
+    ONE_THREAD,
+    STREAM,
+    channel_options,
+    credentials,
+    inference,
+    metadata,
+    question,
+)
 from trident_client._settings import Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Watch
@@ -86,10 +96,18 @@ class GrpcServer:
             try:
                 for response in self._watched(call, silence):
                     if response.error_message:
+                        self._await_end(call)
                         raise self._refusal(model, response.error_message, seconds or silence)
                     yield _wire.parse_response(response.infer_response)
             finally:
                 call.cancel()
+
+    def _await_end(self, call: Any) -> None:
+        """Read what follows an error, which is the end of the stream."""
+        until, ended = time.monotonic() + END_SECONDS, contextlib.suppress(grpc.RpcError)
+        with ended, self._watch.over(call.cancel) as wait, wait.limited(until):
+            for _ in call:
+                pass
 
     def _watched(self, call: Any, silence: float | None) -> Generator[Any, None, None]:
         """The messages of a call."""
