@@ -54,7 +54,7 @@ class Load:
 def _until_refused(url: str, model: str) -> str:
     """Ask again and again, and hang up with the first error, as clients do; its message.
 
-    Between an error and the end of its stream, tritonserver 2.51 may lose a stream that is cancelled, and hold its model.
+    A stream that is cancelled between an error and its end may stay in tritonserver 2.51, and hold its model.
     """
     request = _wire.build_request(
         model,

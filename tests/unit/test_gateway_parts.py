@@ -15,6 +15,7 @@ import pytest
 from trident_client import (
     GenerationChunk,
     InvalidRequestError,
+    Label,
     NotFoundError,
     OverloadedError,
     TridentError,
