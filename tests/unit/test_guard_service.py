@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -400,14 +401,19 @@ def test_whatever_may_stand_in_a_prompt_is_filtered(field: str, sent: Any, passe
     assert (None if found is None else json.loads(found[field].item())) == passed
 
 
-def test_what_waits_when_the_model_is_unloaded_fails() -> None:
+@pytest.mark.parametrize("told", ["by Triton", "at the end"])
+def test_what_waits_when_the_model_is_unloaded_fails(told: str) -> None:
+    unloading = threading.Event()
+
     class Stuck(Model):
         async def infer(self, tensors: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
             await asyncio.sleep(3600)
             raise AssertionError
 
     guard = Guard.from_table("g", {"rules": [NAMES]})
-    service = GuardedService(Engine([{"text": "x"}]), guard, Models(guard, lambda name: Stuck(tagger)), 2)
+    service = GuardedService(
+        Engine([{"text": "x"}]), guard, Models(guard, lambda name: Stuck(tagger)), 2, unloading.is_set
+    )
     clients = [Client(), Client()]
     for client in clients:
         service.submit(service.parse({"text_input": encode_texts(["Hi"])[None]}), client)
@@ -415,5 +421,10 @@ def test_what_waits_when_the_model_is_unloaded_fails() -> None:
         pass
     with pytest.raises(Overloaded, match="2 requests are open already"):
         service.submit(service.parse({"text_input": encode_texts(["Hi"])[None]}), Client())
+    if told == "by Triton":  # which calls the end only once they are answered
+        unloading.set()
+        deadline = time.monotonic() + 10
+        while service._open:
+            assert time.monotonic() < deadline
     service.stop()
     assert ["unloaded" in str(client.error) for client in clients] == [True, True]
