@@ -167,7 +167,7 @@ class GuardedService:
             self._watching = self.loop.create_task(self._watch())
 
     async def _watch(self) -> None:
-        """End what is open once the model is being unloaded, also what waits for a rule's model and not for the engine."""
+        """End what is open once the model is being unloaded, also what waits only for a rule's model."""
         while self._open:
             await asyncio.sleep(WATCH_SECONDS)
             if self._unloading():
