@@ -33,6 +33,7 @@ def test_a_model_without_a_request_that_stays_unloading() -> None:
     assert looks.look(record(1), unloading=(M,)) == ([], [])
     assert looks.look(record(1), unloading=(M,), after=IDLE_SECONDS - 0.1) == ([], [])
     assert looks.look(record(1), unloading=(M,), after=0.1) == ([1], [M])
+    assert looks.look(unloading=(M,)) == ([], [])  # it is being cleared, which takes a second
     assert looks.look(record(2), after=60) == ([], [])  # loaded again
     assert looks.look(record(2), unloading=(M,)) == ([], [])  # the time begins anew
 

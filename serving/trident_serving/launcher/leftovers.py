@@ -56,6 +56,7 @@ class Leftovers:
         kept: list[Hashable] = [*(record.path for record in left), *models]
         self._since = {each: self._since.get(each, now) for each in kept}
         late = {each for each, since in self._since.items() if now - since >= IDLE_SECONDS}
+        self._since.update(dict.fromkeys(late, now))  # what is done about it takes its time, too
         return [record for record in left if record.path in late], [each for each in models if each in late]
 
     def _replaced(self, records: Sequence[Record]) -> list[Record]:
