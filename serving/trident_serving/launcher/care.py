@@ -155,7 +155,7 @@ class Care:
         ours = {model for manifest in manifests for model in manifest.triton_models}
         for name, version in models:
             # As above: of a model that answers in another version, this one stays as it is, without a process.
-            if name in ours and not known[name].served:
+            if name in ours and name not in self._due and not known[name].served:
                 self._server.control.clear_failure(name, version)
                 say(f"{name} is unloaded: tritonserver still held a request of a client that had gone")
 
