@@ -64,7 +64,7 @@ check: $(SETUP) ## lint, types, configs in step with models.toml, deployment fil
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/mypy --python-version 3.10 --package trident_client
+	@$(BIN)/mypy --python-version 3.10 --package trident_client --package trident_command
 	@$(BIN)/mypy --python-version 3.10 examples
 	@$(BIN)/python tools/schema.py --check
 	@$(BIN)/python -m trident_export configs --check --models-file $(MODELS_FILE) --repository $(REPOSITORY)

@@ -16,6 +16,9 @@ from trident_client._steps import RESTRICTED, Ask, Tensors
 from trident_client._types import ModelStatus
 
 STREAM = f"/{pb.SERVICE}/ModelStreamInfer"
+# That a stream may take to end behind an error. One that is cancelled instead, before its end has come, may leave the
+# request in the server for ever (2.51), and with it the model, which then is never unloaded.
+END_SECONDS = 2.0
 CONNECT_MILLISECONDS = 10_000  # for one try; the next begins after a pause of at most half of that
 # The thread that iterates over a stream receives its messages itself; else a thread of the channel passes them on.
 ONE_THREAD = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)

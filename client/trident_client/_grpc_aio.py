@@ -14,8 +14,24 @@ from numpy.typing import NDArray
 
 from trident_client import _protocol as pb
 from trident_client import _wire
-from trident_client._errors import CancelledError, InvalidRequestError, TridentError, from_named_code, translated
-from trident_client._grpc import OWN_CONNECTION, STREAM, channel_options, credentials, inference, metadata, question
+from trident_client._errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    TridentError,
+    from_named_code,
+    translated,
+)
+from trident_client._grpc import (
+    END_SECONDS,
+    OWN_CONNECTION,
+    STREAM,
+    channel_options,
+    credentials,
+    inference,
+    metadata,
+    question,
+)
 from trident_client._settings import MOST_CONNECTIONS, Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Alarm
@@ -93,10 +109,18 @@ class AsyncGrpcServer:
                     if response is grpc.aio.EOF:
                         return
                     if response.error_message:
+                        await self._await_end(call)
                         raise await self._refusal(model, response.error_message, seconds or silence)
                     yield _wire.parse_response(response.infer_response)
             finally:
                 call.cancel()
+
+    async def _await_end(self, call: Any) -> None:
+        """Read what follows an error, which is the end of the stream."""
+        ended = contextlib.suppress(grpc.RpcError, DeadlineExceededError)
+        with ended, Alarm(END_SECONDS, "the stream did not end"):
+            while await call.read() is not grpc.aio.EOF:
+                pass
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

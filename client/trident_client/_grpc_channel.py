@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -21,6 +22,7 @@ from trident_client._errors import (
     translated,
 )
 from trident_client._grpc import (
+    END_SECONDS,
     ONE_THREAD,
     OWN_CONNECTION,
     STREAM,
@@ -119,10 +121,18 @@ class GrpcServer:
             try:
                 for response in self._watched(call, silence):
                     if response.error_message:
+                        self._await_end(call)
                         raise self._refusal(model, response.error_message, seconds or silence)
                     yield _wire.parse_response(response.infer_response)
             finally:
                 call.cancel()
+
+    def _await_end(self, call: Any) -> None:
+        """Read what follows an error, which is the end of the stream."""
+        until, ended = time.monotonic() + END_SECONDS, contextlib.suppress(grpc.RpcError)
+        with ended, self._watch.over(call.cancel) as wait, wait.limited(until):
+            for _ in call:
+                pass
 
     def _watched(self, call: Any, silence: float | None) -> Generator[Any, None, None]:
         """The messages of a call."""

@@ -381,7 +381,11 @@ def _prompted(prompt_name: str | None) -> dict[str, NDArray[Any]]:
 
 
 def _labels(responses: _Responses) -> list[list[Label]]:
-    return [_records(Label, row) for response in responses for row in _split(response, ("label", "score"))]
+    return [
+        _records(Label, row)
+        for response in responses
+        for row in _split(response, ("label", "score", *({"label_id"} & response.keys())))
+    ]
 
 
 def _split(tensors: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[dict[str, list[Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -157,10 +157,15 @@ class SparseVector:
 
 @dataclass(frozen=True)
 class Label:
-    """A class of a text, with its score."""
+    """A class of a text, with its score.
+
+    Attributes:
+        label_id: its number among the model's classes; None: the labels are the caller's, or the server tells none.
+    """
 
     label: str
     score: float
+    label_id: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

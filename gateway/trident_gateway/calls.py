@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
@@ -20,6 +20,18 @@ from trident_gateway.gateway import exchange_of, gateway_of
 Result = TypeVar("Result")
 
 
+class Turns(NamedTuple):
+    """Of requests that don't take the turns of their model's other requests.
+
+    Attributes:
+        name: of their queue.
+        at_once: that a server takes.
+    """
+
+    name: str
+    at_once: int
+
+
 async def whole(
     request: Request,
     model: Model,
@@ -27,6 +39,7 @@ async def whole(
     *,
     beginning: bytes = b"",
     answers: int = 1,
+    turns: Turns | None = None,
 ) -> Result:
     """An answer in one.
 
@@ -34,12 +47,14 @@ async def whole(
         ask: calls a server.
         beginning: see `Servers.order`.
         answers: that the model makes at once for this request.
+        turns: among which it waits for its own; None: the model's.
 
     Raises:
         ApiError: see `Admission.slot` and `Servers.call`.
         ClientGone: the client has hung up; the server is told.
     """
-    return await unless_gone(request.receive, turn(request, model, ask, beginning=beginning, answers=answers))
+    work = turn(request, model, ask, beginning=beginning, answers=answers, turns=turns)
+    return await unless_gone(request.receive, work)
 
 
 async def turn(
@@ -49,9 +64,10 @@ async def turn(
     *,
     beginning: bytes = b"",
     answers: int = 1,
+    turns: Turns | None = None,
 ) -> Result:
     """As `whole`, but for the hang-up, which the caller minds."""
-    async with _slot(request, model, answers):
+    async with _slot(request, model, answers, turns):
         return await gateway_of(request).servers.call(model.name, beginning, ask)
 
 
@@ -95,17 +111,18 @@ async def _joined(first: Result, rest: AsyncGenerator[Result, None]) -> AsyncGen
 
 
 @contextlib.asynccontextmanager
-async def _slot(request: Request, model: Model, answers: int) -> AsyncIterator[None]:
+async def _slot(request: Request, model: Model, answers: int, turns: Turns | None = None) -> AsyncIterator[None]:
     """The turn of a request at its model."""
     gateway, exchange = gateway_of(request), exchange_of(request)
     settings, key = gateway.settings, exchange.key
     servers = max(len(gateway.servers.having(model.name)), 1)
-    limit = max((settings.max_running or model.at_once) * servers // settings.workers, 1)
+    name, at_once = turns or Turns(model.name, settings.max_running or model.at_once)
+    limit = max(at_once * servers // settings.workers, 1)
     per_key = (key.max_concurrent if key is not None else 0) or settings.max_per_key
-    name = key.name if key is not None else ""
+    owner = key.name if key is not None else ""
     exchange.model = model.name
     began = time.perf_counter()
-    async with gateway.admission.slot(model.name, limit, answers=answers, key=name, per_key=per_key, request=exchange):
+    async with gateway.admission.slot(name, limit, answers=answers, key=owner, per_key=per_key, request=exchange):
         exchange.queue_seconds = time.perf_counter() - began
         yield
 

@@ -87,20 +87,25 @@ async def create(request: Request, body: Annotated[ClassifyBody, Depends(bodies.
             "object": "list",
             "created": now(),
             "model": body.model,
-            "data": [_entry(index, classes) for index, classes in enumerate(found)],
+            "data": [_entry(index, classes, labels) for index, classes in enumerate(found)],
             **used,
         }
     )
 
 
-def _entry(index: int, classes: Sequence[Label]) -> Json:
+def _entry(index: int, classes: Sequence[Label], asked: Sequence[str] | None) -> Json:
     best = classes[0]
+    # In the order of the model's config, or of the request; a server of an earlier version does not tell the former.
+    numbers = [each.label_id if asked is None else asked.index(each.label) for each in classes]
+    ordered = {number: each.score for number, each in zip(numbers, classes, strict=True) if number is not None}
+    probs = {"probs": [ordered[number] for number in sorted(ordered)]} if len(ordered) == len(classes) else {}
     return {
         "index": index,
         "object": "classification",
         "label": best.label,
         "prediction": best.label,
         "score": best.score,
+        **probs,
         "num_classes": len(classes),
         "predictions": [{"label": each.label, "score": each.score} for each in classes],
     }

@@ -17,6 +17,7 @@ from trident_gateway.rerank import ModelName
 
 router = APIRouter()
 _NAMES = {"text_input": "input"}  # the server's, and the caller's
+_AT_ONCE = 2  # that a server explains of one model; those that wait for it would keep answers of the model waiting
 
 
 class ExplainBody(Body):
@@ -57,9 +58,11 @@ async def explain(request: Request, body: Annotated[ExplainBody, Depends(bodies.
     async def data(client: AsyncClient) -> list[Explanation]:
         return await client.explain(body.input, model=model.name, **asked)
 
+    turns = calls.Turns(f"{model.name}_explain", _AT_ONCE)
     if body.response_format == "html":
-        return HTMLResponse(await calls.whole(request, model, page), headers={"content-security-policy": _POLICY})
-    found = [asdict(each) for each in await calls.whole(request, model, data)]
+        shown = await calls.whole(request, model, page, turns=turns)
+        return HTMLResponse(shown, headers={"content-security-policy": _POLICY})
+    found = [asdict(each) for each in await calls.whole(request, model, data, turns=turns)]
     return JSONResponse({"object": "list", "model": body.model, "data": found})
 
 

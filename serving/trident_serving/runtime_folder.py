@@ -153,6 +153,15 @@ class Process:
         """Whether a request's parameter shows that a model of this server made it."""
         return bool(self.own_pass) and isinstance(value, str) and secrets.compare_digest(value, self.own_pass)
 
+    @property
+    def replaced(self) -> bool:
+        """Whether another process serves the same version, or begins to; True where no launcher can tell."""
+        if self._path is None:
+            return True
+        _, own = self._path.name.split(":", 1)
+        others = (path.name.split(":", 1) for path in self._path.parent.iterdir() if path.name != self._path.name)
+        return any(what == own for _, what in others)
+
     def start(self, progress: Callable[[], int] = lambda: 0, busy: Callable[[], bool] = lambda: False) -> None:
         """Start the heartbeat, once the model is loaded.
 
@@ -181,12 +190,16 @@ class Process:
         finally:
             self._add(-count, 0)
 
-    def stop(self) -> None:
-        """Remove the record: the process ends as it should, and the launcher must not take it for dead."""
-        self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
+    def ends(self) -> None:
+        """Remove the record: the process ends as it should, and the launcher must not take it for one that doesn't."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """End the heartbeat, and remove the record."""
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        self.ends()
 
     def _add(self, count: int, held: int) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"  # Triton's default, for a server without a launcher
 WATCH_SECONDS = 0.05
+UNLOADING_SECONDS = 0.2  # between two questions whether the model is being unloaded
 # Questions of one request that run at once; more would crowd other requests out of the generator's queue.
 QUESTIONS_AT_ONCE = 4
 
@@ -115,14 +116,18 @@ class GrpcModel:
                 response_deserializer=pb.ModelStreamInferResponse.FromString,
             )
         found: Tensors | None = None
+        refused = ""
         try:
-            # To its end: a call that is left earlier counts as one that is cancelled.
+            # To its end, also behind an error: a call that is left earlier counts as one that is cancelled.
             async for response in self._call(self._request(tensors, seconds), timeout=seconds + 1):
-                if response.error_message:
-                    raise self._refusal(response.error_message)
-                found = _wire.parse_response(response.infer_response) if found is None else found
+                refused = refused or response.error_message
+                if not refused and found is None:
+                    found = _wire.parse_response(response.infer_response)
         except grpc.aio.AioRpcError as error:
-            raise self._translated(error) from None
+            if not refused:
+                raise self._translated(error) from None
+        if refused:
+            raise self._refusal(refused)
         if found is None:
             raise RuntimeError(f"{self._model} gave no answer")
         return found
@@ -197,9 +202,17 @@ class TemplateService:
         task: turns requests into prompts, and completions into answers.
         generator: answers the prompts.
         max_waiting: requests that may be open at once.
+        unloading: asked while requests are open; once it says yes, they fail.
     """
 
-    def __init__(self, task: TemplateTask, generator: Generator, max_waiting: int) -> None:
+    def __init__(
+        self,
+        task: TemplateTask,
+        generator: Generator,
+        max_waiting: int,
+        unloading: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._unloading = unloading
         self._task = task
         self._generator = generator
         self._max_waiting = max_waiting
@@ -258,18 +271,30 @@ class TemplateService:
         entry.work.add_done_callback(lambda work: self._finish(entry, work))
 
     async def _watch(self) -> None:
-        """Cancel the calls of clients that have gone."""
+        """Cancel the calls of clients that have gone, and all of them once the model is being unloaded."""
+        next_question = 0.0
         while True:
             await self._some_open.wait()
             await asyncio.sleep(WATCH_SECONDS)
             if not self._open:
                 self._some_open.clear()
+            elif time.monotonic() >= next_question:
+                next_question = time.monotonic() + UNLOADING_SECONDS
+                if self._unloading():
+                    self._cancel_all()
             for entry in list(self._open):
                 try:
                     if entry.work is not None and entry.channel.is_cancelled():
                         entry.work.cancel()
                 except Exception:
                     logger.exception("can't tell whether a client has gone")
+
+    def _cancel_all(self) -> None:
+        with self._lock:
+            self._stopping = True
+        for entry in list(self._open):
+            if entry.work is not None:
+                entry.work.cancel()
 
     async def _answer(self, entry: _Open) -> Tensors:
         at_once = asyncio.Semaphore(QUESTIONS_AT_ONCE)

@@ -259,6 +259,8 @@ def test_a_server_explains_itself(
     status, headers, shown = gateway.ask("/v1/explain", {"model": "tag", "input": TEXT, "response_format": "html"})
     assert (status, shown) == (200, page)
     assert "sandbox" in headers["content-security-policy"]
+    _, _, seen = gateway.ask("/admin/status")
+    assert {"talk_explain", "tag_explain"} <= set(seen["queues"])  # turns of their own
 
 
 def _explanation(found: dict[str, Any]) -> units.Explanation:

@@ -348,6 +348,9 @@ def test_classes(gateway: Gateway, direct: Client) -> None:
     told = [[(each["label"], each["score"]) for each in entry["predictions"]] for entry in answer["data"]]
     assert told == right
     assert [entry["label"] for entry in answer["data"]] == [classes[0][0] for classes in right]
+    # As vLLM's: in the order of the model's config.
+    by_class = [[dict(classes)[f"LABEL_{row}"] for row in range(3)] for classes in right]
+    assert [(entry["probs"], entry["num_classes"]) for entry in answer["data"]] == [(probs, 3) for probs in by_class]
     assert answer["usage"]["prompt_tokens"] == sum(map(len, direct.tokenize(TEXTS, model="classify")))
     _, _, answer = gateway.ask("/predict", {"inputs": TEXTS[0]})
     assert [(each["label"], each["score"]) for each in answer] == right[0]

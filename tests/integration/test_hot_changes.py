@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
+import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from tests import tiny_models
-from trident_client import Client, NotFoundError, TridentError, UnavailableError, cli
+from tests.integration.test_launcher import children
+from trident_client import Client, NotFoundError, TridentError, UnavailableError, _wire, cli
+from trident_client import _protocol as pb
+from trident_client._grpc import STREAM
 from trident_export import install, models_file
 from trident_serving.launcher import local
 
@@ -42,6 +49,29 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+
+
+def _until_refused(url: str, model: str) -> str:
+    """Ask again and again, and hang up with the first error, as clients do; its message.
+
+    A stream that is cancelled between an error and its end may stay in tritonserver 2.51, and hold its model.
+    """
+    request = _wire.build_request(
+        model,
+        {"text_input": _wire.texts(["Hello"])[None], "max_tokens": np.array([[100]], np.int32)},
+    )
+    with grpc.insecure_channel(url, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_stream(
+            STREAM,
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+        while True:
+            call = ask(request)
+            for response in call:
+                if response.error_message:
+                    call.cancel()
+                    return str(response.error_message)
 
 
 def _classifier(folder: Path, name: str, seed: int) -> models_file.ModelSpec:
@@ -102,6 +132,19 @@ def test_new_changed_and_removed_models_under_load(tmp_path: Path, capsys: pytes
 
         base.stop()
         changing.stop()
+
+        # One that goes while clients hang up: it is unloaded all the same, and its process ends.
+        with ThreadPoolExecutor(12) as pool:
+            refused = [pool.submit(_until_refused, server.grpc_url, "base") for _ in range(12)]
+            time.sleep(0.5)
+            assert client.unload("base") == ["base"]
+            assert all(each.result(30) for each in refused)
+        assert [(each.state, each.reason) for each in client.models() if each.name == "base"] == [
+            ("UNAVAILABLE", "unloaded")
+        ]
+        assert not [line for line in children(server.launcher.pid).values() if "/base/" in line]
+        client.load("base")
+        assert {client.generate("Hello", model="base", max_tokens=24).text} == set(base.answers)
     assert base.errors == []
     assert len(base.answers) == 1
     assert base.answers.total() > 20

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -40,10 +41,11 @@ from trident_export.measure import pictures
 from trident_export.tasks import image_parts, text_generation
 from trident_serving.artefacts import TOWER, VERSION
 from trident_serving.encoders.images import as_files
-from trident_serving.generation.batch import SlotTokens
+from trident_serving.errors import Overloaded
+from trident_serving.generation.batch import Embeds, SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.image_tower import ImageTower
-from trident_serving.generation.images import ImageReader
+from trident_serving.generation.images import ImageReader, PromptImages
 from trident_serving.generation.service import GenerationService
 from trident_serving.generation.vision import TileVision, VisionSettings
 from trident_serving.images.decoding import decode
@@ -216,6 +218,36 @@ def test_prefixes_are_reused_by_image(repository: Path, reference: Reference) ->
         ids = torch.tensor([prompt])
         plain = reference.model.generate(ids, max_new_tokens=ANSWER, do_sample=False)[0, len(prompt) :].tolist()
     assert asked(input_ids=np.array([prompt], np.int32)) == (plain, first_of_image)
+    service.stop()
+
+
+def test_an_unload_ends_what_waits_for_images(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose images are not begun fail at once; the one whose are read fails behind that, and nothing answers."""
+    begun, go_on, unloaded = threading.Event(), threading.Event(), threading.Event()
+    service = GenerationService(repository / "vlm" / VERSION, GenerationLimits(**LIMITS), unloaded.is_set)
+    read = ImageTower.embeds
+
+    def slowly(tower: ImageTower, images: PromptImages) -> Embeds:
+        begun.set()
+        assert go_on.wait(20)
+        return read(tower, images)
+
+    monkeypatch.setattr(ImageTower, "embeds", slowly)
+    inputs = {"messages": encode_texts([json.dumps([message(None)])])[None], "images": as_files(FILES[:1])[None]}
+    channels = [Channel() for _ in range(4)]
+    for channel in channels:
+        service.submit(service.parse(inputs), channel)
+    assert begun.wait(20)
+    unloaded.set()
+    assert all(channel.done.wait(20) for channel in channels[1:])
+    assert not channels[0].done.is_set()
+    go_on.set()
+    assert channels[0].done.wait(20)
+    assert [(type(channel.chunk), str(channel.chunk)) for channel in channels] == [
+        (Overloaded, "the model is being unloaded")
+    ] * 4
+    counters = service.recorder.drain().counters
+    assert (counters["requests_rejected"], counters["generated_tokens"]) == (4, 0)
     service.stop()
 
 

@@ -24,6 +24,7 @@ from trident_client import (
     NotFoundError,
     ServerError,
     UnavailableError,
+    _grpc_aio,
 )
 from trident_serving.launcher import local
 
@@ -101,6 +102,22 @@ def test_errors(served: tuple[str, Service]) -> None:
             [chunk async for chunk in stream]
 
     run(served[0], work)
+
+
+def test_a_stream_is_read_to_its_end_behind_an_error(
+    served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(prompt: str) -> None:
+        async with AsyncClient(served[0], timeout=20) as client:
+            with pytest.raises(InvalidRequestError, match="top_p must be above 0"):
+                await client.generate(prompt)
+
+    asyncio.run(refused("refuse, and end later"))
+    assert served[1].whole.wait(5)
+    served[1].left.clear()
+    monkeypatch.setattr(_grpc_aio, "END_SECONDS", 0.1)
+    asyncio.run(refused("refuse, and never end"))
+    assert served[1].left.wait(5)
 
 
 @pytest.mark.parametrize("how", ["closed", "left", "its task cancelled"])

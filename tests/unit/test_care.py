@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from trident_serving import artefacts
 from trident_serving.errors import ControlError, Refused
-from trident_serving.launcher import care
+from trident_serving.launcher import care, leftovers, processes
 from trident_serving.launcher.care import Care
 from trident_serving.launcher.failures import IndexEntry
+from trident_serving.runtime_folder import Record
 
 
 class Server:
@@ -33,6 +35,8 @@ class Server:
             unload=lambda model: self.done.append(f"unload {model}"),
             clear_failure=lambda model, version: self.done.append(f"clear {model} {version}"),
         )
+        self.records: list[Record] = []
+        self.runtime = SimpleNamespace(records=lambda: list(self.records))
 
     def _load(self, model: str, seconds: float) -> None:
         self.done.append(f"load {model}")
@@ -78,6 +82,34 @@ def test_a_model_that_dies_while_a_client_unloads_it_stays_unloaded(
     one.stop()
     assert not [what for what in server.done if what.endswith(" m")]
     assert "m was unloaded meanwhile" in capsys.readouterr().err
+
+
+def test_an_unload_that_triton_can_not_finish(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is ended and the model cleared; a version beside one that answers only loses its process."""
+    monkeypatch.setattr(leftovers, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(care, "CARE_SECONDS", 0.02)
+    killed: list[int] = []
+    monkeypatch.setattr(processes, "kill", killed.append)
+    manifests = [SimpleNamespace(triton_models=("m", "kept"))]
+    monkeypatch.setattr(artefacts, "read_manifests", lambda repository: manifests)
+    server = Server(
+        tmp_path,
+        IndexEntry("m", "UNLOADING", unloading=("1",)),
+        IndexEntry("kept", "READY", served=True, version="2", unloading=("1",)),
+        IndexEntry("foreign", "UNLOADING", unloading=("1",)),
+    )
+    for pid, name in ((11, "m"), (12, "kept")):
+        (tmp_path / name).touch()
+        server.records.append(Record(tmp_path / name, pid, name, "1", 1.0, 0, 0))
+    one: Care = Care(server)  # type: ignore[arg-type]
+    until(lambda: "clear m 1" in server.done)
+    one.stop()
+    assert set(killed) == {11, 12}
+    assert not (tmp_path / "m").exists()
+    assert set(server.done) == {"clear m 1"}
+    assert "a backend process of kept served nothing any more" in capsys.readouterr().err
 
 
 def test_a_refused_load_is_tried_again_and_a_silent_server_ends_it(

@@ -32,6 +32,7 @@ from trident_client import (
     ToolCall,
     UnavailableError,
     _generation,
+    _grpc_channel,
     _tasks,
     _wire,
     cli,
@@ -75,6 +76,8 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.cancelled = threading.Event()
+        self.left = threading.Event()
+        self.whole = threading.Event()
         self.asked = 0
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
@@ -89,6 +92,17 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
             return
         if text == "refuse":
             yield pb.ModelStreamInferResponse(error_message="INVALID_ARGUMENT: top_p must be above 0")
+            return
+        if text == "refuse, and end later":  # as a server does: the end is a message of its own
+            context.add_callback(self.left.set)
+            yield pb.ModelStreamInferResponse(error_message="INVALID_ARGUMENT: top_p must be above 0")
+            if not self.left.wait(0.2):
+                self.whole.set()
+            return
+        if text == "refuse, and never end":
+            context.add_callback(self.left.set)
+            yield pb.ModelStreamInferResponse(error_message="INVALID_ARGUMENT: top_p must be above 0")
+            self.left.wait(20)
             return
         if text == "full":
             yield pb.ModelStreamInferResponse(error_message="UNAVAILABLE: the queue holds no more")
@@ -356,6 +370,20 @@ def test_closing_a_stream_cancels_it(connected: Client, served: tuple[str, Servi
     assert next(stream).text == "more "
     stream.close()  # type: ignore[attr-defined]
     assert served[1].cancelled.wait(5)
+
+
+def test_a_stream_is_read_to_its_end_behind_an_error(
+    connected: Client, served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is cancelled between an error and its end may stay in tritonserver for ever, with its model."""
+    with pytest.raises(InvalidRequestError, match="top_p must be above 0"):
+        connected.generate("refuse, and end later")
+    assert served[1].whole.wait(5)
+    served[1].left.clear()
+    monkeypatch.setattr(_grpc_channel, "END_SECONDS", 0.1)
+    with pytest.raises(InvalidRequestError, match="top_p must be above 0"):
+        connected.generate("refuse, and never end")
+    assert served[1].left.wait(5)
 
 
 def test_embed(connected: Client, served: tuple[str, Service]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import trident_command
 from tests.unit.test_client import Service, served  # noqa: F401 (a fixture)
 from trident_client import (
     CancelledError,
@@ -527,6 +528,38 @@ def test_a_batch_that_waits_for_standard_input_is_interrupted(served: Served, nu
     out, err = process.communicate()
     assert out == b""
     assert re.fullmatch(rb"trident: 1 lines answered, 0 failed in [0-9.]+ s; the same command goes on\n", err)
+
+
+def test_an_interrupt_while_the_client_is_imported() -> None:
+    """Ctrl-C in the first half second, as the installed program meets it: no traceback."""
+    slow = """
+import sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "grpc":
+            print("begun", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+import trident_command
+sys.argv[1:] = ["models"]
+raise SystemExit(trident_command.main())
+"""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", slow], **pipes)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_the_program_is_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["trident", "completion", "no shell"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        trident_command.main()
+    assert (ended.value.code, signal.getsignal(signal.SIGINT)) == (2, before)
+    assert "invalid choice: 'no shell'" in capsys.readouterr().err
 
 
 def test_lines_of_an_input_are_counted(tmp_path: Path) -> None:

@@ -23,18 +23,23 @@ class Bytes:
 
     Attributes:
         calls: so far.
+        ended: of them that were given up.
         go: answers wait for it.
     """
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = self.ended = 0
         self.go = threading.Event()
         self.go.set()
 
     async def infer(self, tensors: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
         self.calls += 1
-        while not self.go.is_set():
-            await asyncio.sleep(0.005)
+        try:
+            while not self.go.is_set():
+                await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            self.ended += 1
+            raise
         given = tensors.get("text_input")
         ids = list(given.item()) if given is not None else tensors["input_ids"][0].tolist()
         return {
@@ -79,11 +84,16 @@ def model() -> Bytes:
 
 
 @pytest.fixture
-def service(model: Bytes) -> Iterator[ExplanationService]:
+def unloading() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def service(model: Bytes, unloading: threading.Event) -> Iterator[ExplanationService]:
     parameters = {"explains": "m", "task": "text-generation", "variants": "int8=m,fp32=m_fp32", "max_waiting": "3"}
     parameters["max_runs"] = "4"
     explained = Explained.read(parameters, Path(), "1")
-    found = ExplanationService(explained, parameters, lambda name: model)
+    found = ExplanationService(explained, parameters, lambda name: model, unloading.is_set)
     yield found
     model.go.set()
     if not found._stopping:
@@ -130,7 +140,7 @@ def test_what_is_refused(service: ExplanationService, model: Bytes) -> None:
     assert model.calls == 0
     service.submit(asked("a b c d e"), 10, channel := Channel())
     assert str(channel.wait()).startswith("text_input makes 5 texts without one of its parts, the limit is 4")
-    assert model.calls == 2
+    assert model.calls == 1  # for the tokens; nothing is answered for what is refused
     service.submit(asked("a b"), 0, channel := Channel())
     assert isinstance(channel.wait(), DeadlineExceeded)
 
@@ -150,6 +160,28 @@ def test_who_has_gone_and_who_finds_no_room(service: ExplanationService, model: 
         assert b"attributions" in channel.wait()["explanation"].item()
     # The one that had gone made no second call, the others five each.
     assert model.calls == 1 + 2 * 5
+
+
+def test_nobody_waits_for_a_call_that_takes_long(
+    service: ExplanationService, model: Bytes, unloading: threading.Event
+) -> None:
+    """Within a call its client may go, its time may end, and the model may be unloaded."""
+    model.go.clear()
+    gone, late = Channel(), Channel()
+    service.submit(asked("a b"), 60, gone)
+    service.submit(asked("a b"), 0.3, late)
+    until(lambda: model.calls == 2)
+    gone.gone = True
+    assert isinstance(gone.wait(), Cancelled)
+    assert isinstance(late.wait(), DeadlineExceeded)
+    channels = [Channel() for _ in range(3)]
+    for channel in channels:
+        service.submit(asked("a b"), 60, channel)
+    until(lambda: model.calls == 4)
+    unloading.set()
+    assert all("being unloaded" in str(channel.wait()) for channel in channels)
+    assert model.calls == 4
+    assert (model.ended, service._open) == (4, 0)
 
 
 def test_an_end_fails_what_is_open(service: ExplanationService, model: Bytes) -> None:

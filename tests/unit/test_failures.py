@@ -110,3 +110,12 @@ def test_a_version_that_made_room_hides_no_other() -> None:
     (entry,) = failures.entries([failed, gone])
     assert (entry.failed, entry.served) == (True, False)
     assert failures.entries([gone]) == [failures.IndexEntry("m", "UNAVAILABLE", "unloaded")]
+
+
+def test_versions_that_are_being_unloaded() -> None:
+    ready, going = {"name": "m", "state": "READY", "version": "3"}, {"name": "m", "state": "UNLOADING"}
+    for index in ([going, ready, going | {"version": "2"}], [ready, going, going | {"version": "2"}]):
+        (entry,) = failures.entries(index)
+        assert (entry.state, entry.version, entry.served, entry.unloading) == ("READY", "3", True, ("1", "2"))
+    (entry,) = failures.entries([going, {"name": "m", "state": "UNAVAILABLE", "reason": "unloaded", "version": "2"}])
+    assert (entry.state, entry.version, entry.served, entry.unloading) == ("UNLOADING", "1", False, ("1",))

@@ -15,12 +15,13 @@ import pytest
 from trident_client import (
     GenerationChunk,
     InvalidRequestError,
+    Label,
     NotFoundError,
     OverloadedError,
     TridentError,
     UnavailableError,
 )
-from trident_gateway import app, cli, keys
+from trident_gateway import app, classify, cli, keys
 from trident_gateway.admission import Admission
 from trident_gateway.catalog import Model, catalog
 from trident_gateway.errors import ApiError, from_trident
@@ -462,6 +463,17 @@ def test_stages_are_no_models() -> None:
     assert (found["e_int8"].context, found["e_int8"].labels, found["e_int8"].tokenizer) == (96, 3, "e_tokenizer")
     assert (found["g"].context, found["g"].at_once) == (512, 11)
     assert (found["e_int8"].explained, found["g"].explained) == (True, False)
+
+
+def test_probabilities_are_in_the_order_of_the_classes() -> None:
+    """Of the request's own labels in theirs; of a server that does not tell its classes' numbers there are none."""
+
+    def probs(asked: list[str] | None, *classes: Label) -> Any:
+        return classify._entry(0, classes, asked).get("probs")
+
+    assert probs(None, Label("b", 0.5, 1), Label("c", 0.3, 2), Label("a", 0.2, 0)) == [0.2, 0.5, 0.3]
+    assert probs(["a", "b"], Label("b", 0.9), Label("a", 0.1)) == [0.1, 0.9]
+    assert probs(None, Label("b", 0.9), Label("a", 0.1)) is None
 
 
 def test_errors_of_the_server() -> None:

@@ -553,14 +553,19 @@ def test_a_text_of_a_batch_that_a_model_refuses_is_asked_about_alone() -> None:
     assert served.asked == ["Anna|?|x|Anna", "Anna|?", "Anna", "?", "x|Anna"]
 
 
-def test_what_waits_when_the_model_is_unloaded_fails() -> None:
+@pytest.mark.parametrize("told", ["by Triton", "at the end"])
+def test_what_waits_when_the_model_is_unloaded_fails(told: str) -> None:
+    unloading = threading.Event()
+
     class Stuck(Model):
         async def infer(self, tensors: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
             await asyncio.sleep(3600)
             raise AssertionError
 
     guard = Guard.from_table("g", {"rules": [NAMES]})
-    service = GuardedService(Engine([{"text": "x"}]), guard, Models(guard, lambda name: Stuck(tagger)), 2)
+    service = GuardedService(
+        Engine([{"text": "x"}]), guard, Models(guard, lambda name: Stuck(tagger)), 2, unloading.is_set
+    )
     clients = [Client(), Client()]
     for client in clients:
         service.submit(service.parse({"text_input": encode_texts(["Hi"])[None]}), client)
@@ -568,5 +573,10 @@ def test_what_waits_when_the_model_is_unloaded_fails() -> None:
         pass
     with pytest.raises(Overloaded, match="2 requests are open already"):
         service.submit(service.parse({"text_input": encode_texts(["Hi"])[None]}), Client())
+    if told == "by Triton":  # which calls the end only once they are answered
+        unloading.set()
+        deadline = time.monotonic() + 10
+        while service._open:
+            assert time.monotonic() < deadline
     service.stop()
     assert ["unloaded" in str(client.error) for client in clients] == [True, True]

@@ -38,6 +38,20 @@ def test_counts_and_heartbeat(folder: RuntimeFolder) -> None:
     assert folder.records() == []
 
 
+def test_a_process_that_is_replaced_knows_it(folder: RuntimeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = os.getpid()
+    process = Process("gen", "1", folder.folder)
+    Process("gen", "2", folder.folder)
+    Process("gen_draft", "1", folder.folder)
+    assert not process.replaced
+    monkeypatch.setattr(os, "getpid", lambda: own + 1)
+    other = Process("gen", "1", folder.folder)
+    assert (process.replaced, other.replaced) == (True, True)
+    other.ends()
+    assert (process.replaced, len(folder.records())) == (False, 3)
+    assert Process("gen", "1", None).replaced  # nobody can tell
+
+
 def test_a_stalled_engine_does_not_beat(folder: RuntimeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_folder, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(runtime_folder, "BEAT_SECONDS", 0.02)

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pytest
 
 from trident_serving.errors import Cancelled, Overloaded
 from trident_serving.template_service import TemplateService
@@ -67,6 +68,20 @@ def test_each_request_is_answered_once_also_where_its_client_goes_before_the_wor
     assert all(channel.got == [b"done"] for channel in channels if not channel.gone)
     assert all(channel.got in ([b"done"], [Cancelled]) for channel in channels if channel.gone)
     assert service._open == set()
+    service.stop()
+
+
+def test_an_unload_ends_what_is_asked() -> None:
+    unloading = threading.Event()
+    service = TemplateService(TemplateTask(PARAMETERS), Generator(30.0), 8, unloading.is_set)
+    channels = [Channel(gone=False) for _ in range(3)]
+    for channel in channels:
+        service.submit(inputs(), 60.0, channel)
+    unloading.set()
+    assert all(channel.answered.wait(5) for channel in channels)
+    assert all(channel.got == [Overloaded] for channel in channels)
+    with pytest.raises(Overloaded, match="the model is being unloaded"):
+        service.submit(inputs(), 60.0, Channel(gone=False))
     service.stop()
 
 

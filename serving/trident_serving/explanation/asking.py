@@ -103,12 +103,12 @@ def of_encoder(
     """
     texts, asked = _request(stages.task.name, text, options)
     reading = stages.read(texts, asked)
-    whole = stages.outputs(reading)
-    look(reading, whole)
-    targets = scores.targets(stages, reading, whole, options.label)
     tokens = [span for window in reading.tokens for span in window if span is not None]
     chosen = [unit for part, each in texts.items() for unit in units(part, each, options.by, tokens)]
     check_work(stages.runs(reading, chosen), most)
+    whole = stages.outputs(reading)
+    look(reading, whole)
+    targets = scores.targets(stages, reading, whole, options.label)
     before = [target.score(whole) for target in targets]
     found: list[list[Attribution]] = [[] for _ in targets]
     if targets:

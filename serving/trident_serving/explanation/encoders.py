@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from trident_serving.encoders.task import EncoderTask, Tensor
 from trident_serving.encoders.tokens import TokenRoles, load_tokenizer
 from trident_serving.encoders.zero_shot import DEFAULT_TEMPLATE, hypothesis
 from trident_serving.errors import InvalidRequest
-from trident_serving.explanation.units import Span
+from trident_serving.explanation.units import Places, Span
 from trident_serving.schema.limits import AnswerLimits, EncoderLimits
 from trident_serving.text import encode_texts
 
@@ -49,6 +50,11 @@ class Reading:
     request: Tensors
     stage: Mapping[str, NDArray[Any]]
     tokens: Sequence[Sequence[Span | None]]
+
+    @cached_property
+    def places(self) -> list[Places]:
+        """The tokens of each window by their characters."""
+        return [Places(window) for window in self.tokens]
 
 
 class _Row(NamedTuple):
@@ -122,8 +128,7 @@ class EncoderStages:
 
     def runs(self, reading: Reading, units: Sequence[Span]) -> int:
         """How many texts the graph reads for `without`."""
-        windows = [[token for token in tokens if token is not None] for tokens in reading.tokens]
-        return sum(any(unit.touches(token) for token in tokens) for unit in units for tokens in windows)
+        return sum(bool(window.of(unit)) for unit in units for window in reading.places)
 
     def without(self, reading: Reading, units: Sequence[Span], whole: Tensors) -> Iterator[Tensors]:
         """The graph's outputs without each of the units.
@@ -163,9 +168,10 @@ class EncoderStages:
     def _rows(self, reading: Reading, units: Sequence[Span]) -> Iterator[_Row]:
         for unit, span in enumerate(units):
             for window, tokens in enumerate(reading.tokens):
-                hidden = np.array([token is not None and span.touches(token) for token in tokens])
-                if not hidden.any():
+                if not (found := reading.places[window].of(span)):
                     continue
+                hidden = np.zeros(len(tokens), np.bool_)
+                hidden[found] = True
                 inputs = {
                     tensor.name: reading.stage[tensor.name][window, : len(tokens)] for tensor in self.task.model_inputs
                 }

@@ -7,13 +7,13 @@ answer to the whole prompt, if it is not given.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from trident_serving.errors import InvalidRequest
-from trident_serving.explanation.units import Attribution, By, Explanation, Span, check_work, units
+from trident_serving.explanation.units import Attribution, By, Explanation, Places, Span, check_work, units
 
 CALLERS = 8
 TOKENS = 64  # of an answer that is not given
@@ -66,15 +66,21 @@ def explain(
     Raises:
         InvalidRequest: the prompt has no such units, or too many, or there is no answer.
     """
-    prompt, given, shown = _asked(generate, text, answer, chat, max_tokens)
+    prompt, given = _asked(generate, text, answer, chat)
     spans = _spans(prompt, text)
     chosen = units(_PART, text, by, [span for span in spans if span is not None])
     check_work(len(chosen), most)
-    hidden = [[span is not None and span.touches(unit) for span in spans] for unit in chosen]
-    nothing = [False] * len(spans)
+    shown = answer
+    if not given:
+        found = generate(list(prompt.ids), max_tokens=max_tokens, temperature=0, return_tokens=True)
+        given, shown = found.token_ids, found.text
+        if not given:
+            raise InvalidRequest("the model answers nothing: give an answer")
+    places = Places(spans)
 
-    def log_prob(taken: Sequence[bool]) -> float:
-        kept = [token for token, away in zip(prompt.ids, taken, strict=True) if not away]
+    def log_prob(unit: Span | None) -> float:
+        hidden = frozenset() if unit is None else frozenset(places.of(unit))
+        kept = [token for place, token in enumerate(prompt.ids) if place not in hidden]
         if not kept:
             raise InvalidRequest("without one of its parts nothing is left of the prompt: explain it by smaller ones")
         found = generate([*kept, *given], max_tokens=0, prompt_logprobs=0)
@@ -83,7 +89,7 @@ def explain(
         return float(sum(found.prompt_log_probs[-len(given) :]))
 
     with ThreadPoolExecutor(callers) as pool:
-        asked = [pool.submit(log_prob, taken) for taken in (nothing, *hidden)]
+        asked = [pool.submit(log_prob, unit) for unit in (None, *chosen)]
         try:
             whole, *others = (each.result() for each in asked)
         finally:
@@ -105,10 +111,8 @@ def explain(
     )
 
 
-def _asked(
-    generate: Generate, text: str, answer: str, chat: bool, max_tokens: int
-) -> tuple[_Tokens, tuple[int, ...], str]:
-    """The prompt's tokens, those of the answer, and its text."""
+def _asked(generate: Generate, text: str, answer: str, chat: bool) -> tuple[_Tokens, tuple[int, ...]]:
+    """The prompt's tokens, and those of the answer: none where it is not given."""
 
     def tokens(text: str, *, chat: bool = False) -> _Tokens:
         prompt = [{"role": "user", "content": text}] if chat else text
@@ -116,18 +120,14 @@ def _asked(
         return _Tokens(found.prompt_token_ids, found.prompt_tokens)
 
     if not answer:
-        prompt = tokens(text, chat=chat)
-        found = generate(list(prompt.ids), max_tokens=max_tokens, temperature=0, return_tokens=True)
-        if not found.token_ids:
-            raise InvalidRequest("the model answers nothing: give an answer")
-        return prompt, found.token_ids, found.text
+        return tokens(text, chat=chat), ()
     # The answer as it follows the prompt: its tokens are those that hold its bytes. Behind a template nothing joins.
     both = tokens(answer if chat else text + answer)
     length = len(answer.encode())
     rest = itertools.accumulate(len(piece) for piece in reversed(both.pieces))
     count = next((number for number, held in enumerate(rest, 1) if held >= length), len(both.ids))
     prompt = tokens(text, chat=True) if chat else _Tokens(both.ids[:-count], both.pieces[:-count])
-    return prompt, both.ids[-count:], answer
+    return prompt, both.ids[-count:]
 
 
 def _spans(prompt: _Tokens, text: str) -> list[Span | None]:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 REQUESTS_AT_ONCE = 2
 PROMPTS_AT_ONCE = 4  # of one request; more would crowd other requests out of the generator's queue
+WATCH_SECONDS = 0.2  # between two looks, while a call runs, at whether its answer is still wanted
 _FIELDS = by_name(EXPLANATION)
 _TEXTS = ("query", "question", "text_pair", "label", "hypothesis_template", "answer")
 _GENERATION = "text-generation"
@@ -141,10 +142,18 @@ class ExplanationService:
     Args:
         parameters: of the config: those of `Explained`, the limits, and those of the model's own limits.
         connect: gives a model of this server, by its name, in the version that is explained.
+        unloading: asked while requests run; once it says yes, they fail.
     """
 
-    def __init__(self, model: Explained, parameters: Mapping[str, str], connect: Callable[[str], Model]) -> None:
+    def __init__(
+        self,
+        model: Explained,
+        parameters: Mapping[str, str],
+        connect: Callable[[str], Model],
+        unloading: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._model = model
+        self._unloading = unloading
         self.limits = read_parameters(ExplanationLimits, parameters)
         self._connect = connect
         self._models: dict[str, Model] = {}
@@ -215,6 +224,10 @@ class ExplanationService:
         self._pool.shutdown(cancel_futures=True)
 
         async def close() -> None:
+            left = asyncio.all_tasks() - {asyncio.current_task()}  # given up, and not at their end yet
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
             for model in self._models.values():
                 await model.close()
 
@@ -225,7 +238,9 @@ class ExplanationService:
 
     def _answer(self, asked: Asked, deadline: float, channel: Channel) -> None:
         try:
-            found = self._explained(asked, _Call(self, deadline, channel))
+            call = _Call(self, deadline, channel)
+            call.check()
+            found = self._explained(asked, call)
             tensors = {"explanation": encode_texts([report.as_json(found)])[None]}
             if asked.page:
                 tensors["page"] = encode_texts([report.as_html(found)])[None]
@@ -266,33 +281,52 @@ class ExplanationService:
         found: EncoderStages = self._own.stages
         return found
 
-    def infer(self, name: str, tensors: Tensors, seconds: float) -> Tensors:
-        """The response of a model of this server, from any thread."""
+    @property
+    def ending(self) -> bool:
+        """Whether nothing is answered any more: Triton says so at the end, and itself waits for what runs."""
+        return self._stopping or self._unloading()
+
+    def begin(self, name: str, tensors: Tensors, seconds: float) -> Future[Tensors]:
+        """Call a model of this server, from any thread."""
 
         async def ask() -> Tensors:
             if name not in self._models:
                 self._models[name] = self._connect(name)
             return await self._models[name].infer(tensors, seconds)
 
-        if self._stopping:
-            raise Overloaded("the model is being unloaded")
-        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop)
 
 
 class _Call:
-    """The calls of one request: none begins when its time is over, or its client has gone."""
+    """The calls of one request: none begins or goes on when its time is over, or its client or its model goes."""
 
     def __init__(self, service: ExplanationService, deadline: float, channel: Channel) -> None:
         self._service, self._deadline, self._channel = service, deadline, channel
 
-    def infer(self, name: str, tensors: Tensors) -> Tensors:
-        """The response of a model of this server."""
+    def check(self) -> float:
+        """The seconds that are left.
+
+        Raises:
+            ServingError: the answer is not wanted any more.
+        """
         if self._channel.is_cancelled():
             raise Cancelled("the request was cancelled")
+        if self._service.ending:
+            raise Overloaded("the model is being unloaded")
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded("the timeout was over before all was answered")
-        return self._service.infer(name, tensors, left)
+        return left
+
+    def infer(self, name: str, tensors: Tensors) -> Tensors:
+        """The response of a model of this server."""
+        answer = self._service.begin(name, tensors, self.check())
+        try:
+            while not wait((answer,), WATCH_SECONDS).done:
+                self.check()
+            return answer.result()
+        finally:
+            answer.cancel()  # is not done, if it has ended
 
 
 _KINDS = {"max_tokens": np.int32, "prompt_logprobs": np.int32, "temperature": np.float32}

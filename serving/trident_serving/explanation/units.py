@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -37,10 +39,6 @@ class Span(NamedTuple):
     part: str
     start: int
     end: int
-
-    def touches(self, other: Span) -> bool:
-        """Whether two spans share a character."""
-        return self.part == other.part and self.start < other.end and other.start < self.end
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,44 @@ def check_work(runs: int, most: int | None) -> None:
         )
 
 
+class Places:
+    """Tokens by the characters that they stand for, so that those of a unit are found without a look at all.
+
+    Args:
+        tokens: None, and one without characters, stands for nothing that is hidden.
+    """
+
+    def __init__(self, tokens: Iterable[Span | None]) -> None:
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        for place, token in enumerate(tokens):
+            if token is not None and token.start < token.end:
+                found.setdefault(token.part, []).append((token.start, token.end, place))
+        self._parts = {part: _Part(sorted(spans)) for part, spans in found.items()}
+
+    def of(self, unit: Span) -> list[int]:
+        """Which tokens share a character with a unit, as numbers in the order of their characters."""
+        part = self._parts.get(unit.part)
+        return [] if part is None else part.touching(unit.start, unit.end)
+
+
+class _Part:
+    """The tokens of one text, sorted by their starts.
+
+    Args:
+        spans: start, end and number of each.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        self._spans = spans
+        self._starts = [start for start, _, _ in spans]
+        # The furthest end so far: rising, also where tokens share characters.
+        self._ends = list(itertools.accumulate((end for _, end, _ in spans), max))
+
+    def touching(self, start: int, end: int) -> list[int]:
+        first, last = bisect.bisect_right(self._ends, start), bisect.bisect_left(self._starts, end)
+        return [place for _, ends, place in self._spans[first:last] if ends > start]
+
+
 def units(part: str, text: str, by: By, tokens: Iterable[Span]) -> list[Span]:
     """The units of a text that hold a token, in its order.
 
@@ -107,8 +143,8 @@ def units(part: str, text: str, by: By, tokens: Iterable[Span]) -> list[Span]:
     if by is By.TOKEN:
         return own
     found = words(text) if by is By.WORD else sentences(text)
-    spans = [Span(part, start, end) for start, end in found]
-    return [span for span in spans if any(span.touches(token) for token in own)]
+    places = Places(own)
+    return [span for start, end in found if places.of(span := Span(part, start, end))]
 
 
 def words(text: str) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ TOKENS = ("return_tokens", "top_logprobs")
 _OTHERS = ("reasoning", "tool_calls")  # texts of a chunk, where they are asked for
 _NO_CALLS = "[]"
 _JSON = (GrammarKind.JSON, GrammarKind.JSON_SCHEMA)
+WATCH_SECONDS = 0.2  # between two questions whether the model is being unloaded
 
 
 class Service(Protocol):
@@ -82,9 +83,18 @@ class GuardedService:
     Args:
         models: those that the guard's rules ask.
         max_open: requests that may be checked or answered at once, where a rule asks a model.
+        unloading: asked while such requests are open; once it says yes, they fail.
     """
 
-    def __init__(self, service: Service, guard: Guard, models: Models, max_open: int) -> None:
+    def __init__(
+        self,
+        service: Service,
+        guard: Guard,
+        models: Models,
+        max_open: int,
+        unloading: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._unloading = unloading
         self._service = service
         self._guard = guard
         self._models = models
@@ -95,6 +105,7 @@ class GuardedService:
         self._input, self._output = guard.of(Stage.INPUT), guard.of(Stage.OUTPUT)
         self.loop: asyncio.AbstractEventLoop | None = None
         self._open: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         if any(rule.model for rule in guard.rules):
             self.loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
@@ -147,7 +158,7 @@ class GuardedService:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
         self.loop.run_until_complete(asyncio.sleep(0))  # what was submitted just now becomes a task
-        left = list(self._open)
+        left = [*self._open, *([] if self._watching is None else [self._watching])]
         for task in left:
             task.cancel()
         self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
@@ -159,6 +170,17 @@ class GuardedService:
         task = self.loop.create_task(self._serve(request, exchange))
         self._open.add(task)
         task.add_done_callback(self._open.discard)
+        if self._watching is None:
+            self._watching = self.loop.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """End what is open once the model is being unloaded, also what waits only for a rule's model."""
+        while self._open:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self._unloading():
+                for task in list(self._open):
+                    task.cancel()
+        self._watching = None
 
     async def _serve(self, request: GuardedRequest, exchange: _Exchange) -> None:
         """One request from its first check to its last response."""

@@ -6,10 +6,13 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from trident_serving import artefacts
 from trident_serving.errors import ControlError, Refused
-from trident_serving.launcher import failures
+from trident_serving.launcher import failures, processes
+from trident_serving.launcher.failures import IndexEntry
+from trident_serving.launcher.leftovers import Leftovers
 from trident_serving.launcher.server import Server
 
 CARE_SECONDS = 1.0
@@ -21,7 +24,7 @@ NOT_READY = "shutting-down"
 
 
 class Care:
-    """Two threads for slow work: health checks; models that are loaded again and failed loads that are cleared.
+    """Two threads for slow work: health checks; models that are loaded again, failed loads and unloads cleared.
 
     Attributes:
         silent_seconds: for how long the server has answered no health check. It adds up the time of the checks, not the
@@ -35,6 +38,7 @@ class Care:
         self._due: dict[str, float] = {}
         # Models whose failed load was cleared; an ensemble among them failed with one of its stages.
         self._cleared: set[str] = set()
+        self._leftovers = Leftovers()
         self._refused = dict(server.view.refused)  # those of the start have been told
         self.silent_seconds = 0.0
         self.broken = ""
@@ -118,21 +122,42 @@ class Care:
             self.broken = f"{model} could not be loaded again ({error})"
 
     def _clear_failures(self) -> None:
-        """Update the links to the repository, and clear failed loads, so that the server stays ready."""
+        """Update the links to the repository, and clear failed loads and unloads, so that the server stays ready."""
         try:
             self._server.view.refresh()
             for name, why in self._server.view.refused.items():
                 if self._refused.get(name) != why:
                     say(f"{name} is not loaded: {why}")
             self._refused = dict(self._server.view.refused)
-            for entry in self._server.control.index():
+            index = self._server.control.index()
+            for entry in index:
                 # Clearing loads another model under the name: a version that answers would go.
                 if entry.failed and not entry.served and entry.name != NOT_READY:
                     say(f"{entry.name} could not be loaded: {failures.one_line(entry.reason)}")
                     self._server.control.clear_failure(entry.name, entry.version)
                     self._cleared.add(entry.name)
+            self._free(index)
         except (ControlError, OSError):
             return  # the health check finds out whether the server is well
+
+    def _free(self, index: Sequence[IndexEntry]) -> None:
+        """End processes that serve nothing any more, and finish the unloads that Triton can't finish."""
+        known = {entry.name: entry for entry in index}
+        unloading = {(entry.name, version) for entry in index for version in entry.unloading}
+        processes_left, models = self._leftovers.find(unloading, self._server.runtime.records())
+        for record in processes_left:
+            record.path.unlink(missing_ok=True)  # first, so that it does not count as one that has died
+            processes.kill(record.pid)
+            say(f"a backend process of {record.model} served nothing any more and did not end by itself; it was ended")
+        if not models:
+            return
+        manifests = artefacts.read_manifests(self._server.options.repository)
+        ours = {model for manifest in manifests for model in manifest.triton_models}
+        for name, version in models:
+            # As above: of a model that answers in another version, this one stays as it is, without a process.
+            if name in ours and name not in self._due and not known[name].served:
+                self._server.control.clear_failure(name, version)
+                say(f"{name} is unloaded: tritonserver still held a request of a client that had gone")
 
 
 def say(text: str) -> None:

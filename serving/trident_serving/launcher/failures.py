@@ -16,6 +16,7 @@ from trident_serving.artefacts import Manifest
 from trident_serving.errors import ModelError
 
 READY = "READY"
+UNLOADING = "UNLOADING"
 _LONGEST_REASON = 300
 # Triton's names of a status before the reason; they say nothing about the cause.
 _STATUSES = ("Internal: ", "Invalid argument: ", "Not found: ", "Unavailable: ", "Unknown: ", "Unsupported: ")
@@ -33,6 +34,7 @@ class IndexEntry:
         reason: why it is not ready, several lines long where Python raised it.
         served: whether another version of it answers.
         version: the one that this is about.
+        unloading: versions that are being unloaded.
     """
 
     name: str
@@ -40,6 +42,7 @@ class IndexEntry:
     reason: str = ""
     served: bool = False
     version: str = "1"
+    unloading: tuple[str, ...] = ()
 
     @property
     def weight(self) -> int:
@@ -87,9 +90,11 @@ def entries(index: Iterable[Mapping[str, str]]) -> list[IndexEntry]:
         entry = IndexEntry(
             item["name"], item.get("state", ""), item.get("reason", ""), version=item.get("version", "1")
         )
-        known = found.setdefault(entry.name, entry)
-        served = known.served or READY in (known.state, entry.state)
-        found[entry.name] = replace(entry if entry.weight >= known.weight else known, served=served)
+        known = found.get(entry.name, IndexEntry(entry.name, reason="unloaded"))
+        served = known.served or entry.state == READY
+        unloading = (*known.unloading, *([entry.version] if entry.state == UNLOADING else []))
+        said = entry if entry.weight >= known.weight else known
+        found[entry.name] = replace(said, served=served, unloading=unloading)
     return list(found.values())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 _SYS_PIDFD_GETFD = 438
 _PR_SET_PDEATHSIG = 1
 # Fields of /proc/<pid>/stat, counted from the state, which comes after the command's name.
-_STATE, _UTIME, _STIME, _ARG_START, _ARG_END = 0, 11, 12, 45, 46
+_STATE, _UTIME, _STIME, _STARTED, _ARG_START, _ARG_END = 0, 11, 12, 19, 45, 46
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class ProcessState:
     Attributes:
         letter: its state: R, S, D (waits for a disk), T and t (stopped), Z and X (dead); "" if it does not exist.
         ticks: processor time that it has used, in clock ticks.
+        started: when, in clock ticks of the system.
     """
 
     letter: str
     ticks: int = 0
+    started: int = 0
 
     @property
     def dead(self) -> bool:
@@ -46,7 +48,7 @@ def state(pid: int) -> ProcessState:
     fields = _stat(pid)
     if not fields:
         return ProcessState("")
-    return ProcessState(fields[_STATE], int(fields[_UTIME]) + int(fields[_STIME]))
+    return ProcessState(fields[_STATE], int(fields[_UTIME]) + int(fields[_STIME]), int(fields[_STARTED]))
 
 
 def has_children(pid: int) -> bool:

@@ -59,6 +59,7 @@ class EngineModel:
 
     def finalize(self) -> None:
         """End the engine, and what watches it."""
+        self._process.ends()
         self._service.stop()
-        self._publisher.stop()
+        self._publisher.stop(shared=self._process.replaced)
         self._process.stop()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trident_serving.schema.limits import CausalLimits
 from trident_serving.triton import adapter
 
 
-def guarded(service: Any, config: Mapping[str, Any], limits: CausalLimits, own_pass: str) -> Any:
+def guarded(
+    service: Any,
+    config: Mapping[str, Any],
+    limits: CausalLimits,
+    own_pass: str,
+    unloading: Callable[[], bool] = lambda: False,
+) -> Any:
     """The service, behind its guard where the config has one; without one, no line of a guard runs.
 
     Args:
         config: the model's, as Triton gives it.
         own_pass: what the guard's own requests to this server carry.
+        unloading: whether the model is being unloaded.
     """
     text = adapter.parameters(config).get("guard")
     if not text:
@@ -24,4 +31,5 @@ def guarded(service: Any, config: Mapping[str, Any], limits: CausalLimits, own_p
     from trident_serving.guard.service import GuardedService
 
     rules = Guard.from_json(text)
-    return GuardedService(service, rules, Models.of_server(rules, own_pass), limits.slots + limits.max_waiting)
+    models = Models.of_server(rules, own_pass)
+    return GuardedService(service, rules, models, limits.slots + limits.max_waiting, unloading)

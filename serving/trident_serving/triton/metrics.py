@@ -6,6 +6,7 @@ second.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import Any
 
@@ -76,14 +77,25 @@ class Publisher:
                 self._families.append(family)
                 self._metrics[key] = family.Metric(labels=labels)
         self._told: dict[str, float] = {}
+        self._shared = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="metrics", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Publish what is left, and end."""
+    def stop(self, *, shared: bool) -> None:
+        """Publish what is left, and end.
+
+        Args:
+            shared: whether another process may publish metrics of the same labels, as where a model is loaded again in
+                its place. Triton gives both the same metrics and deletes them with the first (2.51), and then crashes
+                with the second, so they are left as they are (decision 0092).
+        """
+        self._shared = shared
         self._stopping.set()
         self._thread.join()
+        if shared:
+            for each in (*self._metrics.values(), *self._families):
+                _keep(each)
         self._metrics.clear()
         self._families.clear()
 
@@ -94,6 +106,8 @@ class Publisher:
 
     def _publish(self) -> None:
         recorded = self._recorder.drain()
+        if self._shared:
+            recorded.gauges.clear()  # they are the other's
         for key, amount in recorded.counters.items():
             self._metrics[key].increment(amount)
         # Each call waits for the server with Python's lock held, so what is as it was is not told again.
@@ -104,3 +118,8 @@ class Publisher:
         for key, values in recorded.histograms.items():
             for value in values:
                 self._metrics[key].observe(value)
+
+
+def _keep(what: Any) -> None:
+    """Have an object never end, not even with the interpreter."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(what))

@@ -20,7 +20,12 @@ class TritonPythonModel:
         for folder in model.stage_folders:
             integrity.check(folder)
         own_pass = self.process.own_pass
-        self.service = ExplanationService(model, parameters, lambda name: GrpcModel(name, own_pass, version=version))
+        self.service = ExplanationService(
+            model,
+            parameters,
+            lambda name: GrpcModel(name, own_pass, version=version),
+            adapter.unloading(pb_utils, args["model_name"], version),
+        )
         self.process.start()
 
     def execute(self, requests):
@@ -31,5 +36,6 @@ class TritonPythonModel:
         self.service.submit(adapter.inputs(request), seconds, channel)
 
     def finalize(self):
+        self.process.ends()
         self.service.stop()
         self.process.stop()

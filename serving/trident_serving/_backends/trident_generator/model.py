@@ -20,7 +20,7 @@ class TritonPythonModel(EngineModel):
 
         device = int(args["model_instance_device_id"])
         service = GenerationService(adapter.version_folder(args), limits, unloading, device)
-        return guarded(service, self._config, limits, self._process.own_pass)
+        return guarded(service, self._config, limits, self._process.own_pass, unloading)
 
     def room(self, limits):
         drafted = f", drafted by {self._service.draft_name}" if self._service.draft_name else ""

@@ -14,7 +14,8 @@ class TritonPythonModel:
         task = TemplateTask(adapter.parameters(self.config))
         self.timeout = task.limits.timeout
         generator = GrpcGenerator(task.limits.generator, self.process.own_pass)
-        self.service = TemplateService(task, generator, task.limits.max_waiting)
+        unloading = adapter.unloading(pb_utils, args["model_name"], args["model_version"])
+        self.service = TemplateService(task, generator, task.limits.max_waiting, unloading)
         self.process.start()
 
     def execute(self, requests):
@@ -25,5 +26,6 @@ class TritonPythonModel:
         self.service.submit(adapter.inputs(request), seconds, channel)
 
     def finalize(self):
+        self.process.ends()
         self.service.stop()
         self.process.stop()

@@ -16,7 +16,7 @@ class TritonPythonModel(EngineModel):
     def make_service(self, args, limits, unloading):
         settings = read_settings(adapter.parameters(self._config))
         service = VllmService(adapter.version_folder(args), limits, settings, unloading)
-        return guarded(service, self._config, limits, self._process.own_pass)
+        return guarded(service, self._config, limits, self._process.own_pass, unloading)
 
     def room(self, limits):
         return f"{limits.slots} answers of {limits.context} tokens"
