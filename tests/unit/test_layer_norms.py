@@ -1,4 +1,4 @@
-"""LayerNorms that become root-mean-square norms, on graphs of two layers, against the graph before."""
+"""LayerNorms that become root-mean-square norms, on graphs of few layers, against the graph before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANDOM = np.random.default_rng(3)
 
 
 def graph(kind: str) -> ir.Model:
-    """Two layers of a norm, a matmul, a bias and a tanh, and a matmul back to the sum; then a norm and a head.
+    """Two or three layers of a norm, a matmul, a bias and a tanh, and a matmul back to the sum; then a head.
 
     Args:
         kind: before: the norms stand before the layers; behind: their output is the sum that goes on; given: before,
@@ -46,7 +46,7 @@ def graph(kind: str) -> ir.Model:
         return name
 
     total = "sum_0"
-    for layer in range(2):
+    for layer in range(3 if kind == "behind" else 2):
         source = total if kind == "behind" else norm(f"norm_{layer}", total)
         for name, shape in (("up", (WIDTH, INNER)), ("down", (INNER, WIDTH))):
             weights[f"{name}_{layer}"] = RANDOM.normal(0, 0.3, shape).astype(np.float32)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from trident_export.graphs.editing import array, constant, make, numbers, rank_of_weight, replace, store
+from trident_export.graphs.unpadding import moves_tokens
 
 Floats = NDArray[np.float32]
 
@@ -127,7 +128,11 @@ def _find(model: ir.Model, start: ir.Value, matmuls: set[str]) -> Sum | None:
     for node in model.graph:
         if node.op_type == "Shape":
             continue
-        if sums.intersection(node.inputs):
+        if moves_tokens(node) and node.inputs[0] in sums:
+            sums.add(node.outputs[0])
+        elif moves_tokens(node) and node.inputs[0] in normed:
+            normed[node.outputs[0]] = normed[node.inputs[0]]
+        elif sums.intersection(node.inputs):
             if node.op_type == "LayerNormalization" and _is_plain(node):
                 normed[node.outputs[0]] = node
                 found.norms.append(node)
@@ -173,7 +178,7 @@ def _adds(value: ir.Value, adding: list[ir.Value], matmuls: set[str]) -> bool:
         adding.append(node.inputs[1])
     elif node is not None and node.op_type == "Gather" and _is_table(node):
         adding.append(node.inputs[0])
-    elif node is not None and node.op_type == "Unsqueeze":
+    elif node is not None and (node.op_type == "Unsqueeze" or moves_tokens(node)):
         return _adds(node.inputs[0], adding, matmuls)
     elif node is not None and node.op_type == "Mul" and (factor := _scalar_of(node)) is not None:
         return _adds(next(term for term in node.inputs if term is not factor), adding, matmuls)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from trident_export.errors import UsageError
 from trident_export.graphs.editing import array, constant, drop_unused, make, numbers, rank_of_weight, store
 from trident_export.graphs.lora import PREFIX
-from trident_export.graphs.unpadding import is_packed
+from trident_export.graphs.unpadding import moves_tokens
 from trident_export.passes.base import CalibrationRuns, Pass, adapter_matmuls
 from trident_export.passes.heads import find_heads
 from trident_export.passes.layer_norms import Centred, centre
@@ -142,7 +142,7 @@ def find_rotated(model: ir.Model, matmuls: set[str], centred: Centred | None = N
         elif node.op_type == "ScatterND" and node.inputs[0] in sums and node.inputs[2].name == IMAGE_EMBEDS:
             found.vectors = node
             sums.add(node.outputs[0])
-        elif node.inputs and node.inputs[0] in sums and node.op_type in _ROWS and is_packed(node.outputs[0].name):
+        elif node.inputs and node.inputs[0] in sums and moves_tokens(node):
             sums.add(node.outputs[0])
         elif sums.intersection(node.inputs):
             scale = _NORMS.get(node.op_type)
@@ -158,7 +158,7 @@ def find_rotated(model: ir.Model, matmuls: set[str], centred: Centred | None = N
                 sums.update(node.outputs[3:])
         elif node.inputs and node.inputs[0] in normed:
             # Of the tokens whose logits are wanted, or of all but padding; T5's before a head that is its table, too.
-            rows = node.op_type == "Gather" or (node.op_type in _ROWS and is_packed(node.outputs[0].name))
+            rows = node.op_type == "Gather" or moves_tokens(node)
             if rows or (node.op_type == "Mul" and _is_scalar(node.inputs[1])):
                 normed[node.outputs[0]] = normed[node.inputs[0]]
             elif node.name in matmuls:
@@ -201,6 +201,8 @@ def _add_terms(value: ir.Value, found: Rotated, matmuls: set[str]) -> bool:
         found.adding.append(node.inputs[1])
     elif node is not None and node.op_type == "Add":
         return all(_add_terms(term, found, matmuls) for term in node.inputs)
+    elif node is not None and moves_tokens(node):
+        return _add_terms(node.inputs[0], found, matmuls)
     else:
         return False
     return True
