@@ -105,7 +105,7 @@ def test_rotated_and_spread_graphs_compute_the_same(
         np.testing.assert_allclose(one, other, atol=1e-3 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, {"mbart"}))
 def test_every_matmul_has_per_channel_weights_and_shares_its_quantization(
     exported: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -198,7 +198,10 @@ def gate(exported: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("damage", [nothing, scales_off, not_turned_back, tokens_not_scaled])
+@pytest.mark.parametrize(
+    "damage",
+    [nothing, scales_off, not_turned_back, pytest.param(tokens_not_scaled, marks=pytest.mark.slow)],
+)
 def test_the_gate_refuses_damaged_graphs(
     exported: Callable[[str], Path],
     gate: Callable[[Path], None],
