@@ -74,14 +74,14 @@ def test_a_variant_is_made_by_what_the_processor_has(monkeypatch: pytest.MonkeyP
     # What the table says goes before what the machine has.
     assert parse(TABLE | {"processor": "avx2"}).recipes["int8"].name == "int8"
     assert parse(TABLE | {"processor": "amx"}).recipes["int8"].name == "int8_channels"
-    # Encoders, translation and GPUs have one int8.
-    for task, limits in (
-        ("feature-extraction", {"dimensions": 8}),
-        ("translation", {}),
-        ("text-generation", {"device": "cuda"}),
+    # Encoders and GPUs have one int8.
+    for task, limits, expected in (
+        ("feature-extraction", {"dimensions": 8}, "int8"),
+        ("translation", {}, "int8_channels" if channels else "int8"),
+        ("text-generation", {"device": "cuda"}, "int8"),
     ):
         other = parse(TABLE | {"task": task, "limits": limits, "more_variants": []})
-        assert other.recipes["int8"].name == "int8"
+        assert other.recipes["int8"].name == expected
 
 
 def test_of_the_built_in_recipes_none_asks_for_the_processor() -> None:

@@ -183,6 +183,11 @@ def is_packed(name: str) -> bool:
     return name.startswith(f"{_PREFIX}/")
 
 
+def moves_tokens(node: ir.Node) -> bool:
+    """Whether a node of a graph after the pass only takes tokens out of the batch, or spreads them over it again."""
+    return node.op_type in ("Gather", "Reshape") and is_packed(node.name)
+
+
 def _indices(graph: ir.Graph, mask: str) -> dict[str, ir.Value]:
     """Where the real tokens are in the batch, and which of them each position of the batch shows."""
     values = {mask: ir.convenience.create_value_mapping(graph)[mask]}

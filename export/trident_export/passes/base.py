@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from trident_export.errors import ModelsFileError, UsageError
-from trident_export.graphs.editing import array, constant, infer, make, rank_of_weight, replace
+from trident_export.graphs.editing import array, constant, infer, make, numbers, rank_of_weight, replace
 from trident_export.graphs.lora import PREFIX
 from trident_export.graphs.unpadding import is_packed
 
@@ -134,8 +134,8 @@ def matmul_nodes(model: ir.Model, chosen: Collection[str]) -> list[ir.Node]:
 _KEEPING_RANK = frozenset(
     """
     Add Cast Clip Div Erf Exp FastGelu Gelu LayerNormalization MatMul MatMulNBits Mul Neg Pow QuickGelu Relu Sigmoid
-    SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization Slice Split Sqrt Sub Tanh
-    Transpose
+    SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization Slice Softmax Split Sqrt Sub
+    Tanh Transpose
     """.split()  # noqa: SIM905  (one name a line would hide the rest of the module)
 )
 
@@ -158,6 +158,8 @@ def ranks(model: ir.Model) -> dict[str, int]:
                 found[name] = 3 if name == node.outputs[0].name else 4
             elif node.op_type == "Gather" and name not in found and len(known) == len(names):
                 found[name] = known[0] + known[1] - 1
+            elif node.op_type == "Unsqueeze" and name not in found and (axes := numbers(node.inputs[1])) is not None:
+                found |= {name: known[0] + axes.size} if names[0] in found else {}
             elif name and name not in found and len(known) == len(names) and node.op_type in _KEEPING_RANK:
                 found[name] = max(known)
     return found

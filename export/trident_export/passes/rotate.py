@@ -20,33 +20,38 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from trident_export.errors import UsageError
-from trident_export.graphs.decoder_passes import attention_nodes
-from trident_export.graphs.editing import array, constant, drop_unused, make, rank_of_weight, store
+from trident_export.graphs.editing import array, constant, drop_unused, make, numbers, rank_of_weight, store
 from trident_export.graphs.lora import PREFIX
+from trident_export.graphs.unpadding import moves_tokens
 from trident_export.passes.base import CalibrationRuns, Pass, adapter_matmuls
+from trident_export.passes.heads import find_heads
+from trident_export.passes.layer_norms import Centred, centre
 from trident_serving.generation.decoder import IMAGE_EMBEDS
 
 # Root-mean-square norms by operator: where their scale stands among the inputs.
 _NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
+_ROWS = ("Gather", "GatherND", "Reshape")  # operators that choose or arrange tokens
 _ONES = "rotate/ones"  # the scale of norms whose output is rotated
 _TURNED = "turned"  # of a matmul whose input has rotated heads
-_VALUES = (2, 4)  # positions of values and of past values among the attention operator's inputs
+_TOKENS = "input_ids"  # the input that the sum begins with
 
 
 @dataclass(frozen=True)
 class Rotate(Pass):
-    """Rotates the residual stream of a decoder; before all passes that take matmuls.
+    """Rotates the residual stream of a decoder or an encoder; before all passes that take matmuls.
 
     A graph that has something else between its layers than sums and root-mean-square norms is left as it is.
 
     Attributes:
         seed: of the rotation's signs.
-        heads: rotates every head of the values, too, where nothing but the attention operator is between the matmuls
-            that give and read them.
+        heads: rotates every head of the values, too, where nothing but the attention is between the matmuls that give
+            and read them.
+        layer_norms: makes root-mean-square norms of LayerNorms first, where one stands before each layer.
     """
 
     seed: int = 0
     heads: bool = False
+    layer_norms: bool = False
     for_matmuls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -58,7 +63,8 @@ class Rotate(Pass):
         """See `Pass`; it takes no matmuls."""
         if self.heads:
             rotate_heads(model, set(chosen), self.seed)
-        found = find_rotated(model, {*chosen, *adapter_matmuls(model)})
+        centred = centre(model, set(chosen)) if self.layer_norms else None
+        found = find_rotated(model, {*chosen, *adapter_matmuls(model)}, centred)
         if found is None:
             return model, set()
         (channels,) = {weight.shape[-1] for weight in found.adding}
@@ -112,22 +118,31 @@ class Rotated:
         return {*self.adding, *self.reading, *self.reading.values()}
 
 
-def find_rotated(model: ir.Model, matmuls: set[str]) -> Rotated | None:
+def find_rotated(model: ir.Model, matmuls: set[str], centred: Centred | None = None) -> Rotated | None:
     """The weights around the sum that begins at the table of the tokens' embeddings.
 
     None where something reads that sum, or adds to it, that does not rotate with it.
+
+    Args:
+        centred: where that sum begins otherwise.
     """
     found = Rotated()
     sums: set[ir.Value] = set()
+    if centred is not None:
+        found.adding += centred.first
+        sums.add(centred.start)
     normed: dict[ir.Value, ir.Value] = {}  # outputs of norms, with the norm's scale
+    ids = _from_ids(model)
     for node in model.graph:
-        if node.name.startswith(f"{PREFIX}mask"):
+        if node.name.startswith(f"{PREFIX}mask") or node.op_type == "Shape":
             continue
-        if node.op_type == "Gather" and rank_of_weight(node.inputs[0]) == 2 and not sums:
+        if node.op_type == "Gather" and rank_of_weight(node.inputs[0]) == 2 and not sums and node.inputs[1] in ids:
             found.adding.append(node.inputs[0])
             sums.add(node.outputs[0])
         elif node.op_type == "ScatterND" and node.inputs[0] in sums and node.inputs[2].name == IMAGE_EMBEDS:
             found.vectors = node
+            sums.add(node.outputs[0])
+        elif node.inputs and node.inputs[0] in sums and moves_tokens(node):
             sums.add(node.outputs[0])
         elif sums.intersection(node.inputs):
             scale = _NORMS.get(node.op_type)
@@ -142,7 +157,9 @@ def find_rotated(model: ir.Model, matmuls: set[str]) -> Rotated | None:
                 normed[node.outputs[0]] = node.inputs[scale]
                 sums.update(node.outputs[3:])
         elif node.inputs and node.inputs[0] in normed:
-            if node.op_type == "Gather":  # of the tokens whose logits are wanted
+            # Of the tokens whose logits are wanted, or of all but padding; T5's before a head that is its table, too.
+            rows = node.op_type == "Gather" or moves_tokens(node)
+            if rows or (node.op_type == "Mul" and _is_scalar(node.inputs[1])):
                 normed[node.outputs[0]] = normed[node.inputs[0]]
             elif node.name in matmuls:
                 found.reading[node.inputs[1]] = normed[node.inputs[0]]
@@ -151,6 +168,20 @@ def find_rotated(model: ir.Model, matmuls: set[str]) -> Rotated | None:
     unshared = all(len(weight.uses()) == 1 for weight in found.all)
     inner = not any(value.is_graph_output() for value in [*sums, *normed])
     return found if found.reading and unshared and inner else None
+
+
+def _from_ids(model: ir.Model) -> set[ir.Value]:
+    """The tokens' ids, and what is computed from them, but for their number."""
+    found = {value for value in model.graph.inputs if value.name == _TOKENS}
+    for node in model.graph:
+        if node.op_type != "Shape" and found.intersection(node.inputs):
+            found.update(node.outputs)
+    return found
+
+
+def _is_scalar(value: ir.Value) -> bool:
+    found = numbers(value)
+    return found is not None and found.size == 1
 
 
 def _rotate_vectors(model: ir.Model, scatter: ir.Node, rotate: NDArray[np.float32]) -> None:
@@ -170,34 +201,16 @@ def _add_terms(value: ir.Value, found: Rotated, matmuls: set[str]) -> bool:
         found.adding.append(node.inputs[1])
     elif node is not None and node.op_type == "Add":
         return all(_add_terms(term, found, matmuls) for term in node.inputs)
+    elif node is not None and moves_tokens(node):
+        return _add_terms(node.inputs[0], found, matmuls)
     else:
         return False
     return True
 
 
-@dataclass
-class RotatedHeads:
-    """Weights that a rotation of the values changes.
-
-    Attributes:
-        giving: the weight whose last columns are the values, and its bias where it has one.
-        matmul: reads the attention's output.
-        heads: of the values.
-        size: channels of a head.
-    """
-
-    giving: list[ir.Value]
-    matmul: ir.Node
-    heads: int
-    size: int
-
-
 def rotate_heads(model: ir.Model, matmuls: set[str], seed: int) -> None:
-    """Rotate every head of the values, in the weights before and behind the attention operator."""
-    for node in attention_nodes(model):
-        found = _find_heads(node, matmuls)
-        if found is None:
-            continue
+    """Rotate every head of the values, in the weights before and behind the attention."""
+    for found in find_heads(model, matmuls):
         rotate = rotation(found.size, seed)
         width = found.heads * found.size
         for value in found.giving:
@@ -215,7 +228,7 @@ def rotate_heads(model: ir.Model, matmuls: set[str], seed: int) -> None:
 def is_normed(value: ir.Value) -> bool:
     """Whether a value is the output of a rotated norm, or tokens of it."""
     node = value.producer()
-    while node is not None and node.op_type in ("Gather", "GatherND", "Reshape"):
+    while node is not None and (node.op_type in _ROWS or (node.op_type == "Mul" and _is_scalar(node.inputs[1]))):
         node = node.inputs[0].producer()
     position = _NORMS.get(node.op_type) if node is not None else None
     return node is not None and position is not None and node.inputs[position].name == _ONES
@@ -224,47 +237,3 @@ def is_normed(value: ir.Value) -> bool:
 def has_rotated_heads(matmul: ir.Node) -> bool:
     """Whether a matmul reads heads that `rotate_heads` rotated."""
     return _TURNED in matmul.meta
-
-
-def _find_heads(node: ir.Node, matmuls: set[str]) -> RotatedHeads | None:
-    """The weights around an attention operator; None where the values go elsewhere, or something is between."""
-    position, past = _VALUES
-    packed = node.inputs[position] is None
-    past_values, present = node.inputs[past], node.outputs[2]
-    if past_values is None or not past_values.is_graph_input() or len(past_values.uses()) != 1 or present.uses():
-        return None
-    gather = _only_producer(node.inputs[0 if packed else position], "GatherND")
-    source = gather.inputs[0] if gather is not None else None
-    giving: list[ir.Value] = []
-    added = _only_producer(source, "Add")
-    if added is not None:
-        bias = [term for term in added.inputs if rank_of_weight(term) == 1]
-        terms = [term for term in added.inputs if term not in bias]
-        if len(bias) != 1:
-            return None
-        giving, source = bias, terms[0]
-    first, last = _only_producer(source, "MatMul"), _only_reader(node.outputs[0])
-    if last is not None and last.op_type == "GatherND":
-        last = _only_reader(last.outputs[0])
-    if first is None or last is None or not {first.name, last.name} <= matmuls:
-        return None
-    heads, queries = (node.attributes.get_int(name, 0) for name in ("kv_num_heads", "num_heads"))
-    giving = [first.inputs[1], *giving]
-    size, rest = divmod(last.inputs[1].shape[0], queries)
-    columns = (queries + 2 * heads if packed else heads) * size
-    unshared = all(len(weight.uses()) == 1 for weight in [*giving, last.inputs[1]])
-    if rest or not unshared or any(value.shape[-1] != columns for value in giving):
-        return None
-    return RotatedHeads(giving, last, heads, size)
-
-
-def _only_producer(value: ir.Value | None, kind: str) -> ir.Node | None:
-    """The node that gives a value, if it is of a kind and the value has one reader."""
-    node = value.producer() if value is not None and len(value.uses()) == 1 else None
-    return node if node is not None and node.op_type == kind else None
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    """The node that reads a value, if there is one alone."""
-    readers = list(value.uses())
-    return readers[0].node if len(readers) == 1 and not value.is_graph_output() else None
