@@ -149,7 +149,8 @@ def test_add_says_what_is_left_out(root: Path, name: str) -> None:
     assert left == [f"left out: vision; a {name} model is served by its text part"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("mistral3", marks=pytest.mark.slow), "qwen2_5_vl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral3", "qwen2_5_vl"])
 def test_the_exported_text_part_passes_the_gate_against_the_whole_model(root: Path, tmp_path: Path, name: str) -> None:
     entry = tiny_models.causal_entry(folder(root, name))
     (tmp_path / "models.toml").write_text(tiny_models.models_toml({"m": entry}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from benchmarks.soak import report, session
 from tests import gateways
 from trident_serving.launcher.local import LocalServer
@@ -12,6 +14,7 @@ from trident_serving.launcher.local import LocalServer
 SECONDS = 12
 
 
+@pytest.mark.slow  # half a minute; its parts have tests of their own (tests/unit/test_soak.py)
 def test_a_short_soak_finds_nothing(server: LocalServer, tmp_path: Path) -> None:
     with gateways.running(tmp_path / "log", server.grpc_url) as gateway:
         outcome = session.run(
