@@ -37,6 +37,12 @@ class Balancer:
         self._faults = list(faults)
         self.connections = self.marked = 0
 
+    def cut(self) -> None:
+        """End all connections now."""
+        for each in self._open[1:]:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         for each in self._open:
             with contextlib.suppress(OSError):

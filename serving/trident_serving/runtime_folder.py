@@ -35,8 +35,8 @@ STALL_SECONDS = 60.0
 _ARM_SECONDS = 2.0
 # A process without a beat for this long ends itself: a call into a server that was killed waits for ever, with Python's
 # lock held, so that no thread of Python would see it. A launcher that lives ends it sooner. The clock goes on while a
-# process is frozen, so a pause that is longer ends it, too, once it goes on: 10 s ended every model of a frozen server.
-SILENT_SECONDS = 60.0
+# process is frozen, so one that was frozen for longer ends once it goes on, and its model is loaded again.
+SILENT_SECONDS = 10.0
 _STDERR = 2
 
 _RECORD = struct.Struct("<dqq")

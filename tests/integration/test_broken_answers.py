@@ -68,15 +68,10 @@ def test_what_the_caller_has_not_seen_is_asked_again(
 
 
 def test_what_is_not_asked_again(balancer: tuple[Balancer, str], call: Callable[..., Any]) -> None:
-    """A stream whose first chunks the caller has; anything without `retries`; and no more often than they say."""
+    """Anything without `retries`, and no more often than they say."""
     faulty, _ = balancer
-    for name, settings, cuts in (
-        ("stream", {"retries": 5}, 1),
-        ("generate", {}, 1),
-        ("embed", {}, 1),
-        ("embed", {"retries": 1}, 2),
-    ):
-        faulty.faults(*[("cut", MIDWAY if name == "stream" else 0)] * cuts)
+    for name, settings, cuts in (("generate", {}, 1), ("embed", {}, 1), ("embed", {"retries": 1}, 2)):
+        faulty.faults(*[("cut", 0)] * cuts)
         options: dict[str, Any] = {"model": "embed"} if name == "embed" else ONCE
         with pytest.raises(UnavailableError):
             call(name, PROMPT, settings=settings, **options)
@@ -86,6 +81,34 @@ def test_what_is_not_asked_again(balancer: tuple[Balancer, str], call: Callable[
     with pytest.raises(UnavailableError):
         call("parameters", PROMPT, settings={"retries": 5})
     assert faulty.connections == 1
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_stream_whose_first_chunk_the_caller_has_is_not_asked_again(
+    balancer: tuple[Balancer, str], kind: type[Client | AsyncClient]
+) -> None:
+    faulty, url = balancer
+    faulty.faults()
+    options: dict[str, Any] = {"model": "talk", "max_tokens": 1500, "min_tokens": 1500}
+
+    async def awaited() -> None:
+        async with AsyncClient(url, retries=5) as client:
+            stream = client.stream(PROMPT, **options)
+            await anext(stream)
+            faulty.cut()
+            async for _ in stream:
+                pass
+
+    def read() -> None:
+        with Client(url, retries=5) as client:
+            chunks = client.stream(PROMPT, **options)
+            next(chunks)
+            faulty.cut()
+            list(chunks)
+
+    with pytest.raises(UnavailableError):
+        asyncio.run(awaited()) if kind is AsyncClient else read()
+    assert faulty.marked == 1
 
 
 def test_a_server_that_hangs_is_given_up(
