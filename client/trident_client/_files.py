@@ -35,7 +35,9 @@ def content_of(file: File) -> bytes:
     if not isinstance(file, str | os.PathLike):
         raise TypeError(f"a file is given by its bytes or its path, found {type(file).__name__}")
     if isinstance(file, str) and _ADDRESS.match(file):
-        raise InvalidRequestError(f"{file[:_SHOWN]!r} is an address, and none is fetched: give the file's bytes or path")
+        raise InvalidRequestError(
+            f"{file[:_SHOWN]!r} is an address, and none is fetched: give the file's bytes or path"
+        )
     return Path(file).read_bytes()
 
 

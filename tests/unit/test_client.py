@@ -577,7 +577,9 @@ def test_files_are_bytes_or_paths(tmp_path: Path) -> None:
     for file in (b"abc", bytearray(b"abc"), tmp_path / "a.png", str(tmp_path / "a.png")):
         assert content_of(cast(Any, file)) == b"abc"
     for address in ("https://example.com/a.png", "data:image/png;base64,YWJj"):
-        with pytest.raises(InvalidRequestError, match=f"{address}' is an address, and none is fetched: give the file's"):
+        with pytest.raises(
+            InvalidRequestError, match=f"{address}' is an address, and none is fetched: give the file's"
+        ):
             content_of(address)
     with pytest.raises(TypeError, match="by its bytes or its path, found ndarray"):
         content_of(cast(Any, np.zeros(3)))
