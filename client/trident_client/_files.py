@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from trident_client._errors import InvalidRequestError
 from trident_client._types import File
 
-_ADDRESS = re.compile(r"(https?://|data:)", re.IGNORECASE)
+_ADDRESS = re.compile(r"https?:/|data:[\w/.+-]*[;,]", re.IGNORECASE)  # Path makes one slash of two
 _SHOWN = 60  # characters of an address
 
 

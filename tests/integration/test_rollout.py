@@ -15,6 +15,7 @@ from tests import tiny_models
 from tests.integration.test_hot_changes import Load
 from trident_client import Client
 from trident_export import install, models_file
+from trident_export.measure import pictures
 from trident_export.models_file import ModelSpec
 from trident_export.store import commands
 from trident_serving import artefacts
@@ -40,6 +41,13 @@ def generator(folder: Path, seed: int) -> ModelSpec:
     limits = {"context": 128, "slots": 8, "threads": 1}
     table = {"task": "text-generation", "source": {"path": str(path)}, "variants": ["fp32"], "limits": limits}
     return models_file.parse("gen", table)
+
+
+def pair_of_towers(folder: Path, seed: int) -> ModelSpec:
+    path = tiny_models.make_vision(folder / f"clip-{seed}", "clip", seed=seed)
+    limits = {"height": 32, "width": 32, "dimensions": 24, "max_tokens": 77, "threads": 1}
+    table = {"task": "zero-shot-image-classification", "source": {"path": str(path)}, "variants": ["fp32"]}
+    return models_file.parse("pair", table | {"limits": limits})
 
 
 @contextlib.contextmanager
@@ -132,3 +140,19 @@ def test_an_encoder_is_promoted_and_rolled_back_under_load(tmp_path: Path) -> No
         under_load(labels, command, lambda: None)
         ready = sorted((each.name, each.version) for each in client.models() if each.state == "READY")
         assert ready == [(name, "1") for name in ("mood", "mood_model", "mood_postprocess", "mood_tokenizer")]
+
+
+@pytest.mark.slow
+def test_two_towers_are_promoted_and_rolled_back_under_load(tmp_path: Path) -> None:
+    """An image of one version beside a text of the other would be a third answer."""
+    files = pictures.files(2)
+    with served(tmp_path, pair_of_towers) as (_, client, command):
+
+        def scores() -> tuple[str, ...]:
+            found = client.classify_images_zero_shot(files, ["a cat", "rain"], model="pair")
+            return tuple(f"{label.label} {label.score:.4f}" for each in found for label in each)
+
+        under_load(scores, command, lambda: None)
+        ready = sorted((each.name, each.version) for each in client.models() if each.state == "READY")
+        stages = ("", "_model-image", "_model-text", "_postprocess", "_preprocess")
+        assert ready == [(f"pair{stage}", "1") for stage in stages]

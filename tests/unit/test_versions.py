@@ -16,6 +16,7 @@ from trident_export.errors import StoreError
 from trident_export.store import commands, rollout, versions
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
+from trident_serving.encoders import TASKS
 
 STAGES = ("m_model", "m_postprocess", "m_tokenizer")
 
@@ -424,3 +425,14 @@ def test_an_export_of_before_is_pinned_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "m/config.pbtxt").read_text() == configs.pinned_text(config("m"), 1)
     assert (tmp_path / "m/1/config.pbtxt").read_text() == configs.pinned_text(config("m"), 1)
     assert served(tmp_path)["m_model"] == [1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_stage_serves_both_versions_for_a_moment(name: str) -> None:
+    """A stage that changed like a public model would stand before or behind graphs of another version."""
+    task = TASKS[name]
+    graphs = [f"model-{tower.name}" if tower.name else "model" for tower in task.graphs]
+    for role in (task.stage, *graphs, *(f"{graph}_int8" for graph in graphs), "postprocess"):
+        assert rollout._is_stage(f"any_{role}")
+    assert not rollout._is_stage("any")
+    assert not rollout._is_stage("any_int8")

@@ -45,8 +45,8 @@ def decode(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Image.
 def on_white(image: Image.Image) -> Image.Image:
     """An image of `decode` whose pixels of the colour that its file calls transparent are white.
 
-    Those image processors of transformers that convert to RGB do so. Palettes, greys and RGB may have such a colour, and
-    Pillow keeps it beside the RGB pixels; what an alpha channel says is dropped before.
+    Those image processors of transformers that convert to RGB do so. Palettes, greys and RGB may have such a colour,
+    and Pillow keeps it beside the RGB pixels; what an alpha channel says is dropped before.
     """
     colour = image.info.get("transparency")
     if colour is None:
