@@ -48,8 +48,8 @@ class Retries:
     silence: float | None = None
 
     def __post_init__(self) -> None:
-        if self.times < 0:
-            raise ValueError(f"retries must be at least 0, found {self.times}")
+        if not isinstance(self.times, int) or self.times < 0:
+            raise ValueError(f"retries must be a whole number, at least 0, found {self.times!r}")
         if self.silence is not None and not self.silence > 0:
             raise ValueError(f"retry_silence must be above 0 seconds, found {self.silence}")
 

@@ -766,10 +766,10 @@ def _add(options: argparse.Namespace) -> int:
         print(f"trident-export: {reason}", file=sys.stderr)
     if not options.dry_run:
         add.append(options.models_file, proposal)
-        print(
-            f"trident-export: written to {options.models_file}; make export MODEL={proposal.name} exports it",
-            file=sys.stderr,
-        )
+        command = f"make export MODEL={proposal.name}"
+        if options.models_file != Path("models.toml"):
+            command += f" MODELS_FILE={options.models_file}"
+        print(f"trident-export: written to {options.models_file}; {command} exports it", file=sys.stderr)
     return 0
 
 

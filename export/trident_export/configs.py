@@ -132,6 +132,22 @@ def expected(spec: ModelSpec, repository: Path) -> dict[str, str]:
     }
 
 
+def keeps_guard(spec: ModelSpec, repository: Path, version: int) -> bool:
+    """Whether the configs that a version has kept have the guard of the table.
+
+    The fingerprint does not cover it, and once a model has had two versions its configs are those kept ones.
+    """
+    wanted = spec.guard.as_json() if spec.guard is not None else ""
+    for variant in spec.variants:
+        kept = repository / spec.public_name(variant) / str(version) / CONFIG
+        if not kept.is_file():
+            continue
+        config = text_format.Parse(kept.read_text(encoding="utf-8"), pb.ModelConfig())
+        if config.parameters["guard"].string_value != wanted:
+            return False
+    return True
+
+
 def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | None = None) -> None:
     """Write the config.pbtxt of every part of a spec; a file that is right is left alone.
 

@@ -69,6 +69,7 @@ def _is_version(version: int, manifest: Manifest | None, spec: ModelSpec, reposi
         and manifest.fingerprint == fingerprint(as_made(spec, manifest), base)
         and all((repository / model / str(version)).is_dir() for model in manifest.triton_models)
         and all(file.is_file() for variant in spec.variants for file in graph_files(spec, variant, repository, version))
+        and (not artefacts.is_pinned(repository, spec.name) or configs.keeps_guard(spec, repository, version))
     )
 
 

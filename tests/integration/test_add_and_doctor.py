@@ -99,6 +99,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert file.read_text() == done.stdout == shown.stdout.replace("[labels]", '["my.labels"]')
     assert "labels 3: LABEL_0, LABEL_1, LABEL_2" in done.stderr
+    assert f"written to {file}; make export MODEL=my.labels MODELS_FILE={file} exports it" in done.stderr
     again = run_export("add", str(folder / "labels"), "--models-file", str(file), "--name", "my.labels")
     assert again.returncode == 1
     assert "has a table [my.labels] already: give another --name" in again.stderr

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -38,6 +39,7 @@ from trident_client import (
     cli,
 )
 from trident_client._errors import from_status
+from trident_client._files import content_of
 from trident_client._grpc import channel_options
 from trident_serving.launcher import local
 
@@ -568,3 +570,16 @@ def test_the_search_for_a_model_has_the_call_s_timeout() -> None:
                 with pytest.raises((DeadlineExceededError, UnavailableError)):
                     call("x", timeout=0.3)
                 assert time.monotonic() - started < 5
+
+
+def test_files_are_bytes_or_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"abc")
+    for file in (b"abc", bytearray(b"abc"), tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert content_of(cast(Any, file)) == b"abc"
+    for address in ("https://example.com/a.png", "data:image/png;base64,YWJj"):
+        with pytest.raises(
+            InvalidRequestError, match=f"{address}' is an address, and none is fetched: give the file's"
+        ):
+            content_of(address)
+    with pytest.raises(TypeError, match="by its bytes or its path, found ndarray"):
+        content_of(cast(Any, np.zeros(3)))

@@ -29,6 +29,7 @@ from trident_gateway.exchange import Exchange
 from trident_gateway.gateway import Gateway
 from trident_gateway.logs import AccessLog
 from trident_gateway.metrics import Metrics
+from trident_gateway.openai.chat import conversation
 from trident_gateway.openai.completions import LogProbs, written
 from trident_gateway.openai.items import messages_of
 from trident_gateway.routing import Server, Servers, beginning_of, resolved
@@ -550,6 +551,17 @@ def test_items_become_messages() -> None:
         },
         {"role": "tool", "tool_call_id": "a", "content": "1"},
     ]
+
+
+def test_files_of_the_gateways_machine_are_never_read(tmp_path: Path) -> None:
+    """A part of type "image" may name a path, which our client would open."""
+    (tmp_path / "secret").write_text("root:x:0:0:")
+    for image in ({"image": str(tmp_path / "secret")}, {"image": 5}, {}):
+        messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", **image}]}]
+        with pytest.raises(ApiError, match=r"messages\[0\]\.content\[1\]\.type is 'image'.*image_url"):
+            conversation(messages)
+        with pytest.raises(ApiError, match="a part of type 'image': only texts are read here"):
+            messages_of(messages, None)
 
 
 def test_tokens_that_are_no_text() -> None:

@@ -29,9 +29,9 @@ def picture(mode: str = "RGB", kind: str = "PNG", **options: Any) -> bytes:
     return pictures.encoded(Image.fromarray(DRAWN).convert(mode), kind, **options)
 
 
-def sixteen_bits() -> bytes:
+def sixteen_bits(**options: Any) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(DRAWN[..., 0].astype(np.uint16) * 257).save(file, "PNG")
+    Image.fromarray(DRAWN[..., 0].astype(np.uint16) * 257).save(file, "PNG", **options)
     return file.getvalue()
 
 
@@ -58,6 +58,11 @@ FILES = {
     "black and white": picture("1"),
     "palette": picture("P"),
     "clear palette": picture("P", transparency=3),
+    "clear grey": picture("L", transparency=3),
+    "clear rgb": picture(transparency=tuple(DRAWN[0, 0].tolist())),
+    "clear black": picture("1", transparency=0),
+    "clear 16 bits": sixteen_bits(transparency=257),
+    "palette with alpha": picture("P", transparency=bytes(range(256))),
     "grey with alpha": picture("LA"),
     "alpha": picture("RGBA"),
     "16 bits": sixteen_bits(),
@@ -74,6 +79,7 @@ FILES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")
 @pytest.mark.parametrize("name", FILES)
 def test_pixels_are_those_of_load_image(name: str) -> None:
     expected = load_image(Image.open(io.BytesIO(FILES[name])))
@@ -106,6 +112,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_what_a_model_reads_is_transformers_to_the_last_bit(name: str, tmp_path: Any) -> None:
     kind, options = PROCESSORS[name]
@@ -114,7 +121,7 @@ def test_what_a_model_reads_is_transformers_to_the_last_bit(name: str, tmp_path:
     settings = image_files.settings(HuggingFaceFolder(tmp_path))
     settings.save(tmp_path)
     read = Preprocessor(type(settings).load(tmp_path), BYTES, PIXELS)
-    files = pictures.files(8)
+    files = [*pictures.files(8), *(FILES[each] for each in FILES if "clear" in each or "alpha" in each)]
     found = pixels_of(as_files(files), read)
     assert found.dtype == np.float32
     assert found.shape[2:] == image_files.size_of(settings)

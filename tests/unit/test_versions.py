@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_client import ModelStatus, NotFoundError, UnavailableError
-from trident_export import configs, releases
+from trident_export import configs, models_file, releases
 from trident_export.errors import StoreError
 from trident_export.store import commands, rollout, versions
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
+from trident_serving.encoders import TASKS
 
 STAGES = ("m_model", "m_postprocess", "m_tokenizer")
 
@@ -424,3 +426,43 @@ def test_an_export_of_before_is_pinned_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "m/config.pbtxt").read_text() == configs.pinned_text(config("m"), 1)
     assert (tmp_path / "m/1/config.pbtxt").read_text() == configs.pinned_text(config("m"), 1)
     assert served(tmp_path)["m_model"] == [1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_stage_serves_both_versions_for_a_moment(name: str) -> None:
+    """A stage that changed like a public model would stand before or behind graphs of another version."""
+    task = TASKS[name]
+    graphs = [f"model-{tower.name}" if tower.name else "model" for tower in task.graphs]
+    for role in (task.stage, *graphs, *(f"{graph}_int8" for graph in graphs), "postprocess"):
+        assert rollout._is_stage(f"any_{role}")
+    assert not rollout._is_stage("any")
+    assert not rollout._is_stage("any_int8")
+
+
+def test_a_version_keeps_the_guard_of_its_table(tmp_path: Path) -> None:
+    """A guard that came into the table after a second version would not be served, and nothing would say so."""
+    table = {"task": "text-generation", "source": {"path": "any"}, "variants": ["fp32"], "limits": {"context": 64}}
+    (plain,) = models_file.load(_written(tmp_path / "plain.toml", table))
+    (guarded,) = models_file.load(_written(tmp_path / "guarded.toml", table | {"guard": "house"}))
+    kept = tmp_path / "m/2/config.pbtxt"
+    kept.parent.mkdir(parents=True)
+    for spec, other in ((plain, guarded), (guarded, plain)):
+        (config,) = configs.build(spec).values()
+        kept.write_text(configs.to_text(config))
+        assert configs.keeps_guard(spec, tmp_path, 2)
+        assert not configs.keeps_guard(other, tmp_path, 2)
+
+
+def _written(file: Path, table: dict[str, object]) -> Path:
+    rules = '[[guards.house.rules]]\nname = "bad"\naction = "block"\npattern = "forbidden"\n'
+    lines = "".join(f"{key} = {_toml(value)}\n" for key, value in table.items())
+    file.write_text(f"[m]\n{lines}\n{rules if 'guard' in table else ''}")
+    return file
+
+
+def _toml(value: object) -> str:
+    return (
+        "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, dict)
+        else json.dumps(value)
+    )

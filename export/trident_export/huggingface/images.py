@@ -82,6 +82,7 @@ def _settings(source: HuggingFaceFolder, asked: dict[str, Any]) -> ImageSettings
         rescale=float(asked["rescale_factor"]) if asked["do_rescale"] else None,
         mean=channels(source, mean) if normalizes else (),
         deviation=channels(source, deviation) if normalizes else (),
+        on_white=bool(asked.get("do_convert_rgb")),
     )
 
 

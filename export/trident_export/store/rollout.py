@@ -36,7 +36,7 @@ from trident_serving.artefacts import CONFIG, TRIAL
 if TYPE_CHECKING:
     from trident_client import ModelStatus
 
-_STAGES = ("tokenizer", "model", "postprocess")
+_STAGES = ("tokenizer", "preprocess", "model", "postprocess")
 _POLL_SECONDS = 0.1
 # A launcher that copies configs, as one with trusted keys does, looks once a second.
 _SEEN_SECONDS = 5.0

@@ -101,8 +101,11 @@ class ChatBody(Sampling):
 def conversation(messages: Sequence[Json]) -> list[Message]:
     """Messages as chat templates know them.
 
+    Our client opens the path that a part of type "image" holds: here that would be a file of the gateway's machine, so
+    such parts are refused.
+
     Raises:
-        ApiError: there are none, or one holds what no template reads.
+        ApiError: there are none, or one holds what no template reads, or a file.
     """
     if not messages:
         raise invalid("messages is empty: it must hold at least one message", "messages")
@@ -111,6 +114,14 @@ def conversation(messages: Sequence[Json]) -> list[Message]:
         for name in _DROPPED:
             if message.get(name):
                 raise invalid(f"messages[{index}].{name} is not known to any model here", "messages")
+        content = message.get("content")
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and part.get("type") == "image":
+                raise invalid(
+                    f"messages[{index}].content[{place}].type is 'image', which is not known here: send "
+                    '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}',
+                    "messages",
+                )
         kept = {name: value for name, value in message.items() if name not in _DROPPED}
         if kept.get("role") == "developer":
             kept["role"] = "system"  # the same under its older name, which templates know

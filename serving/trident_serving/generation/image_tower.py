@@ -18,7 +18,7 @@ from trident_serving.generation.batch import Embeds
 from trident_serving.generation.decoder import IMAGE_EMBEDS
 from trident_serving.generation.images import PromptImage, PromptImages
 from trident_serving.generation.vision import Feed, VisionSettings
-from trident_serving.images.decoding import decode
+from trident_serving.images.decoding import decode, on_white
 from trident_serving.images.preprocessing import Floats
 from trident_serving.memory import MEBIBYTE
 from trident_serving.runtime.session import open_session
@@ -56,7 +56,7 @@ class ImageTower:
                 raise InvalidRequest(
                     f"{image.name} says how it is turned behind its pixels, which is not read: save it upright"
                 )
-            found = np.concatenate([self._run(feed) for feed in self.settings.runs(decoded)])
+            found = np.concatenate([self._run(feed) for feed in self.settings.runs(on_white(decoded))])
         self._kept[image.digest] = found
         while len(self._kept) > 1 and sum(vectors.nbytes for vectors in self._kept.values()) > _KEPT_BYTES:
             self._kept.popitem(last=False)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trident_serving.errors import InvalidRequest
@@ -39,6 +40,20 @@ def decode(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Image.
     """
     with _opened(content, name, max_bytes, max_pixels) as file:
         return ImageOps.exif_transpose(file).convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image of `decode` whose pixels of the colour that its file calls transparent are white.
+
+    Those image processors of transformers that convert to RGB do so. Palettes, greys and RGB may have such a colour,
+    and Pillow keeps it beside the RGB pixels; what an alpha channel says is dropped before.
+    """
+    colour = image.info.get("transparency")
+    if colour is None:
+        return image
+    pixels = np.array(image)
+    pixels[(pixels == colour).all(axis=-1)] = 255
+    return Image.fromarray(pixels)
 
 
 def upright_size(content: bytes, name: str, max_bytes: int, max_pixels: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trident_serving.errors import InvalidRequest
-from trident_serving.images.decoding import decode
+from trident_serving.images.decoding import decode, on_white
 from trident_serving.schema import reading
 
 Floats = NDArray[np.float32]
@@ -38,6 +38,7 @@ class ImageSettings:
         rescale: what a value from 0 to 255 is multiplied by; None: nothing.
         mean: of each channel, which is subtracted; (): nothing.
         deviation: of each channel, by which is divided; (): nothing.
+        on_white: whether pixels of the colour that a file calls transparent become white.
     """
 
     size: tuple[int, ...]
@@ -47,6 +48,7 @@ class ImageSettings:
     rescale: float | None
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    on_white: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> ImageSettings:
@@ -81,6 +83,8 @@ class Preprocessor:
             InvalidRequest: see `decoding.decode`; or it would be resized to more than `max_pixels`.
         """
         image = decode(content, name, self._max_bytes, self._max_pixels)
+        if self._settings.on_white:
+            image = on_white(image)
         if (target := self._target(image.width, image.height)) is not None:
             height, width = target
             if height * width > self._max_pixels:

@@ -126,22 +126,23 @@ def welcome(options: ServerOptions, failed: Sequence[Failure]) -> str:
     """
     lines = ["", READY, ""]
     manifests = artefacts.read_manifests(options.repository)
+    width = max([20, *(len(manifest.task) for manifest in manifests)])
     for manifest in manifests:
         default, *others = manifest.public_models
         models = [f"{manifest.public_models[default]} ({default})"]
         models += [manifest.public_models[variant] for variant in others]
-        lines.append(f"  {manifest.task:<20} {', '.join(models)}")
+        lines.append(f"  {manifest.task:<{width}} {', '.join(models)}")
         lines += [
-            f"  {'UNVERIFIED':<20} {manifest.public_models[variant]}: {reason}"
+            f"  {'UNVERIFIED':<{width}} {manifest.public_models[variant]}: {reason}"
             for variant, reason in manifest.unverified.items()
         ]
     if plain := artefacts.plain_models(options.repository):
-        lines.append(f"  {'plain models':<20} {', '.join(plain)}")
+        lines.append(f"  {'plain models':<{width}} {', '.join(plain)}")
     if missing := artefacts.unexported(options.repository):
         lines.append(f"  not exported: {', '.join(missing)} (make export MODEL=name)")
-    lines += [f"  {'NOT SERVED':<20} {one.sentence(options.repository)}" for one in failed]
+    lines += [f"  {'NOT SERVED':<{width}} {one.sentence(options.repository)}" for one in failed]
     exports = artefacts.read_failures(options.repository).items()
-    lines += [f"  {'EXPORT FAILED':<20} {name}: {why}" for name, why in exports]
+    lines += [f"  {'EXPORT FAILED':<{width}} {name}: {why}" for name, why in exports]
     host = options.own_host
     published = " (where the container's ports are published so)" if in_container() else ""
     lines += [
