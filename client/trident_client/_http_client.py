@@ -19,7 +19,7 @@ from trident_client._errors import CancelledError, DeadlineExceededError, Unavai
 from trident_client._sending import least
 from trident_client._settings import MOST_CONNECTIONS, Address, Settings
 from trident_client._steps import Ask, Tensors
-from trident_client._watch import Watch
+from trident_client._watch import Watch, countdown
 
 
 class HttpServer:
@@ -100,9 +100,12 @@ class HttpServer:
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], seconds: float | None
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers and body of a response."""
+        left = countdown(seconds)
         with self._translated(), self._opened(method, path, body, headers, seconds) as response:
             parts = _http.Body(self._settings.max_message_bytes)
             for block in response.iter_raw():
+                if left() == 0.0:  # each wait has its limit, and little by little comes for ever
+                    raise DeadlineExceededError("the server did not answer in time")
                 parts.add(block)
             return response.status_code, response.headers, parts.whole()
 

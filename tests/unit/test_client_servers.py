@@ -600,6 +600,41 @@ def test_http_without_its_extra(door: Door, monkeypatch: pytest.MonkeyPatch) -> 
         door.kind("http://localhost:8000")
 
 
+class Dripping(http.server.BaseHTTPRequestHandler):
+    """Answers little by little, so that no wait is long and there is no end."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(200)
+        self.send_header("content-length", "1000")
+        self.end_headers()
+        for _ in range(30):
+            try:
+                self.wfile.write(b"x")
+            except OSError:
+                return
+            time.sleep(0.1)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0.5}, {"timeout": 0.5, "retries": 1, "retry_silence": 0.2}])
+def test_an_answer_that_drips_has_its_time(door: Door, options: dict[str, Any]) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def work(client: Any) -> Any:
+            began = time.monotonic()
+            with pytest.raises(DeadlineExceededError, match="did not answer in time"):
+                yield lambda: client.embed("x", **PROMPT)
+            assert time.monotonic() - began < 2
+
+        door(f"http://127.0.0.1:{server.server_port}", work, **options)
+        server.shutdown()
+
+
 class Stranger(http.server.BaseHTTPRequestHandler):
     """Answers everything with 200 and its server's `answer`."""
 
