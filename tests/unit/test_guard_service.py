@@ -416,30 +416,6 @@ def test_arguments_whose_text_says_more_than_their_object() -> None:
     assert json.loads(found["messages"].item()) == {"arguments": '{"q": 1}'}
 
 
-def test_files_of_images_are_no_texts() -> None:
-    """No rule reads their base64, whose characters may say anything, and no judge."""
-    asked = []
-
-    async def every(texts: Sequence[str]) -> list[Passed]:
-        asked.extend(texts)
-        return [Passed(text.replace("a@b.c", "[email]")) for text in texts]
-
-    file = {"type": "image_url", "image_url": {"url": "data:image/png;base64,a@b.c"}}
-    parts = [{"type": "text", "text": "xyz"}, file, {"type": "image"}, {"text": "zy a@b.c", "type": "text"}]
-    sent = {"messages": encode_texts([json.dumps([{"role": "user", "content": parts}])])[None]}
-    found = asyncio.run(prompts.filtered(sent, [], TOKENIZER, every))
-    assert found is not None
-    assert json.loads(found["messages"].item())[0]["content"] == [*parts[:3], {"text": "zy [email]", "type": "text"}]
-    assert asked == ["xyz", "zy a@b.c"]
-    assert prompts.joined(sent) == ["xyzzy a@b.c", "xyz\nzy a@b.c"]
-    assert prompts.said(sent, "") == "xyz\nzy a@b.c"
-    # What looks like one elsewhere is a text of the prompt.
-    documents = {"documents": encode_texts([json.dumps([file])])[None]}
-    found = asyncio.run(prompts.filtered(documents, [], TOKENIZER, every))
-    assert found is not None
-    assert json.loads(found["documents"].item())[0]["image_url"]["url"] == "data:image/png;base64,[email]"
-
-
 def test_two_keys_that_a_rule_makes_one() -> None:
     async def every(texts: Sequence[str]) -> list[Passed]:
         return [Passed(re.sub(r"\w@b", "[email]", text)) for text in texts]

@@ -12,7 +12,6 @@ import numpy as np
 
 from trident_serving.chat.messages import function_of
 from trident_serving.errors import InvalidRequest
-from trident_serving.generation.images import PARTS
 from trident_serving.guard.filtering import Passed
 from trident_serving.guard.structured import Names, changed_number, number_texts
 from trident_serving.runtime.tokenizer import TextTokenizer
@@ -60,10 +59,6 @@ Filter = Callable[[Sequence[str]], Awaitable[Sequence[Passed]]]
 _Take = Callable[[str], str]
 
 
-class _Image(dict[str, Any]):
-    """A part of a message that is an image: of its file no text stands in the prompt."""
-
-
 class Blocked(Exception):
     """A rule blocks the request."""
 
@@ -107,7 +102,7 @@ async def filtered(inputs: Inputs, tokens: Sequence[Run], tokenizer: TextTokeniz
         Blocked: a rule blocks a text.
         InvalidRequest: a field is nested too deeply.
     """
-    given = _given(inputs)
+    given = {name: json.loads(single_text(inputs, name)) for name in _JSON if name in inputs}
     prompt = single_text(inputs, "text_input") if "text_input" in inputs else None
 
     def texts_through(take: _Take) -> Inputs:
@@ -142,16 +137,6 @@ async def filtered(inputs: Inputs, tokens: Sequence[Run], tokenizer: TextTokeniz
     return {**inputs, **changed} if changed else None
 
 
-def _given(inputs: Inputs) -> dict[str, Any]:
-    """The fields that reach the prompt as JSON, as they are read."""
-    given = {name: json.loads(single_text(inputs, name)) for name in _JSON if name in inputs}
-    for message in given.get("messages", ()):
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list):
-            message["content"] = [_Image(part) if part.get("type") in PARTS else part for part in content]
-    return given
-
-
 def _tokens(run: Run, tokenizer: TextTokenizer, take: _Take) -> Sequence[int]:
     """The tokens of a run whose text is filtered."""
     if run.special or (after := take(run.text)) == run.text:
@@ -169,7 +154,7 @@ def _value(given: Any, take: _Take, key: str = "") -> Any:
         return given if after == held and not hidden else json.dumps(after, ensure_ascii=False)
     if isinstance(given, list):
         return [_value(item, take) for item in given]
-    if isinstance(given, dict) and not isinstance(given, _Image):
+    if isinstance(given, dict):
         made: dict[str, Any] = {}
         names = Names(given)
         for name, item in given.items():
@@ -214,11 +199,11 @@ def joined(inputs: Inputs) -> list[str]:
 
     The texts of each message that comes in parts, and JSON in which keys stand beside their values.
     """
-    given = _given(inputs)
+    given = {name: json.loads(single_text(inputs, name)) for name in _JSON if name in inputs}
     found = [json.dumps(value, ensure_ascii=False) for name, value in given.items() if name != "messages"]
     for message in given.get("messages", ()):
         content = message.get("content")
-        texts = [part["text"] for part in content if not isinstance(part, _Image)] if isinstance(content, list) else []
+        texts = [part["text"] for part in content] if isinstance(content, list) else []
         if len(texts) > 1:
             found += ["".join(texts), "\n".join(texts)]
         for call in message.get("tool_calls") or ():
@@ -240,10 +225,10 @@ def said(inputs: Inputs, prompt: str) -> str:
         elif isinstance(given, list):
             for item in given:
                 collect(item)
-        elif isinstance(given, dict) and not isinstance(given, _Image):
+        elif isinstance(given, dict):
             for key, item in given.items():
                 if not _is_structure(key, item):
                     collect(item)
 
-    collect(_given(inputs)["messages"])
+    collect(json.loads(single_text(inputs, "messages")))
     return "\n".join(found)
