@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from trident_client import _protocol as pb
 from trident_client import _wire
+from trident_client._connections import Connections
 from trident_client._errors import (
     CancelledError,
     DeadlineExceededError,
@@ -32,13 +32,26 @@ from trident_client._grpc import (
     metadata,
     question,
 )
-from trident_client._settings import MOST_CONNECTIONS, Address, Settings
+from trident_client._settings import Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Alarm
 
 
+class _Channel:
+    """A channel with the calls over it."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.stub = pb.Stub(channel)
+        self.stream = channel.unary_stream(
+            STREAM,
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+
+
 class AsyncGrpcServer:
-    """One channel, of the event loop in which it is made.
+    """One channel and those before it that hung, of the event loop in which it is made.
 
     Args:
         address: of the server.
@@ -50,49 +63,37 @@ class AsyncGrpcServer:
         self._secure = address.secure
         self._settings = settings
         self._closed = False
-        self._channels: list[grpc.aio.Channel] = []  # the last one is used
-        self._connect()
+        self._connections = Connections(self._connect)
 
-    def _connect(self) -> None:
-        options = [*channel_options(self._url, self._settings), *([OWN_CONNECTION] * bool(self._channels))]
+    def _connect(self, again: bool) -> _Channel:
+        options = [*channel_options(self._url, self._settings), *([OWN_CONNECTION] * again)]
         if self._secure:
-            channel = grpc.aio.secure_channel(self._url, credentials(self._settings), options=options)
-        else:
-            channel = grpc.aio.insecure_channel(self._url, options=options)
-        self._channels.append(channel)
-        self._since = time.monotonic()
-        self._stub = pb.Stub(channel)
-        self._stream = channel.unary_stream(
-            STREAM,
-            request_serializer=pb.ModelInferRequest.SerializeToString,
-            response_deserializer=pb.ModelStreamInferResponse.FromString,
-        )
+            return _Channel(grpc.aio.secure_channel(self._url, credentials(self._settings), options=options))
+        return _Channel(grpc.aio.insecure_channel(self._url, options=options))
 
     async def close(self) -> None:
         """End the channels and all that runs on them."""
         self._closed = True
-        for channel in self._channels:
-            await channel.close()
+        for each in self._connections.all():
+            await each.channel.close()
 
     async def renew(self, since: float) -> None:
         """See `GrpcServer.renew`."""
-        if self._since < since:
-            self._connect()
-            while len(self._channels) > MOST_CONNECTIONS:
-                await self._channels.pop(0).close()
+        for each in self._connections.renew(since):
+            await each.channel.close()
 
     async def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question."""
         name, request, answer = question(ask)
         keys = metadata(self._settings, ask, self._url)
-        with self._translated():
-            return answer(await getattr(self._stub, name)(request, timeout=seconds, metadata=keys))
+        with self._translated(), self._connections.using() as connection:
+            return answer(await getattr(connection.stub, name)(request, timeout=seconds, metadata=keys))
 
     async def infer(self, model: str, inputs: Tensors, seconds: float | None) -> dict[str, NDArray[Any]]:
         """The response to a request that has one."""
         request, keys = inference(model, inputs, seconds), metadata(self._settings)
-        with self._translated():
-            response = await self._stub.ModelInfer(request, timeout=seconds, metadata=keys)
+        with self._translated(), self._connections.using() as connection:
+            response = await connection.stub.ModelInfer(request, timeout=seconds, metadata=keys)
         return _wire.parse_response(response)
 
     async def stream(
@@ -100,8 +101,8 @@ class AsyncGrpcServer:
     ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
         """The responses to a request, as they come."""
         request, keys = inference(model, inputs, seconds), metadata(self._settings)
-        with self._translated():
-            call = self._stream(request, timeout=seconds, metadata=keys)
+        with self._translated(), self._connections.using() as connection:
+            call = connection.stream(request, timeout=seconds, metadata=keys)
             try:
                 while True:
                     with Alarm(silence, f"there was no response for {silence} s"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from trident_client import _protocol as pb
 from trident_client import _wire
+from trident_client._connections import Connections
 from trident_client._errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -32,13 +32,27 @@ from trident_client._grpc import (
     metadata,
     question,
 )
-from trident_client._settings import MOST_CONNECTIONS, Address, Settings
+from trident_client._settings import Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Watch
 
 
+class _Channel:
+    """A channel with the calls over it."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.stub = pb.Stub(channel)
+        # Triton's stream may carry many requests; each of our calls sends one.
+        self.stream = channel.unary_stream(
+            STREAM,
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+
+
 class GrpcServer:
-    """One channel.
+    """One channel, and those before it that hung.
 
     Args:
         address: of the server.
@@ -51,44 +65,29 @@ class GrpcServer:
         self._secure = address.secure
         self._settings = settings
         self._watch = watch
-        self._channels: list[grpc.Channel] = []  # the last one is used
-        self._lock = threading.Lock()
-        self._connect()
+        self._connections = Connections(self._connect)
 
-    def _connect(self) -> None:
-        options = [*channel_options(self._url, self._settings), ONE_THREAD, *([OWN_CONNECTION] * bool(self._channels))]
+    def _connect(self, again: bool) -> _Channel:
+        options = [*channel_options(self._url, self._settings), ONE_THREAD, *([OWN_CONNECTION] * again)]
         if self._secure:
-            channel = grpc.secure_channel(self._url, credentials(self._settings), options=options)
-        else:
-            channel = grpc.insecure_channel(self._url, options=options)
-        self._channels.append(channel)
-        self._since = time.monotonic()
-        self._stub = pb.Stub(channel)
-        # Triton's stream may carry many requests; each of our calls sends one.
-        self._stream = channel.unary_stream(
-            STREAM,
-            request_serializer=pb.ModelInferRequest.SerializeToString,
-            response_deserializer=pb.ModelStreamInferResponse.FromString,
-        )
+            return _Channel(grpc.secure_channel(self._url, credentials(self._settings), options=options))
+        return _Channel(grpc.insecure_channel(self._url, options=options))
 
     def close(self) -> None:
         """End the channels and all that runs on them."""
-        for channel in self._channels:
-            channel.close()
+        for each in self._connections.all():
+            each.channel.close()
 
     def renew(self, since: float) -> None:
         """Send further requests over a new connection, because the present one hangs.
 
-        Requests that others have sent over it go on; of connections that were left so, the eighth last one is closed.
+        Requests that others have sent over it go on.
 
         Args:
-            since: when it began to, by `time.monotonic`; a connection that is younger stays.
+            since: see `Connections.renew`.
         """
-        with self._lock:
-            if self._since < since:
-                self._connect()
-                while len(self._channels) > MOST_CONNECTIONS:
-                    self._channels.pop(0).close()
+        for each in self._connections.renew(since):
+            each.channel.close()
 
     def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question.
@@ -98,13 +97,20 @@ class GrpcServer:
         """
         name, request, answer = question(ask)
         keys = metadata(self._settings, ask, self._url)
-        with translated():
-            return answer(getattr(self._stub, name)(request, timeout=seconds, metadata=keys))
+        with translated(), self._connections.using() as connection:
+            return answer(getattr(connection.stub, name)(request, timeout=seconds, metadata=keys))
 
     def start(self, model: str, inputs: Tensors, seconds: float | None) -> GrpcCall:
         """Send a request that has one response."""
-        request = inference(model, inputs, seconds)
-        return GrpcCall(self._stub.ModelInfer.future(request, timeout=seconds, metadata=metadata(self._settings)))
+        request, keys = inference(model, inputs, seconds), metadata(self._settings)
+        connection, end = self._connections.begin()
+        try:
+            future = connection.stub.ModelInfer.future(request, timeout=seconds, metadata=keys)
+        except BaseException:
+            end()
+            raise
+        future.add_done_callback(lambda _: end())
+        return GrpcCall(future)
 
     def stream(
         self, model: str, inputs: Tensors, seconds: float | None, silence: float | None
@@ -116,8 +122,8 @@ class GrpcServer:
             silence: seconds without a response, as long as somebody waits for it; None: no limit.
         """
         request, keys = inference(model, inputs, seconds), metadata(self._settings)
-        with translated():
-            call = self._stream(request, timeout=seconds, metadata=keys)
+        with translated(), self._connections.using() as connection:
+            call = connection.stream(request, timeout=seconds, metadata=keys)
             try:
                 for response in self._watched(call, silence):
                     if response.error_message:

@@ -12,8 +12,9 @@ import httpx2
 from numpy.typing import NDArray
 
 from trident_client import _http
+from trident_client._connections import Connections
 from trident_client._errors import CancelledError, UnavailableError
-from trident_client._settings import MOST_CONNECTIONS, Address, Settings
+from trident_client._settings import Address, Settings
 from trident_client._steps import Ask, Tensors
 from trident_client._watch import Alarm
 
@@ -35,26 +36,22 @@ class AsyncHttpServer:
         self._address = address
         self._settings = settings
         self._closed = False
-        self._clients: list[httpx2.AsyncClient] = []  # the last one is used
-        self._connect()
+        self._connections = Connections(self._connect)
         self._extensions = _http.extensions(settings)
 
-    def _connect(self) -> None:
-        self._clients.append(httpx2.AsyncClient(**_http.arguments(self._address, self._settings)))
-        self._since = time.monotonic()
+    def _connect(self, again: bool) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(**_http.arguments(self._address, self._settings))
 
     async def close(self) -> None:
         """Close the connections."""
         self._closed = True
-        for client in self._clients:
+        for client in self._connections.all():
             await client.aclose()
 
     async def renew(self, since: float) -> None:
         """See `GrpcServer.renew`."""
-        if self._since < since:
-            self._connect()
-            while len(self._clients) > MOST_CONNECTIONS:
-                await self._clients.pop(0).aclose()
+        for client in self._connections.renew(since):
+            await client.aclose()
 
     async def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question."""
@@ -84,9 +81,9 @@ class AsyncHttpServer:
         def alarm() -> Alarm:
             return Alarm(min(until - time.monotonic(), math.inf if silence is None else silence), _LATE)
 
-        with self._translated():
+        with self._translated(), self._connections.using() as client:
             with alarm():
-                response = await self._send("POST", path, body, sent)
+                response = await self._send(client, "POST", path, body, sent)
             try:
                 if response.status_code != 200:
                     with alarm():
@@ -107,16 +104,17 @@ class AsyncHttpServer:
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], seconds: float | None
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers and body of a response."""
-        with self._translated(), Alarm(seconds, _LATE):
-            response = await self._send(method, path, body, headers)
+        with self._translated(), self._connections.using() as client, Alarm(seconds, _LATE):
+            response = await self._send(client, method, path, body, headers)
             async with contextlib.aclosing(response):
                 parts = _http.Body(self._settings.max_message_bytes)
                 async for block in response.aiter_raw():
                     parts.add(block)
                 return response.status_code, response.headers, parts.whole()
 
-    async def _send(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
-        client = self._clients[-1]
+    async def _send(
+        self, client: httpx2.AsyncClient, method: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> httpx2.Response:
         request = client.build_request(
             method,
             f"{self._url}{path}",

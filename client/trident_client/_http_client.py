@@ -15,11 +15,12 @@ import httpx2
 from numpy.typing import NDArray
 
 from trident_client import _http
+from trident_client._connections import Connections
 from trident_client._errors import CancelledError, DeadlineExceededError, UnavailableError
 from trident_client._sending import least
-from trident_client._settings import MOST_CONNECTIONS, Address, Settings
+from trident_client._settings import Address, Settings
 from trident_client._steps import Ask, Tensors
-from trident_client._watch import Watch
+from trident_client._watch import Watch, countdown
 
 
 class HttpServer:
@@ -37,28 +38,22 @@ class HttpServer:
         self._settings = settings
         self._watch = watch
         self._closed = False
-        self._clients: list[httpx2.Client] = []  # the last one is used
-        self._lock = threading.Lock()
-        self._connect()
+        self._connections = Connections(self._connect)
         self._extensions = _http.extensions(settings)
 
-    def _connect(self) -> None:
-        self._clients.append(httpx2.Client(**_http.arguments(self._address, self._settings)))
-        self._since = time.monotonic()
+    def _connect(self, again: bool) -> httpx2.Client:
+        return httpx2.Client(**_http.arguments(self._address, self._settings))
 
     def close(self) -> None:
         """Close the connections."""
         self._closed = True
-        for client in self._clients:
+        for client in self._connections.all():
             client.close()
 
     def renew(self, since: float) -> None:
         """See `GrpcServer.renew`."""
-        with self._lock:
-            if self._since < since:
-                self._connect()
-                while len(self._clients) > MOST_CONNECTIONS:
-                    self._clients.pop(0).close()
+        for client in self._connections.renew(since):
+            client.close()
 
     def ask(self, ask: Ask, seconds: float | None) -> Any:
         """The answer to a question."""
@@ -100,23 +95,31 @@ class HttpServer:
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], seconds: float | None
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers and body of a response."""
+        left = countdown(seconds)
         with self._translated(), self._opened(method, path, body, headers, seconds) as response:
             parts = _http.Body(self._settings.max_message_bytes)
             for block in response.iter_raw():
+                if left() == 0.0:  # each wait has its limit, and little by little comes for ever
+                    raise DeadlineExceededError("the server did not answer in time")
                 parts.add(block)
             return response.status_code, response.headers, parts.whole()
 
+    @contextlib.contextmanager
     def _opened(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], seconds: float | None
-    ) -> contextlib.AbstractContextManager[httpx2.Response]:
+    ) -> Iterator[httpx2.Response]:
         """A response whose body is still to be read; each wait for the server is limited."""
         if seconds is not None and seconds <= 0:  # a socket without time would not even try
             raise DeadlineExceededError("the server did not answer in time")
         timeout = httpx2.Timeout(seconds, connect=least(seconds, _http.CONNECT_SECONDS))
         url = f"{self._url}{path}"
-        return self._clients[-1].stream(
-            method, url, content=body, headers=headers, timeout=timeout, extensions=self._extensions
-        )
+        with (
+            self._connections.using() as client,
+            client.stream(
+                method, url, content=body, headers=headers, timeout=timeout, extensions=self._extensions
+            ) as response,
+        ):
+            yield response
 
     def _blocks(self, response: httpx2.Response, until: float, silence: float | None) -> Generator[bytes, None, None]:
         """The body as it comes."""

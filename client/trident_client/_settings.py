@@ -16,7 +16,6 @@ from trident_client._errors import ForbiddenError
 
 SECONDS = 60.0  # that a call may take where nobody says otherwise
 KEEPALIVE = 20.0  # seconds of silence until a connection is tested, and then until its calls are given up
-MOST_CONNECTIONS = 8  # to one server, of which all but the last hang
 
 Headers = Mapping[str, str]
 

@@ -36,6 +36,7 @@ from trident_client import (
     UnavailableError,
 )
 from trident_client._choice import FIRST_REST, Choice
+from trident_client._connections import Connections
 from trident_client._settings import Address, Settings
 from trident_client._watch import Alarm, Watch
 from trident_serving.launcher import local
@@ -600,6 +601,85 @@ def test_http_without_its_extra(door: Door, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delitem(sys.modules, f"trident_client.{module}", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"needs httpx2: pip install 'trident-serving\[http\]'"):
         door.kind("http://localhost:8000")
+
+
+def test_a_connection_in_use_outlives_others_that_hang() -> None:
+    """What is sent over one that was replaced goes on, however often that happens; what nobody uses is closed."""
+    made: list[int] = []
+
+    def connect(again: bool) -> int:
+        assert again == bool(made)
+        made.append(len(made))
+        return made[-1]
+
+    connections = Connections(connect)
+    first, end = connections.begin()
+    assert connections.renew(time.monotonic()) == []
+    for number in range(1, 12):
+        with connections.using() as latest:
+            assert (latest, connections.renew(0.0)) == (number, [])  # younger than what hung
+        assert connections.renew(time.monotonic()) == [number]
+        assert connections.all() == [first, number + 1]
+    end()
+    assert connections.renew(time.monotonic()) == [first, 12]
+
+
+def test_a_stream_goes_on_while_other_requests_hang(both: tuple[list[str], list[Observed]]) -> None:
+    """Each try of theirs begins a connection of its own, and the stream keeps the one that it has."""
+    urls, services = both
+    with Client(urls[0], timeout=20) as client:
+        stream = client.stream("one word, then silence", **PROMPT)
+        words = [next(stream).text]
+        for _ in range(12):
+            client._servers.all()[0].renew(time.monotonic())
+        services[0].gate.set()
+        assert words + [each.text for each in stream] == ["word"]
+
+    async def main() -> None:
+        async with AsyncClient(urls[1], timeout=20) as awaited:
+            stream = awaited.stream("one word, then silence", **PROMPT)
+            words = [(await anext(stream)).text]
+            for _ in range(12):
+                await awaited._servers.all()[0].renew(time.monotonic())
+            services[1].gate.set()
+            assert words + [each.text async for each in stream] == ["word"]
+
+    asyncio.run(main())
+
+
+class Dripping(http.server.BaseHTTPRequestHandler):
+    """Answers little by little, so that no wait is long and there is no end."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(200)
+        self.send_header("content-length", "1000")
+        self.end_headers()
+        for _ in range(30):
+            try:
+                self.wfile.write(b"x")
+            except OSError:
+                return
+            time.sleep(0.1)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0.5}, {"timeout": 0.5, "retries": 1, "retry_silence": 0.2}])
+def test_an_answer_that_drips_has_its_time(door: Door, options: dict[str, Any]) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def work(client: Any) -> Any:
+            began = time.monotonic()
+            with pytest.raises(DeadlineExceededError, match="did not answer in time"):
+                yield lambda: client.embed("x", **PROMPT)
+            assert time.monotonic() - began < 2
+
+        door(f"http://127.0.0.1:{server.server_port}", work, **options)
+        server.shutdown()
 
 
 class Stranger(http.server.BaseHTTPRequestHandler):

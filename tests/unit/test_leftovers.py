@@ -57,6 +57,25 @@ def test_an_ensemble_has_requests_while_its_stages_have() -> None:
     assert looks.look(unloading=(STAGE,), after=IDLE_SECONDS) == ([], [STAGE])
 
 
+def test_a_stage_waits_for_the_request_of_another_one() -> None:
+    """A run of many long texts takes longer than a process may be idle, and the last stage still has its answer."""
+    looks, last = Looks(), ("m_postprocess", "1")
+    records = record(1, "m_model", open=1), record(2, "m_postprocess")
+    for _ in range(3):
+        assert looks.look(*records, unloading=(STAGE, last), after=60) == ([], [])
+        assert looks.look(*records, unloading=(last,), after=60) == ([], [])  # a variant shares the stage that runs
+    assert looks.look(record(1, "m_model"), records[1], unloading=(STAGE, last)) == ([], [])
+    found = looks.look(record(1, "m_model"), records[1], unloading=(STAGE, last), after=IDLE_SECONDS)
+    assert found == ([1, 2], [STAGE, last])
+
+
+def test_a_model_does_not_wait_for_another_variant() -> None:
+    looks = Looks()
+    records = record(1), record(2, "m_int8", open=1), record(3, "m-2_model", open=1)
+    assert looks.look(*records, unloading=(M,)) == ([], [])
+    assert looks.look(*records, unloading=(M,), after=IDLE_SECONDS) == ([1], [M])
+
+
 def test_a_process_in_whose_place_another_one_serves() -> None:
     looks = Looks()
     old, new, later = record(1), record(2), record(3, version="2")

@@ -111,13 +111,16 @@ class PatternFilter:
         self._held = ""
         self._offset = 0  # of what is held, in the text
         self._found: list[tuple[Match, int]] = []  # with the number of the rule
+        self._blocked = False
 
     def push(self, text: str, *, end: bool = False) -> Passed:
-        """Take more of the text.
+        """Take more of the text; of what follows a match that is blocked nothing goes on.
 
         Args:
             end: whether it is complete.
         """
+        if self._blocked:
+            return Passed("", blocked=True)
         for rule, scanner in self._noting:
             count = len(scanner.push(text)) + (len(scanner.finish()) if end else 0)
             if count:
@@ -135,39 +138,37 @@ class PatternFilter:
     def _taken(self, decided: int) -> Passed:
         """What goes on, up to a place that no further match can include."""
         self._found.sort(key=lambda each: (each[0].start, each[1]))
-        passed = ""
-        while self._found and self._found[0][0].start < decided:
-            start, end = self._found[0][0].start, 0
-            together = 0
-            for match, _ in self._found:
-                if together and match.start >= end:
-                    break
-                end, together = max(end, match.end), together + 1
+        passed: list[str] = []
+        number, place = 0, self._offset  # of the match that is next, and up to where the text has gone on
+        while number < len(self._found) and self._found[number][0].start < decided:
+            first, start, end = number, self._found[number][0].start, 0
+            while number < len(self._found) and (number == first or self._found[number][0].start < end):
+                end, number = max(end, self._found[number][0].end), number + 1
             if end > decided:  # another match may still begin in it
-                decided = start
+                decided, number = start, first
                 break
-            rules = [self._holding[number][0] for _, number in self._found[:together]]
-            del self._found[:together]
+            rules = [self._holding[which][0] for _, which in self._found[first:number]]
             blocking = [rule for rule in rules if rule.action is Action.BLOCK or self._last]
             if not blocking and not self.redacts:
-                passed += self._cut(end)
                 continue
-            passed += self._cut(start)
+            passed.append(self._between(place, start))
             if blocking:
                 self._findings.add(blocking[0], Action.BLOCK, self._stage)
-                return Passed(passed, blocked=True)
+                self._blocked = True
+                return Passed("".join(passed), blocked=True)
             for rule in rules:
                 self._findings.add(rule, Action.REDACT, self._stage)
-            passed += rules[0].instead(rules[0].name)
-            self._cut(end)
-        return Passed(passed + self._cut(decided))
+            passed.append(rules[0].instead(rules[0].name))
+            place = end
+        passed.append(self._between(place, decided))
+        del self._found[:number]
+        self._held = self._held[decided - self._offset :]
+        self._offset = decided
+        return Passed("".join(passed))
 
-    def _cut(self, end: int) -> str:
-        """Take what is held up to a place of the text."""
-        count = max(end - self._offset, 0)
-        taken, self._held = self._held[:count], self._held[count:]
-        self._offset += count
-        return taken
+    def _between(self, start: int, end: int) -> str:
+        """What is held of the text from one place to another."""
+        return self._held[start - self._offset : end - self._offset]
 
 
 class Windows:
@@ -184,24 +185,26 @@ class Windows:
     def push(self, text: str, *, end: bool = False) -> list[str]:
         """Take more of the text; returns the windows that are complete."""
         self._held += text
-        found = []
-        while self._size and (cut := self._cut()):
-            found.append(self._held[:cut])
-            self._held = self._held[cut:]
+        found: list[str] = []
+        place = 0
+        while self._size and (cut := self._cut(place)):
+            found.append(self._held[place:cut])
+            place = cut
+        self._held = self._held[place:]
         if end and self._held:
             found.append(self._held)
             self._held = ""
         return found
 
-    def _cut(self) -> int:
-        """Where the first window ends; 0: that is not known yet."""
-        sentence = _SENTENCE.search(self._held, 0, self._size)
+    def _cut(self, place: int) -> int:
+        """Where the first window behind a place ends; 0: that is not known yet."""
+        sentence = _SENTENCE.search(self._held, place, place + self._size)
         if sentence is not None:
             return sentence.end()
-        if len(self._held) < self._size:
+        if len(self._held) < place + self._size:
             return 0
-        space = self._held.rfind(" ", 0, self._size)
-        return space + 1 if space >= 0 else self._size
+        space = self._held.rfind(" ", place, place + self._size)
+        return space + 1 if space >= 0 else place + self._size
 
 
 class ModelFilter:

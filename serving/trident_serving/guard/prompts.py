@@ -13,7 +13,7 @@ import numpy as np
 from trident_serving.chat.messages import function_of
 from trident_serving.errors import InvalidRequest
 from trident_serving.guard.filtering import Passed
-from trident_serving.guard.structured import another_name, changed_number, number_texts
+from trident_serving.guard.structured import Names, changed_number, number_texts
 from trident_serving.runtime.tokenizer import TextTokenizer
 from trident_serving.schema.fields import Inputs, single_text
 from trident_serving.text import encode_texts
@@ -156,9 +156,10 @@ def _value(given: Any, take: _Take, key: str = "") -> Any:
         return [_value(item, take) for item in given]
     if isinstance(given, dict):
         made: dict[str, Any] = {}
+        names = Names(given)
         for name, item in given.items():
             shown = name if name in _KEYS else take(name)
-            shown = shown if shown == name else another_name(shown, {*given, *made})
+            shown = shown if shown == name else names.another(shown)
             made[shown] = item if _is_structure(name, item) else _value(item, take, name)
         return made
     if isinstance(given, int | float) and not isinstance(given, bool):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -31,6 +31,7 @@ _SPACE = " \t\n\r"
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")  # json.dumps writes the last three
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _OF_A_NUMBER = re.compile(r"[-+.0-9eE]+")
+_SCALAR = re.compile(r'[^ \t\n\r,:{}\[\]"]+')  # up to what ends it
 _PLAIN = re.compile(r'[^"\\]+')  # characters of a string that stand for themselves
 _ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _HEX = re.compile(r"[0-9a-fA-F]*")
@@ -152,13 +153,13 @@ class Reader:
 
     def _along(self, text: str, place: int) -> Generator[Part, None, int]:
         """Read on in a number or a word; returns the place behind what was read."""
-        char = text[place]
-        if char in _SPACE or char in ',:{}[]"':
+        run = _SCALAR.match(text, place)
+        if run is None:
             yield from self._scalar_ended()
             return place
-        self._scalar += char
+        self._scalar += run[0]
         self.broken = not _may_become_a_value(self._scalar)
-        return place + 1
+        return run.end()
 
     def _scalar_ended(self) -> Iterator[Part]:
         number = bool(_NUMBER.fullmatch(self._scalar))
@@ -281,13 +282,30 @@ def changed_number(texts: Sequence[str], passed: Sequence[Passed]) -> str | None
     return changed[-1] if changed else None
 
 
-def another_name(name: str, taken: set[str]) -> str:
-    """A name that no other member has, for one that was redacted."""
-    number, made = 1, name
-    while made in taken:
-        number += 1
-        made = f"{name} {number}"
-    return made
+class Names:
+    """The names of an object's members, of which each redacted one becomes another.
+
+    Args:
+        taken: names that stay.
+    """
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = set(taken)
+        self._latest: dict[str, int] = {}  # the number that was put behind a name last
+
+    def add(self, name: str) -> None:
+        """Note a name that stays."""
+        self._taken.add(name)
+
+    def another(self, name: str) -> str:
+        """A name that no other member has, for one that was redacted."""
+        made, number = name, self._latest.get(name, 1)
+        while made in self._taken:
+            number += 1
+            made = f"{name} {number}"
+        self._latest[name] = number
+        self._taken.add(made)
+        return made
 
 
 class JsonFilter:
@@ -307,8 +325,9 @@ class JsonFilter:
         self._reader = Reader()
         self._string: TextFilter | None = None
         self._read = self._left = ""  # of the present string
-        self._names: list[set[str]] = []  # of the members of each open object
+        self._names: list[Names] = []  # of the members of each open object
         self._queue: list[Part] = []  # what waits for the models
+        self._waiting = 0  # characters of it that they are asked about
         self._rest = self._filter()
         self._written = PatternFilter(hiding, stage, findings)
         self._written.redacts = False
@@ -353,10 +372,12 @@ class JsonFilter:
             return self._kept(await self._rest.push(part.text))
         if not self._waits:
             return await self._now(part)
+        if part.kind is Kind.STRUCTURE and not self._queue:  # nothing before it waits
+            return self._structure(part.text)
         self._queue.append(part)
-        waiting = sum(len(each.text) for each in self._queue if each.kind is not Kind.STRUCTURE)
+        self._waiting += 0 if part.kind is Kind.STRUCTURE else len(part.text)
         between = part.ends or part.kind is Kind.NUMBER
-        return await self._flushed() if between and waiting >= self._waits else ""
+        return await self._flushed() if between and self._waiting >= self._waits else ""
 
     async def _now(self, part: Part) -> str:
         """What is written for a part where no rule asks a model that redacts."""
@@ -376,7 +397,7 @@ class JsonFilter:
 
     async def _flushed(self) -> str:
         """What is written for what waits for models."""
-        queue, self._queue = self._queue, []
+        queue, self._queue, self._waiting = self._queue, [], 0
         texts, read = list[str](), ""
         for part in queue:
             if part.kind is Kind.NUMBER:
@@ -405,7 +426,7 @@ class JsonFilter:
 
     def _structure(self, text: str) -> str:
         if text == "{":
-            self._names.append(set())
+            self._names.append(Names())
         elif text == "}":
             self._names.pop()
         return text
@@ -426,10 +447,11 @@ class JsonFilter:
         """What follows a name that has ended, so that a redacted one is no other member's."""
         if not part.key or not part.ends or self._blocked:
             return ""
-        name, taken = self._left, self._names[-1]
-        made = name if name == self._read else another_name(name, taken)
-        taken.add(made)
-        return made[len(name) :]
+        name, names = self._left, self._names[-1]
+        if name == self._read:
+            names.add(name)
+            return ""
+        return names.another(name)[len(name) :]
 
 
 def _written(text: str) -> str:

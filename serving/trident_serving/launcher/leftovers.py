@@ -17,6 +17,7 @@ from trident_serving.runtime_folder import Record
 
 # From the last answer to the backend's `finalize`, which removes the record, Triton takes a second.
 IDLE_SECONDS = 5.0
+_STAGES = ("tokenizer", "preprocess", "model", "postprocess")  # roles of stages, in their names behind the public one
 
 
 class Leftovers:
@@ -48,10 +49,13 @@ class Leftovers:
         Returns:
             The processes that have no request; those of `unloading` whose stages have none either.
         """
-        replaced = self._replaced(records)
-        left = [r for r in records if not r.open and (r in replaced or (r.model, r.version) in unloading)]
-        busy = {_public(record.model) for record in records if record.open}
-        models = [each for each in sorted(unloading) if _public(each[0]) not in busy]
+        replaced, busy = self._replaced(records), [record.model for record in records if record.open]
+        left = [
+            r
+            for r in records
+            if not r.open and (r in replaced or ((r.model, r.version) in unloading and not _has_request(r.model, busy)))
+        ]
+        models = [each for each in sorted(unloading) if each[0] not in busy and not _has_request(each[0], busy)]
         now = self._clock()
         kept: list[Hashable] = [*(record.path for record in left), *models]
         self._since = {each: self._since.get(each, now) for each in kept}
@@ -68,6 +72,20 @@ class Leftovers:
             if key not in newest or started > newest[key][0]:
                 newest[key] = started, record
         return [r for r in records if newest[r.model, r.version][1] is not r and r.model not in loading]
+
+
+def _has_request(model: str, busy: Sequence[str]) -> bool:
+    """Whether a request may be under way to a model: one that a stage of its ensemble answers now.
+
+    Args:
+        busy: models that answer requests.
+    """
+    public = _public(model)
+    return any(other != model and _public(other) == public and _is_stage(other) for other in busy)
+
+
+def _is_stage(model: str) -> bool:
+    return model.partition("_")[2].startswith(_STAGES)
 
 
 def _public(model: str) -> str:
