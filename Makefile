@@ -23,7 +23,7 @@ UPDATE ?=
 EXAMPLES ?= 5000
 CHECKOUT ?=
 WRITE ?=
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 4
 # A worker that dies ends the run and is told: to replace it, pytest-xdist 3.8 may wait for ever.
 WORKERS = --numprocesses $(TEST_WORKERS) --max-worker-restart 0
 SETUP := $(VENV)/.ready
