@@ -67,6 +67,8 @@ _FULL = re.compile(r"queue is full|requests are being answered already")
 _OVER = re.compile(r"^the timeout (of \S+ s )?was over ")
 _DECOUPLED = re.compile(r"doesn't support models with decoupled transaction policy")
 _TOO_LARGE = re.compile(r"larger than max")
+# Over HTTP, a field that is no input is a parameter, which is no list.
+_NO_IMAGES = re.compile(r"unexpected inference input 'images' for model '([^']*)'|^parameter 'images' has invalid type")
 _FORBIDDEN = (
     "the server asks for its admin key: set TRIDENT_ADMIN_KEY or give Client(admin_key=...); over gRPC, the client "
     "finds the key of a server that the same user started on this machine"
@@ -128,6 +130,20 @@ def from_named_code(message: str) -> TridentError | None:
     return _known(text, _BY_CODE.get(codes[name], ServerError))
 
 
+def refused(message: str) -> InvalidRequestError:
+    """The error of a message about a request that does not fit its model.
+
+    Triton itself refuses what is no input of the model, before a backend sees it, and tells no more than its name.
+    """
+    if (found := _NO_IMAGES.search(message)) is None:
+        return InvalidRequestError(message)
+    name = f"the model {found[1]!r}" if found[1] else "this model"
+    return InvalidRequestError(
+        f"{name} reads no images: leave them out, or ask a vision-language model (SmolVLM, "
+        "Idefics3, Qwen2-VL or Qwen2.5-VL) whose table sets limits.images"
+    )
+
+
 def _known(message: str, kind: type[TridentError]) -> TridentError:
     """The error of a message and what its code says of it."""
     if _RESTRICTED.search(message):
@@ -140,7 +156,7 @@ def _known(message: str, kind: type[TridentError]) -> TridentError:
         kind = UnavailableError
     if kind is UnavailableError and says_full(message):
         kind = OverloadedError
-    return kind(message)
+    return refused(message) if kind is InvalidRequestError else kind(message)
 
 
 def says_full(message: str) -> bool:

@@ -17,9 +17,9 @@ from trident_client._connections import Connections
 from trident_client._errors import (
     CancelledError,
     DeadlineExceededError,
-    InvalidRequestError,
     TridentError,
     from_named_code,
+    refused,
     translated,
 )
 from trident_client._grpc import (
@@ -141,4 +141,4 @@ class AsyncGrpcServer:
             await self.ask(Ask("metadata", model), seconds)
         except TridentError as refusal:
             return refusal
-        return InvalidRequestError(message)
+        return refused(message)

@@ -15,10 +15,10 @@ from trident_client import _wire
 from trident_client._connections import Connections
 from trident_client._errors import (
     DeadlineExceededError,
-    InvalidRequestError,
     TridentError,
     UnavailableError,
     from_named_code,
+    refused,
     translated,
 )
 from trident_client._grpc import (
@@ -170,7 +170,7 @@ class GrpcServer:
             self.ask(Ask("metadata", model), seconds)
         except TridentError as refusal:
             return refusal
-        return InvalidRequestError(message)
+        return refused(message)
 
 
 class GrpcCall:

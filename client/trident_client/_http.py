@@ -30,6 +30,7 @@ from trident_client._errors import (
     UnavailableError,
     from_named_code,
     from_status,
+    refused,
 )
 from trident_client._settings import Address, Settings
 from trident_client._steps import RESTRICTED, Ask, Tensors
@@ -254,7 +255,7 @@ class Events:
         with _tritons(event):
             fields: dict[str, Any] = json.loads(event)
             if "error" in fields:
-                raise from_named_code(fields["error"]) or InvalidRequestError(fields["error"])
+                raise from_named_code(fields["error"]) or refused(fields["error"])
             tensors = {name: self._tensor(name, value) for name, value in fields.items()}
         tensors.setdefault("output_log_probs", np.empty((1, 0), np.float32))
         return tensors

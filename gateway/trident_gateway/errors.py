@@ -20,8 +20,9 @@ from trident_client import (
     UnavailableError,
 )
 
-# Beginnings of what the server's messages say of a field: "temperature must be ...", "max_tokens is 5000, but ...".
-_FIELD = re.compile(r"([a-z][a-z0-9_]*)(?:\[\d+\])? (?:must|is|has|holds|names|needs|admits)\b")
+# Beginnings of what the server's messages say of a field: "temperature must be ...", "max_tokens is 5000, but ...",
+# "messages[0].content[1] is an image ...".
+_FIELD = re.compile(r"([a-z][a-z0-9_]*)(?:\[\d+\](?:\.[a-z_]+)?)* (?:must|is|has|holds|names|needs|admits)\b")
 _TOO_LONG = re.compile(r"ha(?:s|ve) \d+ (?:tokens|bytes).*(?:context|the model takes)|tokens leave room for")
 _CONTEXT = re.compile(r"(?:context (?:of|is)|the model takes) (\d+)")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -14,9 +14,11 @@ import pytest
 from pydantic import BaseModel, Field
 from transformers import AutoTokenizer
 
+from tests.conftest import post
 from tests.gateways import Gateway
 from tests.integration.test_messages import CALL, TOOL
-from trident_client import Client
+from trident_client import Client, InvalidRequestError
+from trident_serving.launcher.local import LocalServer
 
 PROMPT = "the cat sat on"
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is rain?"}]
@@ -494,7 +496,7 @@ RESPONSE: dict[str, Any] = {"model": "talk", "input": "a"}
             400,
             None,
             None,
-            "image_url",
+            "messages[0].content[0] is an image, and this model reads no images",
         ),
         (
             "/v1/chat/completions",
@@ -551,6 +553,47 @@ def test_refusals(
     assert param is None or answer["error"]["param"] == param
     assert message in answer["error"]["message"]
     assert headers["x-request-id"].startswith("req-")
+
+
+NO_IMAGES = (
+    "reads no images: leave them out, or ask a vision-language model (SmolVLM, Idefics3, Qwen2-VL or Qwen2.5-VL) whose "
+    "table sets limits.images"
+)
+
+
+def test_an_image_for_a_model_of_texts(gateway: Gateway, gateway_server: LocalServer) -> None:
+    image = base64.b64encode(b"\x89PNG").decode()
+    url = f"data:image/png;base64,{image}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    said = f"messages[0].content[0] is an image, and this model {NO_IMAGES}"
+    asked = {"model": "talk", "messages": [{"role": "user", "content": [part, {"type": "text", "text": "hi"}]}]}
+    for body in (asked, asked | {"stream": True}):
+        status, _, answer = gateway.ask("/v1/chat/completions", body)
+        error = {"message": said, "type": "invalid_request_error", "param": "messages", "code": None}
+        assert (status, answer) == (400, {"error": error})
+    items = [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]
+    status, _, answer = gateway.ask("/v1/responses", {"model": "talk", "input": items})
+    assert (status, answer["error"]["message"], answer["error"]["param"]) == (400, said, "input")
+    told = {"model": "talk", "messages": [{"role": "user", "content": "hi", "images": [image]}]}
+    assert gateway.ask("/api/chat", told)[::2] == (400, {"error": said})
+    assert gateway.ask("/api/generate", {"model": "talk", "prompt": "hi", "images": [image]})[::2] == (
+        400,
+        {"error": said},
+    )
+
+    # Beside a text or messages, the files are an input, which the model has not.
+    def refused(client: Client, call: str, **more: Any) -> str:
+        with pytest.raises(InvalidRequestError) as error:
+            list(getattr(client, call)("hi", model="talk", **more))
+        return str(error.value)
+
+    for address, name in ((gateway_server.grpc_url, "the model 'talk'"), (gateway_server.http_url, "this model")):
+        with Client(address, timeout=60) as client:
+            for images in ([b"\x89PNG"], [b"\x89PNG", b"\x89PNG"]):
+                for call in ("generate", "chat", "stream"):
+                    assert refused(client, call, images=images) == f"{name} {NO_IMAGES}"
+    status, text = post(f"{gateway_server.http_url}/v2/models/talk/generate", {"text_input": "hi", "images": url})
+    assert (status, json.loads(text)["error"]) == (400, f"INVALID_ARGUMENT: this model {NO_IMAGES}")
 
 
 def test_the_forms_of_errors(gateway: Gateway) -> None:

@@ -213,11 +213,6 @@ def test_prefixes_are_reused_by_image(repository: Path, reference: Reference) ->
     with_image(SAME_SIZE[0])
     assert with_image(SAME_SIZE[0]) == (expected[0][1], len(prompt) - 1)
     assert with_image(SAME_SIZE[1]) == (expected[1][1], first_of_image)
-    # A text's tokens of images stand for nothing.
-    with torch.inference_mode():
-        ids = torch.tensor([prompt])
-        plain = reference.model.generate(ids, max_new_tokens=ANSWER, do_sample=False)[0, len(prompt) :].tolist()
-    assert asked(input_ids=np.array([prompt], np.int32)) == (plain, first_of_image)
     service.stop()
 
 
@@ -393,6 +388,7 @@ WIDE = pictures.encoded(Image.fromarray(pictures.drawn(7, 128, 128)))
             FILES[:2],
             "text_input says 1 times where an image goes .<image>., and the request's images are 2",
         ),
+        ("one <image>", [], "text_input says 1 times where an image goes .<image>., and the request's images are 0"),
         ([5, 6, 7], FILES[:1], "the prompt has 0 tokens of <image>, its 1 images have"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}]}],
@@ -419,6 +415,21 @@ WIDE = pictures.encoded(Image.fromarray(pictures.drawn(7, 128, 128)))
 def test_what_is_refused(client: Client, messages: Any, files: Sequence[bytes], said: str) -> None:
     with pytest.raises(InvalidRequestError, match=said):
         client.generate(messages, images=list(files), model="vlm")
+
+
+def test_a_mark_without_an_image_is_text_or_refused(client: Client, reference: Reference) -> None:
+    """In a message it is text, unless the request reads special tokens there; no token of an image stands for none."""
+    token = reference.model.config.image_token_id
+    alone = reference.inputs([message(None)], FILES[:1])["input_ids"][0].tolist().count(token)
+    assert alone > 0
+    for messages, files in (([message("What is <image>?")], []), ([message(None, "What is <image>?")], FILES[:1])):
+        found = _asked(client, messages, files).prompt_token_ids
+        assert found.count(token) == len(files) * alone
+        with pytest.raises(InvalidRequestError, match="<image>.* image"):
+            _asked(client, messages, files, split_special_tokens=False)
+    for model in ("vlm", "vlm_int8"):
+        with pytest.raises(InvalidRequestError, match="the prompt has 1 tokens of <image>, its 0 images have 0"):
+            client.generate([5, token, 7], model=model)
 
 
 def test_cut_prompts_and_other_models(client: Client, repository: Path) -> None:

@@ -277,7 +277,11 @@ def test_bad_fields_are_refused(chat_client: Client, options: dict[str, Any], me
     [
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-            "parts of type 'text' only",
+            r"messages\[0\].content\[0\] is an image, and this model reads no images: leave them out, or ask a vision-",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "input_audio"}]}],
+            "this model reads parts of type 'text' only",
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\] needs the text 'text'"),
         ([{"role": "user", "content": None}], r"messages\[0\] needs the text 'content', found None"),

@@ -322,11 +322,13 @@ def test_every_client_gives_the_same(
             with file.open("rb") as content:
                 return client.audio.transcriptions.create(model="whisper-1", file=content, language="de", **more)
 
-        assert create().text == whole.text
+        answer = create()
+        assert (answer.text, answer.usage.to_dict()) == (whole.text, {"type": "duration", "seconds": 6})
         *deltas, done = create(stream=True)
         assert {each.type for each in deltas} == {"transcript.text.delta"}
         assert len(deltas) > 1
         assert (done.type, done.text) == ("transcript.text.done", whole.text)
+        assert done.usage.to_dict() == {"type": "duration", "seconds": 6}
         assert "".join(each.delta for each in deltas) == whole.text
         assert create(response_format="text").strip() == whole.text
         verbose = create(response_format="verbose_json", timestamp_granularities=["segment"], temperature=0)

@@ -420,6 +420,12 @@ def test_errors_by_status_code(connected: Client) -> None:
         connected.embed("broken")
     with pytest.raises(InvalidRequestError, match="^the model generates text or transcribes speech, and "):
         raise from_status(400, "HTTP end point doesn't support models with decoupled transaction policy")
+    for said, name in (
+        ("unexpected inference input 'images' for model 'gen'", "the model 'gen'"),
+        ("parameter 'images' has invalid type. It should be either 'int', 'bool', or 'string'.", "this model"),
+    ):
+        with pytest.raises(InvalidRequestError, match=f"^{name} reads no images: leave them out, or ask a vision-lang"):
+            raise from_status(400, said)
     for seconds in ("300", "1e-05", "0.043492"):  # a recording's, a translation's, and a template task's
         assert (
             type(from_status(503, f"the timeout of {seconds} s was over after 0 of 9 seconds")) is DeadlineExceededError

@@ -115,10 +115,14 @@ def test_where_images_are() -> None:
     assert READER.tokens(images) == 20
     ids = [1, *[7] * 10, 3, *[7] * 10, 4]
     placed = READER.placed(ids, images)
+    assert placed is not None
     assert placed.begins == ((1, hashlib.sha256(FILES[0]).digest()), (12, hashlib.sha256(FILES[1]).digest()))
     assert placed.positions.tolist() == [*range(1, 11), *range(12, 22)]
     with pytest.raises(InvalidRequest, match="the prompt has 21 tokens of <image>, its 2 images have 20"):
         READER.placed([*ids, 7], images)
+    assert READER.placed([1, 2, 3], []) is None
+    with pytest.raises(InvalidRequest, match="the prompt has 1 tokens of <image>, its 0 images have 0: a text"):
+        READER.placed([1, 7, 3], [])
     with pytest.raises(InvalidRequest, match="the request has 3 images, the limit is 2"):
         READER.read([("images", FILES[0])] * 3)
 
@@ -177,7 +181,9 @@ def test_a_request_that_was_given_up_holds_no_files() -> None:
             return Embeds(images.positions, np.zeros((0, 2), np.float32))
 
     def prompt() -> PromptImages:
-        return READER.placed([1, *[7] * 10], READER.read([("images[0]", FILES[0])]))
+        placed = READER.placed([1, *[7] * 10], READER.read([("images[0]", FILES[0])]))
+        assert placed is not None
+        return placed
 
     thread = ImageThread(cast("ImageTower", Tower()), 3)
     try:

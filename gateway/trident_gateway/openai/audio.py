@@ -86,7 +86,7 @@ async def _answered(request: Request, task: Literal["transcribe", "translate"]) 
         return PlainTextResponse(as_srt(found.segments), media_type="application/x-subrip")
     if form.response_format == "vtt":
         return PlainTextResponse(as_vtt(found.segments), media_type="text/vtt")
-    used = {"type": "duration", "seconds": math.ceil(found.duration)}
+    used = _usage(found)
     if form.response_format == "json":
         return JSONResponse({"text": found.text, "usage": used})
     segments = [_described(number, segment, form.temperature or 0.0) for number, segment in enumerate(found.segments)]
@@ -97,10 +97,11 @@ async def _answered(request: Request, task: Literal["transcribe", "translate"]) 
 async def _events(request: Request, chunks: AsyncGenerator[TranscriptionChunk, None]) -> AsyncGenerator[bytes, None]:
     """The text as server-sent events, as it comes and then all of it."""
     said, count = [], 0
+    used: Json = {}
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
-                count = chunk.num_output_tokens
+                count, used = chunk.num_output_tokens, _usage(chunk)
                 if chunk.finish_reason == "cancelled":
                     raise ApiError(503, "the server gave the request up: try again", code="cancelled")
                 if chunk.text:
@@ -112,7 +113,12 @@ async def _events(request: Request, chunks: AsyncGenerator[TranscriptionChunk, N
             return
         finally:
             exchange_of(request).tokens(0, count)
-    yield event({"type": "transcript.text.done", "text": "".join(said)})
+    yield event({"type": "transcript.text.done", "text": "".join(said), "usage": used})
+
+
+def _usage(chunk: TranscriptionChunk) -> Json:
+    """What of the recording was used, as OpenAI counts it for models of its class: seconds, each begun one whole."""
+    return {"type": "duration", "seconds": math.ceil(chunk.duration)}
 
 
 async def _read(request: Request) -> tuple[AudioForm, bytes]:

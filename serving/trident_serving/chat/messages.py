@@ -24,7 +24,13 @@ MAX_TOOLS = 256
 _RESERVED = frozenset(("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"))
 # Under which a message of the assistant may carry its thoughts.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-VIDEOS = ("video", "video_url", "input_video")  # types of parts, as chat APIs and processors have them
+# Types of parts, as chat APIs and processors have them.
+IMAGES = ("image", "image_url", "input_image")
+VIDEOS = ("video", "video_url", "input_video")
+NO_IMAGES = (
+    "this model reads no images: leave them out, or ask a vision-language model (SmolVLM, Idefics3, Qwen2-VL or "
+    "Qwen2.5-VL) whose table sets limits.images"
+)
 _EXAMPLE = '[{"role": "user", "content": "Hello"}]'
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
@@ -251,6 +257,8 @@ def _check_part(part: Any, where: str, kinds: Sequence[str]) -> None:
     kind = part.get("type", "text")
     if kind in VIDEOS or "video" in part:
         raise InvalidRequest(f"{where} is a video, and no model here reads videos: send some of its frames as images")
+    if kind in IMAGES and not set(IMAGES) & set(kinds):
+        raise InvalidRequest(f"{where} is an image, and {NO_IMAGES}")
     if kind not in kinds:
         read = " and ".join(map(repr, kinds))
         raise InvalidRequest(f"{where}.type is {_short(kind)}, but this model reads parts of type {read} only")

@@ -136,8 +136,10 @@ class ImageReader:
             raise InvalidRequest(f"the request has {len(files)} images, the limit is {self._limits.images}")
         return [self._read(name, content) for name, content in files]
 
-    def placed(self, ids: Sequence[int], images: Sequence[PromptImage]) -> PromptImages:
-        """Where the images of a prompt are.
+    def placed(self, ids: Sequence[int], images: Sequence[PromptImage]) -> PromptImages | None:
+        """Where the images of a prompt are; None: it has none.
+
+        A token of an image without one would be computed as a word that the model has never read.
 
         Args:
             ids: the prompt's tokens.
@@ -153,6 +155,8 @@ class ImageReader:
                 f"the prompt has {len(positions)} tokens of {settings.token}, its {len(images)} images have "
                 f"{sum(sizes)}: a text must not hold {settings.token} but where an image goes"
             )
+        if not images:
+            return None
         firsts = np.cumsum([0, *sizes[:-1]])
         begins = zip(positions[firsts].tolist(), (image.digest for image in images), strict=True)
         rope = settings.rope([image.name for image in images], positions, [image.grid for image in images])

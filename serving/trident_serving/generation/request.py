@@ -223,7 +223,7 @@ class RequestParser:
             return_tokens=values["return_tokens"],
             adapter=self._adapter(values["lora_name"]),
             bad_words=bad_words,
-            images=self._images.placed(prompt_ids, images) if self._images is not None and images else None,
+            images=None if self._images is None else self._images.placed(prompt_ids, images),
         )
 
     def _conversation(self, inputs: Inputs) -> tuple[Conversation | None, Sequence[PromptImage]]:
@@ -296,7 +296,7 @@ class RequestParser:
         elif conversation is None:
             field = "text_input"
             prompt = self._checked_text(inputs, field)
-            if images:
+            if self._images is not None:
                 prompt = self._with_images(prompt, images, self._marks(prompt), field)
             ids = self._tokenizer.encode(prompt)
         else:

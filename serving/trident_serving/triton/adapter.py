@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trident_serving import integrity
+from trident_serving.chat.messages import NO_IMAGES
 from trident_serving.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, ServingError
 from trident_serving.runtime_folder import PASS_PARAMETER, Process
 from trident_serving.schema.fields import timeout_seconds as parse_timeout
@@ -233,6 +234,8 @@ def request_parameters(request: Any, inputs: Sequence[str] = ()) -> dict[str, An
     """
     given: dict[str, Any] = json.loads(request.parameters() or "{}")
     if unknown := sorted(given.keys() - RESERVED_PARAMETERS - {PASS_PARAMETER}):
+        if "images" in unknown and "messages" in inputs:
+            raise InvalidRequest(NO_IMAGES)
         known = f"; known are {', '.join(inputs)} and the parameter timeout" if inputs else ""
         raise InvalidRequest(f"unknown input or parameter {unknown[0]!r}{known}")
     return given
