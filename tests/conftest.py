@@ -20,7 +20,7 @@ import pytest
 import torch
 from tritonclient.grpc import service_pb2 as pb
 
-from tests import gateways, image_prompts, warm
+from tests import gateways, warm
 from tests.gateways import Gateway
 from trident_client import Client, _wire
 from trident_serving import memory
@@ -63,7 +63,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file: str = super()._split_scope(nodeid)
             if file.startswith(("tests/integration/test_gateway", "tests/integration/test_command_line")):
                 return "gateway"  # they share a server, too
-            if file.startswith("tests/integration/test_image_prompts"):
+            if file.startswith("tests/integration/image_prompts/"):
                 return "images"  # and so do they
             return "server" if file in SERVED else file
 
@@ -238,29 +238,6 @@ def gateway_server(gateway_folder: Path) -> Iterator[LocalServer]:
 def gateway(gateway_server: LocalServer, gateway_folder: Path) -> Iterator[Gateway]:
     """A gateway as it starts without any option."""
     with gateways.running(gateway_folder / "gateway.log", gateway_server.grpc_url) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def image_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models that read images, in the folder `repository` of this one, which has their Hugging Face folders too."""
-    root = tmp_path_factory.mktemp("images")
-    with on_one_thread():
-        image_prompts.export_models(root)
-    return root
-
-
-@pytest.fixture(scope="session")
-def image_server(image_models: Path) -> Iterator[LocalServer]:
-    """Both behind a real server."""
-    with local.running(image_models / "repository", image_models / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def image_gateway(image_server: LocalServer, image_models: Path) -> Iterator[Gateway]:
-    """A gateway in front of it."""
-    with gateways.running(image_models / "gateway.log", image_server.grpc_url) as running:
         yield running
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -44,11 +44,11 @@ from trident_serving.generation.image_tower import ImageTower
 from trident_serving.generation.images import ImageReader
 from trident_serving.generation.service import GenerationService
 from trident_serving.generation.vision import PatchVision
-from trident_serving.launcher.local import LocalServer
 from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import encode_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+MODEL = "qwen"
 
 FILES = pictures.files(9)
 # Two pictures of one size, whose prompts have the same tokens, and two others with as many tokens.
@@ -62,22 +62,6 @@ def _exported(folder: Path, root: Path, *variants: str) -> Path:
     spec = models_file.parse("qwen", table(folder, *variants))
     install.export([spec], root / "repository", root, root / "cache", lambda message: None)
     return root / "repository"
-
-
-@pytest.fixture(scope="module")
-def folder(image_models: Path) -> Path:
-    return image_models / "qwen"
-
-
-@pytest.fixture(scope="module")
-def repository(image_models: Path) -> Path:
-    return image_models / "repository"
-
-
-@pytest.fixture
-def client(image_server: LocalServer) -> Iterator[Client]:
-    with Client(image_server.grpc_url, timeout=60) as connected:
-        yield connected
 
 
 class Reference:

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -54,26 +54,11 @@ from trident_serving.schema.limits import GenerationLimits
 from trident_serving.text import encode_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+MODEL = "vlm"
 
 FILES = pictures.files(9)
 # Two pictures of one size, whose prompts have the same tokens.
 SAME_SIZE = [pictures.encoded(Image.fromarray(pictures.drawn(seed, 64, 64))) for seed in (1, 2)]
-
-
-@pytest.fixture(scope="module")
-def folder(image_models: Path) -> Path:
-    return image_models / "vlm"
-
-
-@pytest.fixture(scope="module")
-def repository(image_models: Path) -> Path:
-    return image_models / "repository"
-
-
-@pytest.fixture
-def client(image_server: LocalServer) -> Iterator[Client]:
-    with Client(image_server.grpc_url, timeout=60) as connected:
-        yield connected
 
 
 class Reference:
