@@ -26,6 +26,7 @@ WEATHER = {"name": "weather", "action": "redact", "pattern": r"\b(?:rain|snow)\b
 SESAME = {"name": "sesame", "action": "block", "pattern": r"(?i)open\s{1,3}sesame"}
 NOTE = Finding("weather", "redact", "input", 1)
 CITY = {"name": "city", "action": "redact", "stages": ["output"], "pattern": "Zürich", "replacement": 'a "place"'}
+PIN = {"name": "pin", "action": "redact", "stages": ["input"], "pattern": r"pin\s\d\d\s?\d\d"}
 DIGIT = {"name": "digit", "action": "redact", "stages": ["output"], "pattern": "[0-9]", "replacement": '"'}
 
 
@@ -53,7 +54,7 @@ def guarded(gateway_server: LocalServer, gateway_folder: Path, forbidden: str) -
     tag = {"name": "tag", "action": "annotate", "stages": ["input"], "entities": "tag", "threshold": 0.1}
     judge = {"name": "judge", "action": "annotate", "judge": "talk", "template": "llama-guard", "policy": "S1: Rain."}
     guards = {"guarded": [WEATHER, SESAME, word], "asking": [WEATHER, SESAME, word, tag, judge]}
-    guards |= {"calling": [CITY], "spelling": [DIGIT]}
+    guards |= {"calling": [CITY], "spelling": [DIGIT, PIN]}
     guards["open"] = [{**tag, "action": "redact", "window": 4000}, {"name": "mood", **MOOD}]
     repository = gateway_folder / "repository"
     with Client(gateway_server.grpc_url, timeout=60) as client:
@@ -103,6 +104,20 @@ def test_no_door_goes_around_the_guard(gateway_server: LocalServer, direct: Clie
     assert json.loads(text)["finish_reason"] == "content_filter"
     with pytest.raises(InvalidRequestError, match="top_logprobs is not known to this model: its guard guarded may"):
         direct.generate("hello", model="guarded", top_logprobs=2)
+
+
+def test_what_is_in_two_parts_of_a_message_is_redacted(direct: Client) -> None:
+    """This template puts parts together by lines."""
+
+    def said(*texts: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
+
+    found = direct.chat(said("my pin 12", "34 is secret", "ok"), model="spelling", max_tokens=1)
+    assert found.guard[0] == Finding("pin", "redact", "input", 1)
+    plain = direct.chat(said("my [pin]", " is secret", "ok"), model="talk", max_tokens=1)
+    assert found.num_input_tokens == plain.num_input_tokens
+    apart = direct.chat(said("my pin 12", "or 34"), model="spelling", max_tokens=1)
+    assert [each.rule for each in apart.guard if each.stage == "input"] == []
 
 
 def test_rules_ask_other_models(direct: Client) -> None:

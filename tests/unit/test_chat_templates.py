@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny_models
 from trident_serving.chat.messages import Conversation, parse_tool_choice
 from trident_serving.chat.origins import Traced, data, origins_of, plain
-from trident_serving.chat.template import ChatTemplate, special_tokens
+from trident_serving.chat.template import ChatTemplate, Joint, special_tokens
 from trident_serving.errors import InvalidRequest, ReadingError
 from trident_serving.generation.chat import Chat
 from trident_serving.generation.request import GenerationRequest, RequestParser
@@ -118,6 +118,24 @@ def expected(text: str, messages: list[dict[str, Any]], **extra: Any) -> str | N
 def conversation(messages: list[dict[str, Any]], extra: Mapping[str, Any]) -> Conversation:
     options = {name: value for name, value in extra.items() if name not in ("tools", "documents")}
     return Conversation(messages, tools=extra.get("tools"), documents=extra.get("documents"), options=options)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_parts_stand_together_as_their_joint_says(style: str) -> None:
+    template = template_of(STYLES[style])
+    joint, parts = template.joint, [" one", "two \n", "\tthree"]
+    shown = plain(template.render([{"role": "user", "content": [{"type": "text", "text": text} for text in parts]}]))
+    assert joint.between.join([part.strip() if joint.trims else part for part in parts]).strip() in shown
+
+
+def test_joints() -> None:
+    found = {style: template_of(text).joint for style, text in STYLES.items()}
+    assert [style for style, joint in found.items() if joint == Joint("")] == ["glm", "parts_only"]
+    assert [style for style, joint in found.items() if joint == Joint("", trims=True)] == ["gemma"]
+    assert {joint for style, joint in found.items() if style not in ("glm", "parts_only", "gemma")} == {Joint("\n")}
+    marked = "{% for m in messages %}{% for part in m.content %}<part>{{ part.text }}</part>{% endfor %}{% endfor %}"
+    assert template_of(marked).joint == Joint("</part><part>")
+    assert template_of("{{ messages[0].content[0].text }}").joint == Joint("")
 
 
 @pytest.mark.parametrize("extra", EXTRA)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny_models
+from trident_serving.chat.template import Joint
 from trident_serving.errors import InvalidRequest, Overloaded
 from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.request import GenerationRequest, RequestParser
@@ -43,7 +44,7 @@ JUDGE = {"name": "judge", "action": "block", "judge": "guardian", "template": "g
 class Engine:
     """A service whose engine says what a test wants, in chunks of three characters."""
 
-    memory, draft_name, tokenizer = "", "", TOKENIZER
+    memory, draft_name, tokenizer, joint = "", "", TOKENIZER, Joint()
 
     def __init__(self, answers: Sequence[Mapping[str, str]]) -> None:
         self.recorder = Recorder()
@@ -509,6 +510,101 @@ def test_what_a_redaction_makes_is_read_again(stream: bool) -> None:
     with guarded(chain, "so wxabxw.") as (service, _, _):
         client = ask(service, stream=stream)
         assert (client.text(), client.ended()[0]) == ("so ", "content_filter")
+
+
+JOINED = Joint()
+CARD = {"name": "card", "action": "redact", "pattern": r"\b\d{4}(?: ?\d{4}){3}\b", "longest": 19}
+
+
+def _filtered_parts(
+    parts: Sequence[Mapping[str, Any]], rules: Sequence[Mapping[str, Any]], joint: Joint = JOINED, **models: Any
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The texts of a message's parts behind a guard, and what it told."""
+    guard = Guard.from_table("g", {"rules": [dict(rule) for rule in rules]})
+    findings = Findings()
+
+    async def asked() -> Inputs | None:
+        question = Models(guard, {name: Model(each) for name, each in models.items()}.__getitem__)
+
+        async def every(texts: Sequence[str]) -> list[Passed]:
+            return await filter_all(texts, guard.rules, Stage.INPUT, findings, question.about(time.monotonic() + 20))
+
+        messages = [{"role": "user", "content": list(parts)}]
+        return await prompts.filtered(
+            {"messages": encode_texts([json.dumps(messages)])[None]}, [], TOKENIZER, every, joint
+        )
+
+    found = asyncio.run(asked())
+    content = parts if found is None else json.loads(found["messages"].item())[0]["content"]
+    assert [set(part) for part in content] == [set(part) for part in parts]
+    return [part["text"] for part in content if "text" in part], findings.told()
+
+
+def _texts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("joint", "sent", "left"),
+    [
+        (Joint(), ["my card is 4111 1111", " 1111 1111, ok?"], ["my card is [card]", ", ok?"]),
+        (Joint(), ["4111 ", "1111", " 11", "11 1111", " a@b.de"], ["[card]", "", "", "", " [email]"]),
+        (Joint(), ["to a@", "b.de and c@", "d.de"], ["to [email]", " and [email]", ""]),
+        (Joint(), ["a@b.de ", "4111 1111 1111 1111"], ["[email] ", "[card]"]),
+        (Joint("\n"), ["4111 1111", " 1111 1111"], ["4111 1111", " 1111 1111"]),
+        (Joint(" "), ["4111 1111", "1111 1111 ", "x"], ["[card]", " ", "x"]),
+        (Joint("", trims=True), ["4111 1111 ", "\n1111 1111\n"], ["[card]", ""]),
+        (Joint("", trims=True), ["Hello ", "\nyou\n"], ["Hello ", "\nyou\n"]),
+    ],
+)
+def test_parts_of_a_message_are_one_text(joint: Joint, sent: list[str], left: list[str]) -> None:
+    assert _filtered_parts(_texts(*sent), [CARD, EMAIL], joint)[0] == left
+
+
+def test_what_lies_in_two_parts_is_told_once_and_found_by_models_too() -> None:
+    parts = [*_texts("I am An"), {"type": "image"}, *_texts("na of Bonn. Xyz", "zy")]
+    left, told = _filtered_parts(parts, [NAMES, {**SECRET, "action": "annotate"}], tagger=tagger)
+    assert left == ["I am [PER]", " of Bonn. Xyz", "zy"]
+    assert told == [{"rule": "names", "action": "redact", "stage": "input", "count": 1}]
+    with pytest.raises(prompts.Blocked):
+        _filtered_parts(_texts("say xy", "zzy"), [SECRET, CARD])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab@.x1 ", max_size=40), st.lists(st.integers(0, 40), max_size=4), st.sampled_from(["", "\n", "ab"]))
+def test_parts_hold_together_what_their_text_becomes(text: str, places: list[int], between: str) -> None:
+    cuts = sorted({min(place, len(text)) for place in places})
+    parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    rules = [
+        {**EMAIL, "pattern": r"[ab]@[ab]"},
+        {"name": "one", "action": "redact", "pattern": "1x?", "replacement": "-"},
+    ]
+    left, told = _filtered_parts(_texts(*parts), rules, Joint(between))
+    whole, told_of_whole = _filtered_parts(_texts(between.join(parts)), rules)
+    assert told == told_of_whole
+    assert len(left) == len(parts)
+    if between in ("", "\n"):  # no rule reads a line's end, so none redacts it
+        assert between.join(left) == whole[0]
+
+
+def test_models_read_again_what_patterns_redact_behind_them() -> None:
+    """A pattern that its own replacement makes match; nothing is asked twice where patterns redact nothing more."""
+    inner = {"name": "inner", "action": "redact", "pattern": "-", "replacement": "."}
+    outer = {"name": "outer", "action": "redact", "pattern": r"\(\.\)", "replacement": "a"}
+    rules = [inner, outer, {**NAMES, "batch": 8}, {**JUDGE, "stages": ["input"]}]
+
+    async def asked(*texts: str) -> tuple[list[str], list[str], list[str]]:
+        guard = Guard.from_table("g", {"rules": rules})
+        served = {"tagger": Model(tagger), "guardian": Model(guardian)}
+        question = Models(guard, served.__getitem__).about(time.monotonic() + 20)
+        passed = await filter_all(texts, guard.rules, Stage.INPUT, Findings(), question)
+        return [each.text for each in passed], served["tagger"].asked, served["guardian"].asked
+
+    # "(-)" becomes "(.)" and that "a", behind the models: "Ann(-)" is a name only then.
+    found, tags, verdicts = asyncio.run(asked("hello", "I am Ann(-)"))
+    assert (found, tags, len(verdicts)) == (["hello", "I am [PER]"], ["hello|I am Ann(.)", "I am Anna"], 2)
+    found, tags, verdicts = asyncio.run(asked("hello", "I am Anna-"))
+    assert (found, tags, len(verdicts)) == (["hello", "I am [PER]."], ["hello|I am Anna."], 1)
 
 
 def test_models_are_asked_about_many_texts_at_once() -> None:

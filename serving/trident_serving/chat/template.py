@@ -19,7 +19,7 @@ from jinja2 import TemplateError, meta, nodes
 
 from trident_serving.chat.environment import TemplateEnvironment
 from trident_serving.chat.messages import REASONING, Conversation, Message, function_of
-from trident_serving.chat.origins import Traced, data, origins_of
+from trident_serving.chat.origins import Traced, data, origins_of, plain
 from trident_serving.errors import InvalidRequest
 
 FILE, TOOLS_FILE, CONFIG = "chat_template.jinja", "chat_template_tool_use.jinja", "tokenizer_config.json"
@@ -28,6 +28,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 # A role is written by the template between its control tokens. One that could be markup is data like any other text.
 _ROLE = re.compile(r"[\w-]+", re.ASCII)
 _PROBE, _ANSWER = "hello probe", "answer probe"
+_BETWEEN = "\n"  # stands between parts for a template that takes none
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,19 @@ class _Form:
     texts: bool = True
     parts: bool = True
     arguments_as_text: bool = False
+
+
+@dataclass(frozen=True)
+class Joint:
+    """How a template puts the parts of a content together.
+
+    Attributes:
+        between: what stands between two of them.
+        trims: whether white space around each is left out.
+    """
+
+    between: str = ""
+    trims: bool = False
 
 
 class ChatTemplate:
@@ -131,6 +145,19 @@ class ChatTemplate:
         _, found, rest = shown.rpartition(_ANSWER)
         return rest if found else Traced()
 
+    @cached_property
+    def joint(self) -> Joint:
+        """How parts of a content stand together in a prompt, by what the template makes of the user's."""
+        if not self._form.parts:
+            return Joint(_BETWEEN)
+        parts = [{"type": "text", "text": f"{_PROBE}\t"}, {"type": "text", "text": f"\t{_ANSWER}"}]
+        shown = plain(self._tried([{"role": "user", "content": parts}]) or "")
+        between, found, _ = shown.partition(_PROBE)[2].partition(_ANSWER)
+        if not found:
+            return Joint()
+        trims = not (between.startswith("\t") and between.endswith("\t") and len(between) > 1)
+        return Joint(between.strip("\t"), trims)
+
     def _render(self, conversation: Conversation, add_generation_prompt: bool) -> Traced:
         options = {**self._options, **conversation.options}
         values = self._special_tokens | {name: data(value) for name, value in options.items()}
@@ -191,8 +218,8 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 def _literals(template: nodes.Template) -> Iterator[str]:
     """Every text that a template writes itself."""
-    for plain in template.find_all(nodes.TemplateData):
-        yield plain.data
+    for written in template.find_all(nodes.TemplateData):
+        yield written.data
     for constant in template.find_all(nodes.Const):
         if isinstance(constant.value, str):
             yield constant.value
@@ -211,7 +238,7 @@ def _shaped_message(message: Message, form: _Form) -> Message:
         shaped = {"thinking": reasoning, **shaped, "reasoning_content": reasoning}
     content = shaped.get("content")
     if isinstance(content, list) and not form.parts:
-        shaped["content"] = "\n".join(part["text"] for part in content)
+        shaped["content"] = _BETWEEN.join(part["text"] for part in content)
     elif isinstance(content, str) and not form.texts:
         shaped["content"] = [{"type": "text", "text": content}]
     if shaped.get("tool_calls"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from trident_serving.chat.template import Joint
 from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.batch import Embeds
@@ -107,6 +108,7 @@ class TextService:
         recorder: of its metrics.
         tokenizer: the model's.
         draft_name: the model that drafts; "": none does.
+        joint: how its chat template puts the parts of a message together.
     """
 
     memory: object
@@ -126,6 +128,7 @@ class TextService:
         self.tokenizer = TextTokenizer.load(folder)
         self._unloading = unloading
         self._chat = Chat.load(folder, self.tokenizer, limits, "" if images is None else images.settings.literals)
+        self.joint = Joint() if self._chat is None else self._chat.template.joint
         ends = read_eos_token_ids(folder)
         self._eos_token_ids = frozenset(token for token in ends if 0 <= token < vocabulary_size)
         defaults = GenerationDefaults.load(folder, vocabulary_size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
@@ -74,15 +74,57 @@ class Asked(Protocol):
 
 
 @dataclass(frozen=True)
+class Edit:
+    """Characters [start, end) of a text, in whose place so many others stand."""
+
+    start: int
+    end: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Passed:
     """What of a text goes on.
 
     Attributes:
         blocked: whether nothing follows, because a rule blocks the rest.
+        rounds: of a text that was read at once, what each reading replaced of what the one before it left, in order.
     """
 
     text: str
     blocked: bool = False
+    rounds: tuple[tuple[Edit, ...], ...] = ()
+
+    def then(self, after: Passed) -> Passed:
+        """What is left where another reading has followed."""
+        return Passed(after.text, self.blocked or after.blocked, self.rounds + after.rounds)
+
+    def cut(self, gaps: Sequence[tuple[int, int]]) -> list[str]:
+        """What is left of the parts of a text; what stands for a match is in the part in which that begins.
+
+        Args:
+            gaps: between two parts each, [start, end) in the text that was read, rising.
+        """
+        for edits in self.rounds:
+            gaps = [_moved(gap, edits) for gap in gaps]
+        starts, ends = [0, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(self.text)]
+        return [self.text[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _moved(gap: tuple[int, int], edits: Sequence[Edit]) -> tuple[int, int]:
+    """Where a gap between two parts is behind edits."""
+    start, end = gap
+    for edit in reversed(edits):
+        further = edit.length - (edit.end - edit.start)
+        if edit.end <= gap[1]:
+            end += further
+        elif edit.start < gap[1]:  # it reaches into the second part, and may begin in the first one
+            end = edit.start if edit.start >= gap[0] else edit.start + edit.length
+        if edit.end <= gap[0]:
+            start += further
+        elif edit.start < gap[0]:
+            start = edit.start + edit.length
+    return start, end
 
 
 class PatternFilter:
@@ -139,6 +181,7 @@ class PatternFilter:
         """What goes on, up to a place that no further match can include."""
         self._found.sort(key=lambda each: (each[0].start, each[1]))
         passed: list[str] = []
+        edits: list[Edit] = []
         number, place = 0, self._offset  # of the match that is next, and up to where the text has gone on
         while number < len(self._found) and self._found[number][0].start < decided:
             first, start, end = number, self._found[number][0].start, 0
@@ -159,12 +202,13 @@ class PatternFilter:
             for rule in rules:
                 self._findings.add(rule, Action.REDACT, self._stage)
             passed.append(rules[0].instead(rules[0].name))
+            edits.append(Edit(start, end, len(passed[-1])))
             place = end
         passed.append(self._between(place, decided))
         del self._found[:number]
         self._held = self._held[decided - self._offset :]
         self._offset = decided
-        return Passed("".join(passed))
+        return Passed("".join(passed), rounds=(tuple(edits),) if edits else ())
 
     def _between(self, start: int, end: int) -> str:
         """What is held of the text from one place to another."""
@@ -236,7 +280,8 @@ def _judged(
     rule: Rule, stage: Stage, findings: Findings, windows: Sequence[str], found: Mapping[str, list[Span]] | None
 ) -> Passed:
     """What goes on of the windows of a text."""
-    passed = ""
+    passed, place = "", 0
+    edits: list[Edit] = []
     for window in windows:
         spans = found.get(window, []) if found is not None else []
         if found is None and window.strip():
@@ -245,17 +290,29 @@ def _judged(
             findings.add(rule, rule.action, stage, 1 if rule.action is Action.BLOCK else len(spans))
             if rule.action is Action.BLOCK:
                 return Passed(passed, blocked=True)
-        passed += _redacted(window, spans, rule) if rule.action is Action.REDACT and spans else window
-    return Passed(passed)
+        if rule.action is Action.REDACT and spans:
+            window_passed, found_edits = _redacted(window, spans, rule, place)
+            passed += window_passed
+            edits += found_edits
+        else:
+            passed += window
+        place += len(window)
+    return Passed(passed, rounds=(tuple(edits),) if edits else ())
 
 
-def _redacted(text: str, spans: Sequence[Span], rule: Rule) -> str:
+def _redacted(text: str, spans: Sequence[Span], rule: Rule, place: int) -> tuple[str, list[Edit]]:
+    """A window with something else in place of spans, and these edits of the text in which it begins at a place."""
     passed, last = "", 0
+    edits: list[Edit] = []
     for span in spans:
         if span.start >= last:
-            passed += text[last : span.start] + rule.instead(span.label)
+            instead = rule.instead(span.label)
+            passed += text[last : span.start] + instead
+            edits.append(Edit(place + span.start, place + span.end, len(instead)))
+        elif span.end > last:  # it goes on behind one that it overlaps
+            edits[-1] = Edit(edits[-1].start, place + span.end, edits[-1].length)
         last = max(last, span.end)
-    return passed + text[last:]
+    return passed + text[last:], edits
 
 
 class SecondReading:
@@ -347,7 +404,8 @@ async def filter_all(
 ) -> list[Passed]:
     """Whole texts through all rules of a stage, as `TextFilter` filters each, and models are asked about all at once.
 
-    A judge reads short texts that follow each other as one: it says nothing of where in a text.
+    A judge reads short texts that follow each other as one: it says nothing of where in a text. Where patterns redact
+    what models have read, the models are asked about that text once more.
 
     Returns:
         The first is that of the first text; none follows one that is blocked.
@@ -361,17 +419,29 @@ async def filter_all(
         passed.append(PatternFilter(patterns, stage, findings).push(text, end=True))
         if passed[-1].blocked:
             break
-    for rule in rules:
-        if rule.model:
-            passed = await _through(rule, stage, findings, asked, passed)
-    return _read_again(passed, rules, stage, findings)
+    models = [rule for rule in rules if rule.model]
+    for rule in models:
+        passed = await _through(rule, stage, findings, asked, passed, range(len(passed)))
+    again = [patterns_again(rules, stage, findings) for _ in passed]
+    for number in range(max(map(len, again), default=0)):
+        read, passed = passed, _read_again(passed, [each[number] for each in again])
+        changed = [place for place, each in enumerate(passed) if each.text != read[place].text]
+        for rule in models if changed and number + 2 < ROUNDS else ():
+            if rule.action is not Action.ANNOTATE:  # has noted what is there
+                passed = await _through(rule, stage, findings, asked, passed, changed)
+    return passed
 
 
 async def _through(
-    rule: Rule, stage: Stage, findings: Findings, asked: Asked, passed: Sequence[Passed]
+    rule: Rule, stage: Stage, findings: Findings, asked: Asked, passed: Sequence[Passed], among: Collection[int]
 ) -> list[Passed]:
-    """Texts through the model of a rule."""
+    """Texts through the model of a rule.
+
+    Args:
+        among: numbers of those that it is asked about.
+    """
     groups = _packed(passed, rule.window or WINDOW) if rule.judge else [[number] for number in range(len(passed))]
+    groups = [its for its in groups if not set(among).isdisjoint(its)]
     between = " " if rule.size else "\n"  # an end of a line is one of a window
     windows = [Windows(rule.size).push(between.join(passed[each].text for each in its), end=True) for its in groups]
     found = await _asked(asked, rule, [window for each in windows for window in each])
@@ -382,7 +452,7 @@ async def _through(
         if judged.blocked:
             return [*made[:first], judged if len(group) == 1 else Passed("", blocked=True)]
         if rule.action is Action.REDACT:
-            made[first] = Passed(judged.text, made[first].blocked)
+            made[first] = made[first].then(judged)
     return made
 
 
@@ -399,16 +469,21 @@ def _packed(passed: Sequence[Passed], size: int) -> list[list[int]]:
     return groups
 
 
-def _read_again(passed: Sequence[Passed], rules: Sequence[Rule], stage: Stage, findings: Findings) -> list[Passed]:
+def _read_again(passed: Sequence[Passed], again: Sequence[SecondReading]) -> list[Passed]:
     made: list[Passed] = []
-    for one in passed:
-        for again in patterns_again(rules, stage, findings):
-            after = again.push(one.text, end=True)
-            one = Passed(after.text, one.blocked or after.blocked)
-        made.append(one)
-        if one.blocked:
+    for one, reading in zip(passed, again, strict=False):
+        made.append(one.then(reading.push(one.text, end=True)))
+        if made[-1].blocked:
             break
     return made
+
+
+def read_apart(texts: Sequence[str], rules: Sequence[Rule], stage: Stage, findings: Findings) -> list[Passed]:
+    """Whole texts through the patterns of a stage that have read them together; none only notes."""
+    return _read_again(
+        [Passed(text) for text in texts],
+        [SecondReading(rules, stage, findings, last=False) for _ in texts],
+    )
 
 
 def at_once(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from trident_serving.chat.template import Joint
 from trident_serving.errors import InvalidRequest, Overloaded
 from trident_serving.generation.answer import FinishReason
 from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stream import Chunk, ResponseChannel
 from trident_serving.guard import prompts
 from trident_serving.guard.asking import Models
-from trident_serving.guard.filtering import Findings, Passed, PatternFilter, TextFilter, at_once, filter_all
+from trident_serving.guard.filtering import Findings, Passed, PatternFilter, TextFilter, at_once, filter_all, read_apart
 from trident_serving.guard.rules import Action, Guard, Stage
 from trident_serving.guard.structured import JsonFilter
 from trident_serving.runtime.metrics import Recorder
@@ -46,6 +47,7 @@ class Service(Protocol):
     draft_name: str
     recorder: Recorder
     tokenizer: TextTokenizer
+    joint: Joint
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
         """Check a request."""
@@ -220,20 +222,28 @@ class GuardedService:
         async def every(texts: Sequence[str]) -> Sequence[Passed]:
             return await filter_all(texts, self._input, Stage.INPUT, exchange.findings, asked)
 
+        patterns = [rule for rule in self._input if rule.pattern]
+        hiding = [rule for rule in patterns if rule.action is not Action.ANNOTATE]
+
+        async def apart(texts: Sequence[str]) -> Sequence[Passed]:
+            return read_apart(texts, hiding, Stage.INPUT, exchange.findings)
+
         try:
-            changed = await prompts.filtered(given.inputs, tokens, self.tokenizer, every)
+            changed = await prompts.filtered(given.inputs, tokens, self.tokenizer, every, self._service.joint)
+            left = given.inputs if changed is None else changed
+            if hiding and prompts.in_parts(left):  # a template may put those of another role together otherwise
+                left_apart = await prompts.filtered(left, tokens, self.tokenizer, apart)
+                changed = changed if left_apart is None else left_apart
         except prompts.Blocked:
             return None
         if changed is not None:
             given = self._again(changed, given)
-        patterns = [rule for rule in self._input if rule.pattern]
         blocking = [rule for rule in patterns if rule.action is Action.BLOCK]
         for text in prompts.joined(given.inputs):
             if PatternFilter(blocking, Stage.INPUT, exchange.findings).push(text, end=True).blocked:
                 return None
         if len(tokens) > 1:  # what lies on both sides of a special token
             text = self.tokenizer.decode(given.request.prompt_ids)
-            hiding = [rule for rule in patterns if rule.action is not Action.ANNOTATE]
             (passed,) = await filter_all([text], hiding, Stage.INPUT, exchange.findings, asked)
             if passed.blocked:
                 return None
