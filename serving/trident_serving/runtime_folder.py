@@ -26,7 +26,7 @@ from pathlib import Path
 ENVIRONMENT = "TRIDENT_RUNTIME_FOLDER"
 # The address of the server's gRPC port, which the launcher sets.
 ADDRESS_ENVIRONMENT = "TRIDENT_GRPC_ADDRESS"
-BEAT_SECONDS = 0.25
+BEAT_SECONDS = 0.5
 # The request parameter that carries the pass.
 PASS_PARAMETER = "trident_pass"
 # A process whose engine has open requests and makes no step for this long hangs. A step of a large model takes seconds.
@@ -70,6 +70,8 @@ class RuntimeFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # By file name and inode: a launcher reads them five times a second, beside models that want its core.
+        self._maps: dict[tuple[str, int], mmap.mmap] = {}
         (folder / "processes").mkdir(mode=0o700, parents=True)
         (folder / "control").write_bytes(b"\0")
         (folder / "pass").write_text(secrets.token_hex(), encoding="ascii")
@@ -81,27 +83,43 @@ class RuntimeFolder:
 
     def records(self) -> list[Record]:
         """The records of the backend processes, including those that have died."""
+        maps: dict[tuple[str, int], mmap.mmap] = {}
         found = []
-        for path in self._paths():
+        for entry in self._entries():
+            key = entry.name, entry.inode()
             try:
-                beat, count, held = _RECORD.unpack(path.read_bytes()[: _RECORD.size])
-            except (OSError, struct.error):
+                record = maps[key] = self._maps.get(key) or _map(entry.path)
+            except (OSError, ValueError):
                 continue  # it has just gone, or is being made
-            pid, version, model = path.name.split(":", 2)
-            found.append(Record(path, int(pid), model, version, beat, count, held))
+            beat, count, held = _RECORD.unpack_from(record)
+            pid, version, model = entry.name.split(":", 2)
+            found.append(Record(Path(entry.path), int(pid), model, version, beat, count, held))
+        self._maps = maps
         return found
 
     def clear(self) -> None:
         """Remove all records, once their server has ended."""
-        for path in self._paths():
-            path.unlink(missing_ok=True)
+        for entry in self._entries():
+            Path(entry.path).unlink(missing_ok=True)
 
-    def _paths(self) -> list[Path]:
+    def _entries(self) -> list[os.DirEntry[str]]:
         """The records' files; [] if the folder was removed, as programs that clean /tmp do: then nothing is watched."""
         try:
-            return list((self.folder / "processes").iterdir())
+            with os.scandir(self.folder / "processes") as entries:
+                return list(entries)
         except OSError:
             return []
+
+
+def _map(path: str) -> mmap.mmap:
+    """A record, as its process writes it.
+
+    Raises:
+        OSError: it has gone.
+        ValueError: it is empty.
+    """
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), _RECORD.size, access=mmap.ACCESS_READ)
 
 
 class Process:
@@ -133,7 +151,8 @@ class Process:
         with (folder / "control").open("rb") as file:
             self._control = mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ)
         self._path = folder / "processes" / f"{os.getpid()}:{version}:{model}"
-        with self._path.open("w+b") as file:
+        self._path.unlink(missing_ok=True)  # not shortened: a launcher may have it mapped
+        with self._path.open("x+b") as file:
             file.write(bytes(_RECORD.size))
             file.flush()
             self._record = mmap.mmap(file.fileno(), _RECORD.size)

@@ -190,7 +190,8 @@ def test_metrics(server: LocalServer, client: Client) -> None:
     for histogram in ("time_to_first_token", "request_duration", "queue_time"):
         assert change[f"{histogram}_seconds_count"] == 1
         assert 0 <= change[f"{histogram}_seconds_sum"] < 10
-    assert change["inter_token_latency_seconds_count"] == change["batch_size_count"] == change["batch_size_sum"] == 11
+    assert change["batch_size_count"] == change["batch_size_sum"] == 11
+    assert 0 <= change["inter_token_latency_seconds_count"] <= 11  # a share of them, see test_publisher.py
     assert after["requests_running"] == after["requests_waiting"] == after["slots_used"] == 0
     assert after["kv_cache_tokens"] > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -81,3 +82,30 @@ def test_metrics_of_another_process_are_left_to_it() -> None:
     del publisher
     gc.collect()
     assert all(each() for each in api.living)
+
+
+def test_a_share_of_the_gaps_between_tokens_is_told_and_has_their_distribution() -> None:
+    api, recorder = Api(), Recorder()
+    publisher = Publisher(api, recorder, {"model": "m"})
+    gaps = [0.01] * 8000 + [0.1] * 2000  # in an order: a fixed stride would be fair, too, but not with 8 or 16 streams
+    recorder.observe("inter_token_latency", *gaps)
+    recorder.observe("batch_size", *[4.0] * 100)
+    publisher.stop(shared=False)
+    told = [value for name, _, value in api.told if name == "trident_inter_token_latency_seconds"]
+    assert 1000 <= len(told) <= 1500  # 1250 expected; a standard deviation is 33
+    assert 0.15 <= sum(value == 0.1 for value in told) / len(told) <= 0.25  # 0.2 expected, 0.011
+    assert [value for name, _, value in api.told if name == "trident_batch_size"] == [4.0] * 100
+
+
+def test_what_is_recorded_is_told_without_being_asked_and_idle_threads_sleep() -> None:
+    api, recorder = Api(), Recorder()
+    publisher = Publisher(api, recorder, {"model": "m"})
+    drains, drain = [], recorder.drain
+    recorder.drain = lambda: (drains.append(1), drain())[1]  # type: ignore[method-assign, func-returns-value]
+    time.sleep(0.7)
+    assert not drains
+    recorder.count("generated_tokens", 3)
+    time.sleep(0.7)
+    assert api.told == [("trident_generated_tokens_total", "increment", 3)]
+    assert len(drains) == 1
+    publisher.stop(shared=False)

@@ -10,7 +10,7 @@ from trident_serving.launcher import processes
 from trident_serving.launcher.processes import ProcessState
 from trident_serving.runtime_folder import Record
 
-# A healthy process beats four times a second. A process that neither beats nor uses the processor hangs. One that uses
+# A healthy process beats twice a second. A process that neither beats nor uses the processor hangs. One that uses
 # the processor, or waits for a disk, may be in a long step, so it gets more time.
 SILENT_SECONDS = 2.0
 BUSY_SECONDS = 10.0

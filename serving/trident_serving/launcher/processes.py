@@ -133,7 +133,11 @@ def _close_accepted(descriptor: int, ports: Collection[int]) -> None:
 
 def _stat(pid: int) -> list[str]:
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rsplit(")", 1)[1].split()
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY)  # a launcher looks at each process five times a second
+        try:
+            text = os.read(descriptor, 4096)
+        finally:
+            os.close(descriptor)
+        return text.decode("utf-8", "replace").rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return []

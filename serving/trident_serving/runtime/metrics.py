@@ -21,9 +21,14 @@ class Recorded:
 
 
 class Recorder:
-    """Collects from any thread."""
+    """Collects from any thread.
+
+    Attributes:
+        changed: set once there is something new; who drains clears it first.
+    """
 
     def __init__(self) -> None:
+        self.changed = threading.Event()
         self._lock = threading.Lock()
         self._recorded = Recorded()
 
@@ -31,16 +36,23 @@ class Recorder:
         """Add to a counter."""
         with self._lock:
             self._recorded.counters[name] += amount
+        self._note()
 
     def observe(self, name: str, *values: float) -> None:
         """Add values to a histogram."""
         with self._lock:
             self._recorded.histograms[name].extend(values)
+        self._note()
 
     def set(self, **gauges: float) -> None:
         """Set gauges."""
         with self._lock:
             self._recorded.gauges.update(gauges)
+        self._note()
+
+    def _note(self) -> None:
+        if not self.changed.is_set():  # to set it takes a lock
+            self.changed.set()
 
     def drain(self) -> Recorded:
         """What was recorded since the last call; gauges as they are now."""
