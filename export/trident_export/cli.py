@@ -353,6 +353,7 @@ def _add_compression(commands: argparse._SubParsersAction[argparse.ArgumentParse
     compressed.add_argument("--output", type=Path, default=Path("compressed"), help="for the Hugging Face folders")
     compressed.add_argument("--variant", default="", help="exported to be measured (default: the default variant)")
     _add_learning(compressed)
+    compressed.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
     compressed.add_argument("--seed", type=int, default=0)
     compressed.add_argument("--reports", type=Path, default=Path("reports"))
     compressed.set_defaults(run=_compress)
@@ -690,7 +691,7 @@ def _compress(options: argparse.Namespace) -> int:
     quiet.hush_onnxruntime(options.verbose)
     what = "latency" if options.parameters is None else "parameters"
     asked = budget.Budget.read(what, getattr(options, what))
-    names = ("steps", "minutes", "batch_size", "length", "learning_rate", "seed")
+    names = ("steps", "minutes", "batch_size", "length", "learning_rate", "save_every", "seed")
     settings = distillation.Settings(**{name: getattr(options, name) for name in names})
     spec, source = _model(options)
     variant = options.variant or spec.default_variant
