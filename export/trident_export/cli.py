@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING
 from trident_export import (
     configs,
     corpora,
+    disk,
     doctor,
     install,
     models_file,
@@ -74,7 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet.hush()
     folders = [value for value in vars(options).values() if isinstance(value, Path)]
     with progress.bars():
-        return report.guarded(lambda: int(options.run(options)), *folders, Path(tempfile.gettempdir()))
+        return report.guarded(lambda: _run(options), *folders, Path(tempfile.gettempdir()))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if reports := getattr(options, "reports", None):
+        disk.require_folder(reports)  # they are written last, when hours may have been spent
+    return int(options.run(options))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -346,6 +353,7 @@ def _add_compression(commands: argparse._SubParsersAction[argparse.ArgumentParse
     compressed.add_argument("--output", type=Path, default=Path("compressed"), help="for the Hugging Face folders")
     compressed.add_argument("--variant", default="", help="exported to be measured (default: the default variant)")
     _add_learning(compressed)
+    compressed.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
     compressed.add_argument("--seed", type=int, default=0)
     compressed.add_argument("--reports", type=Path, default=Path("reports"))
     compressed.set_defaults(run=_compress)
@@ -571,6 +579,8 @@ def _explain(options: argparse.Namespace) -> int:
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     asked = Options(**{**given, "candidate_labels": tuple(options.candidate_labels)})
     asking.check(spec, options.texts, asked)
+    if options.html and options.html.is_dir():
+        raise UsageError(f"--html must name a file, and {options.html} is a folder")
     variant = options.variant or spec.default_variant
     if variant not in spec.variants:
         raise UsageError(f"{spec.name} has no variant {variant!r}; exported are {', '.join(spec.variants)}")
@@ -652,7 +662,7 @@ def _prune(options: argparse.Namespace) -> int:
     print(curve.write(f"{spec.name}, {variant}, {options.method}", options.method, rows, options.reports))
     print("# for models.toml:")
     for folder in folders:
-        print(models.table(spec, f"{spec.name}-{folder.name}".replace("_", "-"), folder))
+        print(models.table(spec, f"{spec.name}-{folder.name}".replace("_", "-"), folder, variant))
     return 0
 
 
@@ -671,7 +681,7 @@ def _distill(options: argparse.Namespace) -> int:
     if not report:  # another process than the first
         return run.end()
     print(distillation.write(f"{spec.name}, student {options.student}", report, options.reports))
-    print(f"# for models.toml:\n{models.table(spec, name, output)}", end="")
+    print(f"# for models.toml:\n{models.table(spec, name, output, spec.default_variant)}", end="")
     return run.end()
 
 
@@ -679,9 +689,9 @@ def _compress(options: argparse.Namespace) -> int:
     from trident_export.compression import budget, distillation, models  # torch takes seconds to import
 
     quiet.hush_onnxruntime(options.verbose)
-    what = "parameters" if options.parameters else "latency"
+    what = "latency" if options.parameters is None else "parameters"
     asked = budget.Budget.read(what, getattr(options, what))
-    names = ("steps", "minutes", "batch_size", "length", "learning_rate", "seed")
+    names = ("steps", "minutes", "batch_size", "length", "learning_rate", "save_every", "seed")
     settings = distillation.Settings(**{name: getattr(options, name) for name in names})
     spec, source = _model(options)
     variant = options.variant or spec.default_variant
@@ -699,7 +709,7 @@ def _compress(options: argparse.Namespace) -> int:
         progress.say,
     )
     print(budget.write(f"{spec.name}, {variant}, {options.method}", rows, options.reports))
-    print(f"# for models.toml:\n{models.table(spec, f'{spec.name}-{folder.name}', folder)}", end="")
+    print(f"# for models.toml:\n{models.table(spec, f'{spec.name}-{folder.name}', folder, variant)}", end="")
     return 0
 
 

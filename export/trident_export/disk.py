@@ -17,6 +17,7 @@ from trident_export.recipes import Recipe
 # Less room than this on a disk right after a write has failed is why it failed: libraries hide the error's number.
 _FULL = 2**20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -63,6 +64,17 @@ def require_writable(repository: Path, models: Iterable[str]) -> None:
             raise _not_writable(folder, "read-only" if _is_owner(folder) else "permission denied")
 
 
+def require_folder(folder: Path) -> None:
+    """Check that a folder is there or can be made, as far as files stand in its way.
+
+    Raises:
+        NotWritable: it, or a folder above it, is a file.
+    """
+    nearest = _nearest(folder)
+    if not nearest.is_dir():
+        raise NotWritable(f"{nearest} is a file, and a folder is needed there: name another one")
+
+
 @contextlib.contextmanager
 def writing(*folders: Path) -> Iterator[None]:
     """Translate what is raised because one of the folders can't take what is written.
@@ -96,10 +108,23 @@ def explain(error: BaseException, *folders: Path) -> ExportError | None:
             return _no_room(path)
         if cause.errno == errno.EFBIG:
             return NoSpace(f"{path} can't hold a file as large as this one: raise the limit (ulimit -f), or the disk's")
+        if cause.errno in _IN_THE_WAY and (found := _in_the_way(path)) is not None:
+            return found
         if cause.errno in _FORBIDDEN:
             return _not_writable(path, (cause.strerror or "permission denied").lower())
     crowded = _fullest(folders)
     return _no_room(crowded) if folders and _free(crowded) < _FULL else None
+
+
+def _in_the_way(path: Path) -> NotWritable | None:
+    """What stands where something was to be written; None: nothing does."""
+    if path.is_dir():
+        return NotWritable(f"{path} is a folder, and a file is needed there: name another one")
+    try:
+        require_folder(path)
+    except NotWritable as error:
+        return error
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

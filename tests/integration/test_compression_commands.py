@@ -204,7 +204,8 @@ def test_a_model_is_compressed_to_a_budget(folder: Path, variant: str) -> None:
     assert whole["kl"] < trained["kl"] < 0.9 * pruned["kl"]
     assert trained["size_mib"] < whole["size_mib"]
     assert trained["step_ms"] > 0
-    (name,) = tomllib.loads(printed_tables(done.stdout))
+    ((name, table),) = tomllib.loads(printed_tables(done.stdout)).items()
+    assert table["default_variant"] == variant
     reached = AutoModelForCausalLM.from_pretrained(folder / "compressed" / "llama" / name.removeprefix("llama-"))
     assert reached.num_parameters() == pytest.approx(1e6 * trained["parameters_m"])
     assert [path.name for path in (folder / "compressed" / "llama").iterdir()] == [name.removeprefix("llama-")]
@@ -215,10 +216,13 @@ def test_impossible_budgets(folder: Path) -> None:
     for arguments, message in (
         (("--parameters", "10%"), "can't be met: with all removed that can be, "),
         (("--parameters", "1B"), "which is within the budget: nothing is left to do"),
-        (("--latency", "fast"), "--latency must be a number like milliseconds, or 80%, found 'fast'"),
+        (("--latency", "fast"), "--latency must be a number like 12.5, in milliseconds, or 80%, found 'fast'"),
+        (("--parameters", ""), "--parameters must be a number like 110M, or 80%, found ''"),
         (("--parameters", "90%", "--points", "0"), "--points must be 1 or more, found 0"),
     ):
         done = run_export(*common, *arguments, *options(folder))
         assert done.returncode == 1, done.stderr
         assert message in done.stderr
+    done = run_export(*common, "--parameters", "90%", *options(folder)[:2], "--reports", str(folder / "text.txt"))
+    assert (done.returncode, "text.txt is a file, and a folder is needed there" in done.stderr) == (1, True)
     assert not (folder / "out").exists()

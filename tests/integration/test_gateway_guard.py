@@ -30,7 +30,8 @@ PIN = {"name": "pin", "action": "redact", "stages": ["input"], "pattern": r"pin\
 DIGIT = {"name": "digit", "action": "redact", "stages": ["output"], "pattern": "[0-9]", "replacement": '"'}
 
 
-MOOD = {"action": "block", "stages": ["input"], "classifier": "classify", "labels": ["none"], "window": 4000}
+MOOD = {"action": "block", "stages": ["input"], "classifier": "classify", "labels": ["LABEL_0"], "window": 4000}
+MOOD |= {"classes": 3, "threshold": 1.0}  # never met
 AGE = {"type": "integer", "minimum": 100, "maximum": 999}
 
 

@@ -38,7 +38,14 @@ def test_budgets_are_read(what: str, text: str, expected: Budget) -> None:
 
 @pytest.mark.parametrize(
     ("what", "text"),
-    [("parameters", "many"), ("parameters", "-3M"), ("parameters", "0"), ("latency", "5M"), ("latency", "nan")],
+    [
+        ("parameters", "many"),
+        ("parameters", "-3M"),
+        ("parameters", "0"),
+        ("latency", "5M"),
+        ("latency", "nan"),
+        ("latency", ""),
+    ],
 )
 def test_impossible_budgets(what: str, text: str) -> None:
     with pytest.raises(UsageError, match=f"--{what} must be a number like"):

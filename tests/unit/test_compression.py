@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from tests.tiny_models import causal_config
 from trident_export import models_file
 from trident_export.compression import distillation, layouts, models, pruning
 from trident_export.compression.pruning import Method
-from trident_export.errors import NoSpace
+from trident_export.errors import NoSpace, NotWritable
 from trident_export.huggingface.folder import HuggingFaceFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -288,8 +290,43 @@ def test_impossible_students(spec: models_file.ModelSpec, tmp_path: Path) -> Non
             distillation.make_student(spec, HuggingFaceFolder(tmp_path / "llama"), student)
 
 
-@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"temperature": 0.0}, {"learning_rate": -1.0}, {"minutes": -1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"batch_size": 0},
+        {"temperature": 0.0},
+        {"learning_rate": -1.0},
+        {"learning_rate": math.nan},
+        {"minutes": -1.0},
+        {"minutes": math.nan},
+        {"hidden_weight": math.inf},
+        {"seed": -1},
+        {"seed": 2**32},
+    ],
+)
 def test_impossible_settings(bad: dict[str, float]) -> None:
     (name,) = bad
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must"):
         distillation.Settings(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("variant", "variants"), [("fp32", ["fp32"]), ("int8", ["int8", "fp32"]), ("int4", ["int4", "fp32"])]
+)
+def test_a_compressed_model_is_served_by_what_it_was_measured(
+    spec: models_file.ModelSpec, tmp_path: Path, variant: str, variants: list[str]
+) -> None:
+    (table,) = tomllib.loads(models.table(spec, "small", tmp_path, variant)).values()
+    assert (table["variants"], table["default_variant"]) == (variants, variant)
+    parsed = models_file.parse("small", table)
+    assert (parsed.default_variant, list(parsed.variants)) == (variant, variants)
+
+
+def test_nothing_is_learned_for_an_output_that_is_taken(spec: models_file.ModelSpec, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("")
+    source = HuggingFaceFolder(tmp_path / "llama")
+    for output, message in ((taken, "taken is there and is no model's folder"), (taken / "mine.txt" / "out", "a file")):
+        with pytest.raises(NotWritable, match=message):
+            distillation.distill(spec, source, "1", ["a text"], output, distillation.Settings(), print)

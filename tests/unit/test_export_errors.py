@@ -94,6 +94,21 @@ def test_errors_of_the_system_name_the_path(tmp_path: Path, number: int, kind: t
     assert type(disk.explain(outer)) is kind
 
 
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    for wanted in (taken, taken / "deeper" / "still"):
+        with pytest.raises(OSError, match="Errno") as raised:
+            wanted.mkdir(parents=True, exist_ok=True)
+        meaning = disk.explain(raised.value)
+        assert str(meaning) == f"{taken} is a file, and a folder is needed there: name another one"
+        assert type(meaning) is NotWritable
+    with pytest.raises(IsADirectoryError) as opened:
+        tmp_path.write_text("")
+    assert str(disk.explain(opened.value)) == f"{tmp_path} is a folder, and a file is needed there: name another one"
+    disk.require_folder(tmp_path / "new" / "one")
+
+
 def test_other_errors_mean_nothing(tmp_path: Path) -> None:
     assert disk.explain(ValueError("x"), tmp_path) is None
     assert disk.explain(os_error(errno.ENOENT, tmp_path), tmp_path) is None

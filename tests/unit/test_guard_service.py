@@ -323,6 +323,24 @@ def test_a_guard_that_fails_is_closed_unless_its_table_opens_it(stage: str) -> N
         assert client.ended() == ("stop", [{"rule": "names", "action": "failed", "stage": stage, "count": 1}])
 
 
+def moody(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Every text is calm."""
+    rows = len(tensors["text_input"])
+    labels = np.stack([encode_texts(["calm", "angry"])] * rows)
+    return {"label": labels, "score": np.array([[0.9, 0.1]] * rows, np.float32)}
+
+
+def test_a_class_that_the_classifier_does_not_have_fails_closed() -> None:
+    rule = {"name": "mood", "stages": ["input"], "classifier": "moods", "labels": ["calm", "Angry"], "threshold": 0.95}
+    with guarded([rule], "Anna", models={"moods": moody}) as (service, engine, _):
+        client = ask(service)
+        assert isinstance(client.error, Overloaded)
+        assert str(client.error) == "the guard's rule mood could not be checked: moods has no class 'Angry'"
+        assert engine.asked == []
+    with guarded([{**rule, "labels": ["calm", "angry"]}], "Anna", models={"moods": moody}) as (service, _, _):
+        assert ask(service).text() == "Anna"
+
+
 def test_the_likeliest_next_tokens_would_tell_what_is_hidden() -> None:
     ahead = {"max_tokens": np.array([[0]], np.int32)}
     with guarded([EMAIL], "fine") as (service, _, _):

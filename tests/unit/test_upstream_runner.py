@@ -68,3 +68,15 @@ def test_without_a_checkout_nothing_is_run(tmp_path: Path, capsys: pytest.Captur
     assert "nothing was run" in capsys.readouterr().out
     assert command.main([str(tmp_path)]) == 2
     assert "is no checkout" in capsys.readouterr().err
+
+
+def test_a_checkout_without_the_tests_proves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.environments, "environment", lambda name: tmp_path)
+    (tmp_path / "qa").mkdir()
+    (tmp_path / "page.md").write_text("before")
+    for more in ((), ("--suite", "no such suite")):
+        assert command.main([str(tmp_path), "--write", str(tmp_path / "page.md"), *more]) == 2
+        assert "nothing was run" in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == "before"

@@ -79,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{outcome.suite:58} {outcome.test:74} {outcome.result:15}{outcome.known or outcome.why}")
     for name, why in not_run.items():
         print(f"{name:58} {'':74} {'not run':15}{why}")
+    if not found:
+        print("none of the tests was found: nothing was run", file=sys.stderr)
+        return 2
     count = Counter(outcome.result for outcome in found)
     print(", ".join(f"{count[result]} {result}" for result in (PASSED, FAILED, LEFT)))
     if given.write is not None:

@@ -56,10 +56,10 @@ class Budget:
         Raises:
             UsageError: it is none.
         """
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB%]?)", text.strip(), re.IGNORECASE)
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB%]?)", text.strip(), re.IGNORECASE | re.ASCII)
         unit = found[2].upper() if found else ""
         if not found or not float(found[1]) or (what == "latency" and unit not in ("", "%")):
-            examples = "110M or 80%" if what == "parameters" else "milliseconds, or 80%"
+            examples = "110M, or 80%" if what == "parameters" else "12.5, in milliseconds, or 80%"
             raise UsageError(f"--{what} must be a number like {examples}, found {text!r}")
         if unit == "%":
             return cls(what, float(found[1]) / 100, True)
@@ -207,6 +207,8 @@ def compress(
     steps = [_stepped(units * (point + 1) / points, found.step) for point in range(points)]
     chosen = {curve.name_of(method, removed / found.total): removed for removed in steps if removed}
     rows: dict[str, Row] = {WHOLE: {"sparsity": 0.0, "parameters_m": found.parameters / 1e6}}
+    for name in chosen:
+        models.check_output(output / name)
     made = [source]
     try:
         for name, removed in chosen.items():

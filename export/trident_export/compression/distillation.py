@@ -77,11 +77,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "length", "learning_rate", "temperature", "save_every"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
         for name in ("steps", "minutes", "hidden_weight"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative, found {getattr(self, name)}")
+        run.check_seed(self.seed)
 
 
 def make_student(
@@ -186,6 +187,7 @@ def distill(
     progress = run.said_by_first(progress)
     asked = run.described(source, settings, texts, student=student)
     run.check_same_run(work, asked)
+    models.check_output(output)
     tokenizer: PreTrainedTokenizerBase = source.tokenizer
     data = chunks(spec, tokenizer, texts, settings.length)
     held_out = data[::HELD_OUT_EVERY][:HELD_OUT_MOST]

@@ -48,6 +48,7 @@ def check_output(folder: Path) -> None:
     Raises:
         NotWritable: there is a file of that name, or a folder with other things.
     """
+    disk.require_folder(folder.parent)
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not empty and not (folder / "config.json").is_file():
         raise NotWritable(f"{folder} is there and is no model's folder: name another one, or remove it")
@@ -80,22 +81,23 @@ def save(model: PreTrainedModel, source: HuggingFaceFolder, folder: Path) -> Non
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def table(spec: ModelSpec, name: str, folder: Path) -> str:
+def table(spec: ModelSpec, name: str, folder: Path, variant: str) -> str:
     """A table of models.toml for a compressed model: the original's, with another name and source.
 
-    Its variants are the default one and float32: what others get wrong on the new weights their gates have to say.
+    Its variants are `variant`, by which it was measured, and float32 where the original has that: what others get
+    wrong on the new weights their gates have to say.
     """
     kept = spec.as_dict()["limits"].items()
     if spec.generation:  # of a model with images its text part is written
         kept = [(key, value) for key, value in kept if not key.startswith("image")]
     limits = ", ".join(f"{key} = {_toml(value)}" for key, value in kept)
-    chosen = [v for v in spec.variants if v in (spec.default_variant, "fp32")]
-    variants = ", ".join(f'"{variant}"' for variant in chosen)
+    chosen = [variant, *(each for each in spec.variants if each == "fp32" != variant)]
+    variants = ", ".join(f'"{each}"' for each in chosen)
     prompts = ", ".join(f"{key} = {json.dumps(text)}" for key, text in (spec.own_prompts or {}).items())
     said = f"{{ {prompts} }}" if spec.own_prompts is not None else "true"
     return (
         f"{begin_of_table(name, spec.task, folder)}variants = [{variants}]\n"
-        f'default_variant = "{spec.default_variant}"\nlimits = {{ {limits} }}\n'
+        f'default_variant = "{variant}"\nlimits = {{ {limits} }}\n'
     ) + (f"prompts = {said}\n" if spec.prompts is not False else "")
 
 

@@ -35,7 +35,6 @@ from trident_export.training.examples import Labelled, Question
 HELD_OUT_EVERY = 5
 FEWEST = 2 * HELD_OUT_EVERY
 _WARM_UP = 10
-_LARGEST_SEED = 2**32 - 1
 # What says that the folder is an embedder's.
 _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*")
 Run = dict[str, Any]
@@ -68,8 +67,7 @@ class Settings:
         for name in ("epochs", "batch_size", "length", "learning_rate", "save_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
-        if not 0 <= self.seed <= _LARGEST_SEED:
-            raise UsageError(f"--seed must be between 0 and {_LARGEST_SEED}, found {self.seed}")
+        run.check_seed(self.seed)
 
 
 @dataclass(frozen=True)

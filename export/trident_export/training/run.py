@@ -36,6 +36,7 @@ from trident_export.huggingface.folder import HuggingFaceFolder
 
 LOG_EVERY = 10
 _SETTINGS = "settings.json"
+_LARGEST_SEED = 2**32 - 1
 _FREE = ("minutes", "save_every")  # these may change when a run goes on
 # What a configuration leaves to the Trainer where it does not say it.
 _AUTO = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -49,6 +50,16 @@ def first() -> bool:
 def processes() -> int:
     """How many processes the run has."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that numpy does not take.
+
+    Raises:
+        UsageError: it is below 0 or above 2³² - 1.
+    """
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise UsageError(f"--seed must be between 0 and {_LARGEST_SEED}, found {seed}")
 
 
 def said_by_first(progress: Callable[[str], None]) -> Callable[[str], None]:

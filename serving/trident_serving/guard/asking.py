@@ -150,7 +150,12 @@ class Question:
 
 
 def _found(rule: Rule, tensors: Tensors, texts: Sequence[str]) -> list[list[Span]]:
-    """What the answer of a model says of each text."""
+    """What the answer of a model says of each text.
+
+    Raises:
+        ServingError: a classifier, which names all of its classes, has none of a label's name: the rule would find
+            nothing, ever.
+    """
     if rule.judge:
         verdict = tensors["text_output"].reshape(-1)[0].decode("utf-8").strip()
         return [[] if verdict == rule.verdicts[0] else [Span(0, len(text), verdict)] for text in texts]
@@ -158,6 +163,10 @@ def _found(rule: Rule, tensors: Tensors, texts: Sequence[str]) -> list[list[Span
     columns = [tensors[name].reshape(len(texts), -1).tolist() for name in names]
     found = []
     for text, *rows in zip(texts, *columns, strict=True):
+        if rule.classifier:
+            classes = [label.decode("utf-8") for label in rows[0]]
+            if unknown := [label for label in rule.labels if label not in classes]:
+                raise ServingError(f"{rule.classifier} has no class {unknown[0]!r}")
         spans = []
         for label, score, *place in zip(*rows, strict=True):
             name = label.decode("utf-8")
