@@ -24,6 +24,9 @@ EXAMPLES ?= 5000
 CHECKOUT ?=
 WRITE ?=
 TEST_WORKERS ?= 4
+# The tests start hundreds of processes of ours, of which none need compile what it imports: not even where
+# PYTHONDONTWRITEBYTECODE keeps them from storing it.
+COMPILED = $(BIN)/python -m compileall -q client export gateway serving
 # A worker that dies ends the run and is told: to replace it, pytest-xdist 3.8 may wait for ever.
 WORKERS = --numprocesses $(TEST_WORKERS) --max-worker-restart 0
 SETUP := $(VENV)/.ready
@@ -55,9 +58,11 @@ export: $(SETUP) ## export models: make export [MODEL=name [VARIANTS=all] [SOURC
 	@$(BIN)/python -m trident_export export $(MODEL) $(if $(VARIANTS),--variants $(VARIANTS)) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) $(if $(BESIDE),--beside) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
 
 test: $(SETUP) ## run the tests, against a real server on free ports
+	@$(COMPILED)
 	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-all: $(SETUP) ## run the slow tests as well: more variants and families of what `make test` shows
+	@$(COMPILED)
 	@$(BIN)/python -m pytest $(WORKERS) -m 'not image and not clients and not charts and not replicas' $(PYTEST_ARGS)
 
 check: $(SETUP) ## lint, types, configs in step with models.toml, deployment files

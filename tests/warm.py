@@ -112,6 +112,8 @@ def _become(order: dict[str, Any]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    gc.disable()
     _import()
     gc.freeze()  # a fork that collects garbage need not look at what was imported, nor copy it
+    gc.enable()
     _serve()
