@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import re
 import signal
 import sys
@@ -554,6 +555,8 @@ def _audit_guard(options: argparse.Namespace) -> int:
 def _detect(options: argparse.Namespace) -> int:
     from trident_export import detection
 
+    if not math.isfinite(options.z):
+        raise UsageError(f"--z must be a number, found {options.z}")
     try:
         text = options.text.read_text(encoding="utf-8") if options.text else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:

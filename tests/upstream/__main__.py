@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, help="folder to keep the logs in")
     parser.add_argument("--write", type=Path, help="write the list as Markdown")
     given = parser.parse_args(arguments)
+    if given.suite and given.write:
+        parser.error("--write writes the page of all suites, --suite runs some")
     if not given.checkouts:
         print("no checkout of triton-inference-server/server was given, and none is fetched: nothing was run")
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from trident_export.errors import TextError
 from trident_export.evaluation.datasets import Dataset, Example
 
 CALLERS = 8
+_UNKNOWN = re.compile(r"unexpected keyword argument ('.*')")
 TOKENS = 256  # of an answer, where an example says nothing else
 
 
@@ -36,7 +38,9 @@ def answers(client: Client, task: str, model: str, data: Dataset) -> list[Any]:
         try:
             found = ask(example)
         except (TridentError, ValueError, TypeError) as error:
-            raise TextError(f"{where}: {model} says: {error}") from error
+            unknown = _UNKNOWN.search(str(error)) if isinstance(error, TypeError) else None
+            why = f"says: {error}" if unknown is None else f"takes no field {unknown[1]}"
+            raise TextError(f"{where}: {model} {why}") from error
         if data.kind == "perplexity" and not found:
             raise TextError(f"{where}: the text is one token, and the first of a text has no probability")
         return found

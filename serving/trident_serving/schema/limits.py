@@ -350,7 +350,10 @@ class Seq2SeqLimits:
 
     def __post_init__(self) -> None:
         if self.max_beams > self.slots:
-            raise ReadingError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
+            raise ReadingError(
+                f"max_beams ({type(self).max_beams} where it is not set) must be at most slots ({self.slots}), "
+                f"found {self.max_beams}"
+            )
 
 
 @dataclass(frozen=True)
@@ -380,7 +383,10 @@ class SpeechLimits:
 
     def __post_init__(self) -> None:
         if self.max_beams > self.slots:
-            raise ReadingError(f"max_beams must be at most slots ({self.slots}), found {self.max_beams}")
+            raise ReadingError(
+                f"max_beams ({type(self).max_beams} where it is not set) must be at most slots ({self.slots}), "
+                f"found {self.max_beams}"
+            )
         if self.max_target_tokens < 8:
             raise ReadingError(f"max_target_tokens must be at least 8, found {self.max_target_tokens}")
 
