@@ -76,7 +76,10 @@ def test_a_checkout_without_the_tests_proves_nothing(
     monkeypatch.setattr(command.environments, "environment", lambda name: tmp_path)
     (tmp_path / "qa").mkdir()
     (tmp_path / "page.md").write_text("before")
-    for more in ((), ("--suite", "no such suite")):
-        assert command.main([str(tmp_path), "--write", str(tmp_path / "page.md"), *more]) == 2
+    for more in (("--write", str(tmp_path / "page.md")), ("--suite", "no such suite")):
+        assert command.main([str(tmp_path), *more]) == 2
         assert "nothing was run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path), "--write", str(tmp_path / "page.md"), "--suite", "fuzz"])
+    assert "--write writes the page of all suites" in capsys.readouterr().err
     assert (tmp_path / "page.md").read_text() == "before"
