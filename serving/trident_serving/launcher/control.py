@@ -24,8 +24,8 @@ _CONFIG = {"input": [{"name": "A", **_TENSOR}], "output": [{"name": "B", **_TENS
 # config fails at once. A load with the second succeeds, and the unload of a loaded model clears its failure.
 _FAILS = {"backend": "none", **_CONFIG}
 _LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}]}
-# A request may meet the second one in the milliseconds before its unload. It has the tensors of the model in whose place
-# it is, since Triton would else tell the caller that those of the request are wrong.
+# A request may meet the second one in the milliseconds before its unload. It has the tensors of the model whose place it
+# takes, since Triton would else tell the caller that those of the request are wrong.
 _CODE = """\
 import json
 import triton_python_backend_utils as utils

@@ -65,11 +65,12 @@ class Leftovers:
         self._recorded |= {record.model for record in records}
         unknown = {_public(name) for name in present if _is_stage(name) and name not in self._recorded}
         busy = [record.model for record in records if record.open]
+        ending = {r.path for r in records if (r.model, r.version) in unloading and not _has_request(r.model, busy)}
         left = [
             r
             for r in records
             if not (r.open or r.model in shared or _public(r.model) in unknown)
-            and (_is_replaced(r, records, started) or ((r.model, r.version) in unloading and not _has_request(r.model, busy)))
+            and (r.path in ending or _is_replaced(r, records, started))
         ]
         models = [
             each
