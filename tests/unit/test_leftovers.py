@@ -34,9 +34,7 @@ class Looks:
         return [record.pid for record in left], models
 
 
-def record(
-    pid: int, model: str = "m", version: str = "1", beat: float = 1.0, open: int = 0, taken: int = 1
-) -> Record:
+def record(pid: int, model: str = "m", version: str = "1", beat: float = 1.0, open: int = 0, taken: int = 1) -> Record:
     return Record(Path(f"/nowhere/{pid}"), pid, model, version, beat, open, open, taken)
 
 

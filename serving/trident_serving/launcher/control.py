@@ -24,8 +24,8 @@ _CONFIG = {"input": [{"name": "A", **_TENSOR}], "output": [{"name": "B", **_TENS
 # config fails at once. A load with the second succeeds, and the unload of a loaded model clears its failure.
 _FAILS = {"backend": "none", **_CONFIG}
 _LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}]}
-# A request may meet the second one in the milliseconds before its unload. It has the tensors of the model whose place it
-# takes, since Triton would else tell the caller that those of the request are wrong.
+# A request may meet the second one in the milliseconds before its unload. It has the tensors of the model whose place
+# it takes, since Triton would else tell the caller that those of the request are wrong.
 _CODE = """\
 import json
 import triton_python_backend_utils as utils
@@ -34,7 +34,8 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         # A gRPC stream carries only the message.
-        self.code = "UNAVAILABLE: " if config["model_transaction_policy"]["decoupled"] else ""
+        streams = config.get("model_transaction_policy", {}).get("decoupled")
+        self.code = "UNAVAILABLE: " if streams else ""
 
     def execute(self, requests):
         for request in requests:
