@@ -187,6 +187,39 @@ def renamed(config: str, old: str, new: str) -> str:
     return config.replace(f'name: "{old}"\n', f'name: "{new}"\n', 1)
 
 
+def signature(repository: Path, model: str) -> dict[str, Any]:
+    """The inputs and outputs of a Triton model as its config has them, in the form of Triton's JSON.
+
+    It reads configs as the export and Protocol Buffers' text format lay them out, one field a line. Of another one it
+    finds nothing.
+
+    Returns:
+        `input` and `output`, [] where it finds none; `max_batch_size` and `model_transaction_policy`.
+    """
+    text = _read(repository / model / CONFIG)
+    batch = re.search(r"^max_batch_size: (\d+)$", text, re.MULTILINE)
+    return {
+        "input": [_tensor(block) for block in re.findall(r"^input \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)],
+        "output": [_tensor(block) for block in re.findall(r"^output \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)],
+        "max_batch_size": int(batch[1]) if batch else 0,
+        "model_transaction_policy": {"decoupled": re.search(r"^  decoupled: true$", text, re.MULTILINE) is not None},
+    }
+
+
+def _tensor(block: str) -> dict[str, Any]:
+    """One input or output, of the lines between its braces."""
+    fields = re.findall(r'^  (\w+): "?([\w.-]+)"?$', block, re.MULTILINE)
+    tensor: dict[str, Any] = {key: value for key, value in fields if key in ("name", "data_type")}
+    tensor["dims"] = [int(value) for key, value in fields if key == "dims"]
+    return tensor | ({"optional": True} if ("optional", "true") in fields else {})
+
+
+def named_by_plain_models(repository: Path) -> set[str]:
+    """The Triton models that ensembles ask which Trident did not export."""
+    texts = (_read(repository / name / CONFIG) for name in plain_models(repository))
+    return {name for text in texts for name in re.findall(r'\bmodel_name\s*:\s*"([^"]+)"', text)}
+
+
 def version_folder(repository: Path, model: str) -> Path:
     """The folder of the version of a Triton model that is served."""
     return repository / model / str(served_versions(repository, model)[-1])

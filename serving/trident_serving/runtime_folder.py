@@ -39,7 +39,7 @@ _ARM_SECONDS = 2.0
 SILENT_SECONDS = 10.0
 _STDERR = 2
 
-_RECORD = struct.Struct("<dqq")
+_RECORD = struct.Struct("<dqqq")
 _DRAINING = b"\1"
 
 
@@ -54,6 +54,7 @@ class Record:
         beat: its last heartbeat, in seconds of the system's monotonic clock; 0.0 before it is ready.
         open: requests whose answers are not complete.
         held: those of them whose callers hear nothing if it dies; Triton answers the others.
+        taken: requests that it has ever been given. Triton gives a process none before it serves with it.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Record:
     beat: float
     open: int
     held: int
+    taken: int = 0
 
 
 class RuntimeFolder:
@@ -91,9 +93,9 @@ class RuntimeFolder:
                 record = maps[key] = self._maps.get(key) or _map(entry.path)
             except (OSError, ValueError):
                 continue  # it has just gone, or is being made
-            beat, count, held = _RECORD.unpack_from(record)
+            beat, count, held, taken = _RECORD.unpack_from(record)
             pid, version, model = entry.name.split(":", 2)
-            found.append(Record(Path(entry.path), int(pid), model, version, beat, count, held))
+            found.append(Record(Path(entry.path), int(pid), model, version, beat, count, held, taken))
         self._maps = maps
         return found
 
@@ -136,7 +138,7 @@ class Process:
 
     def __init__(self, model: str, version: str, folder: Path | None) -> None:
         self._lock = threading.Lock()
-        self._open = self._held = 0
+        self._open = self._held = self._taken = 0
         self._control: mmap.mmap | None = None
         self._record: mmap.mmap | None = None
         self._path: Path | None = None
@@ -224,8 +226,9 @@ class Process:
         with self._lock:
             self._open += count
             self._held += held
+            self._taken += max(count, 0)
             if self._record is not None:
-                struct.pack_into("<qq", self._record, 8, self._open, self._held)
+                struct.pack_into("<qqq", self._record, 8, self._open, self._held, self._taken)
 
     def _beat(self) -> None:
         assert self._record is not None

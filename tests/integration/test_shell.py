@@ -35,6 +35,7 @@ from tests.integration.test_launcher import alive, children
 from trident_client import Client, DeadlineExceededError, ForbiddenError, TridentError, UnavailableError, _wire, cli
 from trident_export import install, models_file
 from trident_serving.launcher import local
+from trident_serving.launcher.control import PLACEHOLDER, Control
 from trident_serving.launcher.local import LocalServer
 
 CONTEXT = 16384
@@ -261,6 +262,28 @@ def test_a_load_that_fails_and_an_unload_leave_the_server_ready(
     (broken.parent / "config.pbtxt").unlink()
     broken.rmdir()
     broken.parent.rmdir()
+
+
+def test_a_placeholder_asks_to_try_again(shell: LocalServer, repository: Path) -> None:
+    """It lies in a model's place for a moment; what the request is made of is not what is wrong."""
+    control = Control(shell.http_url, next(iter(shell.admin_headers.values())), repository)
+    with Client(shell.grpc_url, timeout=1) as client:
+        asked: dict[str, Callable[[], object]] = {
+            "cls": lambda: client.classify(["A", "B"], model="cls", top_k=2),
+            "gen": lambda: list(client.stream("A", model="gen", max_tokens=1, stop_words=["b", "c"])),
+        }
+        for name, ask in asked.items():
+            control.load_placeholder(name)
+            with pytest.raises(UnavailableError, match=f"^{PLACEHOLDER}$"):
+                ask()
+            if name == "gen":
+                answer = post(f"{shell.http_url}/v2/models/gen/generate", {"text_input": "A", "max_tokens": 1})
+                assert json.loads(answer[1]) == {"error": f"UNAVAILABLE: {PLACEHOLDER}"}
+            control.unload(name)
+            with pytest.raises(TridentError, match="no available versions|not ready"):
+                ask()
+            assert cli.main(["load", "--url", shell.grpc_url, name]) == 0
+            assert ask()
 
 
 # Requests

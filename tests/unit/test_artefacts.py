@@ -63,3 +63,65 @@ def test_a_config_without_an_artefact_of_this_format_is_called_unexported(tmp_pa
     (tmp_path / "m" / "1").mkdir()
     _manifest().write(tmp_path / "m" / "1")
     assert artefacts.unexported(tmp_path) == []
+
+
+CONFIG = """\
+name: "m"
+max_batch_size: 4
+input {
+  name: "text_input"
+  data_type: TYPE_STRING
+  dims: 1
+  reshape {
+    shape: 2
+  }
+}
+input {
+  name: "mask"
+  data_type: TYPE_INT64
+  dims: -1
+  dims: 3
+  optional: true
+}
+output {
+  name: "score"
+  data_type: TYPE_FP32
+  dims: -1
+}
+ensemble_scheduling {
+  step {
+    model_name: "m_tokenizer"
+    input_map {
+      key: "text_input"
+      value: "text_input"
+    }
+  }
+}
+"""
+
+
+def test_a_config_says_inputs_and_outputs(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.pbtxt").write_text(CONFIG)
+    expected = {
+        "input": [
+            {"name": "text_input", "data_type": "TYPE_STRING", "dims": [1]},
+            {"name": "mask", "data_type": "TYPE_INT64", "dims": [-1, 3], "optional": True},
+        ],
+        "output": [{"name": "score", "data_type": "TYPE_FP32", "dims": [-1]}],
+        "max_batch_size": 4,
+        "model_transaction_policy": {"decoupled": False},
+    }
+    assert artefacts.signature(tmp_path, "m") == expected
+    with (tmp_path / "m" / "config.pbtxt").open("a") as config:
+        config.write("model_transaction_policy {\n  decoupled: true\n}\n")
+    assert artefacts.signature(tmp_path, "m") == expected | {"model_transaction_policy": {"decoupled": True}}
+    assert artefacts.signature(tmp_path, "other")["input"] == []
+
+
+def test_models_that_a_foreign_ensemble_asks(tmp_path: Path) -> None:
+    for name, header in (("m", artefacts.CONFIG_HEADER), ("mine", "")):
+        (tmp_path / name / "1").mkdir(parents=True)
+        step = f'ensemble_scheduling {{ step [ {{ model_name: "{name}_a" }}, {{model_name:"{name}_b"}} ] }}'
+        (tmp_path / name / "config.pbtxt").write_text(header + step)
+    assert artefacts.named_by_plain_models(tmp_path) == {"mine_a", "mine_b"}

@@ -3,6 +3,7 @@ real one is in tests/integration/test_shell.py."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,13 +101,13 @@ def test_an_unload_that_triton_can_not_finish(
         IndexEntry("kept", "READY", served=True, version="2", unloading=("1",)),
         IndexEntry("foreign", "UNLOADING", unloading=("1",)),
     )
-    for pid, name in ((11, "m"), (12, "kept")):
+    for pid, name in ((os.getpid(), "m"), (os.getppid(), "kept")):
         (tmp_path / name).touch()
         server.records.append(Record(tmp_path / name, pid, name, "1", 1.0, 0, 0))
     one: Care = Care(server)  # type: ignore[arg-type]
     until(lambda: "clear m 1" in server.done)
     one.stop()
-    assert set(killed) == {11, 12}
+    assert set(killed) == {os.getpid(), os.getppid()}
     assert not (tmp_path / "m").exists()
     assert set(server.done) == {"clear m 1"}
     assert "a backend process of kept served nothing any more" in capsys.readouterr().err

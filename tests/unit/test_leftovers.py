@@ -16,16 +16,26 @@ class Looks:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.leftovers = Leftovers(lambda pid: ProcessState("S", 0, pid), lambda: self.now)
+        self.zombies: set[int] = set()
+        self.leftovers = Leftovers(
+            lambda pid: ProcessState("Z" if pid in self.zombies else "S", 0, pid), lambda: self.now
+        )
 
-    def look(self, *records: Record, after: float = 1.0, unloading: tuple[tuple[str, str], ...] = ()) -> object:
+    def look(
+        self,
+        *records: Record,
+        after: float = 1.0,
+        unloading: tuple[tuple[str, str], ...] = (),
+        present: tuple[str, ...] = (),
+        shared: tuple[str, ...] = (),
+    ) -> object:
         self.now += after
-        left, models = self.leftovers.find(unloading, records)
+        left, models = self.leftovers.find(unloading, records, present, shared)
         return [record.pid for record in left], models
 
 
-def record(pid: int, model: str = "m", version: str = "1", beat: float = 1.0, open: int = 0) -> Record:
-    return Record(Path(f"/nowhere/{pid}"), pid, model, version, beat, open, open)
+def record(pid: int, model: str = "m", version: str = "1", beat: float = 1.0, open: int = 0, taken: int = 1) -> Record:
+    return Record(Path(f"/nowhere/{pid}"), pid, model, version, beat, open, open, taken)
 
 
 def test_a_model_without_a_request_that_stays_unloading() -> None:
@@ -86,3 +96,62 @@ def test_a_process_in_whose_place_another_one_serves() -> None:
     for records in ((record(1, open=2), new), (old, record(2, beat=0.0)), (old, new, record(3, beat=0.0, version="2"))):
         for _ in range(2):
             assert looks.look(*records, after=IDLE_SECONDS) == ([], [])
+
+
+def test_a_process_serves_until_a_later_one_has_taken_a_request() -> None:
+    """Triton serves with the old processes of all versions until each version has a new one."""
+    looks, old, second = Looks(), record(1), record(2, version="2")
+    # The new process of the second version, which Triton also waits for, has not begun.
+    for _ in range(3):
+        assert looks.look(old, second, record(3, taken=0), after=60) == ([], [])
+    new = record(3), record(4, version="2", taken=0)
+    assert looks.look(old, second, *new) == ([], [])
+    assert looks.look(old, second, *new, after=IDLE_SECONDS) == ([1], [])
+    assert looks.look(second, new[0], record(4, version="2"), after=IDLE_SECONDS) == ([], [])
+    assert looks.look(second, new[0], record(4, version="2"), after=IDLE_SECONDS) == ([2], [])
+
+
+def test_a_replaced_stage_waits_for_a_request_that_began_before() -> None:
+    looks, running, later = Looks(), record(1, "m_model", open=1), record(4, "m_model", open=1)
+    old, new = record(2, "m_postprocess"), record(3, "m_postprocess")
+    for _ in range(2):
+        assert looks.look(running, old, new, after=60) == ([], [])
+    assert looks.look(later, old, new) == ([], [])
+    assert looks.look(later, old, new, after=IDLE_SECONDS) == ([2], [])
+
+
+def test_what_runs_without_a_record_is_left_alone() -> None:
+    """A server's own ONNX Runtime has none: nobody knows whether it computes."""
+    looks, both = Looks(), (record(1, "m_tokenizer"), record(2, "m_postprocess"))
+    unloading = (M, STAGE, ("m_tokenizer", "1"), ("m_postprocess", "1"))
+    present = tuple(name for name, _ in unloading)
+    for _ in range(3):
+        assert looks.look(*both, unloading=unloading, present=present, after=60) == ([], [])
+    replaced = *both, record(3, "m_postprocess")
+    for _ in range(3):
+        assert looks.look(*replaced, present=present, after=60) == ([], [])
+    # Once it is unloaded, the others are what hangs.
+    rest = unloading[2:]
+    assert looks.look(*both, unloading=rest, present=("m_tokenizer", "m_postprocess")) == ([], [])
+    found = looks.look(*both, unloading=rest, present=("m_tokenizer", "m_postprocess"), after=IDLE_SECONDS)
+    assert found == ([1, 2], sorted(rest))
+    # A stage that has had a record needs none while it ends.
+    looks = Looks()
+    assert looks.look(*both, record(3, "m_model"), unloading=unloading, present=present) == ([], [])
+    assert looks.look(*both, unloading=unloading, present=present, after=60) == ([1, 2], sorted(unloading))
+
+
+def test_what_a_foreign_ensemble_asks_is_left_alone() -> None:
+    looks = Looks()
+    for _ in range(3):
+        assert looks.look(record(1), record(2), unloading=(M,), shared=("m",), after=60) == ([], [])
+
+
+def test_a_zombie_is_no_process() -> None:
+    looks = Looks()
+    looks.zombies = {2}
+    for _ in range(3):  # the later one has ended, so the earlier one is what there is
+        assert looks.look(record(1), record(2), after=60) == ([], [])
+    looks.zombies = {1}  # what it counted is not open any more
+    assert looks.look(record(1, open=1), unloading=(M,)) == ([], [])
+    assert looks.look(record(1, open=1), unloading=(M,), after=IDLE_SECONDS) == ([], [M])

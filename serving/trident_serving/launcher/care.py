@@ -144,7 +144,9 @@ class Care:
         """End processes that serve nothing any more, and finish the unloads that Triton can't finish."""
         known = {entry.name: entry for entry in index}
         unloading = {(entry.name, version) for entry in index for version in entry.unloading}
-        processes_left, models = self._leftovers.find(unloading, self._server.runtime.records())
+        present = {e.name for e in index if e.served or e.unloading or e.state not in ("", "UNAVAILABLE")}
+        shared = artefacts.named_by_plain_models(self._server.options.repository)
+        processes_left, models = self._leftovers.find(unloading, self._server.runtime.records(), present, shared)
         for record in processes_left:
             record.path.unlink(missing_ok=True)  # first, so that it does not count as one that has died
             processes.kill(record.pid)

@@ -6,20 +6,44 @@ import base64
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from trident_serving import artefacts
 from trident_serving.errors import ControlError, Refused
 from trident_serving.launcher import failures, http
 from trident_serving.launcher.admin_key import HEADER
 from trident_serving.launcher.failures import IndexEntry
 
+# What the answer of a placeholder says.
+PLACEHOLDER = "the model is not loaded: try again later"
 _TENSOR = {"data_type": "TYPE_INT32", "dims": [1]}
 _CONFIG = {"input": [{"name": "A", **_TENSOR}], "output": [{"name": "B", **_TENSOR}]}
 # Under strict readiness a server is not ready while it knows a model that could not be loaded. A load with the first
 # config fails at once. A load with the second succeeds, and the unload of a loaded model clears its failure.
 _FAILS = {"backend": "none", **_CONFIG}
-_LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}], **_CONFIG}
-_CODE = "class TritonPythonModel:\n    def execute(self, requests):\n        return [None] * len(requests)\n"
+_LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}]}
+# A request may meet the second one in the milliseconds before its unload. It has the tensors of the model whose place
+# it takes, since Triton would else tell the caller that those of the request are wrong.
+_CODE = """\
+import json
+import triton_python_backend_utils as utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        # A gRPC stream carries only the message.
+        streams = config.get("model_transaction_policy", {}).get("decoupled")
+        self.code = "UNAVAILABLE: " if streams else ""
+
+    def execute(self, requests):
+        for request in requests:
+            error = utils.TritonError(self.code + %r, utils.TritonError.UNAVAILABLE)
+            request.get_response_sender().send(
+                utils.InferenceResponse(error=error), flags=utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            )
+"""
 
 
 class Control:
@@ -28,10 +52,12 @@ class Control:
     Args:
         url: of its HTTP port, without a path.
         key: the admin key.
+        models: the folder from which it loads models.
     """
 
-    def __init__(self, url: str, key: str) -> None:
+    def __init__(self, url: str, key: str, models: Path) -> None:
         self._url = url
+        self._models = models
         self._headers = {HEADER: key, "Content-Type": "application/json"}
 
     def live(self, seconds: float = 2.0) -> bool:
@@ -84,11 +110,20 @@ class Control:
         Raises:
             ControlError: the server refuses it, or does not answer.
         """
-        self._override(model, _LOADS, version)
+        self.load_placeholder(model, version)
         self.unload(model)
 
-    def _override(self, model: str, config: dict[str, Any], version: str = "1") -> None:
-        code = base64.b64encode(_CODE.encode()).decode()
+    def load_placeholder(self, model: str, version: str = "1") -> None:
+        """Load a model that refuses every request with UNAVAILABLE in the place of another one.
+
+        Raises:
+            ControlError: the server refuses it, or does not answer.
+        """
+        signature = artefacts.signature(self._models, model)
+        self._override(model, _LOADS | (signature if signature["input"] and signature["output"] else _CONFIG), version)
+
+    def _override(self, model: str, config: Mapping[str, Any], version: str = "1") -> None:
+        code = base64.b64encode((_CODE % PLACEHOLDER).encode()).decode()
         self._post(
             f"/v2/repository/models/{model}/load",
             {"parameters": {"config": json.dumps(config), f"file:{version}/model.py": code}},

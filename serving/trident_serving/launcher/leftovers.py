@@ -4,12 +4,15 @@ Triton unloads a model once nothing holds it. A gRPC stream that its client canc
 end of the stream stays in tritonserver 2.51 for ever, and holds its model: that stays UNLOADING, or, where another load
 has taken its place, its process stays with all its memory (docs/decisions/0091). This module only decides; it needs no
 server.
+
+Only records tell that a request has ended: Triton's statistics count it at its end, and its metrics only those that
+wait. So what Triton may be using without a record is left alone, however long it takes (docs/decisions/0098).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 from trident_serving.launcher import processes
 from trident_serving.launcher.processes import ProcessState
@@ -36,26 +39,44 @@ class Leftovers:
         self._look = look
         self._clock = clock
         self._since: dict[Hashable, float] = {}
+        self._recorded: set[str] = set()  # models whose processes have had records
 
     def find(
-        self, unloading: Collection[tuple[str, str]], records: Sequence[Record]
+        self,
+        unloading: Collection[tuple[str, str]],
+        records: Sequence[Record],
+        present: Collection[str] = (),
+        shared: Collection[str] = (),
     ) -> tuple[list[Record], list[tuple[str, str]]]:
         """What has been left over.
 
         Args:
             unloading: models and versions that are being unloaded.
             records: of the backend processes.
+            present: models that are loaded, or being loaded or unloaded.
+            shared: models that foreign ensembles ask, of whose requests no record tells.
 
         Returns:
             The processes that have no request; those of `unloading` whose stages have none either.
         """
-        replaced, busy = self._replaced(records), [record.model for record in records if record.open]
+        states = {record.pid: self._look(record.pid) for record in records}
+        records = [record for record in records if not states[record.pid].dead]  # a zombie holds nothing
+        started = {pid: state.started for pid, state in states.items()}
+        self._recorded |= {record.model for record in records}
+        unknown = {_public(name) for name in present if _is_stage(name) and name not in self._recorded}
+        busy = [record.model for record in records if record.open]
+        ending = {r.path for r in records if (r.model, r.version) in unloading and not _has_request(r.model, busy)}
         left = [
             r
             for r in records
-            if not r.open and (r in replaced or ((r.model, r.version) in unloading and not _has_request(r.model, busy)))
+            if not (r.open or r.model in shared or _public(r.model) in unknown)
+            and (r.path in ending or _is_replaced(r, records, started))
         ]
-        models = [each for each in sorted(unloading) if each[0] not in busy and not _has_request(each[0], busy)]
+        models = [
+            each
+            for each in sorted(unloading)
+            if not (each[0] in busy or each[0] in shared or _public(each[0]) in unknown or _has_request(each[0], busy))
+        ]
         now = self._clock()
         kept: list[Hashable] = [*(record.path for record in left), *models]
         self._since = {each: self._since.get(each, now) for each in kept}
@@ -63,15 +84,23 @@ class Leftovers:
         self._since.update(dict.fromkeys(late, now))  # what is done about it takes its time, too
         return [record for record in left if record.path in late], [each for each in models if each in late]
 
-    def _replaced(self, records: Sequence[Record]) -> list[Record]:
-        """The processes of versions that a later process serves; none of a model that is still being loaded."""
-        loading = {record.model for record in records if not record.beat}
-        newest: dict[tuple[str, str], tuple[int, Record]] = {}
-        for record in records:
-            key, started = (record.model, record.version), self._look(record.pid).started
-            if key not in newest or started > newest[key][0]:
-                newest[key] = started, record
-        return [r for r in records if newest[r.model, r.version][1] is not r and r.model not in loading]
+
+def _is_replaced(record: Record, records: Sequence[Record], started: Mapping[int, int]) -> bool:
+    """Whether a later process serves the version of this one, and no request needs this one any more.
+
+    Triton loads all versions of a model before it serves with any of the new processes. That one of them has taken a
+    request shows that it does.
+
+    Args:
+        started: when, by process id.
+    """
+    same = [r for r in records if (r.model, r.version) == (record.model, record.version)]
+    newest = max(same, key=lambda r: started[r.pid])
+    if newest is record or not newest.taken or any(r.model == record.model and not r.beat for r in records):
+        return False
+    # A request keeps the stages that it began with.
+    earlier = [r.model for r in records if r.open and started[r.pid] < started[newest.pid]]
+    return not _has_request(record.model, earlier)
 
 
 def _has_request(model: str, busy: Sequence[str]) -> bool:

@@ -116,7 +116,7 @@ class Server:
     def _prepare(self, installation: Installation, environment: dict[str, str], folder: Path) -> None:
         options = self.options
         backends = backend_folder.prepare(folder / "backends", installation)
-        self.control = Control(f"http://{options.own_host}:{options.http_port}", self._key.value)
+        self.control = Control(f"http://{options.own_host}:{options.http_port}", self._key.value, folder / "models")
         self.runtime = RuntimeFolder(folder / "runtime")
         trusted = None if options.trusted_keys is None else trusted_keys(options.trusted_keys)
         self.view = RepositoryView(options.repository, folder / "models", trusted)
