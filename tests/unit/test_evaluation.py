@@ -295,3 +295,11 @@ def test_the_report_says_what_is_better_and_what_is_not(tmp_path: Path) -> None:
         "interval": {"value": -0.1, "low": -0.15, "high": -0.05},
         "p": 0.001,
     }
+
+
+def test_a_field_that_a_task_does_not_have_is_named(tmp_path: Path) -> None:
+    data = datasets.read(
+        written(tmp_path / "data.jsonl", {"text_input": "a", "label": "b", "colour": 1}), "text-classification"
+    )
+    with Client("127.0.0.1:9") as client, pytest.raises(TextError, match=r"line 1: m takes no field 'colour'$"):
+        asking.answers(client, "text-classification", "m", data)
