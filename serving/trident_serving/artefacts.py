@@ -315,32 +315,36 @@ def unexported(repository: Path) -> list[str]:
 
 def plain_models(repository: Path) -> list[str]:
     """Models that Trident did not export: they have a version folder and no config of ours."""
-    ours = {  # what belongs to a version that is not served may have no config now
-        model
-        for name in _names(repository)
-        for manifest in read_versions(repository, name).values()
-        for model in manifest.triton_models
-    }
-    return sorted(
-        path.name
-        for path in repository.iterdir()
-        if any(version.name.isdecimal() and version.is_dir() for version in path.glob("*"))
-        and path.name not in ours
-        and not _is_ours(path / CONFIG)
-    )
+    return _plain(repository, _every_version(repository))
 
 
 def loadable(repository: Path) -> list[str]:
     """Every Triton model that can be loaded: those of complete exports, and plain models."""
+    versions = _every_version(repository)
     exported = {
         model
-        for name in _names(repository)
-        for version, manifest in read_versions(repository, name).items()
+        for version, manifest in versions
         for model in manifest.triton_models
         if version in served_versions(repository, model)
     }
     trials = {path.parent.name for path in repository.glob(f"*{TRIAL}/{CONFIG}") if _is_ours(path)}
-    return sorted(exported | trials | set(plain_models(repository)))
+    return sorted(exported | trials | set(_plain(repository, versions)))
+
+
+def _every_version(repository: Path) -> list[tuple[int, Manifest]]:
+    return [each for name in _names(repository) for each in read_versions(repository, name).items()]
+
+
+def _plain(repository: Path, versions: Sequence[tuple[int, Manifest]]) -> list[str]:
+    # What belongs to a version that is not served may have no config now.
+    ours = {model for _, manifest in versions for model in manifest.triton_models}
+    return sorted(
+        path.name
+        for path in repository.iterdir()
+        if path.name not in ours
+        and any(version.name.isdecimal() and version.is_dir() for version in path.glob("*"))
+        and not _is_ours(path / CONFIG)
+    )
 
 
 def _is_ours(config: Path) -> bool:

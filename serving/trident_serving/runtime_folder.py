@@ -1,5 +1,6 @@
 """Connects a launcher and the backend processes of its server through files in a private folder.
 
+    <folder>/alive                          a FIFO that the launcher holds open: the kernel tells the others of its end
     <folder>/control                        one byte, written by the launcher: whether new requests are refused
     <folder>/pass                           shows that a request comes from a model of this server
     <folder>/processes/<pid>:<ver>:<model>  one record for each backend process: its heartbeat and its open requests
@@ -11,8 +12,7 @@ backends work unwatched. Records are mapped into memory, so that a write takes l
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import math
+import fcntl
 import mmap
 import os
 import secrets
@@ -31,14 +31,6 @@ BEAT_SECONDS = 0.5
 PASS_PARAMETER = "trident_pass"
 # A process whose engine has open requests and makes no step for this long hangs. A step of a large model takes seconds.
 STALL_SECONDS = 60.0
-# How often a process puts off its own end, which comes after `SILENT_SECONDS`: each time starts a thread.
-_ARM_SECONDS = 2.0
-# A process without a beat for this long ends itself: a call into a server that was killed waits for ever, with Python's
-# lock held, so that no thread of Python would see it. A launcher that lives ends it sooner. The clock goes on while a
-# process is frozen, so one that was frozen for longer ends once it goes on, and its model is loaded again.
-SILENT_SECONDS = 10.0
-_STDERR = 2
-
 _RECORD = struct.Struct("<dqqq")
 _DRAINING = b"\1"
 
@@ -75,6 +67,9 @@ class RuntimeFolder:
         # By file name and inode: a launcher reads them five times a second, beside models that want its core.
         self._maps: dict[tuple[str, int], mmap.mmap] = {}
         (folder / "processes").mkdir(mode=0o700, parents=True)
+        # Open for ever, and in no other process: nothing closes it but the end of this one.
+        os.mkfifo(folder / "alive", 0o600)
+        os.open(folder / "alive", os.O_RDWR | os.O_NONBLOCK)
         (folder / "control").write_bytes(b"\0")
         (folder / "pass").write_text(secrets.token_hex(), encoding="ascii")
 
@@ -149,6 +144,7 @@ class Process:
         self.own_pass = ""
         if folder is None or not folder.is_dir():
             return
+        _end_with_launcher(folder / "alive")
         self.own_pass = (folder / "pass").read_text(encoding="ascii")
         with (folder / "control").open("rb") as file:
             self._control = mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ)
@@ -219,7 +215,6 @@ class Process:
     def stop(self) -> None:
         """End the heartbeat, and remove the record."""
         self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
         self.ends()
 
     def _add(self, count: int, held: int) -> None:
@@ -232,11 +227,8 @@ class Process:
 
     def _beat(self) -> None:
         assert self._record is not None
-        seen, since, armed = -1, time.monotonic(), -math.inf
+        seen, since = -1, time.monotonic()
         while True:
-            if time.monotonic() - armed >= _ARM_SECONDS:
-                armed = time.monotonic()
-                faulthandler.dump_traceback_later(SILENT_SECONDS, exit=True, file=_STDERR)
             if os.getppid() != self._server:  # an idle process ends without this; a busy one would work on
                 os._exit(1)
             now = time.monotonic()
@@ -245,5 +237,16 @@ class Process:
             if now - since < STALL_SECONDS:
                 struct.pack_into("<d", self._record, 0, now)
             if self._ended.wait(BEAT_SECONDS):
-                faulthandler.cancel_dump_traceback_later()
                 return
+
+
+def _end_with_launcher(alive: Path) -> None:
+    """Have the kernel end this process, by SIGIO, once the launcher has ended, and its server with it.
+
+    A call into a server that was killed waits for ever, with Python's lock held, so that no thread of Python would see
+    it. A clock would take a process that was frozen for one whose server is gone.
+    """
+    with contextlib.suppress(OSError):  # a sandbox may lack this signal; the heartbeat looks for the parent, too
+        descriptor = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)  # for ever, too
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)

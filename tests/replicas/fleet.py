@@ -91,11 +91,13 @@ class Fleet:
         for process in self._frozen:
             os.kill(process, signal.SIGSTOP)
 
-    def thaw(self) -> None:
-        for process in self._frozen:
+    def thaw(self) -> list[int]:
+        """Let what is frozen go on; its processes."""
+        thawed, self._frozen = self._frozen, []
+        for process in thawed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGCONT)
-        self._frozen = []
+        return thawed
 
     def drain(self, index: int) -> int:
         """Ask a server to end; its status."""

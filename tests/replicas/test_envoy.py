@@ -16,6 +16,7 @@ from tests.conftest import triton_request
 from tests.replicas.fleet import PROMPTS, REPLICAS, WHOLE, Callers, Fleet, Load, Proxy, Request, in_all, settle
 from trident_client import Client, ForbiddenError, InvalidRequestError, UnavailableError
 from trident_client import _protocol as pb
+from trident_serving.launcher import processes
 
 pytestmark = [pytest.mark.replicas, pytest.mark.timeout(1200)]
 
@@ -92,14 +93,16 @@ def test_a_server_that_goes_takes_only_what_it_had_begun(
         noticed = envoy.wait_for(fleet.servers[1:])
         settle(8)
         ended = time.monotonic()
+        thawed = []
         if fault == "kill":
             fleet.start_again(0)
         else:
-            fleet.thaw()
+            thawed = fleet.thaw()
         envoy.wait_for(fleet.servers)
         settle()
     check(done, envoy, {lost.grpc_port, lost.http_port}, capsys, f"{fault}, noticed after {noticed:.1f} s")
     sent = [each for each in done.requests if each.began < began + 8]
+    assert [pid for pid in thawed if processes.state(pid).dead] == []  # none took its silence for the server's
     # Nobody waited for the server to come back who had not begun to read.
     assert [each for each in sent if each.began + (each.first or each.seconds) > ended] == []
 

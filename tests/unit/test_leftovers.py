@@ -30,7 +30,7 @@ class Looks:
         shared: tuple[str, ...] = (),
     ) -> object:
         self.now += after
-        left, models = self.leftovers.find(unloading, records, present, shared)
+        left, models = self.leftovers.find(unloading, records, present, lambda: shared)
         return [record.pid for record in left], models
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from trident_serving import runtime_folder
+from trident_serving.launcher import processes
 from trident_serving.launcher.process_watch import ProcessWatch
 from trident_serving.launcher.processes import ProcessState
 from trident_serving.runtime_folder import Process, Record, RuntimeFolder
@@ -69,6 +73,52 @@ def test_a_stalled_engine_does_not_beat(folder: RuntimeFolder, monkeypatch: pyte
     steps[0] += 1
     assert beats(0.1)
     process.stop()
+
+
+LAUNCHER = """
+import subprocess, sys, time
+from pathlib import Path
+from trident_serving.runtime_folder import RuntimeFolder
+RuntimeFolder(Path(sys.argv[1]))
+print(subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]]).pid, flush=True)
+time.sleep(60)
+"""
+BACKEND = """
+import ctypes, sys
+from pathlib import Path
+from trident_serving.runtime_folder import Process
+process = Process("gen", "1", Path(sys.argv[1]))
+process.start()
+process.opened()
+ctypes.PyDLL(None).pause()  # holds Python's lock for ever, as a call into a server that was killed
+"""
+
+
+def test_a_process_that_is_stuck_ends_with_its_launcher_and_a_frozen_one_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "runtime"
+    command = [sys.executable, "-c", LAUNCHER, str(folder), BACKEND]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        pid = int(launcher.stdout.readline())
+
+        def living(seconds: float) -> bool:
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                if processes.state(pid).dead:
+                    return False
+                time.sleep(0.02)
+            return True
+
+        deadline = time.monotonic() + 20
+        while not any(path.read_bytes()[8:9] == b"\1" for path in (folder / "processes").iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGCONT)
+        assert living(0.5)
+        launcher.kill()
+        assert not living(10)
 
 
 def test_draining_and_the_pass(folder: RuntimeFolder) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from trident_serving import artefacts
 from trident_serving.errors import ControlError, Refused
@@ -145,7 +146,7 @@ class Care:
         known = {entry.name: entry for entry in index}
         unloading = {(entry.name, version) for entry in index for version in entry.unloading}
         present = {e.name for e in index if e.served or e.unloading or e.state not in ("", "UNAVAILABLE")}
-        shared = artefacts.named_by_plain_models(self._server.options.repository)
+        shared = partial(artefacts.named_by_plain_models, self._server.options.repository)
         processes_left, models = self._leftovers.find(unloading, self._server.runtime.records(), present, shared)
         for record in processes_left:
             record.path.unlink(missing_ok=True)  # first, so that it does not count as one that has died

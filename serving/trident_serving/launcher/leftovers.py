@@ -46,7 +46,7 @@ class Leftovers:
         unloading: Collection[tuple[str, str]],
         records: Sequence[Record],
         present: Collection[str] = (),
-        shared: Collection[str] = (),
+        shared: Callable[[], Collection[str]] = tuple,
     ) -> tuple[list[Record], list[tuple[str, str]]]:
         """What has been left over.
 
@@ -54,7 +54,7 @@ class Leftovers:
             unloading: models and versions that are being unloaded.
             records: of the backend processes.
             present: models that are loaded, or being loaded or unloaded.
-            shared: models that foreign ensembles ask, of whose requests no record tells.
+            shared: gives the models that foreign ensembles ask, of whose requests no record tells.
 
         Returns:
             The processes that have no request; those of `unloading` whose stages have none either.
@@ -69,14 +69,16 @@ class Leftovers:
         left = [
             r
             for r in records
-            if not (r.open or r.model in shared or _public(r.model) in unknown)
-            and (r.path in ending or _is_replaced(r, records, started))
+            if not (r.open or _public(r.model) in unknown) and (r.path in ending or _is_replaced(r, records, started))
         ]
         models = [
             each
             for each in sorted(unloading)
-            if not (each[0] in busy or each[0] in shared or _public(each[0]) in unknown or _has_request(each[0], busy))
+            if not (each[0] in busy or _public(each[0]) in unknown or _has_request(each[0], busy))
         ]
+        foreign = shared() if left or models else ()  # reads files, once a second if it did so always
+        left = [record for record in left if record.model not in foreign]
+        models = [each for each in models if each[0] not in foreign]
         now = self._clock()
         kept: list[Hashable] = [*(record.path for record in left), *models]
         self._since = {each: self._since.get(each, now) for each in kept}
