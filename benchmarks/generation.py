@@ -312,7 +312,8 @@ def as_table(figures: Figures) -> str:
         cells.append(f"{peer['prefill']:.0f} ({peer['prefill'] / peers[base]['prefill']:.1f})")
         for streams in map(str, CONCURRENCY):
             rate, other = (peers[who]["streams"][streams]["decode"] for who in (name, base))
-            cells.append(f"{rate:.0f} ({rate / other:.2f})")
+            ratio = f" ({rate / other:.2f})" if other else ""
+            cells.append(f"{rate:.0f}{ratio}" if rate else "never all at once")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [f"| {name} | failed: {why} |" + " |" * (3 + len(CONCURRENCY)) for name, why in figures["failed"].items()]
     lines += ["", f"| first token ms / gap p50 / gap p99 |{''.join(f' {s} streams |' for s in CONCURRENCY)}"]
