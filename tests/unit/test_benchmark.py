@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.generation import summarize
+from benchmarks.generation import CONCURRENCY, as_table, summarize
 
 
 def test_tokens_one_by_one() -> None:
@@ -23,3 +23,16 @@ def test_tokens_that_wait_for_their_burst_cost_nothing() -> None:
 
 def test_streams_that_never_ran_together() -> None:
     assert summarize([[0.0, 1.0], [2.0, 3.0]]).decode == 0.0
+
+
+def test_a_rate_that_nobody_had_is_no_zero_in_the_table() -> None:
+    runs = {str(number): {"decode": 50.0, "first_token": 1, "gap_p50": 1, "gap_p99": 1} for number in CONCURRENCY}
+    peer = {"kl": 0.0, "weights_bytes": 2**20, "bandwidth_share": 0.5, "prefill": 100.0}
+    peers = {
+        "llama.cpp": peer | {"streams": runs},
+        "other": peer | {"streams": runs | {"32": runs["32"] | {"decode": 0.0}, "1": runs["1"] | {"decode": 75.0}}},
+    }
+    table = as_table({"processor": "", "peers": peers, "failed": {}, "first_token": {}, "features": {}})
+    (row,) = [line for line in table.splitlines() if line.startswith("| other | 0.0000")]
+    cells = [cell.strip() for cell in row.split("|")][6:-1]
+    assert (cells[0], cells[-1]) == ("75 (1.50)", "never all at once")
