@@ -69,7 +69,8 @@ def tiny_models_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of each kind with random weights, exported; `coarse` rounds to four bits."""
     folder = tmp_path_factory.mktemp("evaluated")
     tiny_models.make_causal(folder / "llama", "llama")
-    tiny_models.make_seq2seq(folder / "t5", "t5")
+    # By these rules it is served, so Hugging Face's answers follow them, too.
+    tiny_models.make_seq2seq(folder / "t5", "t5", 0, no_repeat_ngram_size=2, repetition_penalty=1.3)
     tiny_models.make_reader(folder / "qa", "bert", AutoModelForQuestionAnswering)
     recipe = '[{ pass = "groups", bits = 4, group = 32 }]'
     (folder / "recipes.toml").write_text(f'[coarse]\nprecision = "int4"\ndecoder = {recipe}\nencoder = {recipe}\n')

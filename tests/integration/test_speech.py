@@ -243,6 +243,14 @@ def test_words_that_are_heard_wrong(folder: Path) -> None:
     assert min(found.values()) > 0.8
 
 
+def test_whole_answers_are_compared_as_they_are_served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the folder's rules on both sides; Whisper's leave out tokens that are no speech."""
+    monkeypatch.setattr(speech, "word_errors", lambda folder, limits: {})
+    source = HuggingFaceFolder(folder / "whisper")
+    measured = tasks.evaluate(spec_of(folder), source, folder / "repository", thorough=True)["fp32"]
+    assert [measured[name] for name in ("bleu", "chrf", "rouge_l")] == pytest.approx([100, 100, 100])
+
+
 def test_what_is_a_wrong_word() -> None:
     """One put in, one left out, one exchanged, of seven; case and punctuation are none."""
     found = spoken_sentences.error_rate(["A cat sat.", "It isn't three, is"], ["a big CAT; sat", "it is three"])

@@ -82,14 +82,40 @@ def check_answers(
     Raises:
         FidelityError: an answer is another.
     """
+    requests = silent_requests(folder, limits, texts)
+    beams = min(config.num_beams or 1, limits.max_beams)
+    expected = generated(model, config, folder, limits, requests, beams)
+    for (tokens, score), found in zip(expected, _served(folder, limits, requests), strict=True):
+        if list(found.tokens) != tokens and not (beams > 1 and abs(found.score - score) < _TIE):
+            raise FidelityError(
+                f"a request that names only its text is answered by the tokens {list(found.tokens)}, Hugging Face's "
+                f"generate with the folder's settings gives {tokens}"
+            )
+
+
+def silent_requests(
+    folder: Path, limits: Seq2SeqLimits, texts: Sequence[str], count: int = ANSWERS, tokens: int = ANSWER_TOKENS
+) -> list[Seq2SeqRequest]:
+    """Requests of `count` of the texts that name nothing else, with answers of so many tokens at most."""
     defaults = GenerationDefaults.load(folder)
     parser = RequestParser(SourceText.load(folder, limits.max_source_tokens), defaults, limits)
-    step = max(1, len(texts) // ANSWERS)
-    requests = [_request(parser, text) for text in texts[::step][:ANSWERS]]
-    beams = min(config.num_beams or 1, limits.max_beams)
+    step = max(1, len(texts) // count)
+    return [_request(parser, text, tokens) for text in texts[::step][:count]]
+
+
+def generated(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    folder: Path,
+    limits: Seq2SeqLimits,
+    requests: Sequence[Seq2SeqRequest],
+    beams: int,
+) -> list[tuple[list[int], float]]:
+    """The answers of Hugging Face's `generate` to requests, and their scores, 0 of greedy ones."""
     language = SourceText.load(folder, limits.max_source_tokens).forced_bos(None)
     config.max_length = None  # the answers' length is given in new tokens
-    for request, found in zip(requests, _served(folder, limits, requests), strict=True):
+    found = []
+    for request in requests:
         rules = request.params.rules
         with torch.inference_mode():
             given = model.generate(
@@ -103,22 +129,23 @@ def check_answers(
                 return_dict_in_generate=True,
                 output_scores=True,
             )
-        expected = given.sequences[0, rules.prompt_length :].tolist()
-        if list(found.tokens) != expected and not (
-            beams > 1 and abs(found.score - float(given.sequences_scores[0])) < _TIE
-        ):
-            raise FidelityError(
-                f"a request that names only its text is answered by the tokens {list(found.tokens)}, Hugging Face's "
-                f"generate with the folder's settings gives {expected}"
-            )
+        score = float(given.sequences_scores[0]) if beams > 1 else 0.0
+        found.append((given.sequences[0, rules.prompt_length :].tolist(), score))
+    return found
 
 
-def _request(parser: RequestParser, text: str) -> Seq2SeqRequest:
-    """A request that is silent but for what a long text becomes; its answer has `ANSWER_TOKENS` at most."""
+def greedy(folder: Path, limits: Seq2SeqLimits, requests: Sequence[Seq2SeqRequest]) -> list[list[int]]:
+    """The tokens that the engine which serves answers requests with, without beams."""
+    alone = [replace(request, params=replace(request.params, num_beams=1)) for request in requests]
+    return [list(found.tokens) for found in _served(folder, limits, alone)]
+
+
+def _request(parser: RequestParser, text: str, tokens: int) -> Seq2SeqRequest:
+    """A request that is silent but for what a long text becomes."""
     policy = np.array([[LongInput.TRUNCATE.encode()]], np.object_)
     request = parser.parse({"text_input": np.array([[text.encode()]], np.object_), "long_input": policy})
     rules = request.params.rules
-    longest = min(rules.max_length, rules.prompt_length + ANSWER_TOKENS)
+    longest = min(rules.max_length, rules.prompt_length + tokens)
     shorter = replace(rules, max_length=longest, min_length=min(rules.min_length, longest))
     return replace(request, params=replace(request.params, rules=shorter))
 

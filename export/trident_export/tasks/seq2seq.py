@@ -93,7 +93,10 @@ def evaluator(
     tokenizer = source.tokenizer
     seq2seq_texts.check_sources(source.tokenizer, folder, corpora.held_out())
     config = task_generation_config(spec, source)
-    expected = [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in targets]
+    # Both by the folder's rules, as they are served: without repeated n-grams, with a penalty for repetitions.
+    asked = seq2seq_texts.silent_requests(folder, _limits(spec), texts, len(texts), length) if thorough else []
+    known = seq2seq_texts.generated(model, config, folder, _limits(spec), asked, beams=1)
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in known]
 
     def evaluate(variant: str) -> dict[str, float]:
         folder = root / spec.public_name(variant) / VERSION
@@ -101,7 +104,7 @@ def evaluator(
         if spec.recipes[variant].precision == "fp32":
             seq2seq_texts.check_answers(model, config, folder, _limits(spec), corpora.held_out())
         if thorough:
-            answers = served_answers(folder, samples, [len(ids) - len(prompt) for ids in targets], prompt, capacity)
+            answers = seq2seq_texts.greedy(folder, _limits(spec), asked)
             found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
             measured |= fidelity.compare_texts(expected, found)
         return measured
@@ -215,24 +218,6 @@ def measure(
         found += served_logits(decoder, [far[0]], [far[1]], beams=1)
     compared = fidelity.compare_logits(reference, found, targets)
     return compared | {"batch_effect": effect, fidelity.LONGEST: float(max(map(len, samples)))}
-
-
-def served_answers(
-    folder: Path, samples: Sequence[Source], lengths: list[int], prompt: tuple[int, ...], capacity: int
-) -> list[list[int]]:
-    """The likeliest tokens, one after the other, as many as asked, by the graphs in a version folder."""
-    decoder = Seq2SeqDecoder(folder, slots=1, capacity=capacity, threads=0)
-    answers = []
-    for ids, length in zip(samples, lengths, strict=True):
-        decoder.encode(0, ids)
-        tokens = list(prompt)
-        for place in range(len(prompt) + length - 1):
-            likeliest = int(decoder.run([Row(0, tokens[place], place)])[0].argmax())
-            if place + 1 == len(tokens):
-                tokens.append(likeliest)
-        decoder.remove(0)
-        answers.append(tokens[len(prompt) :])
-    return answers
 
 
 def served_logits(

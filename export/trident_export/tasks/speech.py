@@ -26,7 +26,7 @@ from trident_export.huggingface.vocabulary import rows_of
 from trident_export.measure import fidelity, signals, spoken_sentences
 from trident_export.models_file import ModelSpec
 from trident_export.tasks import Evaluator, Job
-from trident_export.tasks.seq2seq import measure, served_answers
+from trident_export.tasks.seq2seq import measure
 from trident_export.tasks.seq2seq import write as write
 from trident_serving.artefacts import VERSION
 from trident_serving.errors import InvalidRequest
@@ -94,10 +94,8 @@ def evaluator(
         if spec.recipes[variant].precision == "fp32":
             check_answers(model, folder, limits, extract)
         if thorough:
-            before = tuple(targets[0][: len(prompt)])
-            lengths = [len(ids) - len(prompt) for ids in targets]
-            given = served_answers(folder, samples, lengths, before, limits.max_target_tokens)
-            found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in given]
+            heard = served_tokens(folder, limits, recordings, extract.sampling_rate)
+            found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in heard]
             measured |= fidelity.compare_texts(expected, found)
             measured |= word_errors(folder, limits)
         return measured
@@ -221,6 +219,15 @@ class _Waiter:
         """There is none."""
         self.error = error
         self.done.set()
+
+
+def served_tokens(folder: Path, limits: SpeechLimits, recordings: Sequence[Floats], rate: int) -> list[tuple[int, ...]]:
+    """The tokens of the service's greedy answers to recordings, `GATE_TOKENS` at most."""
+    service = SpeechService(folder, replace(limits, max_waiting=2))
+    try:
+        return [tuple(_served(service, recording, rate, timestamps=False).tokens) for recording in recordings]
+    finally:
+        service.stop()
 
 
 def _served(service: SpeechService, recording: Floats, rate: int, timestamps: bool) -> Reply:
