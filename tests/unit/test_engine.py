@@ -602,7 +602,8 @@ def test_a_pool_of_wrong_answers_costs_no_step(monkeypatch: pytest.MonkeyPatch) 
     assert steps_of(engine, decoder, prompt) == 42
     counters = recorder.drain().counters
     assert counters["pool_draft_tokens_accepted"] == 0
-    assert 0 < counters["pool_draft_tokens"] <= 12  # in pauses that become longer
+    # In pauses that become longer; how long depends on what a step takes here.
+    assert 0 < counters["pool_draft_tokens"] <= 20
     engine.stop()
 
 
