@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,25 @@ class Channel:
 
     def is_cancelled(self) -> bool:
         return False
+
+
+def compare(
+    conversations: Sequence[tuple[Any, Sequence[bytes]]],
+    expected: Callable[[Any, Sequence[bytes]], tuple[list[int], list[int]]],
+    asked: Callable[[Any, Sequence[bytes]], Any],
+) -> None:
+    """Prompts and answers are those of `generate`, token for token, and no two answers are the same.
+
+    Args:
+        conversations: messages and their images.
+        expected: gives the tokens of a prompt and of its answer.
+        asked: gives the answer of the server.
+    """
+    answers = set()
+    for messages, files in conversations:
+        prompt, answer = expected(messages, files)
+        found = asked(messages, files)
+        assert list(found.prompt_token_ids) == prompt
+        assert list(found.token_ids) == answer
+        answers.add(tuple(answer))
+    assert len(answers) == len(conversations)

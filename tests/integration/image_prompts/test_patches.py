@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +155,7 @@ def _asked(client: Client, prompt: Any, files: Sequence[bytes], **more: Any) -> 
 
 def test_answers_are_generates(client: Client, reference: Reference) -> None:
     """The positions of what follows images are right: answers are other ones where they are not."""
-    answers = []
-    for messages, files in CONVERSATIONS:
-        prompt, expected = reference.answer(messages, files)
-        found = _asked(client, messages, files)
-        assert list(found.prompt_token_ids) == prompt
-        assert list(found.token_ids) == expected
-        answers.append(expected)
-    assert len({tuple(answer) for answer in answers}) == len(answers)
+    image_prompts.compare(CONVERSATIONS, reference.answer, partial(_asked, client))
     # A text, with nothing before its first image and nothing behind its last.
     text = f"<|image_pad|> or {MARK}: say, {MARK}"
     files = [WIDE, FILES[5], HIGH]

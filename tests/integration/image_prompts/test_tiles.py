@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Idefics3Processor
 from transformers.image_utils import load_image
 
-from tests import doors, tiny_models
+from tests import doors, image_prompts, tiny_models
 from tests.gateways import Gateway
 from tests.image_prompts import ANSWER, LIMITS, Channel, message, table, url
 from trident_client import Client, DeadlineExceededError, InvalidRequestError, cli
@@ -150,14 +151,7 @@ def test_the_towers_vectors_are_transformers(repository: Path, reference: Refere
 
 
 def test_answers_are_generates(client: Client, reference: Reference) -> None:
-    answers = []
-    for messages, files in CONVERSATIONS:
-        prompt, expected = reference.answer(messages, files)
-        found = _asked(client, messages, files)
-        assert list(found.prompt_token_ids) == prompt
-        assert list(found.token_ids) == expected
-        answers.append(expected)
-    assert len({tuple(answer) for answer in answers}) == len(answers)
+    image_prompts.compare(CONVERSATIONS, reference.answer, partial(_asked, client))
 
 
 def test_an_answer_is_the_same_in_any_company(client: Client) -> None:
