@@ -151,6 +151,10 @@ def test_what_a_model_reads_is_transformers_to_the_last_bit(name: str, tmp_path:
             "image[1] has more than 100 scans: save it again",
         ),
         (
+            animated("MPO")[:-2] + b"\xff\xda" * 101,
+            "image[1] has more than 100 scans: save it again",
+        ),
+        (
             pictures.encoded(Image.new("RGB", (9000, 2))),
             "image[1] is 9000 x 2 pixels, and this model would read it at ",
         ),

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from trident_serving.errors import InvalidRequest
 from trident_serving.schema.limits import MOST_PIXELS
@@ -83,7 +84,8 @@ def _opened(content: bytes, name: str, max_bytes: int, max_pixels: int) -> Itera
                 width, height = file.size
                 if max(width, height) > _LONGEST_SIDE:
                     raise InvalidRequest(f"{name} is {width} x {height} pixels, a side may have {_LONGEST_SIDE}")
-                if file.format == "JPEG" and content.count(_SCAN) > _MOST_SCANS:
+                # Its class, since one that says that it holds several images has the format MPO.
+                if isinstance(file, JpegImageFile) and content.count(_SCAN) > _MOST_SCANS:
                     raise InvalidRequest(f"{name} has more than {_MOST_SCANS} scans: save it again")
                 if width * height > max_pixels:
                     raise InvalidRequest(f"{name} is {width} x {height} pixels, the limit is {max_pixels} pixels")
