@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -197,3 +199,23 @@ def test_a_file_in_base64_is_the_file() -> None:
         assert request._decoded(content) == request._decoded(base64.b64encode(content)) == content
     for content in (b"no sound", base64.b64encode(b"no sound"), b"UklGR!", b"=="):
         assert request._decoded(content) == content
+
+
+def test_what_libraries_print_of_broken_files_comes_out_nowhere() -> None:
+    """In a process of its own, whose standard error else works as before."""
+    program = """if True:
+        import os, sys
+        from trident_serving.speech import audio
+        if sys.argv[1] == "silence":
+            audio.silence()
+        print(len(audio.decode(bytes.fromhex("ffe318c4") * 5000, 16000, 60)))
+        print("python", file=sys.stderr, flush=True)
+        os.write(2, b"descriptor")
+    """
+    found = [
+        subprocess.run([sys.executable, "-c", program, word], capture_output=True, text=True, check=True)
+        for word in ("loud", "silence")
+    ]
+    assert found[0].stdout == found[1].stdout
+    assert "libmpg123" in found[0].stderr
+    assert found[1].stderr == "python\ndescriptor"

@@ -6,6 +6,7 @@ compressed decides how much memory it takes.
 
 from __future__ import annotations
 
+import ctypes
 import io
 
 import numpy as np
@@ -79,6 +80,19 @@ def _samples(file: soundfile.SoundFile, rate: int, max_seconds: int) -> Samples:
     if not read:
         raise InvalidRequest("audio is empty: the file holds no samples")
     return np.concatenate(found)
+
+
+def silence() -> None:
+    """Let nothing that C code of this process prints to its `stderr` come out.
+
+    libmpg123, which libsndfile offers no way to silence, prints two lines there for each broken frame of an MP3: a
+    caller would fill the server's log. Python's own standard error, C++'s and crash reports stay.
+    """
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    nowhere = libc.fopen(b"/dev/null", b"w")
+    if nowhere:
+        ctypes.c_void_p.in_dll(libc, "stderr").value = nowhere
 
 
 def known(content: bytes) -> bool:

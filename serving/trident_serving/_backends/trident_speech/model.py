@@ -5,6 +5,7 @@ import triton_python_backend_utils as pb_utils
 
 from trident_serving import text
 from trident_serving.schema.limits import SpeechLimits
+from trident_serving.speech import audio
 from trident_serving.speech.service import SpeechService
 from trident_serving.triton import adapter
 from trident_serving.triton.engine_model import EngineModel
@@ -41,4 +42,5 @@ class TritonPythonModel(EngineModel):
     api, limits, channel = pb_utils, SpeechLimits, Channel
 
     def make_service(self, args, limits, unloading):
+        audio.silence()
         return SpeechService(adapter.version_folder(args), limits, unloading)
