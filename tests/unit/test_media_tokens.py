@@ -114,10 +114,10 @@ def test_marks_beside_images() -> None:
     for fine in ([], [1, 2], [1, start, image, image, end, 2], [image], [1, image, image, start, image, end]):
         media.check_beside(fine, image)
     assert refused(1, video, 2) == (
-        "the prompt has the token <|video_pad|>, which stands for no image (<|image_pad|> does): a text must not hold it"
+        "the prompt has the token <|video_pad|>, and only <|image_pad|> stands for an image: a text must not hold it"
     )
-    assert refused(start, image, video, end).startswith("the prompt has the token <|video_pad|>, which stands for")
-    assert refused(pad, image).startswith("the prompt has the token <|vision_pad|>, which stands for no image")
+    assert refused(start, image, video, end).startswith("the prompt has the token <|video_pad|>, and only")
+    assert refused(pad, image).startswith("the prompt has the token <|vision_pad|>, and only <|image_pad|>")
     away = "the prompt has the token <|vision_start|> away from <|image_pad|>: a text must not hold it there"
     assert refused(1, start, 2, image, end) == refused(start, start, image, end) == refused(image, end, start) == away
     assert refused(end, 1, image).startswith("the prompt has the token <|vision_end|> away from")

@@ -86,7 +86,7 @@ class MediaTokens:
             text, image = self.texts[found], self.texts[token]
             if found not in self.around:
                 raise InvalidRequest(
-                    f"the prompt has the token {text}, which stands for no image ({image} does): a text must not hold it"
+                    f"the prompt has the token {text}, and only {image} stands for an image: a text must not hold it"
                 )
             if token not in (*ids[max(place - 1, 0) : place], *ids[place + 1 : place + 2]):
                 raise InvalidRequest(
@@ -111,7 +111,7 @@ class MediaTokens:
         had, wanted = next(pair for pair in pairs if pair[0] != pair[1])
         said = f"has the token {had}" if had else "has no more tokens of images"
         raise InvalidRequest(
-            f"the prompt {said} where its images have {wanted or 'none'}: a text must not hold the tokens around images "
+            f"the prompt {said} where its images have {wanted or 'none'}: a text must not hold tokens around images "
             "and their tiles, and input_ids must hold all of them"
         )
 

@@ -232,7 +232,7 @@ def test_the_gateway_takes_data_urls(image_gateway: Gateway, client: Client) -> 
     status, _, answer = image_gateway.ask("/v1/completions", {"model": "qwen", "prompt": "See <|video_pad|>."})
     assert (status, answer["error"]["message"]) == (
         400,
-        "the prompt has the token <|video_pad|>, which stands for no image (<|image_pad|> does): a text must not hold it",
+        "the prompt has the token <|video_pad|>, and only <|image_pad|> stands for an image: a text must not hold it",
     )
 
 
@@ -257,7 +257,7 @@ NARROW = pictures.encoded(Image.fromarray(pictures.drawn(4, 402, 2)))
             "text_input says 1 times where an image goes .<.image_pad.>., and the request's images are 2",
         ),
         (MARK, [], "text_input says 1 times where an image goes .<.image_pad.>., and the request's images are 0"),
-        (f"{MARK} <|video_pad|>", FILES[:1], "the prompt has the token <.video_pad.>, which stands for no image"),
+        (f"{MARK} <|video_pad|>", FILES[:1], "the prompt has the token <.video_pad.>, and only <.image_pad.> stands"),
         (f"{MARK} <|vision_start|>.", FILES[:1], "the prompt has the token <.vision_start.> away from <.image_pad.>"),
         ([5, 6, 7], FILES[:1], "the prompt has 0 tokens of <.image_pad.>, its 1 images have"),
         ([message("x" * 1200, None)], FILES[:1], "messages has [0-9]+ tokens, the model's context of 512 allows 511"),
