@@ -29,6 +29,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -486,7 +487,9 @@ def _served(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
 
     The server is the one that the command line names, or one for the time of the `with` block.
     """
-    models = [name for name in options.models.split(",") if name] or [spec.public_name(each) for each in spec.variants]
+    models = [name.strip() for name in options.models.split(",") if name.strip()] or [
+        spec.public_name(each) for each in spec.variants
+    ]
     exact = spec.public_name("fp32")
     against = options.against or (exact if exact in models else models[0])
     with _client(options, spec) as client:
@@ -740,7 +743,7 @@ def _train_head(options: argparse.Namespace) -> int:
 def _specs(options: argparse.Namespace, *, on_demand: bool = False) -> list[models_file.ModelSpec]:
     """The models that a command is for, each with the variants that the repository has of it."""
     specs = models_file.select(models_file.load(options.models_file), options.model or None, on_demand=on_demand)
-    wanted = [name for name in getattr(options, "variants", "").split(",") if name]
+    wanted = [name.strip() for name in getattr(options, "variants", "").split(",") if name.strip()]
     if wanted and not options.model:
         raise UsageError("--variants is for one model: name it")
     for spec in specs:
@@ -781,7 +784,7 @@ def _add(options: argparse.Namespace) -> int:
         add.append(options.models_file, proposal)
         command = f"make export MODEL={proposal.name}"
         if options.models_file != Path("models.toml"):
-            command += f" MODELS_FILE={options.models_file}"
+            command += f" MODELS_FILE={shlex.quote(str(options.models_file))}"
         print(f"trident-export: written to {options.models_file}; {command} exports it", file=sys.stderr)
     return 0
 
