@@ -408,16 +408,20 @@ def _export(options: argparse.Namespace) -> int:
     base = options.models_file.resolve().parent
     quiet.hush_onnxruntime(options.verbose)
     cache = options.cache or base / ".cache"
+    said: list[str] = []
+
+    def say(message: str) -> None:
+        said.append(message)
+        progress.say(message)
+
     try:
-        exported = install.export(
-            specs, options.repository, base, cache, progress.say, force=options.force, beside=options.beside
-        )
+        install.export(specs, options.repository, base, cache, say, force=options.force, beside=options.beside)
     except ExportError as error:
         if not options.keep_going:
             raise
         progress.say(str(error))
         return 0
-    if options.model and not exported and all(install.is_current(spec, options.repository, base) for spec in specs):
+    if options.model and not said:
         progress.say(f"{options.model} is up to date")
     return 0
 
@@ -760,7 +764,8 @@ def _configs(options: argparse.Namespace) -> int:
     if not options.check:
         for spec in specs:
             if not spec.on_demand or artefacts.read_manifest(options.repository, spec.name) is not None:
-                configs.write(spec, options.repository)
+                for path in configs.write(spec, options.repository):
+                    print(f"wrote {path}")
         return 0
     problems = configs.drift(specs, options.repository)
     for problem in problems:
