@@ -516,6 +516,16 @@ def _client(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
         yield stack.enter_context(Client(url, timeout=600))
 
 
+def _exported(repository: Path, task: str = "") -> list[str]:
+    """Public names of what a repository serves.
+
+    Args:
+        task: of these models; "": of any.
+    """
+    manifests = artefacts.read_manifests(repository)
+    return [name for each in manifests if task in ("", each.task) for name in each.public_models.values()]
+
+
 def _check_exported(options: argparse.Namespace, spec: models_file.ModelSpec) -> None:
     if artefacts.read_manifest(options.repository, spec.name) is None:
         raise UsageError(f"{spec.name} is not exported: run make export MODEL={spec.name}")
@@ -541,6 +551,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _audit_guard(options: argparse.Namespace) -> int:
     from trident_export.audit import guards
+    from trident_serving.guard import labels
     from trident_serving.guard.rules import Stage
     from trident_serving.launcher import local
 
@@ -548,6 +559,12 @@ def _audit_guard(options: argparse.Namespace) -> int:
     kinds = guards.load(options.cases) if options.cases else guards.load()
     if not guard.of(stage):
         raise UsageError(f"the guard {guard.name} has no rules for the {stage}")
+    for rule in guard.of(stage) if not options.url else ():
+        if rule.model and rule.model not in _exported(options.repository):
+            raise UsageError(f"{rule.model}, which rule {rule.name} asks, is not exported: see make export")
+        known = labels.of_model(options.repository, rule.model) if rule.labels else None
+        if known is not None and (said := labels.unknown(rule, known)):
+            raise UsageError(f"rule {rule.name}: {said}")
     with contextlib.ExitStack() as stack:
         url = options.url
         if not url and any(rule.model for rule in guard.of(stage)):
