@@ -53,7 +53,7 @@ from trident_export import (
     tasks,
 )
 from trident_export.compression.methods import Method
-from trident_export.errors import ExportError, SourceError, UsageError
+from trident_export.errors import ExportError, SourceError, TextError, UsageError
 from trident_export.huggingface import adapters, sources
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
@@ -490,19 +490,36 @@ def _served(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
     """A client of the server that has a model, the public names that are asked, and which the others are compared with.
 
     The server is the one that the command line names, or one for the time of the `with` block.
+
+    Raises:
+        UsageError: a name is not one that it serves.
+        TextError: the server that is named does not serve one.
     """
+    from trident_client import TridentError
+
     models = [name.strip() for name in options.models.split(",") if name.strip()] or [
         spec.public_name(each) for each in spec.variants
     ]
     exact = spec.public_name("fp32")
     against = options.against or (exact if exact in models else models[0])
-    with _client(options, spec) as client:
+    if against not in models:
+        raise UsageError(f"the baseline {against} is none of {', '.join(models)}")
+    with _client(options, spec, models) as client:
+        try:
+            for name in models if options.url else ():
+                client.parameters(name)  # before hours are spent on the first of them
+        except TridentError as error:
+            raise TextError(f"the server says: {error}") from error
         yield client, models, against
 
 
 @contextlib.contextmanager
-def _client(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterator[Client]:
-    """A client of the server that the command line names, or of one for the time of the `with` block."""
+def _client(options: argparse.Namespace, spec: models_file.ModelSpec, models: Sequence[str]) -> Iterator[Client]:
+    """A client of the server that the command line names, or of one for the time of the `with` block.
+
+    Args:
+        models: public names that it will be asked for, of the model's task.
+    """
     from trident_client import Client
     from trident_serving.launcher import local
 
@@ -510,6 +527,11 @@ def _client(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
         url = options.url
         if not url:
             _check_exported(options, spec)
+            known = _exported(options.repository, spec.task)
+            if unknown := [name for name in models if name not in known]:
+                raise UsageError(
+                    f"{options.repository} has no model {unknown[0]!r} for {spec.task}; it has {', '.join(known)}"
+                )
             progress.say("starting a server")
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
             url = stack.enter_context(local.running(options.repository, log)).grpc_url
@@ -539,6 +561,7 @@ def _audit(options: argparse.Namespace) -> int:
         if limit is not None and not limit >= 0:  # nothing is beyond a limit that is no number
             raise UsageError(f"--{name.replace('_', '-')} must be 0 or more, found {limit:g}")
     (spec,) = _specs(options, on_demand=True)
+    report.check(spec.task)
     asked = cases.load(options.groups) if options.groups else cases.load()
     with _served(options, spec) as (client, models, against):
         found = report.audit(client, spec.task, models, asked, against)
@@ -614,7 +637,7 @@ def _explain(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         client = None
         if options.url or spec.generation:
-            client = stack.enter_context(_client(options, spec))
+            client = stack.enter_context(_client(options, spec, [spec.public_name(variant)]))
         if not spec.generation:
             _check_exported(options, spec)
         found = asking.explain(spec, variant, options.repository, options.texts, asked, client)
