@@ -29,6 +29,9 @@ TEST_WORKERS ?= 4
 COMPILED = $(BIN)/python -m compileall -q client export gateway serving
 # A worker that dies ends the run and is told: to replace it, pytest-xdist 3.8 may wait for ever.
 WORKERS = --numprocesses $(TEST_WORKERS) --max-worker-restart 0
+# A path as one word of the shell, whatever it holds; `~/` at its beginning is still a home.
+quoted = $(if $(1),$(subst '~/,~/','$(subst ','\'',$(1))'))
+TABLES = --models-file $(call quoted,$(MODELS_FILE)) --repository $(call quoted,$(REPOSITORY))
 SETUP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -51,11 +54,11 @@ PORTS := --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METR
 
 serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
 	@$(BIN)/python -m trident_serving --check $(PORTS)
-	@$(BIN)/python -m trident_export export --keep-going $(if $(FORCE),--force) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
-	@exec $(BIN)/python -m trident_serving --repository $(REPOSITORY) $(PORTS)
+	@$(BIN)/python -m trident_export export --keep-going $(if $(FORCE),--force) $(TABLES)
+	@exec $(BIN)/python -m trident_serving --repository $(call quoted,$(REPOSITORY)) $(PORTS)
 
 export: $(SETUP) ## export models: make export [MODEL=name [VARIANTS=all] [SOURCE=folder] [FORCE=1] [BESIDE=1]]
-	@$(BIN)/python -m trident_export export $(MODEL) $(if $(VARIANTS),--variants $(VARIANTS)) $(if $(SOURCE),--source $(SOURCE)) $(if $(FORCE),--force) $(if $(BESIDE),--beside) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+	@$(BIN)/python -m trident_export export $(MODEL) $(if $(VARIANTS),--variants $(call quoted,$(VARIANTS))) $(if $(SOURCE),--source $(call quoted,$(SOURCE))) $(if $(FORCE),--force) $(if $(BESIDE),--beside) $(TABLES)
 
 test: $(SETUP) ## run the tests, against a real server on free ports
 	@$(COMPILED)
@@ -72,7 +75,7 @@ check: $(SETUP) ## lint, types, configs in step with models.toml, deployment fil
 	@$(BIN)/mypy --python-version 3.10 --package trident_client --package trident_command
 	@$(BIN)/mypy --python-version 3.10 examples
 	@$(BIN)/python tools/schema.py --check
-	@$(BIN)/python -m trident_export configs --check --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+	@$(BIN)/python -m trident_export configs --check $(TABLES)
 	@$(BIN)/python deploy/validate.py
 	@$(BIN)/python tools/lock.py --check
 
@@ -93,24 +96,24 @@ docs: $(SETUP) ## build the documentation as a site, links checked -> site/
 	@echo "trident: the documentation is in site/index.html" >&2
 
 quality: $(SETUP) ## what each exported variant gets wrong and costs -> reports/quality.{md,json,svg}
-	@$(BIN)/python -m trident_export evaluate $(MODEL) --models-file $(MODELS_FILE) --repository $(REPOSITORY)
+	@$(BIN)/python -m trident_export evaluate $(MODEL) $(TABLES)
 
 families: $(SETUP) ## which model types are served, each compared with Hugging Face -> docs/reference/families.md
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/families.py --write docs/reference/families.md
 
 bench: $(SETUP) ## compare with other libraries, all in one run: make bench [PEERS="openvino-genai ..."] -> reports/bench.md
-	@$(BIN)/python -m benchmarks.bench --repository $(REPOSITORY) $(if $(PEERS),--peers $(PEERS))
+	@$(BIN)/python -m benchmarks.bench --repository $(call quoted,$(REPOSITORY)) $(if $(PEERS),--peers $(PEERS))
 
 load: $(SETUP) ## throughput and latency of every model at every door, verified: make load [LOAD_ARGS=...] -> reports/load.md
-	@$(BIN)/python -m benchmarks.load --repository $(REPOSITORY) $(LOAD_ARGS)
+	@$(BIN)/python -m benchmarks.load --repository $(call quoted,$(REPOSITORY)) $(LOAD_ARGS)
 
 load-check: $(SETUP) ## compare ratios of throughput with stored ones: make load-check [UPDATE=1] [LOAD_ARGS=...]
-	@$(BIN)/python -m benchmarks.load --check $(if $(UPDATE),--update) --repository $(REPOSITORY) $(LOAD_ARGS)
+	@$(BIN)/python -m benchmarks.load --check $(if $(UPDATE),--update) --repository $(call quoted,$(REPOSITORY)) $(LOAD_ARGS)
 
 soak: $(SETUP) ## mixed traffic, faults and hostile requests, all verified: make soak [MINUTES=15] -> reports/soak.md
-	@$(BIN)/python -m trident_export export smollm2 --variants all --models-file $(MODELS_FILE) --repository $(REPOSITORY)
-	@$(BIN)/python -m trident_export export --models-file $(MODELS_FILE) --repository $(REPOSITORY)
-	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(REPOSITORY)
+	@$(BIN)/python -m trident_export export smollm2 --variants all $(TABLES)
+	@$(BIN)/python -m trident_export export $(TABLES)
+	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --repository $(call quoted,$(REPOSITORY))
 
 fuzz: $(SETUP) ## thousands of random requests, answers and bodies: make fuzz [EXAMPLES=5000]
 	@FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout 0 tests/fuzz $(PYTEST_ARGS)
@@ -119,7 +122,7 @@ clients: $(SETUP) ## run other people's clients against the default models and t
 	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
 upstream: $(SETUP) ## run Triton's own tests: make upstream CHECKOUT=folder of triton-inference-server/server
-	@$(BIN)/python -m tests.upstream $(CHECKOUT) $(if $(WRITE),--write docs/reference/upstream-tests.md)
+	@$(BIN)/python -m tests.upstream $(call quoted,$(CHECKOUT)) $(if $(WRITE),--write docs/reference/upstream-tests.md)
 
 charts: $(SETUP) ## render the Helm chart and validate what it gives
 	@$(BIN)/python -m pytest -m charts tests/charts $(PYTEST_ARGS)
@@ -138,4 +141,4 @@ down: ## stop the production stack
 	docker compose --profile '*' down
 
 clean: ## remove exported artefacts, caches and reports; keep .venv
-	rm -rf .cache reports site $(REPOSITORY)/.trident $(REPOSITORY)/*/[0-9]*
+	rm -rf .cache reports site $(call quoted,$(REPOSITORY))/.trident $(call quoted,$(REPOSITORY))/*/[0-9]*

@@ -29,6 +29,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -52,7 +53,7 @@ from trident_export import (
     tasks,
 )
 from trident_export.compression.methods import Method
-from trident_export.errors import ExportError, SourceError, UsageError
+from trident_export.errors import ExportError, SourceError, TextError, UsageError
 from trident_export.huggingface import adapters, sources
 from trident_export.huggingface.folder import HuggingFaceFolder, check_files
 from trident_export.measure import quality, sensitivity
@@ -407,16 +408,20 @@ def _export(options: argparse.Namespace) -> int:
     base = options.models_file.resolve().parent
     quiet.hush_onnxruntime(options.verbose)
     cache = options.cache or base / ".cache"
+    said: list[str] = []
+
+    def say(message: str) -> None:
+        said.append(message)
+        progress.say(message)
+
     try:
-        exported = install.export(
-            specs, options.repository, base, cache, progress.say, force=options.force, beside=options.beside
-        )
+        install.export(specs, options.repository, base, cache, say, force=options.force, beside=options.beside)
     except ExportError as error:
         if not options.keep_going:
             raise
         progress.say(str(error))
         return 0
-    if options.model and not exported and all(install.is_current(spec, options.repository, base) for spec in specs):
+    if options.model and not said:
         progress.say(f"{options.model} is up to date")
     return 0
 
@@ -485,17 +490,36 @@ def _served(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
     """A client of the server that has a model, the public names that are asked, and which the others are compared with.
 
     The server is the one that the command line names, or one for the time of the `with` block.
+
+    Raises:
+        UsageError: a name is not one that it serves.
+        TextError: the server that is named does not serve one.
     """
-    models = [name for name in options.models.split(",") if name] or [spec.public_name(each) for each in spec.variants]
+    from trident_client import TridentError
+
+    models = [name.strip() for name in options.models.split(",") if name.strip()] or [
+        spec.public_name(each) for each in spec.variants
+    ]
     exact = spec.public_name("fp32")
     against = options.against or (exact if exact in models else models[0])
-    with _client(options, spec) as client:
+    if against not in models:
+        raise UsageError(f"the baseline {against} is none of {', '.join(models)}")
+    with _client(options, spec, models) as client:
+        try:
+            for name in models if options.url else ():
+                client.parameters(name)  # before hours are spent on the first of them
+        except TridentError as error:
+            raise TextError(f"the server says: {error}") from error
         yield client, models, against
 
 
 @contextlib.contextmanager
-def _client(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterator[Client]:
-    """A client of the server that the command line names, or of one for the time of the `with` block."""
+def _client(options: argparse.Namespace, spec: models_file.ModelSpec, models: Sequence[str]) -> Iterator[Client]:
+    """A client of the server that the command line names, or of one for the time of the `with` block.
+
+    Args:
+        models: public names that it will be asked for, of the model's task.
+    """
     from trident_client import Client
     from trident_serving.launcher import local
 
@@ -503,10 +527,25 @@ def _client(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
         url = options.url
         if not url:
             _check_exported(options, spec)
+            known = _exported(options.repository, spec.task)
+            if unknown := [name for name in models if name not in known]:
+                raise UsageError(
+                    f"{options.repository} has no model {unknown[0]!r} for {spec.task}; it has {', '.join(known)}"
+                )
             progress.say("starting a server")
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
             url = stack.enter_context(local.running(options.repository, log)).grpc_url
         yield stack.enter_context(Client(url, timeout=600))
+
+
+def _exported(repository: Path, task: str = "") -> list[str]:
+    """Public names of what a repository serves.
+
+    Args:
+        task: of these models; "": of any.
+    """
+    manifests = artefacts.read_manifests(repository)
+    return [name for each in manifests if task in ("", each.task) for name in each.public_models.values()]
 
 
 def _check_exported(options: argparse.Namespace, spec: models_file.ModelSpec) -> None:
@@ -522,6 +561,7 @@ def _audit(options: argparse.Namespace) -> int:
         if limit is not None and not limit >= 0:  # nothing is beyond a limit that is no number
             raise UsageError(f"--{name.replace('_', '-')} must be 0 or more, found {limit:g}")
     (spec,) = _specs(options, on_demand=True)
+    report.check(spec.task)
     asked = cases.load(options.groups) if options.groups else cases.load()
     with _served(options, spec) as (client, models, against):
         found = report.audit(client, spec.task, models, asked, against)
@@ -534,6 +574,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _audit_guard(options: argparse.Namespace) -> int:
     from trident_export.audit import guards
+    from trident_serving.guard import labels
     from trident_serving.guard.rules import Stage
     from trident_serving.launcher import local
 
@@ -541,6 +582,12 @@ def _audit_guard(options: argparse.Namespace) -> int:
     kinds = guards.load(options.cases) if options.cases else guards.load()
     if not guard.of(stage):
         raise UsageError(f"the guard {guard.name} has no rules for the {stage}")
+    for rule in guard.of(stage) if not options.url else ():
+        if rule.model and rule.model not in _exported(options.repository):
+            raise UsageError(f"{rule.model}, which rule {rule.name} asks, is not exported: see make export")
+        known = labels.of_model(options.repository, rule.model) if rule.labels else None
+        if known is not None and (said := labels.unknown(rule, known)):
+            raise UsageError(f"rule {rule.name}: {said}")
     with contextlib.ExitStack() as stack:
         url = options.url
         if not url and any(rule.model for rule in guard.of(stage)):
@@ -590,7 +637,7 @@ def _explain(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         client = None
         if options.url or spec.generation:
-            client = stack.enter_context(_client(options, spec))
+            client = stack.enter_context(_client(options, spec, [spec.public_name(variant)]))
         if not spec.generation:
             _check_exported(options, spec)
         found = asking.explain(spec, variant, options.repository, options.texts, asked, client)
@@ -740,7 +787,7 @@ def _train_head(options: argparse.Namespace) -> int:
 def _specs(options: argparse.Namespace, *, on_demand: bool = False) -> list[models_file.ModelSpec]:
     """The models that a command is for, each with the variants that the repository has of it."""
     specs = models_file.select(models_file.load(options.models_file), options.model or None, on_demand=on_demand)
-    wanted = [name for name in getattr(options, "variants", "").split(",") if name]
+    wanted = [name.strip() for name in getattr(options, "variants", "").split(",") if name.strip()]
     if wanted and not options.model:
         raise UsageError("--variants is for one model: name it")
     for spec in specs:
@@ -757,7 +804,8 @@ def _configs(options: argparse.Namespace) -> int:
     if not options.check:
         for spec in specs:
             if not spec.on_demand or artefacts.read_manifest(options.repository, spec.name) is not None:
-                configs.write(spec, options.repository)
+                for path in configs.write(spec, options.repository):
+                    print(f"wrote {path}")
         return 0
     problems = configs.drift(specs, options.repository)
     for problem in problems:
@@ -781,7 +829,7 @@ def _add(options: argparse.Namespace) -> int:
         add.append(options.models_file, proposal)
         command = f"make export MODEL={proposal.name}"
         if options.models_file != Path("models.toml"):
-            command += f" MODELS_FILE={options.models_file}"
+            command += f" MODELS_FILE={shlex.quote(str(options.models_file))}"
         print(f"trident-export: written to {options.models_file}; {command} exports it", file=sys.stderr)
     return 0
 

@@ -148,21 +148,27 @@ def keeps_guard(spec: ModelSpec, repository: Path, version: int) -> bool:
     return True
 
 
-def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | None = None) -> None:
+def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | None = None) -> list[Path]:
     """Write the config.pbtxt of every part of a spec; a file that is right is left alone.
 
     Args:
         unverified: see `build`; None: as the installed model is.
+
+    Returns:
+        The files that were written.
     """
     if unverified is None:
         texts = expected(spec, repository)
     else:
         texts = {name: to_text(config) for name, config in build(spec, unverified).items()}
+    written = []
     for name, text in texts.items():
         path = repository / name / CONFIG
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+            written.append(path)
+    return written
 
 
 def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:

@@ -22,6 +22,7 @@ from trident_export.huggingface import sources
 from trident_export.models_file import ModelSpec
 from trident_serving import memory
 from trident_serving.artefacts import Manifest, read_manifest, version_folder
+from trident_serving.guard import labels
 from trident_serving.triton.onnx_session import TRITON_TYPES
 
 MEBIBYTE = 2**20
@@ -58,6 +59,7 @@ def examine(specs: Sequence[ModelSpec], repository: Path, base: Path) -> list[Fi
         if read_manifest(repository, spec.name) is not None:
             served.append(spec)
             found += _tensors(spec, repository)
+        found += _guard(spec, repository)
         if spec.source.hub and not spec.source.revision:
             found.append(Finding(False, f"[{spec.name}] {spec.source.hub} has no revision: run trident-export pin"))
     found += [*_threads(served), *_shared_memory(served), *_memory(served)]
@@ -149,6 +151,14 @@ def _tensors(spec: ModelSpec, repository: Path) -> Iterator[Finding]:
                 given = TRITON_TYPES.get(_ONNX_TYPES.get(known[tensor.name].elem_type, ""), "another type")
                 if given != expected:
                     yield Finding(True, f"{path}: {kind} {tensor.name!r} is {given}, its config says {expected}")
+
+
+def _guard(spec: ModelSpec, repository: Path) -> Iterator[Finding]:
+    """Rules that name labels which their models do not have fail at each text."""
+    for rule in spec.guard.rules if spec.guard is not None else ():
+        known = labels.of_model(repository, rule.model) if rule.labels else None
+        if spec.guard is not None and known is not None and (said := labels.unknown(rule, known)):
+            yield Finding(True, f"[{spec.name}] guard {spec.guard.name}, rule {rule.name}: {said}")
 
 
 def _threads(specs: Sequence[ModelSpec]) -> Iterator[Finding]:

@@ -189,7 +189,13 @@ def _export_if_needed(
 ) -> bool:
     with disk.writing(repository):
         if is_current(spec, repository, base):
-            configs.write(spec, repository)  # a config that was changed or removed by hand
+            # A guard is in configs only, and files may have been changed or removed by hand.
+            if written := configs.write(spec, repository):
+                files = ", ".join(str(path.relative_to(repository)) for path in written)
+                progress(
+                    f"{spec.name}: wrote {files} as models.toml says, and the rest is up to date: a running server "
+                    f"takes it up with trident unload {spec.name} and trident load {spec.name}"
+                )
             return False
         if (waits := waiting_version(spec, repository, base)) is not None:
             progress(
@@ -199,7 +205,8 @@ def _export_if_needed(
         disk.require_writable(repository, configs.build(spec))
         with locked(repository, progress):
             if is_current(spec, repository, base):
-                return False  # another export made it while this one waited
+                progress(f"{spec.name}: the other export made it")
+                return False
             _export_one(spec, repository, base, cache, _timed(spec.name, progress), force, beside)
     return True
 

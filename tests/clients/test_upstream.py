@@ -13,7 +13,7 @@ from tests.upstream.__main__ import unexpected
 from tests.upstream.runner import PASSED
 from tests.upstream.suites import SUITES, Suite
 
-CHECKOUTS = [Path(each) for each in os.environ.get("TRITON_CHECKOUTS", "").split()]
+CHECKOUTS = runner.checkouts([os.environ.get("TRITON_CHECKOUTS", "")])
 pytestmark = [
     pytest.mark.clients,
     pytest.mark.timeout(1800),

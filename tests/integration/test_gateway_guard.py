@@ -12,9 +12,9 @@ import pytest
 
 from tests import tiny_models
 from tests.conftest import post, run_export_cold
-from tests.gateways import Gateway, install_guarded
+from tests.gateways import LABELS, Gateway, install_guarded
 from tests.integration.test_messages import TOOL
-from trident_client import Client, Finding, InvalidRequestError
+from trident_client import Client, Finding, InvalidRequestError, UnavailableError
 from trident_serving.guard.rules import Guard
 from trident_serving.launcher.local import LocalServer
 from trident_serving.runtime.sampling.watermark import Watermark, detect
@@ -57,6 +57,7 @@ def guarded(gateway_server: LocalServer, gateway_folder: Path, forbidden: str) -
     guards = {"guarded": [WEATHER, SESAME, word], "asking": [WEATHER, SESAME, word, tag, judge]}
     guards |= {"calling": [CITY], "spelling": [DIGIT, PIN]}
     guards["open"] = [{**tag, "action": "redact", "window": 4000}, {"name": "mood", **MOOD}]
+    guards["misnamed"] = [{**tag, "labels": [LABELS[1].split("-")[-1], "NAME"]}]
     repository = gateway_folder / "repository"
     with Client(gateway_server.grpc_url, timeout=60) as client:
         for name, rules in guards.items():
@@ -71,6 +72,15 @@ def guarded(gateway_server: LocalServer, gateway_folder: Path, forbidden: str) -
         yield
         for name in guards:
             client.unload(name)
+
+
+def test_a_label_that_no_entity_has_fails_closed(direct: Client) -> None:
+    with pytest.raises(UnavailableError) as raised:
+        direct.chat(MESSAGES, model="misnamed", max_tokens=1)
+    known = ", ".join(dict.fromkeys(label.split("-")[-1] for label in LABELS if label != "O"))
+    assert str(raised.value).endswith(
+        f"the guard's rule tag could not be checked: tag has no label 'NAME', its labels are {known}"
+    )
 
 
 @pytest.mark.parametrize("model", ["guarded", "asking"])

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.test_guard_tables import install_labels
 from trident_export import cli
 from trident_export.audit import cases, measuring, report
 from trident_export.audit.cases import Axis
 from trident_export.errors import TextError
+from trident_serving.artefacts import VERSION, Manifest
+from trident_serving.launcher import local
 
 AXIS = Axis("gender", ("the man", "the woman"))
 THREE = Axis("age", ("a", "b", "c"))
@@ -117,6 +120,46 @@ def test_limits(tmp_path: Path) -> None:
 def test_a_limit_that_nothing_is_beyond(capsys: pytest.CaptureFixture[str], flag: str, limit: str) -> None:
     assert cli.main(["audit", "m", flag, limit]) == 1
     assert capsys.readouterr().err == f"trident-export: {flag} must be 0 or more, found {limit}\n"
+
+
+TABLE = '[%s]\ntask = "%s"\nsource = { path = "x" }\nvariants = ["fp32", "int8"]\nlimits = %s\n'
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("audit m --models m,nosuch", "{} has no model 'nosuch' for text-classification; it has m, m_int8"),
+        ("audit m --models tag", "{} has no model 'tag' for text-classification; it has m, m_int8"),
+        ("audit m --against nosuch", "the baseline nosuch is none of m, m_int8"),
+        ("audit tag", "token-classification models have no audit; text-classification and text-generation have one"),
+        (
+            "evaluate m --dataset data.jsonl --models nosuch",
+            "{} has no model 'nosuch' for text-classification; it has m,",
+        ),
+        ("evaluate m --dataset data.jsonl --against nosuch", "the baseline nosuch is none of m, m_int8"),
+        ("explain chat hello", "chat is not exported: run make export MODEL=chat"),
+        ("explain said hello --variant int8", "{} has no model 'said_int8' for text-generation; it has said"),
+    ],
+)
+def test_names_are_checked_before_a_server_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    def running(*arguments: object) -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr(local, "running", running)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"text_input": "good", "label": "A"}\n{"text_input": "bad", "label": "B"}\n')
+    tasks = {"m": "text-classification", "tag": "token-classification"}
+    tables = [TABLE % (name, task, "{ labels = 2 }") for name, task in tasks.items()]
+    tables += [TABLE % (name, "text-generation", "{}") for name in ("chat", "said")]
+    (tmp_path / "models.toml").write_text("\n".join(tables))
+    for name, task in tasks.items():
+        install_labels(tmp_path / "models", name, task, ["A", "B"])
+    (folder := tmp_path / "models" / "said" / VERSION).mkdir(parents=True)
+    Manifest("said", "text-generation", ["said"], {"fp32": "said"}, "").write(folder)
+    assert cli.main([*command.split(), "--repository", "models"]) == 1
+    assert f"trident-export: {said.format('models')}" in capsys.readouterr().err
 
 
 class Scores:

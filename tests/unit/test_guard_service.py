@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny_models
+from tests.unit.test_guard_tables import install_labels
 from trident_serving.chat.template import Joint
 from trident_serving.errors import InvalidRequest, Overloaded
 from trident_serving.generation.answer import FinishReason
@@ -185,12 +187,13 @@ def guarded(
     rules: Sequence[Mapping[str, Any]],
     *answers: Mapping[str, str] | str,
     models: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] | None = None,
+    repository: Path | None = None,
     **settings: Any,
 ) -> Iterator[tuple[GuardedService, Engine, dict[str, Model]]]:
     engine = Engine([{"text": each} if isinstance(each, str) else each for each in answers])
     guard = Guard.from_table("g", {"rules": [dict(rule) for rule in rules], **settings})
     served = {name: Model(answer) for name, answer in (models or {}).items()}
-    service = GuardedService(engine, guard, Models(guard, served.__getitem__), 4)
+    service = GuardedService(engine, guard, Models(guard, served.__getitem__, repository), 4)
     try:
         yield service, engine, served
     finally:
@@ -335,10 +338,35 @@ def test_a_class_that_the_classifier_does_not_have_fails_closed() -> None:
     with guarded([rule], "Anna", models={"moods": moody}) as (service, engine, _):
         client = ask(service)
         assert isinstance(client.error, Overloaded)
-        assert str(client.error) == "the guard's rule mood could not be checked: moods has no class 'Angry'"
+        assert (
+            str(client.error)
+            == "the guard's rule mood could not be checked: moods has no label 'Angry', its labels are angry, calm"
+        )
         assert engine.asked == []
     with guarded([{**rule, "labels": ["calm", "angry"]}], "Anna", models={"moods": moody}) as (service, _, _):
         assert ask(service).text() == "Anna"
+
+
+def test_a_label_that_the_model_of_entities_does_not_have_fails_closed(tmp_path: Path) -> None:
+    """It found nothing, silently."""
+    rule = {**NAMES, "labels": ["LOC", "PERSON"]}
+    with guarded([rule], "fine", models={"tagger": tagger}, repository=tmp_path) as (service, engine, served):
+        assert ask(service, "Anna").text() == "fine"  # its labels are not known
+        install_labels(tmp_path, "tagger", "token-classification", ["O", "B-PER", "I-PER", "B-LOC"])
+        for _ in range(2):
+            client = ask(service, "Anna")
+            assert isinstance(client.error, Overloaded)
+            assert str(client.error) == (
+                "the guard's rule names could not be checked: tagger has no label 'PERSON', its labels are PER, LOC"
+            )
+        assert (len(engine.asked), served["tagger"].asked) == (1, ["Anna", "fine"])
+    with guarded([NAMES], "fine", models={"tagger": tagger}, repository=tmp_path) as (service, engine, _):
+        assert ask(service, "Anna and Bonn").text() == "fine"
+        assert engine.asked[0].prompt == "[PER] and Bonn"
+    with guarded([rule], "fine", models={"tagger": tagger}, repository=tmp_path, on_failure="open") as (service, _, _):
+        client = ask(service, "Anna")
+        assert client.text() == "fine"
+        assert {"rule": "names", "stage": "input"}.items() <= client.ended()[1][0].items()
 
 
 def test_the_likeliest_next_tokens_would_tell_what_is_hidden() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, run_export_cold
-from trident_export import cli, configs, models_file
+from trident_export import cli, configs, doctor, models_file
 from trident_export.audit import guards
 from trident_export.errors import ModelsFileError, TextError
+from trident_serving.artefacts import VERSION, Manifest
+from trident_serving.encoders.labels import Activation, LabelSettings
+from trident_serving.errors import ServingError
+from trident_serving.guard import labels
 from trident_serving.guard.rules import Guard, OnFailure, Stage
+from trident_serving.launcher import local
 
 GENERATOR = 'task = "text-generation"\nsource = { path = "x" }\nvariants = ["fp32"]\nlimits = {}\n'
 FILE = f"""
@@ -46,6 +52,85 @@ def load(folder: Path, text: str) -> dict[str, models_file.ModelSpec]:
     (folder / "models.toml").write_text(text)
     (folder / "judge.jinja").write_text("{{ user }} / {{ assistant }}?")
     return {spec.name: spec for spec in models_file.load(folder / "models.toml")}
+
+
+def install_labels(repository: Path, name: str, task: str, labels: list[str], aggregation: str = "simple") -> None:
+    """What an export leaves of a model's labels."""
+    spec = models_file.parse(
+        name,
+        {
+            "task": task,
+            "source": {"path": "x"},
+            "variants": ["fp32", "int8"],
+            "limits": {"labels": len(labels)}
+            | ({"aggregation": aggregation} if task == "token-classification" else {}),
+        },
+    )
+    configs.write(spec, repository, {})
+    for model in configs.build(spec):
+        (repository / model / VERSION).mkdir(exist_ok=True)
+    LabelSettings(tuple(labels), Activation.SOFTMAX).save(repository / f"{name}_postprocess" / VERSION)
+    public = {variant: spec.public_name(variant) for variant in spec.variants}
+    Manifest(name, task, [*configs.build(spec)], public, "").write(repository / name / VERSION)
+
+
+def test_the_labels_of_models(tmp_path: Path) -> None:
+    found = ["O", "B-PER", "I-PER", "B-LOC", "MISC"]
+    install_labels(tmp_path, "tag", "token-classification", found)
+    install_labels(tmp_path, "raw", "token-classification", found, "none")
+    install_labels(tmp_path, "mood", "text-classification", ["calm", "O"])
+    assert labels.of_model(tmp_path, "tag_int8") == labels.of_model(tmp_path, "tag") == ["PER", "LOC", "MISC"]
+    assert labels.of_model(tmp_path, "raw") == found[1:]
+    assert labels.of_model(tmp_path, "mood") == ["calm", "O"]
+    assert labels.of_model(tmp_path, "tag_postprocess") is labels.of_model(tmp_path, "other") is None
+
+
+def test_rules_are_compared_again_with_other_versions_of_their_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"name": "people", "action": "redact", "entities": "tag", "labels": ["PER"]}
+    (rule,) = Guard.from_table("g", {"rules": [table]}).rules
+    checked = labels.Labels(tmp_path)
+    checked.check(rule)
+    install_labels(tmp_path, "tag", "token-classification", ["O", "B-PER", "I-PER"])
+    checked.check(rule)
+    install_labels(tmp_path, "tag", "token-classification", ["O", "B-PERSON", "I-PERSON"])
+    checked.check(rule)  # no file is read
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 11)
+    with pytest.raises(ServingError, match="^tag has no label 'PER', its labels are PERSON$"):
+        checked.check(rule)
+
+
+TAGGED = FILE.replace('classifier = "mood"\nlabels = ["angry"]', 'entities = "tag"\nlabels = ["LOC", "PERSON"]')
+TAGGED = TAGGED.replace("[mood]", "[tag]").replace("text-classification", "token-classification")
+
+
+def test_the_doctor_and_the_audit_name_labels_that_a_model_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "running", None)  # no server is started for it
+    repository = tmp_path / "models"
+    repository.mkdir()
+    (tmp_path / "x").mkdir()
+    audit = ["audit-guard", "safe", "--repository", str(repository), "--models-file", str(tmp_path / "models.toml")]
+
+    def told(text: str) -> list[str]:
+        specs = load(tmp_path, text)
+        findings = doctor.examine([*specs.values()], repository, tmp_path)
+        return [finding.text for finding in findings if finding.problem and "[talk] guard" in finding.text]
+
+    assert told(TAGGED) == []  # it can't be known
+    assert cli.main(audit) == 1
+    assert "tag, which rule mood asks, is not exported" in capsys.readouterr().err
+    install_labels(repository, "tag", "token-classification", ["O", "B-PER", "I-PER", "B-LOC"])
+    install_labels(repository, "mood", "text-classification", ["calm", "Angry"])
+    said = "rule mood: tag has no label 'PERSON', its labels are PER, LOC"
+    assert told(TAGGED) == [f"[talk] guard safe, {said}"]
+    assert cli.main(audit) == 1
+    assert capsys.readouterr().err == f"trident-export: {said}\n"
+    assert told(TAGGED.replace("PERSON", "PER")) == []
+    assert told(FILE) == ["[talk] guard safe, rule mood: mood has no label 'angry', its labels are calm, Angry"]
 
 
 def test_a_guard_goes_into_the_config_alone(tmp_path: Path) -> None:

@@ -35,6 +35,14 @@ def test_an_edit_that_finds_nothing_is_an_error() -> None:
         runner.edited("a", SERVER, {"gone": ""})
 
 
+def test_checkouts_may_have_blanks_in_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (spaced := tmp_path / "a server").mkdir()
+    assert runner.checkouts([str(spaced)]) == [spaced]
+    assert runner.checkouts(["/one ~/two", "three"]) == [Path("/one"), Path("/home/me/two"), Path("three")]
+    assert runner.checkouts([""]) == []
+
+
 def test_unknown_failures_and_mended_faults_are_unexpected(tmp_path: Path) -> None:
     (tmp_path / "report.xml").write_text(REPORT)
     faults = {"test_known": "the test's", "test_mended": "the server's"}

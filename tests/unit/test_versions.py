@@ -12,7 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from trident_client import ModelStatus, NotFoundError, UnavailableError
-from trident_export import configs, models_file, releases
+from trident_export import cli, configs, fingerprint, models_file, releases
 from trident_export.errors import StoreError
 from trident_export.store import commands, rollout, versions
 from trident_serving import artefacts
@@ -451,6 +451,42 @@ def test_a_version_keeps_the_guard_of_its_table(tmp_path: Path) -> None:
         kept.write_text(configs.to_text(config))
         assert configs.keeps_guard(spec, tmp_path, 2)
         assert not configs.keeps_guard(other, tmp_path, 2)
+
+
+def test_a_guard_that_came_into_the_table_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The export said "m is up to date" and wrote the config."""
+    table = {"task": "text-generation", "source": {"path": "any"}, "variants": ["fp32"], "limits": {"context": 64}}
+    file, repository = tmp_path / "models.toml", tmp_path / "models"
+    (spec,) = models_file.load(_written(file, table))
+    (tmp_path / "any").mkdir()
+    (graph := repository / "m/1/model.onnx").parent.mkdir(parents=True)
+    graph.touch()
+    manifest = Manifest(
+        name="m",
+        task=spec.task,
+        triton_models=["m"],
+        public_models={"fp32": "m"},
+        fingerprint=fingerprint.fingerprint(spec, tmp_path),
+    )
+    manifest.write(artefacts.manifest_path(repository, "m").parent)
+    configs.write(spec, repository)
+
+    def said(command: str) -> str:
+        model = ["m"] if command == "export" else []
+        assert cli.main([command, *model, "--models-file", str(file), "--repository", str(repository)]) == 0
+        return "".join(capfd.readouterr()).strip()
+
+    assert said("export") == "trident-export: m is up to date"
+    _written(file, table | {"guard": "house"})
+    assert said("export") == (
+        "trident-export: m: wrote m/config.pbtxt as models.toml says, and the rest is up to date: a running server "
+        "takes it up with trident unload m and trident load m"
+    )
+    assert "forbidden" in (repository / "m/config.pbtxt").read_text()
+    assert said("export") == "trident-export: m is up to date"
+    _written(file, table)
+    assert said("configs") == f"wrote {repository}/m/config.pbtxt"
+    assert said("configs") == ""
 
 
 def _written(file: Path, table: dict[str, object]) -> Path:

@@ -43,7 +43,7 @@ checkouts do not have, ask our gateway for SmolLM2.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.upstream", description=__doc__)
-    parser.add_argument("checkouts", type=Path, nargs="*", help="checkouts of triton-inference-server/server")
+    parser.add_argument("checkouts", nargs="*", help="checkouts of triton-inference-server/server")
     parser.add_argument("--suite", action="append", default=[], help="run suites whose name contains this (repeatable)")
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="interpreter with the tests' packages"
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, help="folder to keep the logs in")
     parser.add_argument("--write", type=Path, help="write the list as Markdown")
     given = parser.parse_args(arguments)
+    given.checkouts = runner.checkouts(given.checkouts)
     if given.suite and given.write:
         parser.error("--write writes the page of all suites, --suite runs some")
     if not given.checkouts:

@@ -115,6 +115,14 @@ def version(checkout: Path) -> str:
     return f"{name} of {git('log', '-1', '--date=short', '--format=%cd')}" if name else "an unknown version"
 
 
+def checkouts(given: Iterable[str]) -> list[Path]:
+    """Folders that texts name: each is one, whose name may have blanks, or several parted by blanks."""
+    folders: list[str] = []
+    for text in given:
+        folders += [text] if text and Path(text).is_dir() else text.split()
+    return [Path(folder).expanduser() for folder in folders]
+
+
 def source(suite: Suite, checkouts: Iterable[Path]) -> Path | None:
     """The first checkout that has a suite's file."""
     return next((each for each in checkouts if (each / suite.folder / suite.file).exists()), None)

@@ -25,6 +25,16 @@ class Audit:
     shifts: Mapping[str, Mapping[str, Sequence[Shift]]]
 
 
+def check(task: str) -> None:
+    """Refuse a task that has no audit.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if task not in measuring.TASKS:
+        raise UsageError(f"{task} models have no audit; {' and '.join(measuring.TASKS)} have one")
+
+
 def audit(client: Client, task: str, models: Sequence[str], cases: Cases, baseline: str) -> Audit:
     """Ask a server about every model.
 
@@ -32,8 +42,7 @@ def audit(client: Client, task: str, models: Sequence[str], cases: Cases, baseli
         UsageError: the task has no audit, or the baseline is none of the models.
         TextError: the server refuses a text, or can't be asked.
     """
-    if task not in measuring.TASKS:
-        raise UsageError(f"{task} models have no audit; {' and '.join(measuring.TASKS)} have one")
+    check(task)
     if baseline not in models:
         raise UsageError(f"the baseline {baseline} is none of {', '.join(models)}")
     try:

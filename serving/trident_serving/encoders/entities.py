@@ -136,6 +136,13 @@ class EntityFinder:
         return text
 
 
+def kinds(labels: Iterable[str], aggregation: Aggregation) -> list[str]:
+    """What entities can be, by the labels of a model's logits: `B-PER` and `I-PER` are `PER` where they are joined."""
+    inside = [label for label in labels if label != OUTSIDE]
+    joined = aggregation is not Aggregation.NONE
+    return [*dict.fromkeys(label.split("-", 1)[-1] if joined else label for label in inside)]
+
+
 def _words(tokens: Sequence[_Token]) -> list[list[_Token]]:
     words: list[list[_Token]] = []
     for token in tokens:

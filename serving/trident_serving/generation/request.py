@@ -27,6 +27,7 @@ from trident_serving.chat.origins import plain
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.chat import Chat
 from trident_serving.generation.images import PARTS, ImageReader, PromptImage, PromptImages
+from trident_serving.generation.media import NO_MEDIA, MediaTokens
 from trident_serving.runtime.sampling.defaults import NO_DEFAULTS, GenerationDefaults
 from trident_serving.runtime.sampling.grammars import Grammar, GrammarKind
 from trident_serving.runtime.sampling.params import SAMPLING, SamplingParams
@@ -131,6 +132,7 @@ class RequestParser:
         vocabulary_size: tokens of the model.
         adapters: names of the model's adapters.
         images: reads images for the model; None: it reads none.
+        media: the model's tokens of images, videos and sound.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class RequestParser:
         vocabulary_size: int = 2**31,
         adapters: Sequence[str] = (),
         images: ImageReader | None = None,
+        media: MediaTokens = NO_MEDIA,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
@@ -149,6 +152,7 @@ class RequestParser:
         self._defaults = defaults
         self._vocabulary_size = vocabulary_size
         self._images = images
+        self._media = media
         self._adapters = {name: number for number, name in enumerate(adapters, start=1)}
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
@@ -223,7 +227,7 @@ class RequestParser:
             return_tokens=values["return_tokens"],
             adapter=self._adapter(values["lora_name"]),
             bad_words=bad_words,
-            images=None if self._images is None else self._images.placed(prompt_ids, images),
+            images=self._placed(prompt_ids, images),
         )
 
     def _conversation(self, inputs: Inputs) -> tuple[Conversation | None, Sequence[PromptImage]]:
@@ -335,6 +339,15 @@ class RequestParser:
                 f"images take {tokens} tokens ({cut}), the model's context of {self._limits.context} allows fewer: "
                 "send fewer images, or smaller ones, or ones nearer to a square"
             )
+
+    def _placed(self, ids: Sequence[int], images: Sequence[PromptImage]) -> PromptImages | None:
+        """Where the images of a prompt are; None: it has none."""
+        if self._images is None:
+            self._media.check_none(ids)
+            return None
+        placed = self._images.placed(ids, images)
+        self._images.settings.check_marks(ids, self._media, [image.grid for image in images])
+        return placed
 
     def _marks(self, prompt: str) -> list[tuple[int, int]]:
         """Where a text says that an image goes, as (begin, end)."""

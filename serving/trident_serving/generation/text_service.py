@@ -18,6 +18,7 @@ from trident_serving.generation.batch import Embeds
 from trident_serving.generation.chat import Chat
 from trident_serving.generation.group import AnswerGroup
 from trident_serving.generation.images import ImageReader, PromptImages
+from trident_serving.generation.media import MediaTokens
 from trident_serving.generation.parts import AnswerParts
 from trident_serving.generation.request import GenerationRequest, RequestParser
 from trident_serving.generation.stream import ResponseChannel, TextStream
@@ -127,12 +128,16 @@ class TextService:
     ) -> None:
         self.tokenizer = TextTokenizer.load(folder)
         self._unloading = unloading
-        self._chat = Chat.load(folder, self.tokenizer, limits, "" if images is None else images.settings.literals)
+        media = MediaTokens.load(folder, self.tokenizer)
+        literals = media.literals if images is None else f"{media.literals}\0{images.settings.literals}"
+        self._chat = Chat.load(folder, self.tokenizer, limits, literals)
         self.joint = Joint() if self._chat is None else self._chat.template.joint
         ends = read_eos_token_ids(folder)
         self._eos_token_ids = frozenset(token for token in ends if 0 <= token < vocabulary_size)
         defaults = GenerationDefaults.load(folder, vocabulary_size)
-        self._parser = RequestParser(self.tokenizer, self._chat, limits, defaults, vocabulary_size, adapters, images)
+        self._parser = RequestParser(
+            self.tokenizer, self._chat, limits, defaults, vocabulary_size, adapters, images, media
+        )
         self._grammars = Grammars(folder / "tokenizer.json", vocabulary_size, self._eos_token_ids)
         self.recorder = recorder or Recorder()
         self._preparing: set[_Waiting] = set()

@@ -20,6 +20,7 @@ from PIL import Image
 
 from trident_serving.errors import InvalidRequest
 from trident_serving.generation.batch import RopePositions
+from trident_serving.generation.media import MediaTokens
 from trident_serving.images.patches import PatchSettings
 from trident_serving.images.preprocessing import Floats
 from trident_serving.images.tiles import Grid, TileSettings
@@ -69,6 +70,18 @@ class VisionSettings(ABC):
     @abstractmethod
     def expanded(self, grid: Grid) -> str:
         """What stands in a prompt for an image."""
+
+    @abstractmethod
+    def check_marks(self, ids: Sequence[int], media: MediaTokens, grids: Sequence[Grid]) -> None:
+        """Refuse a prompt whose tokens of images, beside those that stand for one, are not where its images are.
+
+        Args:
+            ids: the prompt's tokens, as many of which stand for images as they have.
+            grids: of its images.
+
+        Raises:
+            InvalidRequest: one is elsewhere.
+        """
 
     @abstractmethod
     def shown(self, grid: Grid) -> str:
@@ -142,6 +155,10 @@ class TileVision(TileSettings, VisionSettings):
         ]
         return "".join([*rows, "\n" if rows else "", self.around, self.whole, tile, self.around])
 
+    def check_marks(self, ids: Sequence[int], media: MediaTokens, grids: Sequence[Grid]) -> None:
+        """See `VisionSettings.check_marks`; `expanded` writes all of them."""
+        media.check_order(ids, "".join(map(self.expanded, grids)))
+
     def shown(self, grid: Grid) -> str:
         """See `VisionSettings.shown`."""
         return f"into {grid.tiles} tiles"
@@ -208,6 +225,10 @@ class PatchVision(PatchSettings, VisionSettings):
     def expanded(self, grid: Grid) -> str:
         """See `VisionSettings.expanded`."""
         return self.token * self.tokens(grid)
+
+    def check_marks(self, ids: Sequence[int], media: MediaTokens, grids: Sequence[Grid]) -> None:
+        """See `VisionSettings.check_marks`; the chat template, or a text, writes those around an image."""
+        media.check_beside(ids, self.token_id)
 
     def shown(self, grid: Grid) -> str:
         """See `VisionSettings.shown`."""

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from trident_serving.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServingError
 from trident_serving.guard.filtering import Span
+from trident_serving.guard.labels import Labels, unknown
 from trident_serving.guard.rules import Guard, OnFailure, Rule
 from trident_serving.text import encode_texts
 
@@ -45,24 +47,31 @@ class Models:
 
     Args:
         connect: gives the model of a name.
+        repository: that has them, where that is known: rules of entities are compared with their models' labels.
     """
 
-    def __init__(self, guard: Guard, connect: Callable[[str], Model]) -> None:
+    def __init__(self, guard: Guard, connect: Callable[[str], Model], repository: Path | None = None) -> None:
         self._guard = guard
+        self._labels = Labels(repository)
         self._models = {rule.model: connect(rule.model) for rule in guard.rules if rule.model}
 
     @classmethod
-    def of_server(cls, guard: Guard, own_pass: str, address: str | None = None) -> Models:
+    def of_server(
+        cls, guard: Guard, own_pass: str, address: str | None = None, repository: Path | None = None
+    ) -> Models:
         """Those of a server.
 
         Args:
             own_pass: what the requests carry; see `GrpcModel`.
             address: of its gRPC port; None: this server's own.
+            repository: that it serves; None: it is not on this machine.
         """
         from trident_serving.template_service import GrpcEncoder, GrpcModel  # a guard of patterns needs no gRPC
 
         judges = {rule.judge for rule in guard.rules}
-        return cls(guard, lambda name: (GrpcModel if name in judges else GrpcEncoder)(name, own_pass, address))
+        return cls(
+            guard, lambda name: (GrpcModel if name in judges else GrpcEncoder)(name, own_pass, address), repository
+        )
 
     def about(self, deadline: float, user: str = "", *, answer: bool = False) -> Question:
         """What asks about the texts of one request.
@@ -72,7 +81,7 @@ class Models:
             user: what the user says, for a judge.
             answer: whether the texts answer that; False: they are it.
         """
-        return Question(self._guard, self._models, deadline, user, answer=answer)
+        return Question(self._guard, self._models, deadline, user, answer=answer, labels=self._labels)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -87,8 +96,18 @@ _NOTHING = ("holds no token", "is empty")
 class Question:
     """Implements `Asked` for the texts of one request."""
 
-    def __init__(self, guard: Guard, models: Mapping[str, Model], deadline: float, user: str, *, answer: bool) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        models: Mapping[str, Model],
+        deadline: float,
+        user: str,
+        *,
+        answer: bool,
+        labels: Labels,
+    ) -> None:
         self._guard = guard
+        self._labels = labels
         self._models = models
         self._deadline = deadline
         self._user = user
@@ -98,6 +117,7 @@ class Question:
         """See `Asked.spans`."""
         found: list[list[Span]] = []
         try:
+            self._labels.check(rule)
             for start in range(0, len(texts), rule.batch):
                 found += await self._batch(rule, texts[start : start + rule.batch])
         except InvalidRequest:
@@ -163,10 +183,9 @@ def _found(rule: Rule, tensors: Tensors, texts: Sequence[str]) -> list[list[Span
     columns = [tensors[name].reshape(len(texts), -1).tolist() for name in names]
     found = []
     for text, *rows in zip(texts, *columns, strict=True):
-        if rule.classifier:
-            classes = [label.decode("utf-8") for label in rows[0]]
-            if unknown := [label for label in rule.labels if label not in classes]:
-                raise ServingError(f"{rule.classifier} has no class {unknown[0]!r}")
+        classes = sorted(label.decode("utf-8") for label in rows[0])
+        if rule.classifier and (said := unknown(rule, classes)):
+            raise ServingError(said)
         spans = []
         for label, score, *place in zip(*rows, strict=True):
             name = label.decode("utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from trident_serving.schema.limits import CausalLimits
@@ -15,6 +16,7 @@ def guarded(
     limits: CausalLimits,
     own_pass: str,
     unloading: Callable[[], bool] = lambda: False,
+    repository: Path | None = None,
 ) -> Any:
     """The service, behind its guard where the config has one; without one, no line of a guard runs.
 
@@ -22,6 +24,7 @@ def guarded(
         config: the model's, as Triton gives it.
         own_pass: what the guard's own requests to this server carry.
         unloading: whether the model is being unloaded.
+        repository: that the server serves.
     """
     text = adapter.parameters(config).get("guard")
     if not text:
@@ -31,5 +34,5 @@ def guarded(
     from trident_serving.guard.service import GuardedService
 
     rules = Guard.from_json(text)
-    models = Models.of_server(rules, own_pass)
+    models = Models.of_server(rules, own_pass, repository=repository)
     return GuardedService(service, rules, models, limits.slots + limits.max_waiting, unloading)

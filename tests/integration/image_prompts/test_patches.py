@@ -39,6 +39,7 @@ from trident_export.measure import pictures
 from trident_export.tasks import image_parts, text_generation
 from trident_serving.artefacts import TOWER, VERSION, read_manifest
 from trident_serving.encoders.images import as_files
+from trident_serving.errors import InvalidRequest
 from trident_serving.generation.batch import SlotTokens
 from trident_serving.generation.decoder import OnnxDecoder
 from trident_serving.generation.image_tower import ImageTower
@@ -228,6 +229,11 @@ def test_the_gateway_takes_data_urls(image_gateway: Gateway, client: Client) -> 
     status, _, answer = image_gateway.ask("/v1/chat/completions", body)
     assert status == 400
     assert "messages[0].content[1] is a video, and no model here reads videos" in answer["error"]["message"]
+    status, _, answer = image_gateway.ask("/v1/completions", {"model": "qwen", "prompt": "See <|video_pad|>."})
+    assert (status, answer["error"]["message"]) == (
+        400,
+        "the prompt has the token <|video_pad|>, and only <|image_pad|> stands for an image: a text must not hold it",
+    )
 
 
 NARROW = pictures.encoded(Image.fromarray(pictures.drawn(4, 402, 2)))
@@ -251,6 +257,8 @@ NARROW = pictures.encoded(Image.fromarray(pictures.drawn(4, 402, 2)))
             "text_input says 1 times where an image goes .<.image_pad.>., and the request's images are 2",
         ),
         (MARK, [], "text_input says 1 times where an image goes .<.image_pad.>., and the request's images are 0"),
+        (f"{MARK} <|video_pad|>", FILES[:1], "the prompt has the token <.video_pad.>, and only <.image_pad.> stands"),
+        (f"{MARK} <|vision_start|>.", FILES[:1], "the prompt has the token <.vision_start.> away from <.image_pad.>"),
         ([5, 6, 7], FILES[:1], "the prompt has 0 tokens of <.image_pad.>, its 1 images have"),
         ([message("x" * 1200, None)], FILES[:1], "messages has [0-9]+ tokens, the model's context of 512 allows 511"),
         (
@@ -341,6 +349,14 @@ def test_texts_are_what_the_text_part_gives(folder: Path, repository: Path, tmp_
     manifests = [read_manifest(root, name) for name, root in (("qwen", repository), ("text", tmp_path / "repository"))]
     # An image so narrow that it has one row may have more tokens than its pixels need.
     assert [manifest.image_tokens for manifest in manifests if manifest] == [79, 0]
+    service = GenerationService(tmp_path / "repository" / "text" / VERSION, GenerationLimits(**LIMITS | {"images": 0}))
+    try:
+        with pytest.raises(
+            InvalidRequest, match="the token <.image_pad.>, a mark of images, .* by its text part: a text"
+        ):
+            service.parse({"text_input": encode_texts(["one <|image_pad|>"])[None]})
+    finally:
+        service.stop()
 
 
 def test_tables_and_folders_that_do_not_fit(folder: Path, tmp_path: Path) -> None:

@@ -369,6 +369,12 @@ WIDE = pictures.encoded(Image.fromarray(pictures.drawn(7, 128, 128)))
         ),
         ("one <image>", [], "text_input says 1 times where an image goes .<image>., and the request's images are 0"),
         ([5, 6, 7], FILES[:1], "the prompt has 0 tokens of <image>, its 1 images have"),
+        ("one <row_1_col_1>", [], "the prompt has the token <row_1_col_1> where its images have none: a text must not"),
+        (
+            "<global-img><image>",
+            FILES[:1],
+            "the prompt has the token <global-img> where its images have <fake_token_ar",
+        ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}]}],
             [],

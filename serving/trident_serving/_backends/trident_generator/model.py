@@ -19,8 +19,9 @@ class TritonPythonModel(EngineModel):
         from trident_serving.generation.service import GenerationService
 
         device = int(args["model_instance_device_id"])
-        service = GenerationService(adapter.version_folder(args), limits, unloading, device)
-        return guarded(service, self._config, limits, self._process.own_pass, unloading)
+        folder = adapter.version_folder(args)
+        service = GenerationService(folder, limits, unloading, device)
+        return guarded(service, self._config, limits, self._process.own_pass, unloading, folder.parents[1])
 
     def room(self, limits):
         drafted = f", drafted by {self._service.draft_name}" if self._service.draft_name else ""

@@ -15,8 +15,9 @@ class TritonPythonModel(EngineModel):
 
     def make_service(self, args, limits, unloading):
         settings = read_settings(adapter.parameters(self._config))
-        service = VllmService(adapter.version_folder(args), limits, settings, unloading)
-        return guarded(service, self._config, limits, self._process.own_pass, unloading)
+        folder = adapter.version_folder(args)
+        service = VllmService(folder, limits, settings, unloading)
+        return guarded(service, self._config, limits, self._process.own_pass, unloading, folder.parents[1])
 
     def room(self, limits):
         return f"{limits.slots} answers of {limits.context} tokens"
