@@ -269,7 +269,11 @@ def _add_explanation(commands: argparse._SubParsersAction[argparse.ArgumentParse
     explained.add_argument("--chat", action="store_true", help="of a generator: the text is a message")
     explained.add_argument("--max-tokens", type=int, default=0, help="of a generator's answer (default 64)")
     explained.add_argument(
-        "--by", type=By, choices=list(By), default=By.WORD, metavar="UNIT", help="word (default), sentence or token"
+        "--by",
+        choices=[unit.value for unit in By],
+        default=By.WORD.value,
+        metavar="UNIT",
+        help="word (default), sentence or token",
     )
     explained.add_argument("--variant", default="", help="which is asked (default: the model's default variant)")
     explained.add_argument(
@@ -627,7 +631,7 @@ def _explain(options: argparse.Namespace) -> int:
     quiet.hush_onnxruntime(options.verbose)
     (spec,) = _specs(options, on_demand=True)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
-    asked = Options(**{**given, "candidate_labels": tuple(options.candidate_labels)})
+    asked = Options(**{**given, "by": By(options.by), "candidate_labels": tuple(options.candidate_labels)})
     asking.check(spec, options.texts, asked)
     if options.html and options.html.is_dir():
         raise UsageError(f"--html must name a file, and {options.html} is a folder")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from trident_export import models_file
+from trident_export import cli, models_file
 from trident_export.errors import UsageError
 from trident_export.explanation import asking as command
 from trident_export.explanation import models as stages_of
@@ -393,3 +393,9 @@ def test_a_table_and_json() -> None:
         "end": 14,
         "value": -0.5,
     }
+
+
+def test_a_unit_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "m", "a text", "--by", "letter"])
+    assert "invalid choice: 'letter' (choose from 'word', 'sentence', 'token')" in capsys.readouterr().err

@@ -173,6 +173,32 @@ def test_the_server_sees_what_can_be_loaded(tmp_path: Path) -> None:
     assert seen() == ["one", "two"]
 
 
+def test_the_server_sees_no_link_into_nothing(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    exported(repository, "one")
+    for variant in ("one_int8", "one_int4"):
+        (repository / variant / "1").mkdir(parents=True)
+    Manifest("one", "text-generation", ["one", "one_int8", "one_int4"], {}, "f").write(repository / "one" / "1")
+    (repository / "one_int4" / "1").rmdir()
+    (repository / "one_int4").rmdir()
+    view = RepositoryView(repository, tmp_path / "view")
+
+    def seen() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "view").iterdir())
+
+    assert seen() == ["one", "one_int8"]
+    assert (view.refresh(), view.missing) == (["one", "one_int4", "one_int8"], {"one_int4"})
+    # Somebody removes a variant of a server that runs, and exports both again.
+    (repository / "one_int8" / "1").rmdir()
+    (repository / "one_int8").rmdir()
+    view.refresh()
+    assert (seen(), view.missing) == (["one"], {"one_int4", "one_int8"})
+    for variant in ("one_int8", "one_int4"):
+        (repository / variant / "1").mkdir(parents=True)
+    view.refresh()
+    assert (seen(), view.missing) == (["one", "one_int4", "one_int8"], set())
+
+
 def test_what_is_noise() -> None:
     cuda = 'W1126 14:45:52 7182 pinned_memory_manager.cc:273] "Unable to allocate pinned system memory, pinned memory'
     assert server_log.is_noise(cuda)

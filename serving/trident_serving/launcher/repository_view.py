@@ -30,6 +30,8 @@ class RepositoryView:
 
     Attributes:
         refused: why models of the repository are not in the view, by their public names.
+        missing: Triton models that a manifest names and whose folders are gone, which are not in the view either:
+            with a link into nothing, tritonserver refuses every load and unload, and its index.
     """
 
     def __init__(self, repository: Path, folder: Path, trusted: Sequence[Ed25519PublicKey] | None = None) -> None:
@@ -37,6 +39,7 @@ class RepositoryView:
         self._trusted = trusted
         self.folder = folder
         self.refused: dict[str, str] = {}
+        self.missing: frozenset[str] = frozenset()
         folder.mkdir()
         self.refresh()
 
@@ -45,13 +48,14 @@ class RepositoryView:
         if self._trusted is not None:
             return self._refresh_signed(self._trusted)
         names = set(artefacts.loadable(self._repository))
+        self.missing = frozenset(name for name in names if not (self._repository / name).is_dir())
         linked = {link.name for link in self.folder.iterdir()}
-        for name in names - linked:
+        for name in names - self.missing - linked:
             if name.endswith(TRIAL):
                 self._copy(name)
             else:
                 (self.folder / name).symlink_to(self._repository / name, target_is_directory=True)
-        for name in linked - names:
+        for name in linked - (names - self.missing):
             if name.endswith(TRIAL):
                 shutil.rmtree(self.folder / name)
             # An export removes the manifest while it installs; a model whose folder remains is still served.

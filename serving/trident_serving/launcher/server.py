@@ -157,7 +157,7 @@ class Server:
         return self._process.poll() if self._process is not None else None
 
     def start(self) -> list[str]:
-        """Start the process, with the models that can be loaded now; returns their names.
+        """Start the process, with the models that can be loaded now; returns their names, those of `view.missing` too.
 
         What a promotion that was killed has left is not loaded.
 
@@ -166,7 +166,7 @@ class Server:
         models = [model for model in self.view.refresh() if not model.endswith(artefacts.TRIAL)]
         self.runtime.clear()
         self._process = subprocess.Popen(
-            [*self._command, *(f"--load-model={model}" for model in models)],
+            [*self._command, *(f"--load-model={model}" for model in models if model not in self.view.missing)],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -19,7 +19,7 @@ from trident_serving import artefacts
 from trident_serving.errors import ControlError, ServerDied, StartError
 from trident_serving.launcher import failures, processes
 from trident_serving.launcher.care import NOT_READY, PAUSE_SECONDS, Care, say
-from trident_serving.launcher.failures import Failure
+from trident_serving.launcher.failures import Failure, IndexEntry
 from trident_serving.launcher.gateway import Gateway
 from trident_serving.launcher.process_watch import ProcessWatch
 from trident_serving.launcher.server import END_SECONDS, Server
@@ -177,7 +177,9 @@ class Supervisor:
         self._server.close_shared_memory()
         self._server.view.refresh()  # a model may have gone while the others were loaded
         index = control.index()
-        failed = failures.find(index, wanted, artefacts.read_manifests(self._server.options.repository))
+        gone = [IndexEntry(name, "UNAVAILABLE", "its folder is missing") for name in sorted(self._server.view.missing)]
+        manifests = artefacts.read_manifests(self._server.options.repository)
+        failed = failures.find([*gone, *index], wanted, manifests)  # what was loaded before it went is served
         failed += [Failure(name, (name,), name, why) for name, why in self._server.view.refused.items()]
         if not failures.anything_ready(index, wanted):
             repository = self._server.options.repository
