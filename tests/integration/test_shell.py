@@ -40,6 +40,7 @@ from trident_serving.launcher.local import LocalServer
 
 CONTEXT = 16384
 LONG = {"max_tokens": 16000, "min_tokens": 16000, "prompt_lookup": False}
+ends_forgiven: list[str] = []  # the tests of cancellations in which tritonserver itself ended
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
 
 
@@ -82,9 +83,11 @@ def shell(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A server for what must not harm it."""
     with local.running(repository, tmp_path_factory.mktemp("log") / "log") as server:
         yield server
+        log = server.log.read_text()
+        print(log)  # pytest shows it beside a failure
         assert server.launcher.poll() is None
-        assert "started again" not in server.log.read_text()
-        assert "loaded again" not in server.log.read_text()
+        assert log.count("started again") == len(ends_forgiven)
+        assert ends_forgiven or "loaded again" not in log
 
 
 @pytest.fixture
@@ -347,6 +350,32 @@ def test_requests_without_a_timeout_have_the_models_limit(shell: LocalServer) ->
 # Template tasks, and every other use of response senders from threads
 
 
+def outlives(server: LocalServer, storm: Callable[[], None]) -> None:
+    """Run a storm of cancelled calls, which must not end the server.
+
+    tritonserver 2.51 itself ends where an answer crosses the cancellation of its call (docs/decisions/0103): less than
+    once in a thousand storms. Such an end is forgiven once, and the storm runs again. What ends the server by our own
+    doing ended it in every storm.
+    """
+
+    def ends() -> int:
+        return server.log.read_text().count("tritonserver was ended by signal")
+
+    before = ends()
+    try:
+        storm()
+    except (AssertionError, OSError, TridentError):
+        with contextlib.suppress(AssertionError):
+            until(lambda: ends() > before, 5)
+        if ends() == before:
+            raise
+    if ends() > before:
+        ends_forgiven.append(server.log.read_text())
+        until(lambda: ready(server), 120)
+        storm()
+    assert ends() <= before + 1
+
+
 def test_template_tasks_under_load_with_cancellations(shell: LocalServer, connected: Client) -> None:
     expected = [connected.translate(f"text {index}", model="tr", max_tokens=16).text for index in range(20)]
     ended = threading.Event()
@@ -363,33 +392,41 @@ def test_template_tasks_under_load_with_cancellations(shell: LocalServer, connec
                 for call in calls:
                     call.cancel()
 
-    canceller = threading.Thread(target=cancel_all_the_time)
-    canceller.start()
-    try:
-        with ThreadPoolExecutor(16) as pool:
-            for _ in range(12):
-                answers = pool.map(lambda i: connected.translate(f"text {i}", model="tr", max_tokens=16), range(20))
-                assert [answer.text for answer in answers] == expected
-    finally:
-        ended.set()
-        canceller.join()
-    until(lambda: running(shell, "gen") == 0, 10)
-    until(lambda: running(shell, "t5") == 0, 10)
+    def storm() -> None:
+        ended.clear()
+        canceller = threading.Thread(target=cancel_all_the_time)
+        canceller.start()
+        try:
+            with ThreadPoolExecutor(16) as pool:
+                for _ in range(12):
+                    answers = pool.map(lambda i: connected.translate(f"text {i}", model="tr", max_tokens=16), range(20))
+                    assert [answer.text for answer in answers] == expected
+        finally:
+            ended.set()
+            canceller.join()
+        until(lambda: running(shell, "gen") == 0, 10)
+        until(lambda: running(shell, "t5") == 0, 10)
+
+    outlives(shell, storm)
 
 
 def test_refusals_with_cancellations(shell: LocalServer) -> None:
     """A request that finds the queue full is told so, although its client may have gone already."""
-    with grpc.insecure_channel(shell.grpc_url) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        texts = {"text_input": _wire.texts(["a b c d e f"])[None], "max_tokens": np.array([[64]], np.int32)}
-        for pause in (0.0, 0.01, 0.05):
-            calls = [stub.ModelInfer.future(triton_request("t5", texts)) for _ in range(300)]
-            time.sleep(pause)
-            for call in calls:
-                call.cancel()
-    until(lambda: running(shell, "t5") == 0, 10)
-    with Client(shell.grpc_url, timeout=60) as client:
-        assert client.translate("a b c", model="t5").num_output_tokens > 0
+
+    def storm() -> None:
+        with grpc.insecure_channel(shell.grpc_url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            texts = {"text_input": _wire.texts(["a b c d e f"])[None], "max_tokens": np.array([[64]], np.int32)}
+            for pause in (0.0, 0.01, 0.05):
+                calls = [stub.ModelInfer.future(triton_request("t5", texts)) for _ in range(300)]
+                time.sleep(pause)
+                for call in calls:
+                    call.cancel()
+        until(lambda: running(shell, "t5") == 0, 10)
+        with Client(shell.grpc_url, timeout=60) as client:
+            assert client.translate("a b c", model="t5").num_output_tokens > 0
+
+    outlives(shell, storm)
 
 
 def test_questions_of_one_request_are_answered_together(connected: Client) -> None:
