@@ -308,6 +308,18 @@ def test_a_deep_body_is_refused(shell: LocalServer) -> None:
     assert refused.value.code == 400
 
 
+def test_grpc_takes_messages_of_any_size(shell: LocalServer, connected: Client) -> None:
+    """2.51 has no option that would refuse them before they are read (docs/reference/security.md)."""
+    request = pb.ModelInferRequest(model_name="cls_model", raw_input_contents=[bytes(48 * 2**20)])
+    with grpc.insecure_channel(shell.grpc_url) as channel, pytest.raises(grpc.RpcError) as refused:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30)
+    assert (refused.value.code(), "expected 3 inputs but got 0 inputs" in refused.value.details()) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        True,
+    )
+    assert connected.generate("A", model="gen", max_tokens=1).num_output_tokens == 1
+
+
 def test_silent_connections_delay_no_request(shell: LocalServer, connected: Client) -> None:
     ports = [shell.http_port, shell.grpc_port]
     silent = [socket.create_connection(("127.0.0.1", port)) for port in ports for _ in range(100)]
