@@ -35,7 +35,10 @@ UPSTREAM = ("http.upstream_codec", "http.upstream_codec.v3.UpstreamCodec")
 QUESTION_SECONDS = 10
 ANSWER_MARGIN = 10  # seconds after which a proxy gives up later than the server, whose error says more
 NESTING = 200
-# tritonserver 2.51 ends on JSON that is nested 100,000 deep, and unpacks what is compressed, however large it becomes.
+MEMBERS = 1000
+# tritonserver 2.51 ends on JSON that is nested 100,000 deep, needs a time for the members of an object that grows with
+# the square of their number, and unpacks what is compressed, however large it becomes. A colon outside of texts is a
+# member.
 # Behind the JSON of an `infer` there may be tensors as bytes. What fails here is refused: by default Envoy would let it
 # through.
 LUA = f"""\
@@ -56,9 +59,9 @@ local function refusal(handle)
     end
     length = math.min(length, tonumber(bytes))
   end
-  local text, depth, at = body:getBytes(0, length), 0, 1
+  local text, depth, at, members = body:getBytes(0, length), 0, 1, {{}}
   while true do
-    local found = text:find('["%[%]{{}}]', at)
+    local found = text:find('["%[%]{{}}:]', at)
     if found == nil then
       return nil
     end
@@ -73,8 +76,14 @@ local function refusal(handle)
         sign = text:sub(found, found)
         at = found + (sign == '"' and 1 or 2)
       until sign == '"'
+    elseif sign == ":" then
+      members[depth] = (members[depth] or 0) + 1
+      if members[depth] > {MEMBERS} then
+        return "400", "an object of the JSON has more than {MEMBERS} members"
+      end
     elseif sign == "[" or sign == "{{" then
       depth = depth + 1
+      members[depth] = 0
       if depth > {NESTING} then
         return "400", "the JSON is nested more than {NESTING} deep"
       end

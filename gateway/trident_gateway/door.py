@@ -82,9 +82,12 @@ class Door:
         """Refuse what needs no look at the body.
 
         Raises:
-            ApiError: the request comes from another page, has its key in its address, has none, or comes too late.
+            ApiError: the request has two hosts, comes from another page, has its key in its address, has none, or comes
+                too late.
         """
         headers = Headers(scope=scope)
+        if len(headers.getlist("host")) > 1:  # of which a proxy may have looked at the other one (RFC 9112, 3.2)
+            raise ApiError(400, "a request has one Host header, and this one has more", code="several_hosts")
         self._check_origin(headers)
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if any(name.lower() in _KEY_NAMES for name, _ in query):

@@ -74,7 +74,7 @@ def test_servers_end_after_their_answers(rendered: Path) -> None:
     assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
     assert pod["terminationGracePeriodSeconds"] == 5 + 45 + 15
     probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
-    assert probes == {"startup": "/v2/health/ready", "readiness": "/v2/health/ready", "liveness": "/v2/health/live"}
+    assert probes == {"startup": "/v2/health/ready", "readiness": "/v2/health/ready", "liveness": "/metrics"}
     startup = container["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 900
     memory = next(each for each in pod["volumes"] if each["name"] == "shared-memory")

@@ -140,6 +140,16 @@ def test_a_wish_for_http_2_is_overlooked(gateway: Gateway) -> None:
         assert read(connection).count(b"HTTP/1.1 200 OK") == 2
 
 
+@pytest.mark.parametrize("hosts", ["127.0.0.1 evil.example", "evil.example 127.0.0.1", "127.0.0.1 127.0.0.1"])
+def test_two_hosts_are_refused(gateway: Gateway, hosts: str) -> None:
+    lines = "".join(f"Host: {host}\r\n" for host in hosts.split())
+    with gateway.connect() as connection:
+        for request in (raw(CHAT), b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n"):
+            connection.sendall(request.replace(b"host: 127.0.0.1\r\n", lines.encode()))
+        answers = read(connection)
+    assert answers.count(b"HTTP/1.1 400 ") == answers.count(b'"code": "several_hosts"') == 2
+
+
 def test_who_still_sends_reads_the_refusal(gateway: Gateway) -> None:
     """A body is read to its end though the answer is already there, and the connection goes on."""
     with gateway.connect() as connection:

@@ -34,9 +34,11 @@ from tests.integration.test_bad_requests import raw_stream
 from tests.integration.test_launcher import alive, children
 from trident_client import Client, DeadlineExceededError, ForbiddenError, TridentError, UnavailableError, _wire, cli
 from trident_export import install, models_file
-from trident_serving.launcher import local
+from trident_serving.launcher import liveness, local
 from trident_serving.launcher.control import PLACEHOLDER, Control
-from trident_serving.launcher.local import LocalServer
+from trident_serving.launcher.liveness import Liveness
+from trident_serving.launcher.local import LocalServer, free_ports
+from trident_serving.launcher.supervisor import SERVER_SILENT_SECONDS
 
 CONTEXT = 16384
 LONG = {"max_tokens": 16000, "min_tokens": 16000, "prompt_lookup": False}
@@ -309,6 +311,18 @@ def test_a_deep_body_is_refused(shell: LocalServer) -> None:
     assert refused.value.code == 400
 
 
+def test_grpc_takes_messages_of_any_size(shell: LocalServer, connected: Client) -> None:
+    """2.51 has no option that would refuse them before they are read (docs/reference/security.md)."""
+    request = pb.ModelInferRequest(model_name="cls_model", raw_input_contents=[bytes(48 * 2**20)])
+    with grpc.insecure_channel(shell.grpc_url) as channel, pytest.raises(grpc.RpcError) as refused:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30)
+    assert (refused.value.code(), "expected 3 inputs but got 0 inputs" in refused.value.details()) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        True,
+    )
+    assert connected.generate("A", model="gen", max_tokens=1).num_output_tokens == 1
+
+
 def test_silent_connections_delay_no_request(shell: LocalServer, connected: Client) -> None:
     ports = [shell.http_port, shell.grpc_port]
     silent = [socket.create_connection(("127.0.0.1", port)) for port in ports for _ in range(100)]
@@ -319,6 +333,43 @@ def test_silent_connections_delay_no_request(shell: LocalServer, connected: Clie
     assert time.monotonic() - started < 5
     for each in silent:
         each.close()
+
+
+def test_http_that_is_kept_busy_is_no_silent_server(
+    shell: LocalServer, connected: Client, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """JSON of very many members fills all HTTP threads; by HTTP alone the launcher would start the server again."""
+    faster = 8
+    monkeypatch.setattr(liveness, "CARE_SECONDS", liveness.CARE_SECONDS / faster)
+    monkeypatch.setattr(liveness, "HEALTH_SECONDS", liveness.HEALTH_SECONDS / faster)
+    body = {"text_input": "A", **{f"member{number}": 0 for number in range(9_000)}}
+    control = Control(shell.http_url, "", repository)
+    both, only_http = Liveness(control, shell.grpc_url), Liveness(control, f"127.0.0.1:{free_ports(1)[0]}")
+    enough, most = threading.Event(), 0.0
+
+    def call_again_and_again() -> None:
+        while not enough.is_set():
+            status, text = post(f"{shell.http_url}/v2/models/gen/generate", body)
+            assert (status, "unknown input or parameter 'member0'" in text) == (400, True)
+
+    with ThreadPoolExecutor(16) as pool:  # twice as many as tritonserver has HTTP threads
+        callers = [pool.submit(call_again_and_again) for _ in range(16)]
+        try:
+            began = time.monotonic()
+            while not (only_http.silent_seconds > SERVER_SILENT_SECONDS / faster and both.grpc_only):
+                assert time.monotonic() - began < 20
+                most = max(most, both.silent_seconds)
+                assert connected.generate("A", model="gen", max_tokens=1).num_output_tokens == 1
+        finally:
+            enough.set()
+    assert [caller.exception() for caller in callers] == [None] * 16
+    until(lambda: both.silent_seconds == only_http.silent_seconds == 0 and not both.grpc_only, 10)
+    for one in (both, only_http):
+        one.stop()
+    assert 0 < most < SERVER_SILENT_SECONDS / faster
+    said = capsys.readouterr().err
+    assert said.count("trident: HTTP does not answer, gRPC does: tritonserver goes on. Look for callers that ") == 1
+    assert said.endswith("trident: HTTP answers again\n")
 
 
 def running(server: LocalServer, model: str) -> int:

@@ -34,9 +34,11 @@ from trident_export.huggingface.folder import HuggingFaceFolder
 from trident_export.measure import signals, spoken_sentences
 from trident_export.tasks import speech
 from trident_serving.artefacts import VERSION
+from trident_serving.errors import DeadlineExceeded
 from trident_serving.launcher import local
 from trident_serving.launcher.local import LocalServer
 from trident_serving.schema.limits import SpeechLimits
+from trident_serving.speech import audio
 from trident_serving.speech.service import Reply, SpeechService
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,11 +103,12 @@ class Waiter:
 
     def __init__(self) -> None:
         self.done = threading.Event()
+        self.gone = False
         self.result: Reply | Exception | None = None
         self.parts: list[Reply] = []
 
     def is_cancelled(self) -> bool:
-        return False
+        return self.gone
 
     def send(self, reply: Reply) -> None:
         self.parts.append(reply)
@@ -193,6 +196,41 @@ def test_every_token_is_that_of_generate(folder: Path, name: str) -> None:
                     assert text == tokenizer.decode(mine.tokens, skip_special_tokens=True)
             seen.add(len(reply.segments))
         assert max(seen) > 4
+    finally:
+        service.stop()
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "late"])
+def test_who_has_gone_or_is_late_frees_the_reader(folder: Path, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
+    """Two recordings, one for each reader, whose decoding would take 96 s; the third is answered nevertheless."""
+    read, begun = soundfile.SoundFile.read, threading.Semaphore(0)
+
+    def read_slowly(file: Any, frames: int, **options: Any) -> Any:
+        begun.release()
+        time.sleep(0.02)
+        return read(file, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", read_slowly)
+    monkeypatch.setattr(audio, "_BLOCK", 500)
+    service = SpeechService(folder / "repository/whisper" / VERSION, SpeechLimits(**(LIMITS | {"max_seconds": 600})))
+    try:
+        long = tensors(wav(np.zeros(600 * 4000), 4000, subtype="PCM_16"))
+        slow, last = [Waiter(), Waiter()], Waiter()
+        for each in slow:
+            service.submit(service.parse(long, None if gone else 400_000), each)
+        for _ in range(4):
+            assert begun.acquire(timeout=20)
+        service.submit(service.parse(tensors(wav(RECORDINGS[0.3]))), last)
+        if gone:
+            assert not last.done.wait(0.5)
+            for each in slow:
+                each.gone = True
+            assert {each.wait().finish_reason for each in slow} == {"cancelled"}
+        else:
+            assert all(each.done.wait(20) for each in slow)
+            said = "the timeout of 0.4 s was over before the recording was read"
+            assert [(type(each.result), str(each.result)) for each in slow] == [(DeadlineExceeded, said)] * 2
+        assert last.wait().duration == pytest.approx(0.3)
     finally:
         service.stop()
 

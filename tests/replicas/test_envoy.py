@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from deploy.envoy import MEMBERS
 from tests.conftest import triton_request
 from tests.replicas.fleet import PROMPTS, REPLICAS, WHOLE, Callers, Fleet, Load, Proxy, Request, in_all, settle
 from trident_client import Client, ForbiddenError, InvalidRequestError, UnavailableError
@@ -249,6 +250,23 @@ def test_bodies_that_end_a_server_do_not_reach_it(
     texts = json.dumps({"text_input": '["[' * 300 + '\\"[' * 300, "max_tokens": 2})  # brackets of a text are no JSON
     assert http_ask(envoy, "POST", "/v2/models/talk/generate", texts)[0] == 200
     assert [server.log.read_text() for server in fleet.servers] == before
+
+
+def test_objects_of_very_many_members_do_not_reach_a_server(envoy: Proxy) -> None:
+    def said(call: str, body: dict[str, Any]) -> tuple[int, str]:
+        return http_ask(envoy, "POST", f"/v2/models/{call}", json.dumps(body))
+
+    most = {f"m{number}": 0 for number in range(MEMBERS)}
+    refused = (400, f"an object of the JSON has more than {MEMBERS} members")
+    tensor = {"name": "text_input", "shape": [1, 1], "datatype": "BYTES", "data": ["a"]}
+    for body in ({"text_input": "a", **most}, {"text_input": "a", "parameters": {**most, "one": "more"}}):
+        assert said("talk/generate", body) == said("talk/generate_stream", body) == refused
+    assert said("embed/infer", {"inputs": [tensor], "parameters": {**most, "one": "more"}}) == refused
+    # One fewer gets there, which says what it thinks of them; and colons of texts are no members.
+    fewer = dict([*most.items()][1:])
+    assert "unknown input or parameter 'm1'" in said("talk/generate", {"text_input": "a", **fewer})[1]
+    assert "unknown input or parameter 'm0'" in said("embed/infer", {"inputs": [tensor], "parameters": most})[1]
+    assert said("talk/generate", {"text_input": '"' + ":" * (MEMBERS + 1), "max_tokens": 2})[0] == 200
 
 
 def test_a_body_in_many_chunks_arrives_in_one(envoy: Proxy) -> None:

@@ -4,6 +4,7 @@ real one is in tests/integration/test_shell.py."""
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ import pytest
 
 from trident_serving import artefacts
 from trident_serving.errors import ControlError, Refused
-from trident_serving.launcher import care, leftovers, processes
+from trident_serving.launcher import care, leftovers, liveness, processes
 from trident_serving.launcher.care import Care
+from trident_serving.launcher.control import Control
 from trident_serving.launcher.failures import IndexEntry
+from trident_serving.launcher.liveness import Liveness
+from trident_serving.launcher.supervisor import SERVER_SILENT_SECONDS
 from trident_serving.runtime_folder import Record
 
 
@@ -27,7 +31,7 @@ class Server:
         self.entries = list(entries)
         self.done: list[str] = []
         self.refuses: list[Exception] = []
-        self.options = SimpleNamespace(repository=repository, ready_seconds=1.0)
+        self.options = SimpleNamespace(repository=repository, ready_seconds=1.0, grpc_address="")
         self.view = SimpleNamespace(refresh=list, refused={})
         self.control: Any = SimpleNamespace(
             index=lambda: self.entries,
@@ -124,3 +128,48 @@ def test_a_refused_load_is_tried_again_and_a_silent_server_ends_it(
     one.stop()
     assert server.done.count("load m") == 2
     assert one.broken == "m could not be loaded again (timed out)"
+
+
+def test_a_model_that_dies_while_http_is_silent_is_loaded_again_when_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(care, "CARE_SECONDS", 0.02)
+    server = Server(tmp_path, IndexEntry("m", "READY"))
+    failing = [ControlError("timed out"), ControlError("timed out")]
+
+    def unload(model: str) -> None:
+        if failing:
+            raise failing.pop()
+        server.done.append(f"unload {model}")
+
+    server.control.unload = unload
+    server.control.live = lambda seconds: False
+    one: Care = Care(server)  # type: ignore[arg-type]
+    one.liveness.stop()
+    one.liveness.grpc_only = True
+    server.refuses = [ControlError("timed out")]
+    one.reload("m")
+    until(lambda: not one._later and bool(server.done))
+    one.stop()
+    assert (one.broken, server.done) == ("", ["unload m", "load m", "load m"])
+    said = "trident: m is loaded again once HTTP answers\ntrident: m answers again\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_server_that_answers_neither_door_is_found_as_soon_as_by_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ports take connections and nothing comes, as of a process that hangs."""
+    faster = 10
+    monkeypatch.setattr(liveness, "CARE_SECONDS", liveness.CARE_SECONDS / faster)
+    monkeypatch.setattr(liveness, "HEALTH_SECONDS", liveness.HEALTH_SECONDS / faster)
+    with socket.create_server(("127.0.0.1", 0)) as http, socket.create_server(("127.0.0.1", 0)) as grpc:
+        began = time.monotonic()
+        one = Liveness(
+            Control(f"http://127.0.0.1:{http.getsockname()[1]}", "", Path()), f"127.0.0.1:{grpc.getsockname()[1]}"
+        )
+        until(lambda: one.silent_seconds > SERVER_SILENT_SECONDS / faster)
+        waited = time.monotonic() - began
+        one.stop()
+    # Three looks of four seconds each, as long as HTTP alone was asked; a second is for a busy machine.
+    assert 1.2 <= waited < 2.2
+    assert one.silent_seconds == pytest.approx(1.2, abs=0.01)
+    assert not one.grpc_only

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import WhisperTimeStampLogitsProcess
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 from trident_export.measure import signals
-from trident_serving.errors import InvalidRequest
+from trident_serving.errors import Cancelled, InvalidRequest
 from trident_serving.runtime.sampling.candidates import Candidates
 from trident_serving.speech import audio, request, transcript
 from trident_serving.speech.features import FeatureSettings, LogMel
@@ -123,6 +123,25 @@ def test_ten_hours_are_refused_by_their_header_and_a_cut_file_is_read_to_its_end
         audio.decode(hours.getvalue(), RATE, 1800)
     whole = encoded(signals.spoken(2.0, 1))
     assert len(audio.decode(whole[: len(whole) // 2], RATE, 60)) == pytest.approx(RATE, abs=50)
+
+
+def test_between_two_blocks_decoding_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio, "_BLOCK", 1000)
+    content, asked = encoded(signals.spoken(1.0, 1)), 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == most:
+            raise Cancelled
+
+    most = 100
+    assert np.array_equal(audio.decode(content, RATE, 60, check), audio.decode(content, RATE, 60))
+    assert asked == 17  # 16 blocks are full, and one is empty
+    asked, most = 0, 3
+    with pytest.raises(Cancelled):
+        audio.decode(content, RATE, 60, check)
+    assert asked == 3
 
 
 @given(

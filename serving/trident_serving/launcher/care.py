@@ -1,9 +1,8 @@
-"""Slow work while a server is watched: health checks, models that are loaded again, failed loads that are cleared."""
+"""Slow work while a server is watched: models that are loaded again, failed loads that are cleared."""
 
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,10 +13,10 @@ from trident_serving.errors import ControlError, Refused
 from trident_serving.launcher import failures, processes
 from trident_serving.launcher.failures import IndexEntry
 from trident_serving.launcher.leftovers import Leftovers
+from trident_serving.launcher.liveness import Liveness, say
 from trident_serving.launcher.server import Server
 
 CARE_SECONDS = 1.0
-HEALTH_SECONDS = 3.0
 # A model that dies often, or can't be loaded, stays unloaded for this long, so that it does not keep the machine busy.
 PAUSE_SECONDS = 20.0
 # The launcher makes a server unready with a failed load of this model, when it shuts down.
@@ -25,11 +24,10 @@ NOT_READY = "shutting-down"
 
 
 class Care:
-    """Two threads for slow work: health checks; models that are loaded again, failed loads and unloads cleared.
+    """A thread for slow work: models that are loaded again, failed loads and unloads that are cleared.
 
     Attributes:
-        silent_seconds: for how long the server has answered no health check. It adds up the time of the checks, not the
-            clock's, so that a machine that was suspended does not count as a silent server.
+        liveness: whether the server answers.
         broken: why the server can't go on; "" while it can.
     """
 
@@ -39,17 +37,13 @@ class Care:
         self._due: dict[str, float] = {}
         # Models whose failed load was cleared; an ensemble among them failed with one of its stages.
         self._cleared: set[str] = set()
+        self._later: set[str] = set()  # models that wait for HTTP
         self._leftovers = Leftovers()
         self._refused = dict(server.view.refused)  # those of the start have been told
-        self.silent_seconds = 0.0
         self.broken = ""
-        self._threads = [
-            threading.Thread(target=self._tend, name="care", daemon=True),
-            threading.Thread(target=self._ask, name="health", daemon=True),
-        ]
         self._stopping = threading.Event()
-        for thread in self._threads:
-            thread.start()
+        self.liveness = Liveness(server.control, server.options.grpc_address)
+        threading.Thread(target=self._tend, name="care", daemon=True).start()
 
     def reload(self, model: str, pause: float = 0.0) -> None:
         """Unload a model, and load it `pause` seconds later."""
@@ -57,16 +51,9 @@ class Care:
 
     def stop(self) -> None:
         """Tell the threads to end; they begin nothing new."""
+        self.liveness.stop()
         self._stopping.set()
         self._orders.put(None)
-
-    def _ask(self) -> None:
-        while not self._stopping.wait(CARE_SECONDS):
-            asked = time.monotonic()
-            if self._server.control.live(HEALTH_SECONDS):
-                self.silent_seconds = 0.0
-            else:
-                self.silent_seconds += CARE_SECONDS + min(time.monotonic() - asked, HEALTH_SECONDS)
 
     def _tend(self) -> None:
         while not self._stopping.is_set():
@@ -87,6 +74,9 @@ class Care:
                 return
             self._server.control.unload(model)
         except ControlError as error:
+            if self._is_later(model):
+                self._orders.put((model, pause))
+                return
             self._give_up(model, error)
         self._due[model] = time.monotonic() + pause
 
@@ -104,12 +94,16 @@ class Care:
             for ensemble in self._ensembles_of(model):
                 self._cleared.discard(ensemble)
                 self._server.control.load(ensemble, self._server.options.ready_seconds)
+            self._later.discard(model)
             say(f"{model} answers again")
         except Refused as error:  # only this model failed; the others are served
             say(f"{model} can't be loaded: {failures.one_line(str(error))}; it is tried again in {PAUSE_SECONDS:.0f} s")
             self._due[model] = time.monotonic() + PAUSE_SECONDS
         except (ControlError, OSError) as error:
-            self._give_up(model, error)
+            if self._is_later(model):
+                self._due[model] = time.monotonic()
+            else:
+                self._give_up(model, error)
 
     def _ensembles_of(self, model: str) -> list[str]:
         """The public models that failed with a stage; Triton does not load them again by itself."""
@@ -117,6 +111,16 @@ class Care:
         owners = [manifest for manifest in manifests if model in manifest.triton_models]
         public = {name for manifest in owners for name in manifest.called}
         return sorted((public & self._cleared) - {model})
+
+    def _is_later(self, model: str) -> bool:
+        """Whether the server only takes no orders now, which come over HTTP, and answers all the same."""
+        if not self.liveness.grpc_only:
+            return False
+        if model not in self._later:
+            self._later.add(model)
+            say(f"{model} is loaded again once HTTP answers")
+        self._stopping.wait(CARE_SECONDS)
+        return True
 
     def _give_up(self, model: str, error: Exception) -> None:
         if not self._stopping.is_set():
@@ -161,8 +165,3 @@ class Care:
             if name in ours and name not in self._due and not known[name].served:
                 self._server.control.clear_failure(name, version)
                 say(f"{name} is unloaded: tritonserver still held a request of a client that had gone")
-
-
-def say(text: str) -> None:
-    """Print a line of the launcher to standard error."""
-    print(f"trident: {text}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trident_serving.errors import StartError
 from trident_serving.launcher import processes
-from trident_serving.launcher.care import say
+from trident_serving.launcher.liveness import say
 from trident_serving.launcher.server import ServerOptions
 
 RESTARTS = 3  # in WINDOW_SECONDS, before it stays down

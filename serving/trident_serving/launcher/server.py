@@ -75,6 +75,11 @@ class ServerOptions:
         """The address at which this machine reaches the server."""
         return "127.0.0.1" if self.host in EVERY_ADDRESS else f"[{self.host}]" if ":" in self.host else self.host
 
+    @property
+    def grpc_address(self) -> str:
+        """Where this machine reaches the server's gRPC: host and port."""
+        return f"{self.own_host}:{self.grpc_port}"
+
 
 class Server:
     """One tritonserver with the folders that it needs; a context manager that ends it.
@@ -126,7 +131,7 @@ class Server:
         self._shm_prefix = f"trident-{os.getpid()}-{options.http_port}-"
         self._environment = environment | {
             runtime_folder.ENVIRONMENT: str(self.runtime.folder),
-            runtime_folder.ADDRESS_ENVIRONMENT: f"{options.own_host}:{options.grpc_port}",
+            runtime_folder.ADDRESS_ENVIRONMENT: options.grpc_address,
         }
         self._environment.pop(admin_key.ENVIRONMENT, None)
         self._environment.pop(integrity.TRUSTED_KEYS, None)

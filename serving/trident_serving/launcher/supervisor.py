@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from trident_serving import artefacts
 from trident_serving.errors import ControlError, ServerDied, StartError
 from trident_serving.launcher import failures, processes
-from trident_serving.launcher.care import NOT_READY, PAUSE_SECONDS, Care, say
+from trident_serving.launcher.care import NOT_READY, PAUSE_SECONDS, Care
 from trident_serving.launcher.failures import Failure, IndexEntry
 from trident_serving.launcher.gateway import Gateway
+from trident_serving.launcher.liveness import say
 from trident_serving.launcher.process_watch import ProcessWatch
 from trident_serving.launcher.server import END_SECONDS, Server
 from trident_serving.runtime_folder import Record
 
 TICK_SECONDS = 0.2
-# A server that answers no health check for this long hangs.
+# A server that answers neither over HTTP nor over gRPC for this long hangs.
 SERVER_SILENT_SECONDS = 10.0
 # Restarts of the server, and of a model, are counted over this time.
 WINDOW_SECONDS = 300.0
@@ -199,7 +200,7 @@ class Supervisor:
         if status is not None:
             raise ServerDied(f"tritonserver {ending(status)}")
         state = processes.state(self._server.pid)
-        if state.stopped or care.silent_seconds > SERVER_SILENT_SECONDS:
+        if state.stopped or care.liveness.silent_seconds > SERVER_SILENT_SECONDS:
             raise ServerDied("tritonserver does not answer any more")
         if care.broken:
             raise ServerDied(care.broken)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+from collections.abc import Callable
 
 import numpy as np
 import soundfile
@@ -25,13 +26,14 @@ _BLOCK = 2**16  # frames that are decoded at once
 _LOUDEST = 1000.0  # of a file of floating-point numbers, where 1 is full scale
 
 
-def decode(content: bytes, rate: int, max_seconds: int) -> Samples:
+def decode(content: bytes, rate: int, max_seconds: int, check: Callable[[], None] = lambda: None) -> Samples:
     """The samples of an audio file, float32 [samples] in -1 to 1; its channels are averaged.
 
     Args:
         content: the file.
         rate: of the result, in Hz.
         max_seconds: the longest that is taken.
+        check: called before each block; what it raises ends the decoding.
 
     Raises:
         InvalidRequest: it is no audio file of a known format, is broken, empty or too long, or has an impossible rate.
@@ -50,12 +52,12 @@ def decode(content: bytes, rate: int, max_seconds: int) -> Samples:
         if file.channels > MOST_CHANNELS:
             raise InvalidRequest(f"audio has {file.channels} channels, the limit is {MOST_CHANNELS}")
         try:
-            return _samples(file, rate, max_seconds)
+            return _samples(file, rate, max_seconds, check)
         except soundfile.LibsndfileError as error:
             raise _broken(error) from None
 
 
-def _samples(file: soundfile.SoundFile, rate: int, max_seconds: int) -> Samples:
+def _samples(file: soundfile.SoundFile, rate: int, max_seconds: int, check: Callable[[], None]) -> Samples:
     most = max_seconds * file.samplerate
     # A header may say anything: what is said to be too long is refused, and what is read is counted.
     if file.frames > most and file.format != "MP3":
@@ -66,6 +68,7 @@ def _samples(file: soundfile.SoundFile, rate: int, max_seconds: int) -> Samples:
     found: list[Samples] = []
     read = 0
     while True:
+        check()
         block = file.read(_BLOCK, dtype="float32", always_2d=True)
         read += len(block)
         if read > most:

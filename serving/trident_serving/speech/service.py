@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trident_serving.errors import DeadlineExceeded, DoesNotFit, Overloaded
+from trident_serving.errors import Cancelled, DeadlineExceeded, DoesNotFit, Overloaded
 from trident_serving.memory import MEBIBYTE, available_bytes
 from trident_serving.runtime.detokenizer import Detokenizer
 from trident_serving.runtime.metrics import Recorder
@@ -118,13 +118,11 @@ class _Transcription:
 
     def read(self) -> None:
         """Decode the file and compute its features, on a reader's thread; then the first window waits."""
-        if self.cancelled:
-            self.finish(None)
-            return
         service = self._service
         try:
             settings = service.log_mel.settings
-            samples = audio.decode(self._request.audio, settings.rate, service.limits.max_seconds)
+            samples = audio.decode(self._request.audio, settings.rate, service.limits.max_seconds, self._check)
+            self._check()
             self._request = replace(self._request, audio=b"")
             self._duration = len(samples) / settings.rate
             self._features = service.log_mel(samples)
@@ -134,8 +132,17 @@ class _Transcription:
             request = self._request
             self._prompt = service.settings.prompt(request.language, request.task, timestamps=self._timestamps)
             self._submit()
+        except Cancelled:
+            self.finish(None)
         except Exception as error:
             self.fail(error)
+
+    def _check(self) -> None:
+        """End the reading of a recording whose caller has gone, or whose time is over."""
+        if self.cancelled:
+            raise Cancelled
+        if time.monotonic() >= self._until:
+            raise DeadlineExceeded
 
     def _submit(self) -> None:
         service = self._service
@@ -207,10 +214,10 @@ class _Transcription:
         """The request can't be answered."""
         if isinstance(error, DeadlineExceeded):  # the engine knows windows
             done = self._seek * self._service.log_mel.settings.hop_length / self._service.log_mel.settings.rate
-            error = DeadlineExceeded(
-                f"the timeout of {self._request.timeout_seconds:g} s was over after {done:.0f} of "
-                f"{self._duration:.0f} seconds of the recording"
-            )
+            came = f"after {done:.0f} of {self._duration:.0f} seconds of the recording"
+            if not self._duration:
+                came = "before the recording was read"
+            error = DeadlineExceeded(f"the timeout of {self._request.timeout_seconds:g} s was over {came}")
         with self._lock:
             self._error = error
         self._service.outbox.notify(self)

@@ -138,9 +138,10 @@ containers:
       periodSeconds: 5
       timeoutSeconds: 4
       failureThreshold: 2
-    # The launcher ends by itself when tritonserver dies or hangs; this is for a launcher that hangs, too.
+    # The launcher ends by itself when tritonserver dies or hangs; this is for a launcher that hangs, too. Not the port of
+    # requests: one that callers keep busy would end all answers.
     livenessProbe:
-      httpGet: {path: /v2/health/live, port: 8000}
+      httpGet: {path: /metrics, port: 8002}
       periodSeconds: 10
       timeoutSeconds: 10
       failureThreshold: 6
