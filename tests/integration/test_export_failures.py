@@ -454,6 +454,6 @@ def test_onnxruntime_sends_no_telemetry(tmp_path: Path) -> None:
 def test_make_serve_goes_on_past_failed_exports() -> None:
     done = subprocess.run(["make", "-n", "serve", "FORCE=1"], cwd=ROOT, capture_output=True, text=True, check=True)
     (line,) = (line for line in done.stdout.splitlines() if "trident_export export" in line)
-    assert "export --keep-going --force --models-file models.toml" in line
+    assert "export --keep-going --force --models-file 'models.toml'" in line
     done = subprocess.run(["make", "-n", "export"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--keep-going" not in done.stdout
