@@ -22,7 +22,8 @@ from tests import tiny_models
 from tests.conftest import run_export
 from trident_client import Client
 from trident_serving import artefacts
-from trident_serving.launcher import local
+from trident_serving.launcher import local, temporary_folder
+from trident_serving.launcher.control import Control
 from trident_serving.launcher.local import LocalServer
 
 
@@ -139,6 +140,12 @@ def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path)
     processes = children(server.launcher.pid)
     with Client(server.grpc_url, timeout=60) as client:  # its metrics change, and are told to a server that is gone
         client.generate("A", model="tiny", max_tokens=8)
+        control = Control(server.http_url, *server.admin_headers.values(), own_folder(server) / "models")
+        control.load_placeholder("tiny")  # from files of the request, which tritonserver writes to /tmp
+    folder = own_folder(server)
+    made = [code.parents[1] for code in Path("/tmp").glob("folder*/1/model.py") if str(folder) in code.read_text()]
+    assert len(made) == 1
+    assert (folder / "backends").is_dir()
     os.kill(server.launcher.pid, signal.SIGKILL)
     server.launcher.wait()
     server.stop()
@@ -146,6 +153,15 @@ def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path)
     while time.monotonic() < deadline and alive(list(processes)):
         time.sleep(0.2)
     assert [processes[pid] for pid in alive(list(processes))] == []
+    temporary_folder.remove_abandoned()  # as the next launcher does
+    assert [path for path in (folder, *made) if path.exists()] == []
+
+
+def own_folder(server: LocalServer) -> Path:
+    """The folder of a launcher in /tmp, of which it holds the lock."""
+    files = [Path(os.readlink(link)) for link in Path(f"/proc/{server.launcher.pid}/fd").iterdir()]
+    (lock,) = [file for file in files if file.name == temporary_folder.LOCK]
+    return lock.parent
 
 
 def test_two_servers_on_one_machine(tiny_repository: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,21 @@ from typing import TYPE_CHECKING
 
 from trident_serving import artefacts, integrity, runtime_folder, signatures
 from trident_serving.errors import KeyUnusable, StartError
-from trident_serving.launcher import admin_key, backend_folder, preflight, processes, server_log, shared_memory
+from trident_serving.launcher import (
+    admin_key,
+    backend_folder,
+    preflight,
+    processes,
+    server_log,
+    shared_memory,
+    temporary_folder,
+)
 from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.control import Control
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.repository_view import RepositoryView
 from trident_serving.launcher.server_log import ServerLog
+from trident_serving.launcher.temporary_folder import TemporaryFolder
 from trident_serving.runtime_folder import RuntimeFolder
 
 if TYPE_CHECKING:
@@ -103,12 +111,13 @@ class Server:
             if self._lock is not None:
                 self._lock.release()
             raise
-        self._folder = tempfile.TemporaryDirectory(prefix="trident-")
+        self._folder = TemporaryFolder()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: ServerLog | None = None
         self._shm_changed, self._shm_until = 0, 0.0
+        self._environments: set[str] = set()
         try:
-            self._prepare(installation, environment, Path(self._folder.name))
+            self._prepare(installation, environment, self._folder.path)
         except BaseException:
             self.close()
             raise
@@ -123,6 +132,7 @@ class Server:
         if not self.view.refresh():
             raise StartError("; ".join(self.view.refused.values()))
         remove_abandoned_shared_memory()
+        temporary_folder.remove_abandoned()
         self._shm_prefix = f"trident-{os.getpid()}-{options.http_port}-"
         self._environment = environment | {
             runtime_folder.ENVIRONMENT: str(self.runtime.folder),
@@ -165,6 +175,7 @@ class Server:
         """
         models = [model for model in self.view.refresh() if not model.endswith(artefacts.TRIAL)]
         self.runtime.clear()
+        self._environments = temporary_folder.environments()
         self._process = subprocess.Popen(
             [*self._command, *(f"--load-model={model}" for model in models if model not in self.view.missing)],
             env=self._environment,
@@ -183,6 +194,11 @@ class Server:
         """Take the admin key out of the server's command line, once the server has read it."""
         if self.status is None:
             processes.hide_argument(self.pid, self._key.value)
+
+    def note_environment(self) -> None:
+        """Note which folder in /tmp the process has made, once models are loaded."""
+        if self.runtime.records():  # the Python backend is loaded, so that it has made one
+            temporary_folder.note_environment(self._folder.path, self._environments)
 
     def close_shared_memory(self) -> None:
         """Keep other users from reading the regions through which requests and answers pass.
@@ -219,13 +235,14 @@ class Server:
         if self._log is not None:
             self._log.join(1.0)
         remove_shared_memory(self._shm_prefix)
+        temporary_folder.remove_servers(self._folder.path)
 
     def close(self) -> None:
         """Remove the server's folder and the file of its key."""
         self._key.remove()
         if self._lock is not None:
             self._lock.release()
-        self._folder.cleanup()
+        self._folder.close()
 
 
 def trusted_keys(file: Path) -> Sequence[Ed25519PublicKey]:
