@@ -189,7 +189,10 @@ def test_a_taken_port(tiny_repository: Path) -> None:
         port = taken.getsockname()[1]
         done = launch("--repository", str(tiny_repository), "--http-port", str(port))
     assert done.returncode == 1
-    assert f"port {port} on 127.0.0.1 can't be used (Address already in use)" in done.stderr
+    assert (
+        f"port {port} on 127.0.0.1 can't be used (Address already in use): stop what listens there, or choose another "
+        "with --http-port (HTTP_PORT=... of make)\n"
+    ) in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -197,14 +200,15 @@ def test_the_same_port_twice(tiny_repository: Path) -> None:
     port = str(local.free_ports(1)[0])
     done = launch("--repository", str(tiny_repository), "--http-port", port, "--grpc-port", port)
     assert done.returncode == 1
-    assert f"HTTP_PORT and GRPC_PORT can't both be {port}" in done.stderr
+    assert f"--http-port and --grpc-port can't both be {port}" in done.stderr
 
 
 def test_a_check_starts_nothing(tmp_path: Path) -> None:
     ports = local.free_ports(3)
     options = ["--http-port", str(ports[0]), "--grpc-port", str(ports[1]), "--metrics-port", str(ports[2])]
     done = launch("--check", "--repository", str(tmp_path / "none"), *options)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "trident: a server can start on this machine: Python, the packages and the ports are right\n"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", ports[1]))
         taken.listen()
@@ -221,7 +225,7 @@ def test_an_empty_or_missing_repository(tmp_path: Path) -> None:
     assert "holds no exported model: run make export" in done.stderr
     done = launch("--repository", str(tmp_path / "none"), *options)
     assert done.returncode == 1
-    assert "holds no exported model: run make export" in done.stderr
+    assert f"{tmp_path / 'none'} does not exist: name a model repository with --repository" in done.stderr
 
 
 def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_path: Path) -> None:

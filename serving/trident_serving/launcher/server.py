@@ -71,12 +71,12 @@ class ServerOptions:
 
     @property
     def ports(self) -> dict[str, int]:
-        """The ports by the names that `make serve` gives them."""
+        """The ports by the options that name them."""
         return {
-            "HTTP_PORT": self.http_port,
-            "GRPC_PORT": self.grpc_port,
-            "METRICS_PORT": self.metrics_port,
-        } | ({"GATEWAY_PORT": self.gateway_port} if self.gateway_port else {})
+            "--http-port": self.http_port,
+            "--grpc-port": self.grpc_port,
+            "--metrics-port": self.metrics_port,
+        } | ({"--gateway-port": self.gateway_port} if self.gateway_port else {})
 
     @property
     def own_host(self) -> str:
@@ -99,7 +99,12 @@ class Server:
     def __init__(self, installation: Installation, options: ServerOptions) -> None:
         self.options = options
         environment = check_machine(options)
-        models = artefacts.loadable(options.repository) if options.repository.is_dir() else []
+        if not options.repository.is_dir():
+            what = "is no folder" if options.repository.exists() else "does not exist"
+            raise StartError(
+                f"{options.repository} {what}: name a model repository with --repository (REPOSITORY of make)"
+            )
+        models = artefacts.loadable(options.repository)
         if not models:
             raise StartError(f"{options.repository} holds no exported model: run make export")
         shared_memory.check(len(models))
