@@ -101,6 +101,8 @@ def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Findin
     for variant, reason in manifest.unverified.items():
         yield Finding(False, f"[{spec.name}] {variant} was installed by force: {reason}")
     yield from _other_processor(spec, manifest)
+    if missing:  # so that it is not current, whatever its fingerprint says
+        return
     try:
         current, waits = install.is_current(spec, repository, base), install.waiting_version(spec, repository, base)
     except (ExportError, OSError) as error:

@@ -47,10 +47,7 @@ def test_what_a_killed_launcher_left_is_removed_and_what_a_living_one_needs_is_k
     (temporary / "repository").mkdir()
     (temporary / "repository" / "weights").touch()
     living, gone = TemporaryFolder(), killed()
-    for folder, name in ((living.path, "python_env_Living"), (gone, "python_env_Killed"), (gone, "python_env_Filled")):
-        before = temporary_folder.environments(servers)
-        (servers / name).mkdir()
-        temporary_folder.note_environment(folder, before, servers)
+    (servers / "python_env_Anyone").mkdir()
     (gone / "models").symlink_to(temporary / "repository")
     ours = [made(living.path, "folderLiving", servers), made(gone, "folderKilled", servers)]
     (temporary / "trident-0").mkdir()  # of admin keys
@@ -58,38 +55,17 @@ def test_what_a_killed_launcher_left_is_removed_and_what_a_living_one_needs_is_k
     foreign = servers / "folderAnyone" / "1"
     foreign.mkdir(parents=True)
     (foreign / "model.py").write_text("import json\n")
-    (gone / temporary_folder.ENVIRONMENTS).write_text("python_env_Killed")
     temporary_folder.remove_abandoned(servers)
     assert {path.name for path in temporary.iterdir()} == {
         *("repository", "servers", "trident-0", "trident-abcdefgh", living.path.name)
     }
     assert (temporary / "repository" / "weights").exists()
     assert [path.exists() for path in ours] == [True, False]
-    assert {path.name for path in servers.iterdir()} == {
-        *("folderLiving", "folderAnyone", "python_env_Living", "python_env_Filled")
-    }
+    assert {path.name for path in servers.iterdir()} == {*("folderLiving", "folderAnyone", "python_env_Anyone")}
     temporary_folder.remove_servers(living.path, servers)
     living.close()
-    assert {path.name for path in servers.iterdir()} == {"folderAnyone", "python_env_Filled"}
+    assert {path.name for path in servers.iterdir()} == {"folderAnyone", "python_env_Anyone"}
     assert not living.path.exists()
-
-
-def test_only_what_is_surely_a_servers_is_noted_and_removed(temporary: Path) -> None:
-    own = TemporaryFolder()
-    for name in ("python_env_oneOne", "python_env_twoTwo"):  # two servers started at once
-        (temporary / name).mkdir()
-    temporary_folder.note_environment(own.path, set(), temporary)
-    assert not (own.path / temporary_folder.ENVIRONMENTS).exists()
-    temporary_folder.note_environment(own.path, {"python_env_twoTwo"}, temporary)
-    assert (own.path / temporary_folder.ENVIRONMENTS).read_text() == "python_env_oneOne"
-    (temporary / "python_env_oneOne" / "packages").touch()
-    temporary_folder.remove_servers(own.path, temporary)
-    assert (temporary / "python_env_oneOne" / "packages").exists()  # never one that holds something
-    (own.path / temporary_folder.ENVIRONMENTS).write_text("../repository")
-    (temporary / "repository").mkdir()
-    temporary_folder.remove_servers(own.path, temporary)
-    assert (temporary / "repository").exists()
-    own.close()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")

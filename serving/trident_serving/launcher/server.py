@@ -120,7 +120,6 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: ServerLog | None = None
         self._shm_changed, self._shm_until = 0, 0.0
-        self._environments: set[str] = set()
         try:
             self._prepare(installation, environment, self._folder.path)
         except BaseException:
@@ -180,7 +179,6 @@ class Server:
         """
         models = [model for model in self.view.refresh() if not model.endswith(artefacts.TRIAL)]
         self.runtime.clear()
-        self._environments = temporary_folder.environments()
         self._process = subprocess.Popen(
             [*self._command, *(f"--load-model={model}" for model in models if model not in self.view.missing)],
             env=self._environment,
@@ -199,11 +197,6 @@ class Server:
         """Take the admin key out of the server's command line, once the server has read it."""
         if self.status is None:
             processes.hide_argument(self.pid, self._key.value)
-
-    def note_environment(self) -> None:
-        """Note which folder in /tmp the process has made, once models are loaded."""
-        if self.runtime.records():  # the Python backend is loaded, so that it has made one
-            temporary_folder.note_environment(self._folder.path, self._environments)
 
     def close_shared_memory(self) -> None:
         """Keep other users from reading the regions through which requests and answers pass.

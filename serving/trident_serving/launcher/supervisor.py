@@ -174,7 +174,6 @@ class Supervisor:
                 hidden = True
         self._live = True
         self._server.hide_key()
-        self._server.note_environment()
         self._server.close_shared_memory()
         self._server.view.refresh()  # a model may have gone while the others were loaded
         index = control.index()

@@ -1,12 +1,12 @@
 """The launcher's folder, and what tritonserver leaves in /tmp; removes both where a launcher was killed.
 
-    <temporary folder>/trident-XXXXXXXX/lock          locked by the launcher (flock) for as long as it lives
-    <temporary folder>/trident-XXXXXXXX/environments  names of folders in /tmp that its tritonserver has made
+    <temporary folder>/trident-XXXXXXXX/lock    locked by the launcher (flock) for as long as it lives
 
-tritonserver makes folders in /tmp, whatever TMPDIR says, and a killed one leaves them: `folderXXXXXX` for a model that
-is loaded from the files of a request, which only the launcher's `Control` does, and `python_env_XXXXXX`, empty, for its
-Python backend. A folder is removed only if a lock that nobody holds, or this launcher, says whose it is: the kernel
-gives the lock up with its process, in another container too, where process ids say nothing.
+tritonserver makes a folder `folderXXXXXX` in /tmp, whatever TMPDIR says, for a model that is loaded from the files of
+a request, and a killed one leaves it; what a launcher's `Control` sends is marked. A folder is removed only if a lock
+that nobody holds, or this launcher, says whose it is: the kernel gives the lock up with its process, in another
+container too, where process ids say nothing. The Python backend also makes folders `python_env_XXXXXX`, empty, one
+for each backend: nothing says whose they are, so they stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 
 PREFIX = "trident-"
 LOCK = "lock"
-ENVIRONMENTS = "environments"
 # Where tritonserver makes its folders.
 SERVERS = Path("/tmp")
 
@@ -52,25 +51,6 @@ def mark(folder: Path) -> str:
     return f"# Of the launcher with the folder {str(folder)!r}."
 
 
-def environments(servers: Path = SERVERS) -> set[str]:
-    """The names of all folders that Python backends have made."""
-    return {path.name for path in servers.glob("python_env_??????")}
-
-
-def note_environment(folder: Path, before: set[str], servers: Path = SERVERS) -> None:
-    """Note which folder the tritonserver of a launcher has made for its Python backend, which it has loaded.
-
-    Where another server started meanwhile, nobody can tell, and nothing is noted.
-
-    Args:
-        folder: the launcher's.
-        before: the names before that tritonserver started.
-    """
-    made = environments(servers) - before
-    if len(made) == 1:
-        (folder / ENVIRONMENTS).write_text(made.pop(), encoding="utf-8")
-
-
 def remove_servers(folder: Path, servers: Path = SERVERS) -> None:
     """Remove what the tritonserver of a launcher has left; it has ended.
 
@@ -81,10 +61,6 @@ def remove_servers(folder: Path, servers: Path = SERVERS) -> None:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if _is_ours(code.parents[1]) and code.read_text(encoding="utf-8").startswith(mark(folder) + "\n"):
                 shutil.rmtree(code.parents[1], ignore_errors=True)
-    with contextlib.suppress(OSError):  # none is noted, or it is not empty
-        name = (folder / ENVIRONMENTS).read_text(encoding="utf-8")
-        if name in environments(servers) and _is_ours(servers / name):
-            (servers / name).rmdir()
 
 
 def remove_abandoned(servers: Path = SERVERS) -> None:
