@@ -53,7 +53,7 @@ $(SETUP): pyproject.toml constraints.txt
 PORTS := --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) --gateway-port $(GATEWAY_PORT)
 
 serve: $(SETUP) ## export what is missing, then serve on 127.0.0.1 until Ctrl-C
-	@$(BIN)/python -m trident_serving --check $(PORTS)
+	@$(BIN)/python -m trident_serving --check $(PORTS) > /dev/null
 	@$(BIN)/python -m trident_export export --keep-going $(if $(FORCE),--force) $(TABLES)
 	@exec $(BIN)/python -m trident_serving --repository $(call quoted,$(REPOSITORY)) $(PORTS)
 

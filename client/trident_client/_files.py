@@ -28,6 +28,7 @@ def content_of(file: File) -> bytes:
     Raises:
         InvalidRequestError: it is an address.
         TypeError: it is neither bytes nor a path.
+        ValueError: the path is empty.
         OSError: it can't be read.
     """
     if isinstance(file, bytes | bytearray | memoryview):
@@ -38,6 +39,8 @@ def content_of(file: File) -> bytes:
         raise InvalidRequestError(
             f"{file[:_SHOWN]!r} is an address, and none is fetched: give the file's bytes or path"
         )
+    if not os.fspath(file):
+        raise ValueError("the path of a file is empty: name one")
     return Path(file).read_bytes()
 
 

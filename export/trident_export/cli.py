@@ -673,13 +673,24 @@ def _sensitivity(options: argparse.Namespace) -> int:
 
 def _model(options: argparse.Namespace) -> tuple[models_file.ModelSpec, HuggingFaceFolder]:
     """The spec that a command is for, and its Hugging Face folder."""
-    base = options.models_file.resolve().parent
+    spec = _spec(options)
+    return spec, _source(options, spec)
+
+
+def _spec(options: argparse.Namespace) -> models_file.ModelSpec:
+    """The spec that a command is for, which has a graph."""
     (spec,) = models_file.select(models_file.load(options.models_file), options.model)
     if spec.template:
         raise UsageError(f"{spec.name} is a template: ask for its generator, {spec.template.generator}")
     if spec.vllm_limits:
         raise UsageError(f"{spec.name} is computed by vLLM and has no graph: take engine out of its table for this")
-    return spec, sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
+    return spec
+
+
+def _source(options: argparse.Namespace, spec: models_file.ModelSpec) -> HuggingFaceFolder:
+    """The Hugging Face folder of a spec, fetched where it is not at hand."""
+    base = options.models_file.resolve().parent
+    return sources.fetch(spec, base, options.cache or base / ".cache", progress.say)
 
 
 def _recipe(options: argparse.Namespace, spec: models_file.ModelSpec, variant: str) -> recipes.Recipe:
@@ -725,12 +736,15 @@ def _distill(options: argparse.Namespace) -> int:
     from trident_export.training import run
 
     quiet.hush_onnxruntime(options.verbose)
-    spec, source = _model(options)
+    spec = _spec(options)
     names = [field.name for field in dataclasses.fields(distillation.Settings)]
     settings = distillation.Settings(**{name: getattr(options, name) for name in names})
     name = f"{spec.name}-{Path(options.student).stem.lower().replace('_', '-')}"
     output = options.output or Path("distilled") / name
+    distillation.check_student(options.student)
     texts = corpora.read(options.text)
+    models.check_output(output)
+    source = _source(options, spec)  # last: it may be fetched, and dequantized
     report = distillation.distill(spec, source, options.student, texts, output, settings, progress.say)
     if not report:  # another process than the first
         return run.end()
@@ -747,6 +761,7 @@ def _compress(options: argparse.Namespace) -> int:
     asked = budget.Budget.read(what, getattr(options, what))
     names = ("steps", "minutes", "batch_size", "length", "learning_rate", "save_every", "seed")
     settings = distillation.Settings(**{name: getattr(options, name) for name in names})
+    texts = corpora.read(options.text)
     spec, source = _model(options)
     variant = options.variant or spec.default_variant
     rows, folder = budget.compress(
@@ -755,7 +770,7 @@ def _compress(options: argparse.Namespace) -> int:
         options.method,
         asked,
         options.points,
-        corpora.read(options.text),
+        texts,
         options.output / spec.name,
         settings,
         variant,
@@ -797,7 +812,7 @@ def _specs(options: argparse.Namespace, *, on_demand: bool = False) -> list[mode
     for spec in specs:
         known = [*spec.variants, *spec.more]
         if unknown := [name for name in wanted if name not in (*known, "all")]:
-            raise UsageError(f"{spec.name} has no variant {unknown[0]!r}; models.toml has {', '.join(known)}")
+            raise UsageError(f"{spec.name} has no variant {unknown[0]!r}; {options.models_file} has {', '.join(known)}")
     return [
         models_file.as_installed(spec, options.repository, spec.more if "all" in wanted else wanted) for spec in specs
     ]
@@ -811,7 +826,7 @@ def _configs(options: argparse.Namespace) -> int:
                 for path in configs.write(spec, options.repository):
                     print(f"wrote {path}")
         return 0
-    problems = configs.drift(specs, options.repository)
+    problems = configs.drift(specs, options.repository, options.models_file)
     for problem in problems:
         print(f"{problem}: run trident-export configs", file=sys.stderr)
     return 1 if problems else 0
@@ -881,7 +896,7 @@ def _adapter(named: str, base: Path, hub: str) -> dict[str, str]:
 
 def _doctor(options: argparse.Namespace) -> int:
     specs = [models_file.as_installed(spec, options.repository) for spec in models_file.load(options.models_file)]
-    found = doctor.examine(specs, options.repository, options.models_file.resolve().parent)
+    found = doctor.examine(specs, options.repository, options.models_file.resolve().parent, options.models_file)
     for finding in found:
         print(f"{'problem' if finding.problem else 'warning'}: {finding.text}")
     problems = sum(finding.problem for finding in found)

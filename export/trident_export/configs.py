@@ -5,7 +5,7 @@ The same config serves on Triton's native backends and on ours; docs/reference/r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -171,10 +171,19 @@ def write(spec: ModelSpec, repository: Path, unverified: Mapping[str, str] | Non
     return written
 
 
-def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
-    """What is out of step between models.toml and a repository's configs, a sentence each.
+def drift(
+    specs: Iterable[ModelSpec],
+    repository: Path,
+    models_file: Path = Path("models.toml"),
+    without: Collection[str] = (),
+) -> list[str]:
+    """What is out of step between a models file and a repository's configs, a sentence each.
 
     A model that is exported on demand has no configs before.
+
+    Args:
+        models_file: as the sentences name it.
+        without: Triton models that may lack their configs.
     """
     problems = []
     texts: dict[str, str] = {}
@@ -182,15 +191,15 @@ def drift(specs: Iterable[ModelSpec], repository: Path) -> list[str]:
         its = expected(spec, repository)
         texts |= its
         if not spec.on_demand or read_manifest(repository, spec.name) is not None:
-            missing = [repository / name / CONFIG for name in its]
+            missing = [repository / name / CONFIG for name in its if name not in without]
             problems += [f"{path} is missing" for path in missing if not path.exists()]
     for name, text in texts.items():
         path = repository / name / CONFIG
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            problems.append(f"{path} differs from models.toml")
+            problems.append(f"{path} differs from {models_file}")
     for path in sorted(repository.glob(f"*/{CONFIG}")):
         if path.parent.name not in texts and path.read_text(encoding="utf-8").startswith(CONFIG_HEADER):
-            problems.append(f"{path} belongs to no model of models.toml")
+            problems.append(f"{path} belongs to no model of {models_file}")
     return problems
 
 

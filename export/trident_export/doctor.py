@@ -50,9 +50,24 @@ class Finding:
     text: str
 
 
-def examine(specs: Sequence[ModelSpec], repository: Path, base: Path) -> list[Finding]:
-    """Everything that is found, problems first."""
-    found = [Finding(True, f"{text}: run trident-export configs") for text in configs.drift(specs, repository)]
+def examine(
+    specs: Sequence[ModelSpec], repository: Path, base: Path, models_file: Path = Path("models.toml")
+) -> list[Finding]:
+    """Everything that is found, problems first.
+
+    Args:
+        base: the folder from which paths in the specs begin.
+        models_file: that has the specs, as the findings name it.
+    """
+    # Of a folder that is missing whole, `_artefacts` tells: another export writes its config, too.
+    manifests = [each for spec in specs if (each := read_manifest(repository, spec.name)) is not None]
+    gone = [name for each in manifests for name in each.triton_models if not (repository / name).is_dir()]
+    drift = configs.drift(specs, repository, models_file, gone) if repository.is_dir() else []
+    found = [Finding(True, f"{text}: run trident-export configs") for text in drift]
+    if not repository.is_dir():
+        found.append(
+            Finding(True, f"there is no folder {repository}: an export makes it, or name another --repository")
+        )
     served: list[ModelSpec] = []
     for spec in specs:
         found += _artefacts(spec, repository, base)
@@ -75,19 +90,27 @@ def _artefacts(spec: ModelSpec, repository: Path, base: Path) -> Iterator[Findin
             yield Finding(True, f"[{spec.name}] is not exported: run make export MODEL={spec.name}{takes}")
         yield from _needs(spec, parameters, repository)
         return
-    for model in manifest.triton_models:
-        if not (folder := version_folder(repository, model)).is_dir():
-            yield Finding(True, f"[{spec.name}] {folder} is missing: export it again")
+    folders = [version_folder(repository, model) for model in manifest.triton_models]
+    missing = [folder for folder in folders if not folder.is_dir()]
+    for folder in missing:
+        yield Finding(True, f"[{spec.name}] {folder} is missing: export it again")
     for variant in spec.variants:
         for file in install.graph_files(spec, variant, repository):
-            if not file.is_file():
+            if not file.is_file() and not any(file.is_relative_to(folder) for folder in missing):
                 yield Finding(True, f"[{spec.name}] {file} is missing: export it again")
     for variant, reason in manifest.unverified.items():
         yield Finding(False, f"[{spec.name}] {variant} was installed by force: {reason}")
     yield from _other_processor(spec, manifest)
-    if install.is_current(spec, repository, base):
+    if missing:  # so that it is not current, whatever its fingerprint says
         return
-    if (waits := install.waiting_version(spec, repository, base)) is not None:
+    try:
+        current, waits = install.is_current(spec, repository, base), install.waiting_version(spec, repository, base)
+    except (ExportError, OSError) as error:
+        yield Finding(True, f"[{spec.name}] can't be compared with its source, nor exported again: {error}")
+        return
+    if current:
+        return
+    if waits is not None:
         yield Finding(
             False,
             f"[{spec.name}] version {waits} is what its table says and is not served: run trident-export promote "

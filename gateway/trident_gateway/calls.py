@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from trident_client import AsyncClient
 from trident_gateway.catalog import Model
-from trident_gateway.errors import ClientGone
+from trident_gateway.errors import ApiError, ClientGone
 from trident_gateway.gateway import exchange_of, gateway_of
 
 Result = TypeVar("Result")
@@ -124,7 +124,11 @@ async def _slot(request: Request, model: Model, answers: int, turns: Turns | Non
     began = time.perf_counter()
     async with gateway.admission.slot(name, limit, answers=answers, key=owner, per_key=per_key, request=exchange):
         exchange.queue_seconds = time.perf_counter() - began
-        yield
+        try:
+            yield
+        except ApiError as error:
+            exchange.error = error.cause
+            raise
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result] | Awaitable[Result]) -> Result:

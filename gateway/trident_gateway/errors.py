@@ -28,6 +28,11 @@ _CONTEXT = re.compile(r"(?:context (?:of|is)|the model takes) (\d+)")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _UNKNOWN = re.compile(r"unexpected inference input '(\w+)' for model '([^']*)'")  # Triton's own
 _ENSEMBLE = re.compile(r"in ensemble '[^']*', ")  # Triton's own, of models with stages
+# Why a server that can be reached has no answer now: the guard's sentence, that of a task which another model answers,
+# and what the launcher, Triton and this gateway say of a model that is unloaded or being loaded.
+_GUARD = re.compile(r"the guard's rule (.{1,100}?) could not be checked")
+_ASKED = re.compile(r"which answers for this model, is not ready")
+_AWAY = re.compile(r"the model (?:is not |was un)loaded|Stub process|no available versions|no server has the model")
 _ENCODERS_NAMES = {"text_input": "input"}
 _OPENAI_NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop", "random_seed": "seed"}
 
@@ -42,6 +47,7 @@ class ApiError(Exception):
         param: the field that is wrong.
         retry_after: seconds after which another try may succeed.
         headers: more of the response's.
+        cause: the server's own sentence where the message says less, for the log.
     """
 
     def __init__(
@@ -53,8 +59,10 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after: int | None = None,
         headers: Mapping[str, str] | None = None,
+        cause: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.cause = cause
         self.status = status
         self.message = message
         self.code = code
@@ -141,6 +149,24 @@ def refused(message: str) -> ApiError:
     return ApiError(400, told, code="context_length_exceeded", param=param)
 
 
+def _unavailable(message: str) -> str:
+    """Why there is no answer now, in a sentence that names no server and no model that the caller did not ask.
+
+    Args:
+        message: the server's, or of the connection to it.
+    """
+    if guard := _GUARD.search(message):
+        return (
+            f"the guard's rule {guard[1]} could not be checked, so the model does not answer: try again later, or tell "
+            "whoever runs this gateway, whose log says why"
+        )
+    if _ASKED.search(message):
+        return "another model, which answers for this one, is not ready: try again later"
+    if _AWAY.search(message):
+        return "the model is not loaded now: try again later"
+    return "the server can't be reached, or ends: try again later"
+
+
 def from_trident(error: TridentError) -> ApiError:
     """The answer to a request that the server refuses or that fails there."""
     message = str(error)
@@ -148,10 +174,10 @@ def from_trident(error: TridentError) -> ApiError:
         return refused(message)
     if isinstance(error, NotFoundError):
         return ApiError(404, message, code="model_not_found", param="model")
-    if isinstance(error, OverloadedError):
+    if isinstance(error, OverloadedError) and not _GUARD.search(message):
         return overloaded(message, 1)
     if isinstance(error, UnavailableError):
-        return ApiError(503, "the server can't be reached, or ends: try again later", code="unavailable", retry_after=2)
+        return ApiError(503, _unavailable(message), code="unavailable", retry_after=2, cause=message)
     if isinstance(error, DeadlineExceededError):
         return ApiError(504, "the answer took longer than this gateway allows", code="timeout")
     if isinstance(error, CancelledError):

@@ -33,6 +33,7 @@ class Exchange:
         prompt_tokens: of the prompt, once known; `completion_tokens` of the answers.
         queue_seconds: that it waited in the gateway.
         first_byte_seconds: until the answer began.
+        error: what the server, or the connection to it, said where there is no answer now.
         names: of the fields that the server calls otherwise than the caller does.
     """
 
@@ -49,6 +50,7 @@ class Exchange:
     completion_tokens: int | None = None
     queue_seconds: float | None = None
     first_byte_seconds: float | None = None
+    error: str | None = None
     names: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 

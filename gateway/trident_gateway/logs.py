@@ -44,6 +44,7 @@ class AccessLog:
             "first_byte_seconds": _rounded(exchange.first_byte_seconds),
             "seconds": _rounded(seconds),
             "trace_id": exchange.trace_id,
+            "error": exchange.error,
         }
         line = {name: value for name, value in entry.items() if value is not None}
         try:

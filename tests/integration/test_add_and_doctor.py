@@ -156,6 +156,8 @@ def test_the_doctor_finds_what_was_broken(folder: Path, tmp_path: Path) -> None:
         r"\[labels\] is not exported: run make export MODEL=labels, which takes about 0.9 GB of memory, 0.1 GB of disk"
     )
     assert any(re.match(takes, finding.text) for finding in missing)
+    assert missing[0].text == f"there is no folder {repository}: an export makes it, or name another --repository"
+    assert not [finding for finding in missing if "config.pbtxt" in finding.text]
     install.export(specs[:2], repository, base, tmp_path, lambda message: None)
     for spec in specs:
         from trident_export import configs
@@ -163,6 +165,11 @@ def test_the_doctor_finds_what_was_broken(folder: Path, tmp_path: Path) -> None:
         configs.write(spec, repository)
     healthy = doctor.examine(specs, repository, base)
     assert [finding.text for finding in healthy] == ["[far] some/where has no revision: run trident-export pin"]
+
+    shutil.move(repository / "labels_model", tmp_path / "aside")
+    found = [finding.text for finding in doctor.examine(specs, repository, base) if "labels" in finding.text]
+    assert found == [f"[labels] {repository}/labels_model/1 is missing: export it again"]
+    shutil.move(tmp_path / "aside", repository / "labels_model")
 
     graph = repository / "labels_model/1/model.onnx"
     model = onnx.load(str(graph))
@@ -179,6 +186,11 @@ def test_the_doctor_finds_what_was_broken(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "warning: [labels] limits.threads is 1000, this machine has" in done.stdout
     assert done.stdout.splitlines()[0].startswith("problem: ")
+    assert f"labels/config.pbtxt differs from {file}: run" in done.stdout
+    file.write_text(file.read_text().replace(str(folder / "labels"), str(tmp_path / "gone")))
+    found = [finding.text for finding in doctor.examine(models_file.load(file), repository, base, file)]
+    assert any(text.startswith("[labels] can't be compared with its source, nor exported again: ") for text in found)
+    assert any("decoder.onnx is missing" in text for text in found)  # of a model behind it
 
 
 def test_the_repository_of_this_project_is_healthy(default_repository: Path) -> None:

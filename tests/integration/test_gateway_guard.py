@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,20 @@ def guarded(gateway_server: LocalServer, gateway_folder: Path, forbidden: str) -
             client.unload(name)
 
 
-def test_a_label_that_no_entity_has_fails_closed(direct: Client) -> None:
+def test_a_label_that_no_entity_has_fails_closed(direct: Client, gateway: Gateway) -> None:
     with pytest.raises(UnavailableError) as raised:
         direct.chat(MESSAGES, model="misnamed", max_tokens=1)
     known = ", ".join(dict.fromkeys(label.split("-")[-1] for label in LABELS if label != "O"))
-    assert str(raised.value).endswith(
-        f"the guard's rule tag could not be checked: tag has no label 'NAME', its labels are {known}"
-    )
+    told = f"the guard's rule tag could not be checked: tag has no label 'NAME', its labels are {known}"
+    assert str(raised.value).endswith(told)
+    status, _, answer = gateway.ask("/v1/chat/completions", {"model": "misnamed", "messages": MESSAGES})
+    assert (status, answer["error"]["code"]) == (503, "unavailable")
+    assert answer["error"]["message"].startswith("the guard's rule tag could not be checked, so the model does not")
+    deadline = time.monotonic() + 10
+    while not (said := [entry.get("error") for entry in gateway.entries() if entry.get("model") == "misnamed"]):
+        assert time.monotonic() < deadline, "the log has no line of the request"
+        time.sleep(0.05)
+    assert said == [str(raised.value)]
 
 
 @pytest.mark.parametrize("model", ["guarded", "asking"])

@@ -22,7 +22,8 @@ from tests import tiny_models
 from tests.conftest import run_export
 from trident_client import Client
 from trident_serving import artefacts
-from trident_serving.launcher import local
+from trident_serving.launcher import local, temporary_folder
+from trident_serving.launcher.control import Control
 from trident_serving.launcher.local import LocalServer
 
 
@@ -139,6 +140,12 @@ def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path)
     processes = children(server.launcher.pid)
     with Client(server.grpc_url, timeout=60) as client:  # its metrics change, and are told to a server that is gone
         client.generate("A", model="tiny", max_tokens=8)
+        control = Control(server.http_url, *server.admin_headers.values(), own_folder(server) / "models")
+        control.load_placeholder("tiny")  # from files of the request, which tritonserver writes to /tmp
+    folder = own_folder(server)
+    made = [code.parents[1] for code in Path("/tmp").glob("folder*/1/model.py") if str(folder) in code.read_text()]
+    assert len(made) == 1
+    assert (folder / "backends").is_dir()
     os.kill(server.launcher.pid, signal.SIGKILL)
     server.launcher.wait()
     server.stop()
@@ -146,6 +153,15 @@ def test_a_killed_launcher_leaves_nothing(tiny_repository: Path, tmp_path: Path)
     while time.monotonic() < deadline and alive(list(processes)):
         time.sleep(0.2)
     assert [processes[pid] for pid in alive(list(processes))] == []
+    temporary_folder.remove_abandoned()  # as the next launcher does
+    assert [path for path in (folder, *made) if path.exists()] == []
+
+
+def own_folder(server: LocalServer) -> Path:
+    """The folder of a launcher in /tmp, of which it holds the lock."""
+    files = [Path(os.readlink(link)) for link in Path(f"/proc/{server.launcher.pid}/fd").iterdir()]
+    (lock,) = [file for file in files if file.name == temporary_folder.LOCK]
+    return lock.parent
 
 
 def test_two_servers_on_one_machine(tiny_repository: Path, tmp_path: Path) -> None:
@@ -173,7 +189,10 @@ def test_a_taken_port(tiny_repository: Path) -> None:
         port = taken.getsockname()[1]
         done = launch("--repository", str(tiny_repository), "--http-port", str(port))
     assert done.returncode == 1
-    assert f"port {port} on 127.0.0.1 can't be used (Address already in use)" in done.stderr
+    assert (
+        f"port {port} on 127.0.0.1 can't be used (Address already in use): stop what listens there, or choose another "
+        "with --http-port (HTTP_PORT=... of make)\n"
+    ) in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -181,14 +200,15 @@ def test_the_same_port_twice(tiny_repository: Path) -> None:
     port = str(local.free_ports(1)[0])
     done = launch("--repository", str(tiny_repository), "--http-port", port, "--grpc-port", port)
     assert done.returncode == 1
-    assert f"HTTP_PORT and GRPC_PORT can't both be {port}" in done.stderr
+    assert f"--http-port and --grpc-port can't both be {port}" in done.stderr
 
 
 def test_a_check_starts_nothing(tmp_path: Path) -> None:
     ports = local.free_ports(3)
     options = ["--http-port", str(ports[0]), "--grpc-port", str(ports[1]), "--metrics-port", str(ports[2])]
     done = launch("--check", "--repository", str(tmp_path / "none"), *options)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "trident: a server can start on this machine: Python, the packages and the ports are right\n"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", ports[1]))
         taken.listen()
@@ -205,7 +225,7 @@ def test_an_empty_or_missing_repository(tmp_path: Path) -> None:
     assert "holds no exported model: run make export" in done.stderr
     done = launch("--repository", str(tmp_path / "none"), *options)
     assert done.returncode == 1
-    assert "holds no exported model: run make export" in done.stderr
+    assert f"{tmp_path / 'none'} does not exist: name a model repository with --repository" in done.stderr
 
 
 def test_a_model_that_does_not_load_ends_the_start(tiny_repository: Path, tmp_path: Path) -> None:

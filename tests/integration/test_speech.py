@@ -491,6 +491,12 @@ def test_the_gateway_refuses_what_is_no_form(speech_gateway: Gateway) -> None:
     file, model = ("file", wav(RECORDINGS[0.3])), ("model", b"whisper")
     cases = [
         (path, form(model), 400, "file is missing: send a recording in the form's field file"),
+        (
+            path,
+            form(("file", b"recording.wav"), model, name=""),
+            400,
+            "file is a text, no file: send a recording, with curl by -F",
+        ),
         (path, form(file), 400, "model is missing"),
         (path, form(file, model, ("prompt", b"hello")), 400, "prompt: "),
         (path, form(file, model, ("stream", b"perhaps")), 400, "stream: "),

@@ -259,6 +259,8 @@ def test_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: Any) -> No
         f"trident: {latin} is not UTF-8: byte 0xe9 at position 8, line 2\n",
     )
     assert said("embed", "--file", str(tmp_path))[::2] == (2, f"trident: {tmp_path}: Is a directory\n")
+    for flags in ((), ("--stream",)):
+        assert said("transcribe", "", *flags)[::2] == (2, "trident: the path of a file is empty: name one\n")
     stdin(b"\n\n")
     assert said("embed")[::2] == (2, "trident: there is no text\n")
     assert said("embed", "-", "-")[::2] == (2, "trident: standard input (-) can be read only once\n")

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from tests.tiny_models import causal_config
-from trident_export import models_file
+from trident_export import cli, models_file
 from trident_export.compression import distillation, layouts, models, pruning
 from trident_export.compression.pruning import Method
-from trident_export.errors import NoSpace, NotWritable
+from trident_export.errors import ExportError, NoSpace, NotWritable
 from trident_export.huggingface.folder import HuggingFaceFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -288,6 +288,28 @@ def test_impossible_students(spec: models_file.ModelSpec, tmp_path: Path) -> Non
     ):
         with pytest.raises(ValueError, match=message):
             distillation.make_student(spec, HuggingFaceFolder(tmp_path / "llama"), student)
+
+
+def test_what_is_wrong_is_told_before_the_teacher_is_read(tmp_path: Path) -> None:
+    """Whose source is not there, so that reading it would fail with another sentence."""
+    table = 'task = "text-generation"\nsource = { path = "gone" }\nvariants = ["fp32"]\nlimits = { context = 64 }\n'
+    (tmp_path / "models.toml").write_text(f"[m]\n{table}")
+    (tmp_path / "t.txt").write_text("A text.")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "t.txt").touch()
+    asked = {"--student": "1", "--text": str(tmp_path / "t.txt"), "--output": str(tmp_path / "student")}
+    for flag, value, message in (
+        ("--student", str(tmp_path / "none"), "a student is a number of layers, .*: found '.*/none'"),
+        ("--student", str(tmp_path / "empty"), "a student is a number of layers, .*: found '.*/empty'"),
+        ("--text", str(tmp_path / "none"), "none can't be read: No such file or directory"),
+        ("--output", str(tmp_path / "full"), "full is there and is no model's folder"),
+        ("--student", "1", "gone"),
+    ):
+        arguments = [each for pair in {**asked, flag: value}.items() for each in pair]
+        options = cli._parse(["distill", "m", "--models-file", str(tmp_path / "models.toml"), *arguments])
+        with pytest.raises(ExportError, match=message):
+            cli._distill(options)
 
 
 @pytest.mark.parametrize(

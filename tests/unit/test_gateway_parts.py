@@ -491,6 +491,50 @@ def test_errors_of_the_server() -> None:
     assert from_trident(UnavailableError("connection refused")).status == 503
 
 
+@pytest.mark.parametrize(
+    ("kind", "told", "message"),
+    [
+        (
+            UnavailableError,
+            "connection refused: 10.0.0.7:8001",
+            "the server can't be reached, or ends: try again later",
+        ),
+        (
+            UnavailableError,
+            "in ensemble 'chat', the guard's rule people could not be checked: rampart_tokenizer is not ready",
+            "the guard's rule people could not be checked, so the model does not answer: try again later, or tell "
+            "whoever runs this gateway, whose log says why",
+        ),
+        (
+            OverloadedError,
+            "the guard's rule people could not be checked: rampart: the queue is full",
+            "the guard's rule people could not be checked, so the model does not answer: try again later, or tell "
+            "whoever runs this gateway, whose log says why",
+        ),
+        (
+            UnavailableError,
+            "smollm2, which answers for this model, is not ready: 10.0.0.7:8001",
+            "another model, which answers for this one, is not ready: try again later",
+        ),
+        (
+            UnavailableError,
+            "the model is not loaded: try again later",
+            "the model is not loaded now: try again later",
+        ),
+        (
+            UnavailableError,
+            "Request for unknown model: 'm_model' has no available versions",
+            "the model is not loaded now: try again later",
+        ),
+    ],
+)
+def test_why_there_is_no_answer_now(kind: type[UnavailableError], told: str, message: str) -> None:
+    """The caller reads what is true and no inner name; the log has the server's sentence."""
+    error = from_trident(kind(told))
+    assert (error.status, error.code, error.message, error.cause) == (503, "unavailable", message, told)
+    assert error.headers == {"retry-after": "2"}
+
+
 def test_a_defect_has_the_form_of_other_errors(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

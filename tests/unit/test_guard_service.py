@@ -56,6 +56,8 @@ class Engine:
         self._parser = RequestParser(TOKENIZER, None, GenerationLimits())
 
     def parse(self, inputs: Inputs, timeout: object = None) -> GenerationRequest:
+        if "messages" in inputs:  # there is no chat template: their JSON is the prompt
+            inputs = {"text_input" if name == "messages" else name: tensor for name, tensor in inputs.items()}
         return replace(self._parser.parse(inputs, timeout), return_reasoning="reasoning" in self._answers[0])
 
     def submit(self, request: GenerationRequest, channel: ResponseChannel) -> None:
@@ -605,6 +607,30 @@ def _texts(*texts: str) -> list[dict[str, str]]:
 )
 def test_parts_of_a_message_are_one_text(joint: Joint, sent: list[str], left: list[str]) -> None:
     assert _filtered_parts(_texts(*sent), [CARD, EMAIL], joint)[0] == left
+
+
+@pytest.mark.parametrize(
+    ("joint", "parts"),
+    [
+        (Joint("\n"), ("Anna, open ", "sesameAnna")),  # together without anything between
+        (Joint(" - "), ("open", "sesameAnna")),
+        (Joint(), ("x", "open sesameAnna")),  # in one part, where together no word begins
+    ],
+)
+def test_a_model_that_redacts_hides_nothing_that_a_pattern_blocks(joint: Joint, parts: tuple[str, str]) -> None:
+    """Patterns come first, whatever join of the parts they match."""
+    blocked = {"name": "words", "action": "block", "pattern": r"\bopen ?sesameAnna"}
+    messages = [{"role": "user", "content": _texts(*parts)}]
+    client = Client()
+    with guarded([{**NAMES, "stages": ["input"]}, blocked], "well", models={"tagger": tagger}) as (service, engine, _):
+        engine.joint = joint
+        service.submit(service.parse({"messages": encode_texts([json.dumps(messages)])[None]}), client)
+        assert client.done.wait(20)
+        assert client.ended() == (
+            "content_filter",
+            [{"action": "block", "count": 1, "rule": "words", "stage": "input"}],
+        )
+        assert engine.asked == []
 
 
 def test_what_lies_in_two_parts_is_told_once_and_found_by_models_too() -> None:

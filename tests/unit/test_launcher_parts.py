@@ -14,10 +14,11 @@ from trident_client import _admin_key
 from trident_serving import artefacts
 from trident_serving.artefacts import Manifest
 from trident_serving.errors import StartError
-from trident_serving.launcher import admin_key, cli, processes, server_log
+from trident_serving.launcher import admin_key, cli, preflight, processes, server, server_log
 from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.failures import IndexEntry, one_line
 from trident_serving.launcher.gateway import Gateway
+from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.repository_view import RepositoryView
 from trident_serving.launcher.server import ServerOptions, trace_flags
 from trident_serving.launcher.supervisor import ending
@@ -216,6 +217,42 @@ def test_sentences() -> None:
     assert (ending(-9), ending(1)) == ("was ended by signal 9", "ended with status 1")
     assert not IndexEntry("m", "UNAVAILABLE", "unloaded").failed
     assert IndexEntry("m", "UNAVAILABLE", text).failed
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        (
+            "nohost.invalid",
+            0,
+            r"nohost.invalid is no address to listen on \(.+\): give one of this machine's with --host",
+        ),
+        ("192.0.2.1", 0, r"192.0.2.1 is no address to listen on \(.+\): give one of this machine's with --host"),
+        ("127.0.0.1", 70_000, r"--grpc-port 70000 \(GRPC_PORT of make\) is no port: choose one from 1 to 65535"),
+    ],
+)
+def test_where_a_server_can_not_listen(host: str, port: int, message: str) -> None:
+    with pytest.raises(StartError, match=f"^{message}$"):
+        preflight.check_ports(host, {"--grpc-port": port})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--grace", "-1"), ("--notice", "nan"), ("--restarts", "-3"), ("--grace", "soon")]
+)
+def test_options_that_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--check", f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"argument {option}" in (said := capsys.readouterr().err)
+    assert value in said
+
+
+def test_a_repository_that_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(server, "check_machine", lambda options: {})
+    for name, why in (("file", "is no folder"), ("none", "does not exist")):
+        with pytest.raises(StartError, match=f"{name} {why}: name a model repository with --repository"):
+            server.Server(Installation(*[tmp_path] * 4), ServerOptions(tmp_path / name))
 
 
 def test_the_welcome_of_a_container_works_outside_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

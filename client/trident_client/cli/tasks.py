@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trident_client import Client, Segment, SparseVector
+from trident_client import Client, Segment, SparseVector, _files
 from trident_client._options import EXPLANATION, TRANSCRIPTION, TRANSLATION
 from trident_client.cli import output, texts
 from trident_client.cli.connection import number
@@ -257,7 +257,7 @@ def transcribe(client: Client, options: argparse.Namespace) -> int:
         return _stream_transcriptions(client, options, asked)
     found = []
     for name in options.audio:
-        content = sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes()
+        content = _content(name)
         found.append(client.transcribe(content, **asked))
     if options.jsonl:
         output.rows({"file": name, **output.plain(each)} for name, each in zip(options.audio, found, strict=True))
@@ -277,7 +277,7 @@ def _stream_transcriptions(client: Client, options: argparse.Namespace, asked: d
     if options.json:
         raise InputError("--stream prints text as it comes, or chunks with --jsonl: --json is one document")
     for name in options.audio:
-        content = sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes()
+        content = _content(name)
         with contextlib.closing(client.stream_transcription(content, **asked)) as chunks:
             if options.jsonl:
                 output.rows({"file": name, **output.plain(chunk)} for chunk in chunks)
@@ -290,6 +290,15 @@ def _stream_transcriptions(client: Client, options: argparse.Namespace, asked: d
                     output.show(chunk.text, end="", flush=True)
                 print()
     return Exit.DONE
+
+
+def _content(name: str) -> bytes:
+    """The bytes of a file, or of standard input.
+
+    Raises:
+        OSError, ValueError: it can't be read.
+    """
+    return sys.stdin.buffer.read() if name == texts.STDIN else _files.content_of(name)
 
 
 def _timed(segment: Segment) -> str:
@@ -348,7 +357,7 @@ def zero_shot_images(client: Client, options: argparse.Namespace) -> int:
 
 def _read_files(names: list[str]) -> list[bytes]:
     texts.check_once(names)
-    return [sys.stdin.buffer.read() if name == texts.STDIN else Path(name).read_bytes() for name in names]
+    return [_content(name) for name in names]
 
 
 def add_images(command: argparse.ArgumentParser) -> None:

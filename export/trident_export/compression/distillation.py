@@ -110,9 +110,8 @@ def make_student(
         kept = sorted(influence.argsort(descending=True)[:count].tolist())
         pruning.keep_layers(teacher, kept)
         return teacher, kept
+    check_student(student)
     path = Path(student)
-    if not path.exists():
-        raise UsageError(f"a student is a number of layers, a Hugging Face folder or a config.json: found {student!r}")
     config = HuggingFaceFolder(path).config
     if config.model_type != teacher.config.model_type or config.vocab_size != teacher.config.vocab_size:
         raise UsageError(
@@ -127,6 +126,19 @@ def make_student(
     origin = spread(len(layouts.layers_of(made)), total)
     begin_like(made, teacher, origin)
     return made, origin
+
+
+def check_student(student: str) -> None:
+    """Check what can be checked of a student without its teacher; see `make_student`.
+
+    Raises:
+        UsageError: it is no number of layers, no Hugging Face folder and no config.json.
+    """
+    path = Path(student)
+    if student.isdecimal() and int(student) > 0:
+        return
+    if not path.exists() or (path.is_dir() and not (path / "config.json").is_file()):
+        raise UsageError(f"a student is a number of layers, a Hugging Face folder or a config.json: found {student!r}")
 
 
 def spread(count: int, total: int) -> list[int]:

@@ -90,8 +90,10 @@ def _text(row: dict[str, Any], name: str) -> str:
 def _read(file: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # other ends of lines may stand in a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{file} can't be read: {error}") from None
+    except OSError as error:
+        raise TextError(f"{file} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise TextError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -141,6 +141,8 @@ async def _read(request: Request) -> tuple[AudioForm, bytes]:
         raise invalid(f"the body is no form: {said}", code="invalid_form") from None
     try:
         file = form.get("file")
+        if isinstance(file, str):
+            raise invalid("file is a text, no file: send a recording, with curl by -F file=@recording.wav", "file")
         if not isinstance(file, UploadFile):
             raise invalid("file is missing: send a recording in the form's field file", "file")
         content = await file.read()

@@ -260,7 +260,7 @@ def _arguments(text: str) -> tuple[Any, bool]:
 def joined(inputs: Inputs) -> list[str]:
     """What stands together in a prompt, as templates join it: what a rule blocks could be spread.
 
-    The texts of each message that comes in parts, and JSON in which keys stand beside their values.
+    The texts of each message that comes in parts, each by itself too, and JSON in which keys stand beside their values.
     """
     given = {name: json.loads(single_text(inputs, name)) for name in _JSON if name in inputs}
     found = [json.dumps(value, ensure_ascii=False) for name, value in given.items() if name != "messages"]
@@ -268,7 +268,7 @@ def joined(inputs: Inputs) -> list[str]:
         content = message.get("content")
         texts = _texts(content) if isinstance(content, list) else []
         if len(texts) > 1:
-            found += ["".join(texts), "\n".join(texts)]
+            found += [*texts, "".join(texts), "\n".join(texts)]
         for call in message.get("tool_calls") or ():
             arguments = function_of(call).get("arguments")
             held = _arguments(arguments)[0] if isinstance(arguments, str) else arguments

@@ -23,7 +23,7 @@ from trident_serving.generation.request import GenerationRequest
 from trident_serving.generation.stream import Chunk, ResponseChannel
 from trident_serving.guard import prompts
 from trident_serving.guard.asking import Models
-from trident_serving.guard.filtering import Findings, Passed, PatternFilter, TextFilter, at_once, filter_all, read_apart
+from trident_serving.guard.filtering import Findings, Passed, TextFilter, at_once, filter_all, read_apart
 from trident_serving.guard.rules import Action, Guard, Stage
 from trident_serving.guard.structured import JsonFilter
 from trident_serving.runtime.metrics import Recorder
@@ -224,6 +224,15 @@ class GuardedService:
 
         patterns = [rule for rule in self._input if rule.pattern]
         hiding = [rule for rule in patterns if rule.action is not Action.ANNOTATE]
+        blocking = [rule for rule in patterns if rule.action is Action.BLOCK]
+
+        def spread(inputs: Inputs) -> bool:
+            """Whether a pattern blocks what stands together in a prompt and is several texts in a request."""
+            read = read_apart(prompts.joined(inputs), blocking, Stage.INPUT, exchange.findings) if blocking else []
+            return any(each.blocked for each in read)
+
+        if spread(given.inputs):  # as it came: a model may redact a part of what a pattern blocks
+            return None
 
         async def apart(texts: Sequence[str]) -> Sequence[Passed]:
             return read_apart(texts, hiding, Stage.INPUT, exchange.findings)
@@ -238,9 +247,7 @@ class GuardedService:
             return None
         if changed is not None:
             given = self._again(changed, given)
-        blocking = [rule for rule in patterns if rule.action is Action.BLOCK]
-        for text in prompts.joined(given.inputs):
-            if PatternFilter(blocking, Stage.INPUT, exchange.findings).push(text, end=True).blocked:
+            if spread(given.inputs):  # what redactions have made
                 return None
         if len(tokens) > 1:  # what lies on both sides of a special token
             text = self.tokenizer.decode(given.request.prompt_ids)

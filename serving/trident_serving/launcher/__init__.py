@@ -7,6 +7,7 @@ http            HTTP to a server of this machine
 shared_memory   whether /dev/shm is large enough
 health          what an image's health check runs
 admin_key       the key of a server's administration
+temporary_folder the launcher's folder, and what killed ones have left
 repository_view the models that the server sees
 server          the process and its folders: start and end
 server_log      what it prints, without noise

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gateway = Gateway(server_options, options.gateway_port, options.gateway_keys, options.grace)
         if options.check:
             check_machine(server_options)
+            print("trident: a server can start on this machine: Python, the packages and the ports are right")
             return 0
         with Server(found, server_options) as server:
             if options.until_stdin_closes:
@@ -86,19 +87,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gateway-keys", type=Path, help="its file of API keys, made by 'trident-gateway key add'")
     parser.add_argument(
         *("--grace", "--drain-seconds"),
-        type=float,
+        type=_seconds,
         default=Policy.grace,
         help="seconds that running requests get after a signal to end (default %(default)g)",
     )
     parser.add_argument(
         "--notice",
-        type=float,
+        type=_seconds,
         default=Policy.notice,
         help="seconds before that in which the server is not ready and still takes requests (default %(default)g)",
     )
     parser.add_argument(
         "--restarts",
-        type=int,
+        type=_count,
         default=Policy.restarts,
         help="how often tritonserver is started again in five minutes, if it dies (default %(default)s)",
     )
@@ -116,6 +117,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--until-stdin-closes", action="store_true", help="end when standard input closes, as when its holder ends"
     )
     return parser.parse_args(arguments)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0 seconds, or no number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
 
 
 def welcome(options: ServerOptions, failed: Sequence[Failure]) -> str:

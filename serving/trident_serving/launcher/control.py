@@ -12,7 +12,7 @@ from typing import Any
 
 from trident_serving import artefacts
 from trident_serving.errors import ControlError, Refused
-from trident_serving.launcher import failures, http
+from trident_serving.launcher import failures, http, temporary_folder
 from trident_serving.launcher.admin_key import HEADER
 from trident_serving.launcher.failures import IndexEntry
 
@@ -27,6 +27,7 @@ _LOADS = {"backend": "python", "instance_group": [{"kind": "KIND_CPU"}]}
 # A request may meet the second one in the milliseconds before its unload. It has the tensors of the model whose place
 # it takes, since Triton would else tell the caller that those of the request are wrong.
 _CODE = """\
+%s
 import json
 import triton_python_backend_utils as utils
 
@@ -52,12 +53,13 @@ class Control:
     Args:
         url: of its HTTP port, without a path.
         key: the admin key.
-        models: the folder from which it loads models.
+        models: the folder from which it loads models, in the launcher's.
     """
 
     def __init__(self, url: str, key: str, models: Path) -> None:
         self._url = url
         self._models = models
+        self._code = _CODE % (temporary_folder.mark(models.parent), PLACEHOLDER)
         self._headers = {HEADER: key, "Content-Type": "application/json"}
 
     def live(self, seconds: float = 2.0) -> bool:
@@ -123,7 +125,7 @@ class Control:
         self._override(model, _LOADS | (signature if signature["input"] and signature["output"] else _CONFIG), version)
 
     def _override(self, model: str, config: Mapping[str, Any], version: str = "1") -> None:
-        code = base64.b64encode((_CODE % PLACEHOLDER).encode()).decode()
+        code = base64.b64encode(self._code.encode()).decode()
         self._post(
             f"/v2/repository/models/{model}/load",
             {"parameters": {"config": json.dumps(config), f"file:{version}/model.py": code}},

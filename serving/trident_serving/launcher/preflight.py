@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import errno
 import json
 import shutil
 import socket
@@ -99,9 +100,21 @@ def check_ports(host: str, ports: Mapping[str, int]) -> None:
             try:
                 probe.bind((host, port))
             except OSError as error:
+                if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                    raise StartError(
+                        f"{host} is no address to listen on ({error.strerror}): give one of this machine's with --host"
+                    ) from None
+                stop = "stop what listens there, or " if error.errno == errno.EADDRINUSE else ""
                 raise StartError(
-                    f"port {port} on {host} can't be used ({error.strerror}): stop what listens there, or "
-                    f"choose another with {name}=..."
+                    f"port {port} on {host} can't be used ({error.strerror}): {stop}choose another with {name} "
+                    f"({_variable(name)}=... of make)"
                 ) from None
             except OverflowError:
-                raise StartError(f"{name}={port} is no port: choose one from 1 to 65535") from None
+                raise StartError(
+                    f"{name} {port} ({_variable(name)} of make) is no port: choose one from 1 to 65535"
+                ) from None
+
+
+def _variable(option: str) -> str:
+    """The variable of make for an option of the launcher."""
+    return option.removeprefix("--").replace("-", "_").upper()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,21 @@ from typing import TYPE_CHECKING
 
 from trident_serving import artefacts, integrity, runtime_folder, signatures
 from trident_serving.errors import KeyUnusable, StartError
-from trident_serving.launcher import admin_key, backend_folder, preflight, processes, server_log, shared_memory
+from trident_serving.launcher import (
+    admin_key,
+    backend_folder,
+    preflight,
+    processes,
+    server_log,
+    shared_memory,
+    temporary_folder,
+)
 from trident_serving.launcher.admin_key import AdminKey, PortLock
 from trident_serving.launcher.control import Control
 from trident_serving.launcher.installation import Installation
 from trident_serving.launcher.repository_view import RepositoryView
 from trident_serving.launcher.server_log import ServerLog
+from trident_serving.launcher.temporary_folder import TemporaryFolder
 from trident_serving.runtime_folder import RuntimeFolder
 
 if TYPE_CHECKING:
@@ -63,12 +71,12 @@ class ServerOptions:
 
     @property
     def ports(self) -> dict[str, int]:
-        """The ports by the names that `make serve` gives them."""
+        """The ports by the options that name them."""
         return {
-            "HTTP_PORT": self.http_port,
-            "GRPC_PORT": self.grpc_port,
-            "METRICS_PORT": self.metrics_port,
-        } | ({"GATEWAY_PORT": self.gateway_port} if self.gateway_port else {})
+            "--http-port": self.http_port,
+            "--grpc-port": self.grpc_port,
+            "--metrics-port": self.metrics_port,
+        } | ({"--gateway-port": self.gateway_port} if self.gateway_port else {})
 
     @property
     def own_host(self) -> str:
@@ -96,7 +104,12 @@ class Server:
     def __init__(self, installation: Installation, options: ServerOptions) -> None:
         self.options = options
         environment = check_machine(options)
-        models = artefacts.loadable(options.repository) if options.repository.is_dir() else []
+        if not options.repository.is_dir():
+            what = "is no folder" if options.repository.exists() else "does not exist"
+            raise StartError(
+                f"{options.repository} {what}: name a model repository with --repository (REPOSITORY of make)"
+            )
+        models = artefacts.loadable(options.repository)
         if not models:
             raise StartError(f"{options.repository} holds no exported model: run make export")
         shared_memory.check(len(models))
@@ -108,12 +121,12 @@ class Server:
             if self._lock is not None:
                 self._lock.release()
             raise
-        self._folder = tempfile.TemporaryDirectory(prefix="trident-")
+        self._folder = TemporaryFolder()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: ServerLog | None = None
         self._shm_changed, self._shm_until = 0, 0.0
         try:
-            self._prepare(installation, environment, Path(self._folder.name))
+            self._prepare(installation, environment, self._folder.path)
         except BaseException:
             self.close()
             raise
@@ -128,6 +141,7 @@ class Server:
         if not self.view.refresh():
             raise StartError("; ".join(self.view.refused.values()))
         remove_abandoned_shared_memory()
+        temporary_folder.remove_abandoned()
         self._shm_prefix = f"trident-{os.getpid()}-{options.http_port}-"
         self._environment = environment | {
             runtime_folder.ENVIRONMENT: str(self.runtime.folder),
@@ -224,13 +238,14 @@ class Server:
         if self._log is not None:
             self._log.join(1.0)
         remove_shared_memory(self._shm_prefix)
+        temporary_folder.remove_servers(self._folder.path)
 
     def close(self) -> None:
         """Remove the server's folder and the file of its key."""
         self._key.remove()
         if self._lock is not None:
             self._lock.release()
-        self._folder.cleanup()
+        self._folder.close()
 
 
 def trusted_keys(file: Path) -> Sequence[Ed25519PublicKey]:
