@@ -47,7 +47,7 @@ $(SETUP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"trident: Python {v[0]}.{v[1]} is not supported: use 3.11 or 3.12 (make PYTHON=python3.11 ...)")'
 	@echo "trident: installing the pinned packages into $(VENV)" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 PORTS := --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) --gateway-port $(GATEWAY_PORT)
@@ -91,7 +91,7 @@ format: $(SETUP) ## format the code
 	@$(BIN)/ruff check --fix .
 
 docs: $(SETUP) ## build the documentation as a site, links checked -> site/
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "trident: the documentation is in site/index.html" >&2
 

@@ -335,11 +335,12 @@ def test_silent_connections_delay_no_request(shell: LocalServer, connected: Clie
         each.close()
 
 
+@pytest.mark.slow  # the logic by itself is in tests/unit; this keeps both cores busy
 def test_http_that_is_kept_busy_is_no_silent_server(
     shell: LocalServer, connected: Client, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """JSON of very many members fills all HTTP threads; by HTTP alone the launcher would start the server again."""
-    faster = 8
+    faster = 4
     monkeypatch.setattr(liveness, "CARE_SECONDS", liveness.CARE_SECONDS / faster)
     monkeypatch.setattr(liveness, "HEALTH_SECONDS", liveness.HEALTH_SECONDS / faster)
     body = {"text_input": "A", **{f"member{number}": 0 for number in range(9_000)}}
@@ -357,7 +358,7 @@ def test_http_that_is_kept_busy_is_no_silent_server(
         try:
             began = time.monotonic()
             while not (only_http.silent_seconds > SERVER_SILENT_SECONDS / faster and both.grpc_only):
-                assert time.monotonic() - began < 20
+                assert time.monotonic() - began < 60
                 most = max(most, both.silent_seconds)
                 assert connected.generate("A", model="gen", max_tokens=1).num_output_tokens == 1
         finally:
@@ -368,7 +369,8 @@ def test_http_that_is_kept_busy_is_no_silent_server(
         one.stop()
     assert 0 < most < SERVER_SILENT_SECONDS / faster
     said = capsys.readouterr().err
-    assert said.count("trident: HTTP does not answer, gRPC does: tritonserver goes on. Look for callers that ") == 1
+    silences = said.count("trident: HTTP does not answer, gRPC does: tritonserver goes on. Look for callers that ")
+    assert silences == said.count("trident: HTTP answers again\n") > 0
     assert said.endswith("trident: HTTP answers again\n")
 
 
@@ -714,7 +716,7 @@ def test_a_stop_loses_no_request(repository: Path, tmp_path: Path) -> None:
         slow: dict[str, Any] = {"max_tokens": 500, "min_tokens": 500, "prompt_lookup": False}
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _: client.generate("A", model="gen", **slow), range(4)))
-        tokens = min(int(500 * 6 / (time.monotonic() - started)), 16000)
+        tokens = min(int(500 * 2 / (time.monotonic() - started)), 16000)  # the later ones take longer
         whole = client.generate("A", model="gen", max_tokens=64, min_tokens=64).text
 
         idle = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(never, None))
