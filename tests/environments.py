@@ -20,8 +20,8 @@ _SETTINGS = {
 
 
 def make(python: str | Path, folder: Path) -> Path:
-    """An empty virtual environment; its interpreter."""
-    _uv("venv", "--python", str(python), str(folder))
+    """An empty virtual environment, in place of one that was not finished; its interpreter."""
+    _uv("venv", "--clear", "--python", str(python), str(folder))
     return folder / "bin/python"
 
 
