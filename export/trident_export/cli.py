@@ -513,7 +513,7 @@ def _served(options: argparse.Namespace, spec: models_file.ModelSpec) -> Iterato
             for name in models if options.url else ():
                 client.parameters(name)  # before hours are spent on the first of them
         except TridentError as error:
-            raise TextError(f"the server says: {error}") from error
+            raise TextError(f"{options.url}: {error}") from error
         yield client, models, against
 
 

@@ -254,7 +254,10 @@ def test_searches_are_scored(server: LocalServer, tmp_path: Path) -> None:
             ("evaluate", "smollm2", "--dataset", "{d}", "--against", "x", "--url", "{url}"),
             "the baseline x is none of smollm2",
         ),
-        (("evaluate", "smollm2", "--dataset", "{d}", "--url", "127.0.0.1:9"), "failed to connect.*127.0.0.1:9:"),
+        (
+            ("evaluate", "smollm2", "--dataset", "{d}", "--url", "127.0.0.1:9"),
+            "trident-export: 127.0.0.1:9: failed to connect",
+        ),
         (("evaluate", "smollm2", "--dataset", "{long}", "--url", "{url}"), "line 1: smollm2.* says: .*2048"),
         (("evaluate", "smollm2", "--dataset", "{option}", "--url", "{url}"), "line 1: smollm2.* says: .*colour"),
     ],
